@@ -1,0 +1,50 @@
+"""Attention backends and their registry. A new backend is a config, a module and a line in ``BACKENDS``."""
+
+from dashattn.backends.base import (
+    AttentionBackend,
+    AttentionConfig,
+    AttentionShape,
+    Capabilities,
+    check_shape,
+)
+from dashattn.backends.dash import DashBackend, DashConfig
+from dashattn.backends.full import FullBackend, FullConfig
+from dashattn.backends.infllmv2 import InfLLMv2Backend, InfLLMv2Config
+from dashattn.backends.nsa import NSABackend, NSAConfig
+
+BACKENDS: dict[str, tuple[type[AttentionConfig], type[AttentionBackend]]] = {
+    "full": (FullConfig, FullBackend),
+    "nsa": (NSAConfig, NSABackend),
+    "infllmv2": (InfLLMv2Config, InfLLMv2Backend),
+    "dash": (DashConfig, DashBackend),
+}
+
+
+def build_backend(config: AttentionConfig, shape: AttentionShape) -> AttentionBackend:
+    """Builds the backend that ``config`` names.
+
+    Raises:
+        ValueError: unknown backend, or a model shape that it cannot serve.
+    """
+    if config.name not in BACKENDS or not isinstance(config, BACKENDS[config.name][0]):
+        raise ValueError(
+            f"attention must be one of {', '.join(BACKENDS)} with its own config; "
+            f"got name {config.name!r} with {type(config).__name__}"
+        )
+    backend = BACKENDS[config.name][1]
+    check_shape(shape, backend.capabilities, config.name)
+    return backend(config, shape)
+
+
+__all__ = [
+    "BACKENDS",
+    "AttentionBackend",
+    "AttentionConfig",
+    "AttentionShape",
+    "Capabilities",
+    "DashConfig",
+    "FullConfig",
+    "InfLLMv2Config",
+    "NSAConfig",
+    "build_backend",
+]

@@ -1,0 +1,131 @@
+"""The protocol every attention backend follows. The transformer knows this and never a backend's name."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from dashattn import checks
+from dashattn.checks import check
+from dashattn.functional import IMPLS, Output
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Sizes that a backend gets from the model around it."""
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def group_size(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend can do; the model refuses at construction what it cannot.
+
+    Attributes:
+        packed: documents packed with cu_seqlens.
+        decode: one token at a time against a cache.
+        max_head_dim: largest head size.
+        max_group_size: most query heads per KV head.
+    """
+
+    packed: bool = True
+    decode: bool = False
+    max_head_dim: int = 256
+    max_group_size: int = 32
+
+
+@dataclass
+class AttentionConfig:
+    """Fields that all backends share.
+
+    Attributes:
+        name: the backend's key in the registry; stands in every result row.
+        impl: auto | triton | reference.
+    """
+
+    name: str = "???"
+    impl: str = "auto"
+
+    knob: ClassVar[str | None] = None
+    """The field that sets the sparsity, if there is one."""
+
+    def __post_init__(self) -> None:
+        checks.check_choice("attention.impl", self.impl, IMPLS)
+
+
+class AttentionBackend(nn.Module):
+    """Attention after the projections and RoPE: owns its own parameters, not those of the transformer."""
+
+    capabilities = Capabilities()
+
+    def __init__(self, config: AttentionConfig, shape: AttentionShape):
+        super().__init__()
+        self.config = config
+        self.shape = shape
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        hidden: Tensor | None = None,
+        rope: tuple[Tensor, Tensor] | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_stats: bool = False,
+    ) -> Output:
+        """Attends causally.
+
+        Args:
+            q: post-RoPE [B, T, Hq, D].
+            k, v: [B, T, Hkv, D], k post-RoPE.
+            hidden: input of the attention block [B, T, hidden_size], for gates and projections of the backend's own.
+            rope: (cos, sin) of every token, each [T, D] or [B, T, D], in the rotate-half layout.
+            cu_seqlens: int32 [N + 1], packed documents.
+            return_stats: also return ``AttentionStats``.
+
+        Returns:
+            [B, T, Hq, D] in q's dtype.
+        """
+        raise NotImplementedError
+
+    def set_step(self, step: int) -> None:
+        """Moves schedules to an optimiser step; a pure function of the step, so that resuming is exact."""
+
+    def set_knob(self, value: float) -> None:
+        """Sets the sparsity knob, as at inference. ValueError where there is none or the value cannot be."""
+        knob = self.config.knob
+        check(knob is not None, f"attention {self.config.name!r} has no sparsity knob")
+        current = getattr(self.config, knob)
+        check(isinstance(current, float) or float(value).is_integer(), f"{knob} must be an integer; got {value}")
+        self.config = dataclasses.replace(self.config, **{knob: type(current)(value)})
+
+    def metrics(self) -> dict[str, float]:
+        """Scalars worth logging, such as the current alpha."""
+        return {}
+
+
+def check_shape(shape: AttentionShape, capabilities: Capabilities, name: str) -> None:
+    """Refuses a model that the backend cannot serve."""
+    checks.check_positive_int(**dataclasses.asdict(shape))
+    check(
+        shape.num_heads % shape.num_kv_heads == 0,
+        f"num_heads must be a multiple of num_kv_heads; got {shape.num_heads} and {shape.num_kv_heads}",
+    )
+    check(
+        shape.group_size <= capabilities.max_group_size,
+        f"attention {name!r} serves up to {capabilities.max_group_size} query heads per KV head; "
+        f"got {shape.group_size}: raise num_kv_heads",
+    )
+    check(
+        shape.head_dim <= capabilities.max_head_dim and shape.head_dim % 2 == 0,
+        f"attention {name!r} serves even head sizes up to {capabilities.max_head_dim}; got {shape.head_dim}",
+    )

@@ -1,0 +1,116 @@
+"""DashAttention (arXiv 2605.18753): chunks chosen by a learned, adaptively sparse router."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dashattn import checks
+from dashattn.backends.base import AttentionBackend, AttentionConfig
+from dashattn.checks import check
+from dashattn.functional import dash_attention
+from dashattn.ops.dash_routing.reference import PRIOR_HEADS, PRIORS
+from dashattn.ops.entmax.reference import MIN_ALPHA
+
+ALPHA_MODES = ("fixed", "scheduled", "learnable")
+SUMMARY_ROPES = ("none", "mean")
+
+
+@dataclass
+class DashConfig(AttentionConfig):
+    """Options of ``dash_attention`` and of alpha.
+
+    Attributes:
+        alpha: entmax's alpha; of a schedule its last value, of a learnable alpha its first.
+        alpha_mode: ``fixed``; ``scheduled``: linear from ``alpha_start`` to ``alpha`` over ``alpha_steps`` optimiser
+            steps; ``learnable``: one per query head, 1 + sigmoid(a).
+        summary_rope: ``none``, or ``mean``: the chunk query is rotated at every position of the chunk and averaged.
+    """
+
+    name: str = "dash"
+    chunk_size: int = 64
+    alpha: float = 1.5
+    alpha_mode: str = "fixed"
+    alpha_start: float = 1.25
+    alpha_steps: int = 0
+    router_scale: float = 1.0
+    prior: str = "tempered"
+    sigma: float = 1e6
+    prior_heads: str = "group"
+    summary_rope: str = "none"
+
+    knob: ClassVar[str | None] = "router_scale"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.check_positive_int(chunk_size=self.chunk_size)
+        checks.check_positive(router_scale=self.router_scale, sigma=self.sigma)
+        checks.check_choice("prior", self.prior, PRIORS)
+        checks.check_choice("prior_heads", self.prior_heads, PRIOR_HEADS)
+        checks.check_choice("summary_rope", self.summary_rope, SUMMARY_ROPES)
+        checks.check_choice("alpha_mode", self.alpha_mode, ALPHA_MODES)
+        checks.check_alpha(self.alpha)
+        if self.alpha_mode == "scheduled":
+            checks.check_alpha(self.alpha_start)
+            check(
+                self.alpha_steps > 0,
+                f"alpha_mode=scheduled needs alpha_steps > 0 (from alpha_start to alpha); got {self.alpha_steps}",
+            )
+        if self.alpha_mode == "learnable":
+            check(
+                self.alpha < 2,
+                f"alpha_mode=learnable starts strictly below 2, where 1 + sigmoid(a) ends; got {self.alpha}",
+            )
+
+
+class DashBackend(AttentionBackend):
+    """Owns the chunk queries (zero: summaries start as mean-pooled keys) and, if learnable, alpha."""
+
+    def __init__(self, config: DashConfig, shape):
+        super().__init__(config, shape)
+        self.chunk_query = nn.Parameter(torch.zeros(shape.num_kv_heads, shape.head_dim))
+        self.alpha_logit = None
+        if config.alpha_mode == "learnable":
+            logit = math.log(config.alpha - 1) - math.log(2 - config.alpha)
+            self.alpha_logit = nn.Parameter(torch.full((shape.num_heads,), logit))
+        self.set_step(0)
+
+    def set_step(self, step: int) -> None:
+        config = self.config
+        self.scheduled_alpha = config.alpha
+        if config.alpha_mode == "scheduled":
+            progress = min(step / config.alpha_steps, 1.0)
+            self.scheduled_alpha = config.alpha_start + (config.alpha - config.alpha_start) * progress
+
+    def alpha(self) -> float | Tensor:
+        """The current alpha: a float, or [Hq] when it is learned."""
+        if self.alpha_logit is None:
+            return self.scheduled_alpha
+        return (1 + self.alpha_logit.float().sigmoid()).clamp_min(MIN_ALPHA)
+
+    def metrics(self) -> dict[str, float]:
+        alpha = self.alpha()
+        return {"alpha": alpha.mean().item() if isinstance(alpha, Tensor) else alpha}
+
+    def forward(self, q, k, v, *, hidden=None, rope=None, cu_seqlens=None, return_stats=False):
+        config = self.config
+        if config.summary_rope == "mean":
+            check(rope is not None, "summary_rope=mean needs the rotary tables: pass rope=(cos, sin)")
+        return dash_attention(
+            q,
+            k,
+            v,
+            self.chunk_query,
+            chunk_size=config.chunk_size,
+            alpha=self.alpha(),
+            router_scale=config.router_scale,
+            prior=config.prior,
+            sigma=config.sigma,
+            prior_heads=config.prior_heads,
+            summary_rope=rope if config.summary_rope == "mean" else None,
+            cu_seqlens=cu_seqlens,
+            impl=config.impl,
+            return_stats=return_stats,
+        )

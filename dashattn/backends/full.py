@@ -1,0 +1,20 @@
+"""Dense attention, the control."""
+
+from dataclasses import dataclass
+
+from dashattn.backends.base import AttentionBackend, AttentionConfig
+from dashattn.functional import full_attention
+
+
+@dataclass
+class FullConfig(AttentionConfig):
+    """Dense causal attention; no options."""
+
+    name: str = "full"
+
+
+class FullBackend(AttentionBackend):
+    """Exact causal softmax attention; no parameters."""
+
+    def forward(self, q, k, v, *, hidden=None, rope=None, cu_seqlens=None, return_stats=False):
+        return full_attention(q, k, v, cu_seqlens=cu_seqlens, impl=self.config.impl, return_stats=return_stats)

@@ -1,0 +1,54 @@
+"""InfLLM v2 (arXiv 2509.24663): the weights of dense attention, blocks chosen by top-k."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dashattn.backends.base import AttentionBackend, AttentionConfig
+from dashattn.functional import check_infllmv2, infllmv2_attention
+
+
+@dataclass
+class InfLLMv2Config(AttentionConfig):
+    """Sizes as in ``infllmv2_attention``."""
+
+    name: str = "infllmv2"
+    block_size: int = 64
+    kernel_size: int = 32
+    kernel_stride: int = 16
+    topk: int = 64
+    init_blocks: int = 1
+    window_size: int = 1024
+
+    knob: ClassVar[str | None] = "topk"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_infllmv2(
+            self.block_size,
+            self.kernel_size,
+            self.kernel_stride,
+            self.topk,
+            self.init_blocks,
+            self.window_size,
+        )
+
+
+class InfLLMv2Backend(AttentionBackend):
+    """No parameters: the selection carries no gradient."""
+
+    def forward(self, q, k, v, *, hidden=None, rope=None, cu_seqlens=None, return_stats=False):
+        config = self.config
+        return infllmv2_attention(
+            q,
+            k,
+            v,
+            block_size=config.block_size,
+            kernel_size=config.kernel_size,
+            kernel_stride=config.kernel_stride,
+            topk=config.topk,
+            init_blocks=config.init_blocks,
+            window_size=config.window_size,
+            cu_seqlens=cu_seqlens,
+            impl=config.impl,
+            return_stats=return_stats,
+        )

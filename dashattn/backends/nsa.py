@@ -1,0 +1,177 @@
+"""NSA (arXiv 2502.11089): compressed, selected and sliding-window attention under learned gates."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dashattn import checks
+from dashattn.backends.base import AttentionBackend, AttentionConfig
+from dashattn.checks import check
+from dashattn.functional import check_nsa, nsa_attention
+from dashattn.ops.compression.reference import compress_windows
+from dashattn.ops.dtypes import upcast
+from dashattn.rope import apply_rope
+
+VARIANTS = ("paper", "minicpm")
+
+
+@dataclass
+class NSAConfig(AttentionConfig):
+    """Sizes as in ``nsa_attention``.
+
+    Attributes:
+        variant: ``paper``: three branches, gates from the hidden state. ``minicpm``: the baseline of DashAttention's
+            authors, two branches (compressed and selected), gates from q, block scores by max-pooling; the window is
+            ``local_blocks`` forced blocks, and ``window_size`` must be 0.
+        shared_kv: the branches share the transformer's K and V; otherwise the compressed and the window branch have
+            projections of their own, as in the paper.
+    """
+
+    name: str = "nsa"
+    variant: str = "paper"
+    shared_kv: bool = True
+    block_size: int = 64
+    kernel_size: int = 32
+    kernel_stride: int = 16
+    topk: int = 16
+    init_blocks: int = 1
+    local_blocks: int = 2
+    window_size: int = 512
+
+    knob: ClassVar[str | None] = "topk"
+
+    @property
+    def pooling(self) -> str:
+        return "max" if self.variant == "minicpm" else "weighted"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.check_choice("variant", self.variant, VARIANTS)
+        check_nsa(
+            self.pooling,
+            self.block_size,
+            self.kernel_size,
+            self.kernel_stride,
+            self.topk,
+            self.init_blocks,
+            self.local_blocks,
+            self.window_size,
+        )
+        if self.variant == "minicpm":
+            check(
+                self.window_size == 0 and self.shared_kv,
+                "variant=minicpm has no window branch and no K/V of its own: set window_size=0, shared_kv=true and "
+                f"local_blocks to the window's blocks; got window_size={self.window_size}, shared_kv={self.shared_kv}",
+            )
+        else:
+            check(self.window_size > 0, "variant=paper has a window branch: set window_size > 0; got 0")
+
+
+class MeanMLP(nn.Module):
+    """The paper's compression: an MLP over a window's tokens, to which their position in the window is added.
+
+    The paper leaves its shape open. Ours adds its output, zero at first, to the window's mean, so that a model which
+    continues from dense weights starts from mean-pooled keys and values.
+    """
+
+    def __init__(self, kernel_size: int, head_dim: int):
+        super().__init__()
+        self.position = nn.Parameter(torch.zeros(kernel_size, head_dim))
+        self.up = nn.Linear(kernel_size * head_dim, head_dim)
+        self.down = nn.Linear(head_dim, head_dim)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+
+    def forward(self, windows_BJlHD: Tensor) -> Tensor:
+        mean = upcast(windows_BJlHD).mean(2).to(windows_BJlHD.dtype)
+        tokens = (windows_BJlHD + self.position[:, None]).transpose(2, 3).flatten(3)  # [B, J, H, l * D]
+        return mean + self.down(F.silu(self.up(tokens)))
+
+
+class ChannelMLP(nn.Module):
+    """The ``minicpm`` compression: a channel's keys and values of a window (2 l numbers) -> 128 -> ReLU -> (k, v)."""
+
+    def __init__(self, kernel_size: int):
+        super().__init__()
+        self.up = nn.Linear(2 * kernel_size, 128)
+        self.down = nn.Linear(128, 2)
+
+    def forward(self, k_BJlHD: Tensor, v_BJlHD: Tensor) -> Tensor:
+        tokens = torch.cat([k_BJlHD, v_BJlHD], dim=2).movedim(2, -1)  # [B, J, H, D, 2 l]
+        return self.down(F.relu(self.up(tokens)))
+
+
+class NSABackend(AttentionBackend):
+    """Owns the compression MLPs, the gates and, unless shared, the K/V projections of two branches."""
+
+    def __init__(self, config: NSAConfig, shape):
+        super().__init__(config, shape)
+        if config.variant == "minicpm":
+            self.compress = ChannelMLP(config.kernel_size)
+            self.gate = nn.Linear(shape.head_dim, 2)
+        else:
+            self.compress_k = MeanMLP(config.kernel_size, shape.head_dim)
+            self.compress_v = MeanMLP(config.kernel_size, shape.head_dim)
+            self.gate = nn.Linear(shape.hidden_size, 3 * shape.num_heads)
+        nn.init.zeros_(self.gate.bias)
+        self.branch_kv = None
+        if not config.shared_kv:
+            width = 4 * shape.num_kv_heads * shape.head_dim
+            self.branch_kv = nn.Linear(shape.hidden_size, width, bias=False)
+            nn.init.normal_(self.branch_kv.weight, std=0.02)
+
+    def forward(self, q, k, v, *, hidden=None, rope=None, cu_seqlens=None, return_stats=False):
+        config = self.config
+        needs_hidden = config.variant == "paper"
+        check(
+            hidden is not None or not needs_hidden,
+            "variant=paper computes its gates from hidden: pass hidden",
+        )
+        compress_from, window = (k, v), (None, None)
+        if self.branch_kv is not None:
+            compress_from, window = self._own_kv(hidden, rope)
+        compressed_k, compressed_v = self._compress(*compress_from, cu_seqlens)
+        gates = self.gate(hidden).unflatten(-1, (-1, 3)) if needs_hidden else self.gate(q)
+        return nsa_attention(
+            q,
+            k,
+            v,
+            compressed_k,
+            compressed_v,
+            gates.sigmoid(),
+            k_window=window[0],
+            v_window=window[1],
+            pooling=config.pooling,
+            block_size=config.block_size,
+            kernel_size=config.kernel_size,
+            kernel_stride=config.kernel_stride,
+            topk=config.topk,
+            init_blocks=config.init_blocks,
+            local_blocks=config.local_blocks,
+            window_size=config.window_size,
+            cu_seqlens=cu_seqlens,
+            impl=config.impl,
+            return_stats=return_stats,
+        )
+
+    def _compress(self, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Compressed keys and values, each [B, J, Hkv, D]."""
+        windows = partial(
+            compress_windows,
+            kernel_size=self.config.kernel_size,
+            kernel_stride=self.config.kernel_stride,
+            cu_seqlens=cu_seqlens,
+        )
+        if self.config.variant == "minicpm":
+            return windows(self.compress, k, v).unbind(-1)
+        return windows(self.compress_k, k), windows(self.compress_v, v)
+
+    def _own_kv(self, hidden: Tensor, rope) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """(k, v) of the compressed and of the window branch, keys rotated."""
+        check(rope is not None, "shared_kv=false rotates keys of its own: pass rope=(cos, sin)")
+        k_c, v_c, k_w, v_w = self.branch_kv(hidden).unflatten(-1, (4, -1, self.shape.head_dim)).unbind(2)
+        return (apply_rope(k_c, *rope), v_c), (apply_rope(k_w, *rope), v_w)

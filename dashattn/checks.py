@@ -1,0 +1,108 @@
+"""Argument checks of the public functions. Every refusal says what was given and what is allowed."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from dashattn.ops.entmax.reference import MAX_ALPHA, MIN_ALPHA
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    check(value in allowed, f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+
+
+def check_positive_int(**values: int) -> None:
+    for name, value in values.items():
+        check(
+            isinstance(value, int) and not isinstance(value, bool) and value > 0,
+            f"{name} must be a positive integer; got {value!r}",
+        )
+
+
+def check_positive(**values: float) -> None:
+    for name, value in values.items():
+        check(
+            isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf,
+            f"{name} must be a positive finite number; got {value!r}",
+        )
+
+
+def check_alpha(alpha: float | Tensor, num_heads: int | None = None) -> None:
+    if isinstance(alpha, Tensor):  # values of a tensor stay unread: that would wait for the device
+        check(
+            alpha.ndim == 0 or (alpha.ndim == 1 and alpha.shape[0] == num_heads),
+            f"alpha must be a float or have one entry per query head ({num_heads}); got shape {tuple(alpha.shape)}",
+        )
+    else:
+        check(MIN_ALPHA <= alpha <= MAX_ALPHA, f"alpha must lie in [{MIN_ALPHA}, {MAX_ALPHA}]; got {alpha}")
+
+
+def check_like(name: str, x: Tensor, q: Tensor) -> None:
+    check(x.device == q.device, f"{name} is on {x.device}, q on {q.device}; move them to one device")
+    check(x.dtype == q.dtype, f"{name} is {x.dtype}, q is {q.dtype}; cast them to one dtype")
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check(x.ndim == 4, f"{name} must have 4 dimensions [B, T, heads, D]; got shape {tuple(x.shape)}")
+        check(0 not in x.shape, f"{name} must not be empty; got shape {tuple(x.shape)}")
+        check_like(name, x, q)
+    check(q.dtype in FLOAT_DTYPES, f"q, k and v must be bf16, fp16, fp32 or fp64; got {q.dtype}")
+    check(k.shape == v.shape, f"k and v must have one shape; got {tuple(k.shape)} and {tuple(v.shape)}")
+    check(
+        q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3],
+        f"q and k must agree in batch, length and head size; got {tuple(q.shape)} and {tuple(k.shape)}",
+    )
+    check(
+        q.shape[2] % k.shape[2] == 0,
+        f"the number of query heads must be a multiple of the number of KV heads; got {q.shape[2]} and {k.shape[2]}",
+    )
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, q)
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
+    check(q.shape[0] == 1, f"cu_seqlens packs the documents of one row: B must be 1; got {q.shape[0]}")
+    check(
+        cu_seqlens.dtype == torch.int32 and cu_seqlens.ndim == 1 and len(cu_seqlens) >= 2,
+        f"cu_seqlens must be int32 [N + 1]; got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}",
+    )
+    check(cu_seqlens.device == q.device, f"cu_seqlens is on {cu_seqlens.device}, q on {q.device}")
+    if cu_seqlens.device.type == "cpu":  # on a GPU, reading the values would stall the stream
+        check(
+            cu_seqlens[0] == 0 and cu_seqlens[-1] == q.shape[1] and bool((cu_seqlens.diff() >= 0).all()),
+            f"cu_seqlens must rise from 0 to T = {q.shape[1]}; got {cu_seqlens.tolist()}",
+        )
+
+
+def check_shape(name: str, x: Tensor, expected: tuple[int, ...]) -> None:
+    check(tuple(x.shape) == expected, f"{name} must have shape {expected}; got {tuple(x.shape)}")
+
+
+def check_windows(kernel_size: int, kernel_stride: int, block_size: int) -> None:
+    """Windows of compressed keys against selection blocks (InfLLM v2, NSA)."""
+    check_positive_int(kernel_size=kernel_size, kernel_stride=kernel_stride, block_size=block_size)
+    check(
+        kernel_size % kernel_stride == 0 and block_size % kernel_stride == 0,
+        "kernel_size and block_size must be multiples of kernel_stride; "
+        f"got {kernel_size}, {block_size} and {kernel_stride}",
+    )
+
+
+def check_topk(topk: int, init_blocks: int, local_blocks: int, mend: str) -> None:
+    check_positive_int(topk=topk)
+    check(init_blocks >= 0, f"init_blocks must not be negative; got {init_blocks}")
+    forced = init_blocks + local_blocks
+    check(
+        topk >= forced,
+        f"topk counts the forced blocks too: topk {topk} < {forced} ({init_blocks} initial, {local_blocks} local "
+        f"with the token's own); {mend}",
+    )

@@ -1,0 +1,292 @@
+"""The public attention functions: they check their arguments and choose the implementation.
+
+Layout everywhere: q [B, T, Hq, D], k and v [B, T, Hkv, D], post-RoPE; output [B, T, Hq, D] in q's dtype. Query head h
+reads KV head ``h // (Hq // Hkv)``. Attention is causal. ``cu_seqlens`` (int32 [N + 1], B = 1) packs documents: each is
+its own sequence, with its own grid of chunks and blocks.
+
+``impl``: ``auto`` (Triton where there is a kernel and a GPU, the reference elsewhere), ``triton``, ``reference``.
+With ``return_stats=True`` a function returns ``(out, AttentionStats)``.
+"""
+
+from functools import partial
+
+from torch import Tensor
+
+from dashattn import checks
+from dashattn.checks import check
+from dashattn.documents import document_positions
+from dashattn.ops.block_scores.reference import POOLINGS, topk_selection
+from dashattn.ops.block_sparse.reference import block_sparse_attention
+from dashattn.ops.chunk_summary.reference import chunk_summary
+from dashattn.ops.compression.reference import (
+    compressed_attention,
+    mean_compress,
+    num_windows,
+    visible_windows,
+)
+from dashattn.ops.dash_routing.reference import PRIOR_HEADS, PRIORS, dash_routing
+from dashattn.ops.full.reference import sdpa_attention
+from dashattn.ops.window.reference import window_attention
+from dashattn.selection import Selection
+from dashattn.stats import AttentionStats, dense_stats, selection_stats
+
+IMPLS = ("auto", "triton", "reference")
+
+Output = Tensor | tuple[Tensor, AttentionStats]
+
+
+def _use_reference(impl: str, operation: str) -> None:
+    """There is one implementation so far; asking for another must not pass in silence."""
+    checks.check_choice("impl", impl, IMPLS)
+    check(impl != "triton", f"{operation} has no Triton implementation; use impl='auto' or 'reference'")
+
+
+def full_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    impl: str = "auto",
+    return_stats: bool = False,
+) -> Output:
+    """Exact causal softmax attention through PyTorch's ``scaled_dot_product_attention``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+    """
+    checks.check_qkv(q, k, v, cu_seqlens)
+    _use_reference(impl, "full_attention")
+    out = sdpa_attention(q, k, v, scale=scale, cu_seqlens=cu_seqlens)
+    if not return_stats:
+        return out
+    return out, dense_stats(*k.shape[:3], k.device, cu_seqlens)
+
+
+def dash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk_query: Tensor,
+    *,
+    chunk_size: int = 64,
+    alpha: float | Tensor = 1.5,
+    router_scale: float = 1.0,
+    prior: str = "tempered",
+    sigma: float = 1e6,
+    prior_heads: str = "group",
+    summary_rope: tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    impl: str = "auto",
+    return_stats: bool = False,
+) -> Output:
+    """DashAttention (arXiv 2605.18753): alpha-entmax over chunk summaries selects chunks and biases the softmax.
+
+    Args:
+        chunk_query: r [Hkv, D], the query that pools each chunk's keys; zeros give mean pooling.
+        chunk_size: tokens per chunk.
+        alpha: in [1.01, 2]; a float, or a tensor [Hq] (differentiable).
+        router_scale: gamma, the sparsity knob; larger is sparser.
+        prior: ``raw``, ``tempered`` or ``none``; see ``dash_routing``.
+        sigma: temperature of the tempered prior.
+        prior_heads: ``group`` or ``head``.
+        summary_rope: (cos, sin), each [T, D] or [B, T, D], makes the summaries translation-invariant.
+        scale: of the attention logits, default D ** -0.5. The router always uses D ** -0.5.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options do not fit.
+    """
+    checks.check_qkv(q, k, v, cu_seqlens)
+    checks.check_positive_int(chunk_size=chunk_size)
+    checks.check_alpha(alpha, q.shape[2])
+    checks.check_positive(router_scale=router_scale, sigma=sigma)
+    checks.check_choice("prior", prior, PRIORS)
+    checks.check_choice("prior_heads", prior_heads, PRIOR_HEADS)
+    checks.check_shape("chunk_query", chunk_query, tuple(k.shape[2:]))
+    check(chunk_query.device == q.device, f"chunk_query is on {chunk_query.device}, q on {q.device}")
+    if summary_rope is not None:
+        for name, table in zip(("cos", "sin"), summary_rope, strict=True):
+            check(
+                table.shape in {q.shape[1::2], (1, *q.shape[1::2]), (q.shape[0], *q.shape[1::2])},
+                f"summary_rope {name} must be [T, D] or [B, T, D]; got {tuple(table.shape)} for q {tuple(q.shape)}",
+            )
+    _use_reference(impl, "dash_attention")
+
+    summaries = chunk_summary(k, chunk_query, chunk_size=chunk_size, cu_seqlens=cu_seqlens, rope=summary_rope)
+    selection, bias = dash_routing(
+        q,
+        summaries,
+        chunk_size=chunk_size,
+        alpha=alpha,
+        router_scale=router_scale,
+        prior=prior,
+        sigma=sigma,
+        prior_heads=prior_heads,
+        cu_seqlens=cu_seqlens,
+    )
+    out = block_sparse_attention(q, k, v, selection, bias, scale=scale, cu_seqlens=cu_seqlens)
+    if not return_stats:
+        return out
+    candidates = document_positions(cu_seqlens, *q.shape[:2], q.device) // chunk_size
+    return out, selection_stats(selection, candidates, cu_seqlens)
+
+
+def infllmv2_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_size: int = 64,
+    kernel_size: int = 32,
+    kernel_stride: int = 16,
+    topk: int = 64,
+    init_blocks: int = 1,
+    window_size: int = 1024,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    impl: str = "auto",
+    return_stats: bool = False,
+) -> Output:
+    """InfLLM v2 (arXiv 2509.24663): top-k blocks by attention over mean-pooled keys; no new parameters.
+
+    Args:
+        block_size: keys per selected block.
+        kernel_size, kernel_stride: windows of the mean-pooled keys.
+        topk: blocks per token in all, the forced ones included; the sparsity knob.
+        init_blocks: first blocks, always selected.
+        window_size: tokens before the token's own block that are always selected; a multiple of ``block_size``.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or sizes do not fit.
+    """
+    checks.check_qkv(q, k, v, cu_seqlens)
+    check_infllmv2(block_size, kernel_size, kernel_stride, topk, init_blocks, window_size)
+    _use_reference(impl, "infllmv2_attention")
+
+    windows = {"kernel_size": kernel_size, "kernel_stride": kernel_stride}
+    softmax_scale = q.shape[-1] ** -0.5 if scale is None else scale
+
+    select = partial(
+        topk_selection,
+        **windows,
+        pooling="max",
+        block_size=block_size,
+        topk=topk,
+        init_blocks=init_blocks,
+        local_blocks=window_size // block_size + 1,
+    )
+    compressed_k = mean_compress(k.detach(), **windows, cu_seqlens=cu_seqlens)
+    _, selections = compressed_attention(
+        q.detach(), compressed_k, None, select, **windows, scale=softmax_scale, cu_seqlens=cu_seqlens
+    )
+    selection = Selection.concatenate(selections)
+    out = block_sparse_attention(q, k, v, selection, scale=scale, cu_seqlens=cu_seqlens)
+    if not return_stats:
+        return out
+    reads = visible_windows(document_positions(cu_seqlens, *q.shape[:2], q.device), **windows)
+    return out, selection_stats(selection, reads, cu_seqlens)
+
+
+def nsa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    compressed_k: Tensor,
+    compressed_v: Tensor,
+    gates: Tensor,
+    *,
+    k_window: Tensor | None = None,
+    v_window: Tensor | None = None,
+    pooling: str = "weighted",
+    block_size: int = 64,
+    kernel_size: int = 32,
+    kernel_stride: int = 16,
+    topk: int = 16,
+    init_blocks: int = 1,
+    local_blocks: int = 2,
+    window_size: int = 512,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    impl: str = "auto",
+    return_stats: bool = False,
+) -> Output:
+    """NSA (arXiv 2502.11089): gated sum of compressed, selected and sliding-window attention.
+
+    Args:
+        k, v: of the selected branch.
+        compressed_k, compressed_v: [B, J, Hkv, D], J windows as ``compress_windows`` lays them out.
+        gates: in [0, 1], [B, T, Hq, 3] for (compressed, selected, window), or [B, T, Hq, 2] with ``window_size`` 0.
+        k_window, v_window: of the window branch; default k and v.
+        pooling: block scores from window probabilities: ``weighted`` by overlap (NSA) or ``max`` (as InfLLM v2).
+        topk: selected blocks in all, ``init_blocks`` first ones and ``local_blocks`` last ones (the token's own
+            among them) included; the sparsity knob.
+        window_size: tokens of the sliding window, the token's own included; 0 leaves the branch out.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or sizes do not fit.
+    """
+    checks.check_qkv(q, k, v, cu_seqlens)
+    check_nsa(pooling, block_size, kernel_size, kernel_stride, topk, init_blocks, local_blocks, window_size)
+    compressed_shape = (k.shape[0], num_windows(k.shape[1], kernel_size, kernel_stride), *k.shape[2:])
+    for name, x in (("compressed_k", compressed_k), ("compressed_v", compressed_v)):
+        checks.check_shape(name, x, compressed_shape)
+        checks.check_like(name, x, q)
+    checks.check_shape("gates", gates, (*q.shape[:3], 3 if window_size else 2))
+    check((k_window is None) == (v_window is None), "give both k_window and v_window, or neither")
+    if k_window is not None:
+        check(window_size > 0, "k_window and v_window need window_size > 0; got 0")
+        for name, x in (("k_window", k_window), ("v_window", v_window)):
+            checks.check_shape(name, x, tuple(k.shape))
+            checks.check_like(name, x, q)
+    _use_reference(impl, "nsa_attention")
+
+    windows = {"kernel_size": kernel_size, "kernel_stride": kernel_stride}
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+
+    select = partial(
+        topk_selection,
+        **windows,
+        pooling=pooling,
+        block_size=block_size,
+        topk=topk,
+        init_blocks=init_blocks,
+        local_blocks=local_blocks,
+    )
+    out_compressed, selections = compressed_attention(
+        q, compressed_k, compressed_v, select, **windows, scale=scale, cu_seqlens=cu_seqlens
+    )
+    selection = Selection.concatenate(selections)
+    gate = gates.to(out_compressed.dtype)[..., None].unbind(3)
+    out = gate[0] * out_compressed
+    out = out + gate[1] * block_sparse_attention(q, k, v, selection, scale=scale, cu_seqlens=cu_seqlens)
+    if window_size:
+        k_window, v_window = (k, v) if k_window is None else (k_window, v_window)
+        out = out + gate[2] * window_attention(
+            q, k_window, v_window, window_size=window_size, scale=scale, cu_seqlens=cu_seqlens
+        )
+    out = out.to(q.dtype)
+    if not return_stats:
+        return out
+    reads = visible_windows(document_positions(cu_seqlens, *q.shape[:2], q.device), **windows)
+    return out, selection_stats(selection, reads, cu_seqlens, window_size)
+
+
+def check_infllmv2(block_size, kernel_size, kernel_stride, topk, init_blocks, window_size) -> None:
+    """Sizes of InfLLM v2, for the function and its config alike."""
+    checks.check_windows(kernel_size, kernel_stride, block_size)
+    check(
+        window_size >= 0 and window_size % block_size == 0,
+        f"window_size must be a multiple of block_size ({block_size}); got {window_size}",
+    )
+    checks.check_topk(topk, init_blocks, window_size // block_size + 1, "raise topk or shrink window_size")
+
+
+def check_nsa(pooling, block_size, kernel_size, kernel_stride, topk, init_blocks, local_blocks, window_size) -> None:
+    """Sizes of NSA, for the function and its config alike."""
+    checks.check_choice("pooling", pooling, POOLINGS)
+    checks.check_windows(kernel_size, kernel_stride, block_size)
+    check(window_size >= 0, f"window_size must not be negative; got {window_size}")
+    checks.check_positive_int(local_blocks=local_blocks)
+    checks.check_topk(topk, init_blocks, local_blocks, "raise topk or force fewer blocks")

@@ -1,0 +1,158 @@
+"""Work lists of the block-sparse kernels, built on the device from the bit masks.
+
+Query side: for every tile of neighbouring tokens the union of their blocks, and per block one bit a token.
+Key side (backward of k and v): for every block the tokens that chose it, so that no tile of that kernel holds a row
+that did not.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dashattn.ops.tiles import Geometry, locate_tile
+
+
+@triton.jit
+def _or(a, b):
+    return a | b
+
+
+@triton.jit
+def _tile_list_kernel(
+    words, documents, blocks, choices, counts, num_tokens, num_words, num_slots, num_documents,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    slot = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    _, start, end, index = locate_tile(documents, slot, num_documents, TOKENS)
+    token = tl.arange(0, TOKENS)
+    position = index * TOKENS + token
+    valid = start + position < end
+    own = tl.where(valid, position // BLOCK, -1)
+    row = (kv_head.to(tl.int64) * num_slots + slot) * (num_words * 32)
+    past_end = (index * TOKENS) // BLOCK  # blocks before this one lie wholly in the past of every token
+    last = tl.max(own, 0)
+
+    word_ptr = words + (kv_head.to(tl.int64) * num_tokens + start + position) * num_words
+    lane = tl.arange(0, WORDS * 32)
+    total = 0
+    past = 0
+    for word in range(0, last // 32 + 1, WORDS):
+        block = word * 32 + lane
+        w = tl.load(
+            word_ptr[:, None] + (word + lane // 32)[None, :],
+            mask=valid[:, None] & (block // 32 < num_words)[None, :],
+            other=0,
+        )
+        bit = ((w >> (lane % 32)[None, :]) & 1).to(choices.dtype.element_ty)
+        bit = tl.where(block[None, :] <= own[:, None], bit, 0)
+        choice = tl.reduce(bit << token.to(bit.dtype)[:, None], 0, _or)
+        chosen = (choice != 0).to(tl.int32)
+        place = row + total + tl.cumsum(chosen, 0) - 1
+        tl.store(blocks + place, block, mask=chosen != 0)
+        tl.store(choices + place, choice, mask=chosen != 0)
+        total += tl.sum(chosen, 0)
+        past += tl.sum(tl.where(block < past_end, chosen, 0), 0)
+    count = counts + (kv_head * num_slots + slot) * 2
+    tl.store(count, past)
+    tl.store(count + 1, total)
+
+
+@triton.jit
+def _key_list_kernel(
+    words, documents, bases, tokens, counts, num_tokens, num_words, num_slots, num_documents, capacity,
+    BLOCK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    slot = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    document, start, end, block = locate_tile(documents, slot, num_documents, BLOCK)
+    first = start + block * BLOCK
+    # The blocks of a document have room for all tokens from their own first one on: a sum of an arithmetic series.
+    length = (end - start).to(tl.int64)
+    base = (
+        kv_head * capacity
+        + tl.load(bases + document)
+        + block * length
+        - BLOCK * (block.to(tl.int64) * (block - 1) // 2)
+    )
+    lane = tl.arange(0, STEP)
+    word_ptr = words + kv_head.to(tl.int64) * num_tokens * num_words + block // 32
+    total = 0
+    near = 0
+    for begin in range(first, end, STEP):
+        token = begin + lane
+        w = tl.load(word_ptr + token.to(tl.int64) * num_words, mask=token < end, other=0)
+        chosen = (w >> (block % 32)) & 1
+        tl.store(tokens + base + total + tl.cumsum(chosen, 0) - 1, token, mask=chosen != 0)
+        total += tl.sum(chosen, 0)
+        near += tl.sum(tl.where(token < first + BLOCK, chosen, 0), 0)
+    count = counts + (kv_head * num_slots + slot) * 2
+    tl.store(count, near)
+    tl.store(count + 1, total)
+
+
+@dataclass(frozen=True)
+class TileLists:
+    """Blocks chosen by any token of a query tile, ascending.
+
+    Attributes:
+        blocks: int32 [H, slots, N]; undefined past the count.
+        choices: int32 or int64 [H, slots, N]: bit i is set iff token i of the tile reads the block.
+        counts: int32 [H, slots, 2]: blocks wholly in the past of the tile (they come first), and all blocks.
+        tokens: tokens of a tile.
+    """
+
+    blocks: Tensor
+    choices: Tensor
+    counts: Tensor
+    tokens: int
+
+
+@dataclass(frozen=True)
+class KeyLists:
+    """Tokens that chose a block, ascending.
+
+    Attributes:
+        tokens: int32 [H, capacity], flat token indices.
+        bases: int64 [D]: where the lists of a document begin; ``key_list_offset`` has the rest.
+        counts: int32 [H, slots, 2]: tokens inside the block itself (they come first), and all tokens.
+    """
+
+    tokens: Tensor
+    bases: Tensor
+    counts: Tensor
+
+
+def tile_lists(words: Tensor, geo: Geometry, block_size: int, tile_tokens: int) -> TileLists:
+    """``words``: int32 [H, n, W]. Bits above a token's own block are ignored."""
+    slots, width = geo.slots(tile_tokens), words.shape[-1]
+    shape = (geo.kv_heads, slots, width * 32)
+    blocks = torch.empty(shape, dtype=torch.int32, device=words.device)
+    choices = torch.empty(shape, dtype=torch.int32 if tile_tokens <= 32 else torch.int64, device=words.device)
+    counts = torch.empty(geo.kv_heads, slots, 2, dtype=torch.int32, device=words.device)
+    _tile_list_kernel[(slots, geo.kv_heads)](
+        words, geo.documents, blocks, choices, counts, geo.tokens, width, slots, geo.num_documents,
+        TOKENS=tile_tokens, BLOCK=block_size, WORDS=max(1, min(8, 128 // tile_tokens)), num_warps=4,
+    )  # fmt: skip
+    return TileLists(blocks, choices, counts, tile_tokens)
+
+
+def key_lists(words: Tensor, geo: Geometry, block_size: int) -> KeyLists:
+    slots = geo.slots(block_size)
+    length = geo.documents.diff().long()
+    blocks = (length + block_size - 1) // block_size
+    needed = blocks * length - block_size * (blocks * (blocks - 1) // 2)
+    bases = needed.cumsum(0) - needed
+    # Lengths stay on the device; no split of the tokens into documents needs more room than a single document.
+    most_blocks = -(-geo.tokens // block_size)
+    capacity = most_blocks * geo.tokens - block_size * (most_blocks * (most_blocks - 1) // 2)
+    tokens = torch.empty(geo.kv_heads, max(1, capacity), dtype=torch.int32, device=words.device)
+    counts = torch.empty(geo.kv_heads, slots, 2, dtype=torch.int32, device=words.device)
+    _key_list_kernel[(slots, geo.kv_heads)](
+        words, geo.documents, bases, tokens, counts, geo.tokens, words.shape[-1], slots, geo.num_documents, tokens.shape[1],
+        BLOCK=block_size, STEP=1024, num_warps=4,
+    )  # fmt: skip
+    return KeyLists(tokens, bases, counts)

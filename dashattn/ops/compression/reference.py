@@ -1,0 +1,117 @@
+"""Compressed keys: one per sliding window of ``kernel_size`` tokens, every ``kernel_stride`` tokens.
+
+InfLLM v2 (arXiv 2509.24663) averages each window and only scores with it; NSA (arXiv 2502.11089) compresses keys
+and values with a learned map and also attends to them.
+
+Shapes: B batch, T tokens, Hq query heads, H KV heads, D head size, l kernel_size, J windows.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dashattn.documents import document_positions, per_document
+from dashattn.ops.block_sparse.reference import masked_softmax
+from dashattn.ops.dtypes import upcast
+
+
+def num_windows(length: int, kernel_size: int, kernel_stride: int) -> int:
+    """Complete windows in a document of ``length`` tokens."""
+    return max(0, (length - kernel_size) // kernel_stride + 1)
+
+
+def visible_windows(positions: Tensor, kernel_size: int, kernel_stride: int) -> Tensor:
+    """How many windows end at or before each position; same shape as ``positions``."""
+    return ((positions + 1 - kernel_size).div(kernel_stride, rounding_mode="floor") + 1).clamp_min(0)
+
+
+def compress_windows(
+    compress: Callable[..., Tensor],
+    *tensors: Tensor,
+    kernel_size: int,
+    kernel_stride: int,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Applies ``compress`` to every window of every document.
+
+    Args:
+        compress: takes one [B, J, l, H, D] tensor per entry of ``tensors`` and returns [B, J, H, ...].
+        tensors: each [B, T, H, D].
+
+    Returns:
+        [B, J', H, ...] with ``J' = num_windows(T)``. With ``cu_seqlens`` the documents' windows follow one another
+        and the rows past the last are zero.
+    """
+
+    def unfold(x_BTHD):
+        return x_BTHD.unfold(1, kernel_size, kernel_stride).movedim(-1, 2)  # [B, J, l, H, D]
+
+    def compress_document(*xs):
+        if xs[0].shape[1] < kernel_size:  # unfold refuses what has no window; an empty batch keeps the layout
+            xs = [x.new_zeros(x.shape[0], kernel_size, *x.shape[2:]) for x in xs]
+            return compress(*(unfold(x)[:, :0] for x in xs))
+        return compress(*(unfold(x) for x in xs))
+
+    compressed = torch.cat(per_document(compress_document, cu_seqlens, *tensors), dim=1)
+    missing = num_windows(tensors[0].shape[1], kernel_size, kernel_stride) - compressed.shape[1]
+    return F.pad(compressed, (0, 0) * (compressed.ndim - 2) + (0, missing))
+
+
+def mean_compress(x: Tensor, kernel_size: int, kernel_stride: int, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Mean of every window [B, J, H, D] of x [B, T, H, D], summed in float32 and rounded to x's dtype."""
+    return compress_windows(
+        lambda windows: upcast(windows).mean(2).to(x.dtype),
+        x,
+        kernel_size=kernel_size,
+        kernel_stride=kernel_stride,
+        cu_seqlens=cu_seqlens,
+    )
+
+
+def compressed_attention(
+    q: Tensor,
+    compressed_k: Tensor,
+    compressed_v: Tensor | None,
+    consume: Callable[[Tensor], Tensor],
+    *,
+    kernel_size: int,
+    kernel_stride: int,
+    scale: float,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor | None, list[Tensor]]:
+    """Attention of every query over the compressed keys whose window lies wholly in its past.
+
+    Args:
+        q: [B, T, Hq, D].
+        compressed_k: [B, J, H, D]; ``compressed_v`` likewise, or None when only the probabilities are wanted.
+        consume: maps the probabilities of one document [B, H, G, T, J], 0 where nothing is visible, to what is kept.
+
+    Returns:
+        The output [B, T, Hq, D] in float32 or float64 (None without ``compressed_v``; 0 before the first window),
+        and ``consume``'s result for each document.
+    """
+    num_kv_heads = compressed_k.shape[2]
+    consumed = []
+    offset = 0  # of this document's first window
+
+    def attend(q_BTHD):
+        nonlocal offset
+        length = q_BTHD.shape[1]
+        windows = slice(offset, offset + num_windows(length, kernel_size, kernel_stride))
+        offset = windows.stop
+        q_BTHGD = upcast(q_BTHD).unflatten(2, (num_kv_heads, -1)) * scale
+        positions = document_positions(None, 1, length, q.device)[0]
+        visible = visible_windows(positions, kernel_size, kernel_stride)
+        allowed_TJ = torch.arange(windows.stop - windows.start, device=q.device) < visible[:, None]
+        logits = torch.einsum("bthgd,bjhd->bhgtj", q_BTHGD, upcast(compressed_k[:, windows]))
+        p = masked_softmax(logits, allowed_TJ) if logits.shape[-1] else logits
+        p = p.masked_fill(~allowed_TJ, 0)
+        consumed.append(consume(p))
+        if compressed_v is None:
+            return None
+        return torch.einsum("bhgtj,bjhd->bthgd", p, upcast(compressed_v[:, windows])).flatten(2, 3)
+
+    outs = per_document(attend, cu_seqlens, q)
+    return None if compressed_v is None else torch.cat(outs, dim=1), consumed

@@ -1,0 +1,96 @@
+"""DashAttention's router (arXiv 2605.18753): entmax over chunk summaries gives the selection and its prior.
+
+Shapes: B batch, T tokens, Hq query heads, H KV heads, G = Hq / H, D head size, n complete chunks, N chunks.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dashattn.documents import per_document
+from dashattn.ops.dtypes import upcast
+from dashattn.ops.entmax.reference import entmax
+from dashattn.selection import Selection
+
+PRIORS = ("raw", "tempered", "none")
+PRIOR_HEADS = ("group", "head")
+
+
+def dash_routing(
+    q: Tensor,
+    summaries: Tensor,
+    *,
+    chunk_size: int,
+    alpha: float | Tensor = 1.5,
+    router_scale: float = 1.0,
+    prior: str = "tempered",
+    sigma: float = 1e6,
+    prior_heads: str = "group",
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Selection, Tensor | None]:
+    """Selects chunks and returns the prior as an additive bias of the attention logits.
+
+    A chunk is selected iff the mean of the group's entmax probabilities is positive; a token's own chunk always is,
+    with bias 0. ``raw`` is log p, ``tempered`` is (log p - mean over the selected past chunks) / sigma.
+
+    Args:
+        q: queries after RoPE [B, T, Hq, D].
+        summaries: [B, T // chunk_size, H, D] from ``chunk_summary``.
+        alpha: float, or tensor [Hq]; in [1.01, 2].
+        router_scale: gamma; larger selects fewer chunks.
+        prior: raw | tempered | none.
+        prior_heads: ``group``: one prior from the group's mean probability. ``head``: each query head its own.
+
+    Returns:
+        The selection, and the bias [B, T, H, N] (``prior_heads`` group), [B, T, Hq, N] (head) or None (prior none),
+        float32 (float64 for float64), with N = ceil(longest document / chunk_size). Entries that are not selected
+        hold 0; with raw head priors -inf marks selected chunks off the head's own support.
+    """
+    group = q.shape[2] // summaries.shape[2]
+    if isinstance(alpha, Tensor):
+        alpha = alpha.to(torch.float64 if q.dtype == torch.float64 else torch.float32).view(-1, group, 1, 1)
+
+    offset = 0  # of this document's first summary
+
+    def route(q_BTHD):
+        nonlocal offset
+        length, head_dim = q_BTHD.shape[1], q_BTHD.shape[-1]
+        complete, num_chunks = length // chunk_size, -(-length // chunk_size)
+        summaries_BnHD = upcast(summaries[:, offset : offset + complete])
+        offset += complete
+        q_BTHGD = upcast(q_BTHD).unflatten(2, (-1, group))
+        scores = torch.einsum("bthgd,bnhd->bhgtn", q_BTHGD, summaries_BnHD) * (router_scale * head_dim**-0.5)
+        own_chunk = torch.arange(length, device=q.device) // chunk_size
+        past_Tn = torch.arange(complete, device=q.device) < own_chunk[:, None]
+        p, log_p = entmax(scores, alpha, past_Tn)
+
+        past_BTHN = F.pad((p > 0).any(2), (0, num_chunks - complete)).transpose(1, 2)
+        selected = past_BTHN | F.one_hot(own_chunk, num_chunks).bool()[:, None]
+        selection = Selection.from_mask(selected, chunk_size)
+        if prior == "none":
+            return selection, None
+        bias = _prior(log_p, p > 0, prior, sigma, prior_heads)
+        bias = F.pad(bias, (0, num_chunks - complete)).flatten(1, 2).transpose(1, 2)
+        return selection, bias
+
+    selections, biases = zip(*per_document(route, cu_seqlens, q), strict=True)
+    if prior == "none":
+        return Selection.concatenate(selections), None
+    longest = max(b.shape[-1] for b in biases)
+    bias = torch.cat([F.pad(b, (0, longest - b.shape[-1])) for b in biases], dim=1)
+    return Selection.concatenate(selections), bias
+
+
+def _prior(log_p: Tensor, support: Tensor, prior: str, sigma: float, prior_heads: str) -> Tensor:
+    """Bias of the past chunks [B, H, G or 1, T, n] from entmax's log probabilities [B, H, G, T, n]."""
+    group = log_p.shape[2]
+    selected = support.any(2, keepdim=True)
+    if prior_heads == "group":
+        # log of the mean over heads, from log p: dividing by p-bar itself would overflow at the support's edge
+        log_p = log_p.masked_fill(~selected, 0).logsumexp(2, keepdim=True) - torch.tensor(group).log()
+        support = selected
+    log_p = log_p.masked_fill(~support, 0)
+    if prior == "raw":
+        return log_p.masked_fill(selected & ~support, -torch.inf).masked_fill(~selected, 0)
+    mean = log_p.sum(-1, keepdim=True) / support.sum(-1, keepdim=True).clamp_min(1)
+    return ((log_p - mean) / sigma).masked_fill(~selected, 0)

@@ -1,0 +1,22 @@
+"""Dense causal attention through PyTorch's SDPA. Shapes: B batch, T tokens, Hq / Hkv heads, D head size."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dashattn.documents import per_document
+
+
+def sdpa_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """Causal softmax attention of q [B, T, Hq, D] over k, v [B, T, Hkv, D], one SDPA call per document."""
+
+    def attend(*qkv_BTHD):
+        q_BHTD, k_BHTD, v_BHTD = (x.transpose(1, 2) for x in qkv_BTHD)
+        out = F.scaled_dot_product_attention(
+            q_BHTD, k_BHTD, v_BHTD, is_causal=True, scale=scale, enable_gqa=q.shape[2] != k.shape[2]
+        )
+        return out.transpose(1, 2)
+
+    return torch.cat(per_document(attend, cu_seqlens, q, k, v), dim=1)

@@ -1,0 +1,83 @@
+"""What the Triton kernels share: how the rows of a tile map to tokens and heads, and documents to tiles.
+
+The batch is flattened: [B, T, H, D] is [n, H, D] with n = B * T tokens, and every sequence (or packed document) is a
+range ``documents[d] .. documents[d + 1]`` of them. A tile never crosses a document. Tile ``i`` of document ``d`` has
+the slot ``documents[d] // size + d + i``: a closed form, with room for every tile, so that the grid
+``n // size + D`` needs no synchronisation with the device (slots past a document's last tile stay idle).
+
+The rows of a query tile are (token, head of the group), the group padded to a power of two.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def locate_tile(documents, slot, num_documents, SIZE: tl.constexpr):
+    """(document, its first token, its end, index of the tile in it) of a slot; the tile may lie past the end."""
+    low = 0
+    high = num_documents
+    while high - low > 1:
+        middle = (low + high) // 2
+        before = tl.load(documents + middle) // SIZE + middle <= slot
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    start = tl.load(documents + low)
+    end = tl.load(documents + low + 1)
+    return low, start, end, slot - (start // SIZE + low)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a call, after flattening. ``documents`` is int32 [D + 1] on the device."""
+
+    documents: Tensor
+    tokens: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.kv_heads
+
+    @property
+    def padded_group(self) -> int:
+        return triton.next_power_of_2(self.group)
+
+    @property
+    def padded_dim(self) -> int:
+        return max(16, triton.next_power_of_2(self.head_dim))
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.documents) - 1
+
+    def slots(self, size: int) -> int:
+        """Upper bound of the number of tiles of ``size`` tokens over all documents."""
+        return self.tokens // size + self.num_documents
+
+    def tile_tokens(self, rows: int) -> int:
+        """Tokens of a tile of about ``rows`` rows (64 at most: their choices are the bits of one integer)."""
+        return max(1, min(64, rows // self.padded_group))
+
+
+def geometry(q: Tensor, kv_heads: int, cu_seqlens: Tensor | None) -> Geometry:
+    batch, length, heads, head_dim = q.shape
+    if cu_seqlens is None:
+        documents = torch.arange(batch + 1, device=q.device, dtype=torch.int32) * length
+    else:
+        documents = cu_seqlens.to(torch.int32)
+    return Geometry(documents, batch * length, heads, kv_heads, head_dim)
+
+
+def flatten_tokens(x: Tensor) -> Tensor:
+    """[B, T, H, D] -> contiguous [B * T, H, D], aligned for the tensor memory accelerator."""
+    x = x.flatten(0, 1).contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
