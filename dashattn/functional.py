@@ -8,8 +8,10 @@ its own sequence, with its own grid of chunks and blocks.
 With ``return_stats=True`` a function returns ``(out, AttentionStats)``.
 """
 
-from functools import partial
+from collections.abc import Callable
+from functools import partial, wraps
 
+import torch
 from torch import Tensor
 
 from dashattn import checks
@@ -35,12 +37,24 @@ IMPLS = ("auto", "triton", "reference")
 Output = Tensor | tuple[Tensor, AttentionStats]
 
 
+def _without_autocast(attention: Callable[..., Output]) -> Callable[..., Output]:
+    """Inputs decide the precision: autocast would take the float32 sums inside to 16 bits."""
+
+    @wraps(attention)
+    def wrapped(q: Tensor, *args, **kwargs) -> Output:
+        with torch.autocast(q.device.type, enabled=False):
+            return attention(q, *args, **kwargs)
+
+    return wrapped
+
+
 def _use_reference(impl: str, operation: str) -> None:
     """There is one implementation so far; asking for another must not pass in silence."""
     checks.check_choice("impl", impl, IMPLS)
     check(impl != "triton", f"{operation} has no Triton implementation; use impl='auto' or 'reference'")
 
 
+@_without_autocast
 def full_attention(
     q: Tensor,
     k: Tensor,
@@ -64,6 +78,7 @@ def full_attention(
     return out, dense_stats(*k.shape[:3], k.device, cu_seqlens)
 
 
+@_without_autocast
 def dash_attention(
     q: Tensor,
     k: Tensor,
@@ -133,6 +148,7 @@ def dash_attention(
     return out, selection_stats(selection, candidates, cu_seqlens)
 
 
+@_without_autocast
 def infllmv2_attention(
     q: Tensor,
     k: Tensor,
@@ -189,6 +205,7 @@ def infllmv2_attention(
     return out, selection_stats(selection, reads, cu_seqlens)
 
 
+@_without_autocast
 def nsa_attention(
     q: Tensor,
     k: Tensor,

@@ -3,6 +3,8 @@
 Shapes: B batch, T tokens, Hq query heads, H KV heads, G = Hq / H, D head size, n complete chunks, N chunks.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -87,7 +89,7 @@ def _prior(log_p: Tensor, support: Tensor, prior: str, sigma: float, prior_heads
     selected = support.any(2, keepdim=True)
     if prior_heads == "group":
         # log of the mean over heads, from log p: dividing by p-bar itself would overflow at the support's edge
-        log_p = log_p.masked_fill(~selected, 0).logsumexp(2, keepdim=True) - torch.tensor(group).log()
+        log_p = log_p.masked_fill(~selected, 0).logsumexp(2, keepdim=True) - math.log(group)
         support = selected
     log_p = log_p.masked_fill(~support, 0)
     if prior == "raw":

@@ -1,0 +1,161 @@
+"""The backends computed token by token in float64, straight from their definitions and sharing no code with them."""
+
+import math
+
+import numpy as np
+
+
+def softmax(x):
+    e = np.exp(x - np.max(x))
+    return e / e.sum()
+
+
+def entmax(scores, alpha):
+    """By bisection of the threshold until float64 is exhausted."""
+    x = (alpha - 1) * np.asarray(scores)
+    low, high = x.max() - 1, x.max()
+    for _ in range(100):
+        tau = (low + high) / 2
+        p = np.maximum(x - tau, 0) ** (1 / (alpha - 1))
+        low, high = (tau, high) if p.sum() > 1 else (low, tau)
+    return p
+
+
+def attend(q, keys, values, scale, bias=0.0):
+    """One query over the given keys."""
+    return softmax(keys @ q * scale + bias) @ values
+
+
+def block_sparse(q, k, v, blocks, bias, size, scale):
+    """blocks[t][h]: set of blocks; bias(t, query head, block)."""
+    T, Hq, D = q.shape
+    H = k.shape[1]
+    out = np.zeros((T, Hq, D))
+    for t in range(T):
+        for head in range(Hq):
+            h = head // (Hq // H)
+            keys = [s for s in range(t + 1) if s // size in blocks[t][h]]
+            logit_bias = np.array([bias(t, head, s // size) for s in keys])
+            if np.isfinite(logit_bias).any():
+                out[t, head] = attend(q[t, head], k[keys, h], v[keys, h], scale, logit_bias)
+    return out
+
+
+def dash(q, k, v, r, *, chunk_size, alpha, router_scale, prior, sigma, prior_heads, rope=None):
+    """Output [T, Hq, D] and active tokens [T, H]."""
+    T, Hq, D = q.shape
+    H = k.shape[1]
+    group, C = Hq // H, chunk_size
+    summaries = np.zeros((T // C, H, D))
+    for c in range(T // C):
+        for h in range(H):
+            query = r[h]
+            if rope is not None:
+                cos, sin = rope
+                half = np.concatenate([-r[h][D // 2 :], r[h][: D // 2]])
+                query = np.mean([r[h] * cos[t] + half * sin[t] for t in range(c * C, c * C + C)], axis=0)
+            chunk = k[c * C : c * C + C, h]
+            summaries[c, h] = softmax(chunk @ query / math.sqrt(D)) @ chunk
+
+    p = np.zeros((T, Hq, T // C + 1))
+    blocks = [[None] * H for _ in range(T)]
+    for t in range(T):
+        past = t // C
+        for head in range(Hq):
+            if past:
+                scores = router_scale * summaries[:past, head // group] @ q[t, head] / math.sqrt(D)
+                p[t, head, :past] = entmax(scores, alpha[head] if np.ndim(alpha) else alpha)
+        for h in range(H):
+            mean = p[t, h * group : (h + 1) * group].mean(0)
+            blocks[t][h] = {c for c in range(past) if mean[c] > 0} | {past}
+
+    def bias(t, head, c):
+        own, h = t // C, head // group
+        if c == own or prior == "none":
+            return 0.0
+        weights = p[t, head] if prior_heads == "head" else p[t, h * group : (h + 1) * group].mean(0)
+        if prior == "raw":
+            return math.log(weights[c]) if weights[c] > 0 else -math.inf
+        mean = np.mean([math.log(weights[j]) for j in blocks[t][h] - {own} if weights[j] > 0])
+        return ((math.log(weights[c]) if weights[c] > 0 else 0.0) - mean) / sigma
+
+    out = block_sparse(q, k, v, blocks, bias, C, D**-0.5)
+    return out, active_tokens(T, H, lambda t, h, s: s // C in blocks[t][h])
+
+
+def active_tokens(T, H, reads):
+    return np.array([[sum(reads(t, h, s) for s in range(t + 1)) for h in range(H)] for t in range(T)])
+
+
+def visible(t, kernel_size, stride):
+    return [j for j in range(t + 1) if stride * j + kernel_size - 1 <= t]
+
+
+def top_blocks(scores, own, topk, forced):
+    """Forced blocks first, then by score, ties to the lower index."""
+    order = sorted(range(own + 1), key=lambda b: (b not in forced, -scores[b], b))
+    return set(order[:topk])
+
+
+def touching(j, b, kernel_size, stride, block_size):
+    """Tokens that window j and block b share."""
+    return len(set(range(stride * j, stride * j + kernel_size)) & set(range(block_size * b, block_size * (b + 1))))
+
+
+def infllmv2(q, k, v, *, block_size, kernel_size, kernel_stride, topk, init_blocks, window_size):
+    T, Hq, D = q.shape
+    H = k.shape[1]
+    group = Hq // H
+    blocks = [[None] * H for _ in range(T)]
+    for t in range(T):
+        own = t // block_size
+        js = visible(t, kernel_size, kernel_stride)
+        for h in range(H):
+            total = np.zeros(len(js))
+            if js:
+                ck = np.stack([k[kernel_stride * j : kernel_stride * j + kernel_size, h].mean(0) for j in js])
+                total = sum(softmax(ck @ q[t, h * group + g] * D**-0.5) for g in range(group))
+            scores = [
+                max([total[j] for j in js if touching(j, b, kernel_size, kernel_stride, block_size)], default=0.0)
+                for b in range(own + 1)
+            ]
+            forced = set(range(init_blocks)) | set(range(own - window_size // block_size, own + 1))
+            blocks[t][h] = top_blocks(scores, own, topk, forced)
+    out = block_sparse(q, k, v, blocks, lambda *_: 0.0, block_size, D**-0.5)
+    return out, active_tokens(T, H, lambda t, h, s: s // block_size in blocks[t][h])
+
+
+def nsa(q, k, v, ck, cv, gates, kw, vw, *, pooling, block_size, kernel_size, kernel_stride, topk, init_blocks,
+        local_blocks, window_size):  # fmt: skip
+    T, Hq, D = q.shape
+    H = k.shape[1]
+    group, scale = Hq // H, D**-0.5
+    out = np.zeros((T, Hq, D))
+    blocks = [[None] * H for _ in range(T)]
+    for t in range(T):
+        own = t // block_size
+        js = visible(t, kernel_size, kernel_stride)
+        for h in range(H):
+            heads = range(h * group, (h + 1) * group)
+            p = {head: softmax(ck[js, h] @ q[t, head] * scale) if js else np.zeros(0) for head in heads}
+            total = sum(p.values())
+            scores = np.zeros(own + 1)
+            for b in range(own + 1):
+                shared = [touching(j, b, kernel_size, kernel_stride, block_size) for j in js]
+                if pooling == "weighted":
+                    scores[b] = sum(total[j] * shared[j] / kernel_stride for j in js)
+                else:
+                    scores[b] = max([total[j] for j in js if shared[j]], default=0.0)
+            forced = set(range(init_blocks)) | set(range(own - local_blocks + 1, own + 1))
+            blocks[t][h] = top_blocks(scores, own, topk, forced)
+            for head in heads:
+                if js:
+                    out[t, head] += gates[t, head, 0] * (p[head] @ cv[js, h])
+                if window_size:
+                    window = range(max(0, t - window_size + 1), t + 1)
+                    out[t, head] += gates[t, head, 2] * attend(q[t, head], kw[window, h], vw[window, h], scale)
+    out += gates[:, :, 1:2] * block_sparse(q, k, v, blocks, lambda *_: 0.0, block_size, scale)
+    active = active_tokens(
+        T, H, lambda t, h, s: s // block_size in blocks[t][h] or (window_size > 0 and s > t - window_size)
+    )
+    return out, active

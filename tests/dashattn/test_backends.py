@@ -1,0 +1,199 @@
+"""The protocol: every backend built from its config, inside and outside what it can do."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dashattn.backends import (
+    BACKENDS,
+    AttentionShape,
+    DashConfig,
+    FullConfig,
+    InfLLMv2Config,
+    NSAConfig,
+    build_backend,
+)
+
+SHAPE = AttentionShape(hidden_size=24, num_heads=6, num_kv_heads=2, head_dim=8)
+SMALL = {"block_size": 8, "kernel_size": 4, "kernel_stride": 2}
+CONFIGS = {
+    "full": FullConfig(),
+    "dash": DashConfig(chunk_size=8, router_scale=2.0, prior="raw"),
+    "dash rope": DashConfig(chunk_size=8, summary_rope="mean", alpha_mode="learnable", sigma=1.0),
+    "infllmv2": InfLLMv2Config(**SMALL, topk=3, window_size=8),
+    "nsa": NSAConfig(**SMALL, topk=4, window_size=12),
+    "nsa own kv": NSAConfig(**SMALL, topk=4, window_size=12, shared_kv=False),
+    "nsa minicpm": NSAConfig(**SMALL, topk=4, window_size=0, local_blocks=2, variant="minicpm"),
+}
+each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+
+
+def make_inputs(length, batch=1, dtype=torch.float64):
+    q, k, v = (torch.randn(batch, length, heads, SHAPE.head_dim, dtype=dtype) for heads in (6, 2, 2))
+    angles = (torch.arange(length)[:, None] / torch.tensor([1.0, 3.0, 10.0, 30.0])).repeat(1, 2).to(dtype)
+    return (q, k, v), {
+        "hidden": torch.randn(batch, length, SHAPE.hidden_size, dtype=dtype),
+        "rope": (angles.cos(), angles.sin()),
+    }
+
+
+def build(config):
+    backend = build_backend(config, SHAPE).double()
+    for parameter in backend.parameters():  # away from the zero initialisations, which would hide a gradient
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return backend
+
+
+@each_config
+def test_gradcheck_of_inputs_and_parameters(config):
+    backend = build(config)
+    (q, k, v), extra = make_inputs(27)
+    names = [name for name, _ in backend.named_parameters()]
+
+    def fn(q, k, v, hidden, *parameters):
+        options = {"hidden": hidden, "rope": extra["rope"]}
+        return torch.func.functional_call(backend, dict(zip(names, parameters, strict=True)), (q, k, v), options)
+
+    inputs = [x.detach().requires_grad_() for x in (q, k, v, extra["hidden"], *backend.parameters())]
+    assert torch.autograd.gradcheck(fn, inputs, fast_mode=True, atol=1e-6)
+
+
+@each_config
+def test_every_parameter_gets_a_gradient(config):
+    backend = build(config)
+    qkv, extra = make_inputs(40)
+    backend(*(x.requires_grad_() for x in qkv), **extra).square().sum().backward()
+    for name, parameter in backend.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+
+
+@each_config
+def test_packed_equals_separate_and_causal(config):
+    backend = build(config)
+    qkv, extra = make_inputs(46)
+    cu_seqlens = torch.tensor([0, 3, 30, 46], dtype=torch.int32)
+    packed = backend(*qkv, **extra, cu_seqlens=cu_seqlens)
+    for start, end in ((0, 3), (3, 30), (30, 46)):
+        document = slice(start, end)
+        alone = backend(
+            *(x[:, document] for x in qkv),
+            hidden=extra["hidden"][:, document],
+            rope=tuple(table[document] for table in extra["rope"]),
+        )
+        torch.testing.assert_close(packed[:, document], alone, rtol=0, atol=1e-12)
+        prefix = backend(
+            *(x[:, : end - 1] for x in qkv),
+            hidden=extra["hidden"][:, : end - 1],
+            rope=tuple(table[: end - 1] for table in extra["rope"]),
+        )
+        whole = backend(*qkv, **extra)
+        torch.testing.assert_close(whole[:, : end - 1], prefix, rtol=0, atol=1e-12)
+
+
+@each_config
+def test_short_sequences(config):
+    backend = build(config)
+    for length in (1, 2, 7, 8, 9):
+        qkv, extra = make_inputs(length, batch=2)
+        out, stats = backend(*qkv, **extra, return_stats=True)
+        assert out.isfinite().all()
+        assert stats.active_tokens.shape == (2, length, 2)
+
+
+def test_summary_rope_mean_is_translation_invariant():
+    """Moving a document by a whole number of positions changes nothing when r is rotated with its chunk."""
+    torch.manual_seed(1)
+    backend = build(DashConfig(chunk_size=8, router_scale=3.0, summary_rope="mean", prior="raw"))
+    raw_q, raw_k, v = (torch.randn(1, 40, heads, 8, dtype=torch.float64) for heads in (6, 2, 2))
+    frequencies = torch.tensor([1.0, 0.3, 0.1, 0.03], dtype=torch.float64)
+
+    def attend(offset):
+        from dashattn.rope import apply_rope
+
+        angles = ((torch.arange(40) + offset)[:, None] * frequencies).repeat(1, 2)
+        rope = (angles.cos(), angles.sin())
+        return backend(apply_rope(raw_q, *rope), apply_rope(raw_k, *rope), v, rope=rope)
+
+    torch.testing.assert_close(attend(0), attend(1000), rtol=0, atol=1e-9)
+
+
+def test_minicpm_below_one_window_gates_dense_attention():
+    from dashattn import full_attention
+
+    backend = build(CONFIGS["nsa minicpm"])
+    (q, k, v), extra = make_inputs(3)
+    gate = backend.gate(q).sigmoid()[..., 1:]
+    torch.testing.assert_close(backend(q, k, v, **extra), gate * full_attention(q, k, v), rtol=0, atol=1e-12)
+
+
+def test_alpha_schedule_is_a_function_of_the_step():
+    backend = build_backend(DashConfig(alpha_mode="scheduled", alpha_start=1.25, alpha=1.5, alpha_steps=100), SHAPE)
+    expected = {0: 1.25, 50: 1.375, 100: 1.5, 1000: 1.5}
+    for step in (50, 0, 1000, 100):
+        backend.set_step(step)
+        assert backend.metrics()["alpha"] == pytest.approx(expected[step])
+
+
+def test_learnable_alpha_starts_at_alpha():
+    backend = build_backend(DashConfig(alpha_mode="learnable", alpha=1.3), SHAPE)
+    assert backend.alpha().tolist() == pytest.approx([1.3] * 6)
+
+
+def test_knobs():
+    dash = build_backend(DashConfig(), SHAPE)
+    dash.set_knob(4)
+    assert dash.config.router_scale == 4.0
+    infllm = build_backend(InfLLMv2Config(), SHAPE)
+    infllm.set_knob(20)
+    assert infllm.config.topk == 20
+    with pytest.raises(ValueError, match="shrink window_size"):
+        infllm.set_knob(3)
+    with pytest.raises(ValueError, match="topk must be an integer"):
+        infllm.set_knob(20.5)
+    with pytest.raises(ValueError, match="no sparsity knob"):
+        build_backend(FullConfig(), SHAPE).set_knob(1)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DashConfig(impl="cuda"), "attention.impl must be one of"),
+        (lambda: DashConfig(alpha=3.0), "alpha must lie in"),
+        (lambda: DashConfig(alpha_mode="scheduled"), "needs alpha_steps > 0"),
+        (lambda: DashConfig(alpha_mode="learnable", alpha=2.0), "strictly below 2"),
+        (lambda: DashConfig(summary_rope="max"), "none, mean"),
+        (lambda: InfLLMv2Config(topk=10), "shrink window_size"),
+        (lambda: NSAConfig(variant="minicpm"), "set window_size=0"),
+        (lambda: NSAConfig(window_size=0), "window_size > 0"),
+        (lambda: build_backend(FullConfig(name="dash"), SHAPE), "with its own config"),
+        (lambda: build_backend(FullConfig(), AttentionShape(8, 33, 1, 8)), "raise num_kv_heads"),
+        (lambda: build_backend(FullConfig(), AttentionShape(8, 3, 2, 8)), "multiple of num_kv_heads"),
+        (lambda: build_backend(FullConfig(), AttentionShape(8, 2, 2, 512)), "head sizes up to 256"),
+        (lambda: build(CONFIGS["nsa"])(*make_inputs(9)[0]), "pass hidden"),
+        (lambda: build(CONFIGS["dash rope"])(*make_inputs(9)[0]), "pass rope"),
+    ],
+)
+def test_refusals(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_registry_names_agree():
+    for name, (config, _) in BACKENDS.items():
+        assert config().name == name
+
+
+def test_import_needs_no_triton_and_changes_nothing():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch; before = (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),"
+        " torch.backends.cuda.matmul.allow_tf32)\n"
+        "import dashattn, dashattn.backends\n"
+        "assert before == (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),"
+        " torch.backends.cuda.matmul.allow_tf32)\n"
+        "assert not any(m.split('.')[0] in ('models', 'data', 'experiments', 'hydra') for m in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,317 @@
+"""The public functions against the token-by-token oracle, and the properties that users rely on."""
+
+import functools
+
+import numpy as np
+import oracle
+import pytest
+import torch
+
+from dashattn import dash_attention, full_attention, infllmv2_attention, nsa_attention
+from dashattn.ops.compression.reference import num_windows
+
+D = 8
+BLOCKS = {"block_size": 8, "kernel_size": 4, "kernel_stride": 2}
+DASH = {"chunk_size": 8, "router_scale": 3.0}
+INFLLM = {**BLOCKS, "topk": 3, "init_blocks": 1, "window_size": 8}
+NSA = {**BLOCKS, "topk": 4, "init_blocks": 1, "local_blocks": 2, "window_size": 11}
+# Tokens; query and KV heads. Lengths below, at and off the grid; groups that are and are not powers of two.
+SHAPES = [(1, 2, 2), (5, 4, 1), (8, 3, 1), (9, 2, 1), (41, 6, 2), (48, 7, 1), (67, 4, 4)]
+
+
+def make_qkv(length, num_heads, num_kv_heads, batch=1, dtype=torch.float64, requires_grad=False):
+    def make(heads):
+        return torch.randn(batch, length, heads, D, dtype=dtype).requires_grad_(requires_grad)
+
+    return make(num_heads), make(num_kv_heads), make(num_kv_heads)
+
+
+def nsa_inputs(q, k, v, kernel_size=4, kernel_stride=2, gates=3):
+    """Compressed keys and values, gates and the window's own keys and values, drawn at random."""
+    windows = num_windows(k.shape[1], kernel_size, kernel_stride)
+    ck, cv = (torch.randn(k.shape[0], windows, *k.shape[2:], dtype=q.dtype) for _ in range(2))
+    return ck, cv, torch.rand(*q.shape[:3], gates, dtype=q.dtype), torch.randn_like(k), torch.randn_like(v)
+
+
+def dash(q, k, v, **options):
+    r = torch.randn(k.shape[2], D, dtype=q.dtype, generator=torch.Generator().manual_seed(1))
+    return dash_attention(q, k, v, r, **DASH, **options)
+
+
+def infllm(q, k, v, **options):
+    return infllmv2_attention(q, k, v, **INFLLM, **options)
+
+
+def nsa_shared(q, k, v, cu_seqlens=None, **options):
+    """NSA with a causal stand-in for the learned parts: mean-pooled keys and values, gates from q."""
+    from dashattn.ops.compression.reference import mean_compress
+
+    ck, cv = (mean_compress(x, 4, 2, cu_seqlens) for x in (k, v))
+    return nsa_attention(q, k, v, ck, cv, q[..., :3].sigmoid(), **NSA, cu_seqlens=cu_seqlens, **options)
+
+
+BACKENDS = {"full": full_attention, "dash": dash, "infllmv2": infllm, "nsa": nsa_shared}
+each_backend = pytest.mark.parametrize("attention", BACKENDS.values(), ids=BACKENDS.keys())
+
+
+def arrays(*tensors):
+    return [x[0].detach().numpy() for x in tensors]
+
+
+def assert_matches(result, expected):
+    (out, stats), (out_expected, active_expected) = result, expected
+    np.testing.assert_allclose(out[0].detach().numpy(), out_expected, rtol=0, atol=1e-9)
+    np.testing.assert_array_equal(stats.active_tokens[0].numpy(), active_expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("prior_heads", ["group", "head"])
+@pytest.mark.parametrize("prior", ["raw", "tempered", "none"])
+def test_dash_equals_its_definition(shape, prior, prior_heads):
+    q, k, v = make_qkv(*shape)
+    r = torch.randn(k.shape[2], D, dtype=torch.float64)
+    alpha = torch.linspace(1.2, 1.9, q.shape[2], dtype=torch.float64)
+    for options in ({"alpha": 1.5}, {"alpha": alpha}):
+        options |= {**DASH, "prior": prior, "sigma": 2.0, "prior_heads": prior_heads}
+        result = dash_attention(q, k, v, r, **options, return_stats=True)
+        options["alpha"] = np.asarray(options["alpha"])
+        assert_matches(result, oracle.dash(*arrays(q, k, v), r.numpy(), **options))
+
+
+def test_dash_summary_rope_equals_its_definition():
+    q, k, v = make_qkv(41, 4, 2)
+    r = torch.randn(2, D, dtype=torch.float64)
+    angles = torch.randn(41, D // 2, dtype=torch.float64).repeat(1, 2)
+    rope = (angles.cos(), angles.sin())
+    options = {**DASH, "alpha": 1.5, "prior": "raw", "sigma": 1.0, "prior_heads": "group"}
+    result = dash_attention(q, k, v, r, **options, summary_rope=rope, return_stats=True)
+    assert_matches(result, oracle.dash(*arrays(q, k, v), r.numpy(), **options, rope=[t.numpy() for t in rope]))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("init_blocks", [0, 1])
+def test_infllmv2_equals_its_definition(shape, init_blocks):
+    q, k, v = make_qkv(*shape)
+    options = INFLLM | {"init_blocks": init_blocks}
+    result = infllmv2_attention(q, k, v, **options, return_stats=True)
+    assert_matches(result, oracle.infllmv2(*arrays(q, k, v), **options))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("pooling", ["weighted", "max"])
+def test_nsa_equals_its_definition(shape, pooling):
+    q, k, v = make_qkv(*shape)
+    ck, cv, gates, kw, vw = nsa_inputs(q, k, v)
+    options = NSA | {"pooling": pooling}
+    result = nsa_attention(q, k, v, ck, cv, gates, k_window=kw, v_window=vw, **options, return_stats=True)
+    assert_matches(result, oracle.nsa(*arrays(q, k, v, ck, cv, gates, kw, vw), **options))
+
+
+def test_nsa_without_window_has_two_branches():
+    q, k, v = make_qkv(41, 4, 2)
+    ck, cv, gates, _, _ = nsa_inputs(q, k, v, gates=2)
+    options = NSA | {"pooling": "max", "window_size": 0}
+    result = nsa_attention(q, k, v, ck, cv, gates, **options, return_stats=True)
+    assert_matches(result, oracle.nsa(*arrays(q, k, v, ck, cv, gates, k, v), **options))
+
+
+def gradcheck(fn, *inputs):
+    """In fast mode: a random projection of the Jacobian, float64."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    assert torch.autograd.gradcheck(fn, inputs, fast_mode=True, atol=1e-6)
+
+
+@pytest.mark.parametrize("prior_heads", ["group", "head"])
+@pytest.mark.parametrize("prior", ["raw", "tempered"])
+def test_dash_gradcheck(prior, prior_heads):
+    q, k, v = make_qkv(37, 6, 2)
+    r = torch.randn(2, D, dtype=torch.float64)
+    alpha = torch.linspace(1.3, 1.8, 6, dtype=torch.float64)
+    angles = torch.randn(37, D // 2, dtype=torch.float64).repeat(1, 2)
+    for rope in (None, (angles.cos(), angles.sin())):
+        fn = functools.partial(
+            dash_attention, chunk_size=8, router_scale=2.0, prior=prior, sigma=1.5, prior_heads=prior_heads
+        )
+        gradcheck(lambda q, k, v, r, a, fn=fn, rope=rope: fn(q, k, v, r, alpha=a, summary_rope=rope), q, k, v, r, alpha)
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, [0, 20, 37]])
+def test_gradcheck_of_the_other_backends(cu_seqlens):
+    if cu_seqlens is not None:
+        cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32)
+    q, k, v = make_qkv(37, 4, 2)
+    gradcheck(functools.partial(full_attention, cu_seqlens=cu_seqlens), q, k, v)
+    gradcheck(functools.partial(infllm, cu_seqlens=cu_seqlens), q, k, v)
+    gradcheck(functools.partial(nsa_shared, cu_seqlens=cu_seqlens), q, k, v)
+    inputs = nsa_inputs(q, k, v)
+    gradcheck(
+        lambda q, k, v, ck, cv, gates, kw, vw: nsa_attention(q, k, v, ck, cv, gates, k_window=kw, v_window=vw, **NSA),
+        q, k, v, *inputs,
+    )  # fmt: skip
+
+
+def test_tempered_prior_only_carries_gradient():
+    """With a large sigma the forward is plain block-sparse softmax; the router still learns, scaled by 1 / sigma."""
+    q, k, v = make_qkv(64, 4, 2)
+    grads = {}
+    for sigma in (1e6, 1e8):
+        r = torch.randn(2, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        out = dash_attention(q, k, v, r, **DASH, prior="tempered", sigma=sigma)
+        torch.testing.assert_close(out, dash_attention(q, k, v, r, **DASH, prior="none"), rtol=0, atol=1e-4)
+        out.square().sum().backward()
+        grads[sigma] = r.grad
+    assert grads[1e6].abs().max() > 0
+    torch.testing.assert_close(grads[1e6] / 100, grads[1e8], rtol=1e-3, atol=0)
+
+
+def test_zero_chunk_query_is_mean_pooling_and_learns():
+    q, k, v = make_qkv(64, 4, 2, requires_grad=True)
+    r = torch.zeros(2, D, dtype=torch.float64, requires_grad=True)
+    dash_attention(q, k, v, r, **DASH, prior="raw").square().sum().backward()
+    assert r.grad.abs().max() > 1e-6
+
+
+@each_backend
+def test_causality(attention):
+    q, k, v = make_qkv(50, 4, 2)
+    out = attention(q, k, v)
+    changed = [x.clone() for x in (q, k, v)]
+    for x in changed:
+        x[:, 29:] = torch.randn_like(x[:, 29:])
+    torch.testing.assert_close(attention(*changed)[:, :29], out[:, :29], rtol=0, atol=0)
+
+
+@each_backend
+def test_packed_equals_separate(attention):
+    lengths = [1, 17, 0, 8, 33, 3]
+    q, k, v = make_qkv(sum(lengths), 4, 2, requires_grad=True)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    out, stats = attention(q, k, v, cu_seqlens=cu_seqlens, return_stats=True)
+    weight = torch.randn_like(out)
+    packed_grads = torch.autograd.grad((out * weight).sum(), (q, k, v))
+
+    start, outs, active = 0, [], []
+    for length in lengths:
+        document = slice(start, start + length)
+        start += length
+        if length:
+            out_d, stats_d = attention(*(x[:, document] for x in (q, k, v)), return_stats=True)
+            outs.append(out_d)
+            active.append(stats_d.active_tokens)
+            assert (stats.routing_reads[:, document] == stats_d.routing_reads).all()
+    separate = torch.cat(outs, 1)
+    torch.testing.assert_close(out, separate, rtol=0, atol=1e-12)
+    assert (stats.active_tokens == torch.cat(active, 1)).all()
+    for packed, alone in zip(packed_grads, torch.autograd.grad((separate * weight).sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(packed, alone, rtol=0, atol=1e-12)
+
+
+@each_backend
+def test_permuting_kv_groups_permutes_the_output(attention):
+    q, k, v = make_qkv(45, 6, 2)
+    if attention is dash:
+        attention = functools.partial(dash_attention, chunk_query=torch.ones(2, D, dtype=q.dtype), **DASH)
+    swapped = attention(q.unflatten(2, (2, 3)).flip(2).flatten(2, 3), k.flip(2), v.flip(2))
+    torch.testing.assert_close(swapped.unflatten(2, (2, 3)).flip(2).flatten(2, 3), attention(q, k, v))
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_low_precision_inputs(attention, dtype):
+    """Same dtype out; the sums are float32, so only the inputs' rounding shows (selections may move with it)."""
+    q, k, v = make_qkv(40, 4, 2, dtype=dtype)
+    out = attention(q, k, v)
+    assert out.dtype == dtype
+    if attention is full_attention:
+        exact = attention(*(x.double() for x in (q, k, v)))
+        assert (out - exact).norm() / exact.norm() < 1e-2
+
+
+@each_backend
+def test_autocast_does_not_lower_the_precision_inside(attention):
+    q, k, v = make_qkv(40, 4, 2, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(q, k, v)
+    torch.testing.assert_close(out, attention(q, k, v), rtol=0, atol=1e-6)
+
+
+@each_backend
+def test_non_contiguous_inputs(attention):
+    q, k, v = make_qkv(40, 4, 2)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    torch.testing.assert_close(attention(*strided), attention(q, k, v), rtol=0, atol=1e-13)
+
+
+def test_infllmv2_with_every_block_is_dense():
+    q, k, v = make_qkv(61, 6, 2, batch=2)
+    out, stats = infllmv2_attention(q, k, v, **INFLLM | {"topk": 8}, return_stats=True)
+    torch.testing.assert_close(out, full_attention(q, k, v), rtol=0, atol=1e-12)
+    assert stats.causal_sparsity() == 0
+
+
+def test_dash_with_tiny_router_scale_and_no_prior_is_dense():
+    q, k, v = make_qkv(61, 6, 2, batch=2)
+    r = torch.randn(2, D, dtype=torch.float64)
+    out, stats = dash_attention(q, k, v, r, chunk_size=8, router_scale=1e-6, prior="none", return_stats=True)
+    torch.testing.assert_close(out, full_attention(q, k, v), rtol=0, atol=1e-12)
+    assert stats.causal_sparsity() == 0
+
+
+def test_router_scale_is_a_sparsity_knob():
+    q, k, v = make_qkv(128, 4, 2)
+    sparsities = [
+        dash_attention(q, k, v, torch.zeros(2, D, dtype=q.dtype), chunk_size=8, router_scale=g, return_stats=True)[1]
+        .causal_sparsity()
+        .item()
+        for g in (0.1, 1.0, 4.0, 16.0)
+    ]
+    assert sparsities == sorted(sparsities)
+    assert sparsities[-1] > sparsities[0] + 0.3
+
+
+def small(**changes):
+    """Arguments of a valid call, some of them replaced."""
+    q, k, v = make_qkv(16, 4, 2)
+    return {"q": q, "k": k, "v": v} | changes
+
+
+CU = functools.partial(torch.tensor, dtype=torch.int32)
+R = torch.zeros(2, D, dtype=torch.float64)
+NSA_R = {"compressed_k": R, "compressed_v": R, "gates": R}
+THREE_HEADS, SHORT = torch.zeros(1, 16, 3, D, dtype=torch.float64), torch.zeros(1, 8, 4, D, dtype=torch.float64)
+TWO_ROWS = {name: torch.zeros(2, 16, 2, D) for name in "qkv"}
+REFUSALS = {
+    "dimensions": (full_attention, {"q": torch.zeros(16, 4, D)}, "4 dimensions"),
+    "heads": (full_attention, {"q": THREE_HEADS}, "multiple of the number of KV heads"),
+    "lengths": (full_attention, {"q": SHORT}, "agree in batch, length"),
+    "kv shapes": (full_attention, {"v": torch.zeros(1, 16, 2, 4, dtype=torch.float64)}, "k and v must have one shape"),
+    "dtypes": (full_attention, {"k": torch.zeros(1, 16, 2, D)}, "cast them to one dtype"),
+    "integers": (full_attention, {n: torch.zeros(1, 2, 1, D).int() for n in "qkv"}, "must be bf16"),
+    "devices": (full_attention, {"k": torch.zeros(1, 16, 2, D, device="meta", dtype=torch.float64)}, "one device"),
+    "empty": (full_attention, {n: torch.zeros(1, 0, 2, D) for n in "qkv"}, "must not be empty"),
+    "cu_seqlens end": (full_attention, {"cu_seqlens": CU([0, 15])}, "rise from 0 to T = 16"),
+    "cu_seqlens order": (full_attention, {"cu_seqlens": CU([0, 9, 8, 16])}, "rise from 0"),
+    "cu_seqlens dtype": (full_attention, {"cu_seqlens": torch.tensor([0, 16])}, "must be int32"),
+    "cu_seqlens batch": (full_attention, TWO_ROWS | {"cu_seqlens": CU([0, 16])}, "B must be"),
+    "impl": (full_attention, {"impl": "cuda"}, "auto, triton, reference"),
+    "chunk size": (dash_attention, {"chunk_query": R, "chunk_size": 0}, "chunk_size must be a positive integer"),
+    "chunk_query": (dash_attention, {"chunk_query": R[:1]}, r"chunk_query must have shape \(2, 8\)"),
+    "alpha": (dash_attention, {"chunk_query": R, "alpha": 1.0}, r"\[1.01, 2.0\]"),
+    "alpha heads": (dash_attention, {"chunk_query": R, "alpha": torch.full((3,), 1.5)}, "one entry per query head"),
+    "prior": (dash_attention, {"chunk_query": R, "prior": "log"}, "raw, tempered, none"),
+    "prior_heads": (dash_attention, {"chunk_query": R, "prior_heads": "all"}, "group, head"),
+    "router_scale": (dash_attention, {"chunk_query": R, "router_scale": 0.0}, "router_scale must be a positive"),
+    "sigma": (dash_attention, {"chunk_query": R, "sigma": -1.0}, "sigma must be a positive"),
+    "summary_rope": (dash_attention, {"chunk_query": R, "summary_rope": (R, R)}, r"must be \[T, D\]"),
+    "forced": (infllmv2_attention, {"topk": 17}, "topk 17 < 18 .* shrink window_size"),
+    "window": (infllmv2_attention, {"window_size": 100}, r"multiple of block_size \(64\)"),
+    "stride": (infllmv2_attention, {"kernel_stride": 24}, "multiples of kernel_stride"),
+    "nsa forced": (nsa_attention, NSA_R | {"topk": 2}, "topk 2 < 3"),
+    "nsa compressed": (nsa_attention, NSA_R, r"compressed_k must have shape \(1, 0, 2, 8\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("attention", "changes", "message"), REFUSALS.values(), ids=REFUSALS.keys())
+def test_refusals_say_what_is_allowed(attention, changes, message):
+    with pytest.raises(ValueError, match=message):
+        attention(**small(**changes))

@@ -1,0 +1,52 @@
+import pytest
+import torch
+
+from dashattn import causal_sparsity, full_attention, paper_sparsity
+from dashattn.selection import Selection
+from dashattn.stats import selection_stats
+
+
+@pytest.mark.parametrize("num_blocks", [1, 31, 32, 33, 70])
+def test_selection_round_trip(num_blocks):
+    mask = torch.rand(2, 5, 3, num_blocks) < 0.5
+    selection = Selection.from_mask(mask, 16)
+    assert selection.words.dtype == torch.int32
+    assert selection.words.shape == (2, 3, 5, -(-num_blocks // 32))
+    unpacked = selection.mask()
+    assert (unpacked[..., :num_blocks] == mask).all()
+    assert not unpacked[..., num_blocks:].any()
+
+
+def test_concatenate_pads_the_narrower_document():
+    masks = [torch.rand(1, 4, 2, 10) < 0.5, torch.rand(1, 6, 2, 40) < 0.5]
+    joined = Selection.concatenate([Selection.from_mask(m, 16) for m in masks]).mask()
+    assert (joined[:, :4, :, :10] == masks[0]).all()
+    assert (joined[:, 4:, :, :40] == masks[1]).all()
+
+
+def test_dense_scores_zero_packed_or_not():
+    q = torch.randn(1, 12, 2, 8)
+    for cu_seqlens in (None, torch.tensor([0, 5, 12], dtype=torch.int32)):
+        _, stats = full_attention(q, q, q, cu_seqlens=cu_seqlens, return_stats=True)
+        assert stats.causal_sparsity() == 0
+
+
+def test_paper_sparsity_of_dense_attention_at_16k():
+    """The paper's count gives dense causal attention 37 % at 16384."""
+    length = 16384
+    active = torch.arange(1, length + 1).view(1, length, 1)
+    assert paper_sparsity(active).item() == pytest.approx(0.375, abs=1e-3)
+    assert causal_sparsity(active, torch.arange(length)[None]).item() == 0
+
+
+def test_counts_by_hand():
+    """Blocks of 4; token 9 reads blocks 0 and 2: four keys and the two of its own block up to itself."""
+    mask = torch.zeros(1, 10, 1, 3, dtype=torch.bool)
+    mask[0, :, 0, 0] = True
+    mask[0, 8:, 0, 2] = True
+    selection = Selection.from_mask(mask, 4)
+    stats = selection_stats(selection, torch.zeros(1, 10, dtype=torch.int32), None)
+    assert stats.active_tokens.flatten().tolist() == [1, 2, 3, 4, 4, 4, 4, 4, 5, 6]
+    # A window of the last 3 keys: token 9 adds key 7 to blocks 0 and 2, token 5 adds keys 4 and 5.
+    windowed = selection_stats(selection, torch.zeros(1, 10, dtype=torch.int32), None, window_size=3)
+    assert windowed.active_tokens.flatten().tolist() == [1, 2, 3, 4, 5, 6, 7, 7, 7, 7]
