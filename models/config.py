@@ -1,0 +1,123 @@
+"""Shape of a decoder-only transformer: the dataclasses behind configs/model/*.yaml."""
+
+from dataclasses import dataclass, field
+
+# Which fields each RoPE scaling must be given, and which it may be given besides.
+_ROPE_REQUIRED = {
+    "none": set(),
+    "linear": {"factor"},
+    "llama3": {"factor", "original_max_seq_len", "low_freq_factor", "high_freq_factor"},
+    "yarn": {"factor", "original_max_seq_len"},
+    "longrope": {"original_max_seq_len", "short_factor", "long_factor"},
+}
+_ROPE_OPTIONAL = {
+    "yarn": {"attention_factor", "beta_fast", "beta_slow"},
+    "longrope": {"factor", "attention_factor"},
+}
+
+
+@dataclass
+class RopeConfig:
+    """Rotary position embedding. The parameters mean what they mean in Hugging Face configs.
+
+    Raises ValueError when ``scaling`` is unknown, lacks a parameter, or is given one that it would ignore.
+    """
+
+    theta: float = 10000.0
+    scaling: str = "none"  # none | linear | llama3 | yarn | longrope
+    factor: float | None = None  # context extension; longrope: null = max_seq_len / original_max_seq_len
+    original_max_seq_len: int | None = None  # length of the first pretraining stage, in tokens
+    low_freq_factor: float | None = None  # llama3
+    high_freq_factor: float | None = None  # llama3
+    beta_fast: float | None = None  # yarn, null = 32 rotations over the original length
+    beta_slow: float | None = None  # yarn, null = 1
+    short_factor: list[float] | None = None  # longrope, head_dim / 2 values, up to original_max_seq_len tokens
+    long_factor: list[float] | None = None  # longrope, head_dim / 2 values, for longer sequences
+    attention_factor: float | None = None  # yarn and longrope: multiplies cos and sin; null = the published formula
+
+    def __post_init__(self):
+        if self.scaling not in _ROPE_REQUIRED:
+            raise ValueError(f"rope.scaling={self.scaling!r} is unknown: use one of {', '.join(_ROPE_REQUIRED)}")
+        if self.theta <= 1:
+            raise ValueError(f"rope.theta={self.theta} must exceed 1: 10000 is the usual base")
+        required = _ROPE_REQUIRED[self.scaling]
+        for name in _ROPE_PARAMETERS:
+            value = getattr(self, name)
+            if value is None and name in required:
+                raise ValueError(f"rope.scaling={self.scaling} needs rope.{name}: set it")
+            if value is None:
+                continue
+            if name not in required | _ROPE_OPTIONAL.get(self.scaling, set()):
+                raise ValueError(
+                    f"rope.scaling={self.scaling} does not use rope.{name}: set rope.{name}=null or change rope.scaling"
+                )
+            if min(value if name.endswith(("short_factor", "long_factor")) else [value], default=0) <= 0:
+                raise ValueError(f"rope.{name}={value} must be positive")
+        if self.scaling == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"rope.high_freq_factor={self.high_freq_factor} must exceed "
+                f"rope.low_freq_factor={self.low_freq_factor}: Llama 3 uses 4 and 1"
+            )
+
+
+_ROPE_PARAMETERS = [name for name in RopeConfig.__dataclass_fields__ if name not in ("theta", "scaling")]
+
+
+@dataclass
+class ModelConfig:
+    """Decoder-only transformer: RMSNorm, SwiGLU, RoPE, grouped-query attention.
+
+    The three ``*_scale`` multipliers are MiniCPM's: embedding_scale = scale_emb, residual_scale =
+    scale_depth / sqrt(num_layers), logit_scale = dim_model_base / hidden_size. 1 turns each off.
+
+    Raises ValueError for shapes that cannot be built.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_seq_len: int  # tokens the model is meant for; longer inputs run and measure extrapolation
+    vocab_size: int | None = None  # null = the data's; set before the model is built
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    norm_eps: float = 1e-5
+    qk_norm: bool = False  # RMSNorm over each query and key head, before RoPE
+    tie_embeddings: bool = False
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    init_std: float = 0.02
+    embedding_init_std: float | None = None  # null = init_std
+
+    def __post_init__(self):
+        positive = (
+            *("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
+            *("max_seq_len", "vocab_size", "norm_eps", "embedding_scale", "residual_scale", "logit_scale"),
+            *("init_std", "embedding_init_std"),
+        )
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"model.{name}={value} must be positive")
+        if self.num_heads % self.num_kv_heads:
+            divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
+            raise ValueError(
+                f"model.num_heads={self.num_heads} is not a multiple of "
+                f"model.num_kv_heads={self.num_kv_heads}: choose num_kv_heads among {divisors}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"model.head_dim={self.head_dim} must be even: RoPE rotates pairs of channels")
+        for name in ("short_factor", "long_factor"):
+            factors = getattr(self.rope, name)
+            if factors is not None and len(factors) != self.head_dim // 2:
+                raise ValueError(
+                    f"model.rope.{name} has {len(factors)} values: it needs head_dim / 2 = {self.head_dim // 2}"
+                )
+        original = self.rope.original_max_seq_len
+        if self.rope.scaling == "longrope" and self.rope.factor is None and self.max_seq_len < original:
+            raise ValueError(
+                f"model.max_seq_len={self.max_seq_len} is below model.rope.original_max_seq_len={original}: "
+                "raise max_seq_len or set model.rope.factor"
+            )

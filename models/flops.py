@@ -1,0 +1,97 @@
+"""Parameters and floating-point operations of a model, right for causal and for sparse attention.
+
+One multiply-add counts as two operations. Norms, RoPE, softmax and the embedding lookup are not counted,
+nor is recomputation: these are the FLOPs that model FLOPs utilisation (MFU) is defined over.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from dashattn.stats import AttentionStats
+from models.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """``embedding``: the token table and, where the two are not tied, the output table."""
+
+    total: int
+    embedding: int
+
+    @property
+    def non_embedding(self) -> int:
+        return self.total - self.embedding
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Parameters of a ``Transformer``, those of its attention backends included."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    tables = [model.embedding] if model.lm_head is None else [model.embedding, model.lm_head]
+    return ParameterCount(total, sum(table.weight.numel() for table in tables))
+
+
+@dataclass(frozen=True)
+class FlopsPerToken:
+    """Forward operations per token of the whole model, by where they are spent."""
+
+    matmul: float  # projections, MLP, output head, and what the backend projects
+    attention: float  # q k^T and attention weights times v, over the keys read
+    routing: float  # scores of summaries or compressed keys
+
+    @property
+    def forward(self) -> float:
+        return self.matmul + self.attention + self.routing
+
+    @property
+    def train(self) -> float:
+        """Forward and backward; the backward pass of a product is two products of the same size."""
+        return 3 * self.forward
+
+
+def matmul_parameters(config: ModelConfig) -> int:
+    """Weights that multiply every token: all but the norms, the embedding lookup and the backends' own."""
+    if config.vocab_size is None:
+        raise ValueError("model.vocab_size is null: set it to the vocabulary size of the data's tokenizer")
+    heads = 2 * config.num_heads + 2 * config.num_kv_heads  # q and o, k and v
+    layer = config.hidden_size * (heads * config.head_dim + 3 * config.intermediate_size)
+    return config.num_layers * layer + config.hidden_size * config.vocab_size
+
+
+def flops_per_token(
+    config: ModelConfig,
+    seq_len: int,
+    *,
+    active_tokens: float | None = None,
+    routing_reads: float = 0.0,
+    backend_parameters: int = 0,
+) -> FlopsPerToken:
+    """Operations per token, averaged over a sequence of ``seq_len`` tokens.
+
+    Args:
+        active_tokens: keys a token reads per KV head (every query head of the group reads them), averaged over
+            tokens, KV heads and layers; None = dense causal attention, (seq_len + 1) / 2.
+        routing_reads: summaries or compressed keys a token scores per KV head, averaged alike. ``mean_reads`` takes
+            both from a measured model.
+        backend_parameters: weights of the backends, over all layers, that multiply every token (NSA's gates and
+            K/V projections).
+    """
+    if active_tokens is None:
+        active_tokens = (seq_len + 1) / 2
+    head_channels = config.num_layers * config.num_heads * config.head_dim
+    return FlopsPerToken(
+        matmul=2 * (matmul_parameters(config) + backend_parameters),
+        attention=4 * head_channels * active_tokens,
+        routing=2 * head_channels * routing_reads,
+    )
+
+
+def mean_reads(stats: Sequence[AttentionStats]) -> tuple[float, float]:
+    """(active tokens, routing reads) per token and KV head, averaged over the layers of ``ModelOutput.stats``.
+
+    Synchronises with the device.
+    """
+    active_tokens = sum(layer.active_tokens.double().mean().item() for layer in stats)
+    routing_reads = sum(layer.routing_reads.double().mean().item() for layer in stats)
+    return active_tokens / len(stats), routing_reads / len(stats)

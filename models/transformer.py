@@ -1,0 +1,194 @@
+"""Decoder-only transformer: RMSNorm, SwiGLU, RoPE, grouped-query attention through an attention backend.
+
+Shape suffixes: B batch, T tokens, E hidden size, H query or KV heads, D head size, V vocabulary.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dashattn.backends import AttentionBackend, AttentionConfig, AttentionShape, build_backend
+from dashattn.documents import document_positions
+from dashattn.rope import apply_rope
+from dashattn.stats import AttentionStats
+from models.config import ModelConfig
+from models.rope import rope_tables
+
+
+class ModelOutput(NamedTuple):
+    """What ``Transformer.forward`` returns."""
+
+    logits: Tensor | None  # [B, T, V], None when labels are given
+    loss: Tensor | None  # float32 scalar, the mean over valid labels (0 when there is none)
+    token_losses: Tensor | None  # float32 [B, T] in nats, 0 where the label is -100
+    stats: list[AttentionStats] | None  # one a layer
+
+
+class Transformer(nn.Module):
+    """Language model of the shape ``config``, whose attention in every layer is built from ``attention``.
+
+    Under one seed, parameters outside the backends get the same initial values whichever backend is chosen.
+    Raises ValueError when the vocabulary is not set or the backend cannot be built for this shape.
+    """
+
+    def __init__(self, config: ModelConfig, attention: AttentionConfig):
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("model.vocab_size is null: set it to the vocabulary size of the data's tokenizer")
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.lm_head = None
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._init_parameters()
+        # Backends draw their own initial values, so they come after all that is shared between them.
+        shape = AttentionShape(config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim)
+        for layer in self.layers:
+            layer.attention.backend = build_backend(attention, shape)
+
+    @torch.no_grad()
+    def _init_parameters(self) -> None:
+        """Normal(0, init_std), projections into the residual stream divided by sqrt(2 * num_layers)."""
+        std = self.config.init_std
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=self.config.embedding_init_std or std)
+            elif isinstance(module, nn.Linear):
+                into_residual = name.endswith(("o_proj", "down_proj"))
+                depth = math.sqrt(2 * self.config.num_layers) if into_residual else 1.0
+                nn.init.normal_(module.weight, std=std / depth)
+
+    def forward(
+        self,
+        input_ids_BT: Tensor,
+        *,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_stats: bool = False,
+    ) -> ModelOutput:
+        """Logits, or with ``labels`` the loss.
+
+        Args:
+            input_ids_BT: int64.
+            labels: int64 [B, T], the target of each position (already shifted); -100 is ignored.
+            position_ids: integer [T] or [B, T], position in the document; by default counted from ``cu_seqlens``.
+            cu_seqlens: int32 [N + 1], boundaries of packed documents, with B = 1; None = every row is one document.
+            return_stats: fill ``ModelOutput.stats``.
+        """
+        if cu_seqlens is not None and input_ids_BT.shape[0] != 1:
+            raise ValueError(
+                f"cu_seqlens needs a batch of one row, got {input_ids_BT.shape[0]}: flatten the documents into one row"
+            )
+        if position_ids is None:
+            position_ids = document_positions(cu_seqlens, 1, input_ids_BT.shape[1], input_ids_BT.device)[0]
+        rope = rope_tables(self.config, position_ids, cu_seqlens)
+        hidden_BTE = self.embedding(input_ids_BT) * self.config.embedding_scale
+        stats = [] if return_stats else None
+        for layer in self.layers:
+            hidden_BTE, layer_stats = layer(hidden_BTE, rope, cu_seqlens, return_stats)
+            if return_stats:
+                stats.append(layer_stats)
+        hidden_BTE = self.norm(hidden_BTE) * self.config.logit_scale
+        head = self.embedding.weight if self.lm_head is None else self.lm_head.weight
+        logits_BTV = F.linear(hidden_BTE, head)
+        if labels is None:
+            return ModelOutput(logits_BTV, None, None, stats)
+        token_losses_BT = F.cross_entropy(
+            logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32)).flatten(0, 1),
+            labels.flatten(),
+            ignore_index=-100,
+            reduction="none",
+        ).view_as(labels)
+        loss = token_losses_BT.sum() / (labels != -100).sum().clamp(min=1)
+        return ModelOutput(None, loss, token_losses_BT, stats)
+
+    @property
+    def backends(self) -> list[AttentionBackend]:
+        return [layer.attention.backend for layer in self.layers]
+
+    def set_step(self, step: int) -> None:
+        """Tell every backend the training step, for its schedules."""
+        for backend in self.backends:
+            backend.set_step(step)
+
+    def set_knob(self, value) -> None:
+        """Turn every backend's sparsity knob. Raises ValueError where there is none or the value is impossible."""
+        for backend in self.backends:
+            backend.set_knob(value)
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention and SwiGLU, each added to the residual stream after ``residual_scale``."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.residual_scale = config.residual_scale
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x_BTE, rope, cu_seqlens, return_stats) -> tuple[Tensor, AttentionStats | None]:
+        out_BTE, stats = self.attention(self.attention_norm(x_BTE), rope, cu_seqlens, return_stats)
+        x_BTE = x_BTE + out_BTE * self.residual_scale
+        x_BTE = x_BTE + self.mlp(self.mlp_norm(x_BTE)) * self.residual_scale
+        return x_BTE, stats
+
+
+class Attention(nn.Module):
+    """Projections, optional QK-norm and RoPE around an attention backend, which ``Transformer`` sets."""
+
+    backend: AttentionBackend
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x_BTE, rope, cu_seqlens, return_stats) -> tuple[Tensor, AttentionStats | None]:
+        q_BTHD = self.q_proj(x_BTE).unflatten(-1, (-1, self.head_dim))
+        k_BTHD = self.k_proj(x_BTE).unflatten(-1, (-1, self.head_dim))
+        v_BTHD = self.v_proj(x_BTE).unflatten(-1, (-1, self.head_dim))
+        q_BTHD = apply_rope(self.q_norm(q_BTHD), *rope)
+        k_BTHD = apply_rope(self.k_norm(k_BTHD), *rope)
+        out = self.backend(
+            q_BTHD, k_BTHD, v_BTHD, hidden=x_BTE, rope=rope, cu_seqlens=cu_seqlens, return_stats=return_stats
+        )
+        out_BTHD, stats = out if return_stats else (out, None)
+        return self.o_proj(out_BTHD.flatten(-2)), stats
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x_BTE: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_BTE)) * self.up_proj(x_BTE))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, accumulated in float32, result in x's dtype."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        # One dtype for both keeps the fused kernel, which accumulates in float32; autocast may widen its result.
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(x.dtype)

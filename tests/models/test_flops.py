@@ -1,0 +1,95 @@
+"""FLOPs and parameters against counts by hand and against torch's own counter."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dashattn.backends import DashConfig, FullConfig
+from models import ModelConfig, Transformer
+from models.flops import count_parameters, flops_per_token, matmul_parameters, mean_reads
+
+# Small numbers, so that every count can be checked by eye; backends take no head size below 32.
+CONFIG = ModelConfig(
+    vocab_size=10,
+    hidden_size=8,
+    intermediate_size=12,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    max_seq_len=64,
+)
+Q_AND_O, K_AND_V, MLP, TABLE = 2 * 8 * 128, 2 * 8 * 64, 3 * 8 * 12, 10 * 8
+
+
+def test_parameters_by_hand():
+    layer = Q_AND_O + K_AND_V + MLP
+    norms = 3 * 2 * 8 + 8
+    count = count_parameters(Transformer(CONFIG, FullConfig()))
+    assert (count.total, count.embedding) == (3 * layer + norms + 2 * TABLE, 2 * TABLE)
+    assert count.non_embedding == 3 * layer + norms
+    tied = count_parameters(Transformer(replace(CONFIG, tie_embeddings=True), FullConfig()))
+    assert (tied.total, tied.embedding) == (3 * layer + norms + TABLE, TABLE)
+    assert matmul_parameters(CONFIG) == matmul_parameters(replace(CONFIG, tie_embeddings=True)) == 3 * layer + TABLE
+
+
+def test_dense_flops_by_hand():
+    flops = flops_per_token(CONFIG, seq_len=4)
+    assert flops.matmul == 2 * (3 * (Q_AND_O + K_AND_V + MLP) + TABLE)
+    # 3 layers, 4 query heads; tokens read 1, 2, 3 and 4 keys; 32 multiply-adds for q.k and 32 for the value.
+    assert flops.attention == 3 * 4 * (1 + 2 + 3 + 4) / 4 * (2 * 32 + 2 * 32)
+    assert flops.routing == 0
+    assert flops.forward == flops.matmul + flops.attention
+    assert flops.train == 3 * flops.forward
+
+
+def test_sparse_flops_by_hand():
+    flops = flops_per_token(CONFIG, seq_len=64, active_tokens=20.0, routing_reads=3.0, backend_parameters=5)
+    assert flops.matmul == 2 * (matmul_parameters(CONFIG) + 5)
+    assert flops.attention == 3 * 4 * 20 * (2 * 32 + 2 * 32)
+    assert flops.routing == 3 * 4 * 3 * (2 * 32)
+
+
+def test_projections_equal_the_counter_of_torch():
+    """Forward and backward; matrix products only, which leaves the attention kernel out."""
+    model, length = Transformer(CONFIG, FullConfig()), 16
+    input_ids = torch.arange(length)[None] % 10
+    for layer in model.layers:  # attention without products, so that the counter sees the rest alone
+        layer.attention.backend.forward = lambda q, k, v, **_: q * k.sum() * v.sum()
+    counter = FlopCounterMode(display=False)
+    with counter:
+        loss = model(input_ids, labels=input_ids).loss
+    flops = flops_per_token(CONFIG, length)
+    assert counter.get_total_flops() == length * flops.matmul
+    with counter:
+        loss.backward()
+    assert counter.get_total_flops() == 2 * length * flops.matmul
+
+
+def test_measured_reads_of_dense_attention_give_the_dense_count():
+    model, length = Transformer(CONFIG, FullConfig()), 16
+    input_ids = torch.arange(length)[None] % 10
+    active_tokens, routing_reads = mean_reads(model(input_ids, return_stats=True).stats)
+    assert (active_tokens, routing_reads) == ((length + 1) / 2, 0)
+    measured = flops_per_token(CONFIG, length, active_tokens=active_tokens, routing_reads=routing_reads)
+    assert measured == flops_per_token(CONFIG, length)
+
+
+def test_measured_reads_of_packed_documents():
+    model = Transformer(CONFIG, FullConfig())
+    cu_seqlens = torch.tensor([0, 2, 6], dtype=torch.int32)
+    stats = model(torch.zeros(1, 6, dtype=torch.long), cu_seqlens=cu_seqlens, return_stats=True).stats
+    assert mean_reads(stats) == pytest.approx(((1 + 2 + 1 + 2 + 3 + 4) / 6, 0))
+
+
+def test_measured_reads_of_sparse_attention_cost_less():
+    torch.manual_seed(0)
+    model = Transformer(replace(CONFIG, init_std=1.0), DashConfig(chunk_size=8, router_scale=1000.0))
+    input_ids = torch.randint(10, (1, 64))
+    active_tokens, routing_reads = mean_reads(model(input_ids, return_stats=True).stats)
+    # Token t scores the t // 8 complete chunks before its own.
+    assert routing_reads == pytest.approx(sum(t // 8 for t in range(64)) / 64)
+    sparse = flops_per_token(CONFIG, 64, active_tokens=active_tokens, routing_reads=routing_reads)
+    assert sparse.attention < flops_per_token(CONFIG, 64).attention

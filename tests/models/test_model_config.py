@@ -1,0 +1,147 @@
+"""Dataclasses and configs/model/*.yaml: validation, and every file builds at the size its name says."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue
+
+from dashattn.backends import FullConfig
+from models import ModelConfig, Transformer
+from models.flops import count_parameters, matmul_parameters
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "model"
+MILLION, BILLION = 10**6, 10**9
+
+# Own sizes are named after the parameters beside the embeddings, known shapes after all of them.
+NON_EMBEDDING = {
+    "debug": (0.3 * MILLION, 0.5 * MILLION),
+    "10m": (9 * MILLION, 11 * MILLION),
+    "60m": (55 * MILLION, 65 * MILLION),
+    "160m": (150 * MILLION, 170 * MILLION),
+    "350m": (335 * MILLION, 365 * MILLION),
+    "1b": (0.95 * BILLION, 1.1 * BILLION),
+    "3b": (2.7 * BILLION, 3.1 * BILLION),
+}
+TOTAL = {
+    "8b": (8.18 * BILLION, 8.20 * BILLION),
+    "llama3_8b": (8.02 * BILLION, 8.04 * BILLION),
+    "qwen3_8b": (8.18 * BILLION, 8.20 * BILLION),
+    "smollm2_135m": (134 * MILLION, 135 * MILLION),
+}
+
+
+def load(name: str) -> ModelConfig:
+    values = OmegaConf.load(CONFIGS / f"{name}.yaml")
+    assert values.pop("defaults") == ["model_schema", "_self_"]
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), values))
+
+
+def small(**changes) -> ModelConfig:
+    shape = dict(
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        max_seq_len=64,
+    )
+    return ModelConfig(**shape | changes)
+
+
+def test_every_file_is_listed():
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == NON_EMBEDDING.keys() | TOTAL.keys()
+
+
+@pytest.mark.parametrize("name", sorted(NON_EMBEDDING.keys() | TOTAL.keys()))
+def test_file_builds_at_its_size(name):
+    config = load(name)
+    assert (config.vocab_size is None) == (name in NON_EMBEDDING)
+    if config.vocab_size is None:
+        config = replace(config, vocab_size=32768)
+    with torch.device("meta"):
+        model = Transformer(config, FullConfig())
+    count = count_parameters(model)
+    low, high = NON_EMBEDDING.get(name) or TOTAL[name]
+    assert low <= (count.non_embedding if name in NON_EMBEDDING else count.total) <= high
+    norms = sum(p.numel() for p in model.parameters() if p.ndim == 1)
+    table = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
+    assert matmul_parameters(config) == count.total - norms - table
+
+
+def test_minicpm4_multipliers():
+    config = load("8b")
+    assert config.residual_scale == pytest.approx(1.4 / config.num_layers**0.5)
+    assert config.logit_scale == 256 / config.hidden_size
+
+
+def test_schema_stops_typos_and_missing_values():
+    with pytest.raises(ConfigKeyError):
+        OmegaConf.merge(OmegaConf.structured(ModelConfig), {"hiden_size": 64})
+    with pytest.raises(MissingMandatoryValue):
+        OmegaConf.to_object(OmegaConf.structured(ModelConfig))
+
+
+@pytest.mark.parametrize(
+    ("changes", "mend"),
+    [
+        ({"num_kv_heads": 3}, r"choose num_kv_heads among \[1, 2, 4\]"),
+        ({"head_dim": 7}, "must be even"),
+        ({"num_layers": 0}, "num_layers=0 must be positive"),
+        ({"vocab_size": -1}, "vocab_size=-1 must be positive"),
+        ({"rope": {"scaling": "ntk"}}, "use one of none, linear"),
+        ({"rope": {"scaling": "linear"}}, "needs rope.factor"),
+        ({"rope": {"factor": 4.0}}, "set rope.factor=null or change rope.scaling"),
+        ({"rope": {"theta": 0.0}}, "must exceed 1"),
+        ({"rope": {"scaling": "linear", "factor": -1.0}}, "must be positive"),
+        ({"rope": {"scaling": "yarn", "original_max_seq_len": 128}}, "needs rope.factor"),
+        (
+            {
+                "rope": {
+                    "scaling": "longrope",
+                    "original_max_seq_len": 128,
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [1.0] * 4,
+                }
+            },
+            "raise max_seq_len",
+        ),
+        (
+            {
+                "rope": {
+                    "scaling": "longrope",
+                    "original_max_seq_len": 64,
+                    "short_factor": [1.0],
+                    "long_factor": [1.0],
+                }
+            },
+            "needs head_dim / 2 = 4",
+        ),
+        (
+            {
+                "rope": {
+                    "scaling": "llama3",
+                    "factor": 8.0,
+                    "original_max_seq_len": 32,
+                    "low_freq_factor": 4.0,
+                    "high_freq_factor": 1.0,
+                }
+            },
+            "Llama 3 uses 4 and 1",
+        ),
+    ],
+)
+def test_impossible_shapes_name_the_mend(changes, mend):
+    values = OmegaConf.merge(OmegaConf.structured(small()), changes)
+    with pytest.raises(ValueError, match=mend):
+        OmegaConf.to_object(values)
+
+
+def test_vocabulary_must_be_set_before_building():
+    with pytest.raises(ValueError, match="set it to the vocabulary size"):
+        Transformer(small(), FullConfig())
+    with pytest.raises(ValueError, match="set it to the vocabulary size"):
+        matmul_parameters(small())
