@@ -1,0 +1,43 @@
+"""A directory of results that is built once, appears whole, and may be asked for by many processes at a
+time."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+
+def fingerprint(*parts: object) -> str:
+    """16 hex digits that depend on the JSON text of `parts`."""
+    text = json.dumps(parts, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def build_once(directory: Path, build: Callable[[Path], None]) -> Path:
+    """Return `directory`, filled by `build(folder)` unless it exists.
+
+    The lock lets one process build while the others wait. Where a file system ignores locks, two may build:
+    each does so in a folder of its own and the first rename wins, so a reader never sees a half-written
+    result.
+    """
+    if directory.exists():
+        return directory
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(directory.with_name(directory.name + ".lock")):
+        if directory.exists():
+            return directory
+        folder = Path(tempfile.mkdtemp(prefix=directory.name + ".tmp-", dir=directory.parent))
+        try:
+            build(folder)
+            os.replace(folder, directory)
+        except OSError:
+            if not directory.exists():
+                raise
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    return directory

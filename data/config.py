@@ -1,0 +1,158 @@
+"""What a user can say about the data. Fields without a default are mandatory (`???` in a composed config).
+
+Validation happens in __post_init__, so a bad value fails when the config is built, before any work starts.
+"""
+
+import itertools
+from dataclasses import dataclass, field
+
+SOURCES = ("hub", "files", "python_stdlib")
+PACKINGS = ("documents", "plain")
+PLACEMENTS = ("clustered", "spread")
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"data.{name}={value!r} is unknown; choose one of {', '.join(choices)}")
+
+
+def _at_least(name: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise ValueError(f"data.{name}={value} is too small; give at least {least}")
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Base of all data configs. `name` labels result rows; `seq_len` is the tokens per row."""
+
+    name: str
+    seq_len: int
+
+    def __post_init__(self) -> None:
+        _at_least("seq_len", self.seq_len, 2)
+
+
+@dataclass(kw_only=True)
+class TextDataConfig(DataConfig):
+    """Documents from a corpus, tokenised and packed into rows of seq_len tokens."""
+
+    source: str  # hub | files | python_stdlib
+
+    # hub: a data set on the Hugging Face hub
+    path: str | None = None  # its name, e.g. HuggingFaceFW/fineweb-edu
+    config_name: str | None = None
+    hub_split: str = "train"
+    revision: str | None = None
+    # files: paths or globs, all of one kind: .txt (a file is a document), .json / .jsonl, .parquet
+    files: list[str] = field(default_factory=list)
+    text_column: str = "text"
+
+    # True: tokenise while training, in stored order, keeping nothing on disk. False: tokenise once into the
+    # cache.
+    streaming: bool = False
+    # Read no more than this of the corpus (both splits together).
+    max_documents: int | None = None
+    max_bytes: int | None = None
+
+    validation_fraction: float = 0.02  # share of the documents, chosen by a hash of their content
+    validation_rows: int | None = 64  # rows of one evaluation, the same for every seed; null = all
+
+    tokenizer: str | None = None  # tokenizer.json or hub name; null = train a byte-level BPE
+    vocab_size: int = 2048  # of a trained tokenizer
+    tokenizer_bytes: int = 4_000_000  # it is trained on at most this much of the training split
+    eos_token: str = "<|endoftext|>"
+
+    pack: str = "documents"  # documents: attention stays inside a document; plain: it runs across the whole row
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("source", self.source, SOURCES)
+        _one_of("pack", self.pack, PACKINGS)
+        if self.source == "hub" and not self.path:
+            raise ValueError("data.source=hub needs data.path, the data set's name on the hub")
+        if self.source == "files" and not self.files:
+            raise ValueError("data.source=files needs data.files, a list of paths or globs")
+        if self.streaming and self.source == "python_stdlib":
+            raise ValueError("data.source=python_stdlib cannot stream; set data.streaming=false")
+        if self.streaming and (self.max_documents is not None or self.max_bytes is not None):
+            raise ValueError("a capped corpus is prepared, not streamed; set data.streaming=false or drop the cap")
+        if self.streaming and self.validation_rows is None:
+            raise ValueError("a streamed corpus needs a bound on its validation split; set data.validation_rows")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1")
+        _at_least("max_documents", self.max_documents, 2)
+        _at_least("max_bytes", self.max_bytes, 1)
+        _at_least("validation_rows", self.validation_rows, 1)
+        _at_least("tokenizer_bytes", self.tokenizer_bytes, 1)
+        if self.tokenizer is None:
+            _at_least("vocab_size", self.vocab_size, 257)  # 256 bytes and the end-of-document token
+
+
+@dataclass(kw_only=True)
+class MQARDataConfig(DataConfig):
+    """Multi-query associative recall (Zoology, arXiv 2312.04927), generated on the fly; see data/mqar.py."""
+
+    # Key-value pairs of a sample, uniform between the two at seq_len; in proportion at the curriculum's
+    # lengths.
+    pairs_min: int
+    pairs_max: int
+    placement: str = "spread"  # of the pairs in the first half: spread | clustered (contiguous at the beginning)
+
+    num_fillers: int = 16
+    num_keys: int = 64
+    num_values: int = 64
+
+    query_density: float = 1.0  # share of the second half's two-token slots that hold a query
+    # The answer follows its query in the input, as in language. False puts filler there: then a key that is
+    # asked for twice can be answered only from its pair, never from the earlier answer near by.
+    show_answers: bool = True
+
+    # Micro-batches spent at each shorter length before seq_len, e.g. lengths [64, 128, 256], batches [200,
+    # 200, 200].
+    curriculum_lengths: list[int] = field(default_factory=list)
+    curriculum_batches: list[int] = field(default_factory=list)
+
+    validation_rows: int = 256
+    validation_seed: int = 0  # validation samples depend on this, not on the run's seed: all seeds share them
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("placement", self.placement, PLACEMENTS)
+        _at_least("pairs_min", self.pairs_min, 1)
+        for name in ("num_fillers", "num_values", "validation_rows"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("validation_seed", self.validation_seed, 0)
+        if self.pairs_max < self.pairs_min:
+            raise ValueError(f"data.pairs_max={self.pairs_max} is below data.pairs_min={self.pairs_min}")
+        if self.pairs_max > self.num_keys:
+            raise ValueError(
+                f"data.pairs_max={self.pairs_max} needs as many different keys; raise data.num_keys={self.num_keys}"
+            )
+        if self.seq_len % 4:
+            raise ValueError(f"data.seq_len={self.seq_len} must be a multiple of 4: two halves of two-token slots")
+        if self.pairs_max > self.seq_len // 4:
+            raise ValueError(
+                f"data.pairs_max={self.pairs_max} does not fit into the first half of a row; "
+                f"at data.seq_len={self.seq_len} give at most {self.seq_len // 4}"
+            )
+        if not 0 < self.query_density <= 1:
+            raise ValueError(f"data.query_density={self.query_density} must lie in (0, 1]")
+        self._check_curriculum()
+
+    def _check_curriculum(self) -> None:
+        if len(self.curriculum_lengths) != len(self.curriculum_batches):
+            raise ValueError(
+                "data.curriculum_batches needs one number for each of data.curriculum_lengths="
+                f"{list(self.curriculum_lengths)}, got {list(self.curriculum_batches)}"
+            )
+        lengths = [*self.curriculum_lengths, self.seq_len]
+        if any(a >= b for a, b in itertools.pairwise(lengths)):
+            raise ValueError(f"data.curriculum_lengths must increase and stay below data.seq_len, got {lengths}")
+        for length in lengths:
+            if length < 4 or length % 4 or self.seq_len % length:
+                raise ValueError(
+                    f"data.curriculum_lengths has {length}, which must be a multiple of 4 that divides "
+                    f"data.seq_len={self.seq_len}, so that the tokens per batch stay constant"
+                )
+        for batches in self.curriculum_batches:
+            _at_least("curriculum_batches", batches, 1)

@@ -1,0 +1,68 @@
+"""Documents packed into rows of equal length.
+
+The documents of a split, each closed by the end-of-document token, form one stream of tokens; row i is its
+tokens [i * seq_len, (i + 1) * seq_len). A document that does not fit continues in the next row, as a segment
+of its own: attention and positions start afresh there. The target of a row's last token is still the
+document's next token, so every token but the first of each document is a target exactly once. The last token
+of a document has no target. The last row of a split is filled up with end-of-document tokens that are no
+targets.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from data.batch import IGNORE, Batch
+
+
+class Row(NamedTuple):
+    tokens: np.ndarray  # int64 [seq_len]
+    labels: np.ndarray  # int64 [seq_len]
+    starts: np.ndarray  # int64 [segments], where a segment begins; the first is 0
+
+
+def cut_row(tokens: np.ndarray, offsets: np.ndarray, start: int, seq_len: int, eos_id: int) -> Row:
+    """The row at [start, start + seq_len) of a stream of documents.
+
+    tokens: integers [num_tokens]. offsets: int64 [documents + 1]; document d lies between offsets d and d + 1.
+    """
+    total = int(offsets[-1])
+    stop = min(start + seq_len, total)
+    assert start < stop, "a row begins inside the stream"
+    size = stop - start
+    row_tokens = np.full(seq_len, eos_id, dtype=np.int64)
+    row_tokens[:size] = tokens[start:stop]
+    labels = np.full(seq_len, IGNORE, dtype=np.int64)
+    following = tokens[start + 1 : stop + 1]
+    labels[: len(following)] = following
+
+    # Boundaries in (start, stop]: a document ends before each, and the next begins there if the row goes on.
+    first, last = np.searchsorted(offsets, [start, stop], side="right")
+    boundaries = np.asarray(offsets[first:last], dtype=np.int64) - start
+    labels[boundaries - 1] = IGNORE
+    starts = np.concatenate([np.zeros(1, np.int64), boundaries[boundaries < seq_len]])
+    return Row(row_tokens, labels, starts)
+
+
+def positions(starts: np.ndarray, length: int) -> np.ndarray:
+    """int64 [length]: distance of each token from the start of its segment."""
+    return np.arange(length) - np.repeat(starts, np.diff(starts, append=length))
+
+
+def collate(rows: list[Row], pack: str) -> Batch:
+    """`documents`: one packed row of B = 1, T = rows * seq_len with cu_seqlens. `plain`: B = rows, no
+    boundaries."""
+    seq_len = len(rows[0].tokens)
+    tokens = np.stack([row.tokens for row in rows])
+    labels = np.stack([row.labels for row in rows])
+    if pack == "plain":
+        position_ids = np.broadcast_to(np.arange(seq_len), tokens.shape).copy()
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(position_ids))
+    starts = np.concatenate([row.starts + index * seq_len for index, row in enumerate(rows)])
+    return Batch(
+        input_ids=torch.from_numpy(tokens.reshape(1, -1)),
+        labels=torch.from_numpy(labels.reshape(1, -1)),
+        position_ids=torch.from_numpy(positions(starts, tokens.size)[None]),
+        cu_seqlens=torch.from_numpy(np.append(starts, tokens.size).astype(np.int32)),
+    )

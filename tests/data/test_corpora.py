@@ -1,0 +1,93 @@
+import gzip
+import json
+
+import pytest
+
+from data import TextDataConfig
+from data.corpora import corpus_fingerprint, iterate_documents, split_of
+
+
+def files_config(*files, **overrides):
+    return TextDataConfig(name="x", seq_len=8, source="files", files=[str(file) for file in files], **overrides)
+
+
+def texts(config):
+    return [document.text for document in iterate_documents(config)]
+
+
+def stdlib_config(**overrides):
+    return TextDataConfig(name="x", seq_len=8, source="python_stdlib", **overrides)
+
+
+def test_a_text_file_is_a_document(tmp_path):
+    (tmp_path / "b.txt").write_text("second\nfile\n")
+    (tmp_path / "a.txt").write_text("first")
+    assert texts(files_config(tmp_path / "*.txt")) == ["first", "second\nfile\n"]
+
+
+def test_jsonl_parquet_and_compressed_files_give_the_same_documents(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"body": f"document {index}"} for index in range(5)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "x.jsonl").write_text(lines)
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    expected = [row["body"] for row in rows]
+    for name in ("x.jsonl", "x.jsonl.gz", "x.parquet"):
+        assert texts(files_config(tmp_path / name, text_column="body")) == expected
+
+
+def test_empty_and_null_documents_are_skipped(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": null}\n{"text": ""}\n{"text": "b"}\n')
+    assert texts(files_config(tmp_path / "x.jsonl")) == ["a", "b"]
+
+
+def test_bad_files_are_named(tmp_path, corpus):
+    with pytest.raises(ValueError, match=r"nothing.*matches no file"):
+        texts(files_config(tmp_path / "nothing*"))
+    with pytest.raises(ValueError, match=r"text_column='body' is not among the columns .*extra"):
+        texts(files_config(corpus, text_column="body"))
+    with pytest.raises(ValueError, match="holds int, not text"):
+        texts(files_config(corpus, text_column="extra"))
+    (tmp_path / "x.txt").write_text("text")
+    with pytest.raises(ValueError, match="of one kind"):
+        texts(files_config(corpus, tmp_path / "x.txt"))
+
+
+def test_caps(corpus):
+    everything = texts(files_config(corpus))
+    assert texts(files_config(corpus, max_documents=7)) == everything[:7]
+    capped = texts(files_config(corpus, max_bytes=1000))
+    sizes = [len(text.encode()) for text in capped]
+    assert capped == everything[: len(capped)]
+    assert sum(sizes[:-1]) < 1000 <= sum(sizes)
+
+
+def test_split_depends_on_the_content_only_and_has_about_the_share_asked_for():
+    names = [split_of(f"document {index}", 0.2) for index in range(5000)]
+    assert 0.17 < names.count("validation") / 5000 < 0.23
+    assert names == [split_of(f"document {index}", 0.2) for index in range(5000)]
+    # A larger share keeps the validation documents of a smaller one.
+    assert all(split_of(f"document {i}", 0.4) == "validation" for i in range(5000) if names[i] == "validation")
+
+
+def test_python_sources_sample_all_packages_in_a_fixed_order():
+    documents = list(iterate_documents(stdlib_config(max_documents=200)))
+    assert documents == list(iterate_documents(stdlib_config(max_documents=200)))
+    assert len({document.text for document in documents}) == len(documents) == 200
+    packages = {document.id.split("/")[0] for document in documents}
+    assert len(packages) > 10
+    assert min(packages) < "f" < "p" < max(packages), "not the alphabet's head"
+
+
+def test_fingerprint_follows_what_decides_the_documents(corpus):
+    base = corpus_fingerprint(files_config(corpus))
+    assert corpus_fingerprint(files_config(corpus, vocab_size=999)) == base
+    for change in ({"max_documents": 9}, {"max_bytes": 9}, {"validation_fraction": 0.3}, {"text_column": "t"}):
+        assert corpus_fingerprint(files_config(corpus, **change)) != base
+    with corpus.open("a") as file:
+        file.write('{"text": "one more"}\n')
+    assert corpus_fingerprint(files_config(corpus)) != base
+    assert corpus_fingerprint(stdlib_config()) == corpus_fingerprint(stdlib_config())

@@ -1,0 +1,81 @@
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from data import MQARDataConfig, TextDataConfig
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "data"
+SCHEMAS = {"text_schema": TextDataConfig, "mqar_schema": MQARDataConfig}
+
+
+def compose(path, **overrides):
+    values = OmegaConf.load(path)
+    schema, own = values.pop("defaults")
+    assert own == "_self_"
+    config = OmegaConf.create({"data": OmegaConf.structured(SCHEMAS[schema])})
+    config = OmegaConf.merge(config, {"data": values}, {"data": overrides})
+    return OmegaConf.to_object(config)["data"]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_is_valid(path):
+    if path.stem == "local":
+        with pytest.raises(ValueError, match=r"needs data\.files"):
+            compose(path)
+        config = compose(path, files=["corpus/*.jsonl"])
+    else:
+        config = compose(path)
+    assert config.name
+    assert config.seq_len > 0
+
+
+def test_fixed_pairs_follow_one_value():
+    config = compose(CONFIGS / "mqar.yaml", pairs_max=8)
+    assert (config.pairs_min, config.pairs_max) == (8, 8)
+
+
+TEXT = {"name": "x", "seq_len": 64, "source": "files", "files": ["a.txt"]}
+MQAR = {"name": "x", "seq_len": 128, "pairs_min": 4, "pairs_max": 8}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source": "web"}, "choose one of hub, files, python_stdlib"),
+        ({"source": "hub"}, r"needs data\.path"),
+        ({"files": []}, r"needs data\.files"),
+        ({"seq_len": 1}, "at least 2"),
+        ({"pack": "best"}, "documents, plain"),
+        ({"validation_fraction": 0.0}, "between 0 and 1"),
+        ({"validation_rows": 0}, "at least 1"),
+        ({"vocab_size": 256}, "at least 257"),
+        ({"source": "python_stdlib", "streaming": True}, "cannot stream"),
+        ({"streaming": True, "max_bytes": 10}, "capped corpus"),
+        ({"streaming": True, "validation_rows": None}, r"set data\.validation_rows"),
+    ],
+)
+def test_bad_text_values_name_the_mend(change, message):
+    with pytest.raises(ValueError, match=message):
+        TextDataConfig(**(TEXT | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"placement": "anywhere"}, "spread"),
+        ({"pairs_min": 0}, "at least 1"),
+        ({"pairs_min": 9}, "below"),
+        ({"pairs_max": 33}, "give at most 32"),
+        ({"num_keys": 7}, "different keys"),
+        ({"seq_len": 126}, "multiple of 4"),
+        ({"query_density": 0.0}, "query_density"),
+        ({"curriculum_lengths": [32]}, "one number for each"),
+        ({"curriculum_lengths": [64, 32], "curriculum_batches": [1, 1]}, "must increase"),
+        ({"curriculum_lengths": [48], "curriculum_batches": [1]}, "divides"),
+        ({"curriculum_lengths": [64], "curriculum_batches": [0]}, "at least 1"),
+    ],
+)
+def test_bad_mqar_values_name_the_mend(change, message):
+    with pytest.raises(ValueError, match=message):
+        MQARDataConfig(**(MQAR | change))

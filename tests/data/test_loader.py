@@ -1,0 +1,265 @@
+import itertools
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data import TextDataConfig, build_data, build_tokenizer
+from data.cache import build_once
+from data.corpora import iterate_documents, split_of
+from data.prepared import prepare, unigram_cross_entropy
+
+
+@pytest.fixture
+def make_stream(text_config, tmp_path):
+    """Builds streams over the toy corpus with a shared cache; keyword arguments of the config go in
+    `config`."""
+
+    def make(split="train", seed=0, rows=3, rank=0, world_size=1, **config):
+        return build_data(
+            text_config(**config),
+            split=split,
+            seed=seed,
+            rows=rows,
+            rank=rank,
+            world_size=world_size,
+            cache_dir=tmp_path / "cache",
+        )
+
+    return make
+
+
+def assert_same(ours, theirs):
+    assert torch.equal(ours.input_ids, theirs.input_ids)
+    assert torch.equal(ours.labels, theirs.labels)
+    assert torch.equal(ours.position_ids, theirs.position_ids)
+    assert (ours.cu_seqlens is None) == (theirs.cu_seqlens is None)
+    if ours.cu_seqlens is not None:
+        assert torch.equal(ours.cu_seqlens, theirs.cu_seqlens)
+
+
+def take(stream, count):
+    return list(itertools.islice(stream, count))
+
+
+def rows_of(batches, seq_len=64):
+    return [tuple(row) for batch in batches for row in batch.input_ids.view(-1, seq_len).tolist()]
+
+
+def test_prepared_splits_hold_every_document_once_and_are_disjoint(text_config, tmp_path):
+    config = text_config()
+    tokenizer = build_tokenizer(config, tmp_path)
+    splits = prepare(config, tokenizer, tmp_path)
+    stored = {}
+    for name, split in splits.items():
+        assert split.tokens.dtype == np.uint16
+        documents = np.split(split.tokens, split.offsets[1:-1])
+        assert all(document[-1] == tokenizer.eos_id for document in documents)
+        stored[name] = [tokenizer.decode(document[:-1].tolist()) for document in documents]
+        assert split.num_bytes == sum(len(text.encode()) for text in stored[name])
+    expected = {"train": [], "validation": []}
+    for document in iterate_documents(config):
+        expected[split_of(document.text, 0.2)].append(document.text)
+    assert stored == expected
+    assert not set(stored["train"]) & set(stored["validation"])
+
+
+def test_an_epoch_reads_every_row_once_and_the_next_in_another_order(make_stream):
+    stream = make_stream(rows=1)
+    rows = stream.describe()["rows"]
+    first, second = rows_of(take(stream, rows)), rows_of(take(stream, rows))
+    assert Counter(first) == Counter(second)
+    assert first != second
+    assert first != rows_of(take(make_stream(rows=1, seed=1), rows))
+    assert first == rows_of(take(make_stream(rows=1), rows))
+
+
+@pytest.mark.parametrize("pack", ["documents", "plain"])
+def test_batch_shapes(make_stream, pack):
+    batch = next(make_stream(rows=3, pack=pack))
+    if pack == "documents":
+        assert batch.input_ids.shape == (1, 192)
+        assert batch.cu_seqlens.dtype == torch.int32
+        assert {0, 64, 128, 192} <= set(batch.cu_seqlens.tolist())
+    else:
+        assert batch.input_ids.shape == (3, 64)
+        assert batch.cu_seqlens is None
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_ranks_partition_the_rows_of_one_rank(make_stream, split):
+    alone = make_stream(split, rows=4, validation_rows=12)
+    ranks = [make_stream(split, rows=2, rank=rank, world_size=2, validation_rows=12) for rank in range(2)]
+    for _ in range(3):
+        expected = rows_of([next(alone)])
+        assert rows_of([next(rank) for rank in ranks]) == expected
+        assert alone.state_dict() == ranks[0].state_dict() == ranks[1].state_dict()
+    # The state fits another number of ranks.
+    resumed = make_stream("train", rows=3)
+    if split == "train":
+        resumed.load_state_dict(ranks[0].state_dict())
+        assert rows_of(take(resumed, 4)) == rows_of(take(alone, 3))
+
+
+def test_validation_is_bounded_repeats_and_ignores_the_seed(make_stream):
+    stream = make_stream("validation", rows=4, validation_rows=10)
+    first = list(stream)
+    assert [batch.num_tokens for batch in first] == [256, 256, 128]
+    for seed in (0, 1):
+        for ours, theirs in zip(first, make_stream("validation", seed, 4, validation_rows=10), strict=True):
+            assert_same(ours, theirs)
+    assert rows_of(list(stream)) == rows_of(first)
+    everything = make_stream("validation", rows=4, validation_rows=None)
+    targets = sum(batch.num_targets for batch in everything)
+    split = everything.source
+    assert targets == len(split.tokens) - (len(split.offsets) - 1), "all tokens but each document's first"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_resume_is_exact(make_stream, streaming, world_size):
+    generator = random.Random(0)
+    share = {"rank": world_size - 1, "world_size": world_size, "streaming": streaming}
+    for consumed in [0, 1, *(generator.randrange(2, 120) for _ in range(3)), 300]:
+        stream = make_stream(**share)
+        take(stream, consumed)
+        state = json.loads(json.dumps(stream.state_dict()))
+        resumed = make_stream(**share)
+        resumed.load_state_dict(state)
+        assert resumed.state_dict() == state
+        for ours, theirs in zip(take(stream, 40), take(resumed, 40), strict=True):
+            assert_same(ours, theirs)
+        assert resumed.state_dict() == stream.state_dict()
+    if streaming:
+        assert state["epoch"] > 0, "the last state lies beyond the first epoch"
+
+
+def test_a_streamed_epoch_has_the_training_tokens_in_stored_order(make_stream):
+    prepared = make_stream(rows=1)
+    tokens = prepared.source.tokens.astype(np.int64)
+    streamed = make_stream(rows=1, streaming=True)
+    rows = len(tokens) // 64
+    batches = take(streamed, rows)
+    assert np.array_equal(np.concatenate([batch.input_ids[0] for batch in batches]), tokens[: rows * 64])
+
+
+def test_streaming_ranks_read_different_documents(make_stream):
+    ranks = [make_stream(rows=1, rank=rank, world_size=2, streaming=True) for rank in range(2)]
+    tokenizer = ranks[0].tokenizer
+    seen = []
+    for rank in ranks:
+        assert rank.state_per_rank
+        text = tokenizer.decode([token for batch in take(rank, 60) for token in batch.input_ids[0].tolist()])
+        seen.append({document.split(" ")[0] for document in text.split("<|endoftext|>")[:-1]})
+    assert not seen[0] & seen[1]
+    with pytest.raises(ValueError, match="rank is 1, the checkpoint's 0"):
+        ranks[1].load_state_dict(ranks[0].state_dict())
+
+
+def test_streaming_validation_is_prepared_from_the_head(make_stream):
+    streamed = make_stream("validation", rows=2, streaming=True, validation_rows=8)
+    assert len(list(streamed)) == 4
+    whole = make_stream("validation", rows=2).source
+    assert np.array_equal(streamed.source.tokens, whole.tokens[: len(streamed.source.tokens)])
+    assert streamed.unigram_entropy() is None
+
+
+def test_a_checkpoint_of_other_data_is_refused(make_stream):
+    state = make_stream().state_dict()
+    for change in ({"seq_len": 32}, {"seed": 1}, {"max_documents": 100}, {"streaming": True}):
+        with pytest.raises(ValueError, match="the data differ"):
+            make_stream(**change).load_state_dict(state)
+
+
+def test_unigram_entropy(make_stream):
+    stream = make_stream("validation")
+    counts = stream.splits["train"].target_counts
+    assert counts.sum() == len(stream.splits["train"].tokens) - (len(stream.splits["train"].offsets) - 1)
+    assert 1 < stream.unigram_entropy() < np.log(stream.vocab_size)
+    uniform = np.full(8, 1000)
+    assert unigram_cross_entropy(uniform, uniform) == pytest.approx(np.log(8))
+
+
+def test_describe_and_vocabulary(make_stream):
+    for stream in (make_stream(), make_stream(streaming=True)):
+        assert (
+            stream.vocab_size == stream.tokenizer.vocab_size == json.loads(json.dumps(stream.describe()))["vocab_size"]
+        )
+
+
+PREPARE = """
+import json, sys
+from data import TextDataConfig, build_data
+
+config = TextDataConfig(**json.loads(sys.argv[1]))
+stream = build_data(config, split="train", seed=0, rows=2, cache_dir=sys.argv[2])
+print(next(stream).input_ids.sum().item(), stream.state_dict()["tokens"])
+"""
+
+
+def test_two_processes_may_prepare_at_once(text_config, tmp_path):
+    arguments = [sys.executable, "-c", PREPARE, json.dumps(vars(text_config())), str(tmp_path / "cache")]
+    root = Path(__file__).parents[2]
+    processes = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, cwd=root) for _ in range(2)]
+    outputs = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert outputs[0] == outputs[1] != ""
+    for kind in ("tokens", "tokenizers"):
+        assert len([path for path in (tmp_path / "cache" / kind).iterdir() if path.is_dir()]) == 1
+
+
+def test_build_once_leaves_nothing_half_written(tmp_path):
+    target = tmp_path / "result"
+
+    def fail(folder):
+        (folder / "half").write_text("written")
+        raise ValueError("interrupted")
+
+    with pytest.raises(ValueError, match="interrupted"):
+        build_once(target, fail)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+    def lose_the_race(folder):  # another process publishes first, on a file system without locks
+        target.mkdir()
+        (target / "theirs").touch()
+        (folder / "ours").touch()
+
+    build_once(target, lose_the_race)
+    assert [path.name for path in target.iterdir()] == ["theirs"]
+
+
+def test_python_sources_end_to_end(tmp_path):
+    config = TextDataConfig(
+        name="python",
+        seq_len=128,
+        source="python_stdlib",
+        max_documents=30,
+        validation_fraction=0.3,
+        tokenizer_bytes=100_000,
+        vocab_size=400,
+    )
+    stream = build_data(config, split="validation", seed=0, rows=4, cache_dir=tmp_path)
+    assert 0 < stream.unigram_entropy() < np.log(400)
+    assert next(iter(stream)).input_ids.max() < 400
+
+
+def test_bad_requests_are_named(make_stream, text_config, tmp_path):
+    with pytest.raises(ValueError, match="choose train or validation"):
+        make_stream("test")
+    with pytest.raises(ValueError, match="outside world_size"):
+        make_stream(rank=2, world_size=2)
+    with pytest.raises(ValueError, match="cache_dir"):
+        build_data(text_config(), split="train", seed=0, rows=1)
+    with pytest.raises(ValueError, match=r"raise data\.validation_rows"):
+        make_stream("validation", world_size=4, validation_rows=3)
+    with pytest.raises(ValueError, match="no validation document"):
+        make_stream(validation_fraction=1e-9)
+    (tmp_path / "one.txt").write_text("a single document")
+    with pytest.raises(ValueError, match=r"no train document|no training document"):
+        make_stream(files=[str(tmp_path / "one.txt")], validation_fraction=0.999999)
