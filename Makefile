@@ -1,23 +1,36 @@
-.RECIPEPREFIX := >
 SHELL := /bin/bash
 PYTHON ?= python3
-VENV := .venv
-PY := $(VENV)/bin/python
+PY := .venv/bin/python
 # uv does not read pip's configuration: hand it pip's own find-links, where a CPU build of torch may lie.
-FIND_LINKS = $(foreach dir,$(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null)),--find-links $(dir))
+FIND_LINKS = $(addprefix --find-links ,$(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null)))
+SWEEP ?= pareto
+OUTPUT ?= outputs/$(SWEEP)
 
-.PHONY: install lock
+.PHONY: install pareto test lint lock
 
-install: $(VENV)/.installed
+install: .venv/.installed
 
-$(VENV)/.installed: requirements.lock
-> $(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python >= 3.11 is needed, found " + sys.version'
-> test -x $(PY) || $(PYTHON) -m venv $(VENV)
-> $(VENV)/bin/pip install --quiet --disable-pip-version-check "$$(grep '^uv==' requirements.lock)"
-> $(VENV)/bin/uv pip install --quiet --python $(PY) $(FIND_LINKS) -r requirements.lock
-> touch $@
+# The first frontier: train, evaluate, table and figure. Again: finishes what is missing.
+pareto: install
+	$(PY) -m experiments.sweep sweep=$(SWEEP) output_dir=$(OUTPUT)
+	$(PY) -m experiments.pareto $(OUTPUT)
 
-# The lock names no build of torch: a machine with a GPU gets the CUDA build, others what find-links offers.
-lock:
-> $(VENV)/bin/uv pip compile --quiet --upgrade --python-version 3.11 $(FIND_LINKS) --extra train --extra dev --no-emit-package dashattn pyproject.toml -o requirements.lock
-> sed -i 's/^\(torch==[0-9.]*\)+cpu/\1/' requirements.lock
+test: install lint
+	$(PY) -m pytest -n 2
+
+lint: install
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+.venv/.installed: requirements.lock
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed: make PYTHON=python3.11 ...")'
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check "$$(grep '^uv==' requirements.lock)"
+	.venv/bin/uv pip install --quiet --python $(PY) $(FIND_LINKS) -r requirements.lock
+	touch $@
+
+# The lock names no build of torch: with a GPU the CUDA build is installed, without one what find-links offers.
+lock: install
+	.venv/bin/uv pip compile --quiet --upgrade --python-version 3.11 $(FIND_LINKS) --extra train --extra dev \
+		--custom-compile-command "make lock" pyproject.toml -o requirements.lock
+	sed -i 's/^\(torch==[0-9.]*\)+cpu/\1/' requirements.lock

@@ -1,0 +1,1 @@
+"""Runs, their directories and what is made of them."""

@@ -1,0 +1,289 @@
+"""The schema of a training run, and the checks that refuse an impossible one before anything is built.
+
+The dataclasses are the schema: `register_configs` hands them to Hydra, so that an unknown key or a wrong type stops
+at composition. The YAML groups under configs/ hold values only.
+"""
+
+import os
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from dashattn.backends import BACKENDS, AttentionConfig, AttentionShape, build_backend
+from data import DataConfig, MQARDataConfig, TextDataConfig
+from models import ModelConfig
+
+SCHEDULES = ("constant", "cosine", "wsd")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+DEVICES = ("auto", "cpu", "cuda")
+LOGGER_MODES = ("off", "offline", "online")
+
+
+@dataclass
+class OptimConfig:
+    """AdamW, the learning-rate schedule and gradient clipping."""
+
+    lr: float = MISSING
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    # eps of the routing vectors that attention backends hold, null = eps. DashAttention's tempered prior scales the
+    # gradient of its chunk queries by 1 / sigma: far below an eps of 1e-8, where Adam hardly moves them.
+    routing_eps: float | None = None
+    weight_decay: float = 0.1  # of the weights of linear layers only
+    grad_clip: float = 1.0  # largest global L2 norm of the gradient; 0 = no clipping
+    schedule: str = "cosine"  # constant | cosine | wsd (warm-up, stable, decay), each after a linear warm-up
+    warmup_steps: int = 0
+    decay_fraction: float = 0.2  # wsd: share of all steps, at the end, in which the rate falls linearly
+    min_lr_ratio: float = 0.1  # the rate at the end of cosine and wsd, as a share of lr
+
+
+@dataclass
+class DeepSpeedConfig:
+    """What the generated DeepSpeed configuration depends on beside the batch size and the clipping."""
+
+    stage: int = 1  # ZeRO stage, 0-3
+    precision: str = "auto"  # auto (bf16 on a GPU, fp32 on a CPU) | fp32 | bf16 | fp16
+
+
+@dataclass
+class LoggerConfig:
+    """Weights & Biases, beside metrics.jsonl, which is always written."""
+
+    mode: str = "offline"  # off | offline (files under the run directory) | online
+    project: str = "dashattn"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class TrainConfig:
+    """One training run. A row is one sequence of data.seq_len tokens; a step is one optimizer step."""
+
+    name: str = MISSING
+    run_dir: str = "outputs/${name}"
+    cache_dir: str = MISSING  # tokenizers and tokenized text, shared by runs
+
+    model: ModelConfig = MISSING  # vocab_size null = the data's
+    attention: AttentionConfig = MISSING
+    data: DataConfig = MISSING
+    optim: OptimConfig = MISSING
+    deepspeed: DeepSpeedConfig = MISSING
+    logger: LoggerConfig = MISSING
+
+    seed: int = 0
+    steps: int = MISSING
+    rows_per_batch: int = MISSING  # rows a step learns from, over all ranks and micro-batches
+    rows_per_micro_batch: int | None = None  # rows of one forward pass on one rank; null = no accumulation
+    init_from: str | None = None  # run directory or checkpoint whose weights are loaded at step 0
+
+    log_every: int = 10
+    stats_every: int = 50  # attention statistics (sparsity) of a logged step that is a multiple of this; 0 = never
+    eval_every: int = 200  # validation loss, also at the end; 0 = never
+    eval_batches: int | None = 20  # micro-batches of one rank per validation; null = the whole split
+    save_every: int = 1000  # a checkpoint is written at the end in any case; 0 = only there
+    keep_checkpoints: int = 2  # the newest ones; 0 = all
+
+    device: str = "auto"
+    threads: int | None = None  # of PyTorch on the CPU; null = PyTorch's choice
+
+
+def register_configs() -> None:
+    """Put the schemas into Hydra's store, where the `defaults` lists of configs/ name them."""
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=TrainConfig)
+    store.store(group="model", name="model_schema", node=ModelConfig)
+    for name, (config, _) in BACKENDS.items():
+        store.store(group="attention", name=f"{name}_schema", node=config)
+    store.store(group="data", name="text_schema", node=TextDataConfig)
+    store.store(group="data", name="mqar_schema", node=MQARDataConfig)
+    store.store(group="optim", name="optim_schema", node=OptimConfig)
+    store.store(group="deepspeed", name="deepspeed_schema", node=DeepSpeedConfig)
+    store.store(group="logger", name="logger_schema", node=LoggerConfig)
+
+
+def to_config(cfg: DictConfig) -> TrainConfig:
+    """The dataclasses of a composed configuration.
+
+    Raises:
+        ValueError: that names values left open, or keys that a `+key=value` forced in.
+    """
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ValueError(f"no value for {', '.join(missing)}: give one, as in {missing[0]}=...")
+    config = OmegaConf.to_object(cfg)
+    assert isinstance(config, TrainConfig)
+    unknown = _unknown_keys(config)
+    if unknown:
+        raise ValueError(f"unknown key {', '.join(unknown)}: `python train.py --cfg job` shows the known ones")
+    return config
+
+
+def _unknown_keys(node: object, prefix: str = "") -> list[str]:
+    """Dotted names of attributes that are no fields of their dataclass."""
+    own = {f.name for f in fields(node)}
+    unknown = [prefix + key for key in vars(node) if key not in own]
+    for key in own:
+        if is_dataclass(getattr(node, key)):
+            unknown += _unknown_keys(getattr(node, key), f"{prefix}{key}.")
+    return unknown
+
+
+def load_config(path: Path) -> TrainConfig:
+    """The TrainConfig that a run directory's config.yaml holds.
+
+    Raises:
+        ValueError: the file names an attention backend that does not exist here.
+    """
+    saved = OmegaConf.load(path)
+    if saved.attention.name not in BACKENDS:
+        raise ValueError(f"{path}: no attention backend is called {saved.attention.name!r}")
+    # The file holds values only; which classes they belong to, they say themselves.
+    typed = OmegaConf.structured(TrainConfig)
+    typed.attention = OmegaConf.structured(BACKENDS[saved.attention.name][0])
+    typed.data = OmegaConf.structured(TextDataConfig if "source" in saved.data else MQARDataConfig)
+    return to_config(OmegaConf.merge(typed, saved))
+
+
+def plain(config: TrainConfig) -> dict:
+    """`config` as nested dictionaries of plain values."""
+    return OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+
+
+def world_size() -> int:
+    """Number of ranks of this launch, as torchrun says it; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """`config` with every `auto` replaced by what it means on this machine, so that a resume elsewhere notices."""
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    precision = config.deepspeed.precision
+    if precision == "auto":
+        precision = "bf16" if device == "cuda" else "fp32"
+    return replace(config, device=device, deepspeed=replace(config.deepspeed, precision=precision))
+
+
+def accumulation(config: TrainConfig, ranks: int) -> tuple[int, int]:
+    """(rows of a micro-batch of one rank, micro-batches a step). Raises ValueError if the batch does not divide."""
+    rows = config.rows_per_micro_batch
+    if rows is None:
+        if config.rows_per_batch % ranks:
+            raise ValueError(
+                f"rows_per_batch={config.rows_per_batch} does not divide among {ranks} ranks: "
+                f"take a multiple of {ranks}"
+            )
+        return config.rows_per_batch // ranks, 1
+    if rows < 1 or config.rows_per_batch % (rows * ranks):
+        raise ValueError(
+            f"rows_per_batch={config.rows_per_batch} is no multiple of rows_per_micro_batch={rows} x {ranks} ranks: "
+            f"change one, for instance rows_per_batch={max(rows, 1) * ranks}"
+        )
+    return rows, config.rows_per_batch // (rows * ranks)
+
+
+def check(config: TrainConfig) -> TrainConfig:
+    """Refuse what cannot work, before anything is built; return the resolved configuration.
+
+    Raises:
+        ValueError: with what to change.
+    """
+    for key, value, choices in (
+        ("device", config.device, DEVICES),
+        ("deepspeed.precision", config.deepspeed.precision, PRECISIONS),
+        ("deepspeed.stage", config.deepspeed.stage, (0, 1, 2, 3)),
+        ("optim.schedule", config.optim.schedule, SCHEDULES),
+        ("logger.mode", config.logger.mode, LOGGER_MODES),
+    ):
+        if value not in choices:
+            raise ValueError(f"{key}={value}: choose one of {', '.join(map(str, choices))}")
+    config = resolve(config)
+    _check_counts(config)
+    _check_optim(config)
+    _check_precision(config)
+    accumulation(config, world_size())
+    _check_model(config)
+    return config
+
+
+def _check_counts(config: TrainConfig) -> None:
+    for key, least in (
+        ("steps", 1),
+        ("rows_per_batch", 1),
+        ("log_every", 1),
+        ("stats_every", 0),
+        ("eval_every", 0),
+        ("save_every", 0),
+        ("keep_checkpoints", 0),
+    ):
+        if getattr(config, key) < least:
+            raise ValueError(f"{key}={getattr(config, key)}: at least {least} is needed")
+    for key in ("threads", "eval_batches"):
+        value = getattr(config, key)
+        if value is not None and value < 1:
+            raise ValueError(f"{key}={value}: at least 1 is needed, or null")
+
+
+def _check_optim(config: TrainConfig) -> None:
+    optim = config.optim
+    if optim.lr <= 0:
+        raise ValueError(f"optim.lr={optim.lr}: a positive learning rate is needed")
+    if not 0 <= optim.warmup_steps < config.steps:
+        raise ValueError(
+            f"optim.warmup_steps={optim.warmup_steps} leaves no step of steps={config.steps} after the warm-up: "
+            f"raise steps or lower optim.warmup_steps"
+        )
+    if not 0 <= optim.min_lr_ratio <= 1:
+        raise ValueError(f"optim.min_lr_ratio={optim.min_lr_ratio}: a share of lr between 0 and 1 is needed")
+    if optim.schedule == "wsd":
+        if not 0 <= optim.decay_fraction <= 1:
+            raise ValueError(f"optim.decay_fraction={optim.decay_fraction}: a share between 0 and 1 is needed")
+        if optim.warmup_steps + round(optim.decay_fraction * config.steps) > config.steps:
+            raise ValueError(
+                f"optim.warmup_steps={optim.warmup_steps} and optim.decay_fraction={optim.decay_fraction} overlap "
+                f"within steps={config.steps}: lower one of them"
+            )
+    if optim.grad_clip < 0:
+        raise ValueError(f"optim.grad_clip={optim.grad_clip}: a positive norm is needed, or 0 for no clipping")
+
+
+def _check_precision(config: TrainConfig) -> None:
+    stage, precision = config.deepspeed.stage, config.deepspeed.precision
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but PyTorch sees no GPU: use device=cpu, or install a CUDA build of PyTorch")
+    if precision == "fp16" and config.device == "cpu":
+        raise ValueError("deepspeed.precision=fp16 does not run on a CPU: use fp32 or bf16 there")
+    if precision != "fp32" and stage == 0:
+        # DeepSpeed's stage 0 keeps no fp32 master weights in bf16 the way stages 1-3 do, and trains differently.
+        raise ValueError(
+            f"deepspeed.stage=0 trains in fp32 only, not {precision}: use deepspeed.stage=1 "
+            "(the same memory on one device) or deepspeed.precision=fp32"
+        )
+
+
+def _check_model(config: TrainConfig) -> None:
+    model, seq_len = config.model, config.data.seq_len
+    if seq_len > model.max_seq_len:
+        raise ValueError(
+            f"data.seq_len={seq_len} exceeds model.max_seq_len={model.max_seq_len}: "
+            f"lower data.seq_len or set model.max_seq_len={seq_len}"
+        )
+    for key in ("chunk_size", "block_size"):
+        size = getattr(config.attention, key, None)
+        if size is not None and size >= seq_len:
+            raise ValueError(
+                f"attention.{key}={size} leaves nothing to select in rows of data.seq_len={seq_len}: "
+                f"lower attention.{key} or raise data.seq_len"
+            )
+    # The backend itself says what it cannot do; on the meta device asking costs no memory.
+    with torch.device("meta"):
+        build_backend(
+            config.attention,
+            AttentionShape(model.hidden_size, model.num_heads, model.num_kv_heads, model.head_dim),
+        )

@@ -1,0 +1,207 @@
+"""DeepSpeed: the process group, the generated configuration, and one optimizer step.
+
+DeepSpeed is imported inside the functions: its import chooses an accelerator and sets environment variables.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import socket
+import warnings
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from data import Batch, BatchStream
+from experiments.config import TrainConfig
+from models import ModelOutput
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Sum of each value over all ranks, in float64 on the CPU's side of the device."""
+        if self.world_size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every rank, in the order of ranks."""
+        if self.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(gathered, value)
+        return gathered
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            torch.distributed.barrier()
+
+
+def init_ranks(device: str) -> Ranks:
+    """Start the process group, once per process; a process without a launcher is a group of its own.
+
+    Args:
+        device: `cpu` or `cuda`; a rank takes the GPU of its LOCAL_RANK.
+    """
+    if "RANK" not in os.environ:
+        # DeepSpeed would look for MPI otherwise.
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    local_rank = int(os.environ["LOCAL_RANK"])
+    os.environ["DS_ACCELERATOR"] = device
+    torch_device = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
+    if device == "cuda":
+        torch.cuda.set_device(torch_device)
+
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls collectives that PyTorch renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+    if get_accelerator().device_name() != device:
+        raise ValueError(
+            f"device={device}, but DeepSpeed already runs on {get_accelerator().device_name()} in this process: "
+            "start a new process for another device"
+        )
+    if device == "cpu":
+        # DeepSpeed would probe the compiler and then spend 40 s on a shared-memory operation that only inference uses.
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+    if not torch.distributed.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
+    return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), torch_device)
+
+
+def deepspeed_json(config: TrainConfig, *, parameters: int, rows: int, micro_batches: int) -> dict:
+    """DeepSpeed's configuration, made from the composed one so that there is no second source of truth.
+
+    Args:
+        parameters: number of the model's parameters.
+        rows: rows of a micro-batch of one rank.
+        micro_batches: micro-batches a step.
+    """
+    stage, precision = config.deepspeed.stage, config.deepspeed.precision
+    result = {
+        "train_micro_batch_size_per_gpu": rows,
+        "gradient_accumulation_steps": micro_batches,
+        # At stage 0 `optimizer_step` clips, because DeepSpeed would not tell the norm.
+        "gradient_clipping": 0.0 if stage == 0 else config.optim.grad_clip,
+        # Buckets of 5e8 elements, DeepSpeed's default, would take gigabytes beside a small model.
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": min(parameters, 500_000_000),
+            "allgather_bucket_size": min(parameters, 500_000_000),
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+    }
+    if precision == "bf16":
+        result["bf16"] = {"enabled": True}
+        result["data_types"] = {"grad_accum_dtype": "fp32"}
+    elif precision == "fp16":
+        result["fp16"] = {"enabled": True}
+    return result
+
+
+def build_engine(model: nn.Module, optimizer: torch.optim.Optimizer, json: dict):
+    """`model` and `optimizer` under DeepSpeed, which moves them to the device and broadcasts rank 0's weights."""
+    import deepspeed
+
+    with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints how memory grows
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=json, dist_init_required=False)
+    return engine
+
+
+def set_learning_rate(engine, rate: float) -> None:
+    """Give every parameter group the rate of the coming step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+
+
+def forward(engine, batch: Batch, device: torch.device, *, return_stats: bool = False) -> ModelOutput:
+    """The loss of a batch, with gradients unless torch.no_grad."""
+    batch = batch.to(device)
+    return engine(
+        batch.input_ids,
+        labels=batch.labels,
+        position_ids=batch.position_ids,
+        cu_seqlens=batch.cu_seqlens,
+        return_stats=return_stats,
+    )
+
+
+def optimizer_step(engine, grad_clip: float) -> float | Tensor | None:
+    """To be called after every backward pass: clip, update and clear the gradients after the step's last one.
+
+    Returns the global L2 norm of the step's gradient before clipping; None after the passes that only accumulate.
+    """
+    updates, norm = engine.is_gradient_accumulation_boundary(), None
+    if updates and engine.zero_optimization_stage() == 0:
+        norm = nn.utils.clip_grad_norm_(engine.module.parameters(), grad_clip or float("inf"))
+    engine.step()
+    if updates and norm is None:
+        norm = engine.get_global_grad_norm()
+    return norm
+
+
+def backend_metrics(engine) -> dict[str, float]:
+    """What the attention backends want logged (alpha, say), on average over the layers. All ranks must call it."""
+    import deepspeed
+
+    values: dict[str, list[float]] = {}
+    for backend in engine.module.backends:
+        with deepspeed.zero.GatheredParameters(
+            list(backend.parameters()), enabled=engine.zero_optimization_stage() == 3
+        ):
+            for key, value in backend.metrics().items():
+                values.setdefault(key, []).append(value)
+    return {key: sum(layers) / len(layers) for key, layers in values.items()}
+
+
+@torch.no_grad()
+def validation_loss(engine, stream: BatchStream, ranks: Ranks, max_batches: int | None) -> float:
+    """Mean loss in nats over the targets of the validation split, or of its first `max_batches` of each rank."""
+    engine.eval()
+    total = targets = 0.0
+    for batch in islice(stream, max_batches):
+        count = batch.num_targets
+        total += forward(engine, batch, ranks.device).loss.item() * count
+        targets += count
+    engine.train()
+    total, targets = ranks.sum(total, targets)
+    return total / targets
+
+
+def consolidated_weights(engine, main: bool) -> dict[str, Tensor]:
+    """Full weights and persistent buffers on the CPU, in the dtype the forward pass uses; empty unless `main`.
+
+    All ranks must call it: at stage 3 each parameter is gathered from all of them, one at a time.
+    """
+    import deepspeed
+
+    weights = {}
+    for name, tensor in engine.module.state_dict(keep_vars=True).items():
+        with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+            if main:
+                weights[name] = tensor.detach().to("cpu", copy=True).contiguous()
+    return weights

@@ -1,0 +1,160 @@
+"""metrics.jsonl, the progress display and Weights & Biases: one row, three readers."""
+
+import json
+import resource
+import secrets
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dashattn.stats import AttentionStats
+from experiments.checkpoint import write_atomically
+from experiments.config import TrainConfig, plain
+
+METRICS = "metrics.jsonl"
+_SHOWN = ("split", "loss", "lr", "grad_norm", "tokens_per_s", "causal_sparsity", "alpha")
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Rows of a JSON-lines file; a last line cut short by a crash is left out. No file: no rows."""
+    if not path.exists():
+        return []
+    complete = path.read_text().split("\n")[:-1]
+    return [json.loads(line) for line in complete]
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Keep the rows up to `step`: those after it will be written again by the resumed run."""
+    rows = [row for row in read_rows(path) if row["step"] <= step]
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak of the GPU memory PyTorch allocated, or of this process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def attention_metrics(stats: list[AttentionStats]) -> dict:
+    """Causal sparsity and summaries read per token, of each layer and on average over the layers."""
+    sparsity = [float(layer.causal_sparsity()) for layer in stats]
+    reads = [float(layer.routing_reads.float().mean()) for layer in stats]
+    return {
+        "causal_sparsity": sum(sparsity) / len(sparsity),
+        "causal_sparsity_per_layer": sparsity,
+        "routing_reads": sum(reads) / len(reads),
+        "routing_reads_per_layer": reads,
+    }
+
+
+class Clock:
+    """Time per step and tokens per second since the last reading."""
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was counted: called after validation and saving, which are no training time."""
+        self._start, self._steps, self._tokens = time.perf_counter(), 0, 0.0
+
+    def count(self, tokens: float) -> None:
+        """A step has read `tokens`."""
+        self._steps += 1
+        self._tokens += tokens
+
+    def read(self) -> dict:
+        """Seconds a step and tokens a second of all ranks together, and start over."""
+        seconds = time.perf_counter() - self._start
+        values = {"step_time": seconds / self._steps, "tokens_per_s": self._tokens / seconds}
+        self.restart()
+        return values
+
+
+class MetricsWriter:
+    """Writes rows to metrics.jsonl, to the terminal and to Weights & Biases; silent unless `main`."""
+
+    def __init__(self, run_dir: Path, config: TrainConfig, *, main: bool):
+        self._main = main
+        self._file = self._wandb = self._progress = None
+        if not main:
+            return
+        self._steps = config.steps
+        self._console = Console(highlight=False)
+        self._file = (run_dir / METRICS).open("a", encoding="utf-8")
+        if config.logger.mode != "off":
+            self._wandb = _start_wandb(run_dir, config)
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn(config.name),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[loss]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._progress.add_task(config.name, total=config.steps, loss="")
+            self._progress.start()
+
+    def write(self, row: dict) -> None:
+        """Add a row; `step` and `split` say what it is about."""
+        if not self._main:
+            return
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            values = {key: value for key, value in row.items() if isinstance(value, int | float)}
+            self._wandb.log({f"{row['split']}/{key}": value for key, value in values.items()}, step=row["step"])
+        if self._progress is not None and row["split"] == "train":
+            self._progress.update(self._task, completed=row["step"], loss=f"loss {row['loss']:.4f}")
+        else:
+            shown = "  ".join(f"{key} {_short(row[key])}" for key in _SHOWN if key in row)
+            self.print(f"step {row['step']}/{self._steps}  {shown}")
+
+    def print(self, text: str) -> None:
+        """A line for the reader of the terminal."""
+        if self._main:
+            self._console.print(text, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """End the display and the logger; the file is complete after every row."""
+        if self._progress is not None:
+            self._progress.stop()
+        if self._wandb is not None:
+            self._wandb.finish()
+        if self._file is not None:
+            self._file.close()
+
+
+def _short(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _start_wandb(run_dir: Path, config: TrainConfig):
+    import wandb
+
+    logger = config.logger
+
+    # The same id again makes a resumed run one curve.
+    id_file = run_dir / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(secrets.token_hex(4))
+    return wandb.init(
+        dir=str(run_dir),
+        id=id_file.read_text(),
+        resume="allow" if logger.mode == "online" else None,
+        mode=logger.mode,
+        project=logger.project,
+        entity=logger.entity,
+        group=logger.group,
+        tags=list(logger.tags),
+        name=config.name,
+        config=plain(config),
+        settings=wandb.Settings(silent=True),
+    )

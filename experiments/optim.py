@@ -1,0 +1,61 @@
+"""Parameter groups of AdamW and the learning rate as a pure function of the step."""
+
+import math
+
+import torch
+from torch import nn
+
+from dashattn.backends import AttentionBackend
+from experiments.config import OptimConfig
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """Learning rate of optimizer step `step` (from 0) of `steps`.
+
+    A linear warm-up reaches `lr` at step `warmup_steps`. Then `constant` stays there, `cosine` falls along half a
+    cosine, and `wsd` stays and falls linearly over the last `decay_fraction` of the steps. Both falls end at
+    `min_lr_ratio * lr` after the last step. Nothing but the step enters, so a resumed run has the same rates.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / (config.warmup_steps + 1)
+    if config.schedule == "constant":
+        return config.lr
+    if config.schedule == "cosine":
+        progress = (step - config.warmup_steps) / (steps - config.warmup_steps)
+        height = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
+        decay_steps = round(config.decay_fraction * steps)
+        height = 1.0 if step < steps - decay_steps else (steps - step) / (decay_steps + 1)
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * height)
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
+    """Weight decay for the matrices of linear layers; none for embeddings, norms, biases and routing vectors.
+
+    A matrix that a linear layer shares with an embedding (tied embeddings) counts as an embedding. Routing vectors
+    are the parameters an attention backend holds itself, outside linear layers.
+    """
+    modules = list(model.modules())
+    embeddings = {m.weight for m in modules if isinstance(m, nn.Embedding)}
+    matrices = {m.weight for m in modules if isinstance(m, nn.Linear)} - embeddings
+    routing = {p for m in modules if isinstance(m, AttentionBackend) for p in m.parameters(recurse=False)}
+    routing_eps = config.eps if config.routing_eps is None else config.routing_eps
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p in matrices], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p not in matrices | routing], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p in routing], "weight_decay": 0.0, "eps": routing_eps},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device) -> torch.optim.AdamW:
+    """PyTorch's AdamW: DeepSpeed's own would be compiled on first use."""
+    return torch.optim.AdamW(
+        parameter_groups(model, config),
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=device.type == "cuda",
+    )

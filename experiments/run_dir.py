@@ -1,0 +1,192 @@
+"""The run directory: what ran, on what code, in what environment.
+
+config.yaml        the composed configuration, every interpolation resolved
+overrides.yaml     what the command line changed
+git.json git.diff  commit, branch, and what differed from it
+environment.json   command line, versions, device
+start.json         number of parameters, what the data are, which weights the run began with
+resumed/step-N/    all but config.yaml again, of each resumed launch
+metrics.jsonl      see experiments.metrics
+checkpoints/       see experiments.checkpoint
+"""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+
+from experiments.checkpoint import latest_checkpoint, read_state, write_atomically
+from experiments.config import TrainConfig, plain, world_size
+from experiments.metrics import METRICS, drop_rows_after
+
+CONFIG = "config.yaml"
+# A resumed run may say these otherwise: they change what is written and where, not what is learned.
+_MAY_DIFFER = ("name", "run_dir", "cache_dir", "logger", "log_every", "stats_every", "save_every", "keep_checkpoints")
+_PACKAGES = (
+    *("torch", "triton", "deepspeed", "hydra-core", "omegaconf", "numpy"),
+    *("datasets", "tokenizers", "safetensors", "wandb", "transformers", "dashattn"),
+)
+# Of the environment only what shapes a run, by name: the rest may hold secrets.
+_VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "WORLD_SIZE", "SLURM_JOB_ID", "TRITON_INTERPRET")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """A run directory that fits the configuration.
+
+    Attributes:
+        checkpoint: the one to resume from, None to start at step 0.
+        state: that checkpoint's state.json, empty without one.
+    """
+
+    path: Path
+    checkpoint: Path | None
+    state: dict
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps already done."""
+        return self.state.get("step", 0)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+
+def config_hash(config: TrainConfig) -> str:
+    """SHA-256 over the values a resumed run must repeat."""
+    values = {key: value for key, value in plain(config).items() if key not in _MAY_DIFFER}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def find_run_dir(config: TrainConfig) -> RunDir:
+    """Look at `config.run_dir` without changing it.
+
+    Raises:
+        ValueError: if it holds a run of another configuration or of another number of ranks, or something else.
+    """
+    path = Path(config.run_dir).expanduser()
+    if not path.exists() or not any(path.iterdir()):
+        return RunDir(path, None, {})
+    if not (path / CONFIG).exists():
+        raise ValueError(f"{path} is no run directory (it has no {CONFIG}): give another run_dir=...")
+    different = _differences(OmegaConf.to_container(OmegaConf.load(path / CONFIG)), plain(config))
+    if different:
+        lines = "".join(f"\n  {key}: {old} there, {new} now" for key, (old, new) in sorted(different.items()))
+        raise ValueError(
+            f"{path} holds a run of another configuration:{lines}\n"
+            "give another name=... or run_dir=... for a new run, or the old values to resume that one"
+        )
+    checkpoint = latest_checkpoint(path / "checkpoints")
+    if checkpoint is None:
+        return RunDir(path, None, {})
+    state = read_state(checkpoint)
+    if state["step"] < config.steps and state["world_size"] != world_size():
+        raise ValueError(
+            f"{checkpoint} was written by {state['world_size']} ranks and cannot be resumed by {world_size()}: start "
+            f"{state['world_size']} ranks, or a new run from its weights with init_from={checkpoint}"
+        )
+    return RunDir(path, checkpoint, state)
+
+
+def open_run_dir(run: RunDir, config: TrainConfig, overrides: Sequence[str], start: dict) -> None:
+    """Write what explains this launch; on a resume also drop the metrics that will be written again.
+
+    Args:
+        overrides: of the command line.
+        start: JSON-able facts that the configuration alone does not tell.
+    """
+    record = run.path if run.step == 0 else run.path / "resumed" / f"step-{run.step:08d}"
+    for directory in (record, run.checkpoints):
+        directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(record / "overrides.yaml", OmegaConf.to_yaml(list(overrides)))
+    git, diff = _code_state()
+    write_atomically(record / "git.json", json.dumps(git, indent=1) + "\n")
+    write_atomically(record / "git.diff", diff)
+    write_atomically(record / "environment.json", json.dumps(_environment(config), indent=1) + "\n")
+    write_atomically(record / "start.json", json.dumps(start, indent=1) + "\n")
+    drop_rows_after(run.path / METRICS, run.step)
+    if run.step == 0:
+        # Last: with this file the directory is a run directory.
+        write_atomically(run.path / CONFIG, OmegaConf.to_yaml(plain(config)))
+
+
+def _differences(old: dict, new: dict) -> dict[str, tuple]:
+    """Dotted keys whose values differ -> (old, new)."""
+    old, new = _flat(old), _flat(new)
+    if new["model.vocab_size"] is None:
+        new["model.vocab_size"] = old.get("model.vocab_size")  # null stands for the data's
+    return {
+        key: (old.get(key, "absent"), new.get(key, "absent"))
+        for key in old.keys() | new.keys()
+        if key.split(".")[0] not in _MAY_DIFFER and old.get(key, "absent") != new.get(key, "absent")
+    }
+
+
+def _flat(values: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _code_state() -> tuple[dict, str]:
+    """(commit, branch and untracked files of the checkout this file lies in, difference from the commit)."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=30, check=True
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout
+
+    if git("rev-parse", "--is-inside-work-tree") is None:
+        return {"sha": None}, ""
+    sha, branch = git("rev-parse", "--verify", "HEAD"), git("symbolic-ref", "--short", "HEAD")
+    untracked = (git("ls-files", "--others", "--exclude-standard") or "").splitlines()
+    diff = (git("diff", "HEAD") if sha else None) or ""
+    state = {
+        "sha": sha and sha.strip(),
+        "branch": branch and branch.strip(),
+        "dirty": bool(diff or untracked),
+        "untracked": untracked,
+    }
+    return state, diff
+
+
+def _environment(config: TrainConfig) -> dict:
+    packages = {}
+    for name in _PACKAGES:
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = None
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": packages,
+        "device": torch.cuda.get_device_name() if config.device == "cuda" else platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda if config.device == "cuda" else None,
+        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+    }

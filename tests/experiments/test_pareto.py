@@ -1,0 +1,101 @@
+"""Frontiers from rows made by hand."""
+
+import csv
+import json
+
+import pytest
+
+from experiments import pareto
+
+
+def make_row(label="dash", knob=1.0, sparsity=0.5, score=0.9, **changes):
+    row = {
+        "label": label,
+        "data": "mqar",
+        "task": "recall",
+        "metric": "accuracy",
+        "length": 512,
+        "rows": 8,
+        "seed": 0,
+        "step": 100,
+        "knob": knob,
+        "trained_knob": 1.0 if knob is not None else None,
+        "causal_sparsity": sparsity,
+        "score": score,
+        "position": None,
+        "config_hash": f"{label} {changes.get('trained_knob')}",
+    }
+    return row | changes
+
+
+def scored(*pairs, metric="accuracy"):
+    rows = [make_row(knob=i, sparsity=s, score=v, metric=metric) for i, (s, v) in enumerate(pairs)]
+    return pareto.points(rows)
+
+
+def test_frontier_drops_what_another_point_beats_in_both():
+    edge = pareto.frontier(scored((0.2, 1.0), (0.5, 0.8), (0.6, 0.9), (0.9, 0.3), (0.85, 0.2)))
+    assert [(p.sparsity, p.score) for p in edge] == [(0.2, 1.0), (0.6, 0.9), (0.9, 0.3)]
+
+
+def test_frontier_of_a_loss_prefers_low():
+    edge = pareto.frontier(scored((0.2, 3.0), (0.5, 3.5), (0.6, 3.2), metric="nats"))
+    assert [(p.sparsity, p.score) for p in edge] == [(0.2, 3.0), (0.6, 3.2)]
+
+
+def test_interpolation_never_leaves_the_measured_span():
+    line = pareto.frontier(scored((0.4, 1.0), (0.8, 0.5)))
+    assert pareto.interpolate(line, 0.6) == pytest.approx(0.75)
+    assert pareto.interpolate(line, 0.8) == pytest.approx(0.5)
+    assert pareto.interpolate(line, 0.3) is None
+    assert pareto.interpolate(line, 0.9) is None
+    assert pareto.area(line) == pytest.approx(0.75)
+    assert pareto.area(line[:1]) is None
+
+
+def test_seeds_are_averaged_and_counted_once():
+    (point,) = pareto.points([make_row(seed=s, score=v, sparsity=v / 2) for s, v in ((0, 0.6), (1, 0.8))])
+    assert (point.score, point.sparsity, point.seeds) == pytest.approx((0.7, 0.35, 2))
+    assert point.spread == pytest.approx(0.1414, abs=1e-4)
+
+
+def test_trained_and_turned_knobs_are_different_curves():
+    found = pareto.points([make_row(knob=1.0), make_row(knob=2.0), make_row("full", None, 0.0, 1.0)])
+    assert sorted(p.curve for p in found) == ["dense", "knob at inference", "trained"]
+
+
+def test_only_the_newest_checkpoint_counts():
+    rows = pareto.newest([make_row(step=100, score=0.1), make_row(step=200, score=0.2), make_row(step=150)])
+    assert [row["step"] for row in rows] == [200]
+
+
+def test_says_untrained_when_the_control_fails():
+    sparse = make_row()
+    good, bad = make_row("full", None, 0.0, 0.995), make_row("full", None, 0.0, 0.98)
+    assert "Untrained" not in pareto.to_markdown(pareto.points([good, sparse]))
+    assert "Untrained" in pareto.to_markdown(pareto.points([bad, sparse]))
+    assert "Untrained" in pareto.to_markdown(pareto.points([sparse]))
+
+
+def test_writes_table_and_figure(tmp_path):
+    rows = [make_row(knob=k, sparsity=s, score=v) for k, s, v in ((1.0, 0.4, 1.0), (2.0, 0.8, 0.6), (3.0, 0.9, 0.7))]
+    rows += [make_row("full", None, 0.0, 1.0), make_row("nsa", 4, 0.8, 0.5, trained_knob=4)]
+    rows += [make_row(position=[0, 0], task="position", metric="nats")]  # not of a frontier
+    for i, row in enumerate(rows):
+        run = tmp_path / f"run{i}"
+        run.mkdir()
+        (run / "results.jsonl").write_text(json.dumps(row) + "\n")
+    pareto.main([str(tmp_path)])
+    table = list(csv.DictReader((tmp_path / "pareto.csv").open()))
+    assert len(table) == 5
+    on_edge = {row["knob"] for row in table if row["label"] == "dash" and row["on_frontier"] == "True"}
+    assert on_edge == {"1.0", "3.0"}
+    assert "| dash | 0.9400 | 0.7900 | 0.7000 | not measured |" in (tmp_path / "pareto.md").read_text()
+    assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "pareto.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_nothing_to_show(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        pareto.main([str(tmp_path)])
+    assert "run a sweep" in capsys.readouterr().err

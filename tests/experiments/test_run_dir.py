@@ -1,0 +1,90 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from experiments.checkpoint import write_atomically
+from experiments.config import load_config
+from experiments.metrics import drop_rows_after, read_rows
+from experiments.run_dir import config_hash, find_run_dir, open_run_dir
+
+
+@pytest.fixture
+def config(make_config):
+    return make_config("run", "model.vocab_size=300")
+
+
+def opened(config, start=None):
+    open_run_dir(find_run_dir(config), config, ["steps=4"], start or {})
+    return find_run_dir(config)
+
+
+def test_a_new_directory_explains_itself(config):
+    run = opened(config, {"parameters": 7})
+    assert run.checkpoint is None
+    assert run.step == 0
+    assert load_config(run.path / "config.yaml") == config
+    assert (run.path / "overrides.yaml").read_text() == "- steps=4\n"
+    environment = json.loads((run.path / "environment.json").read_text())
+    assert environment["packages"]["torch"]
+    assert "variables" in environment
+    assert "sha" in json.loads((run.path / "git.json").read_text())
+    assert (run.path / "git.diff").exists()
+    assert json.loads((run.path / "start.json").read_text()) == {"parameters": 7}
+
+
+def test_nothing_secret_is_written(config, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "hunter2")
+    run = opened(config)
+    assert not [path for path in run.path.rglob("*") if path.is_file() and "hunter2" in path.read_text()]
+
+
+def test_another_configuration_is_refused_by_the_names_of_its_keys(config):
+    opened(config)
+    other = replace(config, steps=8, optim=replace(config.optim, lr=1.0))
+    with pytest.raises(ValueError, match=r"optim.lr: 0.003 there, 1.0 now\n  steps: 4 there, 8 now\ngive another name"):
+        find_run_dir(other)
+
+
+def test_what_is_only_logged_may_differ(config):
+    opened(config)
+    find_run_dir(replace(config, log_every=3, logger=replace(config.logger, tags=["a"]), keep_checkpoints=5))
+
+
+def test_a_null_vocabulary_stands_for_the_datas(config):
+    opened(config)
+    find_run_dir(replace(config, model=replace(config.model, vocab_size=None)))
+
+
+def test_a_foreign_directory_is_refused(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="no run directory"):
+        find_run_dir(config)
+
+
+def test_another_number_of_ranks_is_refused(config, monkeypatch):
+    run = opened(config)
+    checkpoint = run.checkpoints / "step-00000002"
+    checkpoint.mkdir()
+    write_atomically(checkpoint / "state.json", json.dumps({"step": 2, "world_size": 1}))
+    write_atomically(run.checkpoints / "latest", "step-00000002\n")
+    assert find_run_dir(config).step == 2
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="init_from="):
+        find_run_dir(config)
+
+
+def test_the_hash_covers_what_is_learned_and_nothing_else(config):
+    assert config_hash(config) == config_hash(replace(config, run_dir="elsewhere", name="x", log_every=7))
+    assert config_hash(config) != config_hash(replace(config, seed=1))
+
+
+def test_rows_that_will_be_written_again_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')  # the last line was cut short by a crash
+    drop_rows_after(path, 2)
+    assert read_rows(path) == [{"step": 1}, {"step": 2}]
+    assert path.read_text().endswith("\n")
+    drop_rows_after(tmp_path / "none.jsonl", 0)
+    assert read_rows(tmp_path / "none.jsonl") == []

@@ -1,0 +1,136 @@
+"""Which cells a sweep has, and what it does when some are done and some fail."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from experiments import sweep
+from experiments.sweep import ArmConfig, Outcome, StudyConfig, SweepConfig, cells, run_sweep
+
+
+def make_config(tmp_path, **changes):
+    arms = {
+        "full": ArmConfig(train=["attention=full"]),
+        "dash": ArmConfig(train=["attention=dash"], trained_knobs=[1.0, 4.0], knobs=[0.5, 8.0]),
+    }
+    study = StudyConfig(train=["experiment=debug"], base=["attention=full"], evaluate=["tasks=[loss]"], arms=arms)
+    values = {"name": "s", "output_dir": str(tmp_path), "studies": {"text": study}, "seeds": [0, 1]} | changes
+    return SweepConfig(**values)
+
+
+def test_cells_are_backends_times_knobs_times_seeds(tmp_path):
+    found = {cell.name: cell for cell in cells(make_config(tmp_path, threads=1))}
+    arms = ["base", "full", "dash-knob1", "dash-knob4"]
+    assert list(found) == [f"text-{arm}-seed{seed}" for seed in (0, 1) for arm in arms]
+    cell = found["text-dash-knob4-seed1"]
+    assert cell.train == (
+        "experiment=debug",
+        "attention=dash",
+        "attention.router_scale=4",
+        "seed=1",
+        "name=text-dash-knob4-seed1",
+        f"run_dir={tmp_path}/text-dash-knob4-seed1",
+        "threads=1",
+        f"init_from={tmp_path}/text-base-seed1",
+    )
+    assert cell.evaluate == (
+        f"run={tmp_path}/text-dash-knob4-seed1",
+        "label=dash",
+        "tasks=[loss]",
+        "knobs=[0.5,8]",
+        "threads=1",
+    )
+    assert found["text-base-seed0"].evaluate is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": [0, 0]}, "names a seed twice"),
+        ({"seeds": []}, "at least one study"),
+        ({"jobs": 0}, "jobs=0"),
+    ],
+)
+def test_refusals(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        cells(make_config(tmp_path, **changes))
+
+
+def test_trained_knobs_need_a_backend_with_a_knob(tmp_path):
+    config = make_config(tmp_path)
+    config.studies["text"].arms = {"full": ArmConfig(train=["attention=full"], trained_knobs=[1.0])}
+    with pytest.raises(ValueError, match="sparsity knob"):
+        cells(config)
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Cells 'run' by recording their names and failing when told to."""
+    names, failing = [], set()
+
+    def run_cell(cell, log_dir):
+        names.append(cell.name)
+        if cell.name in failing:
+            return Outcome("failed", 1.0, "boom")
+        cell.run_dir.mkdir(parents=True, exist_ok=True)
+        (cell.run_dir / sweep.CELL).write_text(json.dumps({"commands": cell.commands}))
+        return Outcome("done", 1.0)
+
+    monkeypatch.setattr(sweep, "run_cell", run_cell)
+    return names, failing
+
+
+def run(config):
+    return {name: outcome.status for name, outcome in run_sweep(config, Console(file=io.StringIO())).items()}
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_a_second_call_does_only_what_is_missing(tmp_path, ran, jobs):
+    names, failing = ran
+    config = make_config(tmp_path, jobs=jobs)
+    failing.add("text-dash-knob1-seed0")
+    first = run(config)
+    assert first.pop("text-dash-knob1-seed0") == "failed"
+    assert set(first.values()) == {"done"}
+    assert len(names) == 8
+
+    names.clear()
+    failing.clear()
+    assert run(config)["text-dash-knob1-seed0"] == "done"
+    assert names == ["text-dash-knob1-seed0"]
+
+    names.clear()
+    assert set(run(config).values()) == {"was done"}
+    assert names == []
+
+
+def test_a_failed_base_skips_its_arms_and_no_others(tmp_path, ran):
+    names, failing = ran
+    failing.add("text-base-seed0")
+    statuses = run(make_config(tmp_path))
+    assert statuses["text-full-seed0"] == statuses["text-dash-knob4-seed0"] == "skipped"
+    assert statuses["text-full-seed1"] == "done"
+    assert "text-full-seed0" not in names
+
+
+def test_changed_commands_are_not_taken_for_done(tmp_path, ran):
+    names, _ = ran
+    run(make_config(tmp_path))
+    names.clear()
+    changed = make_config(tmp_path)
+    changed.studies["text"].arms["dash"].knobs = [0.5, 8.0, 16.0]
+    run(changed)
+    assert sorted(names) == sorted(f"text-dash-knob{k}-seed{s}" for k in (1, 4) for s in (0, 1))
+
+
+def test_a_failing_process_is_reported_with_its_last_words(tmp_path):
+    config = make_config(tmp_path, seeds=[0])
+    study = config.studies["text"]
+    study.base = None
+    study.arms = {"dash": ArmConfig(train=["attention=dash", "attention.chunk_size=0"])}
+    (outcome,) = run_sweep(config, Console(file=io.StringIO())).values()
+    assert outcome.status == "failed"
+    assert "chunk_size must be a positive integer; got 0" in outcome.message
+    assert "text-dash-seed0.log" in outcome.message

@@ -1,0 +1,195 @@
+"""The loop, in this process."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train as train_module
+from data import MQARDataConfig
+from experiments.metrics import read_rows
+from train import train
+
+ATTENTION = {
+    "full": ["attention=full"],
+    "dash": ["attention=dash", "attention.chunk_size=16"],
+    "infllmv2": [
+        *("attention=infllmv2", "attention.block_size=16", "attention.kernel_size=8", "attention.kernel_stride=4"),
+        *("attention.window_size=16", "attention.topk=3"),
+    ],
+    "nsa": [
+        *("attention=nsa", "attention.block_size=16", "attention.kernel_size=8", "attention.kernel_stride=4"),
+        *("attention.window_size=16", "attention.topk=3"),
+    ],
+}
+
+
+def rows(run_dir: Path, split="train"):
+    return [row for row in read_rows(run_dir / "metrics.jsonl") if row["split"] == split]
+
+
+def losses(run_dir: Path):
+    return [row["loss"] for row in rows(run_dir)]
+
+
+def interrupt_after(run_dir: Path, step: int, target: Path) -> None:
+    """A copy of a run directory as it was when the run had just saved at `step`."""
+    shutil.copytree(run_dir, target)
+    (target / "checkpoints" / "latest").write_text(f"step-{step:08d}\n")
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_every_backend_learns(make_config, attention):
+    config = make_config("run", *ATTENTION[attention], "steps=40", "optim.lr=1e-2", "log_every=20", "stats_every=20")
+    first, *_, last = rows(train(config))
+    assert last["loss"] < first["loss"] - 1
+    assert last["tokens"] == 40 * 4 * 64
+    assert len(last["causal_sparsity_per_layer"]) == 2
+    assert ("alpha" in last) == (attention == "dash")
+
+
+@pytest.fixture(scope="module")
+def reference_losses():
+    """Losses of the tiny run at stage 1, filled by the first test that needs them."""
+    return {}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_stage_changes_nothing_and_resume_is_exact(make_config, tmp_path, reference_losses, stage):
+    options = [f"deepspeed=zero{stage}", *ATTENTION["dash"], "save_every=2", "keep_checkpoints=0"]
+    whole = train(make_config("whole", *options))
+    if not reference_losses:
+        reference_losses["loss"] = losses(whole)
+        reference_losses["grad_norm"] = [row["grad_norm"] for row in rows(whole)]
+    assert losses(whole) == reference_losses["loss"]
+    assert [row["grad_norm"] for row in rows(whole)] == pytest.approx(reference_losses["grad_norm"], rel=1e-5)
+
+    interrupt_after(whole, 2, tmp_path / "resumed")
+    resumed = train(make_config("resumed", *options))
+    assert losses(resumed) == losses(whole)
+    assert [row["step"] for row in rows(resumed)] == [1, 2, 3, 4]
+    states = [json.loads((path / "checkpoints/step-00000004/state.json").read_text()) for path in (whole, resumed)]
+    assert states[0] == states[1]
+    assert (resumed / "resumed/step-00000002/environment.json").exists()
+    weights = [load_file(path / "checkpoints/step-00000004/model.safetensors") for path in (whole, resumed)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("options", [["deepspeed=zero1"], ["deepspeed=zero3", "rows_per_micro_batch=2"]])
+def test_bf16_trains_and_resumes_exactly(make_config, tmp_path, options):
+    options = [*options, "deepspeed.precision=bf16", *ATTENTION["dash"], "save_every=2", "keep_checkpoints=0"]
+    whole = train(make_config("whole", *options))
+    fp32 = train(make_config("fp32", *ATTENTION["dash"]))
+    assert losses(whole) == pytest.approx(losses(fp32), abs=0.01)
+    interrupt_after(whole, 2, tmp_path / "resumed")
+    assert losses(train(make_config("resumed", *options))) == losses(whole)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_accumulation_weighs_every_target_the_same(make_config, stage):
+    # Rows of recall have different numbers of targets.
+    data = MQARDataConfig(name="mqar", seq_len=64, pairs_min=1, pairs_max=8, validation_rows=4)
+
+    def run(name, *overrides):
+        return rows(train(replace(make_config(name, f"deepspeed=zero{stage}", "steps=6", *overrides), data=data)))
+
+    at_once, in_parts = run("at_once"), run("in_parts", "rows_per_micro_batch=1")
+    assert len(at_once) == 6
+    for key in ("loss", "grad_norm"):
+        assert [row[key] for row in in_parts] == pytest.approx([row[key] for row in at_once], rel=1e-4)
+
+
+def test_clipping_bounds_the_update_at_every_stage(make_config):
+    options = ["optim.grad_clip=1e-3", "optim.eps=1", "optim.weight_decay=0"]  # eps=1: updates follow the gradient
+    runs = [losses(train(make_config(f"zero{s}", f"deepspeed=zero{s}", *options))) for s in (0, 1)]
+    assert runs[0] == pytest.approx(runs[1], rel=1e-6)
+    free = losses(train(make_config("free", "deepspeed=zero0", *options, "optim.grad_clip=0")))
+    assert free[-1] < runs[0][-1]
+
+
+def test_a_run_can_begin_with_dense_weights(make_config, tmp_path):
+    dense = train(make_config("dense"))
+    sparse = train(make_config("sparse", *ATTENTION["dash"], f"init_from={dense}"))
+    start = json.loads((sparse / "start.json").read_text())["init_from"]
+    assert start["new_parameters"] == [f"layers.{i}.attention.backend.chunk_query" for i in range(2)]
+    assert [row["step"] for row in rows(sparse)] == [1, 2, 3, 4]
+    assert losses(sparse)[0] < losses(dense)[0] - 0.05
+    with pytest.raises(ValueError, match="no weights in"):
+        train(make_config("lost", f"init_from={tmp_path / 'nowhere'}"))
+    assert not (tmp_path / "lost").exists()
+
+
+def test_a_complete_run_is_left_alone(make_config, capsys):
+    config = make_config("run", "eval_every=2")
+    run_dir = train(config)
+    assert [row["step"] for row in rows(run_dir, "validation")] == [2, 4]
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    train(make_config("run", "eval_every=2"))
+    assert "is complete: 4 steps" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+    with pytest.raises(ValueError, match="steps: 4 there, 6 now"):
+        train(make_config("run", "eval_every=2", "steps=6"))
+
+
+def test_validation_and_saving_do_not_change_the_training(make_config):
+    plain = train(make_config("plain"))
+    watched = train(make_config("watched", "eval_every=1", "save_every=1", "stats_every=1", *ATTENTION["full"]))
+    assert losses(watched) == losses(plain)
+    assert sorted(p.name for p in (watched / "checkpoints").iterdir()) == ["latest", "step-00000003", "step-00000004"]
+
+
+def test_a_crash_while_saving_leaves_the_checkpoint_before(make_config, monkeypatch):
+    config = make_config("run", "save_every=2")
+
+    def crash(*_, **__):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("experiments.checkpoint.save_file", crash)
+        with pytest.raises(OSError, match="disk full"):
+            train(config)
+    assert not (Path(config.run_dir) / "checkpoints" / "latest").exists()
+    whole = train(make_config("whole", "save_every=2"))
+    assert losses(train(config)) == losses(whole)
+
+
+def test_a_diverged_run_stops_before_it_saves(make_config):
+    config = make_config("run", "optim.lr=1e30", "optim.warmup_steps=0")
+    with pytest.raises(FloatingPointError, match="lower optim"):
+        train(config)
+    assert not list((Path(config.run_dir) / "checkpoints").iterdir())
+
+
+def test_alpha_follows_its_schedule_across_a_resume(make_config, tmp_path):
+    options = [*ATTENTION["dash"], "attention.alpha_mode=scheduled", "attention.alpha_steps=4", "save_every=2"]
+    options += ["keep_checkpoints=0"]
+    whole = train(make_config("whole", *options))
+    assert [row["alpha"] for row in rows(whole)] == [1.25, 1.3125, 1.375, 1.4375]
+    interrupt_after(whole, 2, tmp_path / "resumed")
+    assert [row["alpha"] for row in rows(train(make_config("resumed", *options)))] == [1.25, 1.3125, 1.375, 1.4375]
+
+
+def test_a_vocabulary_smaller_than_the_datas_is_refused(make_config, tmp_path):
+    with pytest.raises(ValueError, match=r"model\.vocab_size=null"):
+        train(make_config("run", "model.vocab_size=100"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_writes_under_the_run_directory(make_config):
+    run_dir = train(make_config("run", "logger=offline"))
+    assert list(run_dir.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_the_entry_point_prints_one_message(make_config, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", "steps=3", "optim.warmup_steps=5"])
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    with pytest.raises(SystemExit) as exit_info:
+        train_module.main()
+    assert exit_info.value.code == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: optim.warmup_steps=5")
+    assert "Traceback" not in message

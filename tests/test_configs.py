@@ -1,0 +1,104 @@
+"""Every YAML file under configs/ composes, and what the command line gets wrong is refused."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
+
+import train  # noqa: F401 (registers the schemas)
+from experiments.config import TrainConfig, accumulation, check, load_config, plain, to_config
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+GROUPS = ("attention", "model", "data", "optim", "deepspeed", "logger", "experiment")
+CHOICES = [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))]
+# What a choice needs before it is a run.
+COMPANIONS = {
+    "data=local": ["data.files=[a.txt]", "model=60m"],
+    "data=hub": ["model=60m"],
+}
+
+
+def composed(*overrides: str) -> TrainConfig:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return to_config(compose("train", list(overrides)))
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_makes_a_run(choice):
+    config = check(composed(choice, "device=cpu", *COMPANIONS.get(choice, [])))
+    assert config.device == "cpu"
+    assert config.deepspeed.precision == "fp32"
+
+
+@pytest.mark.parametrize("attention", ["full", "dash", "infllmv2", "nsa"])
+@pytest.mark.parametrize("data", ["python_stdlib", "mqar"])
+def test_a_saved_configuration_loads_as_the_same_one(attention, data, tmp_path):
+    config = composed(f"attention={attention}", f"data={data}")
+    path = tmp_path / "config.yaml"
+    path.write_text(OmegaConf.to_yaml(plain(config)))
+    assert load_config(path) == config
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["optim.learning_rate=1", "attention.topk=4", "stepz=3", "optim.lr=fast", "steps=1.5", "attention=sparse"],
+)
+def test_unknown_keys_and_wrong_types_stop_at_composition(override):
+    with pytest.raises(ConfigCompositionException):
+        composed(override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mend"),
+    [
+        (["deepspeed.stage=0", "deepspeed.precision=bf16"], "deepspeed.stage=1"),
+        (["deepspeed.stage=4"], "0, 1, 2, 3"),
+        (["deepspeed.precision=fp16"], "fp32 or bf16"),
+        (["deepspeed.precision=int8"], "fp32"),
+        (["device=tpu"], "cpu, cuda"),
+        (["optim.schedule=linear"], "wsd"),
+        (["logger.mode=on"], "offline"),
+        (["steps=10", "optim.warmup_steps=10"], "raise steps"),
+        (["optim=wsd", "steps=100", "optim.warmup_steps=90"], "lower one"),
+        (["optim.min_lr_ratio=2"], "between 0 and 1"),
+        (["optim.lr=0"], "positive"),
+        (["optim.grad_clip=-1"], "0 for no clipping"),
+        (["steps=0"], "at least 1"),
+        (["log_every=0"], "at least 1"),
+        (["threads=0"], "or null"),
+        (["rows_per_batch=6", "rows_per_micro_batch=4"], "rows_per_batch=4"),
+        (["data.seq_len=4096"], "model.max_seq_len=4096"),
+        (["model.num_kv_heads=3"], "num_kv_heads among"),
+        (["attention=dash", "attention.chunk_size=512"], "lower attention.chunk_size"),
+        (["attention=dash", "attention.alpha=3"], "alpha"),
+        (["attention=infllmv2", "attention.topk=4"], "window_size"),
+        (["model.num_heads=64", "model.num_kv_heads=1", "attention=dash"], "raise num_kv_heads"),
+    ],
+)
+def test_impossible_combinations_are_refused_with_their_mend(overrides, mend):
+    with pytest.raises(ValueError, match=mend):
+        check(composed("device=cpu", *overrides))
+
+
+def test_a_key_forced_in_is_refused():
+    with pytest.raises(ValueError, match=r"unknown key attention.topk"):
+        composed("+attention.topk=4")
+
+
+def test_missing_values_are_named():
+    with pytest.raises(ValueError, match=r"no value for optim.lr"):
+        composed("optim.lr=???")
+
+
+def test_a_batch_is_shared_by_ranks_and_micro_batches():
+    config = composed("rows_per_batch=16")
+    assert accumulation(config, ranks=4) == (4, 1)
+    config.rows_per_micro_batch = 2
+    assert accumulation(config, ranks=4) == (2, 2)
+    with pytest.raises(ValueError, match="no multiple"):
+        accumulation(config, ranks=3)
+    config.rows_per_micro_batch = None
+    with pytest.raises(ValueError, match="multiple of 3"):
+        accumulation(config, ranks=3)
