@@ -5,8 +5,9 @@ Rows are appended to results.jsonl in the run directory; what is there already i
 
 import hydra
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from experiments.config import to_config
 from experiments.errors import user_errors
 from experiments.evaluation import evaluate, find_target, register_evaluate_config
 
@@ -16,7 +17,7 @@ register_evaluate_config()
 @hydra.main(config_path="configs", config_name="evaluate", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     with user_errors():
-        config = OmegaConf.to_object(cfg)
+        config = to_config(cfg)
         target = find_target(config)
         if config.threads is not None:
             torch.set_num_threads(config.threads)

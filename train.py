@@ -16,6 +16,8 @@ from pathlib import Path
 
 import hydra
 import torch
+import torch.distributed
+from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
@@ -55,6 +57,7 @@ class Run:
     micro_batches: int  # a step and rank
     tokens: int  # read so far, over all ranks
     metrics: MetricsWriter
+    lock: FileLock | None  # of the run directory, on the main rank
 
 
 def train(config: TrainConfig, overrides: Sequence[str] = ()) -> Path:
@@ -100,14 +103,17 @@ def build(config: TrainConfig, overrides: Sequence[str] = ()) -> Run | None:
     torch.manual_seed(config.seed)  # the weights; nothing after this draws from PyTorch's global generators
     model = Transformer(config.model, config.attention)
     parameters = sum(p.numel() for p in model.parameters())
-    start = {"parameters": parameters, "data": train_data.describe()}
+    start = {
+        "parameters": parameters,
+        "data": train_data.describe(),
+        "unigram_entropy": validation_data.unigram_entropy(),  # a loss must be well below; null = not known
+    }
     if weights is not None:
         start["init_from"] = {"weights": str(weights.resolve()), "new_parameters": load_weights(model, weights)}
     if run_dir.checkpoint is not None:
         train_data.load_state_dict(run_dir.state["data"][ranks.rank])
     ranks.barrier()  # every rank has looked at the run directory before one changes it
-    if ranks.is_main:
-        open_run_dir(run_dir, config, overrides, start)
+    lock = open_run_dir(run_dir, config, overrides, start) if ranks.is_main else None
 
     model.to(ranks.device)
     optimizer = build_optimizer(model, config.optim, ranks.device)
@@ -122,7 +128,7 @@ def build(config: TrainConfig, overrides: Sequence[str] = ()) -> Run | None:
         metrics.print("weights of {weights}; new: {new_parameters}".format(**start["init_from"]))
     if run_dir.checkpoint is not None:
         metrics.print(f"resumed from {run_dir.checkpoint} at step {run_dir.step}")
-    return Run(config, run_dir, ranks, engine, train_data, validation_data, micro_batches, tokens, metrics)
+    return Run(config, run_dir, ranks, engine, train_data, validation_data, micro_batches, tokens, metrics, lock)
 
 
 def loop(run: Run) -> None:
@@ -163,7 +169,7 @@ def loop(run: Run) -> None:
                 metrics.write(row | (attention_metrics(stats) if stats else {}))
                 check_finite(row, config)  # before a checkpoint could be overwritten with it
             if config.eval_every and (is_last or step % config.eval_every == 0):
-                loss = validation_loss(engine, run.validation_data, ranks, config.eval_batches)
+                loss = validation_loss(engine, run.validation_data, ranks)
                 metrics.write({"step": step, "split": "validation", "tokens": run.tokens, "loss": loss})
                 clock.restart()
             if is_saved:
@@ -178,6 +184,8 @@ def loop(run: Run) -> None:
                 clock.restart()
     finally:
         metrics.close()
+        if run.lock is not None:
+            run.lock.release()
 
 
 def check_finite(row: dict, config: TrainConfig) -> None:
@@ -201,3 +209,6 @@ def main(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     main()
+    # After the last of several jobs (`-m`): DeepSpeed keeps the process group for the next one.
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

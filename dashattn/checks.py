@@ -99,7 +99,10 @@ def check_windows(kernel_size: int, kernel_stride: int, block_size: int) -> None
 
 def check_topk(topk: int, init_blocks: int, local_blocks: int, mend: str) -> None:
     check_positive_int(topk=topk)
-    check(init_blocks >= 0, f"init_blocks must not be negative; got {init_blocks}")
+    check(
+        isinstance(init_blocks, int) and init_blocks >= 0,
+        f"init_blocks must be an integer of at least 0; got {init_blocks!r}",
+    )
     forced = init_blocks + local_blocks
     check(
         topk >= forced,

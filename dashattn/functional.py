@@ -173,6 +173,7 @@ def infllmv2_attention(
         topk: blocks per token in all, the forced ones included; the sparsity knob.
         init_blocks: first blocks, always selected.
         window_size: tokens before the token's own block that are always selected; a multiple of ``block_size``.
+        scale: of all attention logits, the scoring ones too; default D ** -0.5.
 
     Raises:
         ValueError: shapes, dtypes, devices or sizes do not fit.
@@ -182,7 +183,7 @@ def infllmv2_attention(
     _use_reference(impl, "infllmv2_attention")
 
     windows = {"kernel_size": kernel_size, "kernel_stride": kernel_stride}
-    softmax_scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
 
     select = partial(
         topk_selection,
@@ -195,7 +196,7 @@ def infllmv2_attention(
     )
     compressed_k = mean_compress(k.detach(), **windows, cu_seqlens=cu_seqlens)
     _, selections = compressed_attention(
-        q.detach(), compressed_k, None, select, **windows, scale=softmax_scale, cu_seqlens=cu_seqlens
+        q.detach(), compressed_k, None, select, **windows, scale=scale, cu_seqlens=cu_seqlens
     )
     selection = Selection.concatenate(selections)
     out = block_sparse_attention(q, k, v, selection, scale=scale, cu_seqlens=cu_seqlens)
@@ -240,6 +241,7 @@ def nsa_attention(
         topk: selected blocks in all, ``init_blocks`` first ones and ``local_blocks`` last ones (the token's own
             among them) included; the sparsity knob.
         window_size: tokens of the sliding window, the token's own included; 0 leaves the branch out.
+        scale: of all attention logits; default D ** -0.5.
 
     Raises:
         ValueError: shapes, dtypes, devices or sizes do not fit.
@@ -251,6 +253,7 @@ def nsa_attention(
         checks.check_shape(name, x, compressed_shape)
         checks.check_like(name, x, q)
     checks.check_shape("gates", gates, (*q.shape[:3], 3 if window_size else 2))
+    check(gates.device == q.device, f"gates is on {gates.device}, q on {q.device}")
     check((k_window is None) == (v_window is None), "give both k_window and v_window, or neither")
     if k_window is not None:
         check(window_size > 0, "k_window and v_window need window_size > 0; got 0")

@@ -35,10 +35,11 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def latest_checkpoint(checkpoints: Path) -> Path | None:
-    """The newest complete checkpoint in `checkpoints`, None if there is none yet."""
+    """The checkpoint that `latest` names, without one the newest; None if there is none yet."""
     pointer = checkpoints / LATEST
     if not pointer.exists():
-        return None
+        # A run that stopped before it wrote the pointer; what bears a step's name was complete when it was renamed.
+        return max(checkpoints.glob("step-*"), default=None)
     path = checkpoints / pointer.read_text().strip()
     if not (path / STATE).exists():
         raise ValueError(
@@ -49,8 +50,14 @@ def latest_checkpoint(checkpoints: Path) -> Path | None:
 
 
 def read_state(checkpoint: Path) -> dict:
-    """What state.json holds."""
-    return json.loads((checkpoint / STATE).read_text())
+    """What state.json holds. Raises ValueError if it is damaged."""
+    try:
+        return json.loads((checkpoint / STATE).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{checkpoint / STATE} is damaged ({error}): "
+            f"write the name of another checkpoint into {checkpoint.parent / LATEST}"
+        ) from None
 
 
 def save_checkpoint(checkpoints: Path, state: dict, engine, ranks, *, keep: int) -> Path:
@@ -78,14 +85,15 @@ def save_checkpoint(checkpoints: Path, state: dict, engine, ranks, *, keep: int)
         shutil.rmtree(target, ignore_errors=True)  # left by a run that stopped before it moved `latest`
         os.replace(temporary, target)
         write_atomically(checkpoints / LATEST, name + "\n")
-        _remove_old(checkpoints, keep)
+        _remove_old(checkpoints, name, keep)
     ranks.barrier()
     return target
 
 
-def _remove_old(checkpoints: Path, keep: int) -> None:
+def _remove_old(checkpoints: Path, newest: str, keep: int) -> None:
     if keep:
-        for old in sorted(checkpoints.glob("step-*"))[:-keep]:
+        # Later ones than `newest` are of a run that was set back to an earlier checkpoint: they do not count.
+        for old in sorted(path for path in checkpoints.glob("step-*") if path.name <= newest)[:-keep]:
             shutil.rmtree(old)
 
 
@@ -102,7 +110,7 @@ def find_weights(source: str | Path) -> Path:
     Raises:
         ValueError: if there is none.
     """
-    source = Path(source)
+    source = Path(source).expanduser()
     if source.is_file():
         return source
     if (source / WEIGHTS).exists():

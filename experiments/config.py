@@ -7,6 +7,7 @@ at composition. The YAML groups under configs/ hold values only.
 import os
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra.core.config_store import ConfigStore
@@ -84,7 +85,6 @@ class TrainConfig:
     log_every: int = 10
     stats_every: int = 50  # attention statistics (sparsity) of a logged step that is a multiple of this; 0 = never
     eval_every: int = 200  # validation loss, also at the end; 0 = never
-    eval_batches: int | None = 20  # micro-batches of one rank per validation; null = the whole split
     save_every: int = 1000  # a checkpoint is written at the end in any case; 0 = only there
     keep_checkpoints: int = 2  # the newest ones; 0 = all
 
@@ -106,8 +106,8 @@ def register_configs() -> None:
     store.store(group="logger", name="logger_schema", node=LoggerConfig)
 
 
-def to_config(cfg: DictConfig) -> TrainConfig:
-    """The dataclasses of a composed configuration.
+def to_config(cfg: DictConfig) -> Any:
+    """The dataclasses of a composed configuration, of whichever schema it has.
 
     Raises:
         ValueError: that names values left open, or keys that a `+key=value` forced in.
@@ -116,20 +116,24 @@ def to_config(cfg: DictConfig) -> TrainConfig:
     if missing:
         raise ValueError(f"no value for {', '.join(missing)}: give one, as in {missing[0]}=...")
     config = OmegaConf.to_object(cfg)
-    assert isinstance(config, TrainConfig)
+    assert is_dataclass(config)
     unknown = _unknown_keys(config)
     if unknown:
-        raise ValueError(f"unknown key {', '.join(unknown)}: `python train.py --cfg job` shows the known ones")
+        raise ValueError(f"unknown key {', '.join(unknown)}: `--cfg job` shows the known ones")
     return config
 
 
 def _unknown_keys(node: object, prefix: str = "") -> list[str]:
-    """Dotted names of attributes that are no fields of their dataclass."""
-    own = {f.name for f in fields(node)}
-    unknown = [prefix + key for key in vars(node) if key not in own]
-    for key in own:
-        if is_dataclass(getattr(node, key)):
-            unknown += _unknown_keys(getattr(node, key), f"{prefix}{key}.")
+    """Dotted names of attributes that are no fields of their dataclass, in `node` and below it."""
+    if isinstance(node, dict):
+        children, unknown = node, []
+    elif is_dataclass(node):
+        children = {f.name: getattr(node, f.name) for f in fields(node)}
+        unknown = [prefix + key for key in vars(node) if key not in children]
+    else:
+        return []
+    for key, child in children.items():
+        unknown += _unknown_keys(child, f"{prefix}{key}.")
     return unknown
 
 
@@ -224,10 +228,8 @@ def _check_counts(config: TrainConfig) -> None:
     ):
         if getattr(config, key) < least:
             raise ValueError(f"{key}={getattr(config, key)}: at least {least} is needed")
-    for key in ("threads", "eval_batches"):
-        value = getattr(config, key)
-        if value is not None and value < 1:
-            raise ValueError(f"{key}={value}: at least 1 is needed, or null")
+    if config.threads is not None and config.threads < 1:
+        raise ValueError(f"threads={config.threads}: at least 1 is needed, or null")
 
 
 def _check_optim(config: TrainConfig) -> None:

@@ -7,10 +7,8 @@ import contextlib
 import io
 import logging
 import os
-import socket
 import warnings
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -61,13 +59,7 @@ def init_ranks(device: str) -> Ranks:
     Args:
         device: `cpu` or `cuda`; a rank takes the GPU of its LOCAL_RANK.
     """
-    if "RANK" not in os.environ:
-        # DeepSpeed would look for MPI otherwise.
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    local_rank = int(os.environ["LOCAL_RANK"])
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed insists on it
     os.environ["DS_ACCELERATOR"] = device
     torch_device = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
     if device == "cuda":
@@ -87,8 +79,11 @@ def init_ranks(device: str) -> Ranks:
     if device == "cpu":
         # DeepSpeed would probe the compiler and then spend 40 s on a shared-memory operation that only inference uses.
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-    if not torch.distributed.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
+    backend = "nccl" if device == "cuda" else "gloo"
+    if not torch.distributed.is_initialized() and "RANK" not in os.environ:
+        # Without a launcher DeepSpeed would look for MPI; and a group of one needs no network port.
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
     return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), torch_device)
 
 
@@ -179,11 +174,11 @@ def backend_metrics(engine) -> dict[str, float]:
 
 
 @torch.no_grad()
-def validation_loss(engine, stream: BatchStream, ranks: Ranks, max_batches: int | None) -> float:
-    """Mean loss in nats over the targets of the validation split, or of its first `max_batches` of each rank."""
+def validation_loss(engine, stream: BatchStream, ranks: Ranks) -> float:
+    """Mean loss in nats over the targets of the validation split."""
     engine.eval()
     total = targets = 0.0
-    for batch in islice(stream, max_batches):
+    for batch in stream:
         count = batch.num_targets
         total += forward(engine, batch, ranks.device).loss.item() * count
         targets += count

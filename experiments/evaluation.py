@@ -26,14 +26,12 @@ from data import IGNORE, BatchStream, MQARDataConfig, build_data
 from experiments.checkpoint import find_weights, load_weights, read_state
 from experiments.config import DEVICES, TrainConfig, load_config, resolve
 from experiments.metrics import read_rows
-from experiments.run_dir import CONFIG, config_hash
+from experiments.run_dir import CONFIG, START, config_hash
 from models import Transformer
 
 RESULTS = "results.jsonl"
 TASKS = ("loss", "position", "recall")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# What makes a row: an evaluation whose rows are all there is not run again.
-ROW_KEY = ("task", "checkpoint", "knob", "length", "rows", "position")
 
 
 @dataclass
@@ -81,6 +79,8 @@ def find_target(config: EvaluateConfig) -> Target:
         raise ValueError(f"device={config.device}: choose one of {', '.join(DEVICES)}")
     if "recall" in config.tasks and not isinstance(train.data, MQARDataConfig):
         raise ValueError(f"task recall needs a run trained on MQAR; this one was trained on {train.data.name}")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but PyTorch sees no GPU: use device=cpu")
     for name in ("rows", "rows_per_batch", "threads"):
         value = getattr(config, name)
         if value is not None and value < 1:
@@ -109,24 +109,24 @@ def evaluate(config: EvaluateConfig, target: Target) -> Iterator[dict]:
     """Evaluates at every knob value that has rows missing; yields the rows, which are on disk by then."""
     train = target.train
     device = torch.device(train.device)
-    rows = config.rows or train.data.validation_rows
+    rows = config.rows or train.data.validation_rows  # None: the whole split
     data = replace(train.data, validation_rows=rows)
-    knobs = [trained_knob(train)] if config.knobs is None else list(config.knobs)
+    knobs = [trained_knob(train)] if config.knobs is None else list(dict.fromkeys(config.knobs))
     path = target.run_dir / RESULTS
     existing = read_rows(path)
     common = describe(target, rows) | {"label": config.label or train.attention.name}
 
     def missing(knob: float | None) -> list[str]:
-        asked = {"checkpoint": common["checkpoint"], "length": common["length"], "rows": rows, "knob": knob}
+        asked = {key: common[key] for key in ("checkpoint", "length", "rows", "label")} | {"knob": knob}
         done = {row["task"] for row in existing if all(row[key] == value for key, value in asked.items())}
-        return [task for task in config.tasks if task not in done]
+        return [task for task in dict.fromkeys(config.tasks) if task not in done]
 
     if not any(missing(knob) for knob in knobs):
         return
-    stream = build_data(
-        data, split="validation", seed=train.seed, rows=min(config.rows_per_batch, rows), cache_dir=_cache(train)
-    )
-    model = build_model(target, stream.vocab_size)
+    cache_dir = Path(train.cache_dir).expanduser()
+    stream = build_data(data, split="validation", seed=train.seed, rows=config.rows_per_batch, cache_dir=cache_dir)
+    check_data(target, stream)
+    model = build_model(target)
     for knob in knobs:
         tasks = missing(knob)
         if not tasks:
@@ -141,14 +141,20 @@ def evaluate(config: EvaluateConfig, target: Target) -> Iterator[dict]:
         yield from new
 
 
-def _cache(train: TrainConfig) -> Path:
-    return Path(train.cache_dir).expanduser()
+def check_data(target: Target, stream: BatchStream) -> None:
+    """Raises ValueError if the corpus or its tokenizer is another than the run was trained on."""
+    trained = json.loads((target.run_dir / START).read_text())["data"].get("tokens_fingerprint")
+    if trained is not None and stream.describe()["tokens_fingerprint"] != trained:
+        raise ValueError(
+            f"the corpus of data.name={target.train.data.name} has changed since {target.run_dir} was trained (its "
+            "fingerprint is another), and with it the tokens: restore it, or train again"
+        )
 
 
-def build_model(target: Target, vocab_size: int) -> Transformer:
+def build_model(target: Target) -> Transformer:
     """The checkpoint's model in evaluation mode, at the step (schedules) it was saved at."""
     train = target.train
-    model = Transformer(replace(train.model, vocab_size=vocab_size), train.attention)
+    model = Transformer(train.model, train.attention)
     new = load_weights(model, target.checkpoint / "model.safetensors")
     if new:
         raise ValueError(f"{target.checkpoint} lacks {', '.join(new)}: it is not a checkpoint of this configuration")
@@ -156,7 +162,7 @@ def build_model(target: Target, vocab_size: int) -> Transformer:
     return model.to(train.device, DTYPES[train.deepspeed.precision]).eval()
 
 
-def describe(target: Target, rows: int) -> dict:
+def describe(target: Target, rows: int | None) -> dict:
     """The columns that all rows of an evaluation share."""
     train = target.train
     git = json.loads((target.run_dir / "git.json").read_text())
@@ -269,13 +275,11 @@ SCORES = {"loss": _loss_rows, "position": _position_rows, "recall": _recall_rows
 
 
 def append_rows(path: Path, rows: list[dict]) -> None:
-    """Adds rows in one write that is on disk on return; an earlier line cut short by a crash is ended first."""
+    """Adds rows in one write that is on disk on return; half a line, left by a crash, makes way."""
     text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
     with path.open("ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                raise ValueError(f"{path} ends in a line cut short: remove that line and run again")
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
         file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())

@@ -32,13 +32,18 @@ class Point:
     """One setting, over its seeds."""
 
     panel: tuple[str, str, int]  # data, metric, length
-    label: str  # of the line: the backend, or a variant of it
-    curve: str  # "dense", "knob at inference" or "trained"
+    label: str  # the backend, or a variant of it
+    trained_knob: float | None  # None: dense
     knob: float | None
     sparsity: float
     score: float
     spread: float  # standard deviation over the seeds; 0 for one
     seeds: int
+
+    @property
+    def is_trained(self) -> bool:
+        """Evaluated at the sparsity it was trained at, not with the knob turned at inference."""
+        return self.knob == self.trained_knob
 
 
 def load_rows(root: Path) -> list[dict]:
@@ -64,30 +69,55 @@ def newest(rows: Iterable[dict]) -> list[dict]:
 
 
 def points(rows: Iterable[dict]) -> list[Point]:
-    """Means over seeds."""
+    """Means over seeds.
+
+    Raises:
+        ValueError: a seed has two results, from runs or numbers of rows that do not belong into one mean.
+    """
     groups: dict[tuple, list[dict]] = defaultdict(list)
     for row in rows:
         panel = (row["data"], row["metric"], row["length"])
-        if row["knob"] is None:
-            curve = "dense"
-        elif row["knob"] == row["trained_knob"]:
-            curve = "trained"
-        else:
-            curve = "knob at inference"
-        groups[panel, row["label"], curve, row["trained_knob"], row["knob"]].append(row)
+        group = groups[panel, row["label"], row["trained_knob"], row["knob"]]
+        if any(row["seed"] == other["seed"] for other in group):
+            raise ValueError(
+                f"two results of {row['label']} on {title(panel)}, knob {row['knob']}, seed {row['seed']}: give one "
+                "a label of its own (evaluate.py label=...), or the directory of one study only"
+            )
+        group.append(row)
     return [
         Point(
             panel,
             label,
-            curve,
+            trained_knob,
             knob,
             mean(row["causal_sparsity"] for row in group),
             mean(row["score"] for row in group),
             stdev(row["score"] for row in group) if len(group) > 1 else 0.0,
-            len({row["seed"] for row in group}),
+            len(group),
         )
-        for (panel, label, curve, _, knob), group in groups.items()
+        for (panel, label, trained_knob, knob), group in groups.items()
     ]
+
+
+def curves(points: Iterable[Point]) -> dict[tuple, list[Point]]:
+    """The curves of each panel: (panel, label, what the curve is) -> points.
+
+    One checkpoint with its knob turned is a curve. Where a label was trained at several sparsities, its points there
+    are one more.
+    """
+    grouped: dict[tuple, dict[float, list[Point]]] = defaultdict(lambda: defaultdict(list))
+    for point in points:
+        if point.knob is not None:
+            grouped[point.panel, point.label][point.trained_knob].append(point)
+    found = {}
+    for (panel, label), checkpoints in sorted(grouped.items()):
+        if len(checkpoints) > 1:
+            trained = [p for line in checkpoints.values() for p in line if p.is_trained]
+            found[panel, label, "trained at each"] = trained
+        for trained_knob, line in sorted(checkpoints.items()):
+            if len(checkpoints) == 1 or len(line) > 1:
+                found[panel, label, f"trained at {trained_knob:g}, knob turned"] = line
+    return {key: line for key, line in found.items() if line}
 
 
 def frontier(points: Iterable[Point]) -> list[Point]:
@@ -105,6 +135,8 @@ def frontier(points: Iterable[Point]) -> list[Point]:
 
 def interpolate(line: Sequence[Point], sparsity: float) -> float | None:
     """Score at a sparsity between two points of a frontier; None beyond its measured ends."""
+    if len(line) == 1 and line[0].sparsity == sparsity:
+        return line[0].score
     for left, right in pairwise(line):
         if left.sparsity <= sparsity <= right.sparsity:
             share = (sparsity - left.sparsity) / (right.sparsity - left.sparsity)
@@ -112,52 +144,51 @@ def interpolate(line: Sequence[Point], sparsity: float) -> float | None:
     return None
 
 
-def area(line: Sequence[Point]) -> float | None:
-    """Mean score over the sparsities that a frontier spans (its area by the trapezoid rule, over its width)."""
-    width = line[-1].sparsity - line[0].sparsity
-    if width <= 0:
-        return None
-    return sum((b.sparsity - a.sparsity) * (a.score + b.score) / 2 for a, b in pairwise(line)) / width
+def score_at(line: Sequence[Point], sparsity: float) -> float | None:
+    """Score that the measured points of a curve offer at a sparsity; None outside the span they cover.
+
+    Below the frontier's first point, that point stands: it is sparser, and no other is better.
+    """
+    edge = frontier(line)
+    if min(p.sparsity for p in line) <= sparsity < edge[0].sparsity:
+        return edge[0].score
+    return interpolate(edge, sparsity)
+
+
+def common_span(lines: Iterable[Sequence[Point]]) -> tuple[float, float] | None:
+    """The sparsities that every curve covers; None if there are none."""
+    lines = list(lines)
+    low = max(min(p.sparsity for p in line) for line in lines)
+    high = min(max(p.sparsity for p in line) for line in lines)
+    return (low, high) if low < high else None
+
+
+def mean_score(line: Sequence[Point], low: float, high: float) -> float:
+    """Area under the frontier between two sparsities that it covers, over their distance."""
+    inner = [p.sparsity for p in frontier(line) if low < p.sparsity < high]
+    xs = [low, *inner, high]
+    scores = [score_at(line, x) for x in xs]
+    return sum((b - a) * (x + y) / 2 for (a, b), (x, y) in zip(pairwise(xs), pairwise(scores), strict=True)) / (
+        high - low
+    )
+
+
+COLUMNS = ["data", "metric", "length", "label", "trained_knob", "knob", "causal_sparsity", "score", "spread", "seeds"]
 
 
 def to_csv(points: Sequence[Point]) -> str:
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(
-        [
-            "data",
-            "metric",
-            "length",
-            "label",
-            "curve",
-            "knob",
-            "causal_sparsity",
-            "score",
-            "spread",
-            "seeds",
-            "on_frontier",
-        ]
+    writer.writerow(COLUMNS)
+    writer.writerows(
+        [*p.panel, p.label, p.trained_knob, p.knob, p.sparsity, p.score, p.spread, p.seeds] for p in points
     )
-    on_frontier = {id(p) for line in lines(points).values() for p in frontier(line)}
-    for p in points:
-        writer.writerow(
-            [*p.panel, p.label, p.curve, p.knob, p.sparsity, p.score, p.spread, p.seeds, id(p) in on_frontier]
-        )
     return text.getvalue()
-
-
-def lines(points: Iterable[Point]) -> dict[tuple, list[Point]]:
-    """Points of each sparse label per panel: all its curves together make its frontier."""
-    grouped: dict[tuple, list[Point]] = defaultdict(list)
-    for point in points:
-        if point.curve != "dense":
-            grouped[point.panel, point.label].append(point)
-    return dict(sorted(grouped.items()))
 
 
 def title(panel: tuple[str, str, int]) -> str:
     data, metric, length = panel
-    what = {"accuracy": "recall accuracy", "nats": "validation loss (nats)"}[metric]
+    what = {"accuracy": "recall accuracy", "nats": "validation loss (nats, lower is better)"}[metric]
     return f"{data}: {what}, {length} tokens"
 
 
@@ -165,7 +196,7 @@ def untrained(points: Iterable[Point]) -> set[tuple]:
     """Recall panels whose dense control is missing or has not solved the task."""
     points = list(points)
     panels = {p.panel for p in points if p.panel[1] == "accuracy"}
-    return panels - {p.panel for p in points if p.curve == "dense" and p.score >= SOLVED}
+    return panels - {p.panel for p in points if p.knob is None and p.score >= SOLVED}
 
 
 def to_markdown(points: Sequence[Point]) -> str:
@@ -177,22 +208,25 @@ def to_markdown(points: Sequence[Point]) -> str:
             out.append(
                 f"**Untrained: the dense control does not reach {SOLVED:.0%}; nothing here compares backends.**\n"
             )
-        out.append("| attention | knob | curve | causal sparsity | score | seeds |")
+        out.append("| attention | trained at | evaluated at | causal sparsity | score | seeds |")
         out.append("|---|---|---|---|---|---|")
         inside = [p for p in points if p.panel == panel]
-        for p in sorted(inside, key=lambda p: (p.curve != "dense", p.label, p.sparsity)):
-            knob = "" if p.knob is None else f"{p.knob:g}"
+        for p in sorted(inside, key=lambda p: (p.knob is not None, p.label, p.trained_knob or 0, p.sparsity)):
+            knobs = " | | " if p.knob is None else f" | {p.trained_knob:g} | {p.knob:g} "
             spread = f" ± {p.spread:.4f}" if p.seeds > 1 else ""
-            out.append(f"| {p.label} | {knob} | {p.curve} | {p.sparsity:.1%} | {p.score:.4f}{spread} | {p.seeds} |")
-        heads = " | ".join(f"at {s:.0%}" for s in AT_SPARSITIES)
-        out.append(f"\n| frontier | {heads} | mean over its span |")
-        out.append("|---|" + "---|" * (len(AT_SPARSITIES) + 1))
-        for (line_panel, label), line in lines(points).items():
-            if line_panel == panel:
-                edge = frontier(line)
-                scores = [interpolate(edge, s) for s in AT_SPARSITIES] + [area(edge)]
-                shown = " | ".join("not measured" if s is None else f"{s:.4f}" for s in scores)
-                out.append(f"| {label} | {shown} |")
+            out.append(f"| {p.label}{knobs}| {p.sparsity:.1%} | {p.score:.4f}{spread} | {p.seeds} |")
+        lines = {key[1:]: line for key, line in curves(inside).items()}
+        if lines:
+            span = common_span(lines.values())
+            where = "no span in common" if span is None else f"mean over {span[0]:.0%}-{span[1]:.0%}"
+            heads = " | ".join(f"at {s:.0%}" for s in AT_SPARSITIES)
+            out.append(f"\n| frontier | curve | {heads} | {where} |")
+            out.append("|---|---|" + "---|" * (len(AT_SPARSITIES) + 1))
+        for (label, curve), line in lines.items():
+            scores = [score_at(line, s) for s in AT_SPARSITIES]
+            scores.append(None if span is None else mean_score(line, *span))
+            shown = " | ".join("not measured" if s is None else f"{s:.4f}" for s in scores)
+            out.append(f"| {label} | {curve} | {shown} |")
         out.append("")
     return "\n".join(out) + "\n"
 
@@ -205,22 +239,29 @@ def draw(points: Sequence[Point], path: Path) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import PercentFormatter
 
-    labels = sorted({label for _, label in lines(points)})
+    labels = sorted({p.label for p in points if p.knob is not None})
     style = {label: (COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)]) for i, label in enumerate(labels)}
     panels = sorted({p.panel for p in points})
     figure, axes = plt.subplots(1, len(panels), figsize=(5.6 * len(panels), 4.2), squeeze=False, layout="constrained")
     for ax, panel in zip(axes[0], panels, strict=True):
-        for p in points:
-            if p.panel == panel and p.curve == "dense":
+        inside = [p for p in points if p.panel == panel]
+        for p in inside:
+            if p.knob is None:
                 ax.axhline(p.score, color="#444444", linestyle="--", linewidth=1, label=f"{p.label} (dense)")
-        for (line_panel, label), line in lines(points).items():
-            if line_panel != panel:
-                continue
+        for (_, label, curve), line in curves(inside).items():
             edge = frontier(line)
             colour, mark = style[label]
-            ax.plot([p.sparsity for p in edge], [p.score for p in edge], color=colour, linewidth=1.5, label=label)
+            turned = curve.endswith("knob turned")
+            ax.plot(
+                [p.sparsity for p in edge],
+                [p.score for p in edge],
+                color=colour,
+                linestyle=":" if turned else "-",
+                linewidth=1.5,
+                label=f"{label}, {curve}",
+            )
             for p in line:
-                face = colour if p.curve == "trained" else "white"
+                face = colour if p.is_trained else "white"
                 ax.errorbar(
                     p.sparsity,
                     p.score,
@@ -241,7 +282,7 @@ def draw(points: Sequence[Point], path: Path) -> None:
             plt.Line2D([], [], color="gray", marker="o", linestyle=""),
             plt.Line2D([], [], color="gray", marker="o", linestyle="", markerfacecolor="white"),
         ]
-        unique = dict(zip([*names, "trained at this sparsity", "knob turned at inference"], handles, strict=True))
+        unique = dict(zip([*names, "evaluated as trained", "knob turned at inference"], handles, strict=True))
         ax.legend(unique.values(), unique.keys(), fontsize=8)
     for suffix in (".png", ".pdf"):
         temporary = path.with_name(f".{path.name}{suffix}")

@@ -23,6 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from experiments.checkpoint import latest_checkpoint, read_state, write_atomically
@@ -30,6 +31,8 @@ from experiments.config import TrainConfig, plain, world_size
 from experiments.metrics import METRICS, drop_rows_after
 
 CONFIG = "config.yaml"
+_LOCK = ".lock"
+START = "start.json"
 # A resumed run may say these otherwise: they change what is written and where, not what is learned.
 _MAY_DIFFER = ("name", "run_dir", "cache_dir", "logger", "log_every", "stats_every", "save_every", "keep_checkpoints")
 _PACKAGES = (
@@ -76,7 +79,9 @@ def find_run_dir(config: TrainConfig) -> RunDir:
         ValueError: if it holds a run of another configuration or of another number of ranks, or something else.
     """
     path = Path(config.run_dir).expanduser()
-    if not path.exists() or not any(path.iterdir()):
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is no directory: give another run_dir=...")
+    if not path.exists() or {entry.name for entry in path.iterdir()} <= {_LOCK}:
         return RunDir(path, None, {})
     if not (path / CONFIG).exists():
         raise ValueError(f"{path} is no run directory (it has no {CONFIG}): give another run_dir=...")
@@ -99,26 +104,43 @@ def find_run_dir(config: TrainConfig) -> RunDir:
     return RunDir(path, checkpoint, state)
 
 
-def open_run_dir(run: RunDir, config: TrainConfig, overrides: Sequence[str], start: dict) -> None:
+def open_run_dir(run: RunDir, config: TrainConfig, overrides: Sequence[str], start: dict) -> FileLock:
     """Write what explains this launch; on a resume also drop the metrics that will be written again.
 
     Args:
         overrides: of the command line.
         start: JSON-able facts that the configuration alone does not tell.
+
+    Returns:
+        The lock on the directory, to be released when the run ends; it goes with the process in any case.
+
+    Raises:
+        ValueError: another process is training there.
     """
+    run.path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run.path / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"another process is training in {run.path}: wait for it, or give another run_dir=..."
+        ) from None
+    if find_run_dir(config).step != run.step:
+        raise ValueError(f"another process has just trained in {run.path}: start again to go on from where it stopped")
     record = run.path if run.step == 0 else run.path / "resumed" / f"step-{run.step:08d}"
-    for directory in (record, run.checkpoints):
-        directory.mkdir(parents=True, exist_ok=True)
+    record.mkdir(parents=True, exist_ok=True)
+    if run.step == 0:
+        # First: with this file the directory is a run directory, so that one that is killed here can start again.
+        write_atomically(run.path / CONFIG, OmegaConf.to_yaml(plain(config)))
+    run.checkpoints.mkdir(exist_ok=True)
     write_atomically(record / "overrides.yaml", OmegaConf.to_yaml(list(overrides)))
     git, diff = _code_state()
     write_atomically(record / "git.json", json.dumps(git, indent=1) + "\n")
     write_atomically(record / "git.diff", diff)
     write_atomically(record / "environment.json", json.dumps(_environment(config), indent=1) + "\n")
-    write_atomically(record / "start.json", json.dumps(start, indent=1) + "\n")
+    write_atomically(record / START, json.dumps(start, indent=1) + "\n")
     drop_rows_after(run.path / METRICS, run.step)
-    if run.step == 0:
-        # Last: with this file the directory is a run directory.
-        write_atomically(run.path / CONFIG, OmegaConf.to_yaml(plain(config)))
+    return lock
 
 
 def _differences(old: dict, new: dict) -> dict[str, tuple]:

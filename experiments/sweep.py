@@ -22,11 +22,12 @@ from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig
 from rich.console import Console
 from rich.table import Table
 
 from experiments.checkpoint import write_atomically
+from experiments.config import to_config
 from experiments.errors import user_errors
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,12 +104,20 @@ def cells(config: SweepConfig) -> list[Cell]:
         raise ValueError(f"seeds={list(config.seeds)} names a seed twice")
     if config.jobs < 1:
         raise ValueError(f"jobs={config.jobs}: at least 1 is needed")
-    return [
+    found = [
         cell
         for name, study in config.studies.items()
         for seed in config.seeds
         for cell in _study_cells(config, name, study, seed)
     ]
+    names = [cell.name for cell in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"two cells are called {', '.join(twice)}: rename an arm (`base` is taken where a study has a base) or a "
+            "study, or name each of trained_knobs once"
+        )
+    return found
 
 
 def _study_cells(config: SweepConfig, study_name: str, study: StudyConfig, seed: int) -> Iterator[Cell]:
@@ -233,7 +242,8 @@ register_sweep_config()
 @hydra.main(config_path="../configs", config_name="sweep", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     with user_errors():
-        config = OmegaConf.to_object(cfg)
+        config = to_config(cfg)
+        config.output_dir = str(Path(config.output_dir).expanduser())
         console = Console()
         outcomes = run_sweep(config, console)
     print_outcomes(outcomes, console)

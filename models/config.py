@@ -51,7 +51,7 @@ class RopeConfig:
                 raise ValueError(
                     f"rope.scaling={self.scaling} does not use rope.{name}: set rope.{name}=null or change rope.scaling"
                 )
-            if min(value if name.endswith(("short_factor", "long_factor")) else [value], default=0) <= 0:
+            if min(value if name in ("short_factor", "long_factor") else [value], default=0) <= 0:
                 raise ValueError(f"rope.{name}={value} must be positive")
         if self.scaling == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(

@@ -7,10 +7,9 @@ nor is recomputation: these are the FLOPs that model FLOPs utilisation (MFU) is 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
-
 from dashattn.stats import AttentionStats
 from models.config import ModelConfig
+from models.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class ParameterCount:
         return self.total - self.embedding
 
 
-def count_parameters(model: nn.Module) -> ParameterCount:
+def count_parameters(model: Transformer) -> ParameterCount:
     """Parameters of a ``Transformer``, those of its attention backends included."""
     total = sum(parameter.numel() for parameter in model.parameters())
     tables = [model.embedding] if model.lm_head is None else [model.embedding, model.lm_head]
@@ -34,11 +33,12 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 @dataclass(frozen=True)
 class FlopsPerToken:
-    """Forward operations per token of the whole model, by where they are spent."""
+    """Forward operations per token of the whole model by where they are spent, and those of the backward pass."""
 
     matmul: float  # projections, MLP, output head, and what the backend projects
     attention: float  # q k^T and attention weights times v, over the keys read
-    routing: float  # scores of summaries or compressed keys
+    routing: float  # over summaries or compressed keys
+    backward: float
 
     @property
     def forward(self) -> float:
@@ -46,8 +46,7 @@ class FlopsPerToken:
 
     @property
     def train(self) -> float:
-        """Forward and backward; the backward pass of a product is two products of the same size."""
-        return 3 * self.forward
+        return self.forward + self.backward
 
 
 def matmul_parameters(config: ModelConfig) -> int:
@@ -60,30 +59,26 @@ def matmul_parameters(config: ModelConfig) -> int:
 
 
 def flops_per_token(
-    config: ModelConfig,
-    seq_len: int,
-    *,
-    active_tokens: float | None = None,
-    routing_reads: float = 0.0,
-    backend_parameters: int = 0,
+    model: Transformer, seq_len: int, *, active_tokens: float | None = None, routing_reads: float = 0.0
 ) -> FlopsPerToken:
     """Operations per token, averaged over a sequence of ``seq_len`` tokens.
 
     Args:
+        model: may lie on the meta device.
         active_tokens: keys a token reads per KV head (every query head of the group reads them), averaged over
             tokens, KV heads and layers; None = dense causal attention, (seq_len + 1) / 2.
         routing_reads: summaries or compressed keys a token scores per KV head, averaged alike. ``mean_reads`` takes
             both from a measured model.
-        backend_parameters: weights of the backends, over all layers, that multiply every token (NSA's gates and
-            K/V projections).
     """
     if active_tokens is None:
         active_tokens = (seq_len + 1) / 2
-    head_channels = config.num_layers * config.num_heads * config.head_dim
+    layers = [backend.flops(active_tokens, routing_reads) for backend in model.backends]
+    matmul = 2 * matmul_parameters(model.config)
     return FlopsPerToken(
-        matmul=2 * (matmul_parameters(config) + backend_parameters),
-        attention=4 * head_channels * active_tokens,
-        routing=2 * head_channels * routing_reads,
+        matmul=matmul + sum(layer.projections for layer in layers),
+        attention=sum(layer.attention for layer in layers),
+        routing=sum(layer.routing for layer in layers),
+        backward=2 * matmul + sum(layer.backward for layer in layers),
     )
 
 

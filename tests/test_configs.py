@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 import train  # noqa: F401 (registers the schemas)
 from experiments.config import TrainConfig, accumulation, check, load_config, plain, to_config
+from experiments.sweep import cells
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 GROUPS = ("attention", "model", "data", "optim", "deepspeed", "logger", "experiment")
@@ -85,6 +86,23 @@ def test_impossible_combinations_are_refused_with_their_mend(overrides, mend):
 def test_a_key_forced_in_is_refused():
     with pytest.raises(ValueError, match=r"unknown key attention.topk"):
         composed("+attention.topk=4")
+
+
+@pytest.mark.parametrize("name", ["smoke", "pareto"])
+def test_every_sweep_composes_into_cells_whose_runs_can_be(name, tmp_path):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        sweep = to_config(compose("sweep", [f"sweep={name}", f"output_dir={tmp_path}"]))
+    for cell in cells(sweep):
+        check(composed("device=cpu", *cell.train))
+
+
+@pytest.mark.parametrize("key", ["foo", "studies.recall.foo", "studies.recall.arms.dash.knob"])
+def test_a_key_forced_into_a_sweep_is_refused(key):
+    with (
+        initialize_config_dir(str(CONFIGS), version_base="1.3"),
+        pytest.raises(ValueError, match=f"unknown key {key}"),
+    ):
+        to_config(compose("sweep", ["sweep=smoke", f"+{key}=1"]))
 
 
 def test_missing_values_are_named():

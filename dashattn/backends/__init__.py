@@ -5,7 +5,7 @@ from dashattn.backends.base import (
     AttentionConfig,
     AttentionShape,
     Capabilities,
-    check_shape,
+    check_model_shape,
 )
 from dashattn.backends.dash import DashBackend, DashConfig
 from dashattn.backends.full import FullBackend, FullConfig
@@ -32,7 +32,7 @@ def build_backend(config: AttentionConfig, shape: AttentionShape) -> AttentionBa
             f"got name {config.name!r} with {type(config).__name__}"
         )
     backend = BACKENDS[config.name][1]
-    check_shape(shape, backend.capabilities, config.name)
+    check_model_shape(shape, backend.capabilities, config.name)
     return backend(config, shape)
 
 

@@ -30,16 +30,33 @@ class Capabilities:
     """What a backend can do; the model refuses at construction what it cannot.
 
     Attributes:
-        packed: documents packed with cu_seqlens.
-        decode: one token at a time against a cache.
         max_head_dim: largest head size.
         max_group_size: most query heads per KV head.
     """
 
-    packed: bool = True
-    decode: bool = False
     max_head_dim: int = 256
     max_group_size: int = 32
+
+
+@dataclass(frozen=True)
+class AttentionFlops:
+    """Operations per token of one layer's attention in the forward pass; a multiply-add is two.
+
+    Attributes:
+        attention: q k^T and weights times v over the active keys.
+        routing: what is computed over summaries or compressed keys.
+        projections: products with the backend's own parameters.
+        backward: of all three; the gradient of a product is two products of its size.
+    """
+
+    attention: float
+    routing: float
+    projections: float
+    backward: float
+
+    @property
+    def forward(self) -> float:
+        return self.attention + self.routing + self.projections
 
 
 @dataclass
@@ -108,12 +125,18 @@ class AttentionBackend(nn.Module):
         check(isinstance(current, float) or float(value).is_integer(), f"{knob} must be an integer; got {value}")
         self.config = dataclasses.replace(self.config, **{knob: type(current)(value)})
 
+    def flops(self, active_tokens: float, routing_reads: float) -> AttentionFlops:
+        """Operations per token, from the measured means per token and KV head (see ``AttentionStats``)."""
+        channels = self.shape.num_heads * self.shape.head_dim
+        attention, routing = 4 * channels * active_tokens, 2 * channels * routing_reads
+        return AttentionFlops(attention, routing, projections=0.0, backward=2 * (attention + routing))
+
     def metrics(self) -> dict[str, float]:
         """Scalars worth logging, such as the current alpha."""
         return {}
 
 
-def check_shape(shape: AttentionShape, capabilities: Capabilities, name: str) -> None:
+def check_model_shape(shape: AttentionShape, capabilities: Capabilities, name: str) -> None:
     """Refuses a model that the backend cannot serve."""
     checks.check_positive_int(**dataclasses.asdict(shape))
     check(

@@ -12,7 +12,8 @@ from dashattn.backends.base import AttentionBackend, AttentionConfig
 from dashattn.checks import check
 from dashattn.functional import dash_attention
 from dashattn.ops.dash_routing.reference import PRIOR_HEADS, PRIORS
-from dashattn.ops.entmax.reference import MIN_ALPHA
+from dashattn.ops.dtypes import upcast
+from dashattn.ops.entmax.reference import MAX_ALPHA, MIN_ALPHA
 
 ALPHA_MODES = ("fixed", "scheduled", "learnable")
 SUMMARY_ROPES = ("none", "mean")
@@ -25,7 +26,7 @@ class DashConfig(AttentionConfig):
     Attributes:
         alpha: entmax's alpha; of a schedule its last value, of a learnable alpha its first.
         alpha_mode: ``fixed``; ``scheduled``: linear from ``alpha_start`` to ``alpha`` over ``alpha_steps`` optimiser
-            steps; ``learnable``: one per query head, 1 + sigmoid(a).
+            steps; ``learnable``: one per query head, a sigmoid between 1.01 and 2.
         summary_rope: ``none``, or ``mean``: the chunk query is rotated at every position of the chunk and averaged.
     """
 
@@ -60,8 +61,8 @@ class DashConfig(AttentionConfig):
             )
         if self.alpha_mode == "learnable":
             check(
-                self.alpha < 2,
-                f"alpha_mode=learnable starts strictly below 2, where 1 + sigmoid(a) ends; got {self.alpha}",
+                MIN_ALPHA < self.alpha < MAX_ALPHA,
+                f"alpha_mode=learnable starts strictly between 1.01 and 2, where its sigmoid ends; got {self.alpha}",
             )
 
 
@@ -73,7 +74,8 @@ class DashBackend(AttentionBackend):
         self.chunk_query = nn.Parameter(torch.zeros(shape.num_kv_heads, shape.head_dim))
         self.alpha_logit = None
         if config.alpha_mode == "learnable":
-            logit = math.log(config.alpha - 1) - math.log(2 - config.alpha)
+            share = (config.alpha - MIN_ALPHA) / (MAX_ALPHA - MIN_ALPHA)
+            logit = math.log(share) - math.log(1 - share)
             self.alpha_logit = nn.Parameter(torch.full((shape.num_heads,), logit))
         self.set_step(0)
 
@@ -88,7 +90,7 @@ class DashBackend(AttentionBackend):
         """The current alpha: a float, or [Hq] when it is learned."""
         if self.alpha_logit is None:
             return self.scheduled_alpha
-        return (1 + self.alpha_logit.float().sigmoid()).clamp_min(MIN_ALPHA)
+        return MIN_ALPHA + (MAX_ALPHA - MIN_ALPHA) * upcast(self.alpha_logit).sigmoid()
 
     def metrics(self) -> dict[str, float]:
         alpha = self.alpha()

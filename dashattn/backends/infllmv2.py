@@ -1,6 +1,6 @@
 """InfLLM v2 (arXiv 2509.24663): the weights of dense attention, blocks chosen by top-k."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from dashattn.backends.base import AttentionBackend, AttentionConfig
@@ -35,6 +35,10 @@ class InfLLMv2Config(AttentionConfig):
 
 class InfLLMv2Backend(AttentionBackend):
     """No parameters: the selection carries no gradient."""
+
+    def flops(self, active_tokens, routing_reads):
+        flops = super().flops(active_tokens, routing_reads)
+        return replace(flops, backward=2 * flops.attention)
 
     def forward(self, q, k, v, *, hidden=None, rope=None, cu_seqlens=None, return_stats=False):
         config = self.config

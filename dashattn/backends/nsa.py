@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dashattn import checks
-from dashattn.backends.base import AttentionBackend, AttentionConfig
+from dashattn.backends.base import AttentionBackend, AttentionConfig, AttentionFlops
 from dashattn.checks import check
 from dashattn.functional import check_nsa, nsa_attention
 from dashattn.ops.compression.reference import compress_windows
@@ -64,11 +64,16 @@ class NSAConfig(AttentionConfig):
         if self.variant == "minicpm":
             check(
                 self.window_size == 0 and self.shared_kv,
-                "variant=minicpm has no window branch and no K/V of its own: set window_size=0, shared_kv=true and "
-                f"local_blocks to the window's blocks; got window_size={self.window_size}, shared_kv={self.shared_kv}",
+                "variant=minicpm has no window branch and no K/V of its own: set window_size=0, "
+                "shared_kv=true, local_blocks to the window's blocks and topk above them; "
+                f"got window_size={self.window_size}, shared_kv={self.shared_kv}",
             )
         else:
             check(self.window_size > 0, "variant=paper has a window branch: set window_size > 0; got 0")
+
+
+def _matrix_size(module: nn.Module) -> int:
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 
 class MeanMLP(nn.Module):
@@ -157,6 +162,23 @@ class NSABackend(AttentionBackend):
             impl=config.impl,
             return_stats=return_stats,
         )
+
+    def flops(self, active_tokens, routing_reads):
+        """Keys that the selected and the window branch both read count once, as they do in the sparsity."""
+        config, shape = self.config, self.shape
+        channels = shape.num_heads * shape.head_dim
+        attention, compressed = 4 * channels * active_tokens, 4 * channels * routing_reads
+        if config.variant == "minicpm":
+            per_window = shape.num_kv_heads * shape.head_dim * _matrix_size(self.compress)
+            projections = shape.num_heads * _matrix_size(self.gate)
+        else:
+            per_window = shape.num_kv_heads * (_matrix_size(self.compress_k) + _matrix_size(self.compress_v))
+            projections = _matrix_size(self.gate)
+        projections += per_window / config.kernel_stride
+        if self.branch_kv is not None:
+            projections += _matrix_size(self.branch_kv)
+        forward = attention + compressed + 2 * projections
+        return AttentionFlops(attention, compressed, 2 * projections, backward=2 * forward)
 
     def _compress(self, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         """Compressed keys and values, each [B, J, Hkv, D]."""

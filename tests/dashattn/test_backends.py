@@ -1,11 +1,15 @@
 """The protocol: every backend built from its config, inside and outside what it can do."""
 
+import dataclasses
+import importlib
+import inspect
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from dashattn import full_attention
 from dashattn.backends import (
     BACKENDS,
     AttentionShape,
@@ -15,6 +19,7 @@ from dashattn.backends import (
     NSAConfig,
     build_backend,
 )
+from dashattn.rope import apply_rope
 
 SHAPE = AttentionShape(hidden_size=24, num_heads=6, num_kv_heads=2, head_dim=8)
 SMALL = {"block_size": 8, "kernel_size": 4, "kernel_stride": 2}
@@ -22,7 +27,7 @@ CONFIGS = {
     "full": FullConfig(),
     "dash": DashConfig(chunk_size=8, router_scale=2.0, prior="raw"),
     "dash rope": DashConfig(chunk_size=8, summary_rope="mean", alpha_mode="learnable", sigma=1.0),
-    "infllmv2": InfLLMv2Config(**SMALL, topk=3, window_size=8),
+    "infllmv2": InfLLMv2Config(**SMALL, topk=4, window_size=8),
     "nsa": NSAConfig(**SMALL, topk=4, window_size=12),
     "nsa own kv": NSAConfig(**SMALL, topk=4, window_size=12, shared_kv=False),
     "nsa minicpm": NSAConfig(**SMALL, topk=4, window_size=0, local_blocks=2, variant="minicpm"),
@@ -111,8 +116,6 @@ def test_summary_rope_mean_is_translation_invariant():
     frequencies = torch.tensor([1.0, 0.3, 0.1, 0.03], dtype=torch.float64)
 
     def attend(offset):
-        from dashattn.rope import apply_rope
-
         angles = ((torch.arange(40) + offset)[:, None] * frequencies).repeat(1, 2)
         rope = (angles.cos(), angles.sin())
         return backend(apply_rope(raw_q, *rope), apply_rope(raw_k, *rope), v, rope=rope)
@@ -120,9 +123,91 @@ def test_summary_rope_mean_is_translation_invariant():
     torch.testing.assert_close(attend(0), attend(1000), rtol=0, atol=1e-9)
 
 
-def test_minicpm_below_one_window_gates_dense_attention():
-    from dashattn import full_attention
+OPTIONS = {
+    "dash": DashConfig(
+        impl="reference", chunk_size=4, alpha=1.7, router_scale=2.0, prior="raw", sigma=3.0, prior_heads="head"
+    ),
+    "infllmv2": InfLLMv2Config(impl="reference", **SMALL, topk=5, init_blocks=2, window_size=16),
+    "nsa": NSAConfig(impl="reference", **SMALL, topk=7, init_blocks=3, local_blocks=4, window_size=12),
+}
 
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_reaches_the_function(name, monkeypatch):
+    module, function = importlib.import_module(f"dashattn.backends.{name}"), f"{name}_attention"
+    options = inspect.signature(getattr(module, function)).parameters.values()
+    given = {}
+    monkeypatch.setattr(module, function, lambda *args, **kwargs: given.update(kwargs))
+    qkv, extra = make_inputs(9)
+    cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32)
+    build(OPTIONS[name])(*qkv, **extra, cu_seqlens=cu_seqlens, return_stats=True)
+    assert given["cu_seqlens"] is cu_seqlens
+    assert given["return_stats"]
+    assert given.keys() == {o.name for o in options if o.kind is o.KEYWORD_ONLY} - {"scale"}
+    fields = {field.name for field in dataclasses.fields(OPTIONS[name])} - {"summary_rope"}
+    for option in given.keys() & fields:
+        assert given[option] == getattr(OPTIONS[name], option), option
+        if option != "impl":
+            assert given[option] != getattr(type(OPTIONS[name])(), option), f"{option} is tested at its default"
+
+
+def test_own_keys_of_nsa_are_rotated():
+    """Moving a document moves nothing: every branch scores with rotated queries and rotated keys."""
+    backend = build(CONFIGS["nsa own kv"])
+    for compress in (backend.compress_k, backend.compress_v):  # a mean of rotated keys turns with the document
+        torch.nn.init.zeros_(compress.down.weight)
+        torch.nn.init.zeros_(compress.down.bias)
+    (raw_q, raw_k, v), extra = make_inputs(40)
+    frequencies = torch.tensor([1.0, 0.3, 0.1, 0.03], dtype=torch.float64)
+
+    def attend(offset):
+        angles = ((torch.arange(40) + offset)[:, None] * frequencies).repeat(1, 2)
+        rope = (angles.cos(), angles.sin())
+        return backend(apply_rope(raw_q, *rope), apply_rope(raw_k, *rope), v, hidden=extra["hidden"], rope=rope)
+
+    torch.testing.assert_close(attend(0), attend(1000), rtol=0, atol=1e-9)
+
+
+def test_fresh_backends_start_as_mean_pooling():
+    """What lets a dense model continue: zero chunk queries, and NSA's compression a plain mean."""
+    assert (build_backend(CONFIGS["dash"], SHAPE).chunk_query == 0).all()
+    k = torch.randn(1, 40, 2, 8)
+    windows = k.unfold(1, 4, 2).movedim(-1, 2)
+    compress = build_backend(CONFIGS["nsa"], SHAPE).compress_k
+    torch.testing.assert_close(compress(windows), windows.mean(2))
+
+
+def test_paper_compression_by_hand():
+    """Each token of a window gets the embedding of its own place."""
+    compress = build(CONFIGS["nsa"]).compress_k
+    windows = torch.randn(1, 5, 4, 2, 8, dtype=torch.float64)
+    tokens = torch.cat([windows[0, 3, place, 1] + compress.position[place] for place in range(4)])
+    expected = windows[0, 3, :, 1].mean(0) + compress.down(torch.nn.functional.silu(compress.up(tokens)))
+    torch.testing.assert_close(compress(windows)[0, 3, 1], expected)
+
+
+def test_minicpm_compression_by_hand():
+    """Per channel: 2 l numbers, keys before values, through 128 rectified units to a key and a value."""
+    compress = build(CONFIGS["nsa minicpm"]).compress
+    k, v = torch.randn(2, 1, 5, 4, 2, 8, dtype=torch.float64)
+    key, value = compress(k, v).unbind(-1)
+    hidden = compress.up.weight @ torch.cat([k[0, 3, :, 1, 6], v[0, 3, :, 1, 6]]) + compress.up.bias
+    expected = compress.down.weight @ hidden.clamp_min(0) + compress.down.bias
+    torch.testing.assert_close(torch.stack((key[0, 3, 1, 6], value[0, 3, 1, 6])), expected)
+    assert compress.up.weight.shape == (128, 8)
+
+
+def test_minicpm_pools_by_maximum():
+    assert (CONFIGS["nsa"].pooling, CONFIGS["nsa minicpm"].pooling) == ("weighted", "max")
+
+
+def test_learnable_alpha_stays_where_entmax_is_defined():
+    backend = build_backend(DashConfig(alpha_mode="learnable"), SHAPE)
+    torch.nn.init.constant_(backend.alpha_logit, -20.0)
+    assert backend.alpha().tolist() == pytest.approx([1.01] * 6)
+
+
+def test_minicpm_below_one_window_gates_dense_attention():
     backend = build(CONFIGS["nsa minicpm"])
     (q, k, v), extra = make_inputs(3)
     gate = backend.gate(q).sigmoid()[..., 1:]
@@ -163,7 +248,7 @@ def test_knobs():
         (lambda: DashConfig(impl="cuda"), "attention.impl must be one of"),
         (lambda: DashConfig(alpha=3.0), "alpha must lie in"),
         (lambda: DashConfig(alpha_mode="scheduled"), "needs alpha_steps > 0"),
-        (lambda: DashConfig(alpha_mode="learnable", alpha=2.0), "strictly below 2"),
+        (lambda: DashConfig(alpha_mode="learnable", alpha=2.0), "strictly between"),
         (lambda: DashConfig(summary_rope="max"), "none, mean"),
         (lambda: InfLLMv2Config(topk=10), "shrink window_size"),
         (lambda: NSAConfig(variant="minicpm"), "set window_size=0"),

@@ -61,3 +61,20 @@ def test_gradient_of_log_p_is_finite_at_the_edge_of_the_support(alpha):
     p, log_p = entmax(scores, torch.full((64, 1), alpha).requires_grad_())
     torch.where(p > 0, log_p, 0).sum().backward()
     assert scores.grad.isfinite().all()
+
+
+def test_a_second_derivative_is_refused():
+    scores = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(entmax(scores, 1.5)[0].square().sum(), scores, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_log_p_is_minus_infinity_wherever_p_is_zero():
+    """Also where p = z ** 100 underflows above the threshold: a chunk that is not selected passes no gradient."""
+    scores = torch.linspace(0, -90, 50)[None].requires_grad_()
+    p, log_p = entmax(scores, 1.01)
+    assert (p == 0).any()
+    assert (log_p[p == 0] == -torch.inf).all()
+    log_p.masked_fill(p == 0, 0).sum().backward()
+    assert (scores.grad[p == 0] == 0).all()

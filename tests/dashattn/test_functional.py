@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from dashattn import dash_attention, full_attention, infllmv2_attention, nsa_attention
+from dashattn.ops.block_scores.reference import topk_selection
 from dashattn.ops.compression.reference import num_windows
 
 D = 8
 BLOCKS = {"block_size": 8, "kernel_size": 4, "kernel_stride": 2}
 DASH = {"chunk_size": 8, "router_scale": 3.0}
-INFLLM = {**BLOCKS, "topk": 3, "init_blocks": 1, "window_size": 8}
+INFLLM = {**BLOCKS, "topk": 4, "init_blocks": 1, "window_size": 8}
 NSA = {**BLOCKS, "topk": 4, "init_blocks": 1, "local_blocks": 2, "window_size": 11}
 # Tokens; query and KV heads. Lengths below, at and off the grid; groups that are and are not powers of two.
 SHAPES = [(1, 2, 2), (5, 4, 1), (8, 3, 1), (9, 2, 1), (41, 6, 2), (48, 7, 1), (67, 4, 4)]
@@ -242,11 +243,80 @@ def test_non_contiguous_inputs(attention):
     torch.testing.assert_close(attention(*strided), attention(q, k, v), rtol=0, atol=1e-13)
 
 
+@each_backend
+def test_query_tiles_do_not_show(attention, monkeypatch):
+    """Sequences longer than a tile, which the other tests stay below."""
+    q, k, v = make_qkv(70, 4, 2, batch=2, requires_grad=True)
+    results = []
+    for tile in (256, 16):
+        for operation in ("block_sparse", "window"):
+            monkeypatch.setattr(f"dashattn.ops.{operation}.reference.QUERY_TILE", tile)
+        out = attention(q, k, v)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    for tiled, whole in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("length", [256, 257, 530])
+def test_long_sequences_with_nothing_left_out_are_dense(length):
+    """Every block, or one window over all: plain causal attention past the real tile."""
+    q, k, v = make_qkv(length, 2, 1)
+    dense = full_attention(q, k, v)
+    torch.testing.assert_close(infllmv2_attention(q, k, v, **INFLLM | {"topk": 99}), dense, rtol=0, atol=1e-12)
+    window = {"k_window": k, "v_window": v, "window_size": length}
+    ck, cv, _, _, _ = nsa_inputs(q, k, v)
+    only_window = torch.tensor([0.0, 0.0, 1.0], dtype=q.dtype).expand(1, length, 2, 3)
+    torch.testing.assert_close(nsa_attention(q, k, v, ck, cv, only_window, **NSA | window), dense, rtol=0, atol=1e-12)
+
+
+def test_scale_multiplies_the_logits():
+    """As larger queries would; DashAttention's router keeps D ** -0.5."""
+    q, k, v = make_qkv(41, 4, 2)
+    scale = 3 * D**-0.5
+    r = torch.randn(2, D, dtype=torch.float64)
+    nsa_options = dict(
+        zip(("compressed_k", "compressed_v", "gates", "k_window", "v_window"), nsa_inputs(q, k, v), strict=True)
+    )
+    for attention, options, scaled_options in (
+        (full_attention, {}, {}),
+        (infllmv2_attention, INFLLM, INFLLM),
+        (nsa_attention, NSA | nsa_options, NSA | nsa_options),
+        (
+            dash_attention,
+            {"chunk_query": r, **DASH},
+            {"chunk_query": r, **DASH, "router_scale": DASH["router_scale"] / 3},
+        ),
+    ):
+        expected = attention(3 * q, k, v, **scaled_options)
+        torch.testing.assert_close(attention(q, k, v, **options, scale=scale), expected, rtol=0, atol=1e-12)
+
+
+def test_a_tensor_of_one_alpha_is_one_for_all_heads():
+    q, k, v = make_qkv(41, 6, 2)
+    alpha = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+    out = dash(q, k, v, alpha=alpha, prior="raw")
+    torch.testing.assert_close(out, dash(q, k, v, alpha=1.3, prior="raw"), rtol=0, atol=1e-12)
+    out.square().sum().backward()
+    assert alpha.grad != 0
+
+
 def test_infllmv2_with_every_block_is_dense():
     q, k, v = make_qkv(61, 6, 2, batch=2)
     out, stats = infllmv2_attention(q, k, v, **INFLLM | {"topk": 8}, return_stats=True)
     torch.testing.assert_close(out, full_attention(q, k, v), rtol=0, atol=1e-12)
     assert stats.causal_sparsity() == 0
+
+
+@pytest.mark.parametrize("topk", [3, 99])
+def test_selections_never_name_a_block_of_the_future(topk):
+    """Which the causal cut would hide here, and kernels that walk the selection would read."""
+    sizes = {"kernel_size": 4, "kernel_stride": 2, "block_size": 8}
+    p = torch.rand(1, 2, 3, 41, num_windows(41, 4, 2))
+    selection = topk_selection(p, **sizes, pooling="max", topk=topk, init_blocks=2, local_blocks=1)
+    own = torch.arange(41) // 8
+    mask = selection.mask()
+    assert not (mask & (torch.arange(mask.shape[-1]) > own[:, None, None])).any()
+    assert (mask.sum(-1) == (own + 1).clamp(max=topk)[:, None]).all()
 
 
 def test_dash_with_tiny_router_scale_and_no_prior_is_dense():

@@ -1,7 +1,9 @@
+import itertools
+
 import pytest
 import torch
 
-from dashattn import causal_sparsity, full_attention, paper_sparsity
+from dashattn import causal_sparsity, dash_attention, full_attention, infllmv2_attention, nsa_attention, paper_sparsity
 from dashattn.selection import Selection
 from dashattn.stats import selection_stats
 
@@ -50,3 +52,30 @@ def test_counts_by_hand():
     # A window of the last 3 keys: token 9 adds key 7 to blocks 0 and 2, token 5 adds keys 4 and 5.
     windowed = selection_stats(selection, torch.zeros(1, 10, dtype=torch.int32), None, window_size=3)
     assert windowed.active_tokens.flatten().tolist() == [1, 2, 3, 4, 5, 6, 7, 7, 7, 7]
+
+
+def test_paper_sparsity_by_hand():
+    """Tokens from ``skip`` on, two KV heads apart, over the full length."""
+    active = torch.tensor([[1, 1], [2, 2], [1, 3], [2, 4]])[None]
+    assert paper_sparsity(active, skip=2).item() == pytest.approx(1 - (1 + 3 + 2 + 4) / 4 / 4)
+    assert paper_sparsity(active, skip=4).isnan()
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, [0, 5, 30]])
+def test_routing_reads_are_the_candidates(cu_seqlens):
+    """Chunks before the token's own (dash), windows that end at or before it (InfLLM v2 and NSA)."""
+    q = torch.randn(1, 30, 2, 8)
+    bounds = cu_seqlens or [0, 30]
+    positions = [t for start, end in itertools.pairwise(bounds) for t in range(end - start)]
+    if cu_seqlens is not None:
+        cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32)
+    common = {"cu_seqlens": cu_seqlens, "return_stats": True}
+    windows = {"block_size": 8, "kernel_size": 4, "kernel_stride": 2}
+    _, dash = dash_attention(q, q, q, torch.zeros(2, 8), chunk_size=8, **common)
+    _, infllm = infllmv2_attention(q, q, q, **windows, topk=3, window_size=8, **common)
+    compressed = torch.randn(1, 14, 2, 8)
+    _, nsa = nsa_attention(q, q, q, compressed, compressed, torch.rand(1, 30, 2, 3), **windows, **common)
+    visible = [sum(2 * j + 3 <= t for j in range(14)) for t in positions]
+    assert dash.routing_reads.flatten().tolist() == [t // 8 for t in positions]
+    assert infllm.routing_reads.flatten().tolist() == visible
+    assert nsa.routing_reads.flatten().tolist() == visible

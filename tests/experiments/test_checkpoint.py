@@ -3,7 +3,14 @@ import torch
 from safetensors.torch import save_file
 
 from dashattn.backends import DashConfig, FullConfig
-from experiments.checkpoint import find_weights, latest_checkpoint, load_weights, write_atomically
+from experiments.checkpoint import (
+    _remove_old,
+    find_weights,
+    latest_checkpoint,
+    load_weights,
+    read_state,
+    write_atomically,
+)
 from models import ModelConfig, Transformer
 
 
@@ -50,10 +57,34 @@ def test_weights_are_found_from_a_run_a_checkpoint_or_a_file(tmp_path):
     weights = checkpoint / "model.safetensors"
     weights.touch()
     (checkpoint / "state.json").touch()
-    with pytest.raises(ValueError, match="no weights in"):
-        find_weights(tmp_path)
-    write_atomically(tmp_path / "checkpoints" / "latest", "step-00000004\n")
     assert find_weights(tmp_path) == find_weights(checkpoint) == find_weights(weights) == weights
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no weights in"):
+        find_weights(tmp_path / "empty")
+
+
+def test_latest_decides_and_without_it_the_newest_is_taken(tmp_path):
+    for step in (4, 12):
+        checkpoint = tmp_path / f"step-{step:08d}"
+        checkpoint.mkdir()
+        (checkpoint / "state.json").touch()
+    (tmp_path / ".step-00000016.tmp").mkdir()
+    assert latest_checkpoint(tmp_path).name == "step-00000012"
+    write_atomically(tmp_path / "latest", "step-00000004\n")
+    assert latest_checkpoint(tmp_path).name == "step-00000004"
+
+
+def test_a_run_set_back_keeps_what_it_writes(tmp_path):
+    for step in (1, 2, 9):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    _remove_old(tmp_path, "step-00000002", keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000009"]
+
+
+def test_a_damaged_state_is_named(tmp_path):
+    (tmp_path / "state.json").write_text('{"step": ')
+    with pytest.raises(ValueError, match=r"state.json is damaged .* another checkpoint into"):
+        read_state(tmp_path)
 
 
 def test_a_pointer_to_nothing_is_refused(tmp_path):

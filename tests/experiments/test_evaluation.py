@@ -12,6 +12,7 @@ from data import IGNORE, build_data
 from experiments import evaluation
 from experiments.config import to_config
 from experiments.evaluation import EvaluateConfig, build_model, evaluate, find_target
+from experiments.metrics import read_rows
 
 MQAR = (
     *("experiment=pareto_recall", "device=cpu", "threads=1", "steps=2", "optim.warmup_steps=1", "eval_every=0"),
@@ -43,7 +44,7 @@ def test_recall_and_loss_equal_the_models_own(recall_run):
     recall, loss = run(config)
     target = find_target(config)
     (batch,) = build_data(target.train.data, split="validation", seed=0, rows=6)
-    model = build_model(target, 144)
+    model = build_model(target)
     with torch.no_grad():
         output = model(batch.input_ids, position_ids=batch.position_ids, return_stats=True)
         expected = model(batch.input_ids, labels=batch.labels).loss
@@ -73,7 +74,7 @@ def test_knobs_turn_and_nothing_is_done_twice(recall_run):
     assert (dense["knob"], sparse["knob"], sparse["trained_knob"]) == (0.01, 50.0, 2.0)
     assert dense["causal_sparsity"] < sparse["causal_sparsity"]
     assert run(config) == []
-    config.knobs = [0.01, 50.0, 4.0]
+    config.knobs = [0.01, 50.0, 4.0, 4.0]
     assert [row["knob"] for row in run(config)] == [4.0]
     config.tasks = ["loss", "recall"]
     assert {(row["task"], row["knob"]) for row in run(config)} == {("recall", k) for k in (0.01, 50.0, 4.0)}
@@ -89,12 +90,43 @@ def test_loss_by_position_averages_to_the_loss(tiny_overrides):
     assert min(r["score"] for r in rows[1:]) <= rows[0]["score"] <= max(r["score"] for r in rows[1:])
 
 
-def test_a_torn_results_file_is_not_written_to(recall_run):
+def test_another_label_is_another_row(recall_run):
+    config = EvaluateConfig(run=str(recall_run), tasks=["loss", "loss"], device="cpu")
+    assert [row["label"] for row in run(config)] == ["dash"]
+    config.label = "dash-raw"
+    assert [row["label"] for row in run(config)] == ["dash-raw"]
+
+
+def test_the_whole_split_and_a_padded_vocabulary(tiny_overrides):
+    overrides, run_dir = tiny_overrides(
+        "run", "steps=2", "data.validation_rows=null", "model.vocab_size=512", "eval_every=2"
+    )
+    train.train(compose_train(overrides))
+    (row,) = run(EvaluateConfig(run=str(run_dir), device="cpu"))
+    assert row["rows"] is None
+    (trained,) = [r["loss"] for r in read_rows(run_dir / "metrics.jsonl") if r["split"] == "validation"]
+    assert row["score"] == pytest.approx(trained, abs=1e-5)
+
+
+def test_a_changed_corpus_is_refused(tiny_overrides):
+    overrides, run_dir = tiny_overrides("run", "steps=2")
+    train.train(compose_train(overrides))
+    start = run_dir / "start.json"
+    start.write_text(start.read_text().replace('"tokens_fingerprint": "', '"tokens_fingerprint": "x'))
+    with pytest.raises(ValueError, match="has changed since"):
+        run(EvaluateConfig(run=str(run_dir), device="cpu"))
+
+
+def test_half_a_row_of_a_crash_makes_way_for_whole_ones(recall_run):
+    config = EvaluateConfig(run=str(recall_run), knobs=[1.0], device="cpu")
+    run(config)
     path = recall_run / "results.jsonl"
-    path.write_text('{"task": "lo')
-    with pytest.raises(ValueError, match="cut short"):
-        run(EvaluateConfig(run=str(recall_run), device="cpu"))
-    assert path.read_text() == '{"task": "lo'
+    before = path.read_text()
+    path.write_text(before + '{"task": "lo')
+    config.knobs = [1.0, 2.0]
+    assert [row["knob"] for row in run(config)] == [2.0]
+    assert path.read_text().startswith(before)
+    assert [json.loads(line)["knob"] for line in path.open()] == [1.0, 2.0]
 
 
 def test_a_failing_evaluation_keeps_the_rows_before_it(recall_run, monkeypatch):

@@ -49,8 +49,14 @@ def test_interpolation_never_leaves_the_measured_span():
     assert pareto.interpolate(line, 0.8) == pytest.approx(0.5)
     assert pareto.interpolate(line, 0.3) is None
     assert pareto.interpolate(line, 0.9) is None
-    assert pareto.area(line) == pytest.approx(0.75)
-    assert pareto.area(line[:1]) is None
+    assert pareto.interpolate(line[:1], 0.4) == 1.0
+    assert pareto.interpolate(line[:1], 0.5) is None
+
+
+def test_a_sparser_point_that_is_no_worse_stands_for_the_denser_ones():
+    line = scored((0.4, 1.0), (0.8, 1.0), (0.9, 0.5))
+    assert [pareto.score_at(line, s) for s in (0.3, 0.4, 0.5, 0.8, 0.95)] == [None, 1.0, 1.0, 1.0, None]
+    assert pareto.score_at(line, 0.85) == pytest.approx(0.75)
 
 
 def test_seeds_are_averaged_and_counted_once():
@@ -59,9 +65,31 @@ def test_seeds_are_averaged_and_counted_once():
     assert point.spread == pytest.approx(0.1414, abs=1e-4)
 
 
+def test_two_runs_are_no_two_seeds():
+    with pytest.raises(ValueError, match="two results of dash"):
+        pareto.points([make_row(), make_row(config_hash="another model", score=0.1)])
+
+
 def test_trained_and_turned_knobs_are_different_curves():
-    found = pareto.points([make_row(knob=1.0), make_row(knob=2.0), make_row("full", None, 0.0, 1.0)])
-    assert sorted(p.curve for p in found) == ["dense", "knob at inference", "trained"]
+    turned = [make_row(knob=k, trained_knob=1.0) for k in (1.0, 2.0)]
+    others = [make_row(knob=4.0, trained_knob=4.0, config_hash="another"), make_row("full", None, 0.0, 1.0)]
+    (alone,) = pareto.curves(pareto.points(turned))
+    assert alone[1:] == ("dash", "trained at 1, knob turned")
+    found = {curve: line for (_, _, curve), line in pareto.curves(pareto.points([*turned, *others])).items()}
+    assert {curve: [p.knob for p in line] for curve, line in found.items()} == {
+        "trained at each": [1.0, 4.0],
+        "trained at 1, knob turned": [1.0, 2.0],
+    }
+
+
+def test_curves_are_compared_over_the_span_they_share():
+    wide, narrow = scored((0.2, 1.0), (0.8, 0.4)), scored((0.5, 0.9), (0.9, 0.5))
+    assert pareto.common_span([wide, narrow]) == (0.5, 0.8)
+    assert pareto.mean_score(wide, 0.5, 0.8) == pytest.approx((0.7 + 0.4) / 2)
+    assert pareto.mean_score(narrow, 0.5, 0.8) == pytest.approx((0.9 + 0.6) / 2)
+    bent = scored((0.2, 1.0), (0.4, 0.8), (0.8, 0.0))
+    assert pareto.mean_score(bent, 0.2, 0.8) == pytest.approx((0.2 * 0.9 + 0.4 * 0.4) / 0.6)
+    assert pareto.common_span([wide, scored((0.85, 1.0), (0.9, 1.0))]) is None
 
 
 def test_only_the_newest_checkpoint_counts():
@@ -88,9 +116,11 @@ def test_writes_table_and_figure(tmp_path):
     pareto.main([str(tmp_path)])
     table = list(csv.DictReader((tmp_path / "pareto.csv").open()))
     assert len(table) == 5
-    on_edge = {row["knob"] for row in table if row["label"] == "dash" and row["on_frontier"] == "True"}
-    assert on_edge == {"1.0", "3.0"}
-    assert "| dash | 0.9400 | 0.7900 | 0.7000 | not measured |" in (tmp_path / "pareto.md").read_text()
+    assert {row["knob"] for row in table if row["label"] == "dash"} == {"1.0", "2.0", "3.0"}
+    assert (
+        "| dash | trained at 1, knob turned | 0.9400 | 0.7900 | 0.7000 | not measured |"
+        in (tmp_path / "pareto.md").read_text()
+    )
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "pareto.pdf").read_bytes().startswith(b"%PDF")
 

@@ -63,6 +63,24 @@ def test_a_foreign_directory_is_refused(config, tmp_path):
         find_run_dir(config)
 
 
+def test_a_file_is_refused(config, tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(ValueError, match="no directory"):
+        find_run_dir(config)
+
+
+def test_a_run_killed_while_its_directory_is_opened_starts_again(config, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("experiments.run_dir._code_state", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            opened(config)
+    assert opened(config).step == 0
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
 def test_another_number_of_ranks_is_refused(config, monkeypatch):
     run = opened(config)
     checkpoint = run.checkpoints / "step-00000002"
@@ -88,3 +106,20 @@ def test_rows_that_will_be_written_again_are_dropped(tmp_path):
     assert path.read_text().endswith("\n")
     drop_rows_after(tmp_path / "none.jsonl", 0)
     assert read_rows(tmp_path / "none.jsonl") == []
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"st{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is damaged"):
+        read_rows(path)
+
+
+def test_a_second_process_on_a_run_directory_is_refused(make_config):
+    config = make_config("locked")
+    run = find_run_dir(config)
+    lock = open_run_dir(run, config, [], {})
+    with pytest.raises(ValueError, match="another process is training"):
+        open_run_dir(run, config, [], {})
+    lock.release()
+    open_run_dir(find_run_dir(config), config, [], {}).release()

@@ -58,6 +58,17 @@ def test_refusals(tmp_path, changes, message):
         cells(make_config(tmp_path, **changes))
 
 
+def test_two_cells_of_one_name_are_refused(tmp_path):
+    config = make_config(tmp_path)
+    arms = config.studies["text"].arms
+    arms["dash"].trained_knobs = [1.0, 1.0]
+    with pytest.raises(ValueError, match="two cells are called text-dash-knob1-seed0"):
+        cells(config)
+    config.studies["text"].arms = {"base": arms["full"]}
+    with pytest.raises(ValueError, match="two cells are called text-base-seed0"):
+        cells(config)
+
+
 def test_trained_knobs_need_a_backend_with_a_knob(tmp_path):
     config = make_config(tmp_path)
     config.studies["text"].arms = {"full": ArmConfig(train=["attention=full"], trained_knobs=[1.0])}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dashattn.backends import DashConfig, FullConfig
+from dashattn.backends import DashConfig, FullConfig, InfLLMv2Config, NSAConfig
 from models import ModelConfig, Transformer
 from models.flops import count_parameters, flops_per_token, matmul_parameters, mean_reads
 
@@ -36,7 +36,7 @@ def test_parameters_by_hand():
 
 
 def test_dense_flops_by_hand():
-    flops = flops_per_token(CONFIG, seq_len=4)
+    flops = flops_per_token(Transformer(CONFIG, FullConfig()), seq_len=4)
     assert flops.matmul == 2 * (3 * (Q_AND_O + K_AND_V + MLP) + TABLE)
     # 3 layers, 4 query heads; tokens read 1, 2, 3 and 4 keys; 32 multiply-adds for q.k and 32 for the value.
     assert flops.attention == 3 * 4 * (1 + 2 + 3 + 4) / 4 * (2 * 32 + 2 * 32)
@@ -45,11 +45,38 @@ def test_dense_flops_by_hand():
     assert flops.train == 3 * flops.forward
 
 
-def test_sparse_flops_by_hand():
-    flops = flops_per_token(CONFIG, seq_len=64, active_tokens=20.0, routing_reads=3.0, backend_parameters=5)
-    assert flops.matmul == 2 * (matmul_parameters(CONFIG) + 5)
-    assert flops.attention == 3 * 4 * 20 * (2 * 32 + 2 * 32)
-    assert flops.routing == 3 * 4 * 3 * (2 * 32)
+HEADS, READS = 3 * 4 * 32, {"active_tokens": 20.0, "routing_reads": 3.0}  # channels of all layers' query heads
+
+
+def test_dash_flops_by_hand():
+    flops = flops_per_token(Transformer(CONFIG, DashConfig()), 64, **READS)
+    assert flops.matmul == 2 * matmul_parameters(CONFIG)
+    assert flops.attention == HEADS * 20 * (2 + 2)
+    assert flops.routing == HEADS * 3 * 2
+    assert flops.backward == 2 * flops.forward
+
+
+def test_infllmv2_routes_without_gradient():
+    flops = flops_per_token(Transformer(CONFIG, InfLLMv2Config()), 64, **READS)
+    assert flops.routing == HEADS * 3 * 2
+    assert flops.backward == 2 * (flops.matmul + flops.attention)
+
+
+@pytest.mark.parametrize("shared_kv", [True, False])
+def test_nsa_flops_by_hand(shared_kv):
+    flops = flops_per_token(Transformer(CONFIG, NSAConfig(shared_kv=shared_kv)), 64, **READS)
+    assert flops.routing == HEADS * 3 * (2 + 2)  # the compressed branch has values too
+    gate, own_kv = 8 * 3 * 4, 0 if shared_kv else 8 * 4 * 2 * 32
+    mlp = 2 * (32 * 32 * 32 + 32 * 32)  # keys and values: 32 tokens of 32 channels -> 32 -> 32, per KV head and window
+    assert flops.matmul == 2 * (matmul_parameters(CONFIG) + 3 * (gate + own_kv + 2 * mlp / 16))
+    assert flops.backward == 2 * flops.forward
+
+
+def test_nsa_minicpm_flops_by_hand():
+    config = NSAConfig(variant="minicpm", window_size=0)
+    flops = flops_per_token(Transformer(CONFIG, config), 64, **READS)
+    mlp, gate = 64 * 128 + 128 * 2, 4 * 32 * 2  # per channel and window; per token
+    assert flops.matmul == 2 * (matmul_parameters(CONFIG) + 3 * (gate + 2 * 32 * mlp / 16))
 
 
 def test_projections_equal_the_counter_of_torch():
@@ -61,7 +88,7 @@ def test_projections_equal_the_counter_of_torch():
     counter = FlopCounterMode(display=False)
     with counter:
         loss = model(input_ids, labels=input_ids).loss
-    flops = flops_per_token(CONFIG, length)
+    flops = flops_per_token(model, length)
     assert counter.get_total_flops() == length * flops.matmul
     with counter:
         loss.backward()
@@ -73,8 +100,8 @@ def test_measured_reads_of_dense_attention_give_the_dense_count():
     input_ids = torch.arange(length)[None] % 10
     active_tokens, routing_reads = mean_reads(model(input_ids, return_stats=True).stats)
     assert (active_tokens, routing_reads) == ((length + 1) / 2, 0)
-    measured = flops_per_token(CONFIG, length, active_tokens=active_tokens, routing_reads=routing_reads)
-    assert measured == flops_per_token(CONFIG, length)
+    measured = flops_per_token(model, length, active_tokens=active_tokens, routing_reads=routing_reads)
+    assert measured == flops_per_token(model, length)
 
 
 def test_measured_reads_of_packed_documents():
@@ -91,5 +118,5 @@ def test_measured_reads_of_sparse_attention_cost_less():
     active_tokens, routing_reads = mean_reads(model(input_ids, return_stats=True).stats)
     # Token t scores the t // 8 complete chunks before its own.
     assert routing_reads == pytest.approx(sum(t // 8 for t in range(64)) / 64)
-    sparse = flops_per_token(CONFIG, 64, active_tokens=active_tokens, routing_reads=routing_reads)
-    assert sparse.attention < flops_per_token(CONFIG, 64).attention
+    sparse = flops_per_token(model, 64, active_tokens=active_tokens, routing_reads=routing_reads)
+    assert sparse.attention < flops_per_token(model, 64).attention

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 
 from dashattn.backends import DashConfig, FullConfig, InfLLMv2Config, NSAConfig
 from models import ModelConfig, RopeConfig, Transformer
+from models.rope import rope_tables
 
 VOCAB = 61
 SHAPE = ModelConfig(
@@ -28,7 +29,7 @@ BACKENDS = {
     "full": FullConfig(),
     "dash": DashConfig(chunk_size=8),
     "dash, rotated summaries": DashConfig(chunk_size=8, summary_rope="mean"),
-    "infllmv2": InfLLMv2Config(block_size=8, kernel_size=4, kernel_stride=2, topk=3, window_size=8),
+    "infllmv2": InfLLMv2Config(block_size=8, kernel_size=4, kernel_stride=2, topk=4, window_size=8),
     "nsa": NSAConfig(**NSA_SIZES),
     "nsa, own k and v": NSAConfig(**NSA_SIZES, shared_kv=False),
 }
@@ -242,6 +243,16 @@ def test_every_parameter_is_trained(attention):
     model(tokens(1, 60), labels=tokens(1, 60, seed=2)).loss.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_backends_get_the_input_of_the_attention_block_and_the_tables():
+    model, input_ids, given = build(BACKENDS["nsa, own k and v"]), tokens(1, 20), {}
+    model.backends[0].register_forward_pre_hook(lambda _, args, options: given.update(options), with_kwargs=True)
+    model(input_ids)
+    block_input = model.layers[0].attention_norm(model.embedding(input_ids))
+    torch.testing.assert_close(given["hidden"], block_input, atol=0, rtol=0)
+    for table, expected in zip(given["rope"], rope_tables(model.config, torch.arange(20)), strict=True):
+        torch.testing.assert_close(table, expected, atol=0, rtol=0)
 
 
 def test_step_reaches_every_backend(monkeypatch):

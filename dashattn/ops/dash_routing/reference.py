@@ -38,7 +38,7 @@ def dash_routing(
     Args:
         q: queries after RoPE [B, T, Hq, D].
         summaries: [B, T // chunk_size, H, D] from ``chunk_summary``.
-        alpha: float, or tensor [Hq]; in [1.01, 2].
+        alpha: float, or tensor [Hq] or []; in [1.01, 2].
         router_scale: gamma; larger selects fewer chunks.
         prior: raw | tempered | none.
         prior_heads: ``group``: one prior from the group's mean probability. ``head``: each query head its own.
@@ -50,7 +50,8 @@ def dash_routing(
     """
     group = q.shape[2] // summaries.shape[2]
     if isinstance(alpha, Tensor):
-        alpha = alpha.to(torch.float64 if q.dtype == torch.float64 else torch.float32).view(-1, group, 1, 1)
+        alpha = alpha.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+        alpha = alpha.expand(q.shape[2]).reshape(-1, group, 1, 1)
 
     offset = 0  # of this document's first summary
 

@@ -5,6 +5,7 @@ p = max((alpha - 1) s - tau, 0) ** (1 / (alpha - 1)),   tau such that sum p = 1
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 MIN_ALPHA, MAX_ALPHA = 1.01, 2.0
 _TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-13}
@@ -64,9 +65,11 @@ class _Entmax(torch.autograd.Function):
         return p, log_p
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_p, grad_log_p):
-        # On the support z = p ** (alpha - 1), so 1 / z = p ** (1 - alpha) stays below 2 ** 24 in float32, while
-        # 1 / p does not. With u = p ** (2 - alpha) = p / z:  ds = u g - u sum(u g) / sum(u).
+        # On the support z = p ** (alpha - 1) = x - tau with |tau| >= N ** (1 - alpha), so that in float32
+        # 1 / z = p ** (1 - alpha) is at most 2 ** 24 * N; 1 / p has no such bound. With u = p ** (2 - alpha) = p / z:
+        # ds = u g - u sum(u g) / sum(u).
         z, p, log_p, alpha = ctx.saved_tensors
         support = p > 0
         reciprocal = torch.where(support, 1 / torch.where(support, z, 1), 0)

@@ -1,0 +1,93 @@
+"""Every command of the README runs, the long ones at smoke size; a command without a test here fails."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def readme_commands():
+    lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    inline = re.findall(r"`((?:python|torchrun|pip|make) [^`]*)`", README)
+    return {line for line in [*lines, *inline] if line and not line.startswith("source ")}
+
+
+def run(*command, env=None, timeout=600):
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | (env or {}), capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def python(*arguments, **options):
+    return run(sys.executable, *arguments, **options)
+
+
+# What a test below stands for; the README's `...` are its own.
+TESTED = {
+    "make pareto",
+    "make test",  # this
+    "python train.py experiment=debug attention=dash",
+    "python evaluate.py run=outputs/debug-dash tasks=[loss,position] knobs=[0.5,1,2]",
+    "python -m experiments.sweep sweep=smoke",
+    "python -m experiments.pareto outputs/smoke",
+    "python train.py --cfg job",
+    "torchrun --standalone --nproc-per-node 8 train.py model=350m data=hub deepspeed=zero2 ...",  # test_train_cli.py
+    "pip install .",
+}
+
+
+def test_every_command_is_tested():
+    assert readme_commands() == TESTED
+
+
+def test_train_then_evaluate(tmp_path):
+    small = ("steps=6", "data.seq_len=128", "data.max_bytes=2000000", "threads=1", f"run_dir={tmp_path}/debug-dash")
+    python("train.py", "experiment=debug", "attention=dash", *small)
+    out = python("evaluate.py", f"run={tmp_path}/debug-dash", "tasks=[loss,position]", "knobs=[0.5,1,2]", "threads=1")
+    assert out.count("loss ") == 3
+    assert "causal sparsity" in out
+
+
+def test_show_the_configuration():
+    assert "attention:" in python("train.py", "--cfg", "job")
+    assert "Choose from the groups" in python("train.py", "--help")
+
+
+@pytest.mark.skipif(not (ROOT / ".venv/.installed").exists(), reason="make would install: run make install first")
+def test_make_pareto_and_again(tmp_path):
+    """The whole path at smoke size: install (done), sweep, table and figure; a second call trains nothing."""
+    command = ("make", "pareto", "SWEEP=smoke", f"OUTPUT={tmp_path}/smoke")
+    first = run(*command)
+    assert "5 cells to do, 0 done before" in first
+    assert "failed" not in first
+    for label in ("full", "dash", "infllmv2", "nsa"):
+        assert f"| {label} |" in first
+    assert (tmp_path / "smoke/pareto.png").stat().st_size > 10_000
+    again = run(*command)
+    assert "0 cells to do, 5 done before" in again
+
+
+def test_the_library_installs_alone(tmp_path):
+    """Only dashattn is installed; it imports, and the README's snippet runs, with nothing else of the project."""
+    run(
+        *(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"),
+        *("--target", str(tmp_path), str(ROOT)),
+    )
+    assert {p.name for p in tmp_path.iterdir() if p.is_dir() and not p.name.endswith(".dist-info")} == {"dashattn"}
+    (snippet,) = blocks("python")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{snippet}\nassert 'models' not in sys.modules\n"
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "torch.Size([1, 1000, 8, 64])" in done.stdout
