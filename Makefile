@@ -6,7 +6,7 @@ FIND_LINKS = $(addprefix --find-links ,$(or $(PIP_FIND_LINKS),$(shell $(PYTHON) 
 SWEEP ?= pareto
 OUTPUT ?= outputs/$(SWEEP)
 
-.PHONY: install pareto test lint lock
+.PHONY: install pareto test test-gpu lint lock
 
 install: .venv/.installed
 
@@ -17,6 +17,10 @@ pareto: install
 
 test: install lint
 	$(PY) -m pytest -n 2
+
+# The kernels at real sizes, on a machine with a GPU; elsewhere its tests are skipped.
+test-gpu: install
+	$(PY) -m pytest tests/gpu tests/ops/test_dash_attention_triton.py
 
 lint: install
 	$(PY) -m ruff check .

@@ -4,12 +4,15 @@ Layout everywhere: q [B, T, Hq, D], k and v [B, T, Hkv, D], post-RoPE; output [B
 reads KV head ``h // (Hq // Hkv)``. Attention is causal. ``cu_seqlens`` (int32 [N + 1], B = 1) packs documents: each is
 its own sequence, with its own grid of chunks and blocks.
 
-``impl``: ``auto`` (Triton where there is a kernel and a GPU, the reference elsewhere), ``triton``, ``reference``.
+``impl``: ``auto`` (on a GPU the Triton kernels, where they take the arguments; the reference elsewhere), ``triton``
+(the kernels, or a ValueError that says what they do not take), ``reference``.
 With ``return_stats=True`` a function returns ``(out, AttentionStats)``.
 """
 
+import os
 from collections.abc import Callable
 from functools import partial, wraps
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -48,10 +51,41 @@ def _without_autocast(attention: Callable[..., Output]) -> Callable[..., Output]
     return wrapped
 
 
-def _use_reference(impl: str, operation: str) -> None:
-    """There is one implementation so far; asking for another must not pass in silence."""
+def _use_kernels(impl: str, q: Tensor, block_size: int, unsupported: str | None = None) -> bool:
+    """Whether the Triton kernels run: ``auto`` takes them where they fit, ``triton`` insists and says what does not.
+
+    Args:
+        unsupported: why they cannot, if the operation already knows.
+    """
     checks.check_choice("impl", impl, IMPLS)
-    check(impl != "triton", f"{operation} has no Triton implementation; use impl='auto' or 'reference'")
+    if impl == "reference" or (impl == "auto" and not q.is_cuda):
+        return False
+    on_gpu = q.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    try:
+        check(on_gpu, f"impl='triton' needs tensors on a GPU, q is on {q.device}: use impl='auto' or 'reference'")
+        check(
+            find_spec("triton") is not None, "impl='triton' needs Triton: pip install triton, or use impl='reference'"
+        )
+        check(unsupported is None, f"impl='triton': {unsupported}; use impl='auto' or 'reference'")
+        from dashattn.ops.block_sparse.triton import check_kernels_fit
+
+        check_kernels_fit(q, block_size)
+    except ValueError:
+        if impl == "triton":
+            raise
+        return False
+    return True
+
+
+def _block_sparse(impl: str, q: Tensor, block_size: int, operation: str) -> Callable[..., Tensor]:
+    """The core operation of a method whose selection has no kernels."""
+    checks.check_choice("impl", impl, IMPLS)
+    check(impl != "triton", f"{operation} selects its blocks in PyTorch: use impl='auto', or 'reference' throughout")
+    if _use_kernels(impl, q, block_size):
+        from dashattn.ops.block_sparse import triton
+
+        return triton.block_sparse_attention
+    return block_sparse_attention
 
 
 @_without_autocast
@@ -71,7 +105,8 @@ def full_attention(
         ValueError: shapes, dtypes or devices do not fit.
     """
     checks.check_qkv(q, k, v, cu_seqlens)
-    _use_reference(impl, "full_attention")
+    checks.check_choice("impl", impl, IMPLS)
+    check(impl != "triton", "full_attention has no Triton kernels, it is PyTorch's SDPA: use impl='auto'")
     out = sdpa_attention(q, k, v, scale=scale, cu_seqlens=cu_seqlens)
     if not return_stats:
         return out
@@ -127,21 +162,18 @@ def dash_attention(
                 table.shape in {q.shape[1::2], (1, *q.shape[1::2]), (q.shape[0], *q.shape[1::2])},
                 f"summary_rope {name} must be [T, D] or [B, T, D]; got {tuple(table.shape)} for q {tuple(q.shape)}",
             )
-    _use_reference(impl, "dash_attention")
+    unsupported = None if prior_heads == "group" else "the kernels have prior_heads='group' only"
+    route = {"alpha": alpha, "router_scale": router_scale, "prior": prior, "sigma": sigma, "cu_seqlens": cu_seqlens}
+    if _use_kernels(impl, q, chunk_size, unsupported):
+        from dashattn.ops.chunk_summary.triton import chunk_summary as summarise
+        from dashattn.ops.dash_routing.triton import routed_attention
 
-    summaries = chunk_summary(k, chunk_query, chunk_size=chunk_size, cu_seqlens=cu_seqlens, rope=summary_rope)
-    selection, bias = dash_routing(
-        q,
-        summaries,
-        chunk_size=chunk_size,
-        alpha=alpha,
-        router_scale=router_scale,
-        prior=prior,
-        sigma=sigma,
-        prior_heads=prior_heads,
-        cu_seqlens=cu_seqlens,
-    )
-    out = block_sparse_attention(q, k, v, selection, bias, scale=scale, cu_seqlens=cu_seqlens)
+        summaries = summarise(k, chunk_query, chunk_size=chunk_size, cu_seqlens=cu_seqlens, rope=summary_rope)
+        out, selection = routed_attention(q, k, v, summaries, chunk_size=chunk_size, scale=scale, **route)
+    else:
+        summaries = chunk_summary(k, chunk_query, chunk_size=chunk_size, cu_seqlens=cu_seqlens, rope=summary_rope)
+        selection, bias = dash_routing(q, summaries, chunk_size=chunk_size, prior_heads=prior_heads, **route)
+        out = block_sparse_attention(q, k, v, selection, bias, scale=scale, cu_seqlens=cu_seqlens)
     if not return_stats:
         return out
     candidates = document_positions(cu_seqlens, *q.shape[:2], q.device) // chunk_size
@@ -180,7 +212,7 @@ def infllmv2_attention(
     """
     checks.check_qkv(q, k, v, cu_seqlens)
     check_infllmv2(block_size, kernel_size, kernel_stride, topk, init_blocks, window_size)
-    _use_reference(impl, "infllmv2_attention")
+    attend = _block_sparse(impl, q, block_size, "infllmv2_attention")
 
     windows = {"kernel_size": kernel_size, "kernel_stride": kernel_stride}
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -199,7 +231,7 @@ def infllmv2_attention(
         q.detach(), compressed_k, None, select, **windows, scale=scale, cu_seqlens=cu_seqlens
     )
     selection = Selection.concatenate(selections)
-    out = block_sparse_attention(q, k, v, selection, scale=scale, cu_seqlens=cu_seqlens)
+    out = attend(q, k, v, selection, scale=scale, cu_seqlens=cu_seqlens)
     if not return_stats:
         return out
     reads = visible_windows(document_positions(cu_seqlens, *q.shape[:2], q.device), **windows)
@@ -260,7 +292,7 @@ def nsa_attention(
         for name, x in (("k_window", k_window), ("v_window", v_window)):
             checks.check_shape(name, x, tuple(k.shape))
             checks.check_like(name, x, q)
-    _use_reference(impl, "nsa_attention")
+    attend = _block_sparse(impl, q, block_size, "nsa_attention")
 
     windows = {"kernel_size": kernel_size, "kernel_stride": kernel_stride}
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -280,7 +312,7 @@ def nsa_attention(
     selection = Selection.concatenate(selections)
     gate = gates.to(out_compressed.dtype)[..., None].unbind(3)
     out = gate[0] * out_compressed
-    out = out + gate[1] * block_sparse_attention(q, k, v, selection, scale=scale, cu_seqlens=cu_seqlens)
+    out = out + gate[1] * attend(q, k, v, selection, scale=scale, cu_seqlens=cu_seqlens)
     if window_size:
         k_window, v_window = (k, v) if k_window is None else (k_window, v_window)
         out = out + gate[2] * window_attention(

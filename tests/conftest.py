@@ -7,6 +7,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # The kernels run in Triton's interpreter, which has to be chosen before anything imports Triton.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 torch.set_num_threads(1)
 # torch lists the functions that ``torch.device`` redirects on its first use. That must precede the replacement of
 # torch.empty below, or models on "meta" get real memory: 32 GB for the largest.

@@ -38,6 +38,7 @@ def python(*arguments, **options):
 TESTED = {
     "make pareto",
     "make test",  # this
+    "make test-gpu",  # on a GPU
     "python train.py experiment=debug attention=dash",
     "python evaluate.py run=outputs/debug-dash tasks=[loss,position] knobs=[0.5,1,2]",
     "python -m experiments.sweep sweep=smoke",

@@ -35,9 +35,13 @@ def locate_tile(documents, slot, num_documents, SIZE: tl.constexpr):
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of a call, after flattening. ``documents`` is int32 [D + 1] on the device."""
+    """Sizes of a call, after flattening.
+
+    ``documents`` is int32 [D + 1] on the device; ``uniform``: their common length, where the host knows one.
+    """
 
     documents: Tensor
+    uniform: int | None
     tokens: int
     heads: int
     kv_heads: int
@@ -70,11 +74,16 @@ class Geometry:
 
 def geometry(q: Tensor, kv_heads: int, cu_seqlens: Tensor | None) -> Geometry:
     batch, length, heads, head_dim = q.shape
-    if cu_seqlens is None:
-        documents = torch.arange(batch + 1, device=q.device, dtype=torch.int32) * length
-    else:
-        documents = cu_seqlens.to(torch.int32)
-    return Geometry(documents, batch * length, heads, kv_heads, head_dim)
+    if cu_seqlens is not None:
+        return Geometry(cu_seqlens.to(torch.int32), None, batch * length, heads, kv_heads, head_dim)
+    return Geometry(multiples(length, batch, q.device), length, batch * length, heads, kv_heads, head_dim)
+
+
+def multiples(step: int, count: int, device: torch.device) -> Tensor:
+    """0, step, ..., count * step: int32 [count + 1]."""
+    if step == 0:
+        return torch.zeros(count + 1, dtype=torch.int32, device=device)
+    return torch.arange(0, (count + 1) * step, step, dtype=torch.int32, device=device)
 
 
 def flatten_tokens(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ def _or(a, b):
     return a | b
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_words", "num_slots", "num_documents"])
 def _tile_list_kernel(
     words, documents, blocks, choices, counts, num_tokens, num_words, num_slots, num_documents,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr,
@@ -61,7 +61,7 @@ def _tile_list_kernel(
     tl.store(count + 1, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_words", "num_slots", "num_documents", "capacity"])
 def _key_list_kernel(
     words, documents, bases, tokens, counts, num_tokens, num_words, num_slots, num_documents, capacity,
     BLOCK: tl.constexpr, STEP: tl.constexpr,
@@ -70,7 +70,6 @@ def _key_list_kernel(
     kv_head = tl.program_id(1)
     document, start, end, block = locate_tile(documents, slot, num_documents, BLOCK)
     first = start + block * BLOCK
-    # The blocks of a document have room for all tokens from their own first one on: a sum of an arithmetic series.
     length = (end - start).to(tl.int64)
     base = (
         kv_head * capacity
@@ -84,7 +83,7 @@ def _key_list_kernel(
     near = 0
     for begin in range(first, end, STEP):
         token = begin + lane
-        w = tl.load(word_ptr + token.to(tl.int64) * num_words, mask=token < end, other=0)
+        w = tl.load(word_ptr + token.to(tl.int64) * num_words, mask=(token < end) & (block // 32 < num_words), other=0)
         chosen = (w >> (block % 32)) & 1
         tl.store(tokens + base + total + tl.cumsum(chosen, 0) - 1, token, mask=chosen != 0)
         total += tl.sum(chosen, 0)
@@ -142,17 +141,24 @@ def tile_lists(words: Tensor, geo: Geometry, block_size: int, tile_tokens: int) 
 
 def key_lists(words: Tensor, geo: Geometry, block_size: int) -> KeyLists:
     slots = geo.slots(block_size)
-    length = geo.documents.diff().long()
-    blocks = (length + block_size - 1) // block_size
-    needed = blocks * length - block_size * (blocks * (blocks - 1) // 2)
-    bases = needed.cumsum(0) - needed
-    # Lengths stay on the device; no split of the tokens into documents needs more room than a single document.
-    most_blocks = -(-geo.tokens // block_size)
-    capacity = most_blocks * geo.tokens - block_size * (most_blocks * (most_blocks - 1) // 2)
+
+    def room(length):  # for the tokens from each block's first one on: a sum of an arithmetic series
+        blocks = (length + block_size - 1) // block_size
+        return blocks * length - block_size * (blocks * (blocks - 1) // 2)
+
+    if geo.uniform is not None:
+        capacity = room(geo.uniform) * geo.num_documents
+        bases = torch.arange(geo.num_documents, device=words.device) * room(geo.uniform)
+    else:
+        needed = room(geo.documents.diff().long())
+        bases = needed.cumsum(0) - needed
+        # Lengths stay on the device; no split of the tokens into documents needs more room than a single document.
+        capacity = room(geo.tokens)
     tokens = torch.empty(geo.kv_heads, max(1, capacity), dtype=torch.int32, device=words.device)
     counts = torch.empty(geo.kv_heads, slots, 2, dtype=torch.int32, device=words.device)
     _key_list_kernel[(slots, geo.kv_heads)](
-        words, geo.documents, bases, tokens, counts, geo.tokens, words.shape[-1], slots, geo.num_documents, tokens.shape[1],
+        words, geo.documents, bases, tokens, counts, geo.tokens, words.shape[-1], slots, geo.num_documents,
+        tokens.shape[1],
         BLOCK=block_size, STEP=1024, num_warps=4,
     )  # fmt: skip
     return KeyLists(tokens, bases, counts)

@@ -1,0 +1,161 @@
+"""Block-sparse attention on the GPU: ``reference.py``'s function with Triton kernels, as PyTorch custom operators."""
+
+import torch
+from torch import Tensor
+
+from dashattn.ops.block_sparse.schedule import key_lists, tile_lists
+from dashattn.ops.block_sparse.triton_backward import (
+    delta,
+    key_grad,
+    key_grad_options,
+    query_grad,
+    query_grad_options,
+)
+from dashattn.ops.block_sparse.triton_forward import forward, forward_options
+from dashattn.ops.tiles import Geometry, flatten_tokens, geometry
+from dashattn.selection import Selection
+
+
+def flatten_words(words: Tensor) -> Tensor:
+    """[B, H, T, W] -> [H, B * T, W]; a view when B is 1."""
+    return words.transpose(0, 1).flatten(1, 2).contiguous()
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, words: Tensor, bias: Tensor | None, geo: Geometry, block_size: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The forward on flat, contiguous tensors with the fastest kernel there is for them."""
+    if q.is_cuda:
+        from dashattn.ops.block_sparse import hopper  # Gluon has no interpreter and asks for a GPU
+
+        if hopper.supported(q, geo, block_size):
+            lists = tile_lists(words, geo, block_size, geo.tile_tokens(128))
+            return hopper.forward(q, k, v, bias, lists, geo, block_size, scale)
+    options = forward_options(geo.padded_dim, block_size, q.itemsize)
+    lists = tile_lists(words, geo, block_size, geo.tile_tokens(options["rows"]))
+    return forward(q, k, v, bias, lists, geo, block_size, scale, options)
+
+
+def check_kernels_fit(q: Tensor, block_size: int) -> None:
+    """Raises ValueError for what the reference takes and the kernels do not."""
+    head_dim = q.shape[-1]
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"the Triton kernels take bfloat16, float16 and float32, not {q.dtype}: use impl='reference'")
+    if head_dim > 256 or head_dim % 8:
+        raise ValueError(f"the Triton kernels take head sizes up to 256 in steps of 8, not {head_dim}")
+    if block_size not in (16, 32, 64, 128):
+        raise ValueError(f"the Triton kernels take blocks of 16, 32, 64 or 128 keys, not {block_size}")
+    if q.dtype == torch.float32 and head_dim > 128 and block_size == 128:
+        raise ValueError("float32 with heads above 128 fits blocks of up to 64 keys: use them, or bfloat16")
+
+
+@torch.library.custom_op("dashattn::block_sparse_forward", mutates_args=())
+def _forward_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    words: Tensor,
+    block_bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    block_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    geo = geometry(q, k.shape[2], cu_seqlens)
+    bias = None if block_bias is None else block_bias.flatten(0, 1).contiguous()
+    out, lse = attend(*map(flatten_tokens, (q, k, v)), flatten_words(words), bias, geo, block_size, scale)
+    return out.view(q.shape), lse.view(q.shape[:3])
+
+
+@_forward_op.register_fake
+def _(q, k, v, words, block_bias, cu_seqlens, block_size, scale):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("dashattn::block_sparse_backward", mutates_args=())
+def _backward_op(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    words: Tensor,
+    block_bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    block_size: int,
+    scale: float,
+    bias_heads: int,
+    bias_blocks: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv and the bias gradient, float32 [B, T, bias_heads, bias_blocks] (0 where not selected)."""
+    geo = geometry(q, k.shape[2], cu_seqlens)
+    q_nHD, k_nHD, v_nHD, do_nHD, out_nHD = (flatten_tokens(x) for x in (q, k, v, grad, out))
+    bias = None if block_bias is None else block_bias.flatten(0, 1).contiguous()
+    flat = flatten_words(words)
+    lse = lse.flatten(0, 1).contiguous()
+    delta_nH = delta(out_nHD, do_nHD)
+    options = key_grad_options(geo.padded_dim, block_size, q.itemsize)
+    dk, dv = key_grad(
+        q_nHD,
+        k_nHD,
+        v_nHD,
+        bias,
+        do_nHD,
+        lse,
+        delta_nH,
+        key_lists(flat, geo, block_size),
+        geo,
+        block_size,
+        scale,
+        options,
+    )
+    options = query_grad_options(geo.padded_dim, block_size, q.itemsize)
+    lists = tile_lists(flat, geo, block_size, geo.tile_tokens(options["rows"]))
+    bias_grad = q.new_zeros(geo.tokens, bias_heads, bias_blocks, dtype=torch.float32)
+    dq = query_grad(
+        q_nHD, k_nHD, v_nHD, bias, do_nHD, lse, delta_nH, lists, geo, block_size, scale,
+        bias_grad if bias_heads else None, options,
+    )  # fmt: skip
+    return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), bias_grad.view(*q.shape[:2], bias_heads, bias_blocks)
+
+
+@_backward_op.register_fake
+def _(grad, q, k, v, words, block_bias, cu_seqlens, out, lse, block_size, scale, bias_heads, bias_blocks):
+    bias_grad = q.new_empty(*q.shape[:2], bias_heads, bias_blocks, dtype=torch.float32)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), bias_grad
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, words, block_bias, cu_seqlens, ctx.block_size, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, words, block_bias, cu_seqlens, *output)
+
+
+def _backward(ctx, grad, _grad_lse):
+    q, k, v, words, block_bias, cu_seqlens, out, lse = ctx.saved_tensors
+    bias_heads, bias_blocks = (0, 0) if not ctx.needs_input_grad[4] else block_bias.shape[2:]
+    dq, dk, dv, dbias = _backward_op(
+        grad, q, k, v, words, block_bias, cu_seqlens, out, lse, ctx.block_size, ctx.scale, bias_heads, bias_blocks
+    )
+    return dq, dk, dv, None, dbias.to(block_bias.dtype) if bias_heads else None, None, None, None
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: Selection,
+    block_bias: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """As ``reference.block_sparse_attention``; blocks of 16, 32, 64 or 128 keys, head sizes 16 to 256, no float64.
+
+    The backward sums in a fixed order: equal inputs give equal gradients.
+    """
+    check_kernels_fit(q, selection.block_size)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _forward_op(q, k, v, selection.words, block_bias, cu_seqlens, selection.block_size, scale)[0]

@@ -1,0 +1,292 @@
+"""Triton kernels of the block-sparse backward.
+
+With p the attention probabilities, dp = do . v and delta = do . o:  dl = p (dp - delta);  dq = scale sum dl k;
+dk = scale sum dl q;  dv = sum p do;  the gradient of a block's bias is the sum of dl over its keys.
+
+dq (and the bias) by query tile, as in the forward. dk and dv by key block over the tokens that chose it, gathered, so
+that no row of this kernel is idle and nothing is added atomically.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dashattn.ops.block_sparse.schedule import KeyLists, TileLists
+from dashattn.ops.block_sparse.triton_forward import key_descriptor, precision, stages_that_fit
+from dashattn.ops.tiles import LOG2E, Geometry, locate_tile
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _delta_kernel(
+    out_ptr, grad_ptr, delta_ptr, num_rows, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    dim = tl.arange(0, DIM)
+    mask = (row < num_rows)[:, None] & (dim < HEAD_DIM)[None, :]
+    offset = row[:, None] * HEAD_DIM + dim[None, :]
+    out = tl.load(out_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    tl.store(delta_ptr + row, tl.sum(out * grad, 1), mask=row < num_rows)
+
+
+@triton.jit
+def _query_grad_block(
+    dq, q, do, k_desc, v_desc, bias_row, bias_grad, shift, delta, entry_block, choice, token, position, kv_head,
+    start, scale_log2, in_group, BLOCK: tl.constexpr, DIM: tl.constexpr, GROUP_P: tl.constexpr,
+    TOKENS: tl.constexpr, HAS_BIAS: tl.constexpr, BIAS_GRAD: tl.constexpr, PER_HEAD: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    chosen = ((choice >> token.to(choice.dtype)) & 1) != 0
+    first_key = entry_block * BLOCK
+    k = k_desc.load([kv_head, start + first_key, 0]).reshape(BLOCK, DIM)
+    logits = tl.dot(q, k.T, input_precision=PRECISION)
+    v = v_desc.load([kv_head, start + first_key, 0]).reshape(BLOCK, DIM)
+    dp = tl.dot(do, v.T, input_precision=PRECISION)
+    row_shift = tl.where(chosen, shift, float("inf"))
+    if HAS_BIAS:
+        row_shift -= tl.load(bias_row + entry_block, mask=chosen, other=0.0).to(tl.float32) * 1.4426950408889634
+    p = tl.exp2(logits * scale_log2 - row_shift[:, None])
+    if CAUSAL:
+        key = first_key + tl.arange(0, BLOCK)
+        p = tl.where(key[None, :] <= position[:, None], p, 0.0)
+    dl = p * (dp - delta[:, None])
+    if BIAS_GRAD:
+        row_sum = tl.sum(dl, 1)
+        if PER_HEAD:
+            tl.store(bias_grad + entry_block, row_sum, mask=chosen & in_group)
+        else:
+            token_sum = tl.sum(tl.reshape(row_sum, (TOKENS, GROUP_P)), 1)
+            lane = tl.arange(0, TOKENS)
+            token_chose = ((choice >> lane.to(choice.dtype)) & 1) != 0
+            tl.store(bias_grad + entry_block, token_sum, mask=token_chose)
+    return tl.dot(dl.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_documents", "list_width", "bias_width"])
+def query_grad_kernel(
+    q_ptr, k_desc, v_desc, bias_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, bias_grad_ptr, documents, blocks, choices,
+    counts, scale, scale_log2, num_slots, num_documents, list_width, bias_width,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BIAS_HEADS: tl.constexpr, BIAS_GRAD_HEADS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    kv_head = pid // num_slots
+    slot = num_slots - 1 - pid % num_slots
+    _, start, end, index = locate_tile(documents, slot, num_documents, TOKENS)
+    if start + index * TOKENS >= end:
+        return
+
+    ROWS: tl.constexpr = TOKENS * GROUP_P
+    row = tl.arange(0, ROWS)
+    token = row // GROUP_P
+    position = index * TOKENS + token
+    query_head = kv_head * GROUP + row % GROUP_P
+    in_group = row % GROUP_P < GROUP
+    valid = (start + position < end) & in_group
+    flat_row = (start + position).to(tl.int64) * (KV_HEADS * GROUP) + query_head
+    dim = tl.arange(0, DIM)
+    in_tile = valid[:, None] & (dim < HEAD_DIM)[None, :]
+    offset = flat_row[:, None] * HEAD_DIM + dim[None, :]
+    q = tl.load(q_ptr + offset, mask=in_tile, other=0.0)
+    do = tl.load(do_ptr + offset, mask=in_tile, other=0.0)
+    shift = tl.load(lse_ptr + flat_row, mask=valid, other=float("inf"))
+    delta = tl.load(delta_ptr + flat_row, mask=valid, other=0.0)
+
+    HAS_BIAS: tl.constexpr = BIAS_HEADS > 0
+    bias_row = None
+    if HAS_BIAS:
+        bias_head = query_head if BIAS_HEADS > KV_HEADS else kv_head
+        bias_row = bias_ptr + ((start + position).to(tl.int64) * BIAS_HEADS + bias_head) * bias_width
+    BIAS_GRAD: tl.constexpr = BIAS_GRAD_HEADS > 0
+    PER_HEAD: tl.constexpr = BIAS_GRAD_HEADS > KV_HEADS
+    bias_grad = None
+    if PER_HEAD:
+        bias_grad = bias_grad_ptr + flat_row * bias_width
+    elif BIAS_GRAD:
+        tile_token = (start + index * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+        bias_grad = bias_grad_ptr + (tile_token * KV_HEADS + kv_head) * bias_width
+
+    dq = tl.zeros([ROWS, DIM], tl.float32)
+    list_start = (kv_head.to(tl.int64) * num_slots + slot) * list_width
+    count = counts + (kv_head * num_slots + slot) * 2
+    past = tl.load(count)
+    num_blocks = tl.load(count + 1)
+    for entry in range(0, past):
+        block = tl.load(blocks + list_start + entry)
+        choice = tl.load(choices + list_start + entry)
+        dq = _query_grad_block(
+            dq, q, do, k_desc, v_desc, bias_row, bias_grad, shift, delta, block, choice, token, position, kv_head,
+            start, scale_log2, in_group, BLOCK, DIM, GROUP_P, TOKENS, HAS_BIAS, BIAS_GRAD, PER_HEAD, False, PRECISION,
+        )  # fmt: skip
+    for entry in range(past, num_blocks):
+        block = tl.load(blocks + list_start + entry)
+        choice = tl.load(choices + list_start + entry)
+        dq = _query_grad_block(
+            dq, q, do, k_desc, v_desc, bias_row, bias_grad, shift, delta, block, choice, token, position, kv_head,
+            start, scale_log2, in_group, BLOCK, DIM, GROUP_P, TOKENS, HAS_BIAS, BIAS_GRAD, PER_HEAD, True, PRECISION,
+        )  # fmt: skip
+    tl.store(dq_ptr + offset, (dq * scale).to(dq_ptr.dtype.element_ty), mask=in_tile)
+
+
+@triton.jit
+def _key_grad_tokens(
+    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, bias_ptr, list_ptr, first, stop, block, first_key, kv_head,
+    scale_log2, bias_width, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr,
+    TOKENS: tl.constexpr, KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BIAS_HEADS: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds what TOKENS tokens of the list, all heads of the group, give to one block. Logits stand as [key, row]."""
+    row = tl.arange(0, TOKENS * GROUP_P)
+    place = first + row // GROUP_P
+    listed = place < stop
+    valid = listed & (row % GROUP_P < GROUP)
+    token = tl.load(list_ptr + place, mask=listed, other=0)
+    query_head = kv_head * GROUP + row % GROUP_P
+    flat_row = token.to(tl.int64) * (KV_HEADS * GROUP) + query_head
+    dim = tl.arange(0, DIM)
+    offset = flat_row[:, None] * HEAD_DIM + dim[None, :]
+    in_tile = valid[:, None] & (dim < HEAD_DIM)[None, :]
+    q = tl.load(q_ptr + offset, mask=in_tile, other=0.0)
+    logits = tl.dot(k, q.T, input_precision=PRECISION)
+    shift = tl.load(lse_ptr + flat_row, mask=valid, other=float("inf"))
+    if BIAS_HEADS > 0:
+        bias_head = query_head if BIAS_HEADS > KV_HEADS else kv_head
+        bias_offset = (token.to(tl.int64) * BIAS_HEADS + bias_head) * bias_width + block
+        shift -= tl.load(bias_ptr + bias_offset, mask=valid, other=0.0).to(tl.float32) * 1.4426950408889634
+    p = tl.exp2(logits * scale_log2 - shift[None, :])
+    if CAUSAL:
+        key = first_key + tl.arange(0, KEYS)
+        p = tl.where(key[:, None] <= token[None, :], p, 0.0)
+    do = tl.load(do_ptr + offset, mask=in_tile, other=0.0)
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+    dp = tl.dot(v, do.T, input_precision=PRECISION)
+    delta = tl.load(delta_ptr + flat_row, mask=valid, other=0.0)
+    dl = p * (dp - delta[None, :])
+    dk = tl.dot(dl.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_slots", "num_documents", "capacity", "bias_width", "splits"])
+def key_grad_kernel(
+    q_ptr, k_ptr, v_ptr, bias_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, documents, list_tokens, list_bases,
+    counts, scale, scale_log2, num_tokens, num_slots, num_documents, capacity, bias_width, splits,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BIAS_HEADS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Takes a ``splits``-th of the tokens that chose the block. Early blocks can be chosen by most: they go first."""
+    pid = tl.program_id(0)
+    split = pid % splits
+    kv_head = pid // splits % KV_HEADS
+    part = pid // splits // KV_HEADS % (BLOCK // KEYS)
+    slot = pid // splits // KV_HEADS // (BLOCK // KEYS)
+    document, start, end, block = locate_tile(documents, slot, num_documents, BLOCK)
+    first_key = start + block * BLOCK + part * KEYS
+    if first_key >= end:
+        return
+    key = first_key + tl.arange(0, KEYS)
+    dim = tl.arange(0, DIM)
+    offset = (key.to(tl.int64)[:, None] * KV_HEADS + kv_head) * HEAD_DIM + dim[None, :]
+    in_block = (key < end)[:, None] & (dim < HEAD_DIM)[None, :]
+    k = tl.load(k_ptr + offset, mask=in_block, other=0.0)
+    v = tl.load(v_ptr + offset, mask=in_block, other=0.0)
+    dk = tl.zeros([KEYS, DIM], tl.float32)
+    dv = tl.zeros([KEYS, DIM], tl.float32)
+
+    length = (end - start).to(tl.int64)
+    base = kv_head * capacity + tl.load(list_bases + document) + block * length
+    list_ptr = list_tokens + base - BLOCK * (block.to(tl.int64) * (block - 1) // 2)
+    count = counts + (kv_head * num_slots + slot) * 2
+    near = tl.load(count)
+    chosen = tl.load(count + 1)
+    share = tl.cdiv(chosen, splits)
+    begin = split * share
+    stop = tl.minimum(begin + share, chosen)
+    near = tl.minimum(near, stop)
+    for first in range(begin, near, TOKENS):
+        dk, dv = _key_grad_tokens(
+            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, bias_ptr, list_ptr, first, near, block, first_key, kv_head,
+            scale_log2, bias_width, KV_HEADS, GROUP, GROUP_P, TOKENS, KEYS, HEAD_DIM, DIM, BIAS_HEADS, True, PRECISION,
+        )  # fmt: skip
+    for first in range(tl.maximum(begin, near), stop, TOKENS):
+        dk, dv = _key_grad_tokens(
+            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, bias_ptr, list_ptr, first, stop, block, first_key, kv_head,
+            scale_log2, bias_width, KV_HEADS, GROUP, GROUP_P, TOKENS, KEYS, HEAD_DIM, DIM, BIAS_HEADS, False, PRECISION,
+        )  # fmt: skip
+    offset += split.to(tl.int64) * num_tokens * KV_HEADS * HEAD_DIM
+    tl.store(dk_ptr + offset, (dk * scale).to(dk_ptr.dtype.element_ty), mask=in_block)
+    tl.store(dv_ptr + offset, dv.to(dv_ptr.dtype.element_ty), mask=in_block)
+
+
+def delta(out: Tensor, grad: Tensor) -> Tensor:
+    """sum over D of out * grad, float32 [n, Hq]."""
+    rows, head_dim = out.shape[0] * out.shape[1], out.shape[2]
+    result = torch.empty(out.shape[:2], dtype=torch.float32, device=out.device)
+    _delta_kernel[(triton.cdiv(rows, 32),)](
+        out, grad, result, rows, HEAD_DIM=head_dim, DIM=triton.next_power_of_2(head_dim), ROWS=32
+    )
+    return result
+
+
+def query_grad_options(dim: int, block_size: int, itemsize: int) -> dict[str, int]:
+    """Rows of a tile, warps and pipeline stages."""
+    if itemsize == 4:
+        return dict(rows=32, num_warps=8 if dim > 128 else 4, num_stages=1)
+    stages = stages_that_fit(2 * 64 * dim * itemsize, 2 * block_size * dim * itemsize, 2)
+    return dict(rows=64, num_warps=8 if dim > 128 else 4, num_stages=stages)
+
+
+# Programs of the key kernel that keep the 132 multiprocessors of an H100 or H200 evenly busy.
+KEY_GRAD_PROGRAMS = 2048
+
+
+def key_grad_options(dim: int, block_size: int, itemsize: int) -> dict[str, int]:
+    """Keys of a tile (a block or a part of it), rows, warps and pipeline stages."""
+    if itemsize == 4:
+        return dict(keys=min(block_size, 32), rows=32, num_warps=8 if dim > 128 else 4, num_stages=1)
+    keys, rows = min(block_size, 64), 64 if dim <= 128 else 32
+    stages = stages_that_fit(2 * keys * dim * itemsize, 2 * rows * dim * itemsize, 3 if dim <= 128 else 1)
+    return dict(keys=keys, rows=rows, num_warps=8 if dim > 128 else 4, num_stages=stages)
+
+
+def query_grad(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, do: Tensor, lse: Tensor, delta_: Tensor, lists: TileLists,
+    geo: Geometry, block_size: int, scale: float, bias_grad: Tensor | None, options: dict[str, int],
+) -> Tensor:  # fmt: skip
+    """dq; adds nothing to but overwrites the selected entries of ``bias_grad``, float32 [n, H or Hq, N]."""
+    dq = torch.empty_like(q)
+    slots = geo.slots(lists.tokens)
+    bias_width = next((x.shape[-1] for x in (bias, bias_grad) if x is not None), 0)
+    query_grad_kernel[(slots * geo.kv_heads,)](
+        q, key_descriptor(k, geo, block_size), key_descriptor(v, geo, block_size), bias, do, lse, delta_, dq, bias_grad,
+        geo.documents, lists.blocks, lists.choices, lists.counts, scale, scale * LOG2E, slots, geo.num_documents,
+        lists.blocks.shape[-1], bias_width,
+        KV_HEADS=geo.kv_heads, GROUP=geo.group, GROUP_P=geo.padded_group, TOKENS=lists.tokens, BLOCK=block_size,
+        HEAD_DIM=geo.head_dim, DIM=geo.padded_dim, BIAS_HEADS=0 if bias is None else bias.shape[1],
+        BIAS_GRAD_HEADS=0 if bias_grad is None else bias_grad.shape[1], PRECISION=precision(q.dtype),
+        num_warps=options["num_warps"], num_stages=options["num_stages"],
+    )  # fmt: skip
+    return dq
+
+
+def key_grad(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, do: Tensor, lse: Tensor, delta_: Tensor, lists: KeyLists,
+    geo: Geometry, block_size: int, scale: float, options: dict[str, int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    slots = geo.slots(block_size)
+    programs = slots * (block_size // options["keys"]) * geo.kv_heads
+    # Lists differ in length by several times: with few blocks they are split, or one list would outlast all others.
+    splits = max(1, min(8, KEY_GRAD_PROGRAMS // programs))
+    dtype = k.dtype if splits == 1 else torch.float32
+    dk, dv = (torch.empty(splits, *k.shape, dtype=dtype, device=k.device) for _ in range(2))
+    key_grad_kernel[(programs * splits,)](
+        q, k, v, bias, do, lse, delta_, dk, dv, geo.documents, lists.tokens, lists.bases, lists.counts,
+        scale, scale * LOG2E, geo.tokens, slots, geo.num_documents, lists.tokens.shape[1],
+        0 if bias is None else bias.shape[-1], splits,
+        KV_HEADS=geo.kv_heads, GROUP=geo.group, GROUP_P=geo.padded_group, TOKENS=geo.tile_tokens(options["rows"]),
+        BLOCK=block_size, KEYS=options["keys"], HEAD_DIM=geo.head_dim, DIM=geo.padded_dim,
+        BIAS_HEADS=0 if bias is None else bias.shape[1], PRECISION=precision(q.dtype),
+        num_warps=options["num_warps"], num_stages=options["num_stages"],
+    )  # fmt: skip
+    return (dk[0], dv[0]) if splits == 1 else (dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype))

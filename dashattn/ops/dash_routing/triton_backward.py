@@ -1,0 +1,252 @@
+"""Triton kernels of the router's backward: from the gradient of the bias to queries, chunk summaries and alpha.
+
+Per (token, KV head) and chunk: b = gradient of the bias; raw prior: dL = b; tempered: dL = (b - mean of b over the
+selected past) / sigma. With p the entmax probabilities, P their sum over the group and u = p ** (2 - alpha):
+g = dL / P;  ds = u (g - sum(u g) / sum(u));  dq = score_scale sum_c ds k~;  dk~ = score_scale sum_i ds q.
+
+u / P is formed in float32 from z = p ** (alpha - 1) (see the forward): near the edge of the support p underflows
+long before z does. 1 / sigma is left to the very end, or half precision would lose ds.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dashattn.ops.dash_routing.triton_forward import (
+    group_sum,
+    power,
+    router_constants,
+    shifted_scores,
+    summary_descriptor,
+)
+from dashattn.ops.tiles import Geometry, locate_tile
+
+
+@triton.jit
+def _spread(x, TOKENS: tl.constexpr, GROUP_P: tl.constexpr):
+    """[TOKENS] -> [TOKENS * GROUP_P]: a token's number for each head of its group."""
+    return tl.reshape(tl.broadcast_to(x[:, None], (TOKENS, GROUP_P)), (TOKENS * GROUP_P,))
+
+
+@triton.jit
+def _spread_chunks(x, TOKENS: tl.constexpr, GROUP_P: tl.constexpr, CHUNKS: tl.constexpr):
+    """[TOKENS, CHUNKS] -> [TOKENS * GROUP_P, CHUNKS]."""
+    return tl.reshape(tl.broadcast_to(x[:, None, :], (TOKENS, GROUP_P, CHUNKS)), (TOKENS * GROUP_P, CHUNKS))
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_documents", "num_blocks"])
+def query_kernel(
+    q_ptr, summary_desc, alpha_ptr, peak_ptr, tau_ptr, bias_grad_ptr, dq_ptr, row_mean_ptr, bias_mean_ptr, dalpha_ptr,
+    documents, summary_starts, score_scale, inverse_sigma, num_slots, num_documents, num_blocks,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SQUARE: tl.constexpr, TEMPERED: tl.constexpr,
+    ALPHA_GRAD: tl.constexpr, PRECISION: tl.constexpr, GRAD_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds the router's part to dq. Keeps sum(u g) / sum(u) and the mean of b, for the kernel of the summaries."""
+    kv_head = tl.program_id(0) % KV_HEADS
+    slot = num_slots - 1 - tl.program_id(0) // KV_HEADS
+    document, start, end, index = locate_tile(documents, slot, num_documents, TOKENS)
+    if start + index * TOKENS >= end:
+        return
+    first_summary = tl.load(summary_starts + document)
+    ROWS: tl.constexpr = TOKENS * GROUP_P
+    row = tl.arange(0, ROWS)
+    position = index * TOKENS + row // GROUP_P
+    query_head = kv_head * GROUP + row % GROUP_P
+    valid = (start + position < end) & (row % GROUP_P < GROUP)
+    flat_row = (start + position).to(tl.int64) * (KV_HEADS * GROUP) + query_head
+    dim = tl.arange(0, DIM)
+    in_tile = valid[:, None] & (dim < HEAD_DIM)[None, :]
+    offset = flat_row[:, None] * HEAD_DIM + dim[None, :]
+    q = tl.load(q_ptr + offset, mask=in_tile, other=0.0)
+    past = tl.where(valid, position // BLOCK, 0)
+    last = tl.max(past, 0)
+    if SQUARE:
+        alpha = tl.full([ROWS], 1.5, tl.float32)
+    else:
+        alpha = tl.load(alpha_ptr + query_head, mask=valid, other=1.5)
+    slope = (alpha - 1.0) * score_scale
+    exponent = ((2.0 - alpha) / (alpha - 1.0))[:, None]
+    peak = tl.load(peak_ptr + flat_row, mask=valid, other=0.0)
+    tau = tl.load(tau_ptr + flat_row, mask=valid, other=0.0)
+    tile_token = start + index * TOKENS + tl.arange(0, TOKENS)
+    bias_row = bias_grad_ptr + (tile_token.to(tl.int64) * KV_HEADS + kv_head) * num_blocks
+    in_document = tile_token < end
+
+    # One pass gives all sums of both terms of dL = b - mean(b); the mean itself is known after it.
+    b_sum = tl.zeros([TOKENS], tl.float32)
+    b_count = tl.zeros([TOKENS], tl.float32)
+    u_sum = tl.zeros([ROWS], tl.float32)
+    ub_sum = tl.zeros([ROWS], tl.float32)
+    u_share = tl.zeros([ROWS], tl.float32)
+    pb_sum = tl.zeros([ROWS], tl.float32)
+    p_share = tl.zeros([ROWS], tl.float32)
+    entropy = tl.zeros([ROWS], tl.float32)
+    pb_log = tl.zeros([ROWS], tl.float32)
+    p_log = tl.zeros([ROWS], tl.float32)
+    for chunk in range(0, last, CHUNKS):
+        x = shifted_scores(
+            q, summary_desc, kv_head, first_summary, chunk, past, slope, peak, CHUNKS, DIM, True, PRECISION
+        )
+        p, u = power(tl.maximum(x - tau[:, None], 0.0), exponent, SQUARE)
+        group_p = group_sum(p, TOKENS, GROUP_P, CHUNKS)
+        column = chunk + tl.arange(0, CHUNKS)
+        in_bias = in_document[:, None] & (column < num_blocks)[None, :]
+        b = tl.load(bias_row[:, None] + column[None, :], mask=in_bias, other=0.0)
+        b = tl.where(group_p > 0, b, 0.0)  # what is not selected was never written
+        b_sum += tl.sum(b, 1)
+        b_count += tl.sum((group_p > 0).to(tl.float32), 1)
+        inverse = 1.0 / tl.where(group_p > 0, group_p, 1.0)
+        share = _spread_chunks(inverse, TOKENS, GROUP_P, CHUNKS)
+        b_share = _spread_chunks(b * inverse, TOKENS, GROUP_P, CHUNKS)
+        u_sum += tl.sum(u, 1)
+        ub_sum += tl.sum(u * b_share, 1)
+        u_share += tl.sum(u * share, 1)
+        if ALPHA_GRAD:
+            log_p = tl.log(tl.where(p > 0, p, 1.0))
+            entropy -= tl.sum(p * log_p, 1)
+            pb_sum += tl.sum(p * b_share, 1)
+            p_share += tl.sum(p * share, 1)
+            pb_log += tl.sum(p * b_share * log_p, 1)
+            p_log += tl.sum(p * share * log_p, 1)
+    mean = tl.zeros([TOKENS], tl.float32)
+    if TEMPERED:
+        mean = b_sum / tl.maximum(b_count, 1.0)
+    mean_row = _spread(mean, TOKENS, GROUP_P)
+    row_mean = (ub_sum - mean_row * u_share) / tl.where(u_sum > 0, u_sum, 1.0)
+    tl.store(row_mean_ptr + flat_row, row_mean, mask=valid)
+    tl.store(bias_mean_ptr + tile_token.to(tl.int64) * KV_HEADS + kv_head, mean, mask=in_document)
+    if ALPHA_GRAD:
+        # Correia et al. 2019 (arXiv 1909.00015), equation 8, summed against g.
+        inverse_a = 1.0 / (alpha - 1.0)
+        pg = pb_sum - mean_row * p_share
+        pg_log = pb_log - mean_row * p_log
+        dalpha = (pg - row_mean) * inverse_a * inverse_a - (pg_log + row_mean * entropy) * inverse_a
+        tl.store(dalpha_ptr + flat_row, dalpha * inverse_sigma, mask=valid)
+
+    acc = tl.zeros([ROWS, DIM], tl.float32)
+    for chunk in range(0, last, CHUNKS):
+        k = summary_desc.load([kv_head, first_summary + chunk, 0]).reshape(CHUNKS, DIM)
+        x = tl.dot(q, k.T, input_precision=PRECISION) * slope[:, None] - peak[:, None]
+        column = chunk + tl.arange(0, CHUNKS)
+        x = tl.where(column[None, :] < past[:, None], x, float("-inf"))
+        p, u = power(tl.maximum(x - tau[:, None], 0.0), exponent, SQUARE)
+        group_p = group_sum(p, TOKENS, GROUP_P, CHUNKS)
+        in_bias = in_document[:, None] & (column < num_blocks)[None, :]
+        b = tl.load(bias_row[:, None] + column[None, :], mask=in_bias, other=0.0)
+        b = tl.where(group_p > 0, b, 0.0)  # what is not selected was never written
+        g = tl.where(group_p > 0, (b - mean[:, None]) / tl.where(group_p > 0, group_p, 1.0), 0.0)
+        ds = u * (_spread_chunks(g, TOKENS, GROUP_P, CHUNKS) - row_mean[:, None])
+        if q.dtype == tl.bfloat16:
+            acc = tl.dot(ds.to(tl.bfloat16), k, acc)
+        else:  # ds can leave float16's range
+            acc = tl.dot(ds, k.to(tl.float32), acc, input_precision=GRAD_PRECISION)
+    dq = tl.load(dq_ptr + offset, mask=in_tile, other=0.0).to(tl.float32) + acc * (score_scale * inverse_sigma)
+    tl.store(dq_ptr + offset, dq.to(dq_ptr.dtype.element_ty), mask=in_tile)
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_summaries", "num_documents", "num_blocks", "splits"])
+def summary_kernel(
+    q_ptr, summaries_ptr, alpha_ptr, peak_ptr, tau_ptr, bias_grad_ptr, row_mean_ptr, bias_mean_ptr, partial_ptr,
+    documents, summary_starts, score_scale, num_slots, num_summaries, num_documents, num_blocks, splits,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SQUARE: tl.constexpr, PRECISION: tl.constexpr,
+    GRAD_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk~ / score_scale of CHUNKS summaries from every ``splits``-th tile of tokens. Scores stand as [chunk, row]."""
+    kv_head = tl.program_id(0) % KV_HEADS
+    slot = tl.program_id(0) // KV_HEADS
+    split = tl.program_id(1)
+    document, first_summary, end_summary, tile = locate_tile(summary_starts, slot, num_documents, CHUNKS)
+    chunk = tile * CHUNKS + tl.arange(0, CHUNKS)
+    summary = first_summary + chunk
+    if first_summary + tile * CHUNKS >= end_summary:
+        return
+    start = tl.load(documents + document)
+    end = tl.load(documents + document + 1)
+    dim = tl.arange(0, DIM)
+    in_chunks = (summary < end_summary)[:, None] & (dim < HEAD_DIM)[None, :]
+    offset = (summary.to(tl.int64)[:, None] * KV_HEADS + kv_head) * HEAD_DIM + dim[None, :]
+    k = tl.load(summaries_ptr + offset, mask=in_chunks, other=0.0)
+
+    ROWS: tl.constexpr = TOKENS * GROUP_P
+    row = tl.arange(0, ROWS)
+    tile_lane = tl.arange(0, TOKENS)
+    query_head = kv_head * GROUP + row % GROUP_P
+    in_group = row % GROUP_P < GROUP
+    if SQUARE:
+        alpha = tl.full([ROWS], 1.5, tl.float32)
+    else:
+        alpha = tl.load(alpha_ptr + query_head, mask=in_group, other=1.5)
+    slope = ((alpha - 1.0) * score_scale)[None, :]
+    exponent = ((2.0 - alpha) / (alpha - 1.0))[None, :]
+    acc = tl.zeros([CHUNKS, DIM], tl.float32)
+    # The first token that has one of these chunks in its past is the first of the next chunk.
+    for first in range((tile * CHUNKS + 1) * BLOCK + split * TOKENS, end - start, splits * TOKENS):
+        position = first + row // GROUP_P
+        valid = (start + position < end) & in_group
+        flat_row = (start + position).to(tl.int64) * (KV_HEADS * GROUP) + query_head
+        in_tile = valid[:, None] & (dim < HEAD_DIM)[None, :]
+        q = tl.load(q_ptr + flat_row[:, None] * HEAD_DIM + dim[None, :], mask=in_tile, other=0.0)
+        past = tl.where(valid, position // BLOCK, 0)
+        peak = tl.load(peak_ptr + flat_row, mask=valid, other=0.0)
+        tau = tl.load(tau_ptr + flat_row, mask=valid, other=0.0)
+        row_mean = tl.load(row_mean_ptr + flat_row, mask=valid, other=0.0)
+        x = tl.dot(k, q.T, input_precision=PRECISION) * slope - peak[None, :]
+        x = tl.where(chunk[:, None] < past[None, :], x, float("-inf"))
+        p, u = power(tl.maximum(x - tau[None, :], 0.0), exponent, SQUARE)
+        group_p = tl.sum(tl.reshape(p, (CHUNKS, TOKENS, GROUP_P)), 2)
+        token = start + first + tile_lane
+        bias_row = bias_grad_ptr + (token.to(tl.int64) * KV_HEADS + kv_head) * num_blocks
+        in_bias = (token < end)[None, :] & (chunk < num_blocks)[:, None]
+        b = tl.load(bias_row[None, :] + chunk[:, None], mask=in_bias, other=0.0)
+        b = tl.where(group_p > 0, b, 0.0)
+        mean = tl.load(bias_mean_ptr + token.to(tl.int64) * KV_HEADS + kv_head, mask=token < end, other=0.0)
+        g = tl.where(group_p > 0, (b - mean[None, :]) / tl.where(group_p > 0, group_p, 1.0), 0.0)
+        g = tl.reshape(tl.broadcast_to(g[:, :, None], (CHUNKS, TOKENS, GROUP_P)), (CHUNKS, ROWS))
+        ds = u * (g - row_mean[None, :])
+        if q.dtype == tl.bfloat16:
+            acc = tl.dot(ds.to(tl.bfloat16), q, acc)
+        else:
+            acc = tl.dot(ds, q.to(tl.float32), acc, input_precision=GRAD_PRECISION)
+    partial_row = (split.to(tl.int64) * num_summaries + summary) * KV_HEADS + kv_head
+    tl.store(partial_ptr + partial_row[:, None] * HEAD_DIM + dim[None, :], acc, mask=in_chunks)
+
+
+def route_backward(
+    q: Tensor, summaries: Tensor, alpha: Tensor | None, starts: Tensor, peak: Tensor, tau: Tensor, bias_grad: Tensor,
+    dq: Tensor, geo: Geometry, chunk_size: int, score_scale: float, sigma: float | None, alpha_grad: bool,
+    options: dict[str, int],
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Gradients of the summaries [n', H, D] and of alpha, float32 [Hq]; adds the router's part to ``dq`` in place.
+
+    Args:
+        bias_grad: float32 [n, H, N]; entries that are not selected are not read.
+        sigma: None for the raw prior.
+    """
+    rows = (geo.tokens, geo.heads)
+    row_mean = torch.empty(rows, dtype=torch.float32, device=q.device)
+    dalpha = torch.zeros(rows, dtype=torch.float32, device=q.device) if alpha_grad else None
+    bias_mean = torch.empty(geo.tokens, geo.kv_heads, dtype=torch.float32, device=q.device)
+    inverse_sigma = 1.0 if sigma is None else 1.0 / sigma
+    constants = router_constants(geo, chunk_size, alpha is None, q.dtype, options)
+    grad_precision = "tf32" if q.dtype == torch.float16 else "tf32x3"
+    slots = geo.slots(constants["TOKENS"])
+    num_blocks = bias_grad.shape[-1]
+    query_kernel[(slots * geo.kv_heads,)](
+        q, summary_descriptor(summaries, geo, options["chunks"]), alpha, peak, tau, bias_grad, dq, row_mean,
+        bias_mean, dalpha, geo.documents, starts, score_scale, inverse_sigma, slots, geo.num_documents, num_blocks,
+        TEMPERED=sigma is not None, ALPHA_GRAD=alpha_grad, GRAD_PRECISION=grad_precision, **constants,
+    )  # fmt: skip
+
+    # Few chunks, many tokens: the tokens are split for parallelism, and the parts added in a fixed order.
+    chunk_slots = summaries.shape[0] // options["chunks"] + geo.num_documents
+    splits = max(1, min(64, 1024 // (chunk_slots * geo.kv_heads)))
+    partial = torch.zeros(splits, *summaries.shape, dtype=torch.float32, device=q.device)
+    summary_kernel[(chunk_slots * geo.kv_heads, splits)](
+        q, summaries, alpha, peak, tau, bias_grad, row_mean, bias_mean, partial, geo.documents, starts, score_scale,
+        slots, summaries.shape[0], geo.num_documents, num_blocks, splits, GRAD_PRECISION=grad_precision, **constants,
+    )  # fmt: skip
+    dsummaries = (partial.sum(0) * (score_scale * inverse_sigma)).to(summaries.dtype)
+    return dsummaries, None if dalpha is None else dalpha.sum(0)

@@ -1,0 +1,198 @@
+"""Triton and Gluon kernels at real sizes and types against the references (relative RMS error, float32 reference)."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from dashattn.ops.block_sparse import reference as attention_reference
+from dashattn.ops.block_sparse import triton as attention
+from dashattn.ops.chunk_summary import reference as summary_reference
+from dashattn.ops.chunk_summary import triton as summary
+from dashattn.ops.dash_routing import reference as routing_reference
+from dashattn.ops.dash_routing import triton as routing
+from dashattn.selection import Selection
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# Of the float32 reference; the kernels round probabilities to the inputs' type before the second product.
+TOLERANCE = {BF16: 5e-3, FP16: 1e-3, FP32: 1e-5}
+
+
+def relative_error(x, expected):
+    return ((x.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-20)).item()
+
+
+def random(*shape, dtype=FP32):
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+def packed(*ends):
+    return torch.tensor([0, *ends], dtype=torch.int32, device="cuda")
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 8, 16, 32])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_group_sizes(group, dtype):
+    check_attention(1, 700, group, 1, 128, 64, "kv", dtype)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+def test_head_and_block_sizes(head_dim, block_size):
+    check_attention(2, 333, 4, 2, head_dim, block_size, None, BF16)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_float32(head_dim):
+    check_attention(1, 300, 4, 2, head_dim, 64, "kv", FP32)
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 129, 4099])
+def test_lengths(length):
+    check_attention(1, length, 16, 2, 128, 64, None, BF16)
+
+
+def test_packed_documents():
+    check_attention(1, 900, 16, 2, 128, 64, "query", BF16, packed(100, 100, 131, 700, 900))
+
+
+def check_attention(batch, length, group, kv_heads, head_dim, block_size, bias_heads, dtype, cu_seqlens=None):
+    q, grad = (random(batch, length, group * kv_heads, head_dim, dtype=dtype) for _ in range(2))
+    k, v = (random(batch, length, kv_heads, head_dim, dtype=dtype) for _ in range(2))
+    num_blocks = -(-length // block_size)
+    selection = Selection.from_mask(torch.rand(batch, length, kv_heads, num_blocks, device="cuda") < 0.3, block_size)
+    bias = []
+    if bias_heads is not None:
+        bias = [random(batch, length, kv_heads * (group if bias_heads == "query" else 1), num_blocks)]
+    results = []
+    for function, kind in ((attention_reference, FP32), (attention, dtype)):
+        inputs = [x.to(kind).requires_grad_() for x in (q, k, v)] + [b.clone().requires_grad_() for b in bias]
+        out = function.block_sparse_attention(*inputs[:3], selection, *inputs[3:], cu_seqlens=cu_seqlens)
+        results.append([out.detach(), *torch.autograd.grad(out, inputs, grad.to(kind))])
+    for expected, result in zip(*results, strict=True):
+        # a bias gradient is a difference of sums over a whole block: its error is that of dp, its size often less
+        slack = 3 if expected.shape[-1] == num_blocks and expected is results[0][-1] and bias else 1
+        assert relative_error(result, expected) < TOLERANCE[dtype] * slack
+
+
+@pytest.mark.parametrize(
+    ("group", "alpha", "router_scale", "prior", "sigma", "cu_seqlens"),
+    [
+        (16, 1.5, 1.0, "raw", 1.0, None),
+        (16, 1.5, 1.0, "tempered", 1e6, None),
+        (7, 1.3, 2.0, "raw", 1.0, None),
+        (3, 2.0, 2.0, "none", 1.0, None),
+        (4, 1.5, 1.0, "raw", 1.0, (100, 100, 131, 700, 1500)),
+    ],
+)
+def test_dash_attention(group, alpha, router_scale, prior, sigma, cu_seqlens):
+    length, chunk = 1500, 64
+    cu_seqlens = None if cu_seqlens is None else packed(*cu_seqlens)
+    q, grad = (random(1, length, group, 128, dtype=BF16) for _ in range(2))
+    k, v = (random(1, length, 1, 128, dtype=BF16) for _ in range(2))
+    chunk_query = random(1, 128) * 0.2
+    options = dict(chunk_size=chunk, alpha=alpha, router_scale=router_scale, prior=prior, sigma=sigma,
+                   cu_seqlens=cu_seqlens)  # fmt: skip
+
+    inputs = [x.float().requires_grad_() for x in (q, k, v)] + [chunk_query.clone().requires_grad_()]
+    s = summary_reference.chunk_summary(inputs[1], inputs[3], chunk_size=chunk, cu_seqlens=cu_seqlens)
+    s = s + (s.to(BF16).float() - s).detach()  # the definition rounds summaries to k's dtype
+    selection, bias = routing_reference.dash_routing(inputs[0], s, **options)
+    out = attention_reference.block_sparse_attention(*inputs[:3], selection, bias, cu_seqlens=cu_seqlens)
+    wanted = inputs if prior != "none" else inputs[:3]
+    expected = [out.detach(), *torch.autograd.grad(out, wanted, grad.float())]
+
+    inputs = [x.detach().requires_grad_() for x in (q, k, v, chunk_query)]
+    s = summary.chunk_summary(inputs[1], inputs[3], chunk_size=chunk, cu_seqlens=cu_seqlens)
+    out, chosen = routing.routed_attention(*inputs[:3], s, **options)
+    wanted = inputs if prior != "none" else inputs[:3]
+    results = [out.detach(), *torch.autograd.grad(out, wanted, grad)]
+
+    width = selection.words.shape[-1]
+    assert (chosen.words[..., :width] != selection.words).any(-1).float().mean() < 0.005
+    for result, reference in zip(results, expected, strict=True):
+        assert relative_error(result, reference) < 8e-3
+
+
+@pytest.mark.parametrize("num_chunks", [256, 1024, 8192])
+@pytest.mark.parametrize("spread", [0.0, 0.01, 1.0])
+def test_thresholds_are_exact_at_any_chunk_count(num_chunks, spread):
+    """The sum of entmax from the kept threshold, evaluated in float64."""
+    from dashattn.ops.dash_routing.triton import _route_op
+
+    chunk, dim = 16, 64
+    length = num_chunks * chunk + 1
+    q = random(1, 1, 16, dim, dtype=BF16).expand(1, length, 16, dim)
+    summaries = (spread * random(1, num_chunks, 1, dim) + random(1, 1, 1, dim)).to(BF16)
+    _, peak, tau = _route_op(q, summaries, None, None, chunk, 1.0)
+    x = 0.5 * q[0, -1].double() @ summaries[0, :, 0].double().T
+    p = (x - peak[0, -1, :, None] - tau[0, -1, :, None]).clamp_min(0).square()
+    assert (p.sum(-1) - 1).abs().max() < 5e-4 * max(1.0, spread * 10)  # float32 scores against float64
+
+
+def test_offsets_past_two_to_the_31st():
+    """Every token reads its own block alone, so that the end of a huge input can be checked by itself."""
+    length, heads, dim, block = 540_672, 32, 128, 64
+    assert length * heads * dim > 2**31
+    q = torch.empty(1, length, heads, dim, dtype=BF16, device="cuda").normal_()
+    k, v = (torch.empty(1, length, 2, dim, dtype=BF16, device="cuda").normal_() for _ in range(2))
+    own = torch.arange(length, device="cuda", dtype=torch.int32) // block
+    words = torch.zeros(1, 2, length, length // block // 32, dtype=torch.int32, device="cuda")
+    word, bit = ((own // 32).long(), 1 << own % 32)
+    words.scatter_(-1, *(x[None, None, :, None].expand(1, 2, -1, 1) for x in (word, bit)))
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = attention.block_sparse_attention(*inputs, Selection(words, block))
+    grads = torch.autograd.grad(out, inputs, out.detach())
+    tail = slice(length - 4 * block, length)
+    short = [x.detach()[:, tail].clone().requires_grad_() for x in inputs]
+    mask = torch.eye(4, dtype=torch.bool, device="cuda").repeat_interleave(block, 0)[None, :, None].expand(1, -1, 2, 4)
+    expected = attention.block_sparse_attention(*short, Selection.from_mask(mask, block))
+    assert torch.equal(out[:, tail], expected)
+    for result, wanted in zip(grads, torch.autograd.grad(expected, short, expected.detach()), strict=True):
+        assert relative_error(result[:, tail], wanted) < 1e-3
+
+
+def test_equal_inputs_give_equal_gradients():
+    q, k, v = (random(1, 2000, heads, 128, dtype=BF16).requires_grad_() for heads in (16, 1, 1))
+    chunk_query = torch.zeros(1, 128, device="cuda", requires_grad=True)
+
+    def gradients():
+        s = summary.chunk_summary(k, chunk_query, chunk_size=64)
+        out, _ = routing.routed_attention(q, k, v, s, chunk_size=64, prior="raw")
+        return torch.autograd.grad(out.float().square().sum(), (q, k, v, chunk_query))
+
+    assert all(torch.equal(a, b) for a, b in zip(gradients(), gradients(), strict=True))
+
+
+def test_nothing_waits_for_the_device():
+    """Kernels are compiled first; then forward and backward are recorded as one CUDA graph, which forbids waiting."""
+    q, k, v = (random(1, 1000, heads, 128, dtype=BF16).requires_grad_() for heads in (16, 1, 1))
+    chunk_query = torch.zeros(1, 128, device="cuda", requires_grad=True)
+
+    def step():
+        s = summary.chunk_summary(k, chunk_query, chunk_size=64)
+        out, _ = routing.routed_attention(q, k, v, s, chunk_size=64)
+        return torch.autograd.grad(out, (q, k, v, chunk_query), torch.ones_like(out))
+
+    expected = step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(recorded, expected, strict=True))
+
+
+def test_no_recompilation_for_another_length():
+    from dashattn.ops.block_sparse.hopper import forward_kernel
+
+    def call(length):
+        q, k, v = (random(1, length, heads, 128, dtype=BF16) for heads in (16, 1, 1))
+        selection = Selection.from_mask(torch.ones(1, length, 1, -(-length // 64), dtype=torch.bool, device="cuda"), 64)
+        attention.block_sparse_attention(q, k, v, selection)
+
+    call(1000)
+    compiled = sum(len(cache[0]) for cache in forward_kernel.device_caches.values())
+    for length in (1, 64, 1024, 1337):
+        call(length)
+    assert sum(len(cache[0]) for cache in forward_kernel.device_caches.values()) == compiled

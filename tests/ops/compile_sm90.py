@@ -1,0 +1,65 @@
+"""Compiles the kernels for sm_90 on a machine without a GPU, and prints one line of JSON for each.
+
+Run as a script, by test_sm90_compile.py: the tests around it have Triton in its interpreter. The launch code runs as it
+is, on small CPU tensors, with every launch turned into a compilation.
+"""
+
+import json
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from dashattn.ops.block_sparse import hopper
+from dashattn.ops.block_sparse import triton as attention
+from dashattn.ops.block_sparse.schedule import tile_lists
+from dashattn.ops.dash_routing import triton as routing
+from dashattn.ops.tiles import geometry
+from dashattn.selection import Selection
+
+
+class Hopper:
+    """What Triton asks of a driver before it compiles."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+kernels = []
+launch = JITFunction.run
+
+
+def compile_only(self, *args, grid=None, warmup=False, **options):
+    kernels.append(launch(self, *args, grid=grid, warmup=True, **options))
+
+
+triton.runtime.driver.set_active(Hopper())
+JITFunction.run = compile_only
+
+batch, length, heads, kv_heads, dim, chunk = 1, 256, 32, 2, 128, 64
+q = torch.randn(batch, length, heads, dim, dtype=torch.bfloat16, requires_grad=True)
+k, v = (torch.randn(batch, length, kv_heads, dim, dtype=torch.bfloat16) for _ in range(2))
+summaries = torch.randn(batch, length // chunk, kv_heads, dim, dtype=torch.bfloat16, requires_grad=True)
+out, _ = routing.routed_attention(q, k, v, summaries, chunk_size=chunk)
+out.backward(out)
+geo = geometry(q, kv_heads, None)
+words = attention.flatten_words(
+    Selection.from_mask(torch.ones(batch, length, kv_heads, length // chunk, dtype=torch.bool), chunk).words
+)
+hopper.forward(q.detach()[0], k[0], v[0], None, tile_lists(words, geo, chunk, geo.tile_tokens(128)), geo, chunk, 0.1)
+
+for kernel in kernels:
+    report = dict(
+        name=kernel.metadata.name,
+        shared=kernel.metadata.shared,
+        wgmma="wgmma.mma_async" in kernel.asm["ptx"],
+        tma="cp.async.bulk.tensor" in kernel.asm["ptx"],
+    )
+    print(json.dumps(report))

@@ -1,0 +1,124 @@
+"""The Triton kernels of block-sparse attention against the reference, on the CPU through Triton's interpreter.
+
+Sizes are tiny (an inner iteration takes milliseconds there), and bfloat16 is left to tests/gpu: the interpreter
+computes it wrongly.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from dashattn.ops.block_sparse import reference
+from dashattn.ops.block_sparse import triton as kernels
+from dashattn.ops.block_sparse.schedule import key_lists, tile_lists
+from dashattn.ops.tiles import geometry
+from dashattn.selection import Selection
+
+if torch.cuda.is_available():
+    pytest.skip("tests/gpu covers the kernels where there is a GPU", allow_module_level=True)
+
+
+def relative_error(x, expected):
+    return ((x - expected).norm() / expected.norm().clamp_min(1e-20)).item()
+
+
+def run(attention, q, k, v, selection, bias, grad, cu_seqlens):
+    inputs = [x.detach().clone().requires_grad_() for x in (q, k, v, *(() if bias is None else (bias,)))]
+    out = attention(*inputs[:3], selection, *inputs[3:], cu_seqlens=cu_seqlens)
+    return out.detach(), *torch.autograd.grad(out, inputs, grad)
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "group", "kv_heads", "head_dim", "block_size", "bias_heads", "dtype"),
+    [
+        (1, 37, 1, 1, 16, 16, "query", torch.float32),
+        (2, 35, 3, 1, 16, 16, "kv", torch.float32),
+        (1, 40, 4, 2, 32, 32, None, torch.float32),
+        (1, 33, 7, 1, 24, 16, "query", torch.float32),
+        (1, 1, 2, 1, 16, 16, "kv", torch.float32),
+        (1, 37, 2, 1, 32, 16, None, torch.float16),
+    ],
+)
+def test_forward_and_gradients_agree_with_the_reference(
+    batch, length, group, kv_heads, head_dim, block_size, bias_heads, dtype
+):
+    num_blocks = -(-length // block_size)
+    q, grad = (torch.randn(batch, length, group * kv_heads, head_dim).to(dtype) for _ in range(2))
+    k, v = (torch.randn(batch, length, kv_heads, head_dim).to(dtype) for _ in range(2))
+    selection = Selection.from_mask(torch.rand(batch, length, kv_heads, num_blocks) < 0.5, block_size)
+    bias = None
+    if bias_heads is not None:
+        bias = torch.randn(batch, length, kv_heads * (group if bias_heads == "query" else 1), num_blocks)
+        bias[torch.rand_like(bias) < 0.2] = -torch.inf
+    expected = run(reference.block_sparse_attention, q, k, v, selection, bias, grad, None)
+    results = run(kernels.block_sparse_attention, q, k, v, selection, bias, grad, None)
+    for result, wanted in zip(results, expected, strict=True):
+        assert result.dtype == wanted.dtype
+        assert relative_error(result, wanted) < (1e-3 if dtype == torch.float16 else 3e-5)
+
+
+def test_packed_documents_and_non_contiguous_inputs():
+    cu_seqlens = torch.tensor([0, 1, 1, 20, 44], dtype=torch.int32)
+    q, grad = (torch.randn(1, 2, 44, 16).transpose(1, 2) for _ in range(2))
+    k, v = torch.randn(1, 44, 1, 32).chunk(2, dim=-1)
+    bias = torch.randn(1, 44, 1, 3)
+    selection = Selection.from_mask(torch.rand(1, 44, 1, 3) < 0.5, 16)
+    expected = run(reference.block_sparse_attention, q, k, v, selection, bias, grad, cu_seqlens)
+    results = run(kernels.block_sparse_attention, q, k, v, selection, bias, grad, cu_seqlens)
+    for result, wanted in zip(results, expected, strict=True):
+        assert relative_error(result, wanted) < 1e-5
+
+
+def test_a_token_that_selects_nothing_gives_zero_and_no_gradient():
+    q, k, v = (torch.randn(1, 20, 1, 16, requires_grad=True) for _ in range(3))
+    mask = torch.ones(1, 20, 1, 2, dtype=torch.bool)
+    mask[:, 5] = False
+    out = kernels.block_sparse_attention(q, k, v, Selection.from_mask(mask, 16))
+    assert out[:, 5].abs().max() == 0
+    dq, dk, dv = torch.autograd.grad(out.sum(), (q, k, v))
+    assert dq[:, 5].abs().max() == 0
+    assert all(x.isfinite().all() for x in (dq, dk, dv))
+
+
+def test_lists_hold_exactly_the_selected_pairs():
+    cu_seqlens = torch.tensor([0, 30, 90], dtype=torch.int32)
+    selection = Selection.from_mask(torch.rand(1, 90, 2, 40) < 0.3, 16)
+    geo = geometry(torch.empty(1, 90, 2, 16), 2, cu_seqlens)
+    words = kernels.flatten_words(selection.words)
+    position = torch.cat([torch.arange(30), torch.arange(60)])
+    allowed = selection.mask()[0] & (torch.arange(64) <= (position // 16)[:, None, None])  # [T, H, N]
+    expected = {tuple(x) for x in allowed.nonzero().tolist()}
+
+    tiles = tile_lists(words, geo, 16, 8)
+    by_tile = set()
+    for head in range(2):
+        for slot in range(geo.slots(8)):
+            document = 0 if slot < 30 // 8 + 1 else 1
+            first = (0, 30)[document] + (slot - (0, 30 // 8 + 1)[document]) * 8
+            for entry in range(tiles.counts[head, slot, 1]):
+                block, choice = tiles.blocks[head, slot, entry].item(), tiles.choices[head, slot, entry].item()
+                by_tile |= {(first + i, head, block) for i in range(8) if choice >> i & 1}
+    assert by_tile == expected
+
+    keys = key_lists(words, geo, 16)
+    by_key = set()
+    for head in range(2):
+        for slot in range(geo.slots(16)):
+            document = 0 if slot < 30 // 16 + 1 else 1
+            block = slot - (0, 30 // 16 + 1)[document]
+            if block * 16 >= (30, 60)[document]:
+                continue
+            base = keys.bases[document] + block * (30, 60)[document] - 16 * (block * (block - 1) // 2)
+            count = keys.counts[head, slot, 1]
+            by_key |= {(t, head, block) for t in keys.tokens[head, base : base + count].tolist()}
+    assert by_key == expected
+
+
+def test_operator_is_registered_properly():
+    q, k, v = (torch.randn(1, 20, 1, 16, requires_grad=True) for _ in range(3))
+    words = Selection.from_mask(torch.rand(1, 20, 1, 2) < 0.5, 16).words
+    bias = torch.randn(1, 20, 1, 2, requires_grad=True)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.dashattn.block_sparse_forward.default, (q, k, v, words, bias, None, 16, 0.25),
+                          test_utils=checks)  # fmt: skip

@@ -1,0 +1,35 @@
+"""The Triton kernels of the chunk summaries against the reference, on the CPU through Triton's interpreter."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from dashattn.ops.chunk_summary import reference
+from dashattn.ops.chunk_summary import triton as kernels
+
+if torch.cuda.is_available():
+    pytest.skip("tests/gpu covers the kernels where there is a GPU", allow_module_level=True)
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, [0, 20, 20, 21, 75, 100]], ids=["whole", "packed"])
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("length", [100, 5])
+def test_summaries_and_gradients_agree_with_the_reference(length, rotated, cu_seqlens):
+    if cu_seqlens is not None:
+        if length < 100:
+            pytest.skip("one packing is enough")
+        cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32)
+    k = torch.randn(1 if cu_seqlens is not None else 2, length, 2, 24, requires_grad=True)
+    chunk_query = torch.randn(2, 24, requires_grad=True)
+    rope = None
+    if rotated:
+        angles = torch.arange(length)[:, None] * 10000 ** (-torch.arange(12) / 12)
+        rope = torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin()
+    options = dict(chunk_size=16, cu_seqlens=cu_seqlens, rope=rope)
+    expected = reference.chunk_summary(k, chunk_query, **options)
+    out = kernels.chunk_summary(k, chunk_query, **options)
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn_like(out)
+    expected = torch.autograd.grad(expected, (k, chunk_query), grad)
+    torch.testing.assert_close(torch.autograd.grad(out, (k, chunk_query), grad), expected, rtol=1e-4, atol=1e-5)

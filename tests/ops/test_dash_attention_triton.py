@@ -1,0 +1,71 @@
+"""``dash_attention(impl="triton")`` end to end against the reference, in Triton's interpreter without a GPU."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from dashattn import dash_attention, infllmv2_attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CU_SEQLENS = torch.tensor([0, 1, 30, 70], dtype=torch.int32, device=DEVICE)
+
+
+def make_inputs(num_heads=4, num_kv_heads=2, length=70, head_dim=32):
+    def make(*shape):
+        return torch.randn(*shape, device=DEVICE, requires_grad=True)
+
+    qkv = [make(1, length, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads)]
+    return [*qkv, make(num_kv_heads, head_dim)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prior": "raw"},
+        {"prior": "tempered", "sigma": 2.0},
+        {"prior": "none"},
+        {"prior": "raw", "alpha": 1.3},
+        {"prior": "raw", "cu_seqlens": CU_SEQLENS},
+    ],
+    ids=str,
+)
+def test_forward_and_gradients_equal_the_reference(options):
+    inputs = make_inputs()
+    results = {}
+    for impl in ("triton", "reference"):
+        out, stats = dash_attention(*inputs, chunk_size=16, router_scale=3.0, impl=impl, return_stats=True, **options)
+        weight = torch.linspace(-1, 1, out.numel(), device=DEVICE).view_as(out)
+        grads = torch.autograd.grad((out * weight).sum(), inputs, allow_unused=True)
+        results[impl] = (out, stats.active_tokens, *grads)
+    for ours, expected in zip(results["triton"], results["reference"], strict=True):
+        if expected is None:
+            assert ours is None or not ours.any()
+        else:
+            torch.testing.assert_close(ours.float(), expected.float(), rtol=1e-3, atol=1e-4)
+
+
+def test_learned_alpha_gets_its_gradient():
+    inputs = make_inputs(length=40)
+    grads = []
+    for impl in ("triton", "reference"):
+        alpha = torch.tensor([1.2, 1.5, 1.7, 1.9], device=DEVICE, requires_grad=True)
+        out = dash_attention(*inputs, chunk_size=16, alpha=alpha, prior="raw", impl=impl)
+        out.square().sum().backward()
+        grads.append(alpha.grad)
+    assert grads[1].abs().max() > 0
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4)
+
+
+def test_what_the_kernels_do_not_take_is_refused_with_the_mend():
+    q, k, v, r = make_inputs()
+    for changes, message in (
+        ({"prior_heads": "head"}, "prior_heads='group' only; use impl='auto'"),
+        ({"chunk_size": 20}, "blocks of 16, 32, 64 or 128"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dash_attention(q, k, v, r, impl="triton", **changes)
+    with pytest.raises(ValueError, match="use impl='reference'"):
+        dash_attention(*(x.double() for x in (q, k, v, r)), impl="triton")
+    with pytest.raises(ValueError, match="use impl='auto'"):
+        infllmv2_attention(q, k, v, impl="triton")

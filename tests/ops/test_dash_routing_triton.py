@@ -1,0 +1,95 @@
+"""The Triton router, and router plus attention, against the references through Triton's interpreter."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from dashattn.ops.block_sparse.reference import block_sparse_attention
+from dashattn.ops.chunk_summary.reference import chunk_summary
+from dashattn.ops.dash_routing import reference
+from dashattn.ops.dash_routing import triton as kernels
+
+if torch.cuda.is_available():
+    pytest.skip("tests/gpu covers the kernels where there is a GPU", allow_module_level=True)
+
+CHUNK = 16
+
+
+def relative_error(x, expected):
+    return ((x - expected).norm() / expected.norm().clamp_min(1e-20)).item()
+
+
+@pytest.mark.parametrize(("alpha", "router_scale"), [(1.5, 0.1), (1.5, 3.0), (1.05, 3.0), (2.0, 0.1), ("heads", 1.0)])
+def test_selection_and_prior_agree_with_the_reference(alpha, router_scale):
+    # 38 chunks: more than a tile of them and more than a word, with room for flat and for peaked probabilities
+    q, summaries = torch.randn(1, 600, 4, 16), torch.randn(1, 600 // CHUNK, 2, 16)
+    alpha = torch.tensor([1.1, 1.3, 1.6, 1.9]) if alpha == "heads" else alpha
+    options = dict(chunk_size=CHUNK, alpha=alpha, router_scale=router_scale, prior="raw")
+    expected, expected_bias = reference.dash_routing(q, summaries, **options)
+    selection, bias = kernels.dash_routing(q, summaries, **options)
+    assert torch.equal(selection.mask(), expected.mask())
+    # log p at the very edge of the support amplifies the last digit of a score
+    assert relative_error(bias, expected_bias) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("group", "alpha", "prior", "sigma", "cu_seqlens"),
+    [
+        (3, 1.5, "raw", 1.0, None),
+        (1, 1.5, "tempered", 0.5, [0, 20, 20, 21, 66]),
+        (2, "heads", "tempered", 2.0, None),
+        (2, "heads", "raw", 1.0, None),
+        (1, 1.5, "tempered", 1e6, None),
+        (2, 1.5, "none", 1.0, None),
+    ],
+)
+def test_attention_and_gradients_agree_with_the_references(group, alpha, prior, sigma, cu_seqlens):
+    length = 66
+    if cu_seqlens is not None:
+        cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32)
+    q, grad = (torch.randn(1, length, group, 16) for _ in range(2))
+    k, v = (torch.randn(1, length, 1, 16) for _ in range(2))
+    summaries = chunk_summary(k, torch.zeros(1, 16), chunk_size=CHUNK, cu_seqlens=cu_seqlens)
+    inputs = [x.requires_grad_() for x in (q, k, v, summaries)]
+    if alpha == "heads":
+        alpha = torch.linspace(1.2, 1.8, group).requires_grad_()
+        inputs.append(alpha)
+    if prior == "none":
+        inputs = inputs[:3]
+    options = dict(chunk_size=CHUNK, alpha=alpha, prior=prior, sigma=sigma, cu_seqlens=cu_seqlens)
+
+    expected_selection, bias = reference.dash_routing(q, summaries, **options)
+    expected_out = block_sparse_attention(q, k, v, expected_selection, bias, cu_seqlens=cu_seqlens)
+    expected = torch.autograd.grad(expected_out, inputs, grad)
+    out, selection = kernels.routed_attention(q, k, v, summaries, **options)
+    blocks = expected_selection.words.shape[-1]
+    assert torch.equal(selection.words[..., :blocks], expected_selection.words)
+    assert relative_error(out, expected_out) < 1e-5
+    for result, wanted in zip(torch.autograd.grad(out, inputs, grad), expected, strict=True):
+        assert relative_error(result, wanted) < 1e-4
+
+
+def test_the_bias_of_the_router_alone_is_differentiable():
+    q = torch.randn(1, 50, 2, 16, requires_grad=True)
+    summaries = torch.randn(1, 3, 1, 16, requires_grad=True)
+    grad = torch.randn(1, 50, 1, 4)
+    _, expected = reference.dash_routing(q, summaries, chunk_size=CHUNK, prior="raw")
+    _, bias = kernels.dash_routing(q, summaries, chunk_size=CHUNK, prior="raw")
+    expected = torch.autograd.grad(expected, (q, summaries), grad)
+    for result, wanted in zip(torch.autograd.grad(bias, (q, summaries), grad), expected, strict=True):
+        assert relative_error(result, wanted) < 1e-4
+
+
+def test_a_sequence_shorter_than_a_chunk_attends_to_itself():
+    q, k, v = (torch.randn(1, 7, 1, 16) for _ in range(3))
+    out, selection = kernels.routed_attention(q, k, v, k.new_zeros(1, 0, 1, 16), chunk_size=CHUNK)
+    assert selection.words.eq(1).all()
+    expected = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
+    torch.testing.assert_close(out, expected.transpose(1, 2))
+
+
+def test_priors_per_head_are_refused():
+    q, summaries = torch.randn(1, 20, 1, 16), torch.randn(1, 1, 1, 16)
+    with pytest.raises(ValueError, match="reference"):
+        kernels.dash_routing(q, summaries, chunk_size=CHUNK, prior_heads="head")

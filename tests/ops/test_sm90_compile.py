@@ -1,0 +1,41 @@
+"""Every kernel of the main path compiles for Hopper, fits its shared memory and multiplies with wgmma."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+HERE = Path(__file__).parent
+SHARED_MEMORY = 232_448  # bytes a block can have on sm_90
+
+
+def test_kernels_compile_for_hopper(tmp_path):
+    root = HERE.parent.parent
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(root)}
+    run = subprocess.run(
+        [sys.executable, HERE / "compile_sm90.py"],
+        env=environment,
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    kernels = [json.loads(line) for line in run.stdout.splitlines()]
+    assert all(kernel["shared"] <= SHARED_MEMORY for kernel in kernels)
+    multiplying = {k["name"]: k for k in kernels if k["wgmma"]}
+    wanted = {
+        "forward_kernel",
+        "query_grad_kernel",
+        "key_grad_kernel",
+        "threshold_kernel",
+        "query_kernel",
+        "summary_kernel",
+    }
+    assert wanted <= multiplying.keys()
+    assert all(multiplying[name]["tma"] for name in ("forward_kernel", "query_grad_kernel", "threshold_kernel"))
