@@ -17,21 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dashattn.backends import AttentionBackend
+from experiments.files import write_atomically
 
 WEIGHTS = "model.safetensors"
 STATE = "state.json"
 LATEST = "latest"
 _ENGINE_TAG = "deepspeed"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path`, so that a reader sees the old text or the new, and a crash leaves one of them."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def latest_checkpoint(checkpoints: Path) -> Path | None:

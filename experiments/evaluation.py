@@ -10,7 +10,6 @@ All tasks read the run's own validation split in one pass per knob value:
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -25,7 +24,7 @@ from torch import Tensor
 from data import IGNORE, BatchStream, MQARDataConfig, build_data
 from experiments.checkpoint import find_weights, load_weights, read_state
 from experiments.config import DEVICES, TrainConfig, load_config, resolve
-from experiments.metrics import read_rows
+from experiments.files import append_rows, read_rows
 from experiments.run_dir import CONFIG, START, config_hash
 from models import Transformer
 
@@ -272,14 +271,3 @@ def _recall_rows(tally: Tally) -> Iterable[dict]:
 
 
 SCORES = {"loss": _loss_rows, "position": _position_rows, "recall": _recall_rows}
-
-
-def append_rows(path: Path, rows: list[dict]) -> None:
-    """Adds rows in one write that is on disk on return; half a line, left by a crash, makes way."""
-    text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-    with path.open("ab+") as file:
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())

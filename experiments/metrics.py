@@ -12,28 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dashattn.stats import AttentionStats
-from experiments.checkpoint import write_atomically
 from experiments.config import TrainConfig, plain
+from experiments.files import read_rows, write_atomically
 
 METRICS = "metrics.jsonl"
 _SHOWN = ("split", "loss", "lr", "grad_norm", "tokens_per_s", "causal_sparsity", "alpha")
-
-
-def read_rows(path: Path) -> list[dict]:
-    """Rows of a JSON-lines file; a last line cut short by a crash is left out. No file: no rows.
-
-    Raises:
-        ValueError: another line is no JSON.
-    """
-    if not path.exists():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_text().split("\n")[:-1], start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is damaged ({error}): remove the line") from None
-    return rows
 
 
 def drop_rows_after(path: Path, step: int) -> None:

@@ -15,9 +15,8 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 
-from experiments.checkpoint import write_atomically
 from experiments.errors import user_errors
-from experiments.metrics import read_rows
+from experiments.files import read_rows, write_atomically
 
 RESULTS = "results.jsonl"
 HIGHER_IS_BETTER = {"accuracy": True, "nats": False}

@@ -26,8 +26,9 @@ import torch
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
-from experiments.checkpoint import latest_checkpoint, read_state, write_atomically
+from experiments.checkpoint import latest_checkpoint, read_state
 from experiments.config import TrainConfig, plain, world_size
+from experiments.files import write_atomically
 from experiments.metrics import METRICS, drop_rows_after
 
 CONFIG = "config.yaml"

@@ -26,9 +26,9 @@ from omegaconf import MISSING, DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from experiments.checkpoint import write_atomically
 from experiments.config import to_config
 from experiments.errors import user_errors
+from experiments.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 CELL = "cell.json"

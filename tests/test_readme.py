@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,8 @@ TESTED = {
     "python -m experiments.sweep sweep=smoke",
     "python -m experiments.pareto outputs/smoke",
     "python train.py --cfg job",
+    "python -m experiments.speed",  # needs a GPU; refusal without one and all around it: experiments/test_speed.py
+    "python -m experiments.speed_report results/speed_h200",
     "torchrun --standalone --nproc-per-node 8 train.py model=350m data=hub deepspeed=zero2 ...",  # test_train_cli.py
     "pip install .",
 }
@@ -64,6 +67,12 @@ def test_train_then_evaluate(tmp_path):
 def test_show_the_configuration():
     assert "attention:" in python("train.py", "--cfg", "job")
     assert "Choose from the groups" in python("train.py", "--help")
+
+
+def test_speed_report_from_the_committed_rows(tmp_path):
+    shutil.copy(ROOT / "results/speed_h200/speed.jsonl", tmp_path)
+    assert "NVIDIA H200" in python("-m", "experiments.speed_report", str(tmp_path))
+    assert (tmp_path / "speed.png").stat().st_size > 10_000
 
 
 @pytest.mark.skipif(not (ROOT / ".venv/.installed").exists(), reason="make would install: run make install first")

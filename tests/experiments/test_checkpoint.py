@@ -9,8 +9,8 @@ from experiments.checkpoint import (
     latest_checkpoint,
     load_weights,
     read_state,
-    write_atomically,
 )
+from experiments.files import write_atomically
 from models import ModelConfig, Transformer
 
 

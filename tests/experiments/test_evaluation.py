@@ -12,7 +12,7 @@ from data import IGNORE, build_data
 from experiments import evaluation
 from experiments.config import to_config
 from experiments.evaluation import EvaluateConfig, build_model, evaluate, find_target
-from experiments.metrics import read_rows
+from experiments.files import read_rows
 
 MQAR = (
     *("experiment=pareto_recall", "device=cpu", "threads=1", "steps=2", "optim.warmup_steps=1", "eval_every=0"),

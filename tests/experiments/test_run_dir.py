@@ -3,9 +3,9 @@ from dataclasses import replace
 
 import pytest
 
-from experiments.checkpoint import write_atomically
 from experiments.config import load_config
-from experiments.metrics import drop_rows_after, read_rows
+from experiments.files import read_rows, write_atomically
+from experiments.metrics import drop_rows_after
 from experiments.run_dir import config_hash, find_run_dir, open_run_dir
 
 

@@ -15,6 +15,7 @@ from dashattn.ops.chunk_summary.reference import chunk_summary
 from dashattn.ops.dash_routing.reference import dash_routing
 from dashattn.stats import selection_stats
 from experiments import speed, speed_report
+from experiments.files import append_rows, read_rows
 from experiments.speed_inputs import (
     NEIGHBOURS,
     PATTERNS,
@@ -141,7 +142,7 @@ def rows_of(monkeypatch, tmp_path):
         monkeypatch.setattr(speed, "extra_mib", lambda call: 5.0)
         lines = []
         speed.run(make_config(tmp_path, dtype="bf16", **changes), "cpu", lines.append)
-        found = speed_report.read_rows(tmp_path / speed_report.ROWS)
+        found = read_rows(tmp_path / speed_report.ROWS)
         assert len(lines) == len(found)
         return found, len(timed)
 
@@ -158,7 +159,7 @@ def test_what_is_right_is_timed(rows_of):
     assert {row["extra_mib"] for row in rows} == {5.0}
     assert set(rows[0]["errors"]) == {"out", "q", "k", "v"}
     assert max(rows[0]["errors"].values()) < 0.005
-    assert rows[0]["causal_sparsity"] == pytest.approx(0.5, abs=0.2)
+    assert 0 < rows[0]["causal_sparsity"] < rows[-1]["causal_sparsity"] < 0.6
 
 
 def test_a_wrong_output_is_not_timed(rows_of):
@@ -166,6 +167,13 @@ def test_a_wrong_output_is_not_timed(rows_of):
     assert {row["status"] for row in rows} == {"failed check"}
     assert "out off by 0.02" in rows[0]["detail"]
     assert timed == 0
+
+
+def test_others_kernels_may_round_more(rows_of, monkeypatch):
+    monkeypatch.setitem(speed.BASELINES, "fla_nsa", [kernel(factor=1.01)])
+    rows, timed = rows_of(kernel(factor=1.01), baselines=["fla_nsa"])
+    assert [row["status"] for row in rows] == [*["ok"] * 2, *["failed check"] * 2] * 2
+    assert timed == 4
 
 
 @pytest.mark.parametrize("gradient", [0.98, float("nan")])
@@ -190,8 +198,13 @@ def test_what_cannot_run_has_a_row_and_stops_no_other(rows_of):
         calls.append(problem)
         raise RuntimeError("no such instruction")
 
-    rows, timed = rows_of(Method("absent", ATTENTION, absent), Method("broken", ATTENTION, broken), kernel())
-    assert [row["status"] for row in rows] == [*["not installed"] * 2, *["error"] * 2, *["ok"] * 2] * 2
+    def greedy(problem):
+        raise torch.OutOfMemoryError
+
+    others = [Method(prepare.__name__, ATTENTION, prepare) for prepare in (absent, broken, greedy)]
+    rows, timed = rows_of(*others, kernel())
+    statuses = ("not installed", "error", "out of memory", "ok")
+    assert [row["status"] for row in rows] == [status for status in statuses for _ in range(2)] * 2
     assert rows[2]["detail"] == "RuntimeError: no such instruction"
     assert timed == 4
     assert len(calls) == 1  # a check that broke is not tried again at every length
@@ -368,20 +381,23 @@ def test_break_even(line, length):
 
 def test_table():
     rows = a_run()
-    rows.append(make_row("fla NSA", None, stage=ATTENTION, status="not installed", detail="no | fla"))
-    rows.append(make_row("fla NSA", None, 4096, stage=ATTENTION, status="not installed", detail="no | fla"))
+    absent = {"stage": ATTENTION, "status": "not installed", "detail": "no | fla"}
+    rows += [make_row("fla NSA", None, length, name, **absent) for length in (1024, 4096) for name in (FORWARD, BOTH)]
+    rows.append(make_row("fla NSA", None, 4096, pattern="iid", **absent))
     table = speed_report.to_markdown(rows)
     assert "| 4k | clustered 75% | 75.0% | whole | dash | 8 (2.00x) | 24 (2.00x) | 10 MiB | 10 MiB |" in table
     assert "| 4k | any |  | dense | FlashAttention-3 | 16 (1.00x) | 48 (1.00x) |  |  |" in table
     assert "| dash | clustered 75% | 2k | 2k |" in table
     assert "| dash | iid 75% | not reached | not reached |" in table
-    assert "| fla NSA | attention | forward | clustered 75% | not installed: no / fla | 1k, 4k |" in table
+    why = "| fla NSA | attention | not installed: no / fla |"
+    assert f"{why} forward, forward+backward | clustered 75% | 1k, 4k |" in table
+    assert f"{why} forward | iid 75% | 4k |" in table
     assert "commit 0123456789," in table
 
 
 def test_report_from_committed_rows(tmp_path, capsys):
     rows = [*a_run(), *(row | {"device": "another GPU"} for row in a_run("b"))]
-    speed_report.append_rows(tmp_path / speed_report.ROWS, rows)
+    append_rows(tmp_path / speed_report.ROWS, rows)
     speed_report.main([str(tmp_path)])
     out = capsys.readouterr().out
     assert "some GPU" in out
@@ -400,9 +416,9 @@ def test_a_report_without_rows_is_refused(tmp_path, capsys):
 
 def test_rows_are_appended_whole_and_half_a_row_is_dropped(tmp_path):
     path = tmp_path / speed_report.ROWS
-    speed_report.append_rows(path, [{"a": 1}])
+    append_rows(path, [{"a": 1}])
     with path.open("a") as file:
         file.write('{"a": 2')
-    assert speed_report.read_rows(path) == [{"a": 1}]
-    speed_report.append_rows(path, [{"a": 3}])
-    assert speed_report.read_rows(path) == [{"a": 1}, {"a": 3}]
+    assert read_rows(path) == [{"a": 1}]
+    append_rows(path, [{"a": 3}])
+    assert read_rows(path) == [{"a": 1}, {"a": 3}]

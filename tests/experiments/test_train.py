@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import train as train_module
 from data import MQARDataConfig
-from experiments.metrics import read_rows
+from experiments.files import read_rows
 from train import train
 
 ATTENTION = {

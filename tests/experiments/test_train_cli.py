@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.metrics import METRICS, read_rows
+from experiments.files import read_rows
+from experiments.metrics import METRICS
 from train import train
 
 ROOT = Path(__file__).parents[2]

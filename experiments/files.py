@@ -1,0 +1,44 @@
+"""Files that a crash cannot leave half written: text replaced in one step, and rows of JSON."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path`, so that a reader sees the old text or the new, and a crash leaves one of them."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Rows of a JSON-lines file; a last line cut short by a crash is left out. No file: no rows.
+
+    Raises:
+        ValueError: another line is no JSON.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text().split("\n")[:-1], start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is damaged ({error}): remove the line") from None
+    return rows
+
+
+def append_rows(path: Path, rows: Iterable[dict]) -> None:
+    """Add rows in one write that is on disk on return; half a line, left by a crash, makes way."""
+    text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    with path.open("ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,172 @@
+"""Inputs of the speed benchmark: keys and queries of a known pattern, and the router scale that reaches a sparsity.
+
+Shapes: T tokens, Hq query heads, H KV heads, G = Hq / H, D head size, C chunk size, n complete chunks, N chunks.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dashattn.ops.chunk_summary.reference import chunk_summary
+from dashattn.ops.entmax.reference import entmax
+from dashattn.selection import Selection
+
+# Share of a query that it has in common with the others of its 64 tokens and head.
+PATTERNS = {"shared": 1.0, "clustered": 0.97, "iid": 0.0}
+NEIGHBOURS = 64
+KEY_NOISE = 0.7
+SCALES = (0.05, 200.0)
+_SAMPLE = 1024  # tokens that the bisection looks at
+_ROWS = 1024  # tokens whose scores are held at a time
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes and type of one attention layer."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    chunk_size: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One set of inputs.
+
+    Attributes:
+        q, k, v: [1, T, Hq or H, D].
+        grad: of the output, [1, T, Hq, D].
+        chunk_query: zeros [H, D], float32: summaries are the means of the chunks.
+        target: causal sparsity asked for; None for dense attention, and then the three below are None, too.
+        router_scale: reaches the target, or comes closest to it.
+        selection: the chunks that the reference's router selects with it.
+        causal_sparsity: of that selection.
+    """
+
+    shape: Shape
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grad: Tensor
+    chunk_query: Tensor
+    target: float | None = None
+    router_scale: float | None = None
+    selection: Selection | None = None
+    causal_sparsity: float | None = None
+
+    @property
+    def length(self) -> int:
+        return self.q.shape[1]
+
+
+def make_qkv(pattern: str, length: int, shape: Shape, seed: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Gaussian queries, keys and values.
+
+    Keys are one vector per chunk plus 0.7 times noise. Queries are ``rho`` times one vector per 64 tokens and head plus
+    ``sqrt(1 - rho ** 2)`` times noise, ``rho`` as in ``PATTERNS``.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def gaussian(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device)
+
+    def grouped(size: int, heads: int, common: float, noise: float) -> Tensor:
+        groups = -(-length // size)
+        x = common * gaussian(1, groups, 1, heads, shape.head_dim)
+        x = x + noise * gaussian(1, groups, size, heads, shape.head_dim)
+        return x.flatten(1, 2)[:, :length].to(shape.dtype).contiguous()
+
+    rho = PATTERNS[pattern]
+    k = grouped(shape.chunk_size, shape.kv_heads, 1.0, KEY_NOISE)
+    q = grouped(NEIGHBOURS, shape.heads, rho, (1 - rho**2) ** 0.5)
+    v = gaussian(1, length, shape.kv_heads, shape.head_dim).to(shape.dtype)
+    return q, k, v
+
+
+def make_problem(
+    pattern: str, length: int, target: float | None, shape: Shape, *, seed: int = 0, device: str = "cuda"
+) -> Problem:
+    """Inputs of a pattern; with a target also the router scale and the selection that come closest to it."""
+    q, k, v = make_qkv(pattern, length, shape, seed, device)
+    generator = torch.Generator(device).manual_seed(seed + 1)
+    grad = torch.randn(q.shape, generator=generator, device=device).to(q.dtype)
+    chunk_query = torch.zeros(shape.kv_heads, shape.head_dim, device=device)
+    if target is None:
+        return Problem(shape, q, k, v, grad, chunk_query)
+    summaries = chunk_summary(k, chunk_query, chunk_size=shape.chunk_size)
+    scale = find_router_scale(q, summaries, target, shape.chunk_size)
+    selection, sparsity = select_all(q, summaries, scale, shape.chunk_size)
+    return Problem(shape, q, k, v, grad, chunk_query, target, scale, selection, sparsity)
+
+
+def select(q: Tensor, summaries: Tensor, router_scale: float, tokens: Tensor, chunk_size: int) -> Tensor:
+    """What DashAttention's reference router (alpha 1.5) selects for some of the tokens: bool [t, H, N].
+
+    The reference itself takes whole sequences, whose scores would not fit at 128k.
+    """
+    length, heads, head_dim = q.shape[1:]
+    complete, kv_heads = summaries.shape[1:3]
+    own = tokens // chunk_size
+    past = torch.arange(complete, device=q.device) < own[:, None]
+    mask = torch.zeros(len(tokens), kv_heads, -(-length // chunk_size), dtype=torch.bool, device=q.device)
+    group = heads // kv_heads
+    for head in range(kv_heads):
+        q_tGD = q[0, tokens, head * group : (head + 1) * group].float()
+        scores = torch.einsum("tgd,nd->tgn", q_tGD, summaries[0, :, head].float()) * (router_scale * head_dim**-0.5)
+        p, _ = entmax(scores, 1.5, past[:, None])
+        mask[:, head, :complete] = (p > 0).any(1)
+    mask[torch.arange(len(tokens), device=q.device), :, own] = True
+    return mask
+
+
+def _active_tokens(mask: Tensor, tokens: Tensor, chunk_size: int) -> Tensor:
+    """Keys read, [t, H]: whole past chunks, and the token's own one up to itself."""
+    return (mask.sum(-1) - 1) * chunk_size + (tokens % chunk_size + 1)[:, None]
+
+
+def causal_sparsity(mask: Tensor, tokens: Tensor, chunk_size: int) -> float:
+    """1 - keys read / keys in the past, over the given tokens; ``mask`` holds their own chunks."""
+    active = _active_tokens(mask, tokens, chunk_size).double().mean(1).sum()
+    return 1 - (active / (tokens + 1).sum()).item()
+
+
+def find_router_scale(q: Tensor, summaries: Tensor, target: float, chunk_size: int) -> float:
+    """Bisection, on a sample of the tokens; an end of ``SCALES`` where the target lies beyond it.
+
+    Every head keeps one chunk at least, so short sequences do not get sparse with many independent heads.
+    """
+    length = q.shape[1]
+    step = max(1, length // _SAMPLE)
+    tokens = torch.arange(min(7, length - 1), length, step, device=q.device)
+    low, high = SCALES
+    for _ in range(18):
+        middle = (low * high) ** 0.5
+        if causal_sparsity(select(q, summaries, middle, tokens, chunk_size), tokens, chunk_size) < target:
+            low = middle
+        else:
+            high = middle
+    return (low * high) ** 0.5
+
+
+def select_all(q: Tensor, summaries: Tensor, router_scale: float, chunk_size: int) -> tuple[Selection, float]:
+    """The selection of every token, and its causal sparsity."""
+    length = q.shape[1]
+    parts, active = [], 0.0
+    for tokens in torch.arange(length, device=q.device).split(_ROWS):
+        mask = select(q, summaries, router_scale, tokens, chunk_size)
+        parts.append(Selection.from_mask(mask[None], chunk_size))
+        active += _active_tokens(mask, tokens, chunk_size).double().mean(1).sum().item()
+    return Selection.concatenate(parts), 1 - active / (length * (length + 1) / 2)
+
+
+def topk_sparsities(length: int, block_size: int) -> Iterator[tuple[int, float]]:
+    """(k, causal sparsity) of every token reading its own block and the k - 1 best ones of its past."""
+    own = torch.arange(length) // block_size
+    last = (torch.arange(length) % block_size + 1).sum().item()
+    for topk in range(1, -(-length // block_size) + 1):
+        active = own.clamp(max=topk - 1).sum().item() * block_size + last
+        yield topk, 1 - active / (length * (length + 1) / 2)

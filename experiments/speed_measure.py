@@ -1,0 +1,93 @@
+"""How the speed benchmark times an operation, and what it has to get right before."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from experiments.speed_inputs import Problem
+from experiments.speed_methods import SELECTED_ROWS, SELECTION_TOLERANCE, Operation
+from experiments.speed_report import BOTH, FORWARD
+
+ROOT = Path(__file__).resolve().parents[1]
+# A tempered prior's gradient is 1 / p-like: the few chunks at the edge of the support dominate the chunk query's
+# gradient, and there float32 sums in another order differ visibly. This bound still sees a wrong formula.
+CHUNK_QUERY_TOLERANCE = 0.1
+
+
+def measure(call: Callable[[], object], warmup: int, repetitions: int) -> list[float]:
+    """Milliseconds of each repetition on the current GPU, by CUDA events."""
+    for _ in range(warmup):
+        call()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repetitions)]
+    torch.cuda.synchronize()
+    for start, end in events:
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in events]
+
+
+def extra_mib(call: Callable[[], object]) -> float:
+    """Peak memory of a call beside what it began with and what it returns."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    torch.cuda.synchronize()
+    kept = torch.cuda.memory_allocated() - before
+    del result
+    return (torch.cuda.max_memory_allocated() - before - kept) / 2**20
+
+
+def passes(operation: Operation, problem: Problem) -> dict[str, Callable[[], object]]:
+    """The call of each pass that the operation has."""
+
+    def forward():
+        with torch.no_grad():
+            return operation.forward()
+
+    def both():
+        # the tuple keeps the output alive: it is a result, like the gradients
+        out = operation.forward()
+        return out, torch.autograd.grad(out, list(operation.leaves.values()), problem.grad)
+
+    return {FORWARD: forward, BOTH: both} if operation.leaves else {FORWARD: forward}
+
+
+def failures(errors: dict[str, float], name: str, tolerance: float) -> list[str]:
+    """What keeps a pass from being timed: errors beyond their bounds; a forward does not answer for gradients."""
+    bounds = {SELECTED_ROWS: SELECTION_TOLERANCE, "chunk_query": CHUNK_QUERY_TOLERANCE}
+    return [
+        f"{what} off by {error:.2g}, allowed {bounds.get(what, tolerance):.2g}"
+        for what, error in errors.items()
+        if not error <= bounds.get(what, tolerance) and (name == BOTH or what in ("out", SELECTED_ROWS))
+    ]
+
+
+def run_jax(options: dict, seconds: float) -> tuple[list[dict], str]:
+    """What ``experiments.speed_jax`` printed before it ended, and how it failed ("" if it did not)."""
+    command = [sys.executable, "-m", "experiments.speed_jax", json.dumps(options)]
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=max(1.0, seconds)
+        )
+        output, failure = done.stdout, ""
+        if done.returncode:
+            failure = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:300]
+    except subprocess.TimeoutExpired as error:
+        output = error.stdout or ""
+        output, failure = output if isinstance(output, str) else output.decode(), "out of time"
+    complete = output.split("\n")[:-1]
+    return [json.loads(line) for line in complete if line.startswith("{")], failure
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    return {"ms": statistics.median(times), "ms_min": min(times), "ms_max": max(times)}

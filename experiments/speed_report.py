@@ -1,0 +1,338 @@
+"""From rows to speed: ``python -m experiments.speed_report outputs/speed`` writes speed.{md,png,pdf} there.
+
+Reads only speed.jsonl; needs no GPU. Every ratio is against dense attention measured in the same run.
+"""
+
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from experiments.errors import user_errors
+from experiments.files import read_rows, write_atomically
+
+ROWS = "speed.jsonl"
+FORWARD, BOTH = PASSES = ("forward", "forward+backward")
+DENSE, ROUTING, ATTENTION, WHOLE = STAGES = ("dense", "routing", "attention", "whole")
+CUDNN, FLASH_3 = "SDPA cuDNN", "FlashAttention-3"
+# Where FlashAttention-3 cannot be had, cuDNN's time multiplied by this stands for it.
+CUDNN_FACTORS = {"forward": 0.95, "forward+backward": 0.90}
+SETUP = ("device", "heads", "kv_heads", "head_dim", "chunk_size", "dtype")
+CASE = ("length", "pattern", "sparsity", "stage", "method", "pass")
+COLOURS = ("#c1272d", "#0071bc", "#e08a00", "#2e8b57", "#7b3f9e", "#8c6239", "#0b7a75", "#d1495b", "#30638e")
+MARKS = {"shared": "o", "clustered": "s", "iid": "^"}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A whole operation over the lengths."""
+
+    method: str
+    pattern: str
+    sparsity: float
+    rows: tuple[dict, ...]  # ascending length
+
+    @property
+    def label(self) -> str:
+        return f"{self.method}, {self.pattern}"
+
+
+def newest(rows: Iterable[dict]) -> list[dict]:
+    """Of rows about the same thing on the same device the one written last; running out of time unsays nothing."""
+    kept: dict[tuple, dict] = {}
+    for row in rows:
+        key = tuple(row[name] for name in (*SETUP, *CASE))
+        if key not in kept or row["status"] != "out of time":
+            kept[key] = row
+    return list(kept.values())
+
+
+def dense_times(rows: Iterable[dict]) -> dict[tuple, tuple[float, str]]:
+    """(run, length, pass) -> (milliseconds of dense attention, what they are)."""
+    times: dict[tuple, tuple[float, str]] = {}
+    for row in rows:
+        if row["status"] != "ok" or row["stage"] != DENSE:
+            continue
+        key = (row["run"], row["length"], row["pass"])
+        if row["method"] == FLASH_3:
+            times[key] = (row["ms"], FLASH_3)
+        elif row["method"] == CUDNN:
+            factor = CUDNN_FACTORS[row["pass"]]
+            times.setdefault(key, (row["ms"] * factor, f"cuDNN x {factor:.2f}"))
+    return times
+
+
+def with_ratios(rows: Sequence[dict]) -> list[dict]:
+    """The newest rows, each with ``ratio`` (time of dense attention over its own, None if unknown) and ``against``."""
+    times = dense_times(rows)
+    found = []
+    for row in newest(rows):
+        dense, against = times.get((row["run"], row["length"], row["pass"]), (None, None))
+        ratio = dense / row["ms"] if dense and row["status"] == "ok" else None
+        found.append(row | {"ratio": ratio, "against": against})
+    return found
+
+
+def curves(rows: Iterable[dict], name: str) -> list[Curve]:
+    """The measured whole operations of one pass."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if row["stage"] == WHOLE and row["pass"] == name and row["status"] == "ok":
+            groups.setdefault((row["method"], row["pattern"], row["sparsity"]), []).append(row)
+    order = list(MARKS)
+    keys = sorted(groups, key=lambda key: (key[0], key[2], order.index(key[1])))
+    return [Curve(*key, tuple(sorted(groups[key], key=lambda row: row["length"]))) for key in keys]
+
+
+def break_even(line: Sequence[tuple[int, float]]) -> str:
+    """From which length on a method stays faster than dense attention, from (length, ratio) ascending.
+
+    Between two measured lengths log(ratio) is taken as linear in log(length).
+    """
+    if not line:
+        return "not measured"
+    if line[-1][1] < 1:
+        return "not reached"
+    for (short, low), (long, high) in reversed(list(pairwise(line))):
+        if low < 1:
+            share = math.log(low) / (math.log(low) - math.log(high))
+            return f"{tokens(short * (long / short) ** share)}"
+    return f"{tokens(line[0][0])} or less"
+
+
+def tokens(length: float) -> str:
+    """A length for readers: 8k, 5.3k, 512."""
+    return f"{length / 1024:.3g}k" if length >= 1024 else f"{length:.0f}"
+
+
+def setups(rows: Iterable[dict]) -> dict[tuple, list[dict]]:
+    """Rows by device and shape: nothing is compared between two of these."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in SETUP), []).append(row)
+    return groups
+
+
+def title(setup: tuple) -> str:
+    device, heads, kv_heads, head_dim, chunk_size, dtype = setup
+    return (
+        f"{device}: {heads} heads, {kv_heads} KV heads of {head_dim}, chunks of {chunk_size}, {dtype}, batch 1, causal"
+    )
+
+
+def to_markdown(rows: Sequence[dict]) -> str:
+    """All measurements, break-even lengths, and what was not measured and why."""
+    out = []
+    for setup, inside in setups(with_ratios(rows)).items():
+        out += [f"## {title(setup)}\n", *_provenance(inside), *_measurements(inside), *_break_even_table(inside)]
+        out += _missing_table([row for row in inside if row["status"] != "ok"])
+        out.append("")
+    return "\n".join(out) + "\n"
+
+
+def _missing_table(rows: Sequence[dict]) -> list[str]:
+    """Why each of the rows has no time; rows that differ only in length, inputs or pass share a line."""
+    if not rows:
+        return []
+    lines: list[tuple[str, ...]] = []
+    for row in sorted(rows, key=_order):
+        why = row["status"] + (f": {_cell(row['detail'])}" if row["detail"] else "")
+        lines.append((row["method"], row["stage"], why, row["pass"], _inputs(row), tokens(row["length"])))
+    for place in (5, 4, 3):
+        merged: dict[tuple, list[str]] = {}
+        for line in lines:
+            merged.setdefault((*line[:place], *line[place + 1 :]), []).append(line[place])
+        lines = [(*key[:place], ", ".join(values), *key[place:]) for key, values in merged.items()]
+    return [
+        "\nNot measured:\n",
+        "| method | stage | why | pass | inputs | lengths |",
+        "|---|---|---|---|---|---|",
+        *(f"| {' | '.join(line)} |" for line in lines),
+    ]
+
+
+def _order(row: dict) -> tuple:
+    """Where a row stands in a table."""
+    pattern = -1 if row["pattern"] is None else list(MARKS).index(row["pattern"])
+    place = (row["length"], row["sparsity"] or 0, pattern, STAGES.index(row["stage"]), row["method"])
+    return (*place, PASSES.index(row["pass"]))
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "/").split())
+
+
+def _inputs(row: dict) -> str:
+    return "any" if row["pattern"] is None else f"{row['pattern']} {row['sparsity']:.0%}"
+
+
+def _provenance(rows: Sequence[dict]) -> list[str]:
+    said = sorted(
+        {
+            f"{row['date'][:10]}, commit {(row['git_sha'] or 'unknown')[:10]}{' and changes' if row['dirty'] else ''}, "
+            + ", ".join(f"{name} {version}" for name, version in row["versions"].items() if version)
+            for row in rows
+        }
+    )
+    return [*said, ""]
+
+
+def _measurements(rows: Sequence[dict]) -> list[str]:
+    """A line for each length, input and method: both passes beside each other."""
+    cases: dict[tuple, dict[str, dict]] = {}
+    for row in sorted(rows, key=_order):
+        if row["status"] == "ok":
+            cases.setdefault(tuple(row[name] for name in CASE[:-1]), {})[row["pass"]] = row
+    against = sorted({row["against"] for row in rows if row["ratio"]})
+    out = [
+        f"Milliseconds (speed-up over dense attention{': ' if against else ''}{', '.join(against)}); memory beside "
+        "inputs and results.\n",
+        "| length | inputs | causal sparsity | stage | method | forward | forward + backward | memory | memory, both |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for key in cases:
+        length, _, _, stage, method = key
+        passes = [cases[key].get(name) for name in PASSES]
+        row = passes[0] or passes[1]
+        sparsity = "" if row["causal_sparsity"] is None else f"{row['causal_sparsity']:.1%}"
+        times = " | ".join(_time(p) for p in passes)
+        memory = " | ".join("" if p is None or p["extra_mib"] is None else f"{p['extra_mib']:.0f} MiB" for p in passes)
+        out.append(f"| {tokens(length)} | {_inputs(row)} | {sparsity} | {stage} | {method} | {times} | {memory} |")
+    return out
+
+
+def _time(row: dict | None) -> str:
+    if row is None:
+        return ""
+    return f"{row['ms']:.3g}" + (f" ({row['ratio']:.2f}x)" if row["ratio"] else "")
+
+
+def _break_even_table(rows: Sequence[dict]) -> list[str]:
+    found: dict[tuple, dict[str, str]] = {}
+    for name in PASSES:
+        for curve in curves(rows, name):
+            line = [(row["length"], row["ratio"]) for row in curve.rows if row["ratio"]]
+            found.setdefault((curve.method, curve.sparsity, curve.pattern), {})[name] = break_even(line)
+    if not found:
+        return []
+    out = ["\n| faster than dense from | inputs | forward | forward + backward |", "|---|---|---|---|"]
+    for (method, sparsity, pattern), lengths in found.items():
+        cells = " | ".join(lengths.get(name, "not measured") for name in PASSES)
+        out.append(f"| {method} | {pattern} {sparsity:.0%} | {cells} |")
+    return out
+
+
+def draw(rows: Sequence[dict], path: Path) -> None:
+    """Time, speed-up and extra memory against length; a column per pass and sparsity. ``path`` has no suffix."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    rows = with_ratios(rows)
+    for number, (setup, inside) in enumerate(setups(rows).items()):
+        sparsities = sorted({row["sparsity"] for row in inside if row["sparsity"] is not None}) or [None]
+        columns = [(name, sparsity) for name in PASSES for sparsity in sparsities]
+        figure, axes = plt.subplots(
+            3,
+            len(columns),
+            figsize=(4 * len(columns), 9),
+            squeeze=False,
+            sharex=True,
+            sharey="row",
+            layout="constrained",
+        )
+        labels = sorted({c.label for name in PASSES for c in curves(inside, name)})
+        colour = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
+        for column, (name, sparsity) in zip(axes.T, columns, strict=True):
+            for label, line in _dense_lines(inside, name).items():
+                style = {"color": "#444444", "linewidth": 1, "linestyle": {FLASH_3: "-", CUDNN: ":"}.get(label, "--")}
+                _plot(column[0], line, "ms", label=label, **style)
+                _plot(column[2], line, "extra_mib", **style)
+            for curve in curves(inside, name):
+                if curve.sparsity == sparsity:
+                    style = {"color": colour[curve.label], "marker": MARKS[curve.pattern], "markersize": 4}
+                    _plot(column[0], curve.rows, "ms", label=curve.label, **style)
+                    _plot(column[1], curve.rows, "ratio", **style)
+                    _plot(column[2], curve.rows, "extra_mib", **style)
+            column[1].axhline(1, color="#444444", linewidth=1)
+            what = name.replace("+", " + ")
+            column[0].set_title(what if sparsity is None else f"{what}, {sparsity:.0%} sparse", fontsize=10)
+            column[2].set_xlabel("tokens")
+        against = sorted({row["against"] for row in inside if row["ratio"]}) or ["dense"]
+        for ax, label in zip(
+            axes[:, 0], ("ms", f"speed-up over\n{', '.join(against)}", "extra memory, MiB"), strict=True
+        ):
+            ax.set_ylabel(label)
+        for ax in axes.flat:
+            ax.set_xscale("log", base=2)
+            ax.xaxis.set_major_formatter(lambda x, _: tokens(x))
+            ax.grid(alpha=0.25)
+        for time_ax, ratio_ax, memory_ax in axes.T:
+            time_ax.set_yscale("log")
+            ratio_ax.set_yscale("log")
+            ratio_ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ratio_ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}x")
+            ratio_ax.yaxis.set_minor_formatter(NullFormatter())
+            memory_ax.set_yscale("symlog", linthresh=1)  # nothing is a possible amount
+            memory_ax.set_ylim(bottom=0)
+        handles = {t: h for ax in axes[0] for h, t in zip(*ax.get_legend_handles_labels(), strict=True)}
+        figure.legend(handles.values(), handles.keys(), fontsize=8, loc="outside lower center", ncols=4)
+        figure.suptitle(f"{title(setup)}\nhollow: the sparsity reached is another, see the table", fontsize=10)
+        name = path.name if number == 0 else f"{path.name}-{number + 1}"
+        for suffix in (".png", ".pdf"):
+            temporary = path.with_name(f".{name}{suffix}")
+            figure.savefig(temporary, dpi=160)
+            temporary.replace(path.with_name(name + suffix))
+        plt.close(figure)
+
+
+def _dense_lines(rows: Iterable[dict], name: str) -> dict[str, list[dict]]:
+    lines: dict[str, list[dict]] = {}
+    for row in sorted(rows, key=lambda row: row["length"]):
+        if row["stage"] == DENSE and row["pass"] == name and row["status"] == "ok":
+            lines.setdefault(row["method"], []).append(row)
+    return lines
+
+
+def _plot(ax, line: Sequence[dict], value: str, **style) -> None:
+    points = [(row["length"], row[value]) for row in line if row[value] is not None]
+    if points:
+        ax.plot(*zip(*points, strict=True), linewidth=style.pop("linewidth", 1.5), **style)
+    for row in line:  # short sequences do not get as sparse as asked for
+        if row["sparsity"] is not None and abs(row["causal_sparsity"] - row["sparsity"]) > 0.02 and row[value]:
+            ax.plot(row["length"], row[value], **(style | {"markerfacecolor": "white", "label": None, "zorder": 3}))
+
+
+def write_report(root: Path) -> str:
+    """speed.md, speed.png and speed.pdf from the rows in ``root``; returns the table.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    rows = read_rows(root / ROWS)
+    if not rows:
+        raise ValueError(
+            f"no rows in {root / ROWS}: run `python -m experiments.speed output_dir={root}` on a GPU first"
+        )
+    table = to_markdown(rows)
+    write_atomically(root / "speed.md", table)
+    draw(rows, root / "speed")
+    return table
+
+
+def main(arguments: Sequence[str]) -> None:
+    with user_errors():
+        if len(arguments) != 1:
+            raise ValueError("usage: python -m experiments.speed_report DIRECTORY")
+        root = Path(arguments[0])
+        table = write_report(root)
+    print(table)
+    print(f"{root / 'speed.png'} and .pdf, speed.md")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
