@@ -48,8 +48,8 @@ def iterate_documents(config: TextDataConfig) -> Iterator[Document]:
 
 
 def corpus_fingerprint(config: TextDataConfig) -> str:
-    """Changes whenever the documents, their order or their split may change. A hub data set counts as
-    constant unless its revision changes."""
+    """Changes with the documents, their order or their split, as far as can be told without reading them: Python
+    sources by name and size, files by size and time too, a hub data set by its revision only."""
     if config.source == "python_stdlib":
         contents = [(name, size) for _, name, size in _list_python_sources()]
     elif config.source == "files":
