@@ -33,8 +33,9 @@ lint: install
 	.venv/bin/uv pip install --quiet --python $(PY) $(FIND_LINKS) -r requirements.lock
 	touch $@
 
-# The lock names no build of torch: with a GPU the CUDA build is installed, without one what find-links offers.
+# The lock names no build of torch, nor the CUDA libraries that its GPU build brings along itself: with a GPU that one is
+# installed, without one what find-links offers.
 lock: install
 	.venv/bin/uv pip compile --quiet --upgrade --python-version 3.11 $(FIND_LINKS) --extra train --extra dev \
-		--custom-compile-command "make lock" pyproject.toml -o requirements.lock
-	sed -i 's/^\(torch==[0-9.]*\)+cpu/\1/' requirements.lock
+		--no-annotate --custom-compile-command "make lock" pyproject.toml -o requirements.lock
+	sed -i -e 's/^\(torch==[0-9.]*\)+cpu/\1/' -e '/^\(nvidia\|cuda\)-/d' requirements.lock
