@@ -1,0 +1,46 @@
+"""The custom operators as torch.compile, autograd and activation checkpointing see them."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+pytest.importorskip("triton")
+
+from dashattn import dash_attention
+from dashattn.ops.block_sparse import triton as block_sparse
+from dashattn.ops.chunk_summary import triton as chunk_summary
+from dashattn.ops.dash_routing import triton as dash_routing
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make(*shape):
+    return torch.randn(*shape, device=DEVICE, requires_grad=True)
+
+
+def make_qkv(length=40):
+    return [make(1, length, heads, 16) for heads in (4, 2, 2)]
+
+
+def test_operators_keep_torch_librarys_rules():
+    """Schema, fake tensors, autograd and tracing with dynamic shapes, all by ``torch.library.opcheck``."""
+    q, k, v = make_qkv()
+    words = torch.full((1, 2, 40, 1), 7, dtype=torch.int32, device=DEVICE)
+    for operator, arguments in (
+        (chunk_summary._forward_op, (k, make(1, 2, 16), None, 16)),
+        (dash_routing._attention_op, (q, k, v, make(1, 2, 2, 16), None, None, 16, 1.0, 0.25, "raw", 1.0)),
+        (block_sparse._forward_op, (q, k, v, words, None, None, 16, 0.25)),
+    ):
+        assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
+
+
+def test_activation_checkpointing_changes_nothing():
+    inputs = [*make_qkv(), make(2, 16)]
+
+    def attend(*tensors):
+        return dash_attention(*tensors, chunk_size=16, router_scale=2.0, prior="raw", impl="triton")
+
+    results = [attend(*inputs), checkpoint(attend, *inputs, use_reentrant=False)]
+    grads = [torch.autograd.grad(out.square().sum(), inputs) for out in results]
+    assert torch.equal(*results)
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
