@@ -85,19 +85,8 @@ def find_target(config: EvaluateConfig) -> Target:
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}: at least 1 is needed")
     for knob in config.knobs or ():
-        knob_config(train, knob)
+        train.attention.with_knob(knob)
     return Target(run_dir, checkpoint, resolve(replace(train, device=config.device)))
-
-
-def knob_config(train: TrainConfig, knob: float):
-    """The attention config with its sparsity knob at ``knob``; ValueError where that cannot be."""
-    attention = train.attention
-    if attention.knob is None:
-        raise ValueError(f"attention={attention.name} has no sparsity knob: leave knobs out")
-    kind = type(getattr(attention, attention.knob))
-    if kind(knob) != knob:
-        raise ValueError(f"{attention.knob} must be an integer; got {knob}")
-    return replace(attention, **{attention.knob: kind(knob)})
 
 
 def trained_knob(train: TrainConfig) -> float | None:

@@ -77,6 +77,13 @@ class AttentionConfig:
     def __post_init__(self) -> None:
         checks.check_choice("attention.impl", self.impl, IMPLS)
 
+    def with_knob(self, value: float) -> "AttentionConfig":
+        """This configuration at another value of its sparsity knob; ValueError where that cannot be."""
+        check(self.knob is not None, f"attention={self.name} has no sparsity knob")
+        kind = type(getattr(self, self.knob))
+        check(kind(value) == value, f"{self.knob} must be an integer; got {value}")
+        return dataclasses.replace(self, **{self.knob: kind(value)})
+
 
 class AttentionBackend(nn.Module):
     """Attention after the projections and RoPE: owns its own parameters, not those of the transformer."""
@@ -119,11 +126,7 @@ class AttentionBackend(nn.Module):
 
     def set_knob(self, value: float) -> None:
         """Sets the sparsity knob, as at inference. ValueError where there is none or the value cannot be."""
-        knob = self.config.knob
-        check(knob is not None, f"attention {self.config.name!r} has no sparsity knob")
-        current = getattr(self.config, knob)
-        check(isinstance(current, float) or float(value).is_integer(), f"{knob} must be an integer; got {value}")
-        self.config = dataclasses.replace(self.config, **{knob: type(current)(value)})
+        self.config = self.config.with_knob(value)
 
     def flops(self, active_tokens: float, routing_reads: float) -> AttentionFlops:
         """Operations per token, from the measured means per token and KV head (see ``AttentionStats``)."""
