@@ -43,14 +43,12 @@ class BatchStream(ABC):
     """Batches of one rank. Training is infinite; validation is finite and starts over at each `iter()`.
 
     `state_dict()` between two batches describes what has been handed out; a stream built alike continues
-    after `load_state_dict()` with exactly the batches that would have followed.
+    after `load_state_dict()` with exactly the batches that would have followed. The state is the rank's own.
     """
 
     split: str
     vocab_size: int
     tokenizer: TextTokenizer | None = None
-    # True: each rank must save and load its own state. False: all ranks hold the same state.
-    state_per_rank: bool = False
 
     def __iter__(self) -> Iterator[Batch]:
         if self.split == "validation":

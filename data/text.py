@@ -105,8 +105,6 @@ class StreamedTextStream(BatchStream):
     no more than reading one document. It belongs to one rank of a fixed number of ranks.
     """
 
-    state_per_rank = True
-
     def __init__(
         self,
         config: TextDataConfig,
