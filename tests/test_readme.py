@@ -40,8 +40,8 @@ TESTED = {
     "make pareto",
     "make test",  # this
     "make test-gpu",  # on a GPU
-    "python train.py experiment=debug attention=dash",
-    "python evaluate.py run=outputs/debug-dash tasks=[loss,position] knobs=[0.5,1,2]",
+    "python train.py experiment=debug attention=dash attention.chunk_size=16",
+    "python evaluate.py run=outputs/debug-dash tasks=[loss,position] knobs=[1,10,50]",
     "python -m experiments.sweep sweep=smoke",
     "python -m experiments.pareto outputs/smoke",
     "python train.py --cfg job",
@@ -58,8 +58,8 @@ def test_every_command_is_tested():
 
 def test_train_then_evaluate(tmp_path):
     small = ("steps=6", "data.seq_len=128", "data.max_bytes=2000000", "threads=1", f"run_dir={tmp_path}/debug-dash")
-    python("train.py", "experiment=debug", "attention=dash", *small)
-    out = python("evaluate.py", f"run={tmp_path}/debug-dash", "tasks=[loss,position]", "knobs=[0.5,1,2]", "threads=1")
+    python("train.py", "experiment=debug", "attention=dash", "attention.chunk_size=16", *small)
+    out = python("evaluate.py", f"run={tmp_path}/debug-dash", "tasks=[loss,position]", "knobs=[1,10,50]", "threads=1")
     assert out.count("loss ") == 3
     assert "causal sparsity" in out
 
