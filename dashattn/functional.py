@@ -217,25 +217,23 @@ def infllmv2_attention(
     windows = {"kernel_size": kernel_size, "kernel_stride": kernel_stride}
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
-    select = partial(
-        topk_selection,
-        **windows,
+    _, selection = _attend_windows_and_select(
+        q.detach(),
+        mean_compress(k.detach(), **windows, cu_seqlens=cu_seqlens),
+        None,
+        windows=windows,
+        scale=scale,
+        cu_seqlens=cu_seqlens,
         pooling="max",
         block_size=block_size,
         topk=topk,
         init_blocks=init_blocks,
         local_blocks=window_size // block_size + 1,
     )
-    compressed_k = mean_compress(k.detach(), **windows, cu_seqlens=cu_seqlens)
-    _, selections = compressed_attention(
-        q.detach(), compressed_k, None, select, **windows, scale=scale, cu_seqlens=cu_seqlens
-    )
-    selection = Selection.concatenate(selections)
     out = attend(q, k, v, selection, scale=scale, cu_seqlens=cu_seqlens)
     if not return_stats:
         return out
-    reads = visible_windows(document_positions(cu_seqlens, *q.shape[:2], q.device), **windows)
-    return out, selection_stats(selection, reads, cu_seqlens)
+    return out, _stats_with_windows(q, selection, windows, cu_seqlens)
 
 
 @_without_autocast
@@ -297,19 +295,19 @@ def nsa_attention(
     windows = {"kernel_size": kernel_size, "kernel_stride": kernel_stride}
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
-    select = partial(
-        topk_selection,
-        **windows,
+    out_compressed, selection = _attend_windows_and_select(
+        q,
+        compressed_k,
+        compressed_v,
+        windows=windows,
+        scale=scale,
+        cu_seqlens=cu_seqlens,
         pooling=pooling,
         block_size=block_size,
         topk=topk,
         init_blocks=init_blocks,
         local_blocks=local_blocks,
     )
-    out_compressed, selections = compressed_attention(
-        q, compressed_k, compressed_v, select, **windows, scale=scale, cu_seqlens=cu_seqlens
-    )
-    selection = Selection.concatenate(selections)
     gate = gates.to(out_compressed.dtype)[..., None].unbind(3)
     out = gate[0] * out_compressed
     out = out + gate[1] * attend(q, k, v, selection, scale=scale, cu_seqlens=cu_seqlens)
@@ -321,8 +319,33 @@ def nsa_attention(
     out = out.to(q.dtype)
     if not return_stats:
         return out
+    return out, _stats_with_windows(q, selection, windows, cu_seqlens, window_size)
+
+
+def _attend_windows_and_select(
+    q: Tensor,
+    compressed_k: Tensor,
+    compressed_v: Tensor | None,
+    *,
+    windows: dict[str, int],
+    scale: float,
+    cu_seqlens: Tensor | None,
+    **blocks,
+) -> tuple[Tensor | None, Selection]:
+    """Attention over the compressed keys, and the blocks its probabilities select (``blocks``: ``topk_selection``)."""
+    select = partial(topk_selection, **windows, **blocks)
+    out, selections = compressed_attention(
+        q, compressed_k, compressed_v, select, **windows, scale=scale, cu_seqlens=cu_seqlens
+    )
+    return out, Selection.concatenate(selections)
+
+
+def _stats_with_windows(
+    q: Tensor, selection: Selection, windows: dict[str, int], cu_seqlens: Tensor | None, window_size: int = 0
+) -> AttentionStats:
+    """Stats of a method that scores the compressed keys a token can see."""
     reads = visible_windows(document_positions(cu_seqlens, *q.shape[:2], q.device), **windows)
-    return out, selection_stats(selection, reads, cu_seqlens, window_size)
+    return selection_stats(selection, reads, cu_seqlens, window_size)
 
 
 def check_infllmv2(block_size, kernel_size, kernel_stride, topk, init_blocks, window_size) -> None:

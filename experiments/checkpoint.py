@@ -35,7 +35,7 @@ def latest_checkpoint(checkpoints: Path) -> Path | None:
     if not (path / STATE).exists():
         raise ValueError(
             f"{pointer} names {path.name}, which is not a complete checkpoint: "
-            "write the name of a complete one into it, or remove it to start over"
+            "write the name of a complete one into it, or remove it to go on from the newest"
         )
     return path
 

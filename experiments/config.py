@@ -285,7 +285,11 @@ def _check_model(config: TrainConfig) -> None:
             )
     # The backend itself says what it cannot do; on the meta device asking costs no memory.
     with torch.device("meta"):
-        build_backend(
+        backend = build_backend(
             config.attention,
             AttentionShape(model.hidden_size, model.num_heads, model.num_kv_heads, model.head_dim),
+        )
+    if getattr(config.data, "pack", None) == "documents" and not backend.capabilities.packed:
+        raise ValueError(
+            f"attention={config.attention.name} takes no packed documents: use data.pack=plain, or another attention"
         )

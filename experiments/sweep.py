@@ -190,7 +190,7 @@ def run_cell(cell: Cell, log_dir: Path) -> Outcome:
 def _last_words(log_path: Path) -> str:
     """The line that says why a process failed: the last one that names an error, else the last."""
     lines = [line.strip() for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if re.search(r"error:|Error\b(?!_)", line)]
+    errors = [line for line in lines if re.search(r"error:|Error\b", line)]
     return (errors or lines or ["no output"])[-1]
 
 

@@ -8,6 +8,8 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 import train  # noqa: F401 (registers the schemas)
+from dashattn.backends import Capabilities
+from dashattn.backends.dash import DashBackend
 from experiments.config import TrainConfig, accumulation, check, load_config, plain, to_config
 from experiments.sweep import cells
 
@@ -81,6 +83,13 @@ def test_unknown_keys_and_wrong_types_stop_at_composition(override):
 def test_impossible_combinations_are_refused_with_their_mend(overrides, mend):
     with pytest.raises(ValueError, match=mend):
         check(composed("device=cpu", *overrides))
+
+
+def test_a_backend_that_cannot_take_packed_documents_is_refused_before_it_meets_them(monkeypatch):
+    monkeypatch.setattr(DashBackend, "capabilities", Capabilities(packed=False))
+    check(composed("attention=dash", "data.pack=plain"))
+    with pytest.raises(ValueError, match=r"use data\.pack=plain"):
+        check(composed("attention=dash"))
 
 
 def test_a_key_forced_in_is_refused():

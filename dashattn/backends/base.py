@@ -30,10 +30,12 @@ class Capabilities:
     """What a backend can do; the model refuses at construction what it cannot.
 
     Attributes:
+        packed: documents packed with cu_seqlens.
         max_head_dim: largest head size.
         max_group_size: most query heads per KV head.
     """
 
+    packed: bool = True
     max_head_dim: int = 256
     max_group_size: int = 32
 
