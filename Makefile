@@ -6,7 +6,7 @@ FIND_LINKS = $(addprefix --find-links ,$(or $(PIP_FIND_LINKS),$(shell $(PYTHON) 
 SWEEP ?= pareto
 OUTPUT ?= outputs/$(SWEEP)
 
-.PHONY: install pareto test test-gpu lint lock
+.PHONY: install pareto test test-all test-gpu lint lock
 
 install: .venv/.installed
 
@@ -16,6 +16,10 @@ pareto: install
 	$(PY) -m experiments.pareto $(OUTPUT)
 
 test: install lint
+	$(PY) -m pytest -n 2 -m "not slow"
+
+# The tests that take minutes, too.
+test-all: install lint
 	$(PY) -m pytest -n 2
 
 # The kernels at real sizes, on a machine with a GPU; elsewhere its tests are skipped.
