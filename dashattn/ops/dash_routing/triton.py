@@ -50,7 +50,7 @@ def _num_blocks(q: Tensor, chunk_size: int) -> int:
 def _route_op(
     q: Tensor, summaries: Tensor, alpha: Tensor | None, cu_seqlens: Tensor | None, chunk_size: int, score_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Words int32 [B, H, T, W]; highest scaled score and threshold, float32 [B, T, Hq]."""
+    """Words int32 [B, H, T, W]; highest product q . k~ and threshold, float32 [B, T, Hq]."""
     geo = geometry(q, summaries.shape[2], cu_seqlens)
     words, peak, tau = route(
         flatten_tokens(q), _flat_summaries(summaries), alpha, summary_starts(geo, chunk_size), geo, chunk_size,

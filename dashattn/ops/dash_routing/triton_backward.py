@@ -15,9 +15,10 @@ from torch import Tensor
 
 from dashattn.ops.dash_routing.triton_forward import (
     group_sum,
+    load_tile,
     power,
     router_constants,
-    shifted_scores,
+    scores,
     summary_descriptor,
 )
 from dashattn.ops.tiles import Geometry, locate_tile
@@ -51,23 +52,12 @@ def query_kernel(
         return
     first_summary = tl.load(summary_starts + document)
     ROWS: tl.constexpr = TOKENS * GROUP_P
-    row = tl.arange(0, ROWS)
-    position = index * TOKENS + row // GROUP_P
-    query_head = kv_head * GROUP + row % GROUP_P
-    valid = (start + position < end) & (row % GROUP_P < GROUP)
-    flat_row = (start + position).to(tl.int64) * (KV_HEADS * GROUP) + query_head
-    dim = tl.arange(0, DIM)
-    in_tile = valid[:, None] & (dim < HEAD_DIM)[None, :]
-    offset = flat_row[:, None] * HEAD_DIM + dim[None, :]
-    q = tl.load(q_ptr + offset, mask=in_tile, other=0.0)
-    past = tl.where(valid, position // BLOCK, 0)
+    valid, flat_row, own, q, alpha, slope, exponent = load_tile(
+        q_ptr, alpha_ptr, start, end, index, kv_head, score_scale, KV_HEADS, GROUP, GROUP_P, TOKENS, BLOCK, HEAD_DIM,
+        DIM, SQUARE,
+    )  # fmt: skip
+    past = tl.maximum(own, 0)
     last = tl.max(past, 0)
-    if SQUARE:
-        alpha = tl.full([ROWS], 1.5, tl.float32)
-    else:
-        alpha = tl.load(alpha_ptr + query_head, mask=valid, other=1.5)
-    slope = (alpha - 1.0) * score_scale
-    exponent = ((2.0 - alpha) / (alpha - 1.0))[:, None]
     peak = tl.load(peak_ptr + flat_row, mask=valid, other=0.0)
     tau = tl.load(tau_ptr + flat_row, mask=valid, other=0.0)
     tile_token = start + index * TOKENS + tl.arange(0, TOKENS)
@@ -86,9 +76,7 @@ def query_kernel(
     pb_log = tl.zeros([ROWS], tl.float32)
     p_log = tl.zeros([ROWS], tl.float32)
     for chunk in range(0, last, CHUNKS):
-        x = shifted_scores(
-            q, summary_desc, kv_head, first_summary, chunk, past, slope, peak, CHUNKS, DIM, True, PRECISION
-        )
+        x = scores(q, summary_desc, kv_head, first_summary, chunk, past, slope, peak, CHUNKS, DIM, True, PRECISION)
         p, u = power(tl.maximum(x - tau[:, None], 0.0), exponent, SQUARE)
         group_p = group_sum(p, TOKENS, GROUP_P, CHUNKS)
         column = chunk + tl.arange(0, CHUNKS)
@@ -128,7 +116,7 @@ def query_kernel(
     acc = tl.zeros([ROWS, DIM], tl.float32)
     for chunk in range(0, last, CHUNKS):
         k = summary_desc.load([kv_head, first_summary + chunk, 0]).reshape(CHUNKS, DIM)
-        x = tl.dot(q, k.T, input_precision=PRECISION) * slope[:, None] - peak[:, None]
+        x = (tl.dot(q, k.T, input_precision=PRECISION) - peak[:, None]) * slope[:, None]
         column = chunk + tl.arange(0, CHUNKS)
         x = tl.where(column[None, :] < past[:, None], x, float("-inf"))
         p, u = power(tl.maximum(x - tau[:, None], 0.0), exponent, SQUARE)
@@ -142,6 +130,9 @@ def query_kernel(
             acc = tl.dot(ds.to(tl.bfloat16), k, acc)
         else:  # ds can leave float16's range
             acc = tl.dot(ds, k.to(tl.float32), acc, input_precision=GRAD_PRECISION)
+    dim = tl.arange(0, DIM)
+    in_tile = valid[:, None] & (dim < HEAD_DIM)[None, :]
+    offset = flat_row[:, None] * HEAD_DIM + dim[None, :]
     dq = tl.load(dq_ptr + offset, mask=in_tile, other=0.0).to(tl.float32) + acc * (score_scale * inverse_sigma)
     tl.store(dq_ptr + offset, dq.to(dq_ptr.dtype.element_ty), mask=in_tile)
 
@@ -193,7 +184,7 @@ def summary_kernel(
         peak = tl.load(peak_ptr + flat_row, mask=valid, other=0.0)
         tau = tl.load(tau_ptr + flat_row, mask=valid, other=0.0)
         row_mean = tl.load(row_mean_ptr + flat_row, mask=valid, other=0.0)
-        x = tl.dot(k, q.T, input_precision=PRECISION) * slope - peak[None, :]
+        x = (tl.dot(k, q.T, input_precision=PRECISION) - peak[None, :]) * slope
         x = tl.where(chunk[:, None] < past[None, :], x, float("-inf"))
         p, u = power(tl.maximum(x - tau[None, :], 0.0), exponent, SQUARE)
         group_p = tl.sum(tl.reshape(p, (CHUNKS, TOKENS, GROUP_P)), 2)

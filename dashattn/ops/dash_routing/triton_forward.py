@@ -2,11 +2,13 @@
 
 Scores are never written. A program owns a tile of neighbouring tokens x the heads of a KV group and multiplies it with
 the chunk summaries again in each pass, on the tensor cores, which is several times cheaper than one trip of float32
-scores through memory. What is kept per (token, query head) are two numbers: the highest scaled score and the
-threshold relative to it (relative, because large scores would cost the threshold its digits).
+scores through memory. What is kept per (token, query head) are two numbers: the highest product q . k~ and the
+threshold tau relative to it. Relative, and the difference of products taken before it is scaled: the highest score is
+then exactly 0, and a large router_scale costs the threshold no digits.
 
-With x = (alpha - 1) s - max, r = 1 / (alpha - 1) and z = max(x - tau, 0), entmax is p = z ** r with sum p = 1. The
-root is sought on h(tau) = (sum z ** r) ** (1 / r) - 1, a convex function and nearly a straight line.
+With s = score_scale q . k~, x = (alpha - 1) (s - max s), r = 1 / (alpha - 1) and z = max(x - tau, 0), entmax is
+p = z ** r with sum p = 1. The root is sought on h(tau) = (sum z ** r) ** (1 / r) - 1, a convex function and nearly a
+straight line.
 """
 
 import torch
@@ -39,14 +41,49 @@ def power(z, exponent, SQUARE: tl.constexpr):
 
 
 @triton.jit
-def shifted_scores(q, summary_desc, kv_head, first_summary, chunk, past, slope, shift, CHUNKS: tl.constexpr,
-                   DIM: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """slope * q k~ - shift for CHUNKS chunks from ``chunk`` on; MASKED: -inf at chunks that are no candidates."""
+def load_tile(q_ptr, alpha_ptr, start, end, index, kv_head, score_scale, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+              GROUP_P: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+              DIM: tl.constexpr, SQUARE: tl.constexpr):  # fmt: skip
+    """Rows of query tile ``index`` of the document ``start .. end``.
+
+    Returns which rows stand for a query, their numbers in [n * Hq], their own chunk (-1: no query), q, alpha, and the
+    factors that turn a product q . k~ into a score x and z into p (``power``).
+    """
+    row = tl.arange(0, TOKENS * GROUP_P)
+    position = index * TOKENS + row // GROUP_P
+    query_head = kv_head * GROUP + row % GROUP_P
+    valid = (start + position < end) & (row % GROUP_P < GROUP)
+    flat_row = (start + position).to(tl.int64) * (KV_HEADS * GROUP) + query_head
+    dim = tl.arange(0, DIM)
+    in_tile = valid[:, None] & (dim < HEAD_DIM)[None, :]
+    q = tl.load(q_ptr + flat_row[:, None] * HEAD_DIM + dim[None, :], mask=in_tile, other=0.0)
+    own = tl.where(valid, position // BLOCK, -1)
+    if SQUARE:
+        alpha = tl.full([TOKENS * GROUP_P], 1.5, tl.float32)
+    else:
+        alpha = tl.load(alpha_ptr + query_head, mask=valid, other=1.5)
+    slope = (alpha - 1.0) * score_scale
+    exponent = ((2.0 - alpha) / (alpha - 1.0))[:, None]
+    return valid, flat_row, own, q, alpha, slope, exponent
+
+
+@triton.jit
+def products(q, summary_desc, kv_head, first_summary, chunk, past, CHUNKS: tl.constexpr, DIM: tl.constexpr,
+             MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """q . k~ for CHUNKS chunks from ``chunk`` on; MASKED: -inf at chunks that are no candidates."""
     k = summary_desc.load([kv_head, first_summary + chunk, 0]).reshape(CHUNKS, DIM)
-    x = tl.dot(q, k.T, input_precision=PRECISION) * slope[:, None] - shift[:, None]
+    x = tl.dot(q, k.T, input_precision=PRECISION)
     if MASKED:
         x = tl.where((chunk + tl.arange(0, CHUNKS))[None, :] < past[:, None], x, float("-inf"))
     return x
+
+
+@triton.jit
+def scores(q, summary_desc, kv_head, first_summary, chunk, past, slope, peak, CHUNKS: tl.constexpr, DIM: tl.constexpr,
+           MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """x of CHUNKS chunks from ``chunk`` on."""
+    x = products(q, summary_desc, kv_head, first_summary, chunk, past, CHUNKS, DIM, MASKED, PRECISION)
+    return (x - peak[:, None]) * slope[:, None]
 
 
 @triton.jit
@@ -119,9 +156,7 @@ def _measure(q, summary_desc, kv_head, first_summary, chunk, past, own, slope, p
              in_document, num_words, TOKENS: tl.constexpr, GROUP_P: tl.constexpr, CHUNKS: tl.constexpr,
              DIM: tl.constexpr, SQUARE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Adds CHUNKS chunks to the sums of z ** r, z ** (r - 1) and z > 0, and writes their selection words."""
-    x = shifted_scores(
-        q, summary_desc, kv_head, first_summary, chunk, past, slope, peak, CHUNKS, DIM, MASKED, PRECISION
-    )
+    x = scores(q, summary_desc, kv_head, first_summary, chunk, past, slope, peak, CHUNKS, DIM, MASKED, PRECISION)
     p, u = power(tl.maximum(x - tau[:, None], 0.0), exponent, SQUARE)
     selected = p > 0
     support = tl.sum(selected.to(tl.float32), 1)
@@ -151,37 +186,22 @@ def threshold_kernel(
     first_summary = tl.load(summary_starts + document)
 
     ROWS: tl.constexpr = TOKENS * GROUP_P
-    row = tl.arange(0, ROWS)
-    position = index * TOKENS + row // GROUP_P
-    query_head = kv_head * GROUP + row % GROUP_P
-    valid = (start + position < end) & (row % GROUP_P < GROUP)
-    flat_row = (start + position).to(tl.int64) * (KV_HEADS * GROUP) + query_head
-    dim = tl.arange(0, DIM)
-    in_tile = valid[:, None] & (dim < HEAD_DIM)[None, :]
-    q = tl.load(q_ptr + flat_row[:, None] * HEAD_DIM + dim[None, :], mask=in_tile, other=0.0)
-    own = tl.where(valid, position // BLOCK, -1)
+    valid, flat_row, own, q, alpha, slope, exponent = load_tile(
+        q_ptr, alpha_ptr, start, end, index, kv_head, score_scale, KV_HEADS, GROUP, GROUP_P, TOKENS, BLOCK, HEAD_DIM,
+        DIM, SQUARE,
+    )  # fmt: skip
     past = tl.maximum(own, 0)
     last = tl.max(own, 0)
-    if SQUARE:
-        alpha = tl.full([ROWS], 1.5, tl.float32)
-    else:
-        alpha = tl.load(alpha_ptr + query_head, mask=valid, other=1.5)
-    slope = (alpha - 1.0) * score_scale
-    exponent = ((2.0 - alpha) / (alpha - 1.0))[:, None]
 
     # Chunks before ``whole`` are candidates of every row. Rows that stand for nothing must not select any.
     whole = index * TOKENS // BLOCK // CHUNKS * CHUNKS
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     zero = tl.zeros([ROWS], tl.float32)
     for chunk in range(0, whole, CHUNKS):
-        x = shifted_scores(
-            q, summary_desc, kv_head, first_summary, chunk, past, slope, zero, CHUNKS, DIM, False, PRECISION
-        )
+        x = products(q, summary_desc, kv_head, first_summary, chunk, past, CHUNKS, DIM, False, PRECISION)
         peak = tl.maximum(peak, tl.max(x, 1))
     for chunk in range(whole, last, CHUNKS):
-        x = shifted_scores(
-            q, summary_desc, kv_head, first_summary, chunk, past, slope, zero, CHUNKS, DIM, True, PRECISION
-        )
+        x = products(q, summary_desc, kv_head, first_summary, chunk, past, CHUNKS, DIM, True, PRECISION)
         peak = tl.maximum(peak, tl.max(x, 1))
     peak = tl.where(past > 0, peak, tl.where(valid, 0.0, 1e30))
 
@@ -191,17 +211,13 @@ def threshold_kernel(
     at_3 = (zero, zero)
     at_4 = (zero, zero)
     for chunk in range(0, whole, CHUNKS):
-        x = shifted_scores(
-            q, summary_desc, kv_head, first_summary, chunk, past, slope, peak, CHUNKS, DIM, False, PRECISION
-        )
+        x = scores(q, summary_desc, kv_head, first_summary, chunk, past, slope, peak, CHUNKS, DIM, False, PRECISION)
         at_1 = _probe(x, -1.0, at_1, exponent, SQUARE)
         at_2 = _probe(x, -0.75, at_2, exponent, SQUARE)
         at_3 = _probe(x, -0.5, at_3, exponent, SQUARE)
         at_4 = _probe(x, -0.25, at_4, exponent, SQUARE)
     for chunk in range(whole, last, CHUNKS):
-        x = shifted_scores(
-            q, summary_desc, kv_head, first_summary, chunk, past, slope, peak, CHUNKS, DIM, True, PRECISION
-        )
+        x = scores(q, summary_desc, kv_head, first_summary, chunk, past, slope, peak, CHUNKS, DIM, True, PRECISION)
         at_1 = _probe(x, -1.0, at_1, exponent, SQUARE)
         at_2 = _probe(x, -0.75, at_2, exponent, SQUARE)
         at_3 = _probe(x, -0.5, at_3, exponent, SQUARE)
@@ -268,23 +284,12 @@ def prior_kernel(
     if start + index * TOKENS >= end:
         return
     first_summary = tl.load(summary_starts + document)
-    ROWS: tl.constexpr = TOKENS * GROUP_P
-    row = tl.arange(0, ROWS)
-    position = index * TOKENS + row // GROUP_P
-    query_head = kv_head * GROUP + row % GROUP_P
-    valid = (start + position < end) & (row % GROUP_P < GROUP)
-    flat_row = (start + position).to(tl.int64) * (KV_HEADS * GROUP) + query_head
-    dim = tl.arange(0, DIM)
-    in_tile = valid[:, None] & (dim < HEAD_DIM)[None, :]
-    q = tl.load(q_ptr + flat_row[:, None] * HEAD_DIM + dim[None, :], mask=in_tile, other=0.0)
-    past = tl.where(valid, position // BLOCK, 0)
+    valid, flat_row, own, q, _, slope, exponent = load_tile(
+        q_ptr, alpha_ptr, start, end, index, kv_head, score_scale, KV_HEADS, GROUP, GROUP_P, TOKENS, BLOCK, HEAD_DIM,
+        DIM, SQUARE,
+    )  # fmt: skip
+    past = tl.maximum(own, 0)
     last = tl.max(past, 0)
-    if SQUARE:
-        alpha = tl.full([ROWS], 1.5, tl.float32)
-    else:
-        alpha = tl.load(alpha_ptr + query_head, mask=valid, other=1.5)
-    slope = (alpha - 1.0) * score_scale
-    exponent = ((2.0 - alpha) / (alpha - 1.0))[:, None]
     peak = tl.load(peak_ptr + flat_row, mask=valid, other=0.0)
     tau = tl.load(tau_ptr + flat_row, mask=valid, other=0.0)
 
@@ -294,18 +299,14 @@ def prior_kernel(
     selected_count = tl.zeros([TOKENS], tl.float32)
     if TEMPERED:
         for chunk in range(0, last, CHUNKS):
-            x = shifted_scores(
-                q, summary_desc, kv_head, first_summary, chunk, past, slope, peak, CHUNKS, DIM, True, PRECISION
-            )
+            x = scores(q, summary_desc, kv_head, first_summary, chunk, past, slope, peak, CHUNKS, DIM, True, PRECISION)
             p, _ = power(tl.maximum(x - tau[:, None], 0.0), exponent, SQUARE)
             p = group_sum(p, TOKENS, GROUP_P, CHUNKS)
             log_sum += tl.sum(tl.log(tl.where(p > 0, p / GROUP, 1.0)), 1)
             selected_count += tl.sum((p > 0).to(tl.float32), 1)
     mean = log_sum / tl.maximum(selected_count, 1.0)
     for chunk in range(0, last, CHUNKS):
-        x = shifted_scores(
-            q, summary_desc, kv_head, first_summary, chunk, past, slope, peak, CHUNKS, DIM, True, PRECISION
-        )
+        x = scores(q, summary_desc, kv_head, first_summary, chunk, past, slope, peak, CHUNKS, DIM, True, PRECISION)
         p, _ = power(tl.maximum(x - tau[:, None], 0.0), exponent, SQUARE)
         p = group_sum(p, TOKENS, GROUP_P, CHUNKS)
         log_p = (tl.log(tl.where(p > 0, p / GROUP, 1.0)) - mean[:, None]) * inverse_sigma
@@ -340,7 +341,7 @@ def route(
     q: Tensor, summaries: Tensor, alpha: Tensor | None, starts: Tensor, geo: Geometry, chunk_size: int, num_blocks: int,
     score_scale: float, options: dict[str, int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Selection words int32 [H, n, W], and per (token, query head) the highest scaled score and the threshold.
+    """Selection words int32 [H, n, W], and per (token, query head) the highest product q . k~ and the threshold tau.
 
     ``alpha``: float32 [Hq], or None for 1.5 everywhere, which needs no powers.
     """
