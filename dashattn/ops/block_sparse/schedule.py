@@ -80,16 +80,17 @@ def _key_list_kernel(
     lane = tl.arange(0, STEP)
     word_ptr = words + kv_head.to(tl.int64) * num_tokens * num_words + block // 32
     total = 0
-    near = 0
-    for begin in range(first, end, STEP):
-        token = begin + lane
-        w = tl.load(word_ptr + token.to(tl.int64) * num_words, mask=(token < end) & (block // 32 < num_words), other=0)
+    far = 0
+    for top in range(end, first, -STEP):
+        token = top - 1 - lane
+        valid = (token >= first) & (block // 32 < num_words)
+        w = tl.load(word_ptr + token.to(tl.int64) * num_words, mask=valid, other=0)
         chosen = (w >> (block % 32)) & 1
         tl.store(tokens + base + total + tl.cumsum(chosen, 0) - 1, token, mask=chosen != 0)
         total += tl.sum(chosen, 0)
-        near += tl.sum(tl.where(token < first + BLOCK, chosen, 0), 0)
+        far += tl.sum(tl.where(token >= first + BLOCK, chosen, 0), 0)
     count = counts + (kv_head * num_slots + slot) * 2
-    tl.store(count, near)
+    tl.store(count, far)
     tl.store(count + 1, total)
 
 
@@ -112,12 +113,12 @@ class TileLists:
 
 @dataclass(frozen=True)
 class KeyLists:
-    """Tokens that chose a block, ascending.
+    """Tokens that chose a block, descending.
 
     Attributes:
         tokens: int32 [H, capacity], flat token indices.
         bases: int64 [D]: where the lists of a document begin; ``key_list_offset`` has the rest.
-        counts: int32 [H, slots, 2]: tokens inside the block itself (they come first), and all tokens.
+        counts: int32 [H, slots, 2]: tokens past the block itself (they come first), and all tokens.
     """
 
     tokens: Tensor

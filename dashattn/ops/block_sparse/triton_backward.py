@@ -175,12 +175,16 @@ def key_grad_kernel(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
     KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BIAS_HEADS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Takes a ``splits``-th of the tokens that chose the block. Early blocks can be chosen by most: they go first."""
+    """Takes a ``splits``-th of the tokens that chose the block.
+
+    Early blocks can be chosen by most: they go first. Lists begin at the end of the document, which all blocks have in
+    common: programs that run together read the same tokens at about the same time, from the L2 cache.
+    """
     pid = tl.program_id(0)
     split = pid % splits
-    kv_head = pid // splits % KV_HEADS
-    part = pid // splits // KV_HEADS % (BLOCK // KEYS)
-    slot = pid // splits // KV_HEADS // (BLOCK // KEYS)
+    part = pid // splits % (BLOCK // KEYS)
+    slot = pid // splits // (BLOCK // KEYS) % num_slots
+    kv_head = pid // splits // (BLOCK // KEYS) // num_slots
     document, start, end, block = locate_tile(documents, slot, num_documents, BLOCK)
     first_key = start + block * BLOCK + part * KEYS
     if first_key >= end:
@@ -198,21 +202,21 @@ def key_grad_kernel(
     base = kv_head * capacity + tl.load(list_bases + document) + block * length
     list_ptr = list_tokens + base - BLOCK * (block.to(tl.int64) * (block - 1) // 2)
     count = counts + (kv_head * num_slots + slot) * 2
-    near = tl.load(count)
+    far = tl.load(count)
     chosen = tl.load(count + 1)
     share = tl.cdiv(chosen, splits)
     begin = split * share
     stop = tl.minimum(begin + share, chosen)
-    near = tl.minimum(near, stop)
-    for first in range(begin, near, TOKENS):
+    far = tl.minimum(far, stop)
+    for first in range(begin, far, TOKENS):
         dk, dv = _key_grad_tokens(
-            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, bias_ptr, list_ptr, first, near, block, first_key, kv_head,
-            scale_log2, bias_width, KV_HEADS, GROUP, GROUP_P, TOKENS, KEYS, HEAD_DIM, DIM, BIAS_HEADS, True, PRECISION,
+            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, bias_ptr, list_ptr, first, far, block, first_key, kv_head,
+            scale_log2, bias_width, KV_HEADS, GROUP, GROUP_P, TOKENS, KEYS, HEAD_DIM, DIM, BIAS_HEADS, False, PRECISION,
         )  # fmt: skip
-    for first in range(tl.maximum(begin, near), stop, TOKENS):
+    for first in range(tl.maximum(begin, far), stop, TOKENS):
         dk, dv = _key_grad_tokens(
             dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, bias_ptr, list_ptr, first, stop, block, first_key, kv_head,
-            scale_log2, bias_width, KV_HEADS, GROUP, GROUP_P, TOKENS, KEYS, HEAD_DIM, DIM, BIAS_HEADS, False, PRECISION,
+            scale_log2, bias_width, KV_HEADS, GROUP, GROUP_P, TOKENS, KEYS, HEAD_DIM, DIM, BIAS_HEADS, True, PRECISION,
         )  # fmt: skip
     offset += split.to(tl.int64) * num_tokens * KV_HEADS * HEAD_DIM
     tl.store(dk_ptr + offset, (dk * scale).to(dk_ptr.dtype.element_ty), mask=in_block)

@@ -70,8 +70,8 @@ def _(q, summaries, alpha, cu_seqlens, chunk_size, score_scale):
 
 @torch.library.custom_op("dashattn::dash_prior", mutates_args=())
 def _prior_op(
-    q: Tensor, summaries: Tensor, alpha: Tensor | None, peak: Tensor, tau: Tensor, cu_seqlens: Tensor | None,
-    chunk_size: int, score_scale: float, sigma: float | None,
+    q: Tensor, summaries: Tensor, alpha: Tensor | None, words: Tensor, peak: Tensor, tau: Tensor,
+    cu_seqlens: Tensor | None, chunk_size: int, score_scale: float, sigma: float | None,
 ) -> Tensor:  # fmt: skip
     """Bias float32 [B, T, H, N]."""
     geo = geometry(q, summaries.shape[2], cu_seqlens)
@@ -84,22 +84,24 @@ def _prior_op(
 
 
 @_prior_op.register_fake
-def _(q, summaries, alpha, peak, tau, cu_seqlens, chunk_size, score_scale, sigma):
+def _(q, summaries, alpha, words, peak, tau, cu_seqlens, chunk_size, score_scale, sigma):
     return q.new_empty(*q.shape[:2], summaries.shape[2], _num_blocks(q, chunk_size), dtype=torch.float32)
 
 
 @torch.library.custom_op("dashattn::dash_prior_backward", mutates_args=())
 def _prior_backward_op(
-    grad: Tensor, q: Tensor, summaries: Tensor, alpha: Tensor | None, peak: Tensor, tau: Tensor,
+    grad: Tensor, q: Tensor, summaries: Tensor, alpha: Tensor | None, words: Tensor, peak: Tensor, tau: Tensor,
     cu_seqlens: Tensor | None, chunk_size: int, score_scale: float, sigma: float | None, alpha_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dsummaries and dalpha (empty unless asked for)."""
     geo = geometry(q, summaries.shape[2], cu_seqlens)
     dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    router = router_options(geo.padded_dim, q.itemsize)
+    lists = tile_lists(flatten_words(words), geo, chunk_size, geo.tile_tokens(router["rows"]))
     dsummaries, dalpha = route_backward(
         flatten_tokens(q), _flat_summaries(summaries), alpha, summary_starts(geo, chunk_size), peak.flatten(0, 1),
-        tau.flatten(0, 1), grad.flatten(0, 1).float().contiguous(), dq.flatten(0, 1), geo, chunk_size, score_scale,
-        sigma, alpha_grad, router_options(geo.padded_dim, q.itemsize),
+        tau.flatten(0, 1), grad.flatten(0, 1).float().contiguous(), dq.flatten(0, 1), lists, geo, chunk_size,
+        score_scale, sigma, alpha_grad, router,
     )  # fmt: skip
     return dq, _like_summaries(dsummaries, summaries), q.new_empty(0) if dalpha is None else dalpha
 
@@ -109,7 +111,7 @@ def _like_summaries(flat: Tensor, summaries: Tensor) -> Tensor:
 
 
 @_prior_backward_op.register_fake
-def _(grad, q, summaries, alpha, peak, tau, cu_seqlens, chunk_size, score_scale, sigma, alpha_grad):
+def _(grad, q, summaries, alpha, words, peak, tau, cu_seqlens, chunk_size, score_scale, sigma, alpha_grad):
     dalpha = q.new_empty(q.shape[2], dtype=torch.float32) if alpha_grad else q.new_empty(0)
     return torch.empty_like(q), torch.empty_like(summaries), dalpha
 
@@ -120,21 +122,11 @@ def _prior_setup(ctx, inputs, output):
 
 
 def _prior_backward(ctx, grad):
-    q, summaries, alpha, peak, tau, cu_seqlens = ctx.saved_tensors
+    alpha_grad = ctx.needs_input_grad[2]
     dq, dsummaries, dalpha = _prior_backward_op(
-        grad,
-        q,
-        summaries,
-        alpha,
-        peak,
-        tau,
-        cu_seqlens,
-        ctx.chunk_size,
-        ctx.score_scale,
-        ctx.sigma,
-        ctx.needs_input_grad[2],
+        grad, *ctx.saved_tensors, ctx.chunk_size, ctx.score_scale, ctx.sigma, alpha_grad
     )
-    return dq, dsummaries, dalpha if ctx.needs_input_grad[2] else None, *(None,) * 6
+    return dq, dsummaries, dalpha if alpha_grad else None, *(None,) * 7
 
 
 _prior_op.register_autograd(_prior_backward, setup_context=_prior_setup)
@@ -209,9 +201,12 @@ def _attention_backward_op(
     dq = query_grad(q_nHD, k_nHD, v_nHD, bias, do_nHD, lse, delta_nH, lists, geo, chunk_size, scale, bias_grad, options)
     dsummaries, dalpha = torch.zeros_like(flat_summaries), None
     if bias_grad is not None:
+        router_tokens = geo.tile_tokens(router["rows"])
+        if lists.tokens != router_tokens:
+            lists = tile_lists(flat_words, geo, chunk_size, router_tokens)
         dsummaries, dalpha = route_backward(
-            q_nHD, flat_summaries, alpha, starts, peak, tau, bias_grad, dq, geo, chunk_size, score_scale, temperature,
-            alpha_grad, router,
+            q_nHD, flat_summaries, alpha, starts, peak, tau, bias_grad, dq, lists, geo, chunk_size, score_scale,
+            temperature, alpha_grad, router,
         )  # fmt: skip
     if dalpha is None:
         dalpha = q.new_zeros(geo.heads if alpha_grad else 0, dtype=torch.float32)
@@ -262,7 +257,7 @@ def dash_routing(
     if prior == "none":
         return selection, None
     temperature = sigma if prior == "tempered" else None
-    return selection, _prior_op(q, summaries, alpha, peak, tau, cu_seqlens, chunk_size, score_scale, temperature)
+    return selection, _prior_op(q, summaries, alpha, words, peak, tau, cu_seqlens, chunk_size, score_scale, temperature)
 
 
 def routed_attention(

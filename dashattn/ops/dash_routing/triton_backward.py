@@ -13,14 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dashattn.ops.dash_routing.triton_forward import (
-    group_sum,
-    load_tile,
-    power,
-    router_constants,
-    scores,
-    summary_descriptor,
-)
+from dashattn.ops.block_sparse.schedule import TileLists
+from dashattn.ops.dash_routing.triton_entmax import above_threshold, fold, is_positive, power, saturated
+from dashattn.ops.dash_routing.triton_forward import group_sum, load_tile, router_constants
 from dashattn.ops.tiles import Geometry, locate_tile
 
 
@@ -36,15 +31,40 @@ def _spread_chunks(x, TOKENS: tl.constexpr, GROUP_P: tl.constexpr, CHUNKS: tl.co
     return tl.reshape(tl.broadcast_to(x[:, None, :], (TOKENS, GROUP_P, CHUNKS)), (TOKENS * GROUP_P, CHUNKS))
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_documents", "num_blocks"])
+@triton.jit
+def _listed_chunks(q, summaries_ptr, block_list, bias_row, entry, num_blocks, kv_head, first_summary, past, peak, tau,
+                   slope, exponent, in_document, KV_HEADS: tl.constexpr, TOKENS: tl.constexpr, GROUP_P: tl.constexpr,
+                   CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SQUARE: tl.constexpr,
+                   PRECISION: tl.constexpr):  # fmt: skip
+    """CHUNKS entries of the tile's list: their summaries, p, u, and p summed over the group and b of each token."""
+    place = entry + tl.arange(0, CHUNKS)
+    chunk = tl.load(block_list + place, mask=place < num_blocks, other=2147483647)
+    is_past = chunk < tl.max(past, 0)
+    dim = tl.arange(0, DIM)
+    offset = ((first_summary + chunk).to(tl.int64)[:, None] * KV_HEADS + kv_head) * HEAD_DIM + dim[None, :]
+    k = tl.load(summaries_ptr + offset, mask=is_past[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
+    x = tl.dot(q, k.T, input_precision=PRECISION)
+    x = tl.where(chunk[None, :] < past[:, None], x, float("-inf"))
+    p, u = power(above_threshold(x - peak[:, None], slope, tau), exponent, SQUARE)
+    group_p = group_sum(p, TOKENS, GROUP_P, CHUNKS)
+    b = tl.load(bias_row[:, None] + chunk[None, :], mask=in_document[:, None] & is_past[None, :], other=0.0)
+    b = tl.where(group_p > 0, b, 0.0)  # what is not selected was never written
+    return k, p, u, group_p, b
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_documents", "num_blocks", "list_width"])
 def query_kernel(
-    q_ptr, summary_desc, alpha_ptr, peak_ptr, tau_ptr, bias_grad_ptr, dq_ptr, row_mean_ptr, bias_mean_ptr, dalpha_ptr,
-    documents, summary_starts, score_scale, inverse_sigma, num_slots, num_documents, num_blocks,
+    q_ptr, summaries_ptr, alpha_ptr, peak_ptr, tau_ptr, bias_grad_ptr, dq_ptr, row_mean_ptr, bias_mean_ptr, dalpha_ptr,
+    documents, summary_starts, blocks, counts, score_scale, inverse_sigma, num_slots, num_documents, num_blocks,
+    list_width,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SQUARE: tl.constexpr, TEMPERED: tl.constexpr,
     ALPHA_GRAD: tl.constexpr, PRECISION: tl.constexpr, GRAD_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds the router's part to dq. Keeps sum(u g) / sum(u) and the mean of b, for the kernel of the summaries."""
+    """Adds the router's part to dq. Keeps sum(u g) / sum(u) and the mean of b, for the kernel of the summaries.
+
+    Visits only the chunks that some token of the tile selected.
+    """
     kv_head = tl.program_id(0) % KV_HEADS
     slot = num_slots - 1 - tl.program_id(0) // KV_HEADS
     document, start, end, index = locate_tile(documents, slot, num_documents, TOKENS)
@@ -57,73 +77,69 @@ def query_kernel(
         DIM, SQUARE,
     )  # fmt: skip
     past = tl.maximum(own, 0)
-    last = tl.max(past, 0)
     peak = tl.load(peak_ptr + flat_row, mask=valid, other=0.0)
     tau = tl.load(tau_ptr + flat_row, mask=valid, other=0.0)
     tile_token = start + index * TOKENS + tl.arange(0, TOKENS)
     bias_row = bias_grad_ptr + (tile_token.to(tl.int64) * KV_HEADS + kv_head) * num_blocks
     in_document = tile_token < end
+    block_list = blocks + (kv_head.to(tl.int64) * num_slots + slot) * list_width
+    entries = tl.load(counts + (kv_head * num_slots + slot) * 2 + 1)
 
     # One pass gives all sums of both terms of dL = b - mean(b); the mean itself is known after it.
-    b_sum = tl.zeros([TOKENS], tl.float32)
-    b_count = tl.zeros([TOKENS], tl.float32)
-    u_sum = tl.zeros([ROWS], tl.float32)
-    ub_sum = tl.zeros([ROWS], tl.float32)
-    u_share = tl.zeros([ROWS], tl.float32)
-    pb_sum = tl.zeros([ROWS], tl.float32)
-    p_share = tl.zeros([ROWS], tl.float32)
-    entropy = tl.zeros([ROWS], tl.float32)
-    pb_log = tl.zeros([ROWS], tl.float32)
-    p_log = tl.zeros([ROWS], tl.float32)
-    for chunk in range(0, last, CHUNKS):
-        x = scores(q, summary_desc, kv_head, first_summary, chunk, past, slope, peak, CHUNKS, DIM, True, PRECISION)
-        p, u = power(tl.maximum(x - tau[:, None], 0.0), exponent, SQUARE)
-        group_p = group_sum(p, TOKENS, GROUP_P, CHUNKS)
-        column = chunk + tl.arange(0, CHUNKS)
-        in_bias = in_document[:, None] & (column < num_blocks)[None, :]
-        b = tl.load(bias_row[:, None] + column[None, :], mask=in_bias, other=0.0)
-        b = tl.where(group_p > 0, b, 0.0)  # what is not selected was never written
-        b_sum += tl.sum(b, 1)
-        b_count += tl.sum((group_p > 0).to(tl.float32), 1)
+    token_zero = tl.zeros([TOKENS, 8], tl.float32)
+    zero = tl.zeros([ROWS, 8], tl.float32)
+    b_sum = token_zero
+    b_count = token_zero
+    u_sum = zero
+    ub_sum = zero
+    u_share = zero
+    pb_sum = zero
+    p_share = zero
+    entropy = zero
+    pb_log = zero
+    p_log = zero
+    for entry in range(0, entries, CHUNKS):
+        _k, p, u, group_p, b = _listed_chunks(
+            q, summaries_ptr, block_list, bias_row, entry, entries, kv_head, first_summary, past, peak, tau, slope,
+            exponent, in_document, KV_HEADS, TOKENS, GROUP_P, CHUNKS, HEAD_DIM, DIM, SQUARE, PRECISION,
+        )  # fmt: skip
+        b_sum += fold(b)
+        b_count += fold(is_positive(group_p))
         inverse = 1.0 / tl.where(group_p > 0, group_p, 1.0)
         share = _spread_chunks(inverse, TOKENS, GROUP_P, CHUNKS)
         b_share = _spread_chunks(b * inverse, TOKENS, GROUP_P, CHUNKS)
-        u_sum += tl.sum(u, 1)
-        ub_sum += tl.sum(u * b_share, 1)
-        u_share += tl.sum(u * share, 1)
+        u_sum += fold(u)
+        ub_sum += fold(u * b_share)
+        u_share += fold(u * share)
         if ALPHA_GRAD:
             log_p = tl.log(tl.where(p > 0, p, 1.0))
-            entropy -= tl.sum(p * log_p, 1)
-            pb_sum += tl.sum(p * b_share, 1)
-            p_share += tl.sum(p * share, 1)
-            pb_log += tl.sum(p * b_share * log_p, 1)
-            p_log += tl.sum(p * share * log_p, 1)
+            entropy -= fold(p * log_p)
+            pb_sum += fold(p * b_share)
+            p_share += fold(p * share)
+            pb_log += fold(p * b_share * log_p)
+            p_log += fold(p * share * log_p)
     mean = tl.zeros([TOKENS], tl.float32)
     if TEMPERED:
-        mean = b_sum / tl.maximum(b_count, 1.0)
+        mean = tl.sum(b_sum, 1) / tl.maximum(tl.sum(b_count, 1), 1.0)
     mean_row = _spread(mean, TOKENS, GROUP_P)
-    row_mean = (ub_sum - mean_row * u_share) / tl.where(u_sum > 0, u_sum, 1.0)
+    u_total = tl.sum(u_sum, 1)
+    row_mean = (tl.sum(ub_sum, 1) - mean_row * tl.sum(u_share, 1)) / tl.where(u_total > 0, u_total, 1.0)
     tl.store(row_mean_ptr + flat_row, row_mean, mask=valid)
     tl.store(bias_mean_ptr + tile_token.to(tl.int64) * KV_HEADS + kv_head, mean, mask=in_document)
     if ALPHA_GRAD:
         # Correia et al. 2019 (arXiv 1909.00015), equation 8, summed against g.
         inverse_a = 1.0 / (alpha - 1.0)
-        pg = pb_sum - mean_row * p_share
-        pg_log = pb_log - mean_row * p_log
-        dalpha = (pg - row_mean) * inverse_a * inverse_a - (pg_log + row_mean * entropy) * inverse_a
+        pg = tl.sum(pb_sum, 1) - mean_row * tl.sum(p_share, 1)
+        pg_log = tl.sum(pb_log, 1) - mean_row * tl.sum(p_log, 1)
+        dalpha = (pg - row_mean) * inverse_a * inverse_a - (pg_log + row_mean * tl.sum(entropy, 1)) * inverse_a
         tl.store(dalpha_ptr + flat_row, dalpha * inverse_sigma, mask=valid)
 
     acc = tl.zeros([ROWS, DIM], tl.float32)
-    for chunk in range(0, last, CHUNKS):
-        k = summary_desc.load([kv_head, first_summary + chunk, 0]).reshape(CHUNKS, DIM)
-        x = (tl.dot(q, k.T, input_precision=PRECISION) - peak[:, None]) * slope[:, None]
-        column = chunk + tl.arange(0, CHUNKS)
-        x = tl.where(column[None, :] < past[:, None], x, float("-inf"))
-        p, u = power(tl.maximum(x - tau[:, None], 0.0), exponent, SQUARE)
-        group_p = group_sum(p, TOKENS, GROUP_P, CHUNKS)
-        in_bias = in_document[:, None] & (column < num_blocks)[None, :]
-        b = tl.load(bias_row[:, None] + column[None, :], mask=in_bias, other=0.0)
-        b = tl.where(group_p > 0, b, 0.0)  # what is not selected was never written
+    for entry in range(0, entries, CHUNKS):
+        k, _p, u, group_p, b = _listed_chunks(
+            q, summaries_ptr, block_list, bias_row, entry, entries, kv_head, first_summary, past, peak, tau, slope,
+            exponent, in_document, KV_HEADS, TOKENS, GROUP_P, CHUNKS, HEAD_DIM, DIM, SQUARE, PRECISION,
+        )  # fmt: skip
         g = tl.where(group_p > 0, (b - mean[:, None]) / tl.where(group_p > 0, group_p, 1.0), 0.0)
         ds = u * (_spread_chunks(g, TOKENS, GROUP_P, CHUNKS) - row_mean[:, None])
         if q.dtype == tl.bfloat16:
@@ -184,9 +200,9 @@ def summary_kernel(
         peak = tl.load(peak_ptr + flat_row, mask=valid, other=0.0)
         tau = tl.load(tau_ptr + flat_row, mask=valid, other=0.0)
         row_mean = tl.load(row_mean_ptr + flat_row, mask=valid, other=0.0)
-        x = (tl.dot(k, q.T, input_precision=PRECISION) - peak[None, :]) * slope
+        x = tl.dot(k, q.T, input_precision=PRECISION) - peak[None, :]
         x = tl.where(chunk[:, None] < past[None, :], x, float("-inf"))
-        p, u = power(tl.maximum(x - tau[None, :], 0.0), exponent, SQUARE)
+        p, u = power(saturated(x, slope, -tau[None, :]), exponent, SQUARE)
         group_p = tl.sum(tl.reshape(p, (CHUNKS, TOKENS, GROUP_P)), 2)
         token = start + first + tile_lane
         bias_row = bias_grad_ptr + (token.to(tl.int64) * KV_HEADS + kv_head) * num_blocks
@@ -205,15 +221,20 @@ def summary_kernel(
     tl.store(partial_ptr + partial_row[:, None] * HEAD_DIM + dim[None, :], acc, mask=in_chunks)
 
 
+# Entries of a tile's list that are visited at a time: lists are short, and their last visit is filled up.
+LISTED_CHUNKS = 32
+
+
 def route_backward(
     q: Tensor, summaries: Tensor, alpha: Tensor | None, starts: Tensor, peak: Tensor, tau: Tensor, bias_grad: Tensor,
-    dq: Tensor, geo: Geometry, chunk_size: int, score_scale: float, sigma: float | None, alpha_grad: bool,
-    options: dict[str, int],
+    dq: Tensor, lists: TileLists, geo: Geometry, chunk_size: int, score_scale: float, sigma: float | None,
+    alpha_grad: bool, options: dict[str, int],
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Gradients of the summaries [n', H, D] and of alpha, float32 [Hq]; adds the router's part to ``dq`` in place.
 
     Args:
         bias_grad: float32 [n, H, N]; entries that are not selected are not read.
+        lists: for the router's tiles.
         sigma: None for the raw prior.
     """
     rows = (geo.tokens, geo.heads)
@@ -226,9 +247,10 @@ def route_backward(
     slots = geo.slots(constants["TOKENS"])
     num_blocks = bias_grad.shape[-1]
     query_kernel[(slots * geo.kv_heads,)](
-        q, summary_descriptor(summaries, geo, options["chunks"]), alpha, peak, tau, bias_grad, dq, row_mean,
-        bias_mean, dalpha, geo.documents, starts, score_scale, inverse_sigma, slots, geo.num_documents, num_blocks,
-        TEMPERED=sigma is not None, ALPHA_GRAD=alpha_grad, GRAD_PRECISION=grad_precision, **constants,
+        q, summaries, alpha, peak, tau, bias_grad, dq, row_mean, bias_mean, dalpha, geo.documents, starts, lists.blocks,
+        lists.counts, score_scale, inverse_sigma, slots, geo.num_documents, num_blocks, lists.blocks.shape[-1],
+        TEMPERED=sigma is not None, ALPHA_GRAD=alpha_grad, GRAD_PRECISION=grad_precision,
+        **constants | {"CHUNKS": LISTED_CHUNKS},
     )  # fmt: skip
 
     # Few chunks, many tokens: the tokens are split for parallelism, and the parts added in a fixed order.

@@ -5,10 +5,6 @@ the chunk summaries again in each pass, on the tensor cores, which is several ti
 scores through memory. What is kept per (token, query head) are two numbers: the highest product q . k~ and the
 threshold tau relative to it. Relative, and the difference of products taken before it is scaled: the highest score is
 then exactly 0, and a large router_scale costs the threshold no digits.
-
-With s = score_scale q . k~, x = (alpha - 1) (s - max s), r = 1 / (alpha - 1) and z = max(x - tau, 0), entmax is
-p = z ** r with sum p = 1. The root is sought on h(tau) = (sum z ** r) ** (1 / r) - 1, a convex function and nearly a
-straight line.
 """
 
 import torch
@@ -18,6 +14,16 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dashattn.ops.block_sparse.triton_forward import precision
+from dashattn.ops.dash_routing.triton_entmax import (
+    above_threshold,
+    fold,
+    hermite_root,
+    is_positive,
+    narrow,
+    power,
+    probe,
+    root_step,
+)
 from dashattn.ops.tiles import Geometry, locate_tile
 
 # On |sum p - 1|; float32 sums over 16384 chunks still reach it.
@@ -28,16 +34,6 @@ MAX_PASSES = tl.constexpr(40)
 @triton.jit
 def _or(a, b):
     return a | b
-
-
-@triton.jit
-def power(z, exponent, SQUARE: tl.constexpr):
-    """(z ** r, z ** (r - 1)) with ``exponent`` = r - 1 per row; both 0 where z is 0."""
-    if SQUARE:
-        return z * z, z
-    else:
-        low = tl.where(z > 0, tl.exp2(tl.log2(tl.where(z > 0, z, 1.0)) * exponent), 0.0)
-        return low * z, low
 
 
 @triton.jit
@@ -79,95 +75,30 @@ def products(q, summary_desc, kv_head, first_summary, chunk, past, CHUNKS: tl.co
 
 
 @triton.jit
-def scores(q, summary_desc, kv_head, first_summary, chunk, past, slope, peak, CHUNKS: tl.constexpr, DIM: tl.constexpr,
-           MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """x of CHUNKS chunks from ``chunk`` on."""
-    x = products(q, summary_desc, kv_head, first_summary, chunk, past, CHUNKS, DIM, MASKED, PRECISION)
-    return (x - peak[:, None]) * slope[:, None]
-
-
-@triton.jit
-def tangent_root(tau, power_sum, slope_sum, alpha, SQUARE: tl.constexpr):
-    """Newton's step on h: at or left of the root, from either side. ``slope_sum`` is sum z ** (r - 1)."""
-    if SQUARE:
-        step = power_sum - tl.sqrt(power_sum)
-    else:
-        step = power_sum - tl.exp2((2.0 - alpha) * tl.log2(tl.maximum(power_sum, 1e-37)))
-    return tau + tl.where(slope_sum > 0, step / tl.where(slope_sum > 0, slope_sum, 1.0), 0.0)
-
-
-@triton.jit
-def halley_root(tau, power_sum, slope_sum, support):
-    """Halley's step on h for alpha = 1.5, where h = sqrt(sum z^2) and ``support`` counts z > 0."""
-    h = tl.sqrt(tl.maximum(power_sum, 1e-37))
-    first = -slope_sum / h
-    second = (support - first * first) / h
-    # The bound on the denominator keeps the step within two of Newton's while h is far from its root.
-    below = tl.maximum(2.0 * first * first - (h - 1.0) * second, first * first)
-    return tau - 2.0 * (h - 1.0) * first / tl.where(below > 0, below, 1.0)
-
-
-@triton.jit
-def _probe(x, point, sums, exponent, SQUARE: tl.constexpr):
-    p, u = power(tl.maximum(x - point, 0.0), exponent, SQUARE)
-    return sums[0] + tl.sum(p, 1), sums[1] + tl.sum(u, 1)
-
-
-@triton.jit
-def _narrow(bracket, point, sums, alpha, SQUARE: tl.constexpr):
-    """Moves an end of the bracket (left tau, value and slope of h + 1 there; right likewise) to ``point``.
-
-    Points come in ascending order; right tau is 0 as long as none was right of the root.
-    """
-    left, left_h, left_slope, right, right_h, right_slope = bracket
-    power_sum = tl.maximum(sums[0], 1e-30)
-    if SQUARE:
-        h = tl.sqrt(power_sum)
-    else:
-        h = tl.exp2((alpha - 1.0) * tl.log2(power_sum))
-    slope = -h / power_sum * sums[1]
-    is_left = h >= 1.0
-    is_right = (h < 1.0) & (right == 0.0) & (sums[0] > 1e-30)
-    return (
-        tl.where(is_left, point, left),
-        tl.where(is_left, h, left_h),
-        tl.where(is_left, slope, left_slope),
-        tl.where(is_right, point, right),
-        tl.where(is_right, h, right_h),
-        tl.where(is_right, slope, right_slope),
-    )
-
-
-@triton.jit
-def _hermite_root(bracket):
-    """Cubic interpolation of tau as a function of h, within what convexity allows: tangents below, secant above."""
-    left, left_h, left_slope, right, right_h, right_slope = bracket
-    width = right_h - left_h
-    s = (1.0 - left_h) / width
-    t = 1.0 - s
-    root = (1.0 + 2.0 * s) * t * t * left + s * s * (3.0 - 2.0 * s) * right
-    root += width * s * t * (t / left_slope - s / right_slope)
-    below = tl.maximum(left + (1.0 - left_h) / left_slope, right + (1.0 - right_h) / right_slope)
-    return tl.minimum(tl.maximum(root, below), left + (right - left) * s)
-
-
-@triton.jit
 def _measure(q, summary_desc, kv_head, first_summary, chunk, past, own, slope, peak, tau, exponent, sums, word_row,
              in_document, num_words, TOKENS: tl.constexpr, GROUP_P: tl.constexpr, CHUNKS: tl.constexpr,
-             DIM: tl.constexpr, SQUARE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Adds CHUNKS chunks to the sums of z ** r, z ** (r - 1) and z > 0, and writes their selection words."""
-    x = scores(q, summary_desc, kv_head, first_summary, chunk, past, slope, peak, CHUNKS, DIM, MASKED, PRECISION)
-    p, u = power(tl.maximum(x - tau[:, None], 0.0), exponent, SQUARE)
-    selected = p > 0
-    support = tl.sum(selected.to(tl.float32), 1)
-    if MASKED:
-        selected = selected | ((chunk + tl.arange(0, CHUNKS))[None, :] == own[:, None])
-    bits = tl.reshape(selected.to(tl.int32), (TOKENS * GROUP_P, CHUNKS // 32, 32)) << tl.arange(0, 32)[None, None, :]
-    token_words = tl.reduce(tl.reshape(tl.sum(bits, 2), (TOKENS, GROUP_P, CHUNKS // 32)), 1, _or)
-    word = chunk // 32 + tl.arange(0, CHUNKS // 32)
-    in_words = in_document[:, None] & (word < num_words)[None, :]
-    tl.store(word_row[:, None] + word[None, :], token_words, mask=in_words)
-    return sums[0] + tl.sum(p, 1), sums[1] + tl.sum(u, 1), sums[2] + support
+             DIM: tl.constexpr, SQUARE: tl.constexpr, MASKED: tl.constexpr, WORDS: tl.constexpr,
+             PRECISION: tl.constexpr):  # fmt: skip
+    """Adds CHUNKS chunks to the folded sums of z ** r, z ** (r - 1) and z > 0; WORDS: writes their selection words."""
+    x = products(q, summary_desc, kv_head, first_summary, chunk, past, CHUNKS, DIM, MASKED, PRECISION)
+    z = above_threshold(x - peak[:, None], slope, tau)
+    p, u = power(z, exponent, SQUARE)
+    positive = is_positive(p)
+    sums = (sums[0] + fold(p), sums[1] + fold(u), sums[2] + fold(positive))
+    if WORDS:
+        column = tl.arange(0, CHUNKS)
+        if MASKED:
+            positive = tl.where((chunk + column)[None, :] == own[:, None], 1.0, positive)
+        # Sixteen bits as the exact sum of float powers of two, which is cheaper than shifting each.
+        weight = (1 << (column % 16)).to(tl.float32)
+        halves = tl.sum(tl.reshape(positive * weight[None, :], (TOKENS * GROUP_P, CHUNKS // 16, 16)), 2).to(tl.int32)
+        halves = tl.reduce(tl.reshape(halves, (TOKENS, GROUP_P, CHUNKS // 16)), 1, _or)
+        shift = 16 * tl.arange(0, 2)
+        token_words = tl.sum(tl.reshape(halves, (TOKENS, CHUNKS // 32, 2)) << shift[None, None, :], 2)
+        word = chunk // 32 + tl.arange(0, CHUNKS // 32)
+        in_words = in_document[:, None] & (word < num_words)[None, :]
+        tl.store(word_row[:, None] + word[None, :], token_words, mask=in_words)
+    return sums
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_words", "num_slots", "num_documents"])
@@ -195,15 +126,15 @@ def threshold_kernel(
 
     # Chunks before ``whole`` are candidates of every row. Rows that stand for nothing must not select any.
     whole = index * TOKENS // BLOCK // CHUNKS * CHUNKS
-    peak = tl.full([ROWS], float("-inf"), tl.float32)
-    zero = tl.zeros([ROWS], tl.float32)
+    zero = tl.zeros([ROWS, 8], tl.float32)
+    peaks = zero + float("-inf")
     for chunk in range(0, whole, CHUNKS):
         x = products(q, summary_desc, kv_head, first_summary, chunk, past, CHUNKS, DIM, False, PRECISION)
-        peak = tl.maximum(peak, tl.max(x, 1))
+        peaks = tl.maximum(peaks, tl.max(tl.reshape(x, (ROWS, CHUNKS // 8, 8)), 1))
     for chunk in range(whole, last, CHUNKS):
         x = products(q, summary_desc, kv_head, first_summary, chunk, past, CHUNKS, DIM, True, PRECISION)
-        peak = tl.maximum(peak, tl.max(x, 1))
-    peak = tl.where(past > 0, peak, tl.where(valid, 0.0, 1e30))
+        peaks = tl.maximum(peaks, tl.max(tl.reshape(x, (ROWS, CHUNKS // 8, 8)), 1))
+    peak = tl.where(past > 0, tl.max(peaks, 1), tl.where(valid, 0.0, 1e30))
 
     # One pass at four thresholds at once brackets the root closely enough for cubic interpolation.
     at_1 = (zero, zero)
@@ -211,54 +142,67 @@ def threshold_kernel(
     at_3 = (zero, zero)
     at_4 = (zero, zero)
     for chunk in range(0, whole, CHUNKS):
-        x = scores(q, summary_desc, kv_head, first_summary, chunk, past, slope, peak, CHUNKS, DIM, False, PRECISION)
-        at_1 = _probe(x, -1.0, at_1, exponent, SQUARE)
-        at_2 = _probe(x, -0.75, at_2, exponent, SQUARE)
-        at_3 = _probe(x, -0.5, at_3, exponent, SQUARE)
-        at_4 = _probe(x, -0.25, at_4, exponent, SQUARE)
+        x = products(q, summary_desc, kv_head, first_summary, chunk, past, CHUNKS, DIM, False, PRECISION)
+        x -= peak[:, None]
+        at_1 = probe(x, slope, -1.0, at_1, exponent, SQUARE)
+        at_2 = probe(x, slope, -0.75, at_2, exponent, SQUARE)
+        at_3 = probe(x, slope, -0.5, at_3, exponent, SQUARE)
+        at_4 = probe(x, slope, -0.25, at_4, exponent, SQUARE)
     for chunk in range(whole, last, CHUNKS):
-        x = scores(q, summary_desc, kv_head, first_summary, chunk, past, slope, peak, CHUNKS, DIM, True, PRECISION)
-        at_1 = _probe(x, -1.0, at_1, exponent, SQUARE)
-        at_2 = _probe(x, -0.75, at_2, exponent, SQUARE)
-        at_3 = _probe(x, -0.5, at_3, exponent, SQUARE)
-        at_4 = _probe(x, -0.25, at_4, exponent, SQUARE)
+        x = products(q, summary_desc, kv_head, first_summary, chunk, past, CHUNKS, DIM, True, PRECISION)
+        x -= peak[:, None]
+        at_1 = probe(x, slope, -1.0, at_1, exponent, SQUARE)
+        at_2 = probe(x, slope, -0.75, at_2, exponent, SQUARE)
+        at_3 = probe(x, slope, -0.5, at_3, exponent, SQUARE)
+        at_4 = probe(x, slope, -0.25, at_4, exponent, SQUARE)
     # Towards tau = 0 only the highest score is above the threshold: h + 1 is -tau there.
-    bracket = (zero - 1.0, zero + 1.0, zero - 1.0, zero, zero, zero - 1.0)
-    bracket = _narrow(bracket, -1.0, at_1, alpha, SQUARE)
-    bracket = _narrow(bracket, -0.75, at_2, alpha, SQUARE)
-    bracket = _narrow(bracket, -0.5, at_3, alpha, SQUARE)
-    bracket = _narrow(bracket, -0.25, at_4, alpha, SQUARE)
+    origin = tl.zeros([ROWS], tl.float32)
+    bracket = (origin - 1.0, origin + 1.0, origin - 1.0, origin, origin, origin - 1.0)
+    bracket = narrow(bracket, -1.0, at_1, alpha, SQUARE)
+    bracket = narrow(bracket, -0.75, at_2, alpha, SQUARE)
+    bracket = narrow(bracket, -0.5, at_3, alpha, SQUARE)
+    bracket = narrow(bracket, -0.25, at_4, alpha, SQUARE)
     # No threshold lies right of the one for equal scores, n ** (1 - alpha) below the maximum.
     highest = -tl.exp2((1.0 - alpha) * tl.log2(tl.maximum(past, 1).to(tl.float32)))
-    tau = tl.minimum(tl.maximum(_hermite_root(bracket), -1.0), highest)
+    tau = tl.minimum(tl.maximum(hermite_root(bracket), -1.0), highest)
 
     tile_position = index * TOKENS + tl.arange(0, TOKENS)
     in_document = start + tile_position < end
     word_row = words + (kv_head.to(tl.int64) * num_tokens + start + tile_position) * num_words
+    # One step from there nearly always solves it. What follows proves it, and writes the words as it does; the words
+    # of a pass whose thresholds prove inexact are overwritten by the next.
+    sums = (zero, zero, zero)
+    for chunk in range(0, whole, CHUNKS):
+        sums = _measure(
+            q, summary_desc, kv_head, first_summary, chunk, past, own, slope, peak, tau, exponent, sums, word_row,
+            in_document, num_words, TOKENS, GROUP_P, CHUNKS, DIM, SQUARE, False, False, PRECISION,
+        )  # fmt: skip
+    for chunk in range(whole, last, CHUNKS):
+        sums = _measure(
+            q, summary_desc, kv_head, first_summary, chunk, past, own, slope, peak, tau, exponent, sums, word_row,
+            in_document, num_words, TOKENS, GROUP_P, CHUNKS, DIM, SQUARE, True, False, PRECISION,
+        )  # fmt: skip
+    tau, _ = root_step(tau, sums, alpha, highest, SQUARE)
     unsolved = True
     passes = 0
     while unsolved:
-        # The words of a pass whose thresholds prove inexact are overwritten by the next.
         sums = (zero, zero, zero)
         for chunk in range(0, whole, CHUNKS):
             sums = _measure(
                 q, summary_desc, kv_head, first_summary, chunk, past, own, slope, peak, tau, exponent, sums, word_row,
-                in_document, num_words, TOKENS, GROUP_P, CHUNKS, DIM, SQUARE, False, PRECISION,
+                in_document, num_words, TOKENS, GROUP_P, CHUNKS, DIM, SQUARE, False, True, PRECISION,
             )  # fmt: skip
         for chunk in range(whole, last + 1, CHUNKS):
             sums = _measure(
                 q, summary_desc, kv_head, first_summary, chunk, past, own, slope, peak, tau, exponent, sums, word_row,
-                in_document, num_words, TOKENS, GROUP_P, CHUNKS, DIM, SQUARE, True, PRECISION,
+                in_document, num_words, TOKENS, GROUP_P, CHUNKS, DIM, SQUARE, True, True, PRECISION,
             )  # fmt: skip
         passes += 1
-        error = tl.max(tl.where(past > 0, tl.abs(sums[0] - 1.0), 0.0), 0)
+        better, power_sum = root_step(tau, sums, alpha, highest, SQUARE)
+        error = tl.max(tl.where(past > 0, tl.abs(power_sum - 1.0), 0.0), 0)
         unsolved = (error > TOLERANCE) & (passes < MAX_PASSES)
         if unsolved:
-            if SQUARE:
-                better = halley_root(tau, sums[0], sums[1], sums[2])
-            else:
-                better = tangent_root(tau, sums[0], sums[1], alpha, SQUARE)
-            tau = tl.minimum(tl.maximum(better, -1.0), highest)
+            tau = better
     tl.store(peak_ptr + flat_row, peak, mask=valid)
     tl.store(tau_ptr + flat_row, tau, mask=valid)
 
@@ -284,7 +228,7 @@ def prior_kernel(
     if start + index * TOKENS >= end:
         return
     first_summary = tl.load(summary_starts + document)
-    valid, flat_row, own, q, _, slope, exponent = load_tile(
+    valid, flat_row, own, q, _alpha, slope, exponent = load_tile(
         q_ptr, alpha_ptr, start, end, index, kv_head, score_scale, KV_HEADS, GROUP, GROUP_P, TOKENS, BLOCK, HEAD_DIM,
         DIM, SQUARE,
     )  # fmt: skip
@@ -299,15 +243,15 @@ def prior_kernel(
     selected_count = tl.zeros([TOKENS], tl.float32)
     if TEMPERED:
         for chunk in range(0, last, CHUNKS):
-            x = scores(q, summary_desc, kv_head, first_summary, chunk, past, slope, peak, CHUNKS, DIM, True, PRECISION)
-            p, _ = power(tl.maximum(x - tau[:, None], 0.0), exponent, SQUARE)
+            x = products(q, summary_desc, kv_head, first_summary, chunk, past, CHUNKS, DIM, True, PRECISION)
+            p, _ = power(above_threshold(x - peak[:, None], slope, tau), exponent, SQUARE)
             p = group_sum(p, TOKENS, GROUP_P, CHUNKS)
             log_sum += tl.sum(tl.log(tl.where(p > 0, p / GROUP, 1.0)), 1)
             selected_count += tl.sum((p > 0).to(tl.float32), 1)
     mean = log_sum / tl.maximum(selected_count, 1.0)
     for chunk in range(0, last, CHUNKS):
-        x = scores(q, summary_desc, kv_head, first_summary, chunk, past, slope, peak, CHUNKS, DIM, True, PRECISION)
-        p, _ = power(tl.maximum(x - tau[:, None], 0.0), exponent, SQUARE)
+        x = products(q, summary_desc, kv_head, first_summary, chunk, past, CHUNKS, DIM, True, PRECISION)
+        p, _ = power(above_threshold(x - peak[:, None], slope, tau), exponent, SQUARE)
         p = group_sum(p, TOKENS, GROUP_P, CHUNKS)
         log_p = (tl.log(tl.where(p > 0, p / GROUP, 1.0)) - mean[:, None]) * inverse_sigma
         tl.store(bias_row[:, None] + (chunk + tl.arange(0, CHUNKS))[None, :], log_p, mask=p > 0)
