@@ -101,7 +101,7 @@ def test_lists_hold_exactly_the_selected_pairs():
                 by_tile |= {(first + i, head, block) for i in range(8) if choice >> i & 1}
     assert by_tile == expected
 
-    keys = key_lists(words, geo, 16)
+    keys = key_lists(words, geo, 16, 32)
     by_key = set()
     for head in range(2):
         for slot in range(geo.slots(16)):
@@ -111,8 +111,26 @@ def test_lists_hold_exactly_the_selected_pairs():
                 continue
             base = keys.bases[document] + block * (30, 60)[document] - 16 * (block * (block - 1) // 2)
             count = keys.counts[head, slot, 1]
-            by_key |= {(t, head, block) for t in keys.tokens[head, base : base + count].tolist()}
+            tokens = keys.tokens[head, base : base + count]
+            by_key |= {(t, head, block) for t in tokens.tolist()}
+            first = (0, 30)[document] + block * 16
+            for window in range(first // 32 + 1, ((30, 90)[document] - 1) // 32 + 1):
+                assert keys.offsets[head, slot, window] == (tokens < 32 * window).sum()
     assert by_key == expected
+
+
+def test_windows_add_up(monkeypatch):
+    """The key gradient in windows of 16 tokens, across documents."""
+    monkeypatch.setattr(kernels, "key_grad_window", lambda *_: 16)
+    q, k, v = (torch.randn(1, 75, heads, 16) for heads in (2, 1, 1))
+    cu_seqlens = torch.tensor([0, 3, 20, 75], dtype=torch.int32)
+    selection = Selection.from_mask(torch.rand(1, 75, 1, 5) < 0.5, 16)
+    expected, results = (
+        run(function.block_sparse_attention, q, k, v, selection, None, torch.ones_like(q), cu_seqlens)
+        for function in (reference, kernels)
+    )
+    for result, wanted in zip(results, expected, strict=True):
+        assert relative_error(result, wanted) < 3e-5
 
 
 def test_operator_is_registered_properly():

@@ -61,9 +61,10 @@ def _tile_list_kernel(
     tl.store(count + 1, total)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_words", "num_slots", "num_documents", "capacity"])
+@triton.jit(do_not_specialize=["num_tokens", "num_words", "num_slots", "num_documents", "capacity", "num_windows"])
 def _key_list_kernel(
-    words, documents, bases, tokens, counts, num_tokens, num_words, num_slots, num_documents, capacity,
+    words, documents, bases, tokens, counts, offsets, num_tokens, num_words, num_slots, num_documents, capacity,
+    num_windows, window,
     BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0)
@@ -79,19 +80,20 @@ def _key_list_kernel(
     )
     lane = tl.arange(0, STEP)
     word_ptr = words + kv_head.to(tl.int64) * num_tokens * num_words + block // 32
+    row = kv_head * num_slots + slot
     total = 0
-    far = 0
-    for top in range(end, first, -STEP):
-        token = top - 1 - lane
-        valid = (token >= first) & (block // 32 < num_words)
+    near = 0
+    for begin in range(first // STEP * STEP, end, STEP):
+        tl.store(offsets + row.to(tl.int64) * num_windows + begin // window, total, mask=begin % window == 0)
+        token = begin + lane
+        valid = (token >= first) & (token < end) & (block // 32 < num_words)
         w = tl.load(word_ptr + token.to(tl.int64) * num_words, mask=valid, other=0)
         chosen = (w >> (block % 32)) & 1
         tl.store(tokens + base + total + tl.cumsum(chosen, 0) - 1, token, mask=chosen != 0)
         total += tl.sum(chosen, 0)
-        far += tl.sum(tl.where(token >= first + BLOCK, chosen, 0), 0)
-    count = counts + (kv_head * num_slots + slot) * 2
-    tl.store(count, far)
-    tl.store(count + 1, total)
+        near += tl.sum(tl.where(token < first + BLOCK, chosen, 0), 0)
+    tl.store(counts + row * 2, near)
+    tl.store(counts + row * 2 + 1, total)
 
 
 @dataclass(frozen=True)
@@ -113,17 +115,21 @@ class TileLists:
 
 @dataclass(frozen=True)
 class KeyLists:
-    """Tokens that chose a block, descending.
+    """Tokens that chose a block, ascending.
 
     Attributes:
         tokens: int32 [H, capacity], flat token indices.
         bases: int64 [D]: where the lists of a document begin; ``key_list_offset`` has the rest.
-        counts: int32 [H, slots, 2]: tokens past the block itself (they come first), and all tokens.
+        counts: int32 [H, slots, 2]: tokens inside the block itself (they come first), and all tokens.
+        offsets: int32 [H, slots, windows]: tokens of the list before each window; undefined up to the block's own.
+        window: tokens of a window; windows count from the first token of the batch.
     """
 
     tokens: Tensor
     bases: Tensor
     counts: Tensor
+    offsets: Tensor
+    window: int
 
 
 def tile_lists(words: Tensor, geo: Geometry, block_size: int, tile_tokens: int) -> TileLists:
@@ -140,7 +146,8 @@ def tile_lists(words: Tensor, geo: Geometry, block_size: int, tile_tokens: int) 
     return TileLists(blocks, choices, counts, tile_tokens)
 
 
-def key_lists(words: Tensor, geo: Geometry, block_size: int) -> KeyLists:
+def key_lists(words: Tensor, geo: Geometry, block_size: int, window: int) -> KeyLists:
+    """``window``: a power of two."""
     slots = geo.slots(block_size)
 
     def room(length):  # for the tokens from each block's first one on: a sum of an arithmetic series
@@ -157,9 +164,10 @@ def key_lists(words: Tensor, geo: Geometry, block_size: int) -> KeyLists:
         capacity = room(geo.tokens)
     tokens = torch.empty(geo.kv_heads, max(1, capacity), dtype=torch.int32, device=words.device)
     counts = torch.empty(geo.kv_heads, slots, 2, dtype=torch.int32, device=words.device)
+    offsets = torch.empty(geo.kv_heads, slots, -(-geo.tokens // window), dtype=torch.int32, device=words.device)
     _key_list_kernel[(slots, geo.kv_heads)](
-        words, geo.documents, bases, tokens, counts, geo.tokens, words.shape[-1], slots, geo.num_documents,
-        tokens.shape[1],
-        BLOCK=block_size, STEP=1024, num_warps=4,
+        words, geo.documents, bases, tokens, counts, offsets, geo.tokens, words.shape[-1], slots, geo.num_documents,
+        tokens.shape[1], offsets.shape[-1], window,
+        BLOCK=block_size, STEP=min(1024, window), num_warps=4,
     )  # fmt: skip
-    return KeyLists(tokens, bases, counts)
+    return KeyLists(tokens, bases, counts, offsets, window)

@@ -8,6 +8,7 @@ from dashattn.ops.block_sparse.triton_backward import (
     delta,
     key_grad,
     key_grad_options,
+    key_grad_window,
     query_grad,
     query_grad_options,
 )
@@ -95,20 +96,8 @@ def _backward_op(
     lse = lse.flatten(0, 1).contiguous()
     delta_nH = delta(out_nHD, do_nHD)
     options = key_grad_options(geo.padded_dim, block_size, q.itemsize)
-    dk, dv = key_grad(
-        q_nHD,
-        k_nHD,
-        v_nHD,
-        bias,
-        do_nHD,
-        lse,
-        delta_nH,
-        key_lists(flat, geo, block_size),
-        geo,
-        block_size,
-        scale,
-        options,
-    )
+    lists = key_lists(flat, geo, block_size, key_grad_window(geo, block_size, q.itemsize, options["keys"]))
+    dk, dv = key_grad(q_nHD, k_nHD, v_nHD, bias, do_nHD, lse, delta_nH, lists, geo, block_size, scale, options)
     options = query_grad_options(geo.padded_dim, block_size, q.itemsize)
     lists = tile_lists(flat, geo, block_size, geo.tile_tokens(options["rows"]))
     bias_grad = q.new_zeros(geo.tokens, bias_heads, bias_blocks, dtype=torch.float32)

@@ -168,26 +168,31 @@ def _key_grad_tokens(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_slots", "num_documents", "capacity", "bias_width", "splits"])
+@triton.jit(do_not_specialize=["num_slots", "num_documents", "capacity", "num_windows", "bias_width"])
 def key_grad_kernel(
-    q_ptr, k_ptr, v_ptr, bias_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, documents, list_tokens, list_bases,
-    counts, scale, scale_log2, num_tokens, num_slots, num_documents, capacity, bias_width, splits,
+    q_ptr, k_ptr, v_ptr, bias_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, sums_ptr, turns, documents, list_tokens,
+    list_bases, counts, offsets, scale, scale_log2, num_tokens, num_slots, num_documents, capacity, num_windows, window,
+    bias_width,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
     KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BIAS_HEADS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Takes a ``splits``-th of the tokens that chose the block.
+    """What the tokens of one window give to one block.
 
-    Early blocks can be chosen by most: they go first. Lists begin at the end of the document, which all blocks have in
-    common: programs that run together read the same tokens at about the same time, from the L2 cache.
+    All blocks of a window come one after the other, so that its queries and output gradients stay in the L2 cache.
+    The windows of a block add up in their order: a program waits for its turn after its own work is done. Programs
+    start in the order of their numbers, so whoever is waited for has started.
     """
+    PARTS: tl.constexpr = BLOCK // KEYS
     pid = tl.program_id(0)
-    split = pid % splits
-    part = pid // splits % (BLOCK // KEYS)
-    slot = pid // splits // (BLOCK // KEYS) % num_slots
-    kv_head = pid // splits // (BLOCK // KEYS) // num_slots
+    part = pid % PARTS
+    slot = pid // PARTS % num_slots
+    kv_head = pid // PARTS // num_slots % KV_HEADS
+    this_window = pid // PARTS // num_slots // KV_HEADS
     document, start, end, block = locate_tile(documents, slot, num_documents, BLOCK)
     first_key = start + block * BLOCK + part * KEYS
-    if first_key >= end:
+    first_window = (start + block * BLOCK) // window
+    last_window = (end - 1) // window
+    if (first_key >= end) | (this_window < first_window) | (this_window > last_window):
         return
     key = first_key + tl.arange(0, KEYS)
     dim = tl.arange(0, DIM)
@@ -201,26 +206,39 @@ def key_grad_kernel(
     length = (end - start).to(tl.int64)
     base = kv_head * capacity + tl.load(list_bases + document) + block * length
     list_ptr = list_tokens + base - BLOCK * (block.to(tl.int64) * (block - 1) // 2)
-    count = counts + (kv_head * num_slots + slot) * 2
-    far = tl.load(count)
-    chosen = tl.load(count + 1)
-    share = tl.cdiv(chosen, splits)
-    begin = split * share
-    stop = tl.minimum(begin + share, chosen)
-    far = tl.minimum(far, stop)
-    for first in range(begin, far, TOKENS):
+    row = kv_head * num_slots + slot
+    offset_ptr = offsets + row.to(tl.int64) * num_windows + this_window
+    begin = tl.load(offset_ptr, mask=this_window > first_window, other=0)
+    stop = tl.load(counts + row * 2 + 1)
+    stop = tl.load(offset_ptr + 1, mask=this_window < last_window, other=stop)
+    near = tl.minimum(tl.load(counts + row * 2), stop)
+    for first in range(begin, near, TOKENS):
         dk, dv = _key_grad_tokens(
-            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, bias_ptr, list_ptr, first, far, block, first_key, kv_head,
-            scale_log2, bias_width, KV_HEADS, GROUP, GROUP_P, TOKENS, KEYS, HEAD_DIM, DIM, BIAS_HEADS, False, PRECISION,
-        )  # fmt: skip
-    for first in range(tl.maximum(begin, far), stop, TOKENS):
-        dk, dv = _key_grad_tokens(
-            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, bias_ptr, list_ptr, first, stop, block, first_key, kv_head,
+            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, bias_ptr, list_ptr, first, near, block, first_key, kv_head,
             scale_log2, bias_width, KV_HEADS, GROUP, GROUP_P, TOKENS, KEYS, HEAD_DIM, DIM, BIAS_HEADS, True, PRECISION,
         )  # fmt: skip
-    offset += split.to(tl.int64) * num_tokens * KV_HEADS * HEAD_DIM
-    tl.store(dk_ptr + offset, (dk * scale).to(dk_ptr.dtype.element_ty), mask=in_block)
-    tl.store(dv_ptr + offset, dv.to(dv_ptr.dtype.element_ty), mask=in_block)
+    for first in range(tl.maximum(begin, near), stop, TOKENS):
+        dk, dv = _key_grad_tokens(
+            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, bias_ptr, list_ptr, first, stop, block, first_key, kv_head,
+            scale_log2, bias_width, KV_HEADS, GROUP, GROUP_P, TOKENS, KEYS, HEAD_DIM, DIM, BIAS_HEADS, False, PRECISION,
+        )  # fmt: skip
+
+    sums_ptr += offset
+    dv_sums_ptr = sums_ptr + num_tokens.to(tl.int64) * (KV_HEADS * HEAD_DIM)
+    turn_ptr = turns + row * PARTS + part
+    if this_window > first_window:
+        while tl.atomic_add(turn_ptr, 0, sem="acquire") != this_window - first_window:
+            pass
+        dk += tl.load(sums_ptr, mask=in_block, other=0.0, cache_modifier=".cg")
+        dv += tl.load(dv_sums_ptr, mask=in_block, other=0.0, cache_modifier=".cg")
+    if this_window < last_window:
+        tl.store(sums_ptr, dk, mask=in_block)
+        tl.store(dv_sums_ptr, dv, mask=in_block)
+        tl.debug_barrier()
+        tl.atomic_add(turn_ptr, 1, sem="release")
+    else:
+        tl.store(dk_ptr + offset, (dk * scale).to(dk_ptr.dtype.element_ty), mask=in_block)
+        tl.store(dv_ptr + offset, dv.to(dv_ptr.dtype.element_ty), mask=in_block)
 
 
 def delta(out: Tensor, grad: Tensor) -> Tensor:
@@ -241,10 +259,6 @@ def query_grad_options(dim: int, block_size: int, itemsize: int) -> dict[str, in
     return dict(rows=64, num_warps=8 if dim > 128 else 4, num_stages=stages)
 
 
-# Programs of the key kernel that keep the 132 multiprocessors of an H100 or H200 evenly busy.
-KEY_GRAD_PROGRAMS = 2048
-
-
 def key_grad_options(dim: int, block_size: int, itemsize: int) -> dict[str, int]:
     """Keys of a tile (a block or a part of it), rows, warps and pipeline stages."""
     if itemsize == 4:
@@ -252,6 +266,20 @@ def key_grad_options(dim: int, block_size: int, itemsize: int) -> dict[str, int]
     keys, rows = min(block_size, 64), 64 if dim <= 128 else 32
     stages = stages_that_fit(2 * keys * dim * itemsize, 2 * rows * dim * itemsize, 3 if dim <= 128 else 1)
     return dict(keys=keys, rows=rows, num_warps=8 if dim > 128 else 4, num_stages=stages)
+
+
+# Bytes of queries and output gradients that stay in the L2 cache of an H100 or H200, and programs that keep its 132
+# multiprocessors evenly busy although the lists of a window differ in length.
+WINDOW_BYTES = 2**24
+KEY_GRAD_PROGRAMS = 4096
+
+
+def key_grad_window(geo: Geometry, block_size: int, itemsize: int, keys: int) -> int:
+    """Tokens of a window of the key kernel: a power of two."""
+    cached = WINDOW_BYTES // (2 * geo.group * geo.head_dim * itemsize)
+    programs = geo.slots(block_size) * (block_size // keys) * geo.kv_heads
+    even = geo.tokens * programs // KEY_GRAD_PROGRAMS
+    return max(256, 2 ** (min(cached, even).bit_length() - 1))
 
 
 def query_grad(
@@ -279,18 +307,18 @@ def key_grad(
     geo: Geometry, block_size: int, scale: float, options: dict[str, int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     slots = geo.slots(block_size)
-    programs = slots * (block_size // options["keys"]) * geo.kv_heads
-    # Lists differ in length by several times: with few blocks they are split, or one list would outlast all others.
-    splits = max(1, min(8, KEY_GRAD_PROGRAMS // programs))
-    dtype = k.dtype if splits == 1 else torch.float32
-    dk, dv = (torch.empty(splits, *k.shape, dtype=dtype, device=k.device) for _ in range(2))
-    key_grad_kernel[(programs * splits,)](
-        q, k, v, bias, do, lse, delta_, dk, dv, geo.documents, lists.tokens, lists.bases, lists.counts,
-        scale, scale * LOG2E, geo.tokens, slots, geo.num_documents, lists.tokens.shape[1],
-        0 if bias is None else bias.shape[-1], splits,
+    parts = block_size // options["keys"]
+    windows = lists.offsets.shape[-1]
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    sums = torch.empty(2 if windows > 1 else 0, *k.shape, dtype=torch.float32, device=k.device)
+    turns = torch.zeros(geo.kv_heads * slots * parts, dtype=torch.int32, device=k.device)
+    key_grad_kernel[(windows * geo.kv_heads * slots * parts,)](
+        q, k, v, bias, do, lse, delta_, dk, dv, sums, turns, geo.documents, lists.tokens, lists.bases, lists.counts,
+        lists.offsets, scale, scale * LOG2E, geo.tokens, slots, geo.num_documents, lists.tokens.shape[1], windows,
+        lists.window, 0 if bias is None else bias.shape[-1],
         KV_HEADS=geo.kv_heads, GROUP=geo.group, GROUP_P=geo.padded_group, TOKENS=geo.tile_tokens(options["rows"]),
         BLOCK=block_size, KEYS=options["keys"], HEAD_DIM=geo.head_dim, DIM=geo.padded_dim,
         BIAS_HEADS=0 if bias is None else bias.shape[1], PRECISION=precision(q.dtype),
         num_warps=options["num_warps"], num_stages=options["num_stages"],
     )  # fmt: skip
-    return (dk[0], dv[0]) if splits == 1 else (dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype))
+    return dk, dv

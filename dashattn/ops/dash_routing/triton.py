@@ -13,6 +13,7 @@ from dashattn.ops.block_sparse.triton_backward import (
     delta,
     key_grad,
     key_grad_options,
+    key_grad_window,
     query_grad,
     query_grad_options,
 )
@@ -190,7 +191,7 @@ def _attention_backward_op(
         )
     delta_nH = delta(out_nHD, do_nHD)
     options = key_grad_options(geo.padded_dim, chunk_size, q.itemsize)
-    by_key = key_lists(flat_words, geo, chunk_size)
+    by_key = key_lists(flat_words, geo, chunk_size, key_grad_window(geo, chunk_size, q.itemsize, options["keys"]))
     dk, dv = key_grad(q_nHD, k_nHD, v_nHD, bias, do_nHD, lse, delta_nH, by_key, geo, chunk_size, scale, options)
     del by_key
     options = query_grad_options(geo.padded_dim, chunk_size, q.itemsize)
