@@ -34,6 +34,19 @@ def measure(call: Callable[[], object], warmup: int, repetitions: int) -> list[f
     return [start.elapsed_time(end) for start, end in events]
 
 
+def graph_ms(call: Callable[[], object], repetitions: int) -> float | None:
+    """Median milliseconds of the call replayed as a CUDA graph, without the host's share; None if it waits inside."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            result = call()
+    except RuntimeError:
+        return None
+    times = measure(graph.replay, 1, repetitions)
+    del result
+    return statistics.median(times)
+
+
 def extra_mib(call: Callable[[], object]) -> float:
     """Peak memory of a call beside what it began with and what it returns."""
     torch.cuda.synchronize()

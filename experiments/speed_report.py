@@ -65,13 +65,18 @@ def dense_times(rows: Iterable[dict]) -> dict[tuple, tuple[float, str]]:
 
 
 def with_ratios(rows: Sequence[dict]) -> list[dict]:
-    """The newest rows, each with ``ratio`` (time of dense attention over its own, None if unknown) and ``against``."""
+    """The newest rows, each with ``against`` and the time of dense attention over its own, None if unknown.
+
+    ``ratio`` is of calls, ``graph_ratio`` of their replay as a CUDA graph where that was measured.
+    """
     times = dense_times(rows)
     found = []
     for row in newest(rows):
         dense, against = times.get((row["run"], row["length"], row["pass"]), (None, None))
         ratio = dense / row["ms"] if dense and row["status"] == "ok" else None
-        found.append(row | {"ratio": ratio, "against": against})
+        graph = row.get("graph_ms")  # rows written before graphs were measured lack it
+        graph_ratio = dense / graph if ratio and graph else None
+        found.append(row | {"ratio": ratio, "graph_ratio": graph_ratio, "against": against})
     return found
 
 
@@ -187,8 +192,9 @@ def _measurements(rows: Sequence[dict]) -> list[str]:
             cases.setdefault(tuple(row[name] for name in CASE[:-1]), {})[row["pass"]] = row
     against = sorted({row["against"] for row in rows if row["ratio"]})
     out = [
-        f"Milliseconds (speed-up over dense attention{': ' if against else ''}{', '.join(against)}); memory beside "
-        "inputs and results.\n",
+        f"Milliseconds (speed-up over dense attention{': ' if against else ''}{', '.join(against)}); after the comma, for "
+        "short calls, those of a replay as a CUDA graph, which leaves out the host's share. Memory beside inputs and "
+        "results.\n",
         "| length | inputs | causal sparsity | stage | method | forward | forward + backward | memory | memory, both |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -206,7 +212,10 @@ def _measurements(rows: Sequence[dict]) -> list[str]:
 def _time(row: dict | None) -> str:
     if row is None:
         return ""
-    return f"{row['ms']:.3g}" + (f" ({row['ratio']:.2f}x)" if row["ratio"] else "")
+    call = f"{row['ms']:.3g}" + (f" ({row['ratio']:.2f}x)" if row["ratio"] else "")
+    if not row.get("graph_ms"):
+        return call
+    return f"{call}, {row['graph_ms']:.3g}" + (f" ({row['graph_ratio']:.2f}x)" if row["graph_ratio"] else "")
 
 
 def _break_even_table(rows: Sequence[dict]) -> list[str]:
@@ -214,7 +223,11 @@ def _break_even_table(rows: Sequence[dict]) -> list[str]:
     for name in PASSES:
         for curve in curves(rows, name):
             line = [(row["length"], row["ratio"]) for row in curve.rows if row["ratio"]]
-            found.setdefault((curve.method, curve.sparsity, curve.pattern), {})[name] = break_even(line)
+            graphs = [(row["length"], row["graph_ratio"] or row["ratio"]) for row in curve.rows if row["ratio"]]
+            lengths = break_even(line)
+            if any(row["graph_ratio"] for row in curve.rows):
+                lengths += f", {break_even(graphs)} as a CUDA graph"
+            found.setdefault((curve.method, curve.sparsity, curve.pattern), {})[name] = lengths
     if not found:
         return []
     out = ["\n| faster than dense from | inputs | forward | forward + backward |", "|---|---|---|---|"]

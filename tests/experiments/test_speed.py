@@ -140,6 +140,7 @@ def rows_of(monkeypatch, tmp_path):
         monkeypatch.setitem(speed.BACKENDS, "dash", list(methods))
         monkeypatch.setattr(speed, "measure", lambda call, *_: [timed.append(call()) or 1.0, 3.0, 2.0])
         monkeypatch.setattr(speed, "extra_mib", lambda call: 5.0)
+        monkeypatch.setattr(speed, "graph_ms", lambda call, *_: 1.5)
         lines = []
         speed.run(make_config(tmp_path, dtype="bf16", **changes), "cpu", lines.append)
         found = read_rows(tmp_path / speed_report.ROWS)
@@ -155,7 +156,7 @@ def test_what_is_right_is_timed(rows_of):
         (length, name, "ok") for length in (64, 128) for name in (FORWARD, BOTH)
     ]
     assert timed == 4
-    assert {row["ms"] for row in rows} == {2.0}
+    assert {(row["ms"], row["graph_ms"]) for row in rows} == {(2.0, 1.5)}
     assert {row["extra_mib"] for row in rows} == {5.0}
     assert set(rows[0]["errors"]) == {"out", "q", "k", "v"}
     assert max(rows[0]["errors"].values()) < 0.005
@@ -393,6 +394,13 @@ def test_table():
     assert f"{why} forward, forward+backward | clustered 75% | 1k, 4k |" in table
     assert f"{why} forward | iid 75% | 4k |" in table
     assert "commit 0123456789," in table
+
+
+def test_short_calls_stand_beside_their_graphs():
+    rows = [make_row(FLASH_3, 2.0, stage=DENSE), make_row("dash", 4.0, graph_ms=1.0)]
+    table = speed_report.to_markdown(rows)
+    assert "4 (0.50x), 1 (2.00x)" in table
+    assert "not reached, 1k or less as a CUDA graph" in table
 
 
 def test_report_from_committed_rows(tmp_path, capsys):

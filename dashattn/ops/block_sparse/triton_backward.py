@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dashattn.ops.block_sparse.schedule import KeyLists, TileLists
 from dashattn.ops.block_sparse.triton_forward import key_descriptor, precision, stages_that_fit
-from dashattn.ops.tiles import LOG2E, Geometry, locate_tile
+from dashattn.ops.tiles import LOG2E, Geometry, locate_tile, power_of_2_from
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -245,9 +245,7 @@ def delta(out: Tensor, grad: Tensor) -> Tensor:
     """sum over D of out * grad, float32 [n, Hq]."""
     rows, head_dim = out.shape[0] * out.shape[1], out.shape[2]
     result = torch.empty(out.shape[:2], dtype=torch.float32, device=out.device)
-    _delta_kernel[(triton.cdiv(rows, 32),)](
-        out, grad, result, rows, HEAD_DIM=head_dim, DIM=triton.next_power_of_2(head_dim), ROWS=32
-    )
+    _delta_kernel[(-(-rows // 32),)](out, grad, result, rows, HEAD_DIM=head_dim, DIM=power_of_2_from(head_dim), ROWS=32)
     return result
 
 

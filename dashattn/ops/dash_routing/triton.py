@@ -20,7 +20,7 @@ from dashattn.ops.block_sparse.triton_backward import (
 from dashattn.ops.chunk_summary.triton import summary_starts
 from dashattn.ops.dash_routing.triton_backward import route_backward
 from dashattn.ops.dash_routing.triton_forward import prior_bias, route, router_options
-from dashattn.ops.tiles import Geometry, flatten_tokens, geometry
+from dashattn.ops.tiles import flatten_tokens, geometry
 from dashattn.selection import Selection
 
 # From this sigma on a tempered prior (|log p| < 100) changes a weight by less than 1e-4 of itself, a twentieth of
@@ -28,13 +28,14 @@ from dashattn.selection import Selection
 NEGLIGIBLE_SIGMA = 1e6
 
 
-def _alpha(alpha: float | Tensor, geo: Geometry) -> Tensor | None:
+def _alpha(alpha: float | Tensor, q: Tensor) -> Tensor | None:
     """float32 [Hq], or None for 1.5."""
+    heads = q.shape[2]
     if isinstance(alpha, Tensor):
-        return alpha.float().expand(geo.heads).contiguous()
+        return alpha.float().expand(heads).contiguous()
     if alpha == 1.5:
         return None
-    return torch.full((geo.heads,), alpha, dtype=torch.float32, device=geo.documents.device)
+    return torch.full((heads,), alpha, dtype=torch.float32, device=q.device)
 
 
 def _flat_summaries(summaries: Tensor) -> Tensor:
@@ -251,7 +252,7 @@ def dash_routing(
     _check_prior_heads(prior_heads)
     check_kernels_fit(q, chunk_size)
     score_scale = router_scale * q.shape[-1] ** -0.5
-    alpha = _alpha(alpha, geometry(q, summaries.shape[2], cu_seqlens))
+    alpha = _alpha(alpha, q)
     with torch.no_grad():  # the bias alone carries gradient
         words, peak, tau = _route_op(q, summaries, alpha, cu_seqlens, chunk_size, score_scale)
     selection = Selection(words, chunk_size)
@@ -280,7 +281,7 @@ def routed_attention(
     _check_prior_heads(prior_heads)
     check_kernels_fit(q, chunk_size)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    alpha = _alpha(alpha, geometry(q, k.shape[2], cu_seqlens))
+    alpha = _alpha(alpha, q)
     out, words, *_ = _attention_op(
         q, k, v, summaries, alpha, cu_seqlens, chunk_size, router_scale * q.shape[-1] ** -0.5, scale, prior, sigma
     )
