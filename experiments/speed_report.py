@@ -192,9 +192,9 @@ def _measurements(rows: Sequence[dict]) -> list[str]:
             cases.setdefault(tuple(row[name] for name in CASE[:-1]), {})[row["pass"]] = row
     against = sorted({row["against"] for row in rows if row["ratio"]})
     out = [
-        f"Milliseconds (speed-up over dense attention{': ' if against else ''}{', '.join(against)}); after the comma, for "
-        "short calls, those of a replay as a CUDA graph, which leaves out the host's share. Memory beside inputs and "
-        "results.\n",
+        f"Milliseconds (speed-up over dense attention{': ' if against else ''}{', '.join(against)}); after the comma, "
+        "for short calls, those of a replay as a CUDA graph, which leaves out the host's share. Memory beside inputs "
+        "and results.\n",
         "| length | inputs | causal sparsity | stage | method | forward | forward + backward | memory | memory, both |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
