@@ -61,7 +61,9 @@ def _tile_list_kernel(
     tl.store(count + 1, total)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_words", "num_slots", "num_documents", "capacity", "num_windows"])
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_words", "num_slots", "num_documents", "capacity", "num_windows", "window"]
+)
 def _key_list_kernel(
     words, documents, bases, tokens, counts, offsets, num_tokens, num_words, num_slots, num_documents, capacity,
     num_windows, window,

@@ -168,7 +168,9 @@ def _key_grad_tokens(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_documents", "capacity", "num_windows", "bias_width"])
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_slots", "num_documents", "capacity", "num_windows", "window", "bias_width"]
+)
 def key_grad_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, sums_ptr, turns, documents, list_tokens,
     list_bases, counts, offsets, scale, scale_log2, num_tokens, num_slots, num_documents, capacity, num_windows, window,

@@ -15,6 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dashattn.ops.block_sparse.triton_forward import precision
 from dashattn.ops.dash_routing.triton_entmax import (
+    SMALLEST_EXPONENT,
     above_threshold,
     fold,
     hermite_root,
@@ -59,7 +60,7 @@ def load_tile(q_ptr, alpha_ptr, start, end, index, kv_head, score_scale, KV_HEAD
     else:
         alpha = tl.load(alpha_ptr + query_head, mask=valid, other=1.5)
     slope = (alpha - 1.0) * score_scale
-    exponent = ((2.0 - alpha) / (alpha - 1.0))[:, None]
+    exponent = tl.maximum((2.0 - alpha) / (alpha - 1.0), SMALLEST_EXPONENT)[:, None]
     return valid, flat_row, own, q, alpha, slope, exponent
 
 
@@ -267,7 +268,7 @@ def summary_descriptor(summaries: Tensor, geo: Geometry, chunks: int) -> TensorD
 
 
 def router_options(dim: int, itemsize: int) -> dict[str, int]:
-    """Rows and chunks of a tile, warps and pipeline stages: the fastest of five on an H200."""
+    """Rows and chunks of a tile, warps and pipeline stages: the fastest of several on an H100 and an H200."""
     if itemsize == 4 or dim > 128:
         return dict(rows=64, chunks=32, num_warps=4, num_stages=2)
     return dict(rows=64, chunks=64, num_warps=4, num_stages=2)
@@ -295,7 +296,8 @@ def route(
     slots = geo.slots(constants["TOKENS"])
     threshold_kernel[(slots * geo.kv_heads,)](
         q, summary_descriptor(summaries, geo, options["chunks"]), alpha, words, peak, tau, geo.documents, starts,
-        score_scale, geo.tokens, words.shape[-1], slots, geo.num_documents, **constants,
+        score_scale, geo.tokens, words.shape[-1], slots, geo.num_documents,
+        maxnreg=128 if constants["SQUARE"] and q.itemsize == 2 and geo.padded_dim <= 128 else None, **constants,
     )  # fmt: skip
     return words, peak, tau
 
