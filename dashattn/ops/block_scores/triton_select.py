@@ -8,7 +8,7 @@ PROGRAMS * 8 bytes * tokens of a tile * blocks, 17 MiB at 64k tokens with groups
 At 32k tokens, 32 heads and a stride of 16 there are 1.1e9 causal (row, window) pairs: 0.27 TFLOP of products, as in the
 first pass. Their pooled scores are a 64th of that, so a search that reads those a handful of times is cheap. It
 narrows, in the float32 bit patterns (scores are not negative, so they are ordered as integers), an interval that holds
-the k-th score, 17-fold a step, until what it holds is exactly what is wanted of it, or a single value: the blocks of
+the k-th score, 9-fold a step, until what it holds is exactly what is wanted of it, or a single value: the blocks of
 that value tie, and the lowest win. Max-pooling makes such ties common: neighbouring blocks share a window.
 """
 
@@ -21,8 +21,11 @@ from dashattn.ops.band.triton_forward import Band, band_constants, visible_keys
 from dashattn.ops.block_sparse.triton_forward import key_descriptor, stages_that_fit
 from dashattn.ops.tiles import LOG2E, Geometry, locate_tile
 
-PROBES = tl.constexpr(16)
+PROBES = tl.constexpr(8)
 INFINITY_BITS = tl.constexpr(0x7F800000)
+# The first probes lie three octaves apart from 2 ** -16 on: in most cases one interval of them holds the k-th score.
+FIRST_PROBE = tl.constexpr((127 - 16) << 23)
+FIRST_STEP = tl.constexpr(3 << 23)
 # Four for each multiprocessor of an H100 or H200. They take tiles until none is left: it matters not how many run.
 PROGRAMS = 528
 
@@ -123,10 +126,11 @@ def _select_tile(
     high = tl.full([TOKENS], INFINITY_BITS, tl.int32)
     count_low = tl.where(ranked, own - local_blocks + 1 - init_blocks, 0)
     count_high = tl.zeros([TOKENS], tl.int32)
+    base = tl.full([TOKENS], FIRST_PROBE, tl.int32)
+    step = tl.full([TOKENS], FIRST_STEP, tl.int32)
     unsolved = (last_own >= topk) & (free > 0)
     while unsolved:
-        step = (high - low + PROBES) // (PROBES + 1)
-        probe = low[:, None] + step[:, None] * (1 + tl.arange(0, PROBES))[None, :]
+        probe = base[:, None] + step[:, None] * tl.arange(0, PROBES)[None, :]
         count = tl.zeros([TOKENS, PROBES], tl.int32)
         for first in range(0, last_own - local_blocks + 1, SEARCHED):
             block = first + tl.arange(0, SEARCHED)
@@ -138,9 +142,11 @@ def _select_tile(
         passed = tl.sum(enough.to(tl.int32), 1)
         count_low = tl.minimum(count_low, tl.min(tl.where(enough, count, 0x7FFFFFFF), 1))
         count_high = tl.maximum(count_high, tl.max(tl.where(enough, 0, count), 1))
-        low += passed * step
-        high = tl.minimum(high, low + step)
+        low = tl.where(passed > 0, base + (passed - 1) * step, low)
+        high = tl.where(passed < PROBES, tl.minimum(high, base + passed * step), high)
         unsolved = tl.max(((count_low > wanted) & (high - low > 1)).to(tl.int32), 0) > 0
+        step = (high - low + PROBES) // (PROBES + 1)
+        base = low + step
 
     token = (start + token_position).to(tl.int64)
     word_row = words + (kv_head.to(tl.int64) * num_tokens + token) * num_words
