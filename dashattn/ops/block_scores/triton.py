@@ -10,15 +10,6 @@ from dashattn.ops.tiles import flatten_tokens, geometry
 from dashattn.selection import Selection
 
 
-def unsupported_windows(kernel_size: int, kernel_stride: int, block_size: int) -> str | None:
-    """What keeps the kernel from these sizes, if anything does."""
-    if block_size // kernel_stride > 32:
-        return f"the kernels take blocks of up to 32 strides, not {block_size} keys at a stride of {kernel_stride}"
-    if kernel_size > block_size + kernel_stride:
-        return f"the kernels take windows that touch two blocks at most, not {kernel_size} keys at {block_size} a block"
-    return None
-
-
 @torch.library.custom_op("dashattn::select_blocks", mutates_args=())
 def _select_op(
     q: Tensor, compressed_k: Tensor, lse: Tensor | None, cu_seqlens: Tensor | None, kernel_size: int,
@@ -39,7 +30,7 @@ def _select_op(
 @_select_op.register_fake
 def _(q, compressed_k, lse, cu_seqlens, kernel_size, kernel_stride, pooling, block_size, topk, init_blocks,
       local_blocks, scale):  # fmt: skip
-    width = -(-(-(-q.shape[1] // block_size)) // 32)
+    width = -(-q.shape[1] // (32 * block_size))
     return q.new_empty(q.shape[0], compressed_k.shape[2], q.shape[1], width, dtype=torch.int32)
 
 
