@@ -38,7 +38,7 @@ def _query_grad_keys(dq, q, do, lse, delta, k_desc, v_desc, kv_head, first_key, 
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_documents", "span"])
-def query_grad_kernel(
+def band_query_grad_kernel(
     q_ptr, k_desc, v_desc, do_ptr, lse_ptr, delta_ptr, dq_ptr, documents, key_starts, scale, scale_log2,
     num_slots, num_documents, span,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, TOKENS: tl.constexpr, KEYS: tl.constexpr,
@@ -86,7 +86,7 @@ def query_grad_kernel(
 
 
 @triton.jit(do_not_specialize=["num_keys", "num_documents", "span", "splits"])
-def key_grad_kernel(
+def band_key_grad_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, documents, key_starts, scale, scale_log2,
     num_keys, num_documents, span, splits,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, TOKENS: tl.constexpr, KEYS: tl.constexpr,
@@ -154,7 +154,7 @@ def backward(
     span = band.limit(geo)
     constants = band_constants(geo, band, q.dtype, query_grad_options(geo.padded_dim, keys, q.itemsize))
     slots = geo.slots(constants["TOKENS"])
-    query_grad_kernel[(slots * geo.kv_heads,)](
+    band_query_grad_kernel[(slots * geo.kv_heads,)](
         q, key_descriptor(k, geo, keys), key_descriptor(v, geo, keys), do, lse, delta_nH, dq, geo.documents, starts,
         scale, scale * LOG2E, slots, geo.num_documents, span, **constants,
     )  # fmt: skip
@@ -164,7 +164,7 @@ def backward(
     dtype = k.dtype if splits == 1 else torch.float32
     dk, dv = (torch.zeros(splits, *k.shape, dtype=dtype, device=k.device) for _ in range(2))
     constants = band_constants(geo, band, q.dtype, key_grad_options(geo.padded_dim, keys, q.itemsize))
-    key_grad_kernel[(programs, splits)](
+    band_key_grad_kernel[(programs, splits)](
         q, k, v, do, lse, delta_nH, dk, dv, geo.documents, starts, scale, scale * LOG2E, k.shape[0],
         geo.num_documents, span, splits, **constants,
     )  # fmt: skip

@@ -92,7 +92,7 @@ def _attend_keys(acc, total, peak, q, k_desc, v_desc, kv_head, first_key, key, b
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_documents", "span"])
-def forward_kernel(
+def band_kernel(
     q_ptr, k_desc, v_desc, out_ptr, lse_ptr, documents, key_starts, scale_log2, num_slots, num_documents, span,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, TOKENS: tl.constexpr, KEYS: tl.constexpr,
     SIZE: tl.constexpr, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, HAS_V: tl.constexpr,
@@ -169,7 +169,7 @@ def forward(
     keys = tile_keys(q.itemsize)
     constants = band_constants(geo, band, q.dtype, forward_options(geo.padded_dim, keys, q.itemsize))
     slots = geo.slots(constants["TOKENS"])
-    forward_kernel[(slots * geo.kv_heads,)](
+    band_kernel[(slots * geo.kv_heads,)](
         q, key_descriptor(k, geo, keys), None if v is None else key_descriptor(v, geo, keys), out, lse, geo.documents,
         starts, scale * LOG2E, slots, geo.num_documents, band.limit(geo), HAS_V=v is not None, **constants,
     )  # fmt: skip

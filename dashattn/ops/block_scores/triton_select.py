@@ -90,10 +90,11 @@ def _select_tile(
     own = tl.where(in_document, token_position // BLOCK, -1)
     last_own = tl.max(own, 0)
     # Where there are no more blocks than topk, all are taken. Elsewhere the forced ones leave ``free`` to compete for.
-    ranked = own >= topk
     free = topk - init_blocks - local_blocks
+    ranked = (own >= topk) & (free > 0)
+    unsolved = (last_own >= topk) & (free > 0)
 
-    if (last_own >= topk) & (free > 0):
+    if unsolved:
         ROWS: tl.constexpr = TOKENS * GROUP_P
         row = tl.arange(0, ROWS)
         position = index * TOKENS + row // GROUP_P
@@ -128,7 +129,6 @@ def _select_tile(
     count_high = tl.zeros([TOKENS], tl.int32)
     base = tl.full([TOKENS], FIRST_PROBE, tl.int32)
     step = tl.full([TOKENS], FIRST_STEP, tl.int32)
-    unsolved = (last_own >= topk) & (free > 0)
     while unsolved:
         probe = base[:, None] + step[:, None] * tl.arange(0, PROBES)[None, :]
         count = tl.zeros([TOKENS, PROBES], tl.int32)
@@ -159,7 +159,9 @@ def _select_tile(
         tied = ((bits >= low[:, None]) & (bits < high[:, None])).to(tl.int32)
         place = taken[:, None] + tl.cumsum(tied, 1)
         taken += tl.sum(tied, 1)
-        forced = (block < init_blocks)[None, :] | (block[None, :] > (own - local_blocks)[:, None]) | ~ranked[:, None]
+        forced = (
+            (block < init_blocks)[None, :] | (block[None, :] > (own - local_blocks)[:, None]) | (own < topk)[:, None]
+        )
         chosen = (bits >= high[:, None]) | ((tied != 0) & (place <= (wanted - count_high)[:, None])) | forced
         chosen &= block[None, :] <= own[:, None]
         chosen = tl.reshape(chosen.to(tl.int32), (TOKENS, SEARCHED // 32, 32)) << tl.arange(0, 32)[None, None, :]

@@ -22,7 +22,7 @@ def _weighted(gate_ptr, branch_ptr, row, valid, offset, mask):
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def forward_kernel(
+def gated_sum_kernel(
     gates, first, second, third, out, num_rows,
     BRANCHES: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -43,7 +43,7 @@ def _branch_grad(do, gate_ptr, branch_ptr, gate_grad_ptr, branch_grad_ptr, row, 
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def backward_kernel(
+def gated_sum_grad_kernel(
     do_ptr, gates, first, second, third, dgates, dfirst, dsecond, dthird, num_rows,
     BRANCHES: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -66,7 +66,7 @@ def _forward_op(gates: Tensor, first: Tensor, second: Tensor, third: Tensor | No
     rows = first[..., 0].numel()
     constants = _constants(gates, first)
     branches = (None if x is None else x.contiguous() for x in (first, second, third))
-    forward_kernel[(triton.cdiv(rows, constants["ROWS"]),)](gates.contiguous(), *branches, out, rows, **constants)
+    gated_sum_kernel[(triton.cdiv(rows, constants["ROWS"]),)](gates.contiguous(), *branches, out, rows, **constants)
     return out
 
 
@@ -85,7 +85,7 @@ def _backward_op(
     rows = first[..., 0].numel()
     constants = _constants(gates, first)
     branches = (None if x is None else x.contiguous() for x in (first, second, third))
-    backward_kernel[(triton.cdiv(rows, constants["ROWS"]),)](
+    gated_sum_grad_kernel[(triton.cdiv(rows, constants["ROWS"]),)](
         grad.contiguous(), gates.contiguous(), *branches, *grads, rows, **constants
     )
     return tuple(grads)
