@@ -269,23 +269,41 @@ def test_block_selection(length, group, topk, init_blocks, local_blocks, ends, p
     assert torch.equal(Selection(words, 64).mask().sum(-1), expected.mask().sum(-1))
 
 
-def test_selection_of_long_sequences_is_that_of_their_scores():
-    """The last tokens of 300k, whose scores are computed here in float64."""
-    length, topk = 300_000, 64
-    q, k = random(1, length, 16, 128, dtype=BF16), random(1, length, 1, 128, dtype=BF16)
-    compressed = mean_compress(k, 32, 16)
+def test_selection_past_two_to_the_31st_is_that_of_its_scores():
+    """The last token's, whose scores are computed here in float64."""
+    length, topk = 540_672, 64
+    q = torch.empty(1, length, 32, 128, dtype=BF16, device="cuda").normal_()
+    assert q.numel() > 2**31
+    compressed = mean_compress(random(1, length, 2, 128, dtype=BF16), 32, 16)
     words = select_blocks(
         q, compressed, **WINDOWS, pooling="max", block_size=64, topk=topk, init_blocks=1, local_blocks=1, scale=1.0,
         cu_seqlens=None,
     ).words  # fmt: skip
-    logits = q[0, -1].double() @ compressed[0, :, 0].double().T
-    scores = F.pad(logits.softmax(-1).sum(0), (1, 0))  # block b touches windows 4b - 1 to 4b + 3
-    scores = scores.unfold(0, 5, 4).amax(-1)[:-1]
+    logits = q[0, -1, 16:].double() @ compressed[0, :, 1].double().T
+    scores = F.pad(logits.softmax(-1).sum(0), (1, 0))
+    scores = scores.unfold(0, 5, 4).amax(-1)  # of all blocks but the last, which touch windows 4b - 1 to 4b + 3
     scores[0] = torch.inf
-    expected = {length // 64, *scores[: length // 64].topk(topk - 1).indices.tolist()}
-    chosen = Selection(words[:, :, -1:], 64).mask()[0, 0, 0].nonzero().flatten().tolist()
+    expected = {length // 64 - 1, *scores.topk(topk - 1).indices.tolist()}
+    chosen = Selection(words[:, :, -1:], 64).mask()[0, 0, 1].nonzero().flatten().tolist()
     assert len(chosen) == topk
     assert len(expected ^ set(chosen)) <= 2
+
+
+def test_window_past_two_to_the_31st():
+    length, window_size = 540_672, 100
+    q = torch.empty(1, length, 32, 128, dtype=BF16, device="cuda").normal_()
+    k, v = (random(1, length, 2, 128, dtype=BF16) for _ in range(2))
+    options = {"window_size": window_size, "scale": 128**-0.5}
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = band.window_attention(*inputs, **options)
+    grads = torch.autograd.grad(out, inputs, out.detach())
+    short = [x.detach()[:, -512:].clone().requires_grad_() for x in inputs]
+    expected = band.window_attention(*short, **options)
+    tail = slice(-512 + 2 * window_size, None)  # what neither sees nor is seen by tokens before the short ones
+    for result, wanted in zip(
+        (out, *grads), (expected, *torch.autograd.grad(expected, short, expected.detach())), strict=True
+    ):
+        assert relative_error(result[:, tail], wanted[:, tail]) < 1e-3
 
 
 @pytest.mark.parametrize("cu_seqlens", [None, (100, 100, 131, 700, 2000)])

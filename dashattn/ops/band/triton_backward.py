@@ -163,7 +163,9 @@ def backward(
     splits = max(1, min(64, KEY_GRAD_PROGRAMS // programs))
     dtype = k.dtype if splits == 1 else torch.float32
     dk, dv = (torch.zeros(splits, *k.shape, dtype=dtype, device=k.device) for _ in range(2))
-    constants = band_constants(geo, band, q.dtype, key_grad_options(geo.padded_dim, keys, q.itemsize))
+    options = key_grad_options(geo.padded_dim, keys, q.itemsize)
+    options["num_stages"] = min(2, options["num_stages"])  # rows lie side by side here: a second program gains more
+    constants = band_constants(geo, band, q.dtype, options)
     band_key_grad_kernel[(programs, splits)](
         q, k, v, do, lse, delta_nH, dk, dv, geo.documents, starts, scale, scale * LOG2E, k.shape[0],
         geo.num_documents, span, splits, **constants,

@@ -4,7 +4,8 @@ Of the keys of its document a token sees those that end at or before it, and of 
 position ``stride * j + size - 1``: tokens are keys of size 1 at stride 1, compression windows of 32 stand every 16.
 
 A program owns neighbouring tokens x the heads of one KV group, as in the block-sparse core. Keys that all its tokens
-see need no mask; a first or last few do.
+see need no mask; a first or last few do. At 32k tokens, 32 heads of 128 and a stride of 16 the compressed branch costs
+0.55 TFLOP forward and 1.9 backward, a window of 512 half as much; without values, for the normalisers alone, 0.27.
 """
 
 from dataclasses import dataclass
