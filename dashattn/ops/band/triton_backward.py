@@ -113,12 +113,13 @@ def band_key_grad_kernel(
     query_head = kv_head * GROUP + row % GROUP_P
     dk = tl.zeros([KEYS, DIM], tl.float32)
     dv = tl.zeros([KEYS, DIM], tl.float32)
-    # A key is seen from its end on, until ``span`` more keys have ended.
+    # A key is seen from its end on, until ``span`` more keys have ended. From the last query back, so that programs
+    # that run at once, of which all see late queries, share them in the L2 cache.
     first_seen = tile * KEYS * STRIDE + SIZE - 1
-    last_seen = tl.minimum(first_seen + (KEYS - 1 + span) * STRIDE, end - start)
-    for first in range(first_seen + split * TOKENS, last_seen, splits * TOKENS):
-        position = first + row // GROUP_P
-        valid = (start + position < end) & (row % GROUP_P < GROUP)
+    seen_end = tl.minimum(first_seen + (KEYS - 1 + span) * STRIDE, end - start)
+    for query_tile in range(split, tl.cdiv(seen_end - first_seen, TOKENS), splits):
+        position = seen_end - (query_tile + 1) * TOKENS + row // GROUP_P
+        valid = (position >= first_seen) & (row % GROUP_P < GROUP)
         flat_row = (start + position).to(tl.int64) * (KV_HEADS * GROUP) + query_head
         row_offset = flat_row[:, None] * HEAD_DIM + dim[None, :]
         in_tile = valid[:, None] & (dim < HEAD_DIM)[None, :]
