@@ -31,6 +31,7 @@ from dashattn.ops.compression.reference import (
 )
 from dashattn.ops.dash_routing.reference import PRIOR_HEADS, PRIORS, dash_routing
 from dashattn.ops.full.reference import sdpa_attention
+from dashattn.ops.gates.reference import gated_sum
 from dashattn.ops.window.reference import window_attention
 from dashattn.selection import Selection
 from dashattn.stats import AttentionStats, dense_stats, selection_stats
@@ -75,17 +76,6 @@ def _use_kernels(impl: str, q: Tensor, block_size: int, unsupported: str | None 
             raise
         return False
     return True
-
-
-def _block_sparse(impl: str, q: Tensor, block_size: int, operation: str) -> Callable[..., Tensor]:
-    """The core operation of a method whose selection has no kernels."""
-    checks.check_choice("impl", impl, IMPLS)
-    check(impl != "triton", f"{operation} selects its blocks in PyTorch: use impl='auto', or 'reference' throughout")
-    if _use_kernels(impl, q, block_size):
-        from dashattn.ops.block_sparse import triton
-
-        return triton.block_sparse_attention
-    return block_sparse_attention
 
 
 @_without_autocast
@@ -212,25 +202,27 @@ def infllmv2_attention(
     """
     checks.check_qkv(q, k, v, cu_seqlens)
     check_infllmv2(block_size, kernel_size, kernel_stride, topk, init_blocks, window_size)
-    attend = _block_sparse(impl, q, block_size, "infllmv2_attention")
-
     windows = {"kernel_size": kernel_size, "kernel_stride": kernel_stride}
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    use_kernels = _use_kernels(impl, q, block_size, _unsupported_windows(**windows, block_size=block_size))
 
-    _, selection = _attend_windows_and_select(
-        q.detach(),
-        mean_compress(k.detach(), **windows, cu_seqlens=cu_seqlens),
-        None,
-        windows=windows,
-        scale=scale,
-        cu_seqlens=cu_seqlens,
-        pooling="max",
-        block_size=block_size,
-        topk=topk,
-        init_blocks=init_blocks,
-        local_blocks=window_size // block_size + 1,
-    )
-    out = attend(q, k, v, selection, scale=scale, cu_seqlens=cu_seqlens)
+    options = {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "cu_seqlens": cu_seqlens}
+    blocks = {
+        "pooling": "max",
+        "block_size": block_size,
+        "topk": topk,
+        "init_blocks": init_blocks,
+        "local_blocks": window_size // block_size + 1,
+    }
+    compressed_k = mean_compress(k.detach(), **windows, cu_seqlens=cu_seqlens)
+    if use_kernels:
+        from dashattn.ops.block_scores.triton import select_blocks
+        from dashattn.ops.block_sparse.triton import block_sparse_attention as attend
+
+        selection = select_blocks(q, compressed_k, **windows, **blocks, **options)
+    else:
+        attend = block_sparse_attention
+        _, selection = _attend_windows_and_select(q.detach(), compressed_k, None, windows, blocks, **options)
+    out = attend(q, k, v, selection, **options)
     if not return_stats:
         return out
     return out, _stats_with_windows(q, selection, windows, cu_seqlens)
@@ -290,54 +282,59 @@ def nsa_attention(
         for name, x in (("k_window", k_window), ("v_window", v_window)):
             checks.check_shape(name, x, tuple(k.shape))
             checks.check_like(name, x, q)
-    attend = _block_sparse(impl, q, block_size, "nsa_attention")
-
     windows = {"kernel_size": kernel_size, "kernel_stride": kernel_stride}
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    use_kernels = _use_kernels(impl, q, block_size, _unsupported_windows(**windows, block_size=block_size))
 
-    out_compressed, selection = _attend_windows_and_select(
-        q,
-        compressed_k,
-        compressed_v,
-        windows=windows,
-        scale=scale,
-        cu_seqlens=cu_seqlens,
-        pooling=pooling,
-        block_size=block_size,
-        topk=topk,
-        init_blocks=init_blocks,
-        local_blocks=local_blocks,
-    )
-    gate = gates.to(out_compressed.dtype)[..., None].unbind(3)
-    out = gate[0] * out_compressed
-    out = out + gate[1] * attend(q, k, v, selection, scale=scale, cu_seqlens=cu_seqlens)
+    options = {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "cu_seqlens": cu_seqlens}
+    blocks = {
+        "pooling": pooling,
+        "block_size": block_size,
+        "topk": topk,
+        "init_blocks": init_blocks,
+        "local_blocks": local_blocks,
+    }
+    if use_kernels:
+        from dashattn.ops.band.triton import compressed_attention as attend_compressed
+        from dashattn.ops.band.triton import window_attention as attend_window
+        from dashattn.ops.block_scores.triton import select_blocks
+        from dashattn.ops.block_sparse.triton import block_sparse_attention as attend
+        from dashattn.ops.gates.triton import gated_sum as combine
+
+        out_compressed, lse = attend_compressed(q, compressed_k, compressed_v, **windows, **options)
+        selection = select_blocks(q, compressed_k, lse, **windows, **blocks, **options)
+    else:
+        attend, attend_window, combine = block_sparse_attention, window_attention, gated_sum
+        out_compressed, selection = _attend_windows_and_select(
+            q, compressed_k, compressed_v, windows, blocks, **options
+        )
+    branches = [out_compressed, attend(q, k, v, selection, **options)]
     if window_size:
         k_window, v_window = (k, v) if k_window is None else (k_window, v_window)
-        out = out + gate[2] * window_attention(
-            q, k_window, v_window, window_size=window_size, scale=scale, cu_seqlens=cu_seqlens
-        )
-    out = out.to(q.dtype)
+        branches.append(attend_window(q, k_window, v_window, window_size=window_size, **options))
+    out = combine(gates, branches).to(q.dtype)
     if not return_stats:
         return out
     return out, _stats_with_windows(q, selection, windows, cu_seqlens, window_size)
 
 
 def _attend_windows_and_select(
-    q: Tensor,
-    compressed_k: Tensor,
-    compressed_v: Tensor | None,
-    *,
-    windows: dict[str, int],
-    scale: float,
-    cu_seqlens: Tensor | None,
-    **blocks,
+    q: Tensor, compressed_k: Tensor, compressed_v: Tensor | None, windows: dict[str, int], blocks: dict, **options
 ) -> tuple[Tensor | None, Selection]:
     """Attention over the compressed keys, and the blocks its probabilities select (``blocks``: ``topk_selection``)."""
     select = partial(topk_selection, **windows, **blocks)
-    out, selections = compressed_attention(
-        q, compressed_k, compressed_v, select, **windows, scale=scale, cu_seqlens=cu_seqlens
-    )
+    out, selections = compressed_attention(q, compressed_k, compressed_v, select, **windows, **options)
     return out, Selection.concatenate(selections)
+
+
+def _unsupported_windows(kernel_size: int, kernel_stride: int, block_size: int) -> str | None:
+    """What keeps the selection kernel from these sizes, if anything does."""
+    if block_size // kernel_stride > 32:
+        return f"the kernels take blocks of at most 32 strides, not of {block_size // kernel_stride}"
+    if kernel_size > block_size + kernel_stride:
+        return (
+            f"the kernels take windows that touch two blocks at most, not {kernel_size} keys at blocks of {block_size}"
+        )
+    return None
 
 
 def _stats_with_windows(

@@ -6,6 +6,7 @@ package costs that method only.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -14,10 +15,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dashattn import dash_attention, infllmv2_attention, nsa_attention
+from dashattn.ops.block_scores.reference import topk_selection
 from dashattn.ops.block_sparse import reference as attention_reference
 from dashattn.ops.chunk_summary import reference as summary_reference
-from dashattn.ops.compression.reference import mean_compress
+from dashattn.ops.compression.reference import compressed_attention, mean_compress
 from dashattn.ops.dash_routing import reference as routing_reference
+from dashattn.ops.gates.reference import gated_sum
+from dashattn.ops.window.reference import window_attention
 from dashattn.selection import Selection
 from experiments.speed_inputs import Problem, topk_sparsities
 from experiments.speed_report import ATTENTION, CUDNN, DENSE, FLASH_3, ROUTING, WHOLE
@@ -177,36 +181,51 @@ def dash_whole(problem: Problem) -> Operation:
     return Operation(forward, leaves, reference, selections=route.selections)
 
 
-def _whole_topk(problem: Problem, attend: Callable[..., Tensor], smallest: int) -> Operation:
-    """``attend(q, k, v, topk=..., impl=...)`` at the top-k that comes closest to the target sparsity.
+WINDOWS = {"kernel_size": 32, "kernel_stride": 16}
 
-    The selection is PyTorch's in both implementations. On inputs of the same type it is the same one.
-    """
-    choices = [(k, s) for k, s in topk_sparsities(problem.length, problem.shape.chunk_size) if k >= smallest]
+
+def _topk(problem: Problem, forced: int) -> tuple[int, float]:
+    """The top-k whose causal sparsity comes closest to the target, and that sparsity."""
+    choices = [(k, s) for k, s in topk_sparsities(problem.length, problem.shape.chunk_size) if k > forced]
     if not choices:
-        raise UnavailableError("impossible", f"the {smallest} forced blocks are more than the sequence has")
-    topk, sparsity = min(choices, key=lambda choice: abs(choice[1] - problem.target))
-    leaves = _leaves(problem)
+        raise UnavailableError("impossible", f"the {forced} forced blocks are all that the sequence has")
+    return min(choices, key=lambda choice: abs(choice[1] - problem.target))
 
-    def forward():
-        return attend(*leaves.values(), topk=topk, impl="auto")
 
-    def reference():
-        out = attend(*leaves.values(), topk=topk, impl="reference")
-        return [out.detach(), *torch.autograd.grad(out, list(leaves.values()), problem.grad)]
+def _top_blocks(problem: Problem, lse: Tensor | None, **blocks) -> tuple[Selection, Selection]:
+    """The kernel's and the reference's selection by the mean-pooled keys."""
+    from dashattn.ops.block_scores.triton import select_blocks
 
-    return Operation(forward, leaves, reference, causal_sparsity=sparsity)
+    compressed_k = mean_compress(problem.k, **WINDOWS)
+    options = {**WINDOWS, "scale": problem.shape.head_dim**-0.5, "cu_seqlens": None}
+    select = partial(topk_selection, **WINDOWS, **blocks)
+    _, expected = compressed_attention(problem.q.float(), compressed_k.float(), None, select, **options)
+    return select_blocks(problem.q, compressed_k, lse, **options, **blocks), expected[0]
 
 
 def infllmv2_whole(problem: Problem) -> Operation:
     """InfLLM v2: stage 1 over mean-pooled keys, top-k and attention."""
     size = problem.shape.chunk_size
     window = 1024 // size
+    topk, sparsity = _topk(problem, window + 2)
+    leaves = _leaves(problem)
 
-    def attend(q, k, v, **options):
-        return infllmv2_attention(q, k, v, block_size=size, window_size=window * size, **options)
+    def forward():
+        return infllmv2_attention(
+            *leaves.values(), block_size=size, window_size=window * size, topk=topk, impl="triton"
+        )
 
-    return _whole_topk(problem, attend, smallest=window + 2)
+    def selections():
+        blocks = {"pooling": "max", "block_size": size, "topk": topk, "init_blocks": 1, "local_blocks": window + 1}
+        return _top_blocks(problem, None, **blocks)
+
+    def reference():
+        selection, _ = selections()
+        return _reference(
+            problem, leaves, lambda q, k, v: attention_reference.block_sparse_attention(q, k, v, selection)
+        )
+
+    return Operation(forward, leaves, reference, selections, causal_sparsity=sparsity)
 
 
 def nsa_whole(problem: Problem) -> Operation:
@@ -214,13 +233,38 @@ def nsa_whole(problem: Problem) -> Operation:
 
     The sparsity is that of the selected branch: its window of 512 keys is not counted.
     """
-    compressed = [mean_compress(x, 32, 16) for x in (problem.k, problem.v)]
+    size = problem.shape.chunk_size
+    topk, sparsity = _topk(problem, 3)
+    scale = problem.shape.head_dim**-0.5
+    compressed = [mean_compress(x, **WINDOWS) for x in (problem.k, problem.v)]
     gates = torch.full((*problem.q.shape[:3], 3), 0.5, dtype=problem.q.dtype, device=problem.q.device)
+    leaves = _leaves(problem, compressed_k=compressed[0], compressed_v=compressed[1], gates=gates)
+    options = {"scale": scale, "cu_seqlens": None}
 
-    def attend(q, k, v, **options):
-        return nsa_attention(q, k, v, *compressed, gates, block_size=problem.shape.chunk_size, **options)
+    def forward():
+        return nsa_attention(*leaves.values(), block_size=size, topk=topk, impl="triton")
 
-    return _whole_topk(problem, attend, smallest=3)
+    def selections():
+        from dashattn.ops.band import triton as band
+
+        _, lse = band.compressed_attention(problem.q, *compressed, **WINDOWS, **options)
+        blocks = {"pooling": "weighted", "block_size": size, "topk": topk, "init_blocks": 1, "local_blocks": 2}
+        return _top_blocks(problem, lse, **blocks)
+
+    def reference():
+        selection, _ = selections()
+
+        def attend(q, k, v, compressed_k, compressed_v, gates):
+            branches = [
+                compressed_attention(q, compressed_k, compressed_v, lambda p: None, **WINDOWS, **options)[0],
+                attention_reference.block_sparse_attention(q, k, v, selection),
+                window_attention(q, k, v, window_size=512, scale=scale),
+            ]
+            return gated_sum(gates, branches)
+
+        return _reference(problem, leaves, attend)
+
+    return Operation(forward, leaves, reference, selections, causal_sparsity=sparsity)
 
 
 def _sdpa(backend: SDPBackend) -> Callable[[Problem], Operation]:
@@ -312,8 +356,8 @@ BACKENDS = {
         Method("dash", ROUTING, dash_routing),
         Method("dash", WHOLE, dash_whole),
     ],
-    "infllmv2": [Method("infllmv2 (routing in PyTorch)", WHOLE, infllmv2_whole)],
-    "nsa": [Method("nsa (routing in PyTorch)", WHOLE, nsa_whole)],
+    "infllmv2": [Method("infllmv2", WHOLE, infllmv2_whole)],
+    "nsa": [Method("nsa", WHOLE, nsa_whole)],
 }
 BASELINES = {
     "flash_attention_3": [Method(FLASH_3, DENSE, flash_attention_3)],

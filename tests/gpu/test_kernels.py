@@ -1,16 +1,27 @@
 """Triton and Gluon kernels at real sizes and types against the references (relative RMS error, float32 reference)."""
 
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
+from dashattn import infllmv2_attention, nsa_attention
+from dashattn.backends import AttentionShape, NSAConfig, build_backend
+from dashattn.ops.band import triton as band
+from dashattn.ops.block_scores.reference import topk_selection
+from dashattn.ops.block_scores.triton import select_blocks
 from dashattn.ops.block_sparse import reference as attention_reference
 from dashattn.ops.block_sparse import triton as attention
 from dashattn.ops.chunk_summary import reference as summary_reference
 from dashattn.ops.chunk_summary import triton as summary
+from dashattn.ops.compression.reference import compressed_attention, mean_compress, num_windows
 from dashattn.ops.dash_routing import reference as routing_reference
 from dashattn.ops.dash_routing import triton as routing
+from dashattn.ops.gates.reference import gated_sum
+from dashattn.ops.window.reference import window_attention
 from dashattn.selection import Selection
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -196,3 +207,190 @@ def test_no_recompilation_for_another_length():
     for length in (1, 64, 1024, 1337):
         call(length)
     assert sum(len(cache[0]) for cache in forward_kernel.device_caches.values()) == compiled
+
+
+WINDOWS = {"kernel_size": 32, "kernel_stride": 16}
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize(
+    ("length", "group", "head_dim", "ends"),
+    [(1, 2, 64, None), (31, 1, 128, None), (1500, 16, 128, None), (900, 7, 96, (40, 40, 300, 900)), (700, 3, 64, None),
+     (513, 32, 32, None), (400, 4, 256, None)],
+)  # fmt: skip
+def test_compressed_and_window_branches(length, group, head_dim, ends, dtype):
+    cu_seqlens = None if ends is None else packed(*ends)
+    q, grad = (random(1, length, 2 * group, head_dim, dtype=dtype) for _ in range(2))
+    k, v = (random(1, length, 2, head_dim, dtype=dtype) for _ in range(2))
+    compressed = [mean_compress(x, 32, 16, cu_seqlens) for x in (k, v)]
+    options = {"scale": head_dim**-0.5, "cu_seqlens": cu_seqlens}
+    for kernel, reference, inputs in (
+        (
+            lambda *qkv: band.compressed_attention(*qkv, **WINDOWS, **options)[0],
+            lambda *qkv: compressed_attention(*qkv, lambda p: None, **WINDOWS, **options)[0],
+            (q, *compressed),
+        ),
+        (
+            lambda *qkv: band.window_attention(*qkv, window_size=200, **options),
+            lambda *qkv: window_attention(*qkv, window_size=200, **options),
+            (q, k, v),
+        ),
+    ):
+        results = []
+        for function, kind in ((reference, FP32), (kernel, dtype)):
+            copies = [x.detach().to(kind).requires_grad_() for x in inputs]
+            out = function(*copies)
+            results.append([out.detach(), *torch.autograd.grad(out, copies, grad.to(kind))])
+        for expected, result in zip(*results, strict=True):
+            if expected.numel() and length > 1:  # a single key: gradients of q and k are zero but for rounding
+                assert relative_error(result, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("pooling", ["max", "weighted"])
+@pytest.mark.parametrize(
+    ("length", "group", "topk", "init_blocks", "local_blocks", "ends"),
+    [(4099, 16, 20, 1, 2, None), (3000, 1, 12, 0, 1, None), (3000, 7, 16, 1, 4, (64, 64, 900, 3000)),
+     (2500, 32, 5, 1, 4, None), (20, 4, 3, 1, 2, None)],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_block_selection(length, group, topk, init_blocks, local_blocks, ends, pooling, dtype):
+    cu_seqlens = None if ends is None else packed(*ends)
+    q, k = random(1, length, 2 * group, 128, dtype=dtype), random(1, length, 2, 128, dtype=dtype)
+    compressed = mean_compress(k, 32, 16, cu_seqlens)
+    blocks = {"pooling": pooling, "block_size": 64, "topk": topk, "init_blocks": init_blocks,
+              "local_blocks": local_blocks}  # fmt: skip
+    options = {"scale": 0.5, "cu_seqlens": cu_seqlens}
+    select = partial(topk_selection, **WINDOWS, **blocks)
+    _, expected = compressed_attention(q.float(), compressed.float(), None, select, **WINDOWS, **options)
+    expected = Selection.concatenate(expected)
+    words = select_blocks(q, compressed, **WINDOWS, **blocks, **options).words
+    width = expected.words.shape[-1]
+    assert (words[..., :width] != expected.words).any(-1).float().mean() < 0.005
+    assert torch.equal(Selection(words, 64).mask().sum(-1), expected.mask().sum(-1))
+
+
+def test_selection_past_two_to_the_31st_is_that_of_its_scores():
+    """The last token's, whose scores are computed here in float64."""
+    length, topk = 540_672, 64
+    q = torch.empty(1, length, 32, 128, dtype=BF16, device="cuda").normal_()
+    assert q.numel() > 2**31
+    compressed = mean_compress(random(1, length, 2, 128, dtype=BF16), 32, 16)
+    words = select_blocks(
+        q, compressed, **WINDOWS, pooling="max", block_size=64, topk=topk, init_blocks=1, local_blocks=1, scale=1.0,
+        cu_seqlens=None,
+    ).words  # fmt: skip
+    logits = q[0, -1, 16:].double() @ compressed[0, :, 1].double().T
+    scores = F.pad(logits.softmax(-1).sum(0), (1, 0))
+    scores = scores.unfold(0, 5, 4).amax(-1)  # of all blocks but the last, which touch windows 4b - 1 to 4b + 3
+    scores[0] = torch.inf
+    expected = {length // 64 - 1, *scores.topk(topk - 1).indices.tolist()}
+    chosen = Selection(words[:, :, -1:], 64).mask()[0, 0, 1].nonzero().flatten().tolist()
+    assert len(chosen) == topk
+    assert len(expected ^ set(chosen)) <= 2
+
+
+def test_window_past_two_to_the_31st():
+    length, window_size = 540_672, 100
+    q = torch.empty(1, length, 32, 128, dtype=BF16, device="cuda").normal_()
+    k, v = (random(1, length, 2, 128, dtype=BF16) for _ in range(2))
+    options = {"window_size": window_size, "scale": 128**-0.5}
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = band.window_attention(*inputs, **options)
+    grads = torch.autograd.grad(out, inputs, out.detach())
+    short = [x.detach()[:, -512:].clone().requires_grad_() for x in inputs]
+    expected = band.window_attention(*short, **options)
+    tail = slice(-512 + 2 * window_size, None)  # what neither sees nor is seen by tokens before the short ones
+    for result, wanted in zip(
+        (out, *grads), (expected, *torch.autograd.grad(expected, short, expected.detach())), strict=True
+    ):
+        assert relative_error(result[:, tail], wanted[:, tail]) < 1e-3
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, (100, 100, 131, 700, 2000)])
+@pytest.mark.parametrize("method", ["infllmv2", "nsa", "nsa minicpm"])
+def test_topk_methods(method, cu_seqlens):
+    """The whole operation against the float32 reference of its parts, given the kernel's selection."""
+    length = 2000
+    cu_seqlens = None if cu_seqlens is None else packed(*cu_seqlens)
+    q, grad = (random(1, length, 32, 128, dtype=BF16) for _ in range(2))
+    k, v = (random(1, length, 2, 128, dtype=BF16) for _ in range(2))
+    scale = {"scale": 128**-0.5, "cu_seqlens": cu_seqlens}
+    blocks = {"pooling": "weighted" if method == "nsa" else "max", "block_size": 64, "topk": 8, "init_blocks": 1,
+              "local_blocks": 3}  # fmt: skip
+    rest, lse = [], None
+    if method == "infllmv2":
+        compressed = mean_compress(k, 32, 16, cu_seqlens)
+
+        def attention(q, k, v):
+            return infllmv2_attention(q, k, v, topk=8, window_size=128, cu_seqlens=cu_seqlens, impl="triton")
+
+        def reference(q, k, v):
+            return attention_reference.block_sparse_attention(q, k, v, selection, **scale)
+    else:
+        window_size = 512 if method == "nsa" else 0
+        compressed = random(1, num_windows(length, 32, 16), 2, 128, dtype=BF16)
+        gates = torch.rand(1, length, 32, 3 if window_size else 2, device="cuda").to(BF16)
+        rest = [compressed, torch.randn_like(compressed), gates]
+        _, lse = band.compressed_attention(q, *rest[:2], **WINDOWS, **scale)
+
+        def attention(*tensors):
+            return nsa_attention(
+                *tensors, topk=8, local_blocks=3, window_size=window_size, pooling=blocks["pooling"],
+                cu_seqlens=cu_seqlens, impl="triton",
+            )  # fmt: skip
+
+        def reference(q, k, v, ck, cv, gates):
+            branches = [
+                compressed_attention(q, ck, cv, lambda p: None, **WINDOWS, **scale)[0],
+                attention_reference.block_sparse_attention(q, k, v, selection, **scale),
+            ]
+            if window_size:
+                branches.append(window_attention(q, k, v, window_size=window_size, **scale))
+            return gated_sum(gates, branches)
+
+    selection = select_blocks(q, compressed, lse, **WINDOWS, **blocks, **scale)
+    results = []
+    for function, kind in ((reference, FP32), (attention, BF16)):
+        inputs = [x.to(kind).requires_grad_() for x in (q, k, v, *rest)]
+        out = function(*inputs)
+        results.append([out.detach(), *torch.autograd.grad(out, inputs, grad.to(kind))])
+    for expected, result in zip(*results, strict=True):
+        assert relative_error(result, expected) < TOLERANCE[BF16]
+
+
+def test_topk_methods_wait_for_nothing_and_repeat_themselves():
+    """As one CUDA graph, packed documents included; equal inputs give equal results."""
+    config = NSAConfig(topk=8)
+    backend = build_backend(config, AttentionShape(64, 16, 1, 128)).to("cuda", BF16)
+    q, k, v = (random(1, 1000, heads, 128, dtype=BF16).requires_grad_() for heads in (16, 1, 1))
+    hidden, cu_seqlens = random(1, 1000, 64, dtype=BF16), packed(300, 310, 1000)
+    inputs = [q, k, v, *backend.parameters()]
+
+    def step():
+        out = backend(q, k, v, hidden=hidden, cu_seqlens=cu_seqlens)
+        out = out + infllmv2_attention(q, k, v, topk=8, window_size=128, cu_seqlens=cu_seqlens)
+        return out, *torch.autograd.grad(out, inputs, torch.ones_like(out))
+
+    step()
+    expected = step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(recorded[:4], expected[:4], strict=True))
+    assert all(relative_error(a, b) < 5e-3 for a, b in zip(recorded[4:], expected[4:], strict=True))
+
+
+def test_selection_is_not_compiled_again_for_another_length():
+    from dashattn.ops.block_scores.triton_select import select_kernel
+
+    def call(length):
+        q, k = random(1, length, 16, 128, dtype=BF16), random(1, length, 1, 128, dtype=BF16)
+        infllmv2_attention(q, k, k, topk=4, window_size=64)
+
+    call(1000)
+    compiled = sum(len(cache[0]) for cache in select_kernel.device_caches.values())
+    for length in (1, 64, 1024, 1337):
+        call(length)
+    assert sum(len(cache[0]) for cache in select_kernel.device_caches.values()) == compiled

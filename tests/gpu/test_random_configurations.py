@@ -1,4 +1,4 @@
-"""500 random configurations of DashAttention and of block-sparse attention against float64 (``make test-gpu``).
+"""Random configurations of DashAttention, block-sparse attention and NSA against float64 (``make test-gpu``).
 
 The kernels are specialised on a few sizes and run with any others: each test draws the former once and the latter
 anew for every configuration. The reference gets the kernel's own chunk summaries, and tokens whose selection differs
@@ -8,18 +8,26 @@ the tolerance of the type, or a small multiple of what the reference itself errs
 """
 
 import random
+from functools import partial
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from dashattn import nsa_attention
+from dashattn.ops.band import triton as band
+from dashattn.ops.block_scores.reference import topk_selection
+from dashattn.ops.block_scores.triton import select_blocks
 from dashattn.ops.block_sparse import reference as attention_reference
 from dashattn.ops.block_sparse import triton as attention
 from dashattn.ops.chunk_summary import reference as summary_reference
 from dashattn.ops.chunk_summary import triton as summary
+from dashattn.ops.compression.reference import compressed_attention, mean_compress
 from dashattn.ops.dash_routing import reference as routing_reference
 from dashattn.ops.dash_routing import triton as routing
+from dashattn.ops.gates.reference import gated_sum
+from dashattn.ops.window.reference import window_attention
 from dashattn.selection import Selection
 
 SPECIALISATIONS = 50
@@ -165,3 +173,67 @@ def check_block_sparse_attention(rng, head_dim, dtype, block, group, prior, per_
         error = (results[-1].double() - truth[-1]).norm() / size.clamp_min(1e-12)
         assert error <= 3 * TOLERANCE[dtype], f"bias off by {error:.2g}: {configuration}"
     check(results[:4], truth[:4], rounded[:4], dtype, ("out", "q", "k", "v"), configuration)
+
+
+@pytest.mark.parametrize("seed", range(SPECIALISATIONS // 2))
+def test_topk_methods(seed):
+    rng = random.Random(seed)
+    head_dim, dtype, block, group, _, _ = draw_specialisation(rng)
+    stride = rng.choice([s for s in (4, 8, 16, 32) if s <= block <= 32 * s])
+    windows = {"kernel_size": stride * rng.randint(1, min(4, block // stride + 1)), "kernel_stride": stride}
+    pooling = rng.choice(["max", "weighted"])
+    counts = [
+        check_topk_method(rng, head_dim, dtype, block, group, windows, pooling, seed=1000 * seed + draw)
+        for draw in range(DRAWS // 2)
+    ]
+    differing, rows = map(sum, zip(*counts, strict=True))
+    assert differing <= max(2, SELECTED_ROWS * rows), f"{differing} of {rows} rows selected otherwise"
+
+
+def check_topk_method(rng, head_dim, dtype, block, group, windows, pooling, seed):
+    """NSA, whose parts are InfLLM v2's too; returns how many rows were selected otherwise, and how many there are."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    batch, length, cu_seqlens = draw_sequences(rng, block)
+    kv_heads = rng.choice([1, 2, 3])
+    forced = {"init_blocks": rng.randint(0, 2), "local_blocks": rng.randint(1, 3)}
+    blocks = {"pooling": pooling, "block_size": block, "topk": sum(forced.values()) + rng.randint(0, 9)} | forced
+    window_size = rng.choice([0, 1, rng.randint(1, 600)])
+    scale = {"scale": head_dim**-0.5 * 10 ** rng.uniform(-1, 1), "cu_seqlens": cu_seqlens}
+    configuration = (seed, head_dim, dtype, group, batch, length, kv_heads, windows, blocks, window_size, scale)
+    q, grad = (gaussian(generator, batch, length, group * kv_heads, head_dim, dtype=dtype) for _ in range(2))
+    k, v = (gaussian(generator, batch, length, kv_heads, head_dim, dtype=dtype) for _ in range(2))
+    compressed = [mean_compress(x, **windows, cu_seqlens=cu_seqlens) for x in (k, v)]
+    gates = gaussian(generator, *q.shape[:3], 3 if window_size else 2).sigmoid().to(dtype)
+    tensors = [q, k, v, *compressed, gates]
+
+    def reference(kind):
+        inputs = [x.to(kind).requires_grad_() for x in tensors]
+        select = partial(topk_selection, **windows, **blocks)
+        out, selections = compressed_attention(inputs[0], *inputs[3:5], select, **windows, **scale)
+        selection = Selection.concatenate(selections)
+        branches = [out, attention_reference.block_sparse_attention(*inputs[:3], selection, **scale)]
+        if window_size:
+            branches.append(window_attention(*inputs[:3], window_size=window_size, **scale))
+        return inputs, selection.words, gated_sum(inputs[5], branches)
+
+    def kernels():
+        inputs = [x.detach().requires_grad_() for x in tensors]
+        _, lse = band.compressed_attention(q, *compressed, **windows, **scale)
+        words = select_blocks(q, compressed[0], lse, **windows, **blocks, **scale).words
+        return (
+            inputs,
+            words,
+            nsa_attention(*inputs, **windows, **blocks, window_size=window_size, impl="triton", **scale),
+        )
+
+    runs = [kernels(), reference(torch.float64), reference(torch.float32)]
+    width = runs[1][1].shape[-1]
+    chosen, exact, rounded = (words[..., :width] for _, words, _ in runs)
+    assert not runs[0][1][..., width:].any(), configuration
+    differ = (chosen != exact).any(-1)
+    kept = ~(differ | (rounded != exact).any(-1)).any(1)[..., None, None]
+    results, truth, rounded = (gradients(out * kept, inputs, grad * kept) for inputs, _, out in runs)
+    check(
+        results, truth, rounded, dtype, ("out", "q", "k", "v", "compressed_k", "compressed_v", "gates"), configuration
+    )
+    return differ.sum().item(), differ.numel()

@@ -11,10 +11,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from dashattn.ops.band import triton as band
+from dashattn.ops.block_scores.triton import select_blocks
 from dashattn.ops.block_sparse import hopper
 from dashattn.ops.block_sparse import triton as attention
 from dashattn.ops.block_sparse.schedule import tile_lists
 from dashattn.ops.dash_routing import triton as routing
+from dashattn.ops.gates.triton import gated_sum
 from dashattn.ops.tiles import geometry
 from dashattn.selection import Selection
 
@@ -54,6 +57,14 @@ words = attention.flatten_words(
     Selection.from_mask(torch.ones(batch, length, kv_heads, length // chunk, dtype=torch.bool), chunk).words
 )
 hopper.forward(q.detach()[0], k[0], v[0], None, tile_lists(words, geo, chunk, geo.tile_tokens(128)), geo, chunk, 0.1)
+windows = dict(kernel_size=32, kernel_stride=16, scale=0.1, cu_seqlens=None)
+compressed = [torch.randn(batch, 15, kv_heads, dim, dtype=torch.bfloat16) for _ in range(2)]
+compressed_out, lse = band.compressed_attention(q, *compressed, **windows)
+window_out = band.window_attention(q, k, v, window_size=100, scale=0.1)
+out = gated_sum(torch.ones(batch, length, heads, 2), [compressed_out, window_out])
+out.backward(out)
+blocks = dict(pooling="max", block_size=chunk, topk=2, init_blocks=0, local_blocks=1)
+select_blocks(q, compressed[0], lse, **windows, **blocks)
 
 for kernel in kernels:
     report = dict(

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from dashattn import dash_attention, infllmv2_attention
+from dashattn import dash_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CU_SEQLENS = torch.tensor([0, 1, 30, 70], dtype=torch.int32, device=DEVICE)
@@ -67,5 +67,3 @@ def test_what_the_kernels_do_not_take_is_refused_with_the_mend():
             dash_attention(q, k, v, r, impl="triton", **changes)
     with pytest.raises(ValueError, match="use impl='reference'"):
         dash_attention(*(x.double() for x in (q, k, v, r)), impl="triton")
-    with pytest.raises(ValueError, match="use impl='auto'"):
-        infllmv2_attention(q, k, v, impl="triton")

@@ -121,7 +121,7 @@ def key_descriptor(x: Tensor, geo: Geometry, block_size: int) -> TensorDescripto
     """Blocks of one head of [n, H, D]; tokens past the end and padding of D read as 0."""
     return TensorDescriptor(
         x,
-        shape=[geo.kv_heads, geo.tokens, geo.head_dim],
+        shape=[geo.kv_heads, x.shape[0], geo.head_dim],
         strides=[geo.head_dim, geo.kv_heads * geo.head_dim, 1],
         block_shape=[1, block_size, geo.padded_dim],
     )

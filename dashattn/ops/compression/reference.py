@@ -42,27 +42,28 @@ def compress_windows(
 
     Returns:
         [B, J', H, ...] with ``J' = num_windows(T)``. With ``cu_seqlens`` the documents' windows follow one another
-        and the rows past the last are zero.
+        and the rows past the last are zero. The device is not waited for.
     """
-
-    def unfold(x_BTHD):
-        return x_BTHD.unfold(1, kernel_size, kernel_stride).movedim(-1, 2)  # [B, J, l, H, D]
-
-    def compress_document(*xs):
-        if xs[0].shape[1] < kernel_size:  # unfold refuses what has no window; an empty batch keeps the layout
-            xs = [x.new_zeros(x.shape[0], kernel_size, *x.shape[2:]) for x in xs]
-            return compress(*(unfold(x)[:, :0] for x in xs))
-        return compress(*(unfold(x) for x in xs))
-
-    compressed = torch.cat(per_document(compress_document, cu_seqlens, *tensors), dim=1)
-    missing = num_windows(tensors[0].shape[1], kernel_size, kernel_stride) - compressed.shape[1]
-    return F.pad(compressed, (0, 0) * (compressed.ndim - 2) + (0, missing))
+    count = num_windows(tensors[0].shape[1], kernel_size, kernel_stride)
+    if count == 0:  # unfold refuses what has no window
+        return compress(*(x.new_zeros(x.shape[0], 0, kernel_size, *x.shape[2:]) for x in tensors))
+    if cu_seqlens is None:
+        return compress(*(x.unfold(1, kernel_size, kernel_stride).movedim(-1, 2) for x in tensors))
+    ends = visible_windows(cu_seqlens.diff() - 1, kernel_size, kernel_stride).cumsum(0)
+    window = torch.arange(count, device=ends.device)
+    document = torch.searchsorted(ends, window, right=True).clamp(max=len(ends) - 1)
+    before = F.pad(ends, (1, 0))[document]
+    exists = window < ends[-1]
+    first = torch.where(exists, cu_seqlens[document] + (window - before) * kernel_stride, 0)
+    token = first[:, None] + torch.arange(kernel_size, device=ends.device)
+    compressed = compress(*(x[:, token] for x in tensors))  # [B, J', l, H, D] each
+    return compressed.masked_fill(~exists.view(-1, *(1,) * (compressed.ndim - 2)), 0)
 
 
 def mean_compress(x: Tensor, kernel_size: int, kernel_stride: int, cu_seqlens: Tensor | None = None) -> Tensor:
     """Mean of every window [B, J, H, D] of x [B, T, H, D], summed in float32 and rounded to x's dtype."""
     return compress_windows(
-        lambda windows: upcast(windows).mean(2).to(x.dtype),
+        lambda windows: windows.mean(2, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype),
         x,
         kernel_size=kernel_size,
         kernel_stride=kernel_stride,

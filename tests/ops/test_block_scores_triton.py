@@ -1,0 +1,94 @@
+"""The Triton kernel that selects blocks against the reference, on the CPU through Triton's interpreter."""
+
+from functools import partial
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from dashattn.ops.block_scores import triton as kernels
+from dashattn.ops.block_scores.reference import topk_selection
+from dashattn.ops.compression.reference import compressed_attention, num_windows
+from dashattn.selection import Selection
+
+if torch.cuda.is_available():
+    pytest.skip("tests/gpu covers the kernels where there is a GPU", allow_module_level=True)
+
+
+def reference(q, k, windows, blocks, **options):
+    select = partial(topk_selection, **windows, **blocks)
+    return Selection.concatenate(compressed_attention(q, k, None, select, **windows, **options)[1])
+
+
+def packed(*ends):
+    return torch.tensor([0, *ends], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("pooling", ["max", "weighted"])
+@pytest.mark.parametrize(
+    (
+        "length",
+        "group",
+        "kv_heads",
+        "kernel_size",
+        "kernel_stride",
+        "topk",
+        "init_blocks",
+        "local_blocks",
+        "cu_seqlens",
+    ),
+    [
+        (200, 3, 1, 8, 4, 6, 1, 2, None),
+        (120, 1, 2, 8, 8, 3, 0, 1, None),  # windows that touch one block only
+        (150, 2, 1, 20, 4, 4, 2, 1, packed(5, 5, 60, 150)),  # windows longer than a block
+        (100, 2, 1, 8, 4, 3, 1, 2, None),  # nothing left to compete for
+        (600, 1, 1, 16, 8, 7, 1, 1, None),  # more blocks than a word and than a step of the search
+    ],
+)
+def test_selection_equals_the_reference(
+    length, group, kv_heads, kernel_size, kernel_stride, topk, init_blocks, local_blocks, cu_seqlens, pooling
+):
+    windows = dict(kernel_size=kernel_size, kernel_stride=kernel_stride)
+    blocks = dict(pooling=pooling, block_size=16, topk=topk, init_blocks=init_blocks, local_blocks=local_blocks)
+    q = torch.randn(1, length, group * kv_heads, 16)
+    k = torch.randn(1, num_windows(length, kernel_size, kernel_stride), kv_heads, 16)
+    options = dict(scale=1.0, cu_seqlens=cu_seqlens)
+    expected = reference(q, k, windows, blocks, **options)
+    words = kernels.select_blocks(q, k, **windows, **blocks, **options).words
+    used = expected.words.shape[-1]
+    assert torch.equal(words[..., :used], expected.words)
+    assert not words[..., used:].any()
+
+
+def test_ties_go_to_the_lower_index():
+    """Equal keys give equal scores everywhere; two keys that stand out tie with each other."""
+    windows = dict(kernel_size=8, kernel_stride=8)
+    blocks = dict(pooling="max", block_size=16, topk=5, init_blocks=0, local_blocks=1)
+    q = torch.ones(1, 160, 2, 16)
+    k = torch.zeros(1, 20, 1, 16)
+    k[:, [8, 15]] = 0.5  # of blocks 4 and 7
+    selection = kernels.select_blocks(q, k, **windows, **blocks, scale=1.0, cu_seqlens=None)
+    assert selection.mask()[0, -1, 0].nonzero().flatten().tolist() == [0, 1, 4, 7, 9]
+
+
+def test_scores_that_underflow_still_fill_topk():
+    windows = dict(kernel_size=8, kernel_stride=8)
+    blocks = dict(pooling="weighted", block_size=16, topk=4, init_blocks=0, local_blocks=1)
+    q = torch.ones(1, 160, 2, 16)
+    k = torch.zeros(1, 20, 1, 16)
+    k[:, 10] = 100.0  # of block 5: all others' probabilities are 0
+    selection = kernels.select_blocks(q, k, **windows, **blocks, scale=1.0, cu_seqlens=None)
+    assert selection.mask()[0, -1, 0].nonzero().flatten().tolist() == [0, 1, 5, 9]
+    assert (selection.mask().sum(-1)[0, :, 0] == (torch.arange(160) // 16 + 1).clamp(max=4)).all()
+
+
+def test_given_normalisers_are_used():
+    windows = dict(kernel_size=8, kernel_stride=4)
+    blocks = dict(pooling="max", block_size=16, topk=3, init_blocks=0, local_blocks=1)
+    q, k = torch.randn(1, 100, 2, 16), torch.randn(1, num_windows(100, 8, 4), 1, 16)
+    lse = torch.zeros(1, 100, 2)
+    lse[..., 1] = torch.inf  # silences the second head
+    options = dict(**windows, **blocks, scale=1.0, cu_seqlens=None)
+    silenced = kernels.select_blocks(q, k, lse, **options)
+    assert torch.equal(silenced.words, kernels.select_blocks(q[:, :, :1], k, **options).words)
