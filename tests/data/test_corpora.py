@@ -85,7 +85,7 @@ def test_python_sources_sample_all_packages_in_a_fixed_order():
 def test_fingerprint_follows_what_decides_the_documents(corpus):
     base = corpus_fingerprint(files_config(corpus))
     assert corpus_fingerprint(files_config(corpus, vocab_size=999)) == base
-    for change in ({"max_documents": 9}, {"max_bytes": 9}, {"validation_fraction": 0.3}, {"text_column": "t"}):
+    for change in ({"max_documents": 9}, {"max_bytes": 9}, {"text_column": "t"}):
         assert corpus_fingerprint(files_config(corpus, **change)) != base
     with corpus.open("a") as file:
         file.write('{"text": "one more"}\n')

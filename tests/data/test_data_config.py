@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from data import MQARDataConfig, TextDataConfig
+from data import MixtureDataConfig, MQARDataConfig, TextDataConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
-SCHEMAS = {"text_schema": TextDataConfig, "mqar_schema": MQARDataConfig}
+SCHEMAS = {"text_schema": TextDataConfig, "mixture_schema": MixtureDataConfig, "mqar_schema": MQARDataConfig}
 
 
 def compose(path, **overrides):
