@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 SOURCES = ("hub", "files", "python_stdlib", "recall")
 PACKINGS = ("documents", "plain")
 PLACEMENTS = ("clustered", "spread")
+MOST_FACTS = 10_000  # there are not enough different names for many more
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -68,6 +69,8 @@ class CorpusConfig:
         _at_least("max_bytes", self.max_bytes, 1)
         _at_least("facts_min", self.facts_min, 1)
         _at_least("facts_max", self.facts_max, self.facts_min)
+        if self.facts_max > MOST_FACTS:
+            raise ValueError(f"data.facts_max={self.facts_max} is too large; give at most {MOST_FACTS}")
         _at_least("recall_seed", self.recall_seed, 0)
 
     @property

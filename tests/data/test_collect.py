@@ -3,14 +3,12 @@ import io
 import json
 import shutil
 import subprocess
-import sys
 import tarfile
-from pathlib import Path
 
 import pytest
 
 from data import TextDataConfig
-from data.collect import clean, collect, html_text
+from data.collect import clean, collect, html_text, main
 from data.corpora import iterate_documents
 
 PROSE = "The first line of a text that is long enough to be a document.\n" * 6
@@ -101,10 +99,11 @@ def test_html_becomes_what_a_reader_sees():
     assert html_text(page).strip().split("\n") == ["Head", "", "One two & three.", "", "  a = 1", "  b = 2", "", "item"]
 
 
-def test_the_command(sources, tmp_path):
-    command = [sys.executable, "-m", "data.collect", str(tmp_path / "corpus.jsonl"), str(sources)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stderr
-    assert "4 documents" in done.stdout
-    done = subprocess.run([*command, "absent"], capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert (done.returncode, done.stderr) == (1, "error: absent matches no file\n")
+def test_the_command(sources, tmp_path, monkeypatch, capsys):
+    command = ["collect", str(tmp_path / "corpus.jsonl"), str(sources)]
+    monkeypatch.setattr("sys.argv", command)
+    main()
+    assert "4 documents" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*command, "absent"])
+    with pytest.raises(SystemExit, match="error: absent matches no file"):
+        main()
