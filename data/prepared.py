@@ -181,6 +181,9 @@ def _write_shards(folder: Path, corpus: CorpusConfig, recipe: Recipe, workers: i
             rest = itertools.islice(iterate_documents(corpus), documents, None)
             with contextlib.closing(_tokenised(_tasks(rest, recipe), recipe, workers)) as results:
                 finished = _write_run(folder, len(shards), results, recipe, progress)
+    if recipe.fingerprint(corpus) != folder.name:
+        shutil.rmtree(folder)
+        raise ValueError("the corpus changed while it was prepared: start again when it stays as it is")
     complete = {"shards": len(list(folder.glob("shard-*"))), "dtype": _dtype(recipe.tokenizer).name}
     for leftover in folder.glob(".shard-*"):  # of processes that were killed
         shutil.rmtree(leftover, ignore_errors=True)

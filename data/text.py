@@ -245,6 +245,8 @@ class _Reader:
     def __init__(self, corpus: CorpusConfig, config: PackedDataConfig, tokenizer: TextTokenizer) -> None:
         self.corpus, self.tokenizer = corpus, tokenizer
         self.validation_fraction, self.seq_len = config.validation_fraction, config.seq_len
+        # Opened once: files that come or go later do not change the corpus in the middle of a run.
+        self._dataset = open_dataset(corpus)
         self.load_state_dict({"epoch": 0, "dataset": None, "offset": 0})
 
     def state_dict(self) -> dict:
@@ -311,7 +313,7 @@ class _Reader:
 
     def _open(self) -> None:
         if self._rows is None:
-            self._dataset = open_dataset(self.corpus)
+            self._dataset.set_epoch(self._position["epoch"])  # an epoch begins at the first document ...
             if self._position["dataset"] is not None:
-                self._dataset.load_state_dict(self._position["dataset"])
+                self._dataset.load_state_dict(self._position["dataset"])  # ... unless it goes on here
             self._rows = iter(self._dataset)

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from data import TextDataConfig
+from data import DataSourceError, TextDataConfig
 from data.corpora import corpus_fingerprint, iterate_documents, split_of
 
 
@@ -54,6 +54,16 @@ def test_bad_files_are_named(tmp_path, corpus):
     (tmp_path / "x.txt").write_text("text")
     with pytest.raises(ValueError, match="of one kind"):
         texts(files_config(corpus, tmp_path / "x.txt"))
+
+
+@pytest.mark.parametrize("max_documents", [None, 5])
+def test_a_hub_that_is_out_of_reach_is_named(monkeypatch, max_documents):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    config = TextDataConfig(name="x", seq_len=8, source="hub", path="no/such", max_documents=max_documents)
+    with pytest.raises(DataSourceError, match=r"data\.path='no/such' cannot be read .*start again"):
+        texts(config)
 
 
 def test_caps(corpus):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import TextDataConfig, build_data
+from data import DataSourceError, TextDataConfig, build_data
 from data.cache import build_once
 from data.prepared import unigram_cross_entropy
 
@@ -169,6 +169,27 @@ def test_streaming_validation_is_prepared_from_the_head(make_stream):
     assert streamed.unigram_entropy() is None
 
 
+def test_a_stream_whose_source_dies_says_so_and_goes_on_after_its_last_state(make_stream, tmp_path):
+    """The files lie on a disk that is gone for a while."""
+    for index in range(3):
+        lines = [json.dumps({"text": f"{index} {line} " + "word " * 30}) for line in range(100)]
+        (tmp_path / f"part{index}.jsonl").write_text("\n".join(lines))
+    config = {"files": [str(tmp_path / "part*.jsonl")], "streaming": True}
+    expected = take(make_stream(**config), 60)
+    stream = make_stream(**config)
+    (tmp_path / "part1.jsonl").rename(tmp_path / "gone")
+    batches = []
+    with pytest.raises(DataSourceError, match=r"data\.files=.*cannot be read"):  # noqa: PT012
+        for _ in expected:
+            state = stream.state_dict()
+            batches.append(next(stream))
+    (tmp_path / "gone").rename(tmp_path / "part1.jsonl")
+    resumed = make_stream(**config)
+    resumed.load_state_dict(state)
+    batches += take(resumed, 60 - len(batches))
+    assert rows_of(batches) == rows_of(expected)
+
+
 def test_a_checkpoint_of_other_data_is_refused(make_stream):
     state = make_stream().state_dict()
     for change in ({"seq_len": 32}, {"seed": 1}, {"max_documents": 100}, {"streaming": True}):
@@ -194,7 +215,7 @@ def test_describe_and_vocabulary(make_stream):
 
 PREPARE = """
 import json, sys
-from data import TextDataConfig, build_data
+from data import DataSourceError, TextDataConfig, build_data
 
 config = TextDataConfig(**json.loads(sys.argv[1]))
 stream = build_data(config, split="train", seed=0, rows=2, cache_dir=sys.argv[2])

@@ -224,6 +224,19 @@ def test_a_source_that_dies_leaves_the_finished_shards(make, corpus, small_shard
     assert kept.items() <= contents(entry(tmp_path)).items()
 
 
+def test_a_corpus_that_changes_while_it_is_prepared_is_refused(make, corpus, small_shards, tmp_path, monkeypatch):
+    def change_then_tokenise(*arguments):
+        os.utime(corpus)
+        return tokenise(*arguments)
+
+    tokenise = prepared_module._tokenise
+    with monkeypatch.context() as patch:
+        patch.setattr(prepared_module, "_tokenise", change_then_tokenise)
+        with pytest.raises(ValueError, match="changed while it was prepared"):
+            make()
+    assert not [path for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir()]
+
+
 def test_a_cache_that_cannot_be_written_is_named(make, tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(ValueError, match=r"cannot be written .*another cache_dir"):
