@@ -1,7 +1,7 @@
 """A corpus tokenised once and kept on disk, so that all runs of a sweep read the same tokens.
 
     CACHE/tokens/KEY/shard-00000/ ...   see data/shards.py
-    CACHE/tokens/KEY/complete.json      there when all shards are: their number, the dtype, what the entry was made from
+    CACHE/tokens/KEY/complete.json      there when all shards are: their number, the dtype, documents and tokens
 
 One process reads the documents in order; worker processes tokenise stretches of them; shards are written in order.
 What is in a shard depends on the corpus and the tokenizer alone, so that a preparation that was killed goes on after
@@ -31,7 +31,7 @@ from tokenizers import Tokenizer
 from data.cache import fingerprint
 from data.config import CorpusConfig, PackedDataConfig
 from data.corpora import Document, corpus_fingerprint, iterate_documents, split_of
-from data.shards import DamagedShardError, ShardWriter, TokenizedPart, read_summary, shard_name
+from data.shards import DamagedShardError, ShardWriter, TokenizedPart, read_summary, shard_name, sync
 from data.tokenizer import TextTokenizer
 
 FORMAT_VERSION = 2  # raise it when the files or the tokens in them change
@@ -91,7 +91,7 @@ def prepare(
 
     Args:
         max_tokens: stop once the splits hold as many.
-        workers: processes that tokenise, null = one for each CPU this process may use.
+        workers: processes that tokenise, None = one for each CPU this process may use.
         verify: check every byte of what is in the cache, and make damaged shards again.
 
     Raises:
@@ -103,13 +103,13 @@ def prepare(
     recipe = Recipe(tokenizer, config.validation_fraction, splits, buckets, max_tokens)
     key = recipe.fingerprint(corpus)
     folder = Path(cache_dir) / "tokens" / key
-    if verify or not (folder / COMPLETE).exists():
+    if verify or _read_complete(folder) is None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(folder.with_name(key + ".lock")):
                 if verify:
                     _remove_damaged(folder, recipe)
-                if not (folder / COMPLETE).exists():
+                if _read_complete(folder) is None:
                     _write_shards(folder, corpus, recipe, workers or usable_cpus())
         except OSError as error:
             raise ValueError(
@@ -132,8 +132,16 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _read_complete(folder: Path) -> dict | None:
+    """What complete.json holds; None without it, or if it is damaged: then the shards are looked at again."""
+    try:
+        return json.loads((folder / COMPLETE).read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+
+
 def _load(folder: Path, recipe: Recipe) -> dict[str, TokenizedPart]:
-    complete = json.loads((folder / COMPLETE).read_text())
+    complete = _read_complete(folder)
     shards = [folder / shard_name(index) for index in range(complete["shards"])]
     dtype, vocab_size = np.dtype(complete["dtype"]), recipe.tokenizer.vocab_size
     return {name: TokenizedPart(shards, name, dtype, vocab_size) for name in recipe.parts()}
@@ -147,13 +155,12 @@ def _remove_damaged(folder: Path, recipe: Recipe) -> None:
             for name in recipe.parts():
                 TokenizedPart([shard], name, dtype, recipe.tokenizer.vocab_size).verify()
         except DamagedShardError as error:
-            print(f"{error}: removed", file=sys.stderr)
+            print(f"{shard} is damaged ({error.problem}): it is made again", file=sys.stderr)
             (folder / COMPLETE).unlink(missing_ok=True)
             shutil.rmtree(shard)
-    if (folder / COMPLETE).exists():
-        complete = json.loads((folder / COMPLETE).read_text())
-        if not all((folder / shard_name(index)).exists() for index in range(complete["shards"])):
-            (folder / COMPLETE).unlink()
+    complete = _read_complete(folder)
+    if complete and not all((folder / shard_name(index)).exists() for index in range(complete["shards"])):
+        (folder / COMPLETE).unlink()
 
 
 def _dtype(tokenizer: TextTokenizer) -> np.dtype:
@@ -189,6 +196,7 @@ def _write_shards(folder: Path, corpus: CorpusConfig, recipe: Recipe, workers: i
         shutil.rmtree(leftover, ignore_errors=True)
     temporary = folder / f".{COMPLETE}"
     temporary.write_text(json.dumps(complete | {"documents": progress.documents, "tokens": progress.tokens}) + "\n")
+    sync(temporary)
     os.replace(temporary, folder / COMPLETE)
 
 

@@ -31,13 +31,15 @@ class DamagedShardError(ValueError):
     """A shard that does not hold what was written."""
 
     def __init__(self, shard: Path, problem: str) -> None:
+        self.problem = problem
         super().__init__(
             f"{shard} is damaged ({problem}): `python -m experiments.prepare` with the arguments of the run finds "
             "all damaged shards and makes them again"
         )
 
 
-def _fsync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Force a file or folder to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -108,13 +110,13 @@ class ShardWriter:
         summary = {name: writer.finish() for name, writer in sorted(self.parts.items())}
         (self.temporary / SHARD).write_text(json.dumps({"documents": documents, "parts": summary}, indent=1))
         for path in (*self.temporary.iterdir(), self.temporary):
-            _fsync(path)
+            sync(path)
         try:
             os.replace(self.temporary, self.target)
         except OSError:
             if not (self.target / SHARD).exists():  # else another process has just published the same
                 raise
-        _fsync(self.target.parent)
+        sync(self.target.parent)
 
 
 def read_summary(shard: Path) -> dict:

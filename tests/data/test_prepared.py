@@ -190,6 +190,14 @@ def test_a_damaged_shard_is_found_and_made_again(make, small_shards, tmp_path, c
     assert damage == "lost" or "shard-00002 is damaged" in capfd.readouterr().err
 
 
+def test_a_damaged_word_that_all_is_there_costs_nothing(make, small_shards, tmp_path):
+    make()
+    whole = contents(entry(tmp_path))
+    (entry(tmp_path) / "complete.json").write_text("")
+    make()
+    assert contents(entry(tmp_path)) == whole
+
+
 def test_only_what_is_read_is_checked(make, small_shards, tmp_path):
     make()
     flip(entry(tmp_path) / "shard-00002" / "train-0.tokens", 2000)
