@@ -1,19 +1,26 @@
-"""Training and validation batches: packed text and multi-query associative recall. Imports nothing of the
-project."""
+"""Training and validation batches: packed text, from one corpus or several, and multi-query associative recall.
+Imports nothing of the project."""
 
 from data.batch import IGNORE, Batch, BatchStream
-from data.config import DataConfig, MQARDataConfig, TextDataConfig
-from data.loader import build_data
+from data.config import DataConfig, MixtureDataConfig, MQARDataConfig, PackedDataConfig, TextDataConfig
+from data.corpora import DataSourceError
+from data.loader import build_data, prepare_all
+from data.shards import DamagedShardError
 from data.tokenizer import TextTokenizer, build_tokenizer
 
 __all__ = [
     "IGNORE",
     "Batch",
     "BatchStream",
+    "DamagedShardError",
     "DataConfig",
+    "DataSourceError",
     "MQARDataConfig",
+    "MixtureDataConfig",
+    "PackedDataConfig",
     "TextDataConfig",
     "TextTokenizer",
     "build_data",
     "build_tokenizer",
+    "prepare_all",
 ]

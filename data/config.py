@@ -4,11 +4,13 @@ Validation happens in __post_init__, so a bad value fails when the config is bui
 """
 
 import itertools
+import math
 from dataclasses import dataclass, field
 
-SOURCES = ("hub", "files", "python_stdlib")
+SOURCES = ("hub", "files", "python_stdlib", "recall")
 PACKINGS = ("documents", "plain")
 PLACEMENTS = ("clustered", "spread")
+MOST_FACTS = 10_000  # there are not enough different names for many more
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -33,10 +35,10 @@ class DataConfig:
 
 
 @dataclass(kw_only=True)
-class TextDataConfig(DataConfig):
-    """Documents from a corpus, tokenised and packed into rows of seq_len tokens."""
+class CorpusConfig:
+    """Where documents come from."""
 
-    source: str  # hub | files | python_stdlib
+    source: str  # hub | files | python_stdlib | recall
 
     # hub: a data set on the Hugging Face hub
     path: str | None = None  # its name, e.g. HuggingFaceFW/fineweb-edu
@@ -46,13 +48,56 @@ class TextDataConfig(DataConfig):
     # files: paths or globs, all of one kind: .txt (a file is a document), .json / .jsonl, .parquet
     files: list[str] = field(default_factory=list)
     text_column: str = "text"
+    # recall: max_documents generated documents that state facts and ask for them; see data/recall.py
+    facts_min: int = 4
+    facts_max: int = 64
+    recall_seed: int = 0
+
+    # Read no more than this of the corpus (both splits together).
+    max_documents: int | None = None
+    max_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("source", self.source, SOURCES)
+        if self.source == "hub" and not self.path:
+            raise ValueError("data.source=hub needs data.path, the data set's name on the hub")
+        if self.source == "files" and not self.files:
+            raise ValueError("data.source=files needs data.files, a list of paths or globs")
+        if self.source == "recall" and self.max_documents is None:
+            raise ValueError("data.source=recall needs data.max_documents, the number of documents to generate")
+        _at_least("max_documents", self.max_documents, 2)
+        _at_least("max_bytes", self.max_bytes, 1)
+        _at_least("facts_min", self.facts_min, 1)
+        _at_least("facts_max", self.facts_max, self.facts_min)
+        if self.facts_max > MOST_FACTS:
+            raise ValueError(f"data.facts_max={self.facts_max} is too large; give at most {MOST_FACTS}")
+        _at_least("recall_seed", self.recall_seed, 0)
+
+    @property
+    def capped(self) -> bool:
+        """Whether only the head of the corpus is read."""
+        return self.source != "recall" and (self.max_documents is not None or self.max_bytes is not None)
+
+
+@dataclass(kw_only=True)
+class MixedCorpusConfig(CorpusConfig):
+    """One corpus of a mixture."""
+
+    weight: float = 1.0  # its share of the rows, relative to the others' weights
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"data.corpora has weight={self.weight}; give a positive one, or leave the corpus out")
+
+
+@dataclass(kw_only=True)
+class PackedDataConfig(DataConfig):
+    """Documents, tokenised and packed into rows of seq_len tokens, from one corpus or several."""
 
     # True: tokenise while training, in stored order, keeping nothing on disk. False: tokenise once into the
     # cache.
     streaming: bool = False
-    # Read no more than this of the corpus (both splits together).
-    max_documents: int | None = None
-    max_bytes: int | None = None
 
     validation_fraction: float = 0.02  # share of the documents, chosen by a hash of their content
     validation_rows: int | None = 64  # rows of one evaluation, the same for every seed; null = all
@@ -63,29 +108,80 @@ class TextDataConfig(DataConfig):
     eos_token: str = "<|endoftext|>"
 
     pack: str = "documents"  # documents: attention stays inside a document; plain: it runs across the whole row
+    # Training documents packed with others of like length: [1024, 8192] are three buckets, of up to 1023 tokens, of
+    # 1024 to 8191, and of more. A bucket's weight is how much oftener than once an epoch it is read: [1, 1, 3] reads
+    # long documents three times as often, relative to the others of the corpus. No weights = all alike.
+    length_buckets: list[int] = field(default_factory=list)
+    length_weights: list[float] = field(default_factory=list)
+
+    @property
+    def parts(self) -> dict[str, tuple[CorpusConfig, float]]:
+        """The corpora by name, each with its weight among the rows."""
+        raise NotImplementedError
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _one_of("source", self.source, SOURCES)
         _one_of("pack", self.pack, PACKINGS)
-        if self.source == "hub" and not self.path:
-            raise ValueError("data.source=hub needs data.path, the data set's name on the hub")
-        if self.source == "files" and not self.files:
-            raise ValueError("data.source=files needs data.files, a list of paths or globs")
-        if self.streaming and self.source == "python_stdlib":
-            raise ValueError("data.source=python_stdlib cannot stream; set data.streaming=false")
-        if self.streaming and (self.max_documents is not None or self.max_bytes is not None):
-            raise ValueError("a capped corpus is prepared, not streamed; set data.streaming=false or drop the cap")
-        if self.streaming and self.validation_rows is None:
-            raise ValueError("a streamed corpus needs a bound on its validation split; set data.validation_rows")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1")
-        _at_least("max_documents", self.max_documents, 2)
-        _at_least("max_bytes", self.max_bytes, 1)
         _at_least("validation_rows", self.validation_rows, 1)
         _at_least("tokenizer_bytes", self.tokenizer_bytes, 1)
         if self.tokenizer is None:
             _at_least("vocab_size", self.vocab_size, 257)  # 256 bytes and the end-of-document token
+        self._check_buckets()
+        if self.streaming:
+            self._check_streaming()
+
+    def _check_buckets(self) -> None:
+        bounds, weights = list(self.length_buckets), list(self.length_weights)
+        if any(a >= b for a, b in itertools.pairwise([1, *bounds])):
+            raise ValueError(f"data.length_buckets={bounds} must increase, from 2 tokens on")
+        if weights and len(weights) != len(bounds) + 1:
+            raise ValueError(
+                f"data.length_weights={weights} needs one weight more than data.length_buckets={bounds} has bounds"
+            )
+        if not all(0 <= weight < math.inf for weight in weights) or (weights and not any(weights)):
+            raise ValueError(f"data.length_weights={weights} must not be negative, nor all 0")
+
+    def _check_streaming(self) -> None:
+        for corpus, _ in self.parts.values():
+            if corpus.source == "python_stdlib":
+                raise ValueError("data.source=python_stdlib cannot stream; set data.streaming=false")
+            if corpus.capped:
+                raise ValueError("a capped corpus is prepared, not streamed; set data.streaming=false or drop the cap")
+        if self.length_buckets:
+            raise ValueError("data.length_buckets need a prepared corpus; set data.streaming=false or drop them")
+        if self.validation_rows is None:
+            raise ValueError("a streamed corpus needs a bound on its validation split; set data.validation_rows")
+
+
+@dataclass(kw_only=True)
+class TextDataConfig(PackedDataConfig, CorpusConfig):
+    """One corpus."""
+
+    def __post_init__(self) -> None:
+        CorpusConfig.__post_init__(self)
+        PackedDataConfig.__post_init__(self)
+
+    @property
+    def parts(self) -> dict[str, tuple[CorpusConfig, float]]:
+        return {self.name: (self, 1.0)}
+
+
+@dataclass(kw_only=True)
+class MixtureDataConfig(PackedDataConfig):
+    """Several corpora, whose rows are mixed in proportion to their weights."""
+
+    corpora: dict[str, MixedCorpusConfig]
+
+    def __post_init__(self) -> None:
+        if not self.corpora:
+            raise ValueError("data.corpora is empty; name at least one corpus")
+        super().__post_init__()
+
+    @property
+    def parts(self) -> dict[str, tuple[CorpusConfig, float]]:
+        return {name: (corpus, corpus.weight) for name, corpus in self.corpora.items()}
 
 
 @dataclass(kw_only=True)

@@ -1,5 +1,6 @@
 """Corpora as iterators of documents, in a fixed order, each document in one split for good."""
 
+import contextlib
 import functools
 import glob
 import hashlib
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.cache import fingerprint
-from data.config import TextDataConfig
+from data.config import CorpusConfig
+from data.recall import RECALL_VERSION, recall_document
 
 BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
@@ -25,6 +27,10 @@ class Document(NamedTuple):
     text: str
 
 
+class DataSourceError(ValueError):
+    """A corpus that the configuration may name rightly, but that cannot be read now."""
+
+
 def digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
 
@@ -36,38 +42,54 @@ def split_of(text: str, validation_fraction: float) -> str:
     return "validation" if share < validation_fraction else "train"
 
 
-def iterate_documents(config: TextDataConfig) -> Iterator[Document]:
-    """The corpus's documents, both splits, at most max_documents and no more once max_bytes are reached."""
-    documents = _python_sources() if config.source == "python_stdlib" else _dataset_documents(config)
+def iterate_documents(corpus: CorpusConfig) -> Iterator[Document]:
+    """The corpus's documents, both splits, at most max_documents and no more once max_bytes are reached.
+
+    Raises:
+        DataSourceError: the corpus cannot be read, or no further.
+    """
+    if corpus.source == "python_stdlib":
+        documents = _python_sources()
+    elif corpus.source == "recall":
+        documents = (Document(str(index), row["text"]) for index, row in enumerate(_recall_rows(corpus)))
+    else:
+        documents = _dataset_documents(corpus)
     total_bytes = 0
-    for document in itertools.islice(documents, config.max_documents):
+    for document in itertools.islice(documents, corpus.max_documents):
         yield document
         total_bytes += len(document.text.encode("utf-8"))
-        if config.max_bytes is not None and total_bytes >= config.max_bytes:
+        if corpus.max_bytes is not None and total_bytes >= corpus.max_bytes:
             return
 
 
-def corpus_fingerprint(config: TextDataConfig) -> str:
-    """Changes with the documents, their order or their split, as far as can be told without reading them: Python
-    sources by name and size, files by size and time too, a hub data set by its revision only."""
-    if config.source == "python_stdlib":
+def corpus_fingerprint(corpus: CorpusConfig) -> str:
+    """Changes with the documents or their order, as far as can be told without reading them: Python sources by
+    name and size, files by size and time too, a hub data set by its revision only."""
+    if corpus.source == "python_stdlib":
         contents = [(name, size) for _, name, size in _list_python_sources()]
-    elif config.source == "files":
-        stats = [(path, os.stat(path)) for path in data_files(config)]
-        contents = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats] + [config.text_column]
+    elif corpus.source == "recall":
+        contents = [RECALL_VERSION, corpus.recall_seed, corpus.facts_min, corpus.facts_max]
+    elif corpus.source == "files":
+        stats = [(path, os.stat(path)) for path in data_files(corpus)]
+        contents = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats] + [corpus.text_column]
     else:
-        contents = [config.path, config.config_name, config.hub_split, config.revision, config.text_column]
-    return fingerprint(config.source, contents, config.max_documents, config.max_bytes, config.validation_fraction)
+        contents = [corpus.path, corpus.config_name, corpus.hub_split, corpus.revision, corpus.text_column]
+    return fingerprint(corpus.source, contents, corpus.max_documents, corpus.max_bytes)
+
+
+def _recall_rows(corpus: CorpusConfig) -> Iterator[dict]:
+    for index in range(corpus.max_documents):
+        yield {"text": recall_document(corpus.recall_seed, index, corpus.facts_min, corpus.facts_max)}
 
 
 # Hugging Face datasets: hub and local files
 
 
-def data_files(config: TextDataConfig) -> list[str]:
+def data_files(corpus: CorpusConfig) -> list[str]:
     """Absolute paths of all files that data.files names, sorted. ValueError when a pattern matches
     nothing."""
     paths: set[str] = set()
-    for pattern in config.files:
+    for pattern in corpus.files:
         matches = [path for path in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(path)]
         if not matches:
             raise ValueError(f"data.files has {pattern!r}, which matches no file")
@@ -87,48 +109,68 @@ def _builder(paths: list[str]) -> str:
     return builders.pop()
 
 
-def open_dataset(config: TextDataConfig, streaming: bool = True):
-    """The `datasets` object behind a hub or files corpus. ValueError when it has no column
-    data.text_column."""
+def open_dataset(corpus: CorpusConfig, streaming: bool = True):
+    """The `datasets` object behind a corpus that can stream.
+
+    Raises:
+        ValueError: it has no column data.text_column.
+        DataSourceError: it cannot be opened.
+    """
     import datasets  # takes seconds, and generated tasks do without
 
-    if config.source == "hub":
-        dataset = datasets.load_dataset(
-            config.path,
-            config.config_name,
-            split=config.hub_split,
-            revision=config.revision,
-            streaming=streaming,
+    if corpus.source == "recall":
+        return datasets.IterableDataset.from_generator(_recall_rows, gen_kwargs={"corpus": corpus})
+    if corpus.source == "hub":
+        load = functools.partial(
+            datasets.load_dataset, corpus.path, corpus.config_name, split=corpus.hub_split, revision=corpus.revision
         )
     else:
-        paths = data_files(config)
+        paths = data_files(corpus)
         builder = _builder(paths)
         options = {"sample_by": "document"} if builder == "text" else {}
-        dataset = datasets.load_dataset(builder, data_files=paths, split="train", streaming=streaming, **options)
+        load = functools.partial(datasets.load_dataset, builder, data_files=paths, split="train", **options)
+    with source_errors(corpus):
+        dataset = load(streaming=streaming)
     columns = dataset.column_names
-    if columns is not None and config.text_column not in columns:
-        raise ValueError(f"data.text_column={config.text_column!r} is not among the columns {columns}")
+    if columns is not None and corpus.text_column not in columns:
+        raise ValueError(f"data.text_column={corpus.text_column!r} is not among the columns {columns}")
     return dataset
 
 
-def row_text(row: dict, config: TextDataConfig) -> str:
+@contextlib.contextmanager
+def source_errors(corpus: CorpusConfig) -> Iterator[None]:
+    """Turns whatever the libraries below say of a source they cannot read into a DataSourceError."""
+    try:
+        yield
+    except Exception as error:  # network, file system, decompression and parsers: each has errors of its own
+        name = f"data.path={corpus.path!r}" if corpus.source == "hub" else f"data.files={list(corpus.files)}"
+        raise DataSourceError(
+            f"{name} cannot be read ({type(error).__name__}: {error}): mend the source or the way to it and start "
+            "again; what is prepared or saved stays"
+        ) from error
+
+
+def row_text(row: dict, corpus: CorpusConfig) -> str:
     """The document in one row of a data set; empty for a null. ValueError when it has no text column."""
-    if config.text_column not in row:
-        raise ValueError(f"data.text_column={config.text_column!r} is not among the columns {sorted(row)}")
-    text = row[config.text_column]
+    if corpus.text_column not in row:
+        raise ValueError(f"data.text_column={corpus.text_column!r} is not among the columns {sorted(row)}")
+    text = row[corpus.text_column]
     if text is not None and not isinstance(text, str):
-        raise ValueError(f"data.text_column={config.text_column!r} holds {type(text).__name__}, not text")
+        raise ValueError(f"data.text_column={corpus.text_column!r} holds {type(text).__name__}, not text")
     return text or ""
 
 
-def _dataset_documents(config: TextDataConfig) -> Iterator[Document]:
+def _dataset_documents(corpus: CorpusConfig) -> Iterator[Document]:
     # Local files need no second copy as Arrow tables, and of a capped hub corpus only the head is downloaded.
     # A hub corpus that is read whole is downloaded as usual, so that a copy already on this machine serves
     # offline.
-    capped = config.max_documents is not None or config.max_bytes is not None
-    streaming = config.source == "files" or config.streaming or capped
-    for index, row in enumerate(open_dataset(config, streaming)):
-        if text := row_text(row, config):
+    rows = iter(open_dataset(corpus, streaming=corpus.source == "files" or corpus.capped))
+    for index in itertools.count():
+        with source_errors(corpus):
+            row = next(rows, None)
+        if row is None:
+            return
+        if text := row_text(row, corpus):
             yield Document(str(index), text)
 
 

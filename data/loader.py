@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from data.batch import BatchStream, check_placement
-from data.config import DataConfig, MQARDataConfig, TextDataConfig
+from data.config import DataConfig, MQARDataConfig, PackedDataConfig
 from data.mqar import MQARStream
-from data.prepared import prepare
+from data.prepared import PreparedCorpus, prepare
 from data.text import PreparedTextStream, StreamedTextStream
-from data.tokenizer import build_tokenizer
+from data.tokenizer import TextTokenizer, build_tokenizer
 
 
 def build_data(
@@ -30,17 +30,26 @@ def build_data(
     share = {"rows": rows, "rank": rank, "world_size": world_size}
     if isinstance(config, MQARDataConfig):
         return MQARStream(config, split=split, seed=seed, **share)
-    if not isinstance(config, TextDataConfig):
-        raise ValueError(f"data must be text or mqar, not a {type(config).__name__}")
+    if not isinstance(config, PackedDataConfig):
+        raise ValueError(f"data must be text, a mixture or mqar, not a {type(config).__name__}")
     if cache_dir is None:
         raise ValueError("text needs a cache_dir for its tokenizer and tokens")
     tokenizer = build_tokenizer(config, cache_dir)
-    if not config.streaming:
-        splits = prepare(config, tokenizer, cache_dir)
-        return PreparedTextStream(config, splits, tokenizer, split=split, seed=seed, **share)
-    if split == "train":
-        return StreamedTextStream(config, tokenizer, **share)
-    # An evaluation must not search the stream for validation documents each time: keep the first ones.
-    max_tokens = config.validation_rows * config.seq_len
-    splits = prepare(config, tokenizer, cache_dir, splits=("validation",), max_tokens=max_tokens)
-    return PreparedTextStream(config, splits, tokenizer, split=split, seed=seed, **share)
+    if config.streaming and split == "train":
+        return StreamedTextStream(config, tokenizer, seed=seed, **share)
+    corpora = prepare_all(config, tokenizer, cache_dir)
+    return PreparedTextStream(config, corpora, tokenizer, split=split, seed=seed, **share)
+
+
+def prepare_all(
+    config: PackedDataConfig, tokenizer: TextTokenizer, cache_dir: str | Path, *, verify: bool = False
+) -> dict[str, PreparedCorpus]:
+    """Whatever of the corpora is kept on disk, by the corpora's names; see data.prepared.prepare."""
+    # An evaluation must not search a stream for validation documents each time: keep the first ones.
+    scope = {}
+    if config.streaming:
+        scope = {"splits": ("validation",), "max_tokens": config.validation_rows * config.seq_len}
+    return {
+        name: prepare(corpus, config, tokenizer, cache_dir, verify=verify, **scope)
+        for name, (corpus, _) in config.parts.items()
+    }

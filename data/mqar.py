@@ -124,10 +124,17 @@ class MQARStream(BatchStream):
         return {"seq_len": self.config.seq_len, "seed": self.seed, "vocab_size": self.vocab_size}
 
     def state_dict(self) -> dict:
-        return {**self._identity(), "batches": self.batches, "samples": self.samples}
+        rows = self.rows * self.world_size
+        return {**self._identity(), "batches": self.batches, "samples": self.samples, "batch_rows": rows}
 
     def load_state_dict(self, state: dict) -> None:
         check_state(state, self._identity())
+        rows = self.rows * self.world_size
+        if self.config.curriculum_lengths and state["batch_rows"] != rows:
+            raise ValueError(
+                f"data.curriculum_batches counts micro-batches, which had {state['batch_rows']} rows over all ranks, "
+                f"and have {rows} now: choose the ranks and rows_per_micro_batch so that their product stays"
+            )
         self.batches, self.samples = state["batches"], state["samples"]
 
     def describe(self) -> dict:

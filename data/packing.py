@@ -22,24 +22,21 @@ class Row(NamedTuple):
     starts: np.ndarray  # int64 [segments], where a segment begins; the first is 0
 
 
-def cut_row(tokens: np.ndarray, offsets: np.ndarray, start: int, seq_len: int, eos_id: int) -> Row:
-    """The row at [start, start + seq_len) of a stream of documents.
+def cut_row(tokens: np.ndarray, ends: np.ndarray, seq_len: int, eos_id: int) -> Row:
+    """A row of a stream of documents.
 
-    tokens: integers [num_tokens]. offsets: int64 [documents + 1]; document d lies between offsets d and d + 1.
+    Args:
+        tokens: integers [1 ... seq_len + 1], the row's tokens and the one that follows; fewer at the stream's end.
+        ends: int64, increasing in [1, seq_len + 1]: the distances from the row's start at which documents end.
     """
-    total = int(offsets[-1])
-    stop = min(start + seq_len, total)
-    assert start < stop, "a row begins inside the stream"
-    size = stop - start
+    size = min(len(tokens), seq_len)
+    assert size > 0, "a row begins inside the stream"
     row_tokens = np.full(seq_len, eos_id, dtype=np.int64)
-    row_tokens[:size] = tokens[start:stop]
+    row_tokens[:size] = tokens[:size]
     labels = np.full(seq_len, IGNORE, dtype=np.int64)
-    following = tokens[start + 1 : stop + 1]
-    labels[: len(following)] = following
-
-    # Boundaries in (start, stop]: a document ends before each, and the next begins there if the row goes on.
-    first, last = np.searchsorted(offsets, [start, stop], side="right")
-    boundaries = np.asarray(offsets[first:last], dtype=np.int64) - start
+    labels[: len(tokens) - 1] = tokens[1:]
+    # A document's last token has no target; the next document begins after it if the row goes on.
+    boundaries = ends[ends <= size]
     labels[boundaries - 1] = IGNORE
     starts = np.concatenate([np.zeros(1, np.int64), boundaries[boundaries < seq_len]])
     return Row(row_tokens, labels, starts)

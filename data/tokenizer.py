@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data.cache import build_once, fingerprint
-from data.config import TextDataConfig
+from data.config import PackedDataConfig
 from data.corpora import corpus_fingerprint, iterate_documents, split_of
 
 TRAINER_VERSION = 1  # raise it when train_bpe gives other tokenizers than before
@@ -80,8 +80,8 @@ def train_bpe(texts: Iterator[str], vocab_size: int, eos_token: str) -> Tokenize
     return tokenizer
 
 
-def build_tokenizer(config: TextDataConfig, cache_dir: str | Path) -> TextTokenizer:
-    """The corpus's tokenizer; a trained one comes from the cache when corpus and settings are the same."""
+def build_tokenizer(config: PackedDataConfig, cache_dir: str | Path) -> TextTokenizer:
+    """The corpora's tokenizer; a trained one comes from the cache when corpora and settings are the same."""
     if config.tokenizer is not None:
         return TextTokenizer.load(config.tokenizer, config.eos_token)
 
@@ -89,19 +89,23 @@ def build_tokenizer(config: TextDataConfig, cache_dir: str | Path) -> TextTokeni
         texts = _training_texts(config)
         train_bpe(texts, config.vocab_size, config.eos_token).save(str(folder / "tokenizer.json"))
 
-    settings = [config.vocab_size, config.tokenizer_bytes, config.eos_token]
-    key = fingerprint(TRAINER_VERSION, corpus_fingerprint(config), settings)
+    settings = [config.vocab_size, config.tokenizer_bytes, config.eos_token, config.validation_fraction]
+    corpora = [(corpus_fingerprint(corpus), weight) for corpus, weight in config.parts.values()]
+    key = fingerprint(TRAINER_VERSION, corpora, settings)
     folder = build_once(Path(cache_dir) / "tokenizers" / key, build)
     return TextTokenizer.load(str(folder / "tokenizer.json"), config.eos_token)
 
 
-def _training_texts(config: TextDataConfig) -> Iterator[str]:
-    read = 0
-    for document in iterate_documents(config):
-        if split_of(document.text, config.validation_fraction) == "train":
-            yield document.text
-            read += len(document.text.encode("utf-8"))
-            if read >= config.tokenizer_bytes:
-                return
-    if read == 0:
-        raise ValueError("the corpus has no training document; check data.files, data.path and the caps")
+def _training_texts(config: PackedDataConfig) -> Iterator[str]:
+    """Each corpus's first training documents, tokenizer_bytes of text in all, shared out by weight."""
+    total = sum(weight for _, weight in config.parts.values())
+    for name, (corpus, weight) in config.parts.items():
+        read = 0
+        for document in iterate_documents(corpus):
+            if split_of(document.text, config.validation_fraction) == "train":
+                yield document.text
+                read += len(document.text.encode("utf-8"))
+                if read >= config.tokenizer_bytes * weight / total:
+                    break
+        if read == 0:
+            raise ValueError(f"corpus {name} has no training document; check its files or path and its caps")

@@ -14,7 +14,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from dashattn.backends import BACKENDS, AttentionConfig, AttentionShape, build_backend
-from data import DataConfig, MQARDataConfig, TextDataConfig
+from data import DataConfig, MixtureDataConfig, MQARDataConfig, TextDataConfig
 from models import ModelConfig
 
 SCHEDULES = ("constant", "cosine", "wsd")
@@ -100,6 +100,7 @@ def register_configs() -> None:
     for name, (config, _) in BACKENDS.items():
         store.store(group="attention", name=f"{name}_schema", node=config)
     store.store(group="data", name="text_schema", node=TextDataConfig)
+    store.store(group="data", name="mixture_schema", node=MixtureDataConfig)
     store.store(group="data", name="mqar_schema", node=MQARDataConfig)
     store.store(group="optim", name="optim_schema", node=OptimConfig)
     store.store(group="deepspeed", name="deepspeed_schema", node=DeepSpeedConfig)
@@ -149,7 +150,8 @@ def load_config(path: Path) -> TrainConfig:
     # The file holds values only; which classes they belong to, they say themselves.
     typed = OmegaConf.structured(TrainConfig)
     typed.attention = OmegaConf.structured(BACKENDS[saved.attention.name][0])
-    typed.data = OmegaConf.structured(TextDataConfig if "source" in saved.data else MQARDataConfig)
+    telling = {"source": TextDataConfig, "corpora": MixtureDataConfig, "pairs_min": MQARDataConfig}
+    typed.data = OmegaConf.structured(next(schema for key, schema in telling.items() if key in saved.data))
     return to_config(OmegaConf.merge(typed, saved))
 
 

@@ -20,6 +20,7 @@ CHOICES = [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONFIG
 COMPANIONS = {
     "data=local": ["data.files=[a.txt]", "model=60m"],
     "data=hub": ["model=60m"],
+    "data=mixture_debian": ["model=60m"],
 }
 
 
@@ -36,7 +37,7 @@ def test_every_choice_makes_a_run(choice):
 
 
 @pytest.mark.parametrize("attention", ["full", "dash", "infllmv2", "nsa"])
-@pytest.mark.parametrize("data", ["python_stdlib", "mqar"])
+@pytest.mark.parametrize("data", ["python_stdlib", "mixture", "mqar"])
 def test_a_saved_configuration_loads_as_the_same_one(attention, data, tmp_path):
     config = composed(f"attention={attention}", f"data={data}")
     path = tmp_path / "config.yaml"

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from data import TextDataConfig
+from data import DataSourceError, TextDataConfig
 from data.corpora import corpus_fingerprint, iterate_documents, split_of
 
 
@@ -56,6 +56,16 @@ def test_bad_files_are_named(tmp_path, corpus):
         texts(files_config(corpus, tmp_path / "x.txt"))
 
 
+@pytest.mark.parametrize("max_documents", [None, 5])
+def test_a_hub_that_is_out_of_reach_is_named(monkeypatch, max_documents):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    config = TextDataConfig(name="x", seq_len=8, source="hub", path="no/such", max_documents=max_documents)
+    with pytest.raises(DataSourceError, match=r"data\.path='no/such' cannot be read .*start again"):
+        texts(config)
+
+
 def test_caps(corpus):
     everything = texts(files_config(corpus))
     assert texts(files_config(corpus, max_documents=7)) == everything[:7]
@@ -85,7 +95,7 @@ def test_python_sources_sample_all_packages_in_a_fixed_order():
 def test_fingerprint_follows_what_decides_the_documents(corpus):
     base = corpus_fingerprint(files_config(corpus))
     assert corpus_fingerprint(files_config(corpus, vocab_size=999)) == base
-    for change in ({"max_documents": 9}, {"max_bytes": 9}, {"validation_fraction": 0.3}, {"text_column": "t"}):
+    for change in ({"max_documents": 9}, {"max_bytes": 9}, {"text_column": "t"}):
         assert corpus_fingerprint(files_config(corpus, **change)) != base
     with corpus.open("a") as file:
         file.write('{"text": "one more"}\n')

@@ -3,10 +3,11 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from data import MQARDataConfig, TextDataConfig
+from data import MixtureDataConfig, MQARDataConfig, TextDataConfig
+from data.config import MixedCorpusConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
-SCHEMAS = {"text_schema": TextDataConfig, "mqar_schema": MQARDataConfig}
+SCHEMAS = {"text_schema": TextDataConfig, "mixture_schema": MixtureDataConfig, "mqar_schema": MQARDataConfig}
 
 
 def compose(path, **overrides):
@@ -42,7 +43,7 @@ MQAR = {"name": "x", "seq_len": 128, "pairs_min": 4, "pairs_max": 8}
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"source": "web"}, "choose one of hub, files, python_stdlib"),
+        ({"source": "web"}, "choose one of hub, files, python_stdlib, recall"),
         ({"source": "hub"}, r"needs data\.path"),
         ({"files": []}, r"needs data\.files"),
         ({"seq_len": 1}, "at least 2"),
@@ -53,11 +54,38 @@ MQAR = {"name": "x", "seq_len": 128, "pairs_min": 4, "pairs_max": 8}
         ({"source": "python_stdlib", "streaming": True}, "cannot stream"),
         ({"streaming": True, "max_bytes": 10}, "capped corpus"),
         ({"streaming": True, "validation_rows": None}, r"set data\.validation_rows"),
+        ({"streaming": True, "length_buckets": [8]}, "need a prepared corpus"),
+        ({"length_buckets": [8, 8]}, "must increase"),
+        ({"length_buckets": [1]}, "from 2 tokens on"),
+        ({"length_buckets": [8], "length_weights": [1.0]}, "one weight more"),
+        ({"length_weights": [1.0, 2.0]}, "one weight more"),
+        ({"length_buckets": [8], "length_weights": [1.0, -1.0]}, "negative"),
+        ({"length_buckets": [8], "length_weights": [0.0, 0.0]}, "all 0"),
+        ({"source": "recall"}, r"needs data\.max_documents"),
+        ({"source": "recall", "max_documents": 9, "facts_min": 5, "facts_max": 4}, "at least 5"),
+        ({"source": "recall", "max_documents": 9, "facts_max": 10_001}, "at most 10000"),
     ],
 )
 def test_bad_text_values_name_the_mend(change, message):
     with pytest.raises(ValueError, match=message):
         TextDataConfig(**(TEXT | change))
+
+
+def test_bad_mixtures_name_the_mend():
+    mixture = {"name": "x", "seq_len": 64, "corpora": {"a": MixedCorpusConfig(source="files", files=["a.txt"])}}
+    assert MixtureDataConfig(**mixture).parts["a"][1] == 1.0
+    with pytest.raises(ValueError, match="name at least one corpus"):
+        MixtureDataConfig(**(mixture | {"corpora": {}}))
+    for weight in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="give a positive one"):
+            MixedCorpusConfig(source="files", files=["a.txt"], weight=weight)
+    with pytest.raises(ValueError, match="cannot stream"):
+        MixtureDataConfig(
+            **(mixture | {"corpora": {"a": MixedCorpusConfig(source="python_stdlib")}, "streaming": True})
+        )
+    capped = MixedCorpusConfig(source="files", files=["a.txt"], max_documents=9)
+    with pytest.raises(ValueError, match="capped corpus"):
+        MixtureDataConfig(**(mixture | {"corpora": {"a": capped}, "streaming": True}))
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from data import TextDataConfig, build_data, build_tokenizer
+from data import DataSourceError, TextDataConfig, build_data
 from data.cache import build_once
-from data.corpora import iterate_documents, split_of
-from data.prepared import prepare, unigram_cross_entropy
+from data.prepared import unigram_cross_entropy
 
 
 @pytest.fixture
@@ -48,26 +47,14 @@ def take(stream, count):
     return list(itertools.islice(stream, count))
 
 
+def tokens_of(stream):
+    """All tokens of a prepared stream's only component."""
+    ((part, _),) = stream.components
+    return part.window(0, len(part))[0]
+
+
 def rows_of(batches, seq_len=64):
     return [tuple(row) for batch in batches for row in batch.input_ids.view(-1, seq_len).tolist()]
-
-
-def test_prepared_splits_hold_every_document_once_and_are_disjoint(text_config, tmp_path):
-    config = text_config()
-    tokenizer = build_tokenizer(config, tmp_path)
-    splits = prepare(config, tokenizer, tmp_path)
-    stored = {}
-    for name, split in splits.items():
-        assert split.tokens.dtype == np.uint16
-        documents = np.split(split.tokens, split.offsets[1:-1])
-        assert all(document[-1] == tokenizer.eos_id for document in documents)
-        stored[name] = [tokenizer.decode(document[:-1].tolist()) for document in documents]
-        assert split.num_bytes == sum(len(text.encode()) for text in stored[name])
-    expected = {"train": [], "validation": []}
-    for document in iterate_documents(config):
-        expected[split_of(document.text, 0.2)].append(document.text)
-    assert stored == expected
-    assert not set(stored["train"]) & set(stored["validation"])
 
 
 def test_an_epoch_reads_every_row_once_and_the_next_in_another_order(make_stream):
@@ -92,19 +79,44 @@ def test_batch_shapes(make_stream, pack):
         assert batch.cu_seqlens is None
 
 
+@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("split", ["train", "validation"])
-def test_ranks_partition_the_rows_of_one_rank(make_stream, split):
-    alone = make_stream(split, rows=4, validation_rows=12)
-    ranks = [make_stream(split, rows=2, rank=rank, world_size=2, validation_rows=12) for rank in range(2)]
+def test_ranks_partition_the_rows_of_one_rank(make_stream, split, streaming):
+    config = {"streaming": streaming, "validation_rows": 12}
+    alone = make_stream(split, rows=4, **config)
+    ranks = [make_stream(split, rows=2, rank=rank, world_size=2, **config) for rank in range(2)]
     for _ in range(3):
         expected = rows_of([next(alone)])
         assert rows_of([next(rank) for rank in ranks]) == expected
         assert alone.state_dict() == ranks[0].state_dict() == ranks[1].state_dict()
-    # The state fits another number of ranks.
-    resumed = make_stream("train", rows=3)
-    if split == "train":
-        resumed.load_state_dict(ranks[0].state_dict())
-        assert rows_of(take(resumed, 4)) == rows_of(take(alone, 3))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_another_number_of_ranks_goes_on_with_the_same_rows(make_stream, streaming):
+    """Training changes from 2 ranks to 3, 1 and 4: the steps of 12 rows stay those of one rank."""
+    expected = take(make_stream(rows=12, streaming=streaming), 8)
+    state = None
+    for step, ranks in enumerate((2, 2, 3, 3, 1, 1, 4, 4)):
+        if step % 2 == 0:
+            share = {"world_size": ranks, "streaming": streaming}
+            streams = [make_stream(rows=12 // ranks, rank=rank, **share) for rank in range(ranks)]
+            for stream in streams if state else ():
+                stream.load_state_dict(json.loads(json.dumps(state)))
+        assert rows_of([next(stream) for stream in streams]) == rows_of([expected[step]])
+        states = [stream.state_dict() for stream in streams]
+        assert all(other == states[0] for other in states)
+        state = states[0]
+
+
+def test_the_rows_of_an_epoch_are_shared_without_loss_or_repetition(make_stream):
+    """Three ranks, an epoch that their micro-batches do not divide: what is over belongs to the next epoch."""
+    ranks = [make_stream(rows=2, rank=rank, world_size=3) for rank in range(3)]
+    epoch = ranks[0].describe()["rows"]
+    assert epoch % 6
+    rows = [row for _ in range(epoch // 6 + 1) for rank in ranks for row in rows_of([next(rank)])]
+    every = Counter(rows_of(take(make_stream(rows=1, seed=5), epoch)))
+    assert Counter(rows[:epoch]) == every
+    assert not Counter(rows[epoch:]) - every
 
 
 def test_validation_is_bounded_repeats_and_ignores_the_seed(make_stream):
@@ -117,8 +129,8 @@ def test_validation_is_bounded_repeats_and_ignores_the_seed(make_stream):
     assert rows_of(list(stream)) == rows_of(first)
     everything = make_stream("validation", rows=4, validation_rows=None)
     targets = sum(batch.num_targets for batch in everything)
-    split = everything.source
-    assert targets == len(split.tokens) - (len(split.offsets) - 1), "all tokens but each document's first"
+    ((split, _),) = everything.components
+    assert targets == len(split) - split.num_documents, "all tokens but each document's first"
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -137,36 +149,45 @@ def test_resume_is_exact(make_stream, streaming, world_size):
             assert_same(ours, theirs)
         assert resumed.state_dict() == stream.state_dict()
     if streaming:
-        assert state["epoch"] > 0, "the last state lies beyond the first epoch"
+        assert state["readers"][0]["epoch"] > 0, "the last state lies beyond the first epoch"
 
 
 def test_a_streamed_epoch_has_the_training_tokens_in_stored_order(make_stream):
     prepared = make_stream(rows=1)
-    tokens = prepared.source.tokens.astype(np.int64)
+    tokens = tokens_of(prepared)
     streamed = make_stream(rows=1, streaming=True)
     rows = len(tokens) // 64
     batches = take(streamed, rows)
     assert np.array_equal(np.concatenate([batch.input_ids[0] for batch in batches]), tokens[: rows * 64])
 
 
-def test_streaming_ranks_read_different_documents(make_stream):
-    ranks = [make_stream(rows=1, rank=rank, world_size=2, streaming=True) for rank in range(2)]
-    tokenizer = ranks[0].tokenizer
-    seen = []
-    for rank in ranks:
-        text = tokenizer.decode([token for batch in take(rank, 60) for token in batch.input_ids[0].tolist()])
-        seen.append({document.split(" ")[0] for document in text.split("<|endoftext|>")[:-1]})
-    assert not seen[0] & seen[1]
-    with pytest.raises(ValueError, match="rank is 1, the checkpoint's 0"):
-        ranks[1].load_state_dict(ranks[0].state_dict())
-
-
 def test_streaming_validation_is_prepared_from_the_head(make_stream):
     streamed = make_stream("validation", rows=2, streaming=True, validation_rows=8)
     assert len(list(streamed)) == 4
-    whole = make_stream("validation", rows=2).source
-    assert np.array_equal(streamed.source.tokens, whole.tokens[: len(streamed.source.tokens)])
+    whole, head = tokens_of(make_stream("validation", rows=2)), tokens_of(streamed)
+    assert np.array_equal(head, whole[: len(head)])
     assert streamed.unigram_entropy() is None
+
+
+def test_a_stream_whose_source_dies_says_so_and_goes_on_after_its_last_state(make_stream, tmp_path):
+    """The files lie on a disk that is gone for a while."""
+    for index in range(3):
+        lines = [json.dumps({"text": f"{index} {line} " + "word " * 30}) for line in range(100)]
+        (tmp_path / f"part{index}.jsonl").write_text("\n".join(lines))
+    config = {"files": [str(tmp_path / "part*.jsonl")], "streaming": True}
+    expected = take(make_stream(**config), 60)
+    stream = make_stream(**config)
+    (tmp_path / "part1.jsonl").rename(tmp_path / "gone")
+    batches = []
+    with pytest.raises(DataSourceError, match=r"data\.files=.*cannot be read"):  # noqa: PT012
+        for _ in expected:
+            state = stream.state_dict()
+            batches.append(next(stream))
+    (tmp_path / "gone").rename(tmp_path / "part1.jsonl")
+    resumed = make_stream(**config)
+    resumed.load_state_dict(state)
+    batches += take(resumed, 60 - len(batches))
+    assert rows_of(batches) == rows_of(expected)
 
 
 def test_a_checkpoint_of_other_data_is_refused(make_stream):
@@ -178,8 +199,8 @@ def test_a_checkpoint_of_other_data_is_refused(make_stream):
 
 def test_unigram_entropy(make_stream):
     stream = make_stream("validation")
-    counts = stream.splits["train"].target_counts
-    assert counts.sum() == len(stream.splits["train"].tokens) - (len(stream.splits["train"].offsets) - 1)
+    ((training, _),) = make_stream().components
+    assert training.target_counts.sum() == len(training) - training.num_documents
     assert 1 < stream.unigram_entropy() < np.log(stream.vocab_size)
     uniform = np.full(8, 1000)
     assert unigram_cross_entropy(uniform, uniform) == pytest.approx(np.log(8))
@@ -194,7 +215,7 @@ def test_describe_and_vocabulary(make_stream):
 
 PREPARE = """
 import json, sys
-from data import TextDataConfig, build_data
+from data import DataSourceError, TextDataConfig, build_data
 
 config = TextDataConfig(**json.loads(sys.argv[1]))
 stream = build_data(config, split="train", seed=0, rows=2, cache_dir=sys.argv[2])

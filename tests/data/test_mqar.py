@@ -134,6 +134,22 @@ def test_ranks_share_the_samples_of_one_rank():
             assert torch.equal(torch.cat([share.input_ids for share in shares]), expected.input_ids)
 
 
+def test_resume_with_another_number_of_ranks():
+    """A curriculum counts micro-batches: it goes on only where those keep their size over all ranks."""
+    config = mqar_config(curriculum_lengths=[64], curriculum_batches=[2])
+    alone = build_data(config, split="train", seed=0, rows=8)
+    next(alone)
+    state = alone.state_dict()
+    ranks = [build_data(config, split="train", seed=0, rows=4, rank=r, world_size=2) for r in range(2)]
+    for rank in ranks:
+        rank.load_state_dict(state)
+    for _ in range(3):
+        expected = next(alone)
+        assert torch.equal(torch.cat([next(rank).input_ids for rank in ranks]), expected.input_ids)
+    with pytest.raises(ValueError, match="had 8 rows over all ranks, and have 16 now"):
+        build_data(config, split="train", seed=0, rows=8, world_size=2).load_state_dict(state)
+
+
 def test_validation_is_finite_repeats_and_ignores_the_seed():
     config = mqar_config(validation_rows=10)
     stream = build_data(config, split="validation", seed=0, rows=4)

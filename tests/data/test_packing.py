@@ -21,8 +21,16 @@ def random_documents(generator, count=30, longest=50):
 
 def pack(documents, seq_len):
     tokens = np.concatenate(documents)
-    offsets = np.cumsum([0, *map(len, documents)])
-    return [cut_row(tokens, offsets, start, seq_len, EOS) for start in range(0, len(tokens), seq_len)]
+    ends = np.cumsum([len(document) for document in documents])
+    return [
+        cut_row(
+            tokens[start : start + seq_len + 1],
+            ends[(ends > start) & (ends <= start + seq_len + 1)] - start,
+            seq_len,
+            EOS,
+        )
+        for start in range(0, len(tokens), seq_len)
+    ]
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -1,0 +1,109 @@
+import gzip
+import io
+import json
+import shutil
+import subprocess
+import tarfile
+
+import pytest
+
+from data import TextDataConfig
+from data.collect import clean, collect, html_text, main
+from data.corpora import iterate_documents
+
+PROSE = "The first line of a text that is long enough to be a document.\n" * 6
+
+
+def archive(files, mode="w:xz"):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """A folder with a text, a copy of it, HTML, a binary, and an archive with an archive in it."""
+    folder = tmp_path / "sources"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "a.txt").write_text("a\n" + PROSE)
+    (folder / "deep" / "copy.txt").write_text("a  \r\n" + PROSE)
+    (folder / "deep" / "packed.rst.gz").write_bytes(gzip.compress(b"b\n" + PROSE.encode()))
+    (folder / "image.txt").write_bytes(b"\x89PNG\xff" * 100)
+    (folder / "table.txt").write_text("0x12, 0x34, 0x56\n" * 100)
+    (folder / "short.txt").write_text("short")
+    inner = archive({"c.c": b"c\n" + PROSE.encode(), "c.bin": b"\0" * 999})
+    (folder / "outer.tar").write_bytes(archive({"./inner.tar.xz": inner, "d.txt": b"d\n" + PROSE.encode()}, "w"))
+    return folder
+
+
+def first_letters(path):
+    return [json.loads(line)["text"][0] for line in path.read_text().splitlines()]
+
+
+def test_documents_are_found_wherever_they_lie_and_only_once(sources, tmp_path):
+    output = tmp_path / "made" / "corpus.jsonl"
+    counts = collect(output, [str(sources)], [])
+    assert first_letters(output) == ["a", "b", "c", "d"]
+    assert (counts["documents"], counts["duplicates"], counts["no documents"]) == (4, 1, 4)
+    before = output.read_bytes()
+    collect(output, [str(sources)], [])
+    assert output.read_bytes() == before
+    assert [path.name for path in output.parent.iterdir()] == ["corpus.jsonl"]
+    config = TextDataConfig(name="x", seq_len=8, source="files", files=[str(output)])
+    assert [document.text[2:] for document in iterate_documents(config)] == [PROSE] * 4
+
+
+def test_globs_and_patterns_choose(sources, tmp_path):
+    output = tmp_path / "corpus.jsonl"
+    collect(output, [str(sources / "**" / "*")], ["*.c", "*/deep/*.gz"])
+    assert sorted(first_letters(output)) == ["b", "c"]
+    with pytest.raises(ValueError, match="no document among 0 files"):
+        collect(output, [str(sources)], ["*.nothing"])
+    assert sorted(first_letters(output)) == ["b", "c"], "the old result stays"
+    with pytest.raises(ValueError, match="matches no file"):
+        collect(output, [str(sources / "nothing*")], [])
+    (sources / "broken.tar.xz").write_bytes((sources / "outer.tar").read_bytes()[:700])
+    with pytest.raises(ValueError, match=r"broken\.tar\.xz cannot be read"):
+        collect(output, [str(sources)], [])
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb")
+def test_a_debian_package_is_read_without_installing_it(sources, tmp_path):
+    (sources / "DEBIAN").mkdir()
+    (sources / "DEBIAN" / "control").write_text(
+        "Package: texts\nVersion: 1\nArchitecture: all\nMaintainer: x <x@example.org>\nDescription: texts\n"
+    )
+    subprocess.run(["dpkg-deb", "--build", str(sources), str(tmp_path / "texts.deb")], check=True, capture_output=True)
+    collect(tmp_path / "corpus.jsonl", [str(tmp_path / "texts.deb")], [])
+    assert sorted(first_letters(tmp_path / "corpus.jsonl")) == ["a", "b", "c", "d"]
+    (tmp_path / "texts.deb").write_bytes(b"no package")
+    with pytest.raises(ValueError, match=r"texts\.deb cannot be read"):
+        collect(tmp_path / "corpus.jsonl", [str(tmp_path / "texts.deb")], [])
+
+
+def test_cleaning():
+    text = clean("x.txt", ("\ufeff\n\nOne  \r\n\r\n\r\n\r\n\r\n\r\ntwo\t\n" + PROSE).encode())
+    assert text == "One\n\n\ntwo\n" + PROSE
+    assert clean("x.txt", b"a word " * 200_000) is None, "too long"
+
+
+def test_html_becomes_what_a_reader_sees():
+    page = """<html><head><title>T</title></head><body><div role="navigation"><div>Menu</div>next</div>
+    <h1>Head<a class="headerlink">#</a></h1><p>One
+    <b>two</b> &amp; three.</p><script>x()</script><pre>  a = 1
+  b = 2</pre><ul><li>item</ul></body></html>"""
+    assert html_text(page).strip().split("\n") == ["Head", "", "One two & three.", "", "  a = 1", "  b = 2", "", "item"]
+
+
+def test_the_command(sources, tmp_path, monkeypatch, capsys):
+    command = ["collect", str(tmp_path / "corpus.jsonl"), str(sources)]
+    monkeypatch.setattr("sys.argv", command)
+    main()
+    assert "4 documents" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*command, "absent"])
+    with pytest.raises(SystemExit, match="error: absent matches no file"):
+        main()

@@ -1,0 +1,299 @@
+"""Preparation: shards that are the same however they came to be, and that are not believed when damaged."""
+
+import gzip
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from data import DamagedShardError, DataSourceError, build_tokenizer
+from data import prepared as prepared_module
+from data.corpora import iterate_documents, split_of
+from data.prepared import prepare
+from data.tokenizer import TextTokenizer
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """A dozen shards of the toy corpus instead of one."""
+    monkeypatch.setattr(prepared_module, "SHARD_TOKENS", 3000)
+    monkeypatch.setattr(prepared_module, "TASK_DOCUMENTS", 5)
+
+
+@pytest.fixture
+def tokenizer(text_config, tmp_path):
+    return build_tokenizer(text_config(), tmp_path / "tokenizer")
+
+
+@pytest.fixture
+def make(text_config, tokenizer, tmp_path):
+    """Prepares the toy corpus in the cache folder of that name; keyword arguments override the config's fields."""
+
+    def prepare_in(cache="cache", verify=False, workers=1, **config):
+        config = text_config(**config)
+        return prepare(config, config, tokenizer, tmp_path / cache, verify=verify, workers=workers)
+
+    return prepare_in
+
+
+def entry(tmp_path, cache="cache"):
+    (folder,) = [path for path in (tmp_path / cache / "tokens").iterdir() if path.is_dir()]
+    return folder
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def documents_of(part, tokenizer):
+    tokens, ends = part.window(0, len(part))
+    assert (tokens[ends - 1] == tokenizer.eos_id).all()
+    return [tokenizer.decode(document[:-1].tolist()) for document in np.split(tokens, ends[:-1])]
+
+
+def test_splits_hold_every_document_once_and_are_disjoint(make, text_config, tokenizer, small_shards, tmp_path):
+    prepared = make()
+    assert len(list(entry(tmp_path).glob("shard-*"))) > 5
+    stored = {"train": prepared.training[0], "validation": prepared.validation}
+    expected = {"train": [], "validation": []}
+    for document in iterate_documents(text_config()):
+        expected[split_of(document.text, 0.2)].append(document.text)
+    for name, part in stored.items():
+        assert documents_of(part, tokenizer) == expected[name]
+        assert part.num_documents == len(expected[name])
+        assert part.num_bytes == sum(len(text.encode()) for text in expected[name])
+    assert not set(expected["train"]) & set(expected["validation"])
+
+
+def test_windows_over_shards_are_those_of_the_whole(make, small_shards):
+    part = make().training[0]
+    tokens, ends = (array.copy() for array in part.window(0, len(part)))
+    generator = np.random.default_rng(0)
+    for start in generator.integers(0, len(part) - 1, 200):
+        stop = min(start + generator.integers(1, 7000), len(part))
+        window, inside = part.window(start, stop)
+        assert np.array_equal(window, tokens[start:stop])
+        assert np.array_equal(inside, ends[(ends > start) & (ends <= stop)] - start)
+
+
+def test_length_buckets_hold_documents_of_their_length_and_none_is_lost(make, tokenizer, small_shards):
+    whole = make("whole").training[0]
+    buckets = make("buckets", length_buckets=[8, 200]).training
+    lengths = {}
+    for index, part in buckets.items():
+        _, ends = part.window(0, len(part))
+        lengths[index] = np.diff(ends, prepend=0)
+    assert max(lengths[0]) < 8 <= min(lengths[1]) <= max(lengths[1]) < 200 <= min(lengths[2])
+    found = [text for part in buckets.values() for text in documents_of(part, tokenizer)]
+    assert sorted(found) == sorted(documents_of(whole, tokenizer))
+
+
+def test_workers_write_what_one_process_writes(make, small_shards, monkeypatch, tmp_path):
+    alone = make("alone")
+    monkeypatch.setattr(prepared_module, "POOL_TASKS", 1)
+    assert make("pool", workers=2).fingerprint == alone.fingerprint
+    assert contents(entry(tmp_path, "pool")) == contents(entry(tmp_path, "alone"))
+
+
+PREPARE = """
+import json, sys, time
+from pathlib import Path
+from data import TextDataConfig, prepared
+from data.tokenizer import TextTokenizer
+
+if __name__ == "__main__":
+    config, cache, tokenizer, workers = json.loads(sys.argv[1])
+    prepared.SHARD_TOKENS, prepared.TASK_DOCUMENTS = 3000, 5
+    prepared.POOL_TASKS = 1
+    inner = prepared._tasks
+    def slow(*arguments):
+        for task in inner(*arguments):
+            time.sleep(0.05)
+            yield task
+    prepared._tasks = slow
+    config = TextDataConfig(**config)
+    prepared.prepare(config, config, TextTokenizer.load(tokenizer, config.eos_token), cache, workers=workers)
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_preparation_goes_on_to_the_same_bytes(make, text_config, tokenizer, small_shards, tmp_path, workers):
+    make("whole")
+    tokenizer.save(tmp_path / "tokenizer.json")
+    script = tmp_path / "script.py"
+    script.write_text(PREPARE)
+    arguments = [vars(text_config()), str(tmp_path / "cache"), str(tmp_path / "tokenizer.json"), workers]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen([sys.executable, str(script), json.dumps(arguments)], env=environment)
+    try:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "cache").glob("tokens/*/shard-00001")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(random.Random(workers).random() * 0.3)
+        workers_alive = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+    interrupted = contents(entry(tmp_path))
+    assert "complete.json" not in interrupted, "killed before the end"
+    make()
+    finished = contents(entry(tmp_path))
+    assert finished == contents(entry(tmp_path, "whole"))
+    assert all(finished[name] == data for name, data in interrupted.items() if name.startswith("shard-"))
+    assert (workers == 2) == bool(workers_alive)
+    assert not psutil.wait_procs(workers_alive, timeout=30)[1], "workers end with their parent"
+
+
+def flip(path, offset):
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "truncated": lambda shard: os.truncate(shard / "train-0.tokens", 100),
+    "lost": shutil.rmtree,
+    "summary": lambda shard: (shard / "shard.json").write_text("{"),
+    "token": lambda shard: flip(shard / "train-0.tokens", 2000),
+    "ends": lambda shard: flip(shard / "train-0.npz", 150),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_shard_is_found_and_made_again(make, small_shards, tmp_path, capfd, damage):
+    make()
+    folder = entry(tmp_path)
+    whole = contents(folder)
+    DAMAGES[damage](folder / "shard-00002")
+
+    def read():
+        part = make().training[0]
+        part.window(0, len(part))
+
+    with pytest.raises(DamagedShardError, match=r"shard-00002 is damaged .*experiments\.prepare"):
+        read()
+    make(verify=True)
+    assert contents(folder) == whole
+    assert damage == "lost" or "shard-00002 is damaged" in capfd.readouterr().err
+
+
+def test_a_damaged_word_that_all_is_there_costs_nothing(make, small_shards, tmp_path):
+    make()
+    whole = contents(entry(tmp_path))
+    (entry(tmp_path) / "complete.json").write_text("")
+    make()
+    assert contents(entry(tmp_path)) == whole
+
+
+def test_only_what_is_read_is_checked(make, small_shards, tmp_path):
+    make()
+    flip(entry(tmp_path) / "shard-00002" / "train-0.tokens", 2000)
+    part = make().training[0]
+    assert len(part.window(0, 1000)[0]) == 1000
+    with pytest.raises(DamagedShardError, match=r"train-0\.tokens, the 64 KiB at byte 0"):
+        part.window(len(part) // 4, len(part))
+
+
+def test_a_source_that_dies_leaves_the_finished_shards(make, corpus, small_shards, tmp_path):
+    lines = corpus.read_bytes().splitlines(keepends=True)
+    sources = [tmp_path / "first.jsonl.gz", tmp_path / "second.jsonl.gz"]
+    for path, part in zip(sources, (lines[:150], lines[150:]), strict=True):
+        path.write_bytes(gzip.compress(b"".join(part)))
+    files = [str(path) for path in sources]
+    make("whole", files=files)
+
+    whole, stat = sources[1].read_bytes(), sources[1].stat()
+
+    def put(data):  # with the old time and size: to the fingerprint it is the same corpus
+        sources[1].write_bytes(data)
+        os.utime(sources[1], ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    put(whole[:200] + bytes(len(whole) - 200))
+    with pytest.raises(DataSourceError, match=r"data\.files=.*second.*cannot be read"):
+        make(files=files)
+    kept = contents(entry(tmp_path))
+    assert "shard-00003/shard.json" in kept
+    put(whole)
+    make(files=files)
+    assert contents(entry(tmp_path)) == contents(entry(tmp_path, "whole"))
+    assert kept.items() <= contents(entry(tmp_path)).items()
+
+
+def test_a_corpus_that_changes_while_it_is_prepared_is_refused(make, corpus, small_shards, tmp_path, monkeypatch):
+    def change_then_tokenise(*arguments):
+        os.utime(corpus)
+        return tokenise(*arguments)
+
+    tokenise = prepared_module._tokenise
+    with monkeypatch.context() as patch:
+        patch.setattr(prepared_module, "_tokenise", change_then_tokenise)
+        with pytest.raises(ValueError, match="changed while it was prepared"):
+            make()
+    assert not [path for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir()]
+
+
+def test_a_cache_that_cannot_be_written_is_named(make, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(ValueError, match=r"cannot be written .*another cache_dir"):
+        make()
+
+
+def test_fingerprint_follows_what_decides_the_shards(make, text_config, corpus, tmp_path, monkeypatch):
+    base = make().fingerprint
+    same = {"seq_len": 32, "validation_rows": 3, "pack": "plain", "name": "other"}
+    assert make(**same).fingerprint == base
+    changes = [
+        *({"validation_fraction": 0.3}, {"length_buckets": [100]}, {"max_documents": 100}, {"max_bytes": 10_000}),
+        {"files": [str(shutil.copy(corpus, tmp_path / "copy.jsonl"))]},
+    ]
+    found = {make(**change).fingerprint for change in changes}
+    for constant in ("FORMAT_VERSION", "SHARD_TOKENS", "TASK_DOCUMENTS", "TASK_CHARACTERS"):
+        with monkeypatch.context() as patch:
+            patch.setattr(prepared_module, constant, 1000)
+            found.add(make().fingerprint)
+    other = build_tokenizer(text_config(vocab_size=300), tmp_path / "tokenizer")
+    found.add(prepare(text_config(), text_config(), other, tmp_path / "cache", workers=1).fingerprint)
+    with corpus.open("a") as file:
+        file.write('{"text": "one more"}\n')
+    found.add(make().fingerprint)
+    assert len(found | {base}) == len(changes) + 4 + 2 + 1, "all differ"
+
+
+def test_the_bytes_of_shards_have_not_changed_without_a_new_version(text_config, tmp_path):
+    """If this fails, raise FORMAT_VERSION, so that no run mixes shards of two kinds, and pin the new bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<|endoftext|>", *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.add_special_tokens(["<|endoftext|>"])
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    config = text_config(source="recall", max_documents=40, facts_max=8, files=[], length_buckets=[300])
+    prepare(config, config, TextTokenizer(backend, "<|endoftext|>"), tmp_path / "cache", workers=1)
+    folder = entry(tmp_path)
+    hashes = {
+        name: hashlib.blake2b((folder / "shard-00000" / name).read_bytes(), digest_size=4).hexdigest()
+        for name in ("train-0.tokens", "train-1.tokens", "validation.tokens", "shard.json")
+    }
+    assert (prepared_module.FORMAT_VERSION, hashes) == (
+        2,
+        {
+            "train-0.tokens": "f8d22596",
+            "train-1.tokens": "21caa28a",
+            "validation.tokens": "ad79a202",
+            "shard.json": "b885326d",
+        },
+    )
