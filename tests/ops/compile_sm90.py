@@ -50,7 +50,11 @@ batch, length, heads, kv_heads, dim, chunk = 1, 256, 32, 2, 128, 64
 q = torch.randn(batch, length, heads, dim, dtype=torch.bfloat16, requires_grad=True)
 k, v = (torch.randn(batch, length, kv_heads, dim, dtype=torch.bfloat16) for _ in range(2))
 summaries = torch.randn(batch, length // chunk, kv_heads, dim, dtype=torch.bfloat16, requires_grad=True)
-out, _ = routing.routed_attention(q, k, v, summaries, chunk_size=chunk)
+# The second has every branch of the router; the third sizes of 1, which Triton would take for constants.
+for options in ({}, {"prior": "raw", "alpha": torch.full((heads,), 1.3, requires_grad=True)}):
+    out, _ = routing.routed_attention(q, k, v, summaries, chunk_size=chunk, **options)
+    out.backward(out)
+out, _ = routing.routed_attention(q[:, :1], k[:, :1], v[:, :1], summaries[:, :0], chunk_size=chunk)
 out.backward(out)
 geo = geometry(q, kv_heads, None)
 words = attention.flatten_words(
