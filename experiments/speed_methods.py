@@ -303,6 +303,23 @@ def fla_nsa(problem: Problem) -> Operation:
     return _given_selection(problem, attend, problem.selection)
 
 
+def xunhao_nsa(problem: Problem) -> Operation:
+    """The selected branch of XunhaoLai's native-sparse-attention-triton, given our selection."""
+    _need("native_sparse_attention")
+    from native_sparse_attention.ops import topk_sparse_attention
+
+    counts, indices = block_lists(problem.selection)
+    padding = torch.arange(indices.shape[-1], device=indices.device) >= counts[..., None]
+    topk = indices.masked_fill(padding, -1)[0].transpose(0, 1).int().contiguous()
+    cu_seqlens = torch.tensor([0, problem.length], dtype=torch.int32, device=topk.device)
+    size = problem.shape.chunk_size
+
+    def attend(q, k, v):
+        return topk_sparse_attention(q[0], k[0], v[0], topk, size, cu_seqlens)[None]
+
+    return _given_selection(problem, attend, problem.selection)
+
+
 def block_lists(selection: Selection) -> tuple[Tensor, Tensor]:
     """A selection as lists: counts int64 [B, T, H]; ascending blocks int64 [B, T, H, most], 0 past the count."""
     parts = []
@@ -364,5 +381,6 @@ BASELINES = {
     "cudnn": [Method(CUDNN, DENSE, _sdpa(SDPBackend.CUDNN_ATTENTION))],
     "flash": [Method("SDPA flash", DENSE, _sdpa(SDPBackend.FLASH_ATTENTION))],
     "fla_nsa": [Method("fla NSA", ATTENTION, fla_nsa)],
+    "xunhao_nsa": [Method("XunhaoLai NSA", ATTENTION, xunhao_nsa)],
     "released_dash": [Method("released DashAttention", WHOLE, released_dash)],
 }

@@ -218,7 +218,7 @@ def test_what_is_out_of_time_has_a_row(rows_of):
 
 
 def test_baselines_that_are_not_installed_have_rows(rows_of):
-    rows, _ = rows_of(baselines=["flash_attention_3", "fla_nsa", "released_dash"])
+    rows, _ = rows_of(baselines=["flash_attention_3", "fla_nsa", "xunhao_nsa", "released_dash"])
     assert {row["method"] for row in rows if row["status"] == "not installed"} == {
         "FlashAttention-3",
         "fla NSA",
