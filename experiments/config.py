@@ -80,7 +80,7 @@ class TrainConfig:
     steps: int = MISSING
     rows_per_batch: int = MISSING  # rows a step learns from, over all ranks and micro-batches
     rows_per_micro_batch: int | None = None  # rows of one forward pass on one rank; null = no accumulation
-    init_from: str | None = None  # run directory or checkpoint whose weights are loaded at step 0
+    init_from: str | None = None  # run directory, checkpoint or Hugging Face folder whose weights are loaded at step 0
 
     log_every: int = 10
     stats_every: int = 50  # attention statistics (sparsity) of a logged step that is a multiple of this; 0 = never
