@@ -4,6 +4,7 @@ project."""
 from data.batch import IGNORE, Batch, BatchStream
 from data.config import DataConfig, MQARDataConfig, TextDataConfig
 from data.loader import build_data
+from data.prefetch import Prefetched
 from data.tokenizer import TextTokenizer, build_tokenizer
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "BatchStream",
     "DataConfig",
     "MQARDataConfig",
+    "Prefetched",
     "TextDataConfig",
     "TextTokenizer",
     "build_data",

@@ -7,6 +7,7 @@ environment.json   command line, versions, device
 start.json         number of parameters, what the data are, which weights the run began with
 resumed/step-N/    all but config.yaml again, of each resumed launch
 metrics.jsonl      see experiments.metrics
+traces/            see experiments.tracing
 checkpoints/       see experiments.checkpoint
 """
 
@@ -34,8 +35,11 @@ from experiments.metrics import METRICS, drop_rows_after
 CONFIG = "config.yaml"
 _LOCK = ".lock"
 START = "start.json"
-# A resumed run may say these otherwise: they change what is written and where, not what is learned.
-_MAY_DIFFER = ("name", "run_dir", "cache_dir", "logger", "log_every", "stats_every", "save_every", "keep_checkpoints")
+# A resumed run may say these otherwise: they change what is written and kept, not what is learned.
+_MAY_DIFFER = (
+    *("name", "run_dir", "cache_dir", "logger", "log_every", "stats_every", "save_every", "keep_checkpoints"),
+    *("activation_checkpointing", "peak_tflops", "profile_steps"),
+)
 _PACKAGES = (
     *("torch", "triton", "deepspeed", "hydra-core", "omegaconf", "numpy"),
     *("datasets", "tokenizers", "safetensors", "wandb", "transformers", "dashattn"),
