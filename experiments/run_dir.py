@@ -150,7 +150,7 @@ def open_run_dir(run: RunDir, config: TrainConfig, overrides: Sequence[str], sta
 
 def _differences(old: dict, new: dict) -> dict[str, tuple]:
     """Dotted keys whose values differ -> (old, new)."""
-    old, new = _flat(old), _flat(new)
+    old, new = flat(old), flat(new)
     if new["model.vocab_size"] is None:
         new["model.vocab_size"] = old.get("model.vocab_size")  # null stands for the data's
     return {
@@ -160,14 +160,12 @@ def _differences(old: dict, new: dict) -> dict[str, tuple]:
     }
 
 
-def _flat(values: dict, prefix: str = "") -> dict:
-    flat = {}
+def flat(values: dict, prefix: str = "") -> dict:
+    """Nested dictionaries as one, with dotted keys."""
+    result = {}
     for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return result
 
 
 def _code_state() -> tuple[dict, str]:

@@ -7,7 +7,7 @@ read: no pickle, no code. What this project's model does not compute is refused,
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -140,8 +140,12 @@ def check_same_model(config: ModelConfig, folder: Path) -> None:
     ours = replace(config, **{name: getattr(theirs, name) for name in _FREE})
     if theirs.rope.scaling == "none" and ours.rope.theta == theirs.rope.theta:
         ours = replace(ours, rope=theirs.rope)
-    have, want = (_flat(asdict(model)) for model in (ours, theirs))
-    different = [f"model.{key}={json.dumps(want[key])}" for key in want if have[key] != want[key]]
+    different = [
+        f"{prefix}.{item.name}={json.dumps(getattr(want, item.name))}"
+        for prefix, have, want in (("model", ours, theirs), ("model.rope", ours.rope, theirs.rope))
+        for item in fields(want)
+        if item.name != "rope" and getattr(have, item.name) != getattr(want, item.name)
+    ]
     if different:
         raise ValueError(f"the model is not the one in {folder}: set {' '.join(different)}")
 
@@ -248,13 +252,6 @@ def _rename(name: str, table: Iterable[tuple[str, str]]) -> str:
         pattern = re.escape(old) if old.startswith(".") else "^" + re.escape(old)
         name = re.sub(pattern, new, name, count=1)
     return name
-
-
-def _flat(values: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _read_json(path: Path) -> dict:

@@ -1,8 +1,10 @@
 """The loop, in this process."""
 
+import gzip
 import json
 import shutil
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 import train as train_module
 from data import MQARDataConfig
 from experiments.files import read_rows
+from models import Transformer
 from train import train
 
 ATTENTION = {
@@ -179,9 +182,71 @@ def test_a_vocabulary_smaller_than_the_datas_is_refused(make_config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_wandb_writes_under_the_run_directory(make_config):
-    run_dir = train(make_config("run", "logger=offline"))
-    assert list(run_dir.glob("wandb/offline-run-*/*.wandb"))
+def test_wandb_shows_a_resumed_run_as_one(make_config, tmp_path, monkeypatch):
+    import wandb
+
+    logged, log = [], wandb.Run.log
+    monkeypatch.setattr(wandb.Run, "log", lambda run, row, **options: (logged.append(row), log(run, row, **options))[1])
+    options = ["logger=offline", "save_every=2", "keep_checkpoints=0"]
+    whole = train(make_config("whole", *options))
+    interrupt_after(whole, 2, tmp_path / "resumed")
+    resumed = train(make_config("resumed", *options))
+    identity = (whole / "wandb_id").read_text()
+    files = list(resumed.glob("wandb/offline-run-*/*.wandb"))
+    assert [file.name for file in files] == [f"run-{identity}.wandb"] * len(files)
+    assert len(files) in (1, 2)  # one directory when both launches began in the same second
+    # The steps that were done again stand on an axis of their own, which may go back.
+    assert [row["step"] for row in logged] == [1, 2, 3, 4, 3, 4]
+    assert [row["train/loss"] for row in logged] == [*losses(whole), *losses(whole)[2:]]
+
+
+def test_a_row_says_what_the_step_cost(make_config):
+    row = rows(train(make_config("run", *ATTENTION["dash"], "attention.prior=raw", "stats_every=1")))[-1]
+    assert 0 <= row["data_wait"] < row["step_time"]
+    assert 0 < row["grad_norm_router"] == row["grad_norm_chunk_query"] < row["grad_norm"]
+    assert not {"mfu_causal", "mfu_sparse"} & row.keys()  # on a CPU there is nothing to compare with
+
+
+def test_the_norms_of_the_routers_gradient_are_autograds(make_config, monkeypatch):
+    seen, measure = [], train_module.gradient_norms
+
+    def spy(engine):
+        grads = [p.grad.flatten() for backend in engine.module.backends for p in backend.parameters()]
+        seen.append((measure(engine), torch.cat(grads).norm().item()))
+        return seen[-1][0]
+
+    monkeypatch.setattr(train_module, "gradient_norms", spy)
+    train(make_config("run", *ATTENTION["nsa"], "deepspeed=zero0", "steps=2"))
+    assert len(seen) == 2
+    for norms, expected in seen:
+        assert norms["grad_norm_router"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_profiling_writes_one_trace_of_the_main_rank(make_config):
+    run_dir = train(make_config("run", "steps=7", "profile_steps=2"))
+    (trace,) = (run_dir / "traces").iterdir()
+    assert trace.name == "step-00000005.json.gz"
+    with gzip.open(trace) as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"ProfilerStep#4", "ProfilerStep#5"} <= names
+    assert "ProfilerStep#6" not in names
+
+
+def test_activation_checkpointing_changes_no_loss(make_config, reference_losses):
+    for stage in (1, 3):
+        options = [*ATTENTION["dash"], "activation_checkpointing=true", f"deepspeed=zero{stage}", "stats_every=2"]
+        run_dir = train(make_config(f"zero{stage}", *options))
+        if not reference_losses:
+            reference_losses["loss"] = losses(train(make_config("plain", *ATTENTION["dash"])))
+        assert losses(run_dir) == pytest.approx(reference_losses["loss"], rel=1e-6)
+
+
+def test_compiled_layers_train_alike(make_config, monkeypatch):
+    # Without Inductor, which needs a compiler.
+    monkeypatch.setattr(Transformer, "compile_layers", partialmethod(Transformer.compile_layers, backend="aot_eager"))
+    compiled = train(make_config("compiled", "compile=true"))
+    monkeypatch.undo()
+    assert losses(compiled) == pytest.approx(losses(train(make_config("plain"))), rel=1e-4)
 
 
 def test_the_entry_point_prints_one_message(make_config, monkeypatch, capsys):

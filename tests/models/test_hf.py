@@ -178,7 +178,7 @@ def test_the_model_must_be_the_folders_and_the_message_says_how(tmp_path):
     save(tmp_path, "qwen3")
     theirs = read_config(tmp_path)
     other = replace(theirs, qk_norm=False, rope=RopeConfig(theta=5.0))
-    with pytest.raises(ValueError, match=r"set model\.rope\.theta=10000\.0 model\.qk_norm=true"):
+    with pytest.raises(ValueError, match=r"set model\.qk_norm=true model\.rope\.theta=10000\.0"):
         read(tmp_path, config=other)
     longer = replace(theirs, max_seq_len=512, rope=RopeConfig(scaling="yarn", factor=4.0, original_max_seq_len=128))
     assert read(tmp_path, config=longer)[1] == []  # extending the context is the user's choice
