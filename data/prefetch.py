@@ -25,8 +25,9 @@ class Prefetched(BatchStream):
         self._state = stream.state_dict()
 
     def __next__(self) -> Batch:
+        if self._closed:
+            self._settle()
         if self._thread is None:
-            self._closed = False
             self._thread = threading.Thread(target=self._read, name="prefetch", daemon=True)
             self._thread.start()
         with self._changed:
@@ -56,19 +57,24 @@ class Prefetched(BatchStream):
                 return
 
     def close(self) -> None:
-        """End the thread and forget what it read ahead: the stream then stands where the last batch left it."""
-        if self._thread is None:
-            return
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        self._thread.join()
-        self._thread = None
+        """End the thread; the next batch will be the one after the last that was handed out."""
+        if self._thread is not None:
+            with self._changed:
+                self._closed = True
+                self._changed.notify_all()
+            self._thread.join(timeout=5)  # a source that hangs must not keep the run from ending
+
+    def _settle(self) -> None:
+        """Put the stream back to where the last batch left it: what was read ahead is read again."""
+        self.close()
+        if self._thread is not None:
+            self._thread.join()
+        self._thread, self._closed = None, False
         self._ready.clear()
         self.stream.load_state_dict(self._state)
 
     def rewind(self) -> None:
-        self.close()
+        self._settle()
         self.stream.rewind()
         self._state = self.stream.state_dict()
 
@@ -76,7 +82,7 @@ class Prefetched(BatchStream):
         return self._state
 
     def load_state_dict(self, state: dict) -> None:
-        self.close()
+        self._settle()
         self.stream.load_state_dict(state)
         self._state = self.stream.state_dict()
 
