@@ -9,12 +9,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dashattn.backends import AttentionBackend, AttentionConfig, AttentionShape, build_backend
 from dashattn.documents import document_positions
 from dashattn.rope import apply_rope
 from dashattn.stats import AttentionStats
 from models.config import ModelConfig
+from models.loss import cross_entropy
 from models.rope import rope_tables
 
 
@@ -23,7 +25,7 @@ class ModelOutput(NamedTuple):
 
     logits: Tensor | None  # [B, T, V], None when labels are given
     loss: Tensor | None  # float32 scalar, the mean over valid labels (0 when there is none)
-    token_losses: Tensor | None  # float32 [B, T] in nats, 0 where the label is -100
+    token_losses: Tensor | None  # float32 [B, T] in nats without gradient, 0 where the label is -100
     stats: list[AttentionStats] | None  # one a layer
 
 
@@ -39,6 +41,7 @@ class Transformer(nn.Module):
         if config.vocab_size is None:
             raise ValueError("model.vocab_size is null: set it to the vocabulary size of the data's tokenizer")
         self.config = config
+        self.checkpoint_activations = False  # keep each layer's input only, and run the layer again in the backward
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -91,26 +94,28 @@ class Transformer(nn.Module):
         hidden_BTE = self.embedding(input_ids_BT) * self.config.embedding_scale
         stats = [] if return_stats else None
         for layer in self.layers:
-            hidden_BTE, layer_stats = layer(hidden_BTE, rope, cu_seqlens, return_stats)
+            inputs = (hidden_BTE, rope, cu_seqlens, return_stats)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                # No layer draws random numbers.
+                hidden_BTE, layer_stats = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden_BTE, layer_stats = layer(*inputs)
             if return_stats:
                 stats.append(layer_stats)
         hidden_BTE = self.norm(hidden_BTE) * self.config.logit_scale
         head = self.embedding.weight if self.lm_head is None else self.lm_head.weight
-        logits_BTV = F.linear(hidden_BTE, head)
         if labels is None:
-            return ModelOutput(logits_BTV, None, None, stats)
-        token_losses_BT = F.cross_entropy(
-            logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32)).flatten(0, 1),
-            labels.flatten(),
-            ignore_index=-100,
-            reduction="none",
-        ).view_as(labels)
-        loss = token_losses_BT.sum() / (labels != -100).sum().clamp(min=1)
-        return ModelOutput(None, loss, token_losses_BT, stats)
+            return ModelOutput(F.linear(hidden_BTE, head), None, None, stats)
+        return ModelOutput(None, *cross_entropy(hidden_BTE, head, labels), stats)
 
     @property
     def backends(self) -> list[AttentionBackend]:
         return [layer.attention.backend for layer in self.layers]
+
+    def compile_layers(self, **options) -> None:
+        """Compile every layer (``torch.compile`` with ``options``), once for all batch sizes and lengths."""
+        for layer in self.layers:
+            layer.compile(dynamic=True, **options)
 
     def set_step(self, step: int) -> None:
         """Tell every backend the training step, for its schedules."""

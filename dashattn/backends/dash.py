@@ -82,14 +82,16 @@ class DashBackend(AttentionBackend):
     def set_step(self, step: int) -> None:
         config = self.config
         self.scheduled_alpha = config.alpha
-        if config.alpha_mode == "scheduled":
-            progress = min(step / config.alpha_steps, 1.0)
-            self.scheduled_alpha = config.alpha_start + (config.alpha - config.alpha_start) * progress
+        if config.alpha_mode == "scheduled" and step < config.alpha_steps:
+            alpha = config.alpha_start + (config.alpha - config.alpha_start) * step / config.alpha_steps
+            # A tensor: for a number torch.compile would compile anew at each step.
+            self.scheduled_alpha = torch.full((), alpha, dtype=torch.float64, device=self.chunk_query.device)
 
     def alpha(self) -> float | Tensor:
-        """The current alpha: a float, or [Hq] when it is learned."""
+        """The current alpha: a float, [] while a schedule moves it, [Hq] when it is learned."""
         if self.alpha_logit is None:
-            return self.scheduled_alpha
+            alpha = self.scheduled_alpha
+            return alpha.to(self.chunk_query.device) if isinstance(alpha, Tensor) else alpha
         return MIN_ALPHA + (MAX_ALPHA - MIN_ALPHA) * upcast(self.alpha_logit).sigmoid()
 
     def metrics(self) -> dict[str, float]:

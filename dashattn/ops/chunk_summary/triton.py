@@ -138,7 +138,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad):
     k, queries, cu_seqlens = ctx.saved_tensors
     dk, dquery = _backward_op(grad, k, queries, cu_seqlens, ctx.chunk_size)
-    if len(queries) == 1 and len(dquery) != 1:
+    if queries.shape[0] == 1:
         dquery = dquery.sum(0, keepdim=True)
     return dk, dquery.to(queries.dtype), None, None
 
