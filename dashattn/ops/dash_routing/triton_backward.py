@@ -15,7 +15,6 @@ from torch import Tensor
 
 from dashattn.ops.block_sparse.schedule import TileLists
 from dashattn.ops.dash_routing.triton_entmax import (
-    SMALLEST_EXPONENT,
     above_threshold,
     fold,
     is_positive,
@@ -194,7 +193,7 @@ def summary_kernel(
     else:
         alpha = tl.load(alpha_ptr + query_head, mask=in_group, other=1.5)
     slope = ((alpha - 1.0) * score_scale)[None, :]
-    exponent = tl.maximum((2.0 - alpha) / (alpha - 1.0), SMALLEST_EXPONENT)[None, :]
+    exponent = ((2.0 - alpha) / (alpha - 1.0))[None, :]
     acc = tl.zeros([CHUNKS, DIM], tl.float32)
     # The first token that has one of these chunks in its past is the first of the next chunk.
     for first in range((tile * CHUNKS + 1) * BLOCK + split * TOKENS, end - start, splits * TOKENS):

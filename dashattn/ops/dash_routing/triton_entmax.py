@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-# Of z ** (r - 1): with it alpha = 2 needs no case of its own, and 0 ** 0 is the 0 that it has to be.
 SMALLEST_EXPONENT = tl.constexpr(1e-7)
 
 
@@ -44,7 +43,11 @@ def fold(x):
 
 @triton.jit
 def to_the_power(z, exponent):
-    """z ** exponent for 0 <= z <= 1 and exponent > 0, to 1e-6 of itself: two instructions of the special unit."""
+    """z ** exponent for 0 <= z <= 1 and exponent >= 0, to 1e-6 of itself: two instructions of the special unit.
+
+    0 where z is 0, for exponent 0 too.
+    """
+    exponent = tl.maximum(exponent, SMALLEST_EXPONENT)
     if INTERPRETED:
         return tl.where(z > 0, tl.exp2(tl.log2(tl.where(z > 0, z, 1.0)) * exponent), 0.0)
     else:

@@ -15,7 +15,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dashattn.ops.block_sparse.triton_forward import precision
 from dashattn.ops.dash_routing.triton_entmax import (
-    SMALLEST_EXPONENT,
     above_threshold,
     fold,
     hermite_root,
@@ -60,7 +59,7 @@ def load_tile(q_ptr, alpha_ptr, start, end, index, kv_head, score_scale, KV_HEAD
     else:
         alpha = tl.load(alpha_ptr + query_head, mask=valid, other=1.5)
     slope = (alpha - 1.0) * score_scale
-    exponent = tl.maximum((2.0 - alpha) / (alpha - 1.0), SMALLEST_EXPONENT)[:, None]
+    exponent = ((2.0 - alpha) / (alpha - 1.0))[:, None]
     return valid, flat_row, own, q, alpha, slope, exponent
 
 
