@@ -29,6 +29,8 @@ def run_task(cell: Cell, log_dir: Path) -> None:
         os.environ.pop(name, None)
     if task.num_tasks > 1:
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+        # srun starts on the first node, where the first rank is; its name need not be known to a resolver.
+        os.environ["MASTER_ADDR"] = os.environ.get("SLURM_LAUNCH_NODE_IPADDR", os.environ["MASTER_ADDR"])
     with Children() as children:
         outcome = run_cell(cell, log_dir, children, rank=task.global_rank)
         if outcome.status == "stopped":
