@@ -3,12 +3,13 @@
     python train.py                                        # a debug model on Python's standard library, on a CPU
     python train.py attention=dash model=60m steps=2000
     torchrun --standalone --nproc-per-node 8 train.py ...  # ranks share rows_per_batch
+    python train.py launcher=slurm launcher.nodes=2 ...    # submit it as a job
     python train.py --cfg job                              # show everything that can be set
 
-Starting a run in its own directory again resumes it from the latest checkpoint.
+Starting a run in its own directory again resumes it from the latest checkpoint. SIGTERM, SIGUSR1 and SIGUSR2 save at
+the next step and exit with code 75, which asks to be started again; a second signal exits at once.
 """
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,8 +22,16 @@ from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from data import BatchStream, Prefetched, build_data
-from experiments.checkpoint import find_weights, load_checkpoint, load_weights, save_checkpoint
+from data import Batch, BatchStream, Prefetched, build_data
+from experiments.anomalies import ANOMALIES, LossWatch
+from experiments.checkpoint import (
+    find_weights,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    step_name,
+    write_checkpoint,
+)
 from experiments.config import TrainConfig, accumulation, check, register_configs, to_config
 from experiments.engine import (
     Ranks,
@@ -36,13 +45,15 @@ from experiments.engine import (
     set_learning_rate,
     validation_loss,
 )
-from experiments.errors import user_errors
+from experiments.errors import Preempted, Stopped, run_faults, user_errors
 from experiments.metrics import Clock, MetricsWriter, attention_metrics, peak_memory_mib
 from experiments.optim import build_optimizer, learning_rate
-from experiments.run_dir import RunDir, config_hash, find_run_dir, open_run_dir
+from experiments.run_dir import RunDir, config_hash, find_run_dir, open_run_dir, verify_checkpoint
+from experiments.signals import StopRequest
 from experiments.tracing import Tracer
 from experiments.utilisation import Utilisation, peak_tflops
 from models import Transformer
+from slurm.submit import submit_run
 
 register_configs()
 
@@ -59,6 +70,7 @@ class Run:
     validation_data: BatchStream
     micro_batches: int  # a step and rank
     tokens: int  # read so far, over all ranks
+    watch: LossWatch
     metrics: MetricsWriter
     utilisation: Utilisation
     tracer: Tracer
@@ -70,10 +82,12 @@ def train(config: TrainConfig, overrides: Sequence[str] = ()) -> Path:
 
     Raises:
         ValueError: if the configuration cannot work or the run directory holds another run; nothing is changed then.
+        Stopped: the run ended before its last step.
     """
-    run = build(check(config), overrides)
-    if run is not None:
-        loop(run)
+    with StopRequest() as request:
+        run = build(check(config), overrides)
+        if run is not None:
+            loop(run, request)
     return Path(config.run_dir).expanduser()
 
 
@@ -90,6 +104,7 @@ def build(config: TrainConfig, overrides: Sequence[str] = ()) -> Run | None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     ranks = init_ranks(config.device)
+    run_dir = verify_checkpoint(run_dir, config, ranks)
     rows, micro_batches = accumulation(config, ranks.world_size)
 
     placement = dict(seed=config.seed, rows=rows, rank=ranks.rank, world_size=ranks.world_size)
@@ -116,7 +131,11 @@ def build(config: TrainConfig, overrides: Sequence[str] = ()) -> Run | None:
     if weights is not None:
         start["init_from"] = {"weights": str(weights.resolve()), "new_parameters": load_weights(model, weights)}
     if run_dir.checkpoint is not None:
-        train_data.load_state_dict(run_dir.state["data"][ranks.rank])
+        positions = run_dir.state["data"]
+        # Of another number of ranks: the state of a stream that counts over all of them is the same for each.
+        train_data.load_state_dict(positions[ranks.rank if len(positions) == ranks.world_size else 0])
+    if run_dir.damaged:
+        start["damaged_checkpoints"] = dict(run_dir.damaged)
     train_data = Prefetched(train_data, depth=micro_batches, pin_memory=config.device == "cuda")
     ranks.barrier()  # every rank has looked at the run directory before one changes it
     lock = open_run_dir(run_dir, config, overrides, start) if ranks.is_main else None
@@ -126,15 +145,21 @@ def build(config: TrainConfig, overrides: Sequence[str] = ()) -> Run | None:
     if config.compile:
         model.compile_layers()
     optimizer = build_optimizer(model, config.optim, ranks.device)
-    json = deepspeed_json(config, parameters=parameters, rows=rows, micro_batches=micro_batches)
+    json = deepspeed_json(
+        config, parameters=parameters, rows=rows, micro_batches=micro_batches, universal=run_dir.is_resharded
+    )
     engine = build_engine(model, optimizer, json)
     if run_dir.checkpoint is not None:
-        load_checkpoint(run_dir.checkpoint, engine)
+        load_checkpoint(run_dir.checkpoint, engine, ranks, reshard=run_dir.is_resharded)
     tokens = run_dir.state.get("tokens", 0)
+    skipped = run_dir.state.get("skipped_steps", 0)
+    watch = LossWatch(run_dir.path / ANOMALIES, skipped=skipped, limit=config.max_skipped_steps)
     metrics = MetricsWriter(run_dir.path, config, main=ranks.is_main)
     metrics.print(f"{run_dir.path}: {parameters:,} parameters, {ranks.world_size} x {ranks.device.type}")
     if "init_from" in start:
         metrics.print("weights of {weights}; new: {new_parameters}".format(**start["init_from"]))
+    for name, problem in run_dir.damaged.items():
+        metrics.print(f"WARNING: {name} is damaged ({problem}) and was set aside")
     if run_dir.checkpoint is not None:
         metrics.print(f"resumed from {run_dir.checkpoint} at step {run_dir.step}")
     peak = peak_tflops(config, torch.cuda.get_device_name() if config.device == "cuda" else "")
@@ -143,28 +168,45 @@ def build(config: TrainConfig, overrides: Sequence[str] = ()) -> Run | None:
         metrics.print("no MFU: the peak of this device and precision is not known, set peak_tflops=...")
     tracer = Tracer(run_dir.path, config.profile_steps if ranks.is_main else 0, run_dir.step + 1, ranks.device)
     return Run(
-        *(config, run_dir, ranks, engine, train_data, validation_data, micro_batches, tokens, metrics),
+        *(config, run_dir, ranks, engine, train_data, validation_data, micro_batches, tokens, watch, metrics),
         *(utilisation, tracer, lock),
     )
 
 
-def loop(run: Run) -> None:
-    """Train from the step the run stands at to its last one. Step k in rows and names: k optimizer steps are done."""
-    config, engine, ranks, metrics = run.config, run.engine, run.ranks, run.metrics
+def loop(run: Run, request: StopRequest) -> None:
+    """Train from the step the run stands at to its last one. Step k in rows and names: k optimizer steps are done.
+
+    Raises:
+        Stopped: the run ended earlier, with all on disk that is needed to go on.
+    """
+    config, engine, ranks, metrics, watch = run.config, run.engine, run.ranks, run.metrics, run.watch
+    keep = {"keep": config.keep_checkpoints, "keep_every": config.keep_every}
+    saved = run.run_dir.step
     clock = Clock()
     try:
         for step in range(run.run_dir.step + 1, config.steps + 1):
             is_last = step == config.steps
-            is_saved = is_last or (config.save_every > 0 and step % config.save_every == 0)
+            position = run.train_data.state_dict()
+            with clock.waiting():
+                batches, error = read_batches(run)
+            counts = (sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches))
+            # The ranks agree here on what befell one of them.
+            targets, read, failures, requests = ranks.sum(*counts, error is not None, request.received is not None)
+            if failures:
+                if saved < step - 1:
+                    save_checkpoint(run.run_dir.checkpoints, state_of(run, step - 1, position), engine, ranks, **keep)
+                raise Stopped(
+                    f"the data source failed at step {step} ({error or 'on another rank'}). All steps before it are "
+                    "saved: when the source answers again, the same command goes on"
+                ) from error
+
+            is_saved = is_last or requests > 0 or (config.save_every > 0 and step % config.save_every == 0)
             is_logged = is_saved or step == 1 or step % config.log_every == 0
             with_stats = is_logged and config.stats_every > 0 and (is_last or step % config.stats_every == 0)
             rate = learning_rate(config.optim, step - 1, config.steps)
             engine.module.set_step(step - 1)
             set_learning_rate(engine, rate)
 
-            with clock.waiting():
-                batches = [next(run.train_data) for _ in range(run.micro_batches)]
-            targets, read = ranks.sum(sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches))
             loss = torch.zeros((), device=ranks.device)
             stats = None
             for index, batch in enumerate(batches):
@@ -180,31 +222,41 @@ def loop(run: Run) -> None:
             run.tokens += int(read)
             clock.count(read)
 
-            if is_logged:
-                (total_loss,) = ranks.sum(loss.item())
+            (total_loss,) = ranks.sum(loss.item())
+            grad_norm = float(grad_norm)
+            # With fp16 an infinite gradient is a step that loss scaling skips.
+            anomaly = watch.judge(total_loss, None if config.deepspeed.precision == "fp16" else grad_norm)
+            if anomaly is not None:
+                positions = ranks.gather(position)
+                if ranks.is_main:
+                    watch.record(anomaly, step, total_loss, grad_norm, positions)
+                metrics.print(f"WARNING: step {step} {anomaly}: loss {total_loss:.4g}, grad_norm {grad_norm:.4g}")
+            if watch.is_hopeless():
+                kept = run.run_dir.checkpoints / f"stopped-{step_name(step)}"
+                write_checkpoint(kept, state_of(run, step, run.train_data.state_dict()), engine, ranks)
+                raise watch.stop(step, kept)
+
+            if is_logged and anomaly != "skipped":
                 row = {"step": step, "split": "train", "tokens": run.tokens, "loss": total_loss, "lr": rate}
-                row |= {"grad_norm": float(grad_norm), **norms, **clock.read(), **backend_metrics(engine)}
-                row["peak_memory_mib"] = peak_memory_mib(ranks.device)
+                row |= {"grad_norm": grad_norm, "skipped_steps": watch.skipped, **norms, **clock.read()}
+                row |= {**backend_metrics(engine), "peak_memory_mib": peak_memory_mib(ranks.device)}
                 if stats:
                     run.utilisation.measure(stats)
                 row |= run.utilisation.read(batches, row["tokens_per_s"])
                 metrics.write(row | (attention_metrics(stats) if stats else {}))
-                check_finite(row, config)  # before a checkpoint could be overwritten with it
             if config.eval_every and (is_last or step % config.eval_every == 0):
                 loss = validation_loss(engine, run.validation_data, ranks)
                 metrics.write({"step": step, "split": "validation", "tokens": run.tokens, "loss": loss})
                 clock.restart()
             if is_saved:
-                state = {
-                    "step": step,
-                    "tokens": run.tokens,
-                    "data": ranks.gather(run.train_data.state_dict()),
-                    "world_size": ranks.world_size,
-                    "config_hash": config_hash(config),
-                }
-                save_checkpoint(run.run_dir.checkpoints, state, engine, ranks, keep=config.keep_checkpoints)
+                state = state_of(run, step, run.train_data.state_dict())
+                save_checkpoint(run.run_dir.checkpoints, state, engine, ranks, **keep)
+                saved = step
                 clock.restart()
             run.tracer.step()
+            if requests and not is_last:
+                by = request.received.name if request.received else "a signal to another rank"
+                raise Preempted(f"stopped by {by} and saved at step {step}: the same command goes on from there")
     finally:
         run.tracer.close()
         run.train_data.close()
@@ -213,23 +265,42 @@ def loop(run: Run) -> None:
             run.lock.release()
 
 
-def check_finite(row: dict, config: TrainConfig) -> None:
-    """Stop a diverged run: FloatingPointError. With fp16 an infinite gradient is a step that loss scaling skips."""
-    watched = ("loss",) if config.deepspeed.precision == "fp16" else ("loss", "grad_norm")
-    for key in watched:
-        if not math.isfinite(row[key]):
-            raise FloatingPointError(
-                f"{key} is {row[key]} at step {row['step']}: lower optim.lr or optim.grad_clip, or raise "
-                f"optim.warmup_steps, in a new run"
-            )
+def read_batches(run: Run) -> tuple[list[Batch], Exception | None]:
+    """A step's micro-batches; with an error, whatever its kind, if the source fails: what was learned must be saved."""
+    batches = []
+    try:
+        for _ in range(run.micro_batches):
+            batches.append(next(run.train_data))
+    except Exception as error:
+        return batches, error
+    return batches, None
+
+
+def state_of(run: Run, step: int, position: dict) -> dict:
+    """state.json of a checkpoint after `step`, with the data of this rank at `position`; all ranks must call it."""
+    return {
+        "step": step,
+        "tokens": run.tokens,
+        "skipped_steps": run.watch.skipped,
+        "data": run.ranks.gather(position),
+        "world_size": run.ranks.world_size,
+        "stage": run.config.deepspeed.stage,
+        "config_hash": config_hash(run.config),
+    }
 
 
 @hydra.main(version_base="1.3", config_path=str(Path(__file__).resolve().parent / "configs"), config_name="train")
 def main(cfg: DictConfig) -> None:
-    with user_errors():
-        run = build(check(to_config(cfg)), HydraConfig.get().overrides.task)
-    if run is not None:
-        loop(run)
+    overrides = HydraConfig.get().overrides.task
+    with run_faults(), StopRequest() as request:
+        with user_errors():
+            config = to_config(cfg)
+            if config.launcher is not None:
+                print(f"submitted job {submit_run(config, overrides)}")
+                return
+            run = build(check(config), overrides)
+        if run is not None:
+            loop(run, request)
 
 
 if __name__ == "__main__":

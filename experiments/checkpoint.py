@@ -1,9 +1,15 @@
-"""Checkpoints of a run: complete or absent, never half.
+"""Checkpoints of a run: complete or absent, never half, and known to be intact when they are read.
 
 checkpoints/step-00000100/deepspeed/          DeepSpeed's state: weights, master weights, optimizer
 checkpoints/step-00000100/model.safetensors   consolidated weights, for evaluation and init_from
 checkpoints/step-00000100/state.json          step, tokens, data position of every rank, hash of the configuration
+checkpoints/step-00000100/manifest.json       size and SHA-256 of each of these files
 checkpoints/latest                            name of the newest complete checkpoint
+checkpoints/damaged-step-*                    did not match its manifest; kept, and never read again
+checkpoints/stopped-step-*                    of a run whose losses were not finite; kept, and read only if asked for
+
+Writing is synchronous. DeepSpeed 0.19.8 writes in the background through its decoupled engine only, which compiles an
+asynchronous-I/O operation, gives up after five minutes, and leaves out a checkpoint whose writer has died unseen.
 """
 
 import contextlib
@@ -11,89 +17,211 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Container, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dashattn.backends import AttentionBackend
-from experiments.files import write_atomically
+from experiments.errors import Stopped
+from experiments.files import sha256, sync, write_atomically
 from models.hf import is_hf_folder, read_weights
 
 WEIGHTS = "model.safetensors"
 STATE = "state.json"
+MANIFEST = "manifest.json"
 LATEST = "latest"
 _ENGINE_TAG = "deepspeed"
 
 
-def latest_checkpoint(checkpoints: Path) -> Path | None:
-    """The checkpoint that `latest` names, without one the newest; None if there is none yet."""
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def latest_checkpoint(checkpoints: Path, damaged: Mapping[str, str] = MappingProxyType({})) -> Path | None:
+    """The newest checkpoint up to the one that `latest` names; None if there was never one.
+
+    Args:
+        damaged: names of those to leave out -> why.
+
+    Raises:
+        ValueError: there are damaged ones only.
+    """
     pointer = checkpoints / LATEST
-    if not pointer.exists():
-        # A run that stopped before it wrote the pointer; what bears a step's name was complete when it was renamed.
-        return max(checkpoints.glob("step-*"), default=None)
-    path = checkpoints / pointer.read_text().strip()
-    if not (path / STATE).exists():
+    names = {path.name for path in checkpoints.glob("step-*")}
+    if pointer.exists():  # else a run that stopped before it wrote it; what bears a step's name was complete
+        named = pointer.read_text().strip()
+        names = {name for name in names if name < named} | {named}
+    if not names:
+        return None
+    intact = max((name for name in names if name not in damaged), default=None)
+    if intact is None:
+        causes = "; ".join(f"{name}: {why}" for name, why in damaged.items())
         raise ValueError(
-            f"{pointer} names {path.name}, which is not a complete checkpoint: "
-            "write the name of a complete one into it, or remove it to go on from the newest"
+            f"no checkpoint in {checkpoints} is intact ({causes}): write the name of a later one, if there is one, "
+            f"into {pointer.name}, or move {checkpoints} away to begin again at step 0"
         )
-    return path
+    return checkpoints / intact
+
+
+def damage(checkpoint: Path, *, rank: int = 0, world_size: int = 1, names: Container[str] | None = None) -> list[str]:
+    """What differs from the manifest; empty if intact.
+
+    Args:
+        rank, world_size: checksums are computed for this rank's share of the files; sizes are compared for all.
+        names: of the files to look at, None = all.
+    """
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        return [f"{MANIFEST} cannot be read ({error})"]
+    files = {name: entry for name, entry in files.items() if names is None or name in names}
+    problems = []
+    for index, (name, entry) in enumerate(sorted(files.items())):
+        path = checkpoint / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size != entry["bytes"]:
+            problems.append(f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}")
+        elif index % world_size == rank and sha256(path) != entry["sha256"]:
+            problems.append(f"{name} has another checksum")
+    return problems
 
 
 def read_state(checkpoint: Path) -> dict:
-    """What state.json holds. Raises ValueError if it is damaged."""
-    try:
-        return json.loads((checkpoint / STATE).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{checkpoint / STATE} is damaged ({error}): "
-            f"write the name of another checkpoint into {checkpoint.parent / LATEST}"
-        ) from None
+    """What state.json holds."""
+    return json.loads((checkpoint / STATE).read_text())
 
 
-def save_checkpoint(checkpoints: Path, state: dict, engine, ranks, *, keep: int) -> Path:
-    """Write checkpoints/step-<state["step"]>; all ranks must call it. Returns the checkpoint's path.
-
-    Everything goes into a temporary directory that is renamed when complete; then `latest` is replaced.
+def save_checkpoint(checkpoints: Path, state: dict, engine, ranks, *, keep: int, keep_every: int) -> Path:
+    """Write checkpoints/step-<state["step"]> and let `latest` name it; all ranks must call it. Returns its path.
 
     Args:
-        state: JSON-able; "step" names the checkpoint.
         keep: number of newest checkpoints to leave, 0 = all.
+        keep_every: those of a multiple of this many steps stay in any case, 0 = none.
     """
-    from experiments.engine import consolidated_weights
-
-    name = f"step-{state['step']:08d}"
-    target, temporary = checkpoints / name, checkpoints / f".{name}.tmp"
+    target = checkpoints / step_name(state["step"])
+    write_checkpoint(target, state, engine, ranks)
     if ranks.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    ranks.barrier()
-    engine.save_checkpoint(str(temporary), tag=_ENGINE_TAG, save_latest=False)
-    weights = consolidated_weights(engine, ranks.is_main)
-    if ranks.is_main:
-        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
-        write_atomically(temporary / STATE, json.dumps(state, indent=1) + "\n")
-        shutil.rmtree(target, ignore_errors=True)  # left by a run that stopped before it moved `latest`
-        os.replace(temporary, target)
-        write_atomically(checkpoints / LATEST, name + "\n")
-        _remove_old(checkpoints, name, keep)
+        write_atomically(checkpoints / LATEST, target.name + "\n")
+        _remove_old(checkpoints, target.name, keep, keep_every)
     ranks.barrier()
     return target
 
 
-def _remove_old(checkpoints: Path, newest: str, keep: int) -> None:
-    if keep:
-        # Later ones than `newest` are of a run that was set back to an earlier checkpoint: they do not count.
-        for old in sorted(path for path in checkpoints.glob("step-*") if path.name <= newest)[:-keep]:
-            shutil.rmtree(old)
+def write_checkpoint(target: Path, state: dict, engine, ranks) -> None:
+    """Write a checkpoint under a temporary name, and rename it when it is whole and on disk; all ranks must call it.
+
+    Args:
+        state: JSON-able.
+
+    Raises:
+        Stopped: it could not be written; what was there before is intact.
+    """
+    from experiments.engine import consolidated_weights
+
+    temporary = target.with_name(f".{target.name}.tmp")
+    if ranks.is_main:
+        for left in target.parent.glob(".*step-*"):  # by a process that was killed
+            shutil.rmtree(left)
+    try:
+        if ranks.is_main:
+            temporary.mkdir(parents=True)
+        ranks.barrier()
+        engine.save_checkpoint(str(temporary), tag=_ENGINE_TAG, save_latest=False)
+        weights = consolidated_weights(engine, ranks.is_main)
+        if ranks.is_main:
+            save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+            (temporary / STATE).write_text(json.dumps(state, indent=1) + "\n")
+        seal(temporary, ranks)
+        if ranks.is_main:
+            if target.exists():  # of a run that was set back to an earlier one
+                _remove(target)
+            os.replace(temporary, target)
+            sync(target.parent)
+        ranks.barrier()
+    except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch reports a full disk as RuntimeError
+        if ranks.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise Stopped(
+            f"{target} could not be written ({error}): see that {target.parent} is writable and has space. The "
+            "checkpoints before it are intact, and the same command goes on from the latest"
+        ) from error
 
 
-def load_checkpoint(checkpoint: Path, engine) -> None:
-    """Put a checkpoint's weights and optimizer state into `engine`; all ranks must call it."""
+def seal(folder: Path, ranks) -> None:
+    """Force all files of `folder` to disk and write their manifest; all ranks must call it, and share the work."""
+    ranks.barrier()  # every rank has written its files
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    own = {}
+    for path in files[ranks.rank :: ranks.world_size]:
+        sync(path)
+        own[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    manifest = {name: entry for share in ranks.gather(own) for name, entry in share.items()}
+    if ranks.is_main:
+        write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        for directory in {path.parent for path in files}:
+            sync(directory)
+
+
+def _remove_old(checkpoints: Path, newest: str, keep: int, keep_every: int) -> None:
+    if not keep:
+        return
+    # Later ones than `newest` are of a run that was set back to an earlier checkpoint: they do not count.
+    for old in sorted(path for path in checkpoints.glob("step-*") if path.name <= newest)[:-keep]:
+        if not keep_every or int(old.name.removeprefix("step-")) % keep_every:
+            _remove(old)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint so that a crash leaves no half of it under its name."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.old")
+    os.replace(checkpoint, hidden)
+    shutil.rmtree(hidden)
+
+
+def load_checkpoint(checkpoint: Path, engine, ranks, *, reshard: bool = False) -> None:
+    """Put a checkpoint's weights and optimizer state into `engine`; all ranks must call it.
+
+    Args:
+        reshard: the checkpoint is of another number of ranks or ZeRO stage: take the way through DeepSpeed's universal
+            format, which lies beside the checkpoint until it is loaded.
+    """
+    source = checkpoint.with_name(f".{checkpoint.name}.universal") if reshard else checkpoint
+    if reshard and ranks.is_main:
+        _convert_to_universal(checkpoint / _ENGINE_TAG, source / _ENGINE_TAG)
+    ranks.barrier()
+    groups = [
+        {key: value for key, value in group.items() if key != "params"} for group in engine.optimizer.param_groups
+    ]
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed's bf16 optimizer prints
-        path, _ = engine.load_checkpoint(str(checkpoint), tag=_ENGINE_TAG)
-    assert path is not None, f"DeepSpeed found nothing to load in {checkpoint}"
+        path, _ = engine.load_checkpoint(str(source), tag=_ENGINE_TAG)
+    assert path is not None, f"DeepSpeed found nothing to load in {source}"
+    if reshard:
+        # At stage 3 DeepSpeed gives every group the first one's weight decay and eps, and all states one and the same
+        # step counter, which each of them then counts up.
+        for group, own in zip(engine.optimizer.param_groups, groups, strict=True):
+            group.update(own)
+        for state in engine.optimizer.optimizer.state.values():
+            state["step"] = state["step"].clone()
+    ranks.barrier()
+    if reshard and ranks.is_main:
+        shutil.rmtree(source)
+
+
+def _convert_to_universal(source: Path, target: Path) -> None:
+    shutil.rmtree(target.parent, ignore_errors=True)
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    done = subprocess.run(
+        [*command, "--input_folder", str(source), "--output_folder", str(target)], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise Stopped(f"{source} could not be converted for another number of ranks or stage:\n{done.stderr[-2000:]}")
 
 
 def find_weights(source: str | Path) -> Path:
@@ -101,17 +229,20 @@ def find_weights(source: str | Path) -> Path:
     Face folder as it is.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there are none, or they are damaged.
     """
     source = Path(source).expanduser()
     if source.is_file() or is_hf_folder(source):
         return source
-    if (source / WEIGHTS).exists():
-        return source / WEIGHTS
-    checkpoint = latest_checkpoint(source / "checkpoints")
-    if checkpoint is not None:
-        return checkpoint / WEIGHTS
-    raise ValueError(f"no weights in {source}: give a run directory with a checkpoint, a checkpoint, or a {WEIGHTS}")
+    checkpoints = source / "checkpoints"
+    checkpoint = latest_checkpoint(checkpoints) if checkpoints.is_dir() else source
+    problems = ["no checkpoint yet"] if checkpoint is None else damage(checkpoint, names=(WEIGHTS, STATE))
+    if problems:
+        raise ValueError(
+            f"no intact weights in {checkpoint or source} ({'; '.join(problems)}): give a run directory with a "
+            f"checkpoint, a checkpoint, or a {WEIGHTS}"
+        )
+    return checkpoint / WEIGHTS
 
 
 def load_weights(model: nn.Module, path: Path) -> list[str]:

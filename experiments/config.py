@@ -62,6 +62,31 @@ class LoggerConfig:
 
 
 @dataclass
+class LauncherConfig:
+    """What a job asks Slurm for. One rank runs on each GPU; all of a run's nodes are one job."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    nodes: int = 1
+    gpus_per_node: int = 1  # 0 = none; then a node has one rank
+    cpus_per_task: int = 8  # of a rank
+    mem_gb: float | None = None  # of a node
+    hours: float = 24.0
+    signal_s: int = 120  # so long before the time is up, SIGUSR2 asks the run to save; then it is queued again
+    jobs: int = 256  # cells of a sweep at a time
+    setup: list[str] = field(default_factory=list)  # shell lines before the job: module load ..., export ...
+    python: str | None = None  # what starts Python there, null = this one: apptainer exec --nv image.sif python
+    srun_args: list[str] = field(default_factory=list)  # such as --container-image=...
+    sbatch_args: dict[str, str] = field(default_factory=dict)  # such as constraint: h100
+    evaluate: list[str] | None = None  # of a single run: overrides of the evaluate.py that follows it; null = none
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * max(self.gpus_per_node, 1)
+
+
+@dataclass
 class TrainConfig:
     """One training run. A row is one sequence of data.seq_len tokens; a step is one optimizer step."""
 
@@ -75,6 +100,7 @@ class TrainConfig:
     optim: OptimConfig = MISSING
     deepspeed: DeepSpeedConfig = MISSING
     logger: LoggerConfig = MISSING
+    launcher: LauncherConfig | None = None  # null = this process, slurm = a job
 
     seed: int = 0
     steps: int = MISSING
@@ -87,6 +113,8 @@ class TrainConfig:
     eval_every: int = 200  # validation loss, also at the end; 0 = never
     save_every: int = 1000  # a checkpoint is written at the end in any case; 0 = only there
     keep_checkpoints: int = 2  # the newest ones; 0 = all
+    keep_every: int = 0  # those of a multiple of this many steps are kept for good; 0 = none
+    max_skipped_steps: int = 10  # in a row, because loss or gradient is not finite, before the run stops
 
     activation_checkpointing: bool = False  # keep each layer's input only; a third more work, a fraction of the memory
     compile: bool = False  # torch.compile the layers; ZeRO stages 0-2
@@ -110,6 +138,7 @@ def register_configs() -> None:
     store.store(group="optim", name="optim_schema", node=OptimConfig)
     store.store(group="deepspeed", name="deepspeed_schema", node=DeepSpeedConfig)
     store.store(group="logger", name="logger_schema", node=LoggerConfig)
+    store.store(group="launcher", name="launcher_schema", node=LauncherConfig)
 
 
 def to_config(cfg: DictConfig) -> Any:
@@ -232,10 +261,16 @@ def _check_counts(config: TrainConfig) -> None:
         ("eval_every", 0),
         ("save_every", 0),
         ("keep_checkpoints", 0),
+        ("keep_every", 0),
+        ("max_skipped_steps", 1),
         ("profile_steps", 0),
     ):
         if getattr(config, key) < least:
             raise ValueError(f"{key}={getattr(config, key)}: at least {least} is needed")
+    if config.keep_every and (config.save_every == 0 or config.keep_every % config.save_every):
+        raise ValueError(
+            f"keep_every={config.keep_every} is no multiple of save_every={config.save_every}: nothing is saved there"
+        )
     if config.peak_tflops is not None and config.peak_tflops <= 0:
         raise ValueError(f"peak_tflops={config.peak_tflops}: a positive rate is needed, or null")
     if config.threads is not None and config.threads < 1:

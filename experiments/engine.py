@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from data import Batch, BatchStream
 from experiments.config import TrainConfig
-from models import ModelOutput
+from models import ModelOutput, Transformer
 
 
 @dataclass(frozen=True)
@@ -83,17 +83,26 @@ def init_ranks(device: str) -> Ranks:
     if not torch.distributed.is_initialized() and "RANK" not in os.environ:
         # Without a launcher DeepSpeed would look for MPI; and a group of one needs no network port.
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if not torch.distributed.is_initialized() and attempt != "0":
+        # torchrun's store outlives a restart, and the addresses of the ranks that died with it.
+        store, rank, world_size = next(torch.distributed.rendezvous("env://"))
+        store = torch.distributed.PrefixStore(f"attempt_{attempt}", store)
+        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), torch_device)
 
 
-def deepspeed_json(config: TrainConfig, *, parameters: int, rows: int, micro_batches: int) -> dict:
+def deepspeed_json(
+    config: TrainConfig, *, parameters: int, rows: int, micro_batches: int, universal: bool = False
+) -> dict:
     """DeepSpeed's configuration, made from the composed one so that there is no second source of truth.
 
     Args:
         parameters: number of the model's parameters.
         rows: rows of a micro-batch of one rank.
         micro_batches: micro-batches a step.
+        universal: a checkpoint of another number of ranks or stage will be loaded.
     """
     stage, precision = config.deepspeed.stage, config.deepspeed.precision
     result = {
@@ -109,6 +118,7 @@ def deepspeed_json(config: TrainConfig, *, parameters: int, rows: int, micro_bat
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
+        "checkpoint": {"load_universal": universal},
     }
     if precision == "bf16":
         result["bf16"] = {"enabled": True}
@@ -118,12 +128,17 @@ def deepspeed_json(config: TrainConfig, *, parameters: int, rows: int, micro_bat
     return result
 
 
-def build_engine(model: nn.Module, optimizer: torch.optim.Optimizer, json: dict):
+def build_engine(model: Transformer, optimizer: torch.optim.Optimizer, json: dict):
     """`model` and `optimizer` under DeepSpeed, which moves them to the device and broadcasts rank 0's weights."""
     import deepspeed
 
     with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints how memory grows
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=json, dist_init_required=False)
+    if engine.zero_optimization_stage() == 3:
+        # The model itself reads this weight of a submodule. Unless told, DeepSpeed finds out when the weight is first
+        # missing, and fails if that is later than in the first steps: after a resume, say.
+        head = model.embedding if model.lm_head is None else model.lm_head
+        deepspeed.zero.register_external_parameter(engine.module, head.weight)
     return engine
 
 
@@ -148,11 +163,18 @@ def forward(engine, batch: Batch, device: torch.device, *, return_stats: bool = 
 def optimizer_step(engine, grad_clip: float) -> float | Tensor | None:
     """To be called after every backward pass: clip, update and clear the gradients after the step's last one.
 
-    Returns the global L2 norm of the step's gradient before clipping; None after the passes that only accumulate.
+    If the gradient is not finite there is no update, only the clearing.
+
+    Returns the global L2 norm of the step's gradient before clipping, infinite if it was not finite; None after the
+    passes that only accumulate.
     """
     updates, norm = engine.is_gradient_accumulation_boundary(), None
     if updates and engine.zero_optimization_stage() == 0:
         norm = nn.utils.clip_grad_norm_(engine.module.parameters(), grad_clip or float("inf"))
+        if not torch.isfinite(norm):  # what DeepSpeed does by itself at the other stages
+            norm.fill_(float("inf"))
+            for parameter in engine.module.parameters():
+                parameter.grad = None
     engine.step()
     if updates and norm is None:
         norm = engine.get_global_grad_norm()

@@ -1,20 +1,55 @@
-"""Errors a user causes end in one message, errors of ours in a traceback."""
+"""Errors a user causes or can mend end in one message, errors of ours in a traceback."""
 
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from omegaconf.errors import OmegaConfBaseException
+
+REQUEUE = 75  # exit code of a run that was asked to stop and wants to be started again; EX_TEMPFAIL of sysexits.h
+
+
+class Stopped(Exception):
+    """A run ends before its last step. The message says why, what is kept, and how to go on."""
+
+    exit_code = 1
+
+
+class Preempted(Stopped):
+    """A run that was asked to stop, and has saved what it did."""
+
+    exit_code = REQUEUE
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Turn a ValueError of the wrapped checks into one message and exit code 1; HYDRA_FULL_ERROR=1 shows it whole."""
+    with _one_message(ValueError, OmegaConfBaseException):
+        yield
+
+
+@contextmanager
+def run_faults() -> Iterator[None]:
+    """Turn what stops a run, but is no bug, into one message and an exit code; HYDRA_FULL_ERROR=1 shows it whole."""
+    with _one_message(Stopped):
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise Stopped(
+                f"{str(error).splitlines()[0]}\nlower rows_per_micro_batch (the same step in more passes), raise "
+                "deepspeed.stage, use more GPUs, or lower data.seq_len. The latest checkpoint is kept; what changes "
+                "only the placement (rows_per_micro_batch, the stage, the number of GPUs) may change on resume"
+            ) from error
+
+
+@contextmanager
+def _one_message(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
-    except (ValueError, OmegaConfBaseException) as error:
+    except kinds as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         print(f"error: {error}\n(HYDRA_FULL_ERROR=1 shows the traceback)", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(getattr(error, "exit_code", 1)) from None

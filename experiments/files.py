@@ -1,5 +1,6 @@
-"""Files that a crash cannot leave half written: text replaced in one step, and rows of JSON."""
+"""Files that a crash cannot leave half written: text replaced in one step, rows of JSON, and checksums."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -14,6 +15,22 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Return when a file's bytes, or a directory's names, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_rows(path: Path) -> list[dict]:

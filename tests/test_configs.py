@@ -10,11 +10,12 @@ from omegaconf import OmegaConf
 import train  # noqa: F401 (registers the schemas)
 from dashattn.backends import Capabilities
 from dashattn.backends.dash import DashBackend
+from experiments.cells import cells, register_sweep_config
 from experiments.config import TrainConfig, accumulation, check, load_config, plain, to_config
-from experiments.sweep import cells
 
+register_sweep_config()
 CONFIGS = Path(__file__).parents[1] / "configs"
-GROUPS = ("attention", "model", "data", "optim", "deepspeed", "logger", "experiment")
+GROUPS = ("attention", "model", "data", "optim", "deepspeed", "logger", "launcher", "experiment")
 CHOICES = [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))]
 # What a choice needs before it is a run.
 COMPANIONS = {

@@ -153,7 +153,7 @@ def test_a_failing_evaluation_keeps_the_rows_before_it(recall_run, monkeypatch):
         ({"knobs": [-1.0]}, "router_scale must be a positive"),
         ({"rows": 0}, "rows=0"),
         ({"device": "tpu"}, "device=tpu"),
-        ({"run": "/nonexistent"}, "no weights in /nonexistent"),
+        ({"run": "/nonexistent"}, "no intact weights in /nonexistent"),
     ],
 )
 def test_refusals(recall_run, changes, message):

@@ -2,8 +2,11 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
+from experiments.checkpoint import seal
 from experiments.config import load_config
+from experiments.engine import Ranks
 from experiments.files import read_rows, write_atomically
 from experiments.metrics import drop_rows_after
 from experiments.run_dir import config_hash, find_run_dir, open_run_dir
@@ -71,7 +74,7 @@ def test_a_file_is_refused(config, tmp_path):
 
 def test_a_run_killed_while_its_directory_is_opened_starts_again(config, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("experiments.run_dir._code_state", interrupt)
+        patch.setattr("experiments.run_dir.code_state", interrupt)
         with pytest.raises(KeyboardInterrupt):
             opened(config)
     assert opened(config).step == 0
@@ -81,16 +84,51 @@ def interrupt():
     raise KeyboardInterrupt
 
 
-def test_another_number_of_ranks_is_refused(config, monkeypatch):
-    run = opened(config)
-    checkpoint = run.checkpoints / "step-00000002"
+def save(run, step, stage):
+    checkpoint = run.checkpoints / f"step-{step:08d}"
     checkpoint.mkdir()
-    write_atomically(checkpoint / "state.json", json.dumps({"step": 2, "world_size": 1}))
-    write_atomically(run.checkpoints / "latest", "step-00000002\n")
-    assert find_run_dir(config).step == 2
+    (checkpoint / "state.json").write_text(json.dumps({"step": step, "world_size": 1, "stage": stage}))
+    seal(checkpoint, Ranks(0, 1, torch.device("cpu")))
+    write_atomically(run.checkpoints / "latest", checkpoint.name + "\n")
+    return checkpoint
+
+
+@pytest.mark.parametrize(("old", "new", "mend"), [(1, 3, "stage 1 or 2,"), (3, 2, "stage 3,"), (0, 1, "stage 0,")])
+def test_a_stage_of_another_family_is_refused_with_what_can_be(config, old, new, mend):
+    def at(stage):
+        return replace(config, deepspeed=replace(config.deepspeed, stage=stage))
+
+    save(opened(at(old)), 2, old)
+    with pytest.raises(ValueError, match=f"use {mend} on any number of ranks.*init_from="):
+        find_run_dir(at(new))
+    assert not find_run_dir(at(old)).is_resharded
+
+
+def test_another_number_of_ranks_is_noticed(config, monkeypatch):
+    save(opened(config), 2, stage=1)
+    assert not find_run_dir(config).is_resharded
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="init_from="):
-        find_run_dir(config)
+    assert find_run_dir(config).is_resharded
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_latest_names_the_one_before(config):
+    run = opened(config)
+    save(run, 2, stage=1)
+    (save(run, 3, stage=1) / "state.json").write_text("{")
+    run = find_run_dir(config)
+    assert run.step == 2
+    assert "state.json has 1 bytes" in run.damaged["step-00000003"]
+    open_run_dir(run, config, [], {}).release()
+    assert (run.checkpoints / "latest").read_text() == "step-00000002\n"
+    assert [path.name[:22] for path in run.checkpoints.glob("damaged-*")] == ["damaged-step-00000003-"]
+    assert find_run_dir(config).damaged == {}
+
+
+def test_a_directory_that_cannot_be_written_is_refused(config):
+    with pytest.raises(ValueError, match=r"/proc/run cannot be written .*another run_dir"):
+        open_run_dir(find_run_dir(replace(config, run_dir="/proc/run")), config, [], {})
+    with pytest.raises(ValueError, match=r"is not writable"):
+        find_run_dir(replace(config, run_dir=__file__ + "/run"))
 
 
 def test_the_hash_covers_what_is_learned_and_nothing_else(config):

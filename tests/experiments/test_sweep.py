@@ -2,12 +2,21 @@
 
 import io
 import json
+import os
+import signal
+import sys
+import threading
+import time
 
 import pytest
+from filelock import FileLock
 from rich.console import Console
 
 from experiments import sweep
-from experiments.sweep import ArmConfig, Outcome, StudyConfig, SweepConfig, cells, run_sweep
+from experiments.cells import CELL, ArmConfig, Outcome, StudyConfig, SweepConfig, cells
+from experiments.signals import Children
+from experiments.sweep import run_sweep
+from slurm.status import status
 
 
 def make_config(tmp_path, **changes):
@@ -81,12 +90,12 @@ def ran(monkeypatch):
     """Cells 'run' by recording their names and failing when told to."""
     names, failing = [], set()
 
-    def run_cell(cell, log_dir):
+    def run_cell(cell, log_dir, children):
         names.append(cell.name)
         if cell.name in failing:
             return Outcome("failed", 1.0, "boom")
         cell.run_dir.mkdir(parents=True, exist_ok=True)
-        (cell.run_dir / sweep.CELL).write_text(json.dumps({"commands": cell.commands}))
+        (cell.run_dir / CELL).write_text(json.dumps({"commands": cell.commands}))
         return Outcome("done", 1.0)
 
     monkeypatch.setattr(sweep, "run_cell", run_cell)
@@ -145,3 +154,56 @@ def test_a_failing_process_is_reported_with_its_last_words(tmp_path):
     assert outcome.status == "failed"
     assert "chunk_size must be a positive integer; got 0" in outcome.message
     assert "text-dash-seed0.log" in outcome.message
+
+
+def test_a_signal_reaches_the_running_cell_and_no_other_starts(tmp_path, monkeypatch):
+    """The sweep waits for the cell to save and to exit."""
+    script = (
+        "import pathlib, signal, sys, time\n"
+        "def save(*_):\n"
+        "    time.sleep(0.5)\n"
+        "    pathlib.Path(sys.argv[1], 'saved').touch()\n"
+        "    sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "pathlib.Path(sys.argv[1], 'started').touch()\n"
+        "time.sleep(60)\n"
+    )
+    run = Children.run
+    monkeypatch.setattr(
+        Children, "run", lambda self, command, **options: run(self, [sys.executable, "-c", script, tmp_path], **options)
+    )
+
+    def send():
+        while not (tmp_path / "started").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    outcomes = run_sweep(make_config(tmp_path, seeds=[0]), Console(file=io.StringIO()))
+    sender.join()
+    assert (tmp_path / "saved").exists()
+    statuses = {name.removesuffix("-seed0"): outcome.status for name, outcome in outcomes.items()}
+    arms = ("full", "dash-knob1", "dash-knob4")
+    assert statuses == {"text-base": "stopped"} | {f"text-{arm}": "skipped" for arm in arms}
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_the_status_tells_what_is_done_runs_and_failed(tmp_path, ran):
+    _, failing = ran
+    failing.add("text-full-seed1")
+    run(make_config(tmp_path))
+    (tmp_path / "logs").mkdir()
+    log = "$ train.py\nValueError: of an earlier try\n$ train.py\nerror: boom\nbye\n"
+    (tmp_path / "logs" / "text-full-seed1.log").write_text(log)
+    knob = tmp_path / "text-dash-knob1-seed0"
+    (knob / "cell.json").unlink()
+    (knob / "metrics.jsonl").write_text('{"step": 7}\n')
+    with FileLock(knob / ".lock"):
+        rows = {name: rest for name, *rest in status(tmp_path)}
+    assert rows["text-base-seed0"] == ["done", "", ""]
+    assert rows["text-full-seed1"] == ["failed", "", "error: boom"]
+    assert rows["text-dash-knob1-seed0"] == ["running", "7", ""]
+    assert {name: rest for name, *rest in status(tmp_path)}["text-dash-knob1-seed0"][0] == "missing"
+    with pytest.raises(ValueError, match="no sweep's directory"):
+        status(knob)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import train as train_module
 from data import MQARDataConfig
 from experiments import export
+from experiments.errors import Stopped
 from experiments.files import read_rows
 from models import Transformer
 from train import train
@@ -64,7 +65,7 @@ def reference_losses():
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_the_stage_changes_nothing_and_resume_is_exact(make_config, tmp_path, reference_losses, stage):
-    options = [f"deepspeed=zero{stage}", *ATTENTION["dash"], "save_every=2", "keep_checkpoints=0"]
+    options = [f"deepspeed=zero{stage}", *ATTENTION["dash"], "steps=6", "save_every=2", "keep_checkpoints=0"]
     whole = train(make_config("whole", *options))
     if not reference_losses:
         reference_losses["loss"] = losses(whole)
@@ -77,11 +78,11 @@ def test_the_stage_changes_nothing_and_resume_is_exact(make_config, tmp_path, re
     interrupt_after(whole, 2, tmp_path / "resumed")
     resumed = train(make_config("resumed", *options))
     assert losses(resumed) == losses(whole)
-    assert [row["step"] for row in rows(resumed)] == [1, 2, 3, 4]
-    states = [json.loads((path / "checkpoints/step-00000004/state.json").read_text()) for path in (whole, resumed)]
+    assert [row["step"] for row in rows(resumed)] == [1, 2, 3, 4, 5, 6]
+    states = [json.loads((path / "checkpoints/step-00000006/state.json").read_text()) for path in (whole, resumed)]
     assert states[0] == states[1]
     assert (resumed / "resumed/step-00000002/environment.json").exists()
-    weights = [load_file(path / "checkpoints/step-00000004/model.safetensors") for path in (whole, resumed)]
+    weights = [load_file(path / "checkpoints/step-00000006/model.safetensors") for path in (whole, resumed)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
@@ -124,7 +125,7 @@ def test_a_run_can_begin_with_dense_weights(make_config, tmp_path):
     assert start["new_parameters"] == [f"layers.{i}.attention.backend.chunk_query" for i in range(2)]
     assert [row["step"] for row in rows(sparse)] == [1, 2, 3, 4]
     assert losses(sparse)[0] < losses(dense)[0] - 0.05
-    with pytest.raises(ValueError, match="no weights in"):
+    with pytest.raises(ValueError, match="no intact weights in"):
         train(make_config("lost", f"init_from={tmp_path / 'nowhere'}"))
     assert not (tmp_path / "lost").exists()
 
@@ -173,18 +174,11 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before(make_config, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr("experiments.checkpoint.save_file", crash)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(Stopped, match=r"could not be written .disk full.*has space"):
             train(config)
-    assert not (Path(config.run_dir) / "checkpoints" / "latest").exists()
+    assert not list((Path(config.run_dir) / "checkpoints").iterdir())
     whole = train(make_config("whole", "save_every=2"))
     assert losses(train(config)) == losses(whole)
-
-
-def test_a_diverged_run_stops_before_it_saves(make_config):
-    config = make_config("run", "optim.lr=1e30", "optim.warmup_steps=0")
-    with pytest.raises(FloatingPointError, match="lower optim"):
-        train(config)
-    assert not list((Path(config.run_dir) / "checkpoints").iterdir())
 
 
 def test_alpha_follows_its_schedule_across_a_resume(make_config, tmp_path):

@@ -1,0 +1,43 @@
+"""What one task of a Slurm job does: it is a rank of a run, or of a cell of a sweep, and asks to be queued again."""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+from submitit import JobEnvironment
+from submitit.helpers import TorchDistributedEnvironment
+
+from experiments.cells import Cell, run_cell
+from experiments.errors import REQUEUE
+from experiments.signals import Children
+
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def run_task(cell: Cell, log_dir: Path) -> None:
+    """Train as this task's rank; the first rank evaluates then.
+
+    Slurm sends SIGUSR2 before the time is up: the run saves, and the job is queued again. SIGTERM saves too, but a job
+    that is preempted or cancelled is Slurm's to queue.
+
+    Raises:
+        SystemExit: the cell did not get done.
+    """
+    task = JobEnvironment()
+    for name in _RANK_VARIABLES:  # sbatch hands on those of the process that submitted
+        os.environ.pop(name, None)
+    if task.num_tasks > 1:
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+        # srun starts on the first node, where the first rank is; its name need not be known to a resolver.
+        os.environ["MASTER_ADDR"] = os.environ.get("SLURM_LAUNCH_NODE_IPADDR", os.environ["MASTER_ADDR"])
+    with Children() as children:
+        outcome = run_cell(cell, log_dir, children, rank=task.global_rank)
+        if outcome.status == "stopped":
+            if task.global_rank == 0 and children.received in (signal.SIGUSR1, signal.SIGUSR2):
+                subprocess.run(["scontrol", "requeue", task.job_id], check=True)
+            # Without a word to submitit, which would take the job for finished. The other ranks' exit must not look
+            # like a failure, for which Slurm would end this one too early.
+            os._exit(REQUEUE if task.global_rank == 0 else 0)
+        if outcome.status != "done":
+            raise SystemExit(outcome.message)

@@ -1,0 +1,112 @@
+"""Submitting to a real Slurm, which tests/slurm/start.sh starts on this machine."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from experiments.cells import ArmConfig, StudyConfig, SweepConfig
+from experiments.config import LauncherConfig
+from experiments.files import read_rows
+from experiments.metrics import METRICS
+from slurm.status import status
+from slurm.submit import queue, read_jobs, submit_sweep
+from train import train
+
+ROOT = Path(__file__).parents[2]
+HERE = LauncherConfig(gpus_per_node=0, cpus_per_task=1, jobs=2, hours=0.5)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("slurmctld") is None, reason="no slurmctld: apt-get install slurm-wlm munge"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="Slurm is started as root"),
+]
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("slurm")
+    started = subprocess.run(["bash", ROOT / "tests/slurm/start.sh", folder], capture_output=True, text=True)
+    assert started.returncode == 0, started.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+        yield
+        subprocess.run(["scancel", "--me"], check=True)
+    subprocess.run(["bash", folder / "stop.sh"], check=True)
+
+
+def wait_for(condition, what, seconds=300):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.5)
+
+
+def losses(run_dir):
+    return {row["step"]: row["loss"] for row in read_rows(run_dir / METRICS) if row["split"] == "train"}
+
+
+def test_a_sweep_is_preempted_requeued_and_finished_by_a_second_call(slurm, make_config, tiny_overrides, tmp_path):
+    common = [o for o in tiny_overrides("x")[0] if not o.startswith(("name=", "run_dir="))]
+    corpus = tmp_path / "corpus.jsonl"
+    arms = {f"lr{i}": ArmConfig(train=["attention=full", f"optim.lr=1e-{i}"]) for i in (2, 3, 4, 5)}
+    arms["long"] = ArmConfig(train=["attention=full", "steps=400"])
+    arms["lost"] = ArmConfig(train=["attention=full", "data=local", f"data.files=[{corpus}]"])
+    study = StudyConfig(train=common, evaluate=["tasks=[loss]", "threads=1"], arms=arms)
+    config = SweepConfig(name="s", output_dir=str(tmp_path / "s"), studies={"text": study}, launcher=HERE)
+    whole = train(make_config("whole", "steps=400"))  # prepares the corpus, too
+
+    submit_sweep(config, Console(file=io.StringIO()))
+    jobs = read_jobs(tmp_path / "s")
+    assert len({job.split("_")[0] for job in jobs.values()}) == 1
+    assert len(jobs) == 6
+
+    long, job = tmp_path / "s" / "text-long-seed0", jobs["text-long-seed0"]
+    wait_for(lambda: len(losses(long)) >= 20, "the long cell to train")
+    subprocess.run(["scancel", "--signal=USR1", job], check=True)
+    wait_for(lambda: queue().get(job) == "PENDING", "it to be queued again")
+    assert not (long / "cell.json").exists()
+    subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now"], check=True)
+
+    wait_for(lambda: not queue(), "the jobs to end")
+    rows = {name.removeprefix("text-").removesuffix("-seed0"): rest for name, *rest in status(tmp_path / "s")}
+    assert {name: row[0] for name, row in rows.items()} == {name: "done" for name in arms} | {"lost": "failed"}
+    assert str(corpus) in rows["lost"][2]
+    assert len(list((long / "resumed").iterdir())) == 1
+    assert losses(long) == losses(whole)
+    assert len(read_rows(long / "results.jsonl")) == 1
+
+    documents = ({"text": f"document {i} of a corpus that was lost and is found " * 9} for i in range(2000))
+    corpus.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    submit_sweep(config, Console(file=io.StringIO()))
+    assert [name for name, job in read_jobs(tmp_path / "s").items() if job in queue()] == ["text-lost-seed0"]
+    wait_for(lambda: not queue(), "the lost cell")
+    command = [sys.executable, "-m", "slurm.status", str(tmp_path / "s")]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "6 done" in shown
+    assert "failed" not in shown
+
+
+def test_a_run_on_two_nodes_with_its_evaluation(slurm, make_config, tiny_overrides):
+    alone = train(make_config("alone"))
+    overrides, run_dir = tiny_overrides("run")
+    launcher = ["launcher=slurm", "launcher.nodes=2", "launcher.gpus_per_node=0", "launcher.cpus_per_task=1"]
+    launcher += ["launcher.hours=0.2", "launcher.evaluate=['tasks=[loss]','threads=1']"]
+    done = subprocess.run(
+        [sys.executable, "train.py", *overrides, *launcher], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("submitted job ")
+    wait_for(lambda: not queue(), "the job to end")
+    log = (run_dir / "slurm" / "run.log").read_text()
+    assert losses(run_dir) == pytest.approx(losses(alone), rel=1e-5), log
+    assert json.loads((run_dir / "checkpoints/step-00000004/state.json").read_text())["world_size"] == 2
+    assert len(read_rows(run_dir / "results.jsonl")) == 1, log
+    assert json.loads((run_dir / "git.json").read_text())["sha"]  # of the checkout that the copy was made from
