@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dashattn import checks
 from dashattn.checks import check
 from dashattn.functional import IMPLS, Output
+from dashattn.routing import Routing
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,18 @@ class AttentionBackend(nn.Module):
             [B, T, Hq, D] in q's dtype.
         """
         raise NotImplementedError
+
+    def route(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        hidden: Tensor | None = None,
+        rope: tuple[Tensor, Tensor] | None = None,
+    ) -> Routing | None:
+        """What the router decides for these inputs of ``forward``, unpacked; None for a backend that has none."""
+        return None
 
     def set_step(self, step: int) -> None:
         """Moves schedules to an optimiser step; a pure function of the step, so that resuming is exact."""

@@ -5,6 +5,8 @@ from typing import ClassVar
 
 from dashattn.backends.base import AttentionBackend, AttentionConfig
 from dashattn.functional import check_infllmv2, infllmv2_attention
+from dashattn.ops.compression.reference import mean_compress
+from dashattn.routing import topk_routing
 
 
 @dataclass
@@ -55,4 +57,18 @@ class InfLLMv2Backend(AttentionBackend):
             cu_seqlens=cu_seqlens,
             impl=config.impl,
             return_stats=return_stats,
+        )
+
+    def route(self, q, k, v, *, hidden=None, rope=None):
+        config = self.config
+        return topk_routing(
+            q,
+            mean_compress(k, config.kernel_size, config.kernel_stride),
+            kernel_size=config.kernel_size,
+            kernel_stride=config.kernel_stride,
+            pooling="max",
+            block_size=config.block_size,
+            topk=config.topk,
+            init_blocks=config.init_blocks,
+            local_blocks=config.window_size // config.block_size + 1,
         )

@@ -15,6 +15,7 @@ from dashattn.functional import check_nsa, nsa_attention
 from dashattn.ops.compression.reference import compress_windows
 from dashattn.ops.dtypes import upcast
 from dashattn.rope import apply_rope
+from dashattn.routing import topk_routing
 
 VARIANTS = ("paper", "minicpm")
 
@@ -161,6 +162,22 @@ class NSABackend(AttentionBackend):
             cu_seqlens=cu_seqlens,
             impl=config.impl,
             return_stats=return_stats,
+        )
+
+    def route(self, q, k, v, *, hidden=None, rope=None):
+        config = self.config
+        if self.branch_kv is not None:
+            (k, v), _ = self._own_kv(hidden, rope)
+        return topk_routing(
+            q,
+            self._compress(k, v, None)[0],
+            kernel_size=config.kernel_size,
+            kernel_stride=config.kernel_stride,
+            pooling=config.pooling,
+            block_size=config.block_size,
+            topk=config.topk,
+            init_blocks=config.init_blocks,
+            local_blocks=config.local_blocks,
         )
 
     def flops(self, active_tokens, routing_reads):
