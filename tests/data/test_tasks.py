@@ -330,9 +330,9 @@ def test_sets_are_made_once_and_again_for_another_seed(encoder, tmp_path, monkey
     assert made.samples != other.samples
     monkeypatch.setattr("data.tasks.build.generate", None)
     assert build_set("niah_single_2", encoder, seed=0, **options) == made
+    options["material"] = Material(haystack=MATERIAL.haystack[1:])
     with pytest.raises(TypeError):  # other material, so it would be made anew
-        other_text = Material(haystack=MATERIAL.haystack[1:])
-        build_set("niah_single_2", encoder, seed=0, **(options | {"material": other_text}))
+        build_set("niah_single_2", encoder, seed=0, **options)
 
 
 def test_evidence_is_found_in_the_tokens(tokenizer, encoder):
