@@ -108,7 +108,7 @@ def evaluate(config: EvaluateConfig, target: Target) -> Iterator[dict]:
             start = time.perf_counter()
             rows = list(task.run(setting, names))
             shared = common | task.columns | {"knob": knob, "seconds": time.perf_counter() - start}
-            new = [shared | row for row in rows]
+            new = [shared | row | {"bytes_read": bytes_read(model, row)} for row in rows]
             append_rows(path, new)
             yield from new
 
@@ -138,11 +138,21 @@ def build_model(target: Target) -> Transformer:
     return model.to(train.device, DTYPES[train.deepspeed.precision]).eval()
 
 
+def bytes_read(model: Transformer, row: dict) -> float:
+    """Bytes of keys, values, summaries and compressed tokens that a token attends to or scores, over all layers, in 16
+    bits: what decoding one has to fetch. From the row's measured means."""
+    (backend, *_), layers = model.backends, len(model.backends)
+    flops = backend.flops(row["active_tokens"], row["routing_reads"])
+    # A number that is read takes part in a multiply-add, two operations, for every query head of the group.
+    return 2 * layers * (flops.attention + flops.routing) / (2 * backend.shape.group_size)
+
+
 def describe(target: Target) -> dict:
     """The columns that all rows of an evaluation share."""
     train = target.train
     git = json.loads((target.run_dir / "git.json").read_text())
     state = read_state(target.checkpoint)
+    start = json.loads((target.run_dir / START).read_text())
     return {
         "backend": train.attention.name,
         "data": train.data.name,
@@ -152,6 +162,7 @@ def describe(target: Target) -> dict:
         "checkpoint": target.checkpoint.name,
         "step": state["step"],
         "tokens": state["tokens"],
+        "parameters": start["parameters"],
         "config_hash": config_hash(train),
         "git_sha": git["sha"],
         "device": torch.cuda.get_device_name() if train.device == "cuda" else "cpu",

@@ -1,5 +1,7 @@
 """Files that a crash cannot leave half written: text replaced in one step, and rows of JSON."""
 
+import csv
+import io
 import json
 import os
 from collections.abc import Iterable
@@ -42,3 +44,13 @@ def append_rows(path: Path, rows: Iterable[dict]) -> None:
         file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
+
+
+def to_csv(rows: Iterable[dict]) -> str:
+    """Rows as CSV; the columns in the order they first come in."""
+    rows = list(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
