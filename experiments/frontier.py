@@ -17,7 +17,10 @@ from data.tasks import SUITES
 from experiments.files import read_rows
 
 RESULTS = "results.jsonl"
-HIGHER_IS_BETTER = {"accuracy": True, "match": True, "nats": False}
+HIGHER_IS_BETTER = {
+    **dict.fromkeys(("accuracy", "match", "acc", "acc_norm", "exact_match"), True),
+    **dict.fromkeys(("nats", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"), False),
+}
 SOLVED = 0.99  # accuracy that the dense control must reach on synthetic recall
 
 
@@ -32,8 +35,9 @@ class Panel(NamedTuple):
 
     @property
     def title(self) -> str:
-        score = {"accuracy": "accuracy", "match": "share found", "nats": "validation loss (nats, lower is better)"}
-        what = score[self.metric] if self.task == "loss" else f"{self.task}, {score[self.metric]}"
+        scores = {"accuracy": "accuracy", "match": "share found", "nats": "validation loss (nats, lower is better)"}
+        score = scores.get(self.metric, self.metric)
+        what = score if self.task == "loss" else f"{self.task}, {score}"
         return f"{self.data}: {what}, {self.length} tokens" + (f", {self.variant}" if self.variant else "")
 
 
@@ -73,7 +77,10 @@ def of_frontiers(rows: Iterable[dict]) -> list[dict]:
     scores = [
         row
         for row in rows
-        if row["metric"] in HIGHER_IS_BETTER and row["position"] is None and row.get("depth") is None
+        if row["metric"] in HIGHER_IS_BETTER
+        and row["position"] is None
+        and row.get("depth") is None
+        and row.get("part") is None
     ]
     rows = newest(scores)
     return rows + ruler_averages(rows)
@@ -82,7 +89,7 @@ def of_frontiers(rows: Iterable[dict]) -> list[dict]:
 def newest(rows: Iterable[dict]) -> list[dict]:
     """Of rows that differ in the checkpoint's step only, those of the last step."""
     names = ("label", "config_hash", "task", "metric", "length", "rows", "seed", "knob", "variant")
-    within = ("probe", "position", "depth", "relevant")  # of one evaluation
+    within = ("probe", "position", "depth", "relevant", "part")  # of one evaluation
     kept: dict[tuple, dict] = {}
     for row in rows:
         key = (*(row.get(name) for name in names), *(str(row.get(name)) for name in within))

@@ -37,7 +37,7 @@ FIGURES = (
     Figure(9, "training", "Training curves", "metrics.jsonl of runs", make_training),
     Figure(10, "lengths", "Needles by depth and length, and extrapolation", "evaluate.py lengths=[...]", make_lengths),
     Figure(11, "ruler", "RULER", "evaluate.py tasks=[ruler]", make_ruler),
-    Figure(12, "ablations", "Ablations", "runs evaluated with label=FACTOR=VALUE", make_ablations),
+    Figure(12, "ablations", "Ablations", "runs evaluated with label=FACTOR:VALUE", make_ablations),
     Figure(13, "numerics", "Error against float64", "python -m experiments.numerics", make_numerics),
     Figure(14, "published", "The paper's numbers and ours", "RULER and speed rows", make_published),
 )

@@ -94,10 +94,10 @@ def make_ruler(study: Study) -> Drawn | None:
 
 
 def make_ablations(study: Study) -> Drawn | None:
-    """Rows whose label is FACTOR=VALUE, as in label=sigma=100."""
+    """Rows whose label is FACTOR:VALUE, as in label=sigma:100."""
     rows = []
     for row in of_frontiers(study.evaluations):
-        factor, is_ablation, value = row["label"].partition("=")
+        factor, is_ablation, value = row["label"].partition(":")
         if is_ablation:
             rows.append(_with_panel(row) | {"factor": factor, "value": value})
     if not rows:

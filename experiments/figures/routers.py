@@ -90,16 +90,17 @@ def make_active_tokens(study: Study) -> Drawn | None:
 
 
 def make_adaptivity(study: Study) -> Drawn | None:
-    """Active blocks against the number of blocks that the answer needs."""
-    rows = as_trained(study.of("routing", "active_blocks"))
+    """Active blocks against the number of blocks that the answer needs, for probes in which that varies."""
+    rows = [
+        row | {"probes": "mqar" if row["probe"] == "mqar" else "niah_values"}
+        for row in as_trained(study.of("routing", "active_blocks"))
+        if row["probe"] == "mqar" or _is_of_values(row["probe"])
+    ]
     if not rows:
         return None
-    rows = [row | {"probes": _kind(row["probe"])} for row in rows]
     keys = ("probes", "data", "length", "line", "relevant")
     table = averaged(rows, *keys)
-    note = (
-        "Over tokens, layers and heads; MQAR: blocks that hold pairs of the row; text: that hold pieces of the answer."
-    )
+    note = "Over tokens, layers and heads. Needed: in MQAR the blocks that hold pairs, in text pieces of the answer."
     draw = _lines(table, ("probes", "data", "length"), "relevant", "blocks that the answer needs", "active blocks")
     return Drawn(table, draw, [note])
 
@@ -117,8 +118,8 @@ def make_recall(study: Study) -> Drawn | None:
         values = [value for heads in other["per_head"] for value in heads if value is not None]
         entry["best_head"] = max(values)
     table.sort(key=lambda row: (list(RECALLS).index(row["metric"]), row["probe"], row["length"], row["label"]))
-    longest = max(row["length"] for row in table)
-    drawn = [row for row in table if row["length"] == longest]
+    longest = {probe: max(row["length"] for row in rows) for probe, rows in grouped(table, "probe").items()}
+    drawn = [row for row in table if row["length"] == longest[row["probe"]] and not _is_of_values(row["probe"])]
 
     def draw(path: Path) -> None:
         panels = _panels(drawn, "metric", "probe")
@@ -132,14 +133,14 @@ def make_recall(study: Study) -> Drawn | None:
                 ax.plot(xs, [row["score"] for row in points], color=colour, marker=mark, label=f"{label}, mean")
                 best = [row["best_head"] for row in points]
                 ax.plot(xs, best, color=colour, linestyle=":", label=f"{label}, best head")
-            ax.set_title(f"{probe}, {longest} tokens:\n{RECALLS[metric]}", fontsize=9)
+            ax.set_title(f"{probe}, {longest[probe]} tokens:\n{RECALLS[metric]}", fontsize=9)
             ax.set_xlabel("causal sparsity")
             ax.set_ylim(-0.03, 1.03)
             ax.grid(alpha=0.25)
             ax.legend(fontsize=7)
         save(figure, path)
 
-    return Drawn(table, draw, [f"Drawn at the longest context, {longest} tokens; the table has all."])
+    return Drawn(table, draw, ["Drawn at the longest context; the table has all lengths and probes."])
 
 
 def make_dispersion(study: Study) -> Drawn | None:
@@ -149,13 +150,17 @@ def make_dispersion(study: Study) -> Drawn | None:
         return None
     table = averaged(rows, "metric", "probe", "line", "length")
     table.sort(key=lambda row: (list(DISPERSION).index(row["metric"]), row["probe"], row["line"], row["length"]))
-    named = [row | {"panel": f"{row['probe']}: {DISPERSION[row['metric']]}"} for row in table]
+    named = [
+        row | {"panel": f"{row['probe']}: {DISPERSION[row['metric']]}"}
+        for row in table
+        if not _is_of_values(row["probe"])
+    ]
     return Drawn(table, _lines(named, ("panel",), "length", "context, tokens", ""))
 
 
-def _kind(probe: str) -> str:
-    """Probes that differ in how much they need belong on one axis."""
-    return "niah_values" if probe.startswith("niah_values_") else probe
+def _is_of_values(probe: str) -> bool:
+    """One of the probes that differ in how much they need only: figure 5 has them on one axis."""
+    return probe.startswith("niah_values_")
 
 
 def _panels(table: list[dict], *keys: str) -> dict[tuple, list[dict]]:

@@ -7,6 +7,7 @@ from omegaconf import MISSING
 from data import MQARDataConfig
 from data.tasks import SUITES, TEMPLATES, TEXT_TASKS
 from experiments.config import TrainConfig
+from experiments.tasks.harness import PREFIX
 from experiments.tasks.streams import STREAM_TASKS, MQARForm
 
 ROUTING = "routing"
@@ -19,12 +20,13 @@ class EvaluateConfig:
 
     run: str = MISSING  # run directory (its latest checkpoint), or one of its checkpoints
     # On the run's validation split: loss | position | recall | sparsity. Generated: ruler (its 13) | niah_single_1 ...
-    # qa_2 | niah (heat map) | niah_values (1 to 16 values of a key) | json_kv. Of the router: routing.
+    # qa_2 | niah (heat map) | niah_values (1 to 16 values of a key) | json_kv. Of the router: routing. Of
+    # lm-evaluation-harness: lm_eval/NAME.
     tasks: list[str] = field(default_factory=lambda: ["loss"])
     lengths: list[int] | None = None  # tokens of a row, or of prompt and answer; null = the run's data.seq_len
     knobs: list[float] | None = None  # values of the sparsity knob; null = the one trained with
-    # Rows of the validation split, or samples of each generated task; null = as many as the run validates on, or 100,
-    # and 32 for routing.
+    # Rows of the validation split, or samples of each other task; null = as many as the run validates on, 100 of
+    # generated tasks, 32 for routing, all of lm_eval's.
     rows: int | None = None
     rows_per_batch: int = 8
     label: str | None = None  # name of the line in tables and figures; null = the backend's
@@ -37,6 +39,8 @@ class EvaluateConfig:
     haystack: str | None = None  # text file, or RULER's PaulGrahamEssays.json; null = the run's held-out text
     squad: str | None = None  # SQuAD's dev-v2.0.json, for qa_1
     hotpotqa: str | None = None  # hotpot_dev_distractor_v1.json, for qa_2
+    harness_path: str | None = None  # directory with task definitions for lm_eval beside its own
+    harness_fewshot: int | None = None  # solved examples before each question; null = as the task says
     # What routing looks at in a run trained on text; a run trained on MQAR is probed on MQAR.
     probes: list[str] = field(default_factory=lambda: ["niah_single_2", "niah_multikey_2", "niah_values"])
 
@@ -52,15 +56,16 @@ def check_tasks(config: EvaluateConfig, train: TrainConfig) -> None:
     Raises:
         ValueError: with the mend.
     """
-    unknown = sorted(set(config.tasks) - set(TASKS))
+    harness = [name for name in config.tasks if name.startswith(PREFIX)]
+    unknown = sorted(set(config.tasks) - set(TASKS) - set(harness))
     if unknown or not config.tasks:
-        raise ValueError(f"tasks={list(config.tasks)}: choose from {', '.join(TASKS)}")
+        raise ValueError(f"tasks={list(config.tasks)}: choose from {', '.join(TASKS)}, {PREFIX}NAME")
     if config.template not in TEMPLATES:
         raise ValueError(f"template={config.template}: choose one of {', '.join(TEMPLATES)}")
     if config.lengths is not None and (not config.lengths or min(config.lengths) < 1):
         raise ValueError(f"lengths={list(config.lengths)}: give at least one, in tokens, or null")
     is_mqar = isinstance(train.data, MQARDataConfig)
-    generated = [name for name in config.tasks if name in TEXT_TASKS or name in SUITES]
+    generated = [name for name in config.tasks if name in TEXT_TASKS or name in SUITES] + harness
     if generated and is_mqar:
         raise ValueError(
             f"tasks {', '.join(generated)} are in text and need a run trained on text; this one was trained on "

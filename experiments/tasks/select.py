@@ -9,6 +9,7 @@ from experiments.config import TrainConfig
 from experiments.tasks.base import Task
 from experiments.tasks.config import ROUTING, EvaluateConfig, expand
 from experiments.tasks.generated import GeneratedTask
+from experiments.tasks.harness import PREFIX, HarnessTask
 from experiments.tasks.routing import RoutingTask, mqar_probes, text_probes
 from experiments.tasks.streams import STREAM_TASKS, StreamTask, build_stream, data_at
 
@@ -37,6 +38,18 @@ def build_tasks(config: EvaluateConfig, train: TrainConfig, stream: BatchStream)
             task_set = sets.build(name, length, config.rows or SAMPLES, is_named=name in config.tasks)
             if task_set is not None:
                 tasks.append(GeneratedTask(task_set, sets.encoder, config.rows_per_batch))
+        for name in [name for name in dict.fromkeys(config.tasks) if name.startswith(PREFIX)]:
+            tasks.append(
+                HarnessTask(
+                    name,
+                    stream.tokenizer,
+                    length=length,
+                    rows=config.rows,
+                    rows_per_batch=config.rows_per_batch,
+                    fewshot=config.harness_fewshot,
+                    include_path=config.harness_path,
+                )
+            )
         for name in expand(config.probes) if ROUTING in config.tasks else ():
             task_set = sets.build(name, length, config.rows or PROBES, is_named=name in config.probes)
             if task_set is not None:
