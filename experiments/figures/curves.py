@@ -133,7 +133,7 @@ def _heat_map(ax, line: str, rows: list[dict]) -> None:
 
 def make_numerics(study: Study) -> Drawn | None:
     """Relative RMS error of outputs and gradients against the reference in float64."""
-    table = [{key: value for key, value in row.items() if not isinstance(value, dict)} for row in study.numerics]
+    table = study.numerics
     if not table:
         return None
 
@@ -150,7 +150,7 @@ def make_numerics(study: Study) -> Drawn | None:
             axes.plot(xs, ys, color=colour, marker=mark, linestyle="", label=f"{dtype}, {impl}, {device}")
         axes.set_yticks(range(len(labels)), labels)
         axes.set_xscale("log")
-        axes.set_xlabel("relative RMS error against float64, the same selection")
+        axes.set_xlabel("relative RMS error against float64, whole operation")
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8)
         save(figure, path)
