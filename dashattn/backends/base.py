@@ -124,6 +124,13 @@ class AttentionBackend(nn.Module):
         """
         raise NotImplementedError
 
+    def set_step(self, step: int) -> None:
+        """Moves schedules to an optimiser step; a pure function of the step, so that resuming is exact."""
+
+    def set_knob(self, value: float) -> None:
+        """Sets the sparsity knob, as at inference. ValueError where there is none or the value cannot be."""
+        self.config = self.config.with_knob(value)
+
     def route(
         self,
         q: Tensor,
@@ -135,13 +142,6 @@ class AttentionBackend(nn.Module):
     ) -> Routing | None:
         """What the router decides for these inputs of ``forward``, unpacked; None for a backend that has none."""
         return None
-
-    def set_step(self, step: int) -> None:
-        """Moves schedules to an optimiser step; a pure function of the step, so that resuming is exact."""
-
-    def set_knob(self, value: float) -> None:
-        """Sets the sparsity knob, as at inference. ValueError where there is none or the value cannot be."""
-        self.config = self.config.with_knob(value)
 
     def flops(self, active_tokens: float, routing_reads: float) -> AttentionFlops:
         """Operations per token, from the measured means per token and KV head (see ``AttentionStats``)."""

@@ -99,6 +99,23 @@ class DashBackend(AttentionBackend):
         alpha = self.alpha()
         return {"alpha": alpha.mean().item() if isinstance(alpha, Tensor) else alpha}
 
+    def route(self, q, k, v, *, hidden=None, rope=None):
+        config, (length, num_heads, head_dim) = self.config, q.shape[1:]
+        rope = rope if config.summary_rope == "mean" else None
+        summaries = chunk_summary(k, self.chunk_query, chunk_size=config.chunk_size, rope=rope)
+        options = {"chunk_size": config.chunk_size, "alpha": self.alpha(), "router_scale": config.router_scale}
+        # The raw prior of the group is the logarithm of its probability, and 0 off the support.
+        selection, log_p_BTHN = dash_routing(q, summaries, **options, prior="raw")
+        num_chunks = log_p_BTHN.shape[-1]
+        past_TN = past_blocks(length, num_chunks, config.chunk_size, q.device)
+        support = selection.mask()[..., :num_chunks] & past_TN[:, None]
+        heads_first = summaries.repeat_interleave(num_heads // summaries.shape[2], dim=2)
+        scores = torch.einsum("bthd,bnhd->bthn", upcast(q), upcast(heads_first)) * (
+            config.router_scale * head_dim**-0.5
+        )
+        logits = F.pad(scores, (0, num_chunks - scores.shape[-1])).masked_fill(~past_TN[:, None], -torch.inf)
+        return Routing(selection, log_p_BTHN.exp().masked_fill(~support, 0), logits)
+
     def forward(self, q, k, v, *, hidden=None, rope=None, cu_seqlens=None, return_stats=False):
         config = self.config
         if config.summary_rope == "mean":
@@ -119,20 +136,3 @@ class DashBackend(AttentionBackend):
             impl=config.impl,
             return_stats=return_stats,
         )
-
-    def route(self, q, k, v, *, hidden=None, rope=None):
-        config, (length, num_heads, head_dim) = self.config, q.shape[1:]
-        rope = rope if config.summary_rope == "mean" else None
-        summaries = chunk_summary(k, self.chunk_query, chunk_size=config.chunk_size, rope=rope)
-        options = {"chunk_size": config.chunk_size, "alpha": self.alpha(), "router_scale": config.router_scale}
-        # The raw prior of the group is the logarithm of its probability, and 0 off the support.
-        selection, log_p_BTHN = dash_routing(q, summaries, **options, prior="raw")
-        num_chunks = log_p_BTHN.shape[-1]
-        past_TN = past_blocks(length, num_chunks, config.chunk_size, q.device)
-        support = selection.mask()[..., :num_chunks] & past_TN[:, None]
-        heads_first = summaries.repeat_interleave(num_heads // summaries.shape[2], dim=2)
-        scores = torch.einsum("bthd,bnhd->bthn", upcast(q), upcast(heads_first)) * (
-            config.router_scale * head_dim**-0.5
-        )
-        logits = F.pad(scores, (0, num_chunks - scores.shape[-1])).masked_fill(~past_TN[:, None], -torch.inf)
-        return Routing(selection, log_p_BTHN.exp().masked_fill(~support, 0), logits)

@@ -164,22 +164,6 @@ class NSABackend(AttentionBackend):
             return_stats=return_stats,
         )
 
-    def route(self, q, k, v, *, hidden=None, rope=None):
-        config = self.config
-        if self.branch_kv is not None:
-            (k, v), _ = self._own_kv(hidden, rope)
-        return topk_routing(
-            q,
-            self._compress(k, v, None)[0],
-            kernel_size=config.kernel_size,
-            kernel_stride=config.kernel_stride,
-            pooling=config.pooling,
-            block_size=config.block_size,
-            topk=config.topk,
-            init_blocks=config.init_blocks,
-            local_blocks=config.local_blocks,
-        )
-
     def flops(self, active_tokens, routing_reads):
         """Keys that the selected and the window branch both read count once, as they do in the sparsity."""
         config, shape = self.config, self.shape
@@ -196,6 +180,22 @@ class NSABackend(AttentionBackend):
             projections += _matrix_size(self.branch_kv)
         forward = attention + compressed + 2 * projections
         return AttentionFlops(attention, compressed, 2 * projections, backward=2 * forward)
+
+    def route(self, q, k, v, *, hidden=None, rope=None):
+        config = self.config
+        if self.branch_kv is not None:
+            (k, v), _ = self._own_kv(hidden, rope)
+        return topk_routing(
+            q,
+            self._compress(k, v, None)[0],
+            kernel_size=config.kernel_size,
+            kernel_stride=config.kernel_stride,
+            pooling=config.pooling,
+            block_size=config.block_size,
+            topk=config.topk,
+            init_blocks=config.init_blocks,
+            local_blocks=config.local_blocks,
+        )
 
     def _compress(self, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         """Compressed keys and values, each [B, J, Hkv, D]."""

@@ -12,7 +12,7 @@ TRAINING = {
     "loss, nats": "loss",
     "causal sparsity": "causal_sparsity",
     "gradient norm": "grad_norm",
-    "router's gradient norm": "router_grad_norm",
+    "router's gradient norm": "grad_norm_router",
 }
 SPEED_COLUMNS = (
     "device",
