@@ -1,8 +1,9 @@
 """RULER's needle-in-a-haystack tasks (arXiv 2404.06654, section 3; templates and counts: github.com/NVIDIA/RULER).
 
 Needles "One of the special magic numbers for KEY is: VALUE." stand among noise sentences, among prose, or among other
-such needles. Prose (RULER: Paul Graham's essays) is what the material holds. Where RULER begins every sample of a set
-at the same word of the essays, a sample here begins at a word of its own.
+such needles. Prose (RULER: Paul Graham's essays) is what the material holds. Two departures: where RULER begins every
+sample of a set at the same word of the essays, a sample here begins at a word of its own; and sentences are split at
+punctuation, not by NLTK's trained model.
 """
 
 from collections.abc import Sequence
