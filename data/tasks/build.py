@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data.cache import build_once, fingerprint
-from data.config import TextDataConfig
+from data.config import PackedDataConfig
 from data.corpora import iterate_documents, split_of
 from data.tasks.aggregation import COMMON_WORDS, FREQUENT_WORDS
 from data.tasks.json_kv import JSON_KV
@@ -42,18 +42,20 @@ class TaskSet:
     samples: list[Sample]
 
 
-def held_out_text(config: TextDataConfig, num_words: int) -> Material:
-    """A haystack of at least ``num_words`` words, if there are as many, from the corpus's validation documents.
+def held_out_text(config: PackedDataConfig, num_words: int) -> Material:
+    """A haystack of at least ``num_words`` words, if there are as many, from the validation documents of the corpora,
+    one after another. Generated recall documents stay out: needles look like them.
 
     Raises:
         ValueError: there are none.
     """
-    texts = (d.text for d in iterate_documents(config) if split_of(d.text, config.validation_fraction) == "validation")
     words: list[str] = []
-    for text in texts:
-        words += text.split()
-        if len(words) >= num_words:
-            break
+    for corpus, _ in config.parts.values():
+        for document in iterate_documents(corpus) if corpus.source != "recall" else ():
+            if split_of(document.text, config.validation_fraction) == "validation":
+                words += document.text.split()
+            if len(words) >= num_words:
+                break
     if not words:
         raise ValueError(f"data.name={config.name} has no held-out text for a haystack: give haystack=FILE")
     return Material(haystack=tuple(words), haystack_name=f"held-out text of {config.name}")

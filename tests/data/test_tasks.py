@@ -7,7 +7,20 @@ from random import Random
 
 import pytest
 
-from data.tasks import SUITES, TEXT_TASKS, Material, PromptEncoder, Sample, TaskSet, build_set, read_haystack
+from data import MixtureDataConfig
+from data.config import MixedCorpusConfig
+from data.corpora import split_of
+from data.tasks import (
+    SUITES,
+    TEXT_TASKS,
+    Material,
+    PromptEncoder,
+    Sample,
+    TaskSet,
+    build_set,
+    held_out_text,
+    read_haystack,
+)
 from data.tasks.aggregation import frequencies
 from data.tasks.build import generate
 from data.tasks.material import all_words, sentences, word_list
@@ -364,6 +377,23 @@ def test_chat_models_get_their_turns_in_special_tokens(encoder):
         PromptEncoder(chat.tokenizer, "llama3")
     with pytest.raises(ValueError, match="choose one of base"):
         PromptEncoder(chat.tokenizer, "alpaca")
+
+
+def test_held_out_text_is_of_validation_documents_and_of_no_recall_corpus(corpus):
+    corpora = {
+        "recall": MixedCorpusConfig(source="recall", max_documents=50),
+        "toy": MixedCorpusConfig(source="files", files=[str(corpus)]),
+    }
+    config = MixtureDataConfig(name="mix", seq_len=64, corpora=corpora, validation_fraction=0.2, vocab_size=300)
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    held_out = [text for text in texts if split_of(text, 0.2) == "validation"]
+    assert held_out_text(config, 10**9).haystack == tuple(" ".join(held_out).split())
+    few = held_out_text(config, 100)
+    assert 100 <= len(few.haystack) < 600
+    assert few.haystack_name == "held-out text of mix"
+    only_recall = MixtureDataConfig(name="mix", seq_len=64, corpora={"recall": corpora["recall"]}, vocab_size=300)
+    with pytest.raises(ValueError, match="no held-out text"):
+        held_out_text(only_recall, 100)
 
 
 def test_haystacks_from_files(tmp_path):
