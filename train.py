@@ -21,7 +21,7 @@ from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from data import BatchStream, build_data
+from data import BatchStream, Prefetched, build_data
 from experiments.checkpoint import find_weights, load_checkpoint, load_weights, save_checkpoint
 from experiments.config import TrainConfig, accumulation, check, register_configs, to_config
 from experiments.engine import (
@@ -30,6 +30,7 @@ from experiments.engine import (
     build_engine,
     deepspeed_json,
     forward,
+    gradient_norms,
     init_ranks,
     optimizer_step,
     set_learning_rate,
@@ -39,6 +40,8 @@ from experiments.errors import user_errors
 from experiments.metrics import Clock, MetricsWriter, attention_metrics, peak_memory_mib
 from experiments.optim import build_optimizer, learning_rate
 from experiments.run_dir import RunDir, config_hash, find_run_dir, open_run_dir
+from experiments.tracing import Tracer
+from experiments.utilisation import Utilisation, peak_tflops
 from models import Transformer
 
 register_configs()
@@ -52,11 +55,13 @@ class Run:
     run_dir: RunDir
     ranks: Ranks
     engine: object  # DeepSpeed's
-    train_data: BatchStream
+    train_data: Prefetched
     validation_data: BatchStream
     micro_batches: int  # a step and rank
     tokens: int  # read so far, over all ranks
     metrics: MetricsWriter
+    utilisation: Utilisation
+    tracer: Tracer
     lock: FileLock | None  # of the run directory, on the main rank
 
 
@@ -112,10 +117,14 @@ def build(config: TrainConfig, overrides: Sequence[str] = ()) -> Run | None:
         start["init_from"] = {"weights": str(weights.resolve()), "new_parameters": load_weights(model, weights)}
     if run_dir.checkpoint is not None:
         train_data.load_state_dict(run_dir.state["data"][ranks.rank])
+    train_data = Prefetched(train_data, depth=micro_batches, pin_memory=config.device == "cuda")
     ranks.barrier()  # every rank has looked at the run directory before one changes it
     lock = open_run_dir(run_dir, config, overrides, start) if ranks.is_main else None
 
     model.to(ranks.device)
+    model.checkpoint_activations = config.activation_checkpointing
+    if config.compile:
+        model.compile_layers()
     optimizer = build_optimizer(model, config.optim, ranks.device)
     json = deepspeed_json(config, parameters=parameters, rows=rows, micro_batches=micro_batches)
     engine = build_engine(model, optimizer, json)
@@ -128,7 +137,15 @@ def build(config: TrainConfig, overrides: Sequence[str] = ()) -> Run | None:
         metrics.print("weights of {weights}; new: {new_parameters}".format(**start["init_from"]))
     if run_dir.checkpoint is not None:
         metrics.print(f"resumed from {run_dir.checkpoint} at step {run_dir.step}")
-    return Run(config, run_dir, ranks, engine, train_data, validation_data, micro_batches, tokens, metrics, lock)
+    peak = peak_tflops(config, torch.cuda.get_device_name() if config.device == "cuda" else "")
+    utilisation = Utilisation(config, peak and peak * ranks.world_size)
+    if peak is None and config.device == "cuda":
+        metrics.print("no MFU: the peak of this device and precision is not known, set peak_tflops=...")
+    tracer = Tracer(run_dir.path, config.profile_steps if ranks.is_main else 0, run_dir.step + 1, ranks.device)
+    return Run(
+        *(config, run_dir, ranks, engine, train_data, validation_data, micro_batches, tokens, metrics),
+        *(utilisation, tracer, lock),
+    )
 
 
 def loop(run: Run) -> None:
@@ -145,7 +162,8 @@ def loop(run: Run) -> None:
             engine.module.set_step(step - 1)
             set_learning_rate(engine, rate)
 
-            batches = [next(run.train_data) for _ in range(run.micro_batches)]
+            with clock.waiting():
+                batches = [next(run.train_data) for _ in range(run.micro_batches)]
             targets, read = ranks.sum(sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches))
             loss = torch.zeros((), device=ranks.device)
             stats = None
@@ -155,6 +173,7 @@ def loop(run: Run) -> None:
                 # averages over both, hence the factor.
                 share = batch.num_targets / targets
                 engine.backward(output.loss * (share * run.micro_batches * ranks.world_size))
+                norms = gradient_norms(engine) if is_logged and index == len(batches) - 1 else {}
                 grad_norm = optimizer_step(engine, config.optim.grad_clip)
                 loss += output.loss.detach() * share
                 stats = stats or output.stats
@@ -164,8 +183,11 @@ def loop(run: Run) -> None:
             if is_logged:
                 (total_loss,) = ranks.sum(loss.item())
                 row = {"step": step, "split": "train", "tokens": run.tokens, "loss": total_loss, "lr": rate}
-                row |= {"grad_norm": float(grad_norm), **clock.read(), **backend_metrics(engine)}
+                row |= {"grad_norm": float(grad_norm), **norms, **clock.read(), **backend_metrics(engine)}
                 row["peak_memory_mib"] = peak_memory_mib(ranks.device)
+                if stats:
+                    run.utilisation.measure(stats)
+                row |= run.utilisation.read(batches, row["tokens_per_s"])
                 metrics.write(row | (attention_metrics(stats) if stats else {}))
                 check_finite(row, config)  # before a checkpoint could be overwritten with it
             if config.eval_every and (is_last or step % config.eval_every == 0):
@@ -182,7 +204,10 @@ def loop(run: Run) -> None:
                 }
                 save_checkpoint(run.run_dir.checkpoints, state, engine, ranks, keep=config.keep_checkpoints)
                 clock.restart()
+            run.tracer.step()
     finally:
+        run.tracer.close()
+        run.train_data.close()
         metrics.close()
         if run.lock is not None:
             run.lock.release()

@@ -19,20 +19,19 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     check(value in allowed, f"{name} must be one of {', '.join(allowed)}; got {value!r}")
 
 
+# Numbers get their message only when they are refused: torch.compile cannot format one that it keeps symbolic.
+
+
 def check_positive_int(**values: int) -> None:
     for name, value in values.items():
-        check(
-            isinstance(value, int) and not isinstance(value, bool) and value > 0,
-            f"{name} must be a positive integer; got {value!r}",
-        )
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise ValueError(f"{name} must be a positive integer; got {value!r}")
 
 
 def check_positive(**values: float) -> None:
     for name, value in values.items():
-        check(
-            isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf,
-            f"{name} must be a positive finite number; got {value!r}",
-        )
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a positive finite number; got {value!r}")
 
 
 def check_alpha(alpha: float | Tensor, num_heads: int | None = None) -> None:
@@ -41,8 +40,8 @@ def check_alpha(alpha: float | Tensor, num_heads: int | None = None) -> None:
             alpha.ndim == 0 or (alpha.ndim == 1 and alpha.shape[0] == num_heads),
             f"alpha must be a float or have one entry per query head ({num_heads}); got shape {tuple(alpha.shape)}",
         )
-    else:
-        check(MIN_ALPHA <= alpha <= MAX_ALPHA, f"alpha must lie in [{MIN_ALPHA}, {MAX_ALPHA}]; got {alpha}")
+    elif not MIN_ALPHA <= alpha <= MAX_ALPHA:
+        raise ValueError(f"alpha must lie in [{MIN_ALPHA}, {MAX_ALPHA}]; got {alpha}")
 
 
 def check_like(name: str, x: Tensor, q: Tensor) -> None:

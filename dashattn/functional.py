@@ -152,9 +152,8 @@ def dash_attention(
                 table.shape in {q.shape[1::2], (1, *q.shape[1::2]), (q.shape[0], *q.shape[1::2])},
                 f"summary_rope {name} must be [T, D] or [B, T, D]; got {tuple(table.shape)} for q {tuple(q.shape)}",
             )
-    unsupported = None if prior_heads == "group" else "the kernels have prior_heads='group' only"
     route = {"alpha": alpha, "router_scale": router_scale, "prior": prior, "sigma": sigma, "cu_seqlens": cu_seqlens}
-    if _use_kernels(impl, q, chunk_size, unsupported):
+    if _use_kernels(impl, q, chunk_size, unsupported_priors(prior_heads)):
         from dashattn.ops.chunk_summary.triton import chunk_summary as summarise
         from dashattn.ops.dash_routing.triton import routed_attention
 
@@ -343,6 +342,11 @@ def _stats_with_windows(
     """Stats of a method that scores the compressed keys a token can see."""
     reads = visible_windows(document_positions(cu_seqlens, *q.shape[:2], q.device), **windows)
     return selection_stats(selection, reads, cu_seqlens, window_size)
+
+
+def unsupported_priors(prior_heads: str) -> str | None:
+    """What keeps DashAttention's kernels from these priors, if anything does."""
+    return None if prior_heads == "group" else "the kernels have prior_heads='group' only"
 
 
 def check_infllmv2(block_size, kernel_size, kernel_stride, topk, init_blocks, window_size) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dashattn.ops.block_scores.reference import pool_block_scores, topk_selection, window_overlap
+from dashattn.ops.block_scores.reference import pool_block_scores, topk_selection
 from dashattn.ops.compression.reference import compressed_attention
 from dashattn.selection import Selection
 
@@ -59,8 +59,8 @@ def topk_routing(
             init_blocks=init_blocks,
             local_blocks=local_blocks,
         )
-        overlap = window_overlap(p_BHGTJ.shape[-1], num_blocks, kernel_size, kernel_stride, block_size)
-        return selection, pool_block_scores(p_BHGTJ.sum(2), overlap, pooling).transpose(1, 2)
+        scores = pool_block_scores(p_BHGTJ.sum(2), num_blocks, **windows, block_size=block_size, pooling=pooling)
+        return selection, scores.transpose(1, 2)
 
     scale = q.shape[-1] ** -0.5
     _, ((selection, scores_BTHN),) = compressed_attention(

@@ -5,6 +5,7 @@ from data.batch import IGNORE, Batch, BatchStream
 from data.config import DataConfig, MixtureDataConfig, MQARDataConfig, PackedDataConfig, TextDataConfig
 from data.corpora import DataSourceError
 from data.loader import build_data, prepare_all
+from data.prefetch import Prefetched
 from data.shards import DamagedShardError
 from data.tokenizer import TextTokenizer, build_tokenizer
 
@@ -18,6 +19,7 @@ __all__ = [
     "MQARDataConfig",
     "MixtureDataConfig",
     "PackedDataConfig",
+    "Prefetched",
     "TextDataConfig",
     "TextTokenizer",
     "build_data",

@@ -30,6 +30,11 @@ class Batch:
             None if self.cu_seqlens is None else self.cu_seqlens.to(device, non_blocking=True),
         )
 
+    def pin_memory(self) -> "Batch":
+        """In page-locked memory, from which `to` copies while the GPU computes."""
+        cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.pin_memory()
+        return Batch(self.input_ids.pin_memory(), self.labels.pin_memory(), self.position_ids.pin_memory(), cu_seqlens)
+
     @property
     def num_tokens(self) -> int:
         return self.input_ids.numel()

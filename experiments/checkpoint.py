@@ -18,6 +18,7 @@ from torch import nn
 
 from dashattn.backends import AttentionBackend
 from experiments.files import write_atomically
+from models.hf import is_hf_folder, read_weights
 
 WEIGHTS = "model.safetensors"
 STATE = "state.json"
@@ -96,13 +97,14 @@ def load_checkpoint(checkpoint: Path, engine) -> None:
 
 
 def find_weights(source: str | Path) -> Path:
-    """The model.safetensors of a run directory (its latest checkpoint), of a checkpoint, or the file itself.
+    """The model.safetensors of a run directory (its latest checkpoint), of a checkpoint, or the file itself; a Hugging
+    Face folder as it is.
 
     Raises:
         ValueError: if there is none.
     """
     source = Path(source).expanduser()
-    if source.is_file():
+    if source.is_file() or is_hf_folder(source):
         return source
     if (source / WEIGHTS).exists():
         return source / WEIGHTS
@@ -113,7 +115,7 @@ def find_weights(source: str | Path) -> Path:
 
 
 def load_weights(model: nn.Module, path: Path) -> list[str]:
-    """Load consolidated weights; returns the names of the parameters that the file lacks and that stay as built.
+    """Load what `find_weights` found; returns the names of the parameters that it lacks and that stay as built.
 
     Only parameters that belong to an attention backend may be lacking: they are what one backend has and another
     has not (DashAttention's chunk queries over a dense checkpoint).
@@ -121,7 +123,7 @@ def load_weights(model: nn.Module, path: Path) -> list[str]:
     Raises:
         ValueError: for any other difference, naming it.
     """
-    weights = load_file(path)
+    weights = read_weights(path, model.config) if path.is_dir() else load_file(path)
     own = model.state_dict()
     missing = own.keys() - weights.keys()
     foreign = missing - _backend_state(model)

@@ -80,13 +80,18 @@ class TrainConfig:
     steps: int = MISSING
     rows_per_batch: int = MISSING  # rows a step learns from, over all ranks and micro-batches
     rows_per_micro_batch: int | None = None  # rows of one forward pass on one rank; null = no accumulation
-    init_from: str | None = None  # run directory or checkpoint whose weights are loaded at step 0
+    init_from: str | None = None  # run directory, checkpoint or Hugging Face folder whose weights are loaded at step 0
 
     log_every: int = 10
     stats_every: int = 50  # attention statistics (sparsity) of a logged step that is a multiple of this; 0 = never
     eval_every: int = 200  # validation loss, also at the end; 0 = never
     save_every: int = 1000  # a checkpoint is written at the end in any case; 0 = only there
     keep_checkpoints: int = 2  # the newest ones; 0 = all
+
+    activation_checkpointing: bool = False  # keep each layer's input only; a third more work, a fraction of the memory
+    compile: bool = False  # torch.compile the layers; ZeRO stages 0-2
+    peak_tflops: float | None = None  # of one device, for MFU; null = from a table by its name, none in fp32
+    profile_steps: int = 0  # steps of this launch to trace with PyTorch's profiler into traces/, after the first 4
 
     device: str = "auto"
     threads: int | None = None  # of PyTorch on the CPU; null = PyTorch's choice
@@ -227,9 +232,12 @@ def _check_counts(config: TrainConfig) -> None:
         ("eval_every", 0),
         ("save_every", 0),
         ("keep_checkpoints", 0),
+        ("profile_steps", 0),
     ):
         if getattr(config, key) < least:
             raise ValueError(f"{key}={getattr(config, key)}: at least {least} is needed")
+    if config.peak_tflops is not None and config.peak_tflops <= 0:
+        raise ValueError(f"peak_tflops={config.peak_tflops}: a positive rate is needed, or null")
     if config.threads is not None and config.threads < 1:
         raise ValueError(f"threads={config.threads}: at least 1 is needed, or null")
 
@@ -263,6 +271,10 @@ def _check_precision(config: TrainConfig) -> None:
         raise ValueError("device=cuda, but PyTorch sees no GPU: use device=cpu, or install a CUDA build of PyTorch")
     if precision == "fp16" and config.device == "cpu":
         raise ValueError("deepspeed.precision=fp16 does not run on a CPU: use fp32 or bf16 there")
+    if config.compile and stage == 3:
+        raise ValueError(
+            "compile=true does not go with deepspeed.stage=3, which fetches weights inside the layers: use 2"
+        )
     if precision != "fp32" and stage == 0:
         # DeepSpeed's stage 0 keeps no fp32 master weights in bf16 the way stages 1-3 do, and trains differently.
         raise ValueError(

@@ -159,6 +159,24 @@ def optimizer_step(engine, grad_clip: float) -> float | Tensor | None:
     return norm
 
 
+def gradient_norms(engine) -> dict[str, float]:
+    """L2 norms of a step's gradient, before clipping, over all layers: of each vector that the attention backends hold
+    themselves (`grad_norm_chunk_query`, say), and of all parameters of theirs, the router (`grad_norm_router`).
+
+    To be called between the step's last backward pass and `optimizer_step`; all ranks must call it.
+    """
+    from deepspeed.utils import safe_get_full_grad
+
+    scale = getattr(engine.optimizer, "cur_scale", 1.0)  # of fp16's loss
+    squares: dict[str, Tensor] = {}
+    for backend in engine.module.backends:
+        for name, parameter in backend.named_parameters():
+            square = (safe_get_full_grad(parameter).float() / scale).square().sum()
+            for key in ("router", *([] if "." in name else [name])):
+                squares[key] = squares.get(key, 0) + square
+    return {f"grad_norm_{key}": square.sqrt().item() for key, square in squares.items()}
+
+
 def backend_metrics(engine) -> dict[str, float]:
     """What the attention backends want logged (alpha, say), on average over the layers. All ranks must call it."""
     import deepspeed

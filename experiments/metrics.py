@@ -5,6 +5,8 @@ import resource
 import secrets
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,7 +18,10 @@ from experiments.config import TrainConfig, plain
 from experiments.files import read_rows, write_atomically
 
 METRICS = "metrics.jsonl"
-_SHOWN = ("split", "loss", "lr", "grad_norm", "tokens_per_s", "causal_sparsity", "alpha")
+_SHOWN = (
+    *("split", "loss", "lr", "grad_norm", "tokens_per_s", "data_wait", "mfu_causal", "mfu_sparse"),
+    *("causal_sparsity", "alpha"),
+)
 
 
 def drop_rows_after(path: Path, step: int) -> None:
@@ -46,14 +51,21 @@ def attention_metrics(stats: list[AttentionStats]) -> dict:
 
 
 class Clock:
-    """Time per step and tokens per second since the last reading."""
+    """Time per step, of it the time spent waiting for data, and tokens per second since the last reading."""
 
     def __init__(self):
         self.restart()
 
     def restart(self) -> None:
         """Forget what was counted: called after validation and saving, which are no training time."""
-        self._start, self._steps, self._tokens = time.perf_counter(), 0, 0.0
+        self._start, self._steps, self._tokens, self._waited = time.perf_counter(), 0, 0.0, 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what fetches the data of a step."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
 
     def count(self, tokens: float) -> None:
         """A step has read `tokens`."""
@@ -61,9 +73,10 @@ class Clock:
         self._tokens += tokens
 
     def read(self) -> dict:
-        """Seconds a step and tokens a second of all ranks together, and start over."""
+        """Seconds a step, seconds a step of waiting for data, tokens a second of all ranks; and start over."""
         seconds = time.perf_counter() - self._start
-        values = {"step_time": seconds / self._steps, "tokens_per_s": self._tokens / seconds}
+        values = {"step_time": seconds / self._steps, "data_wait": self._waited / self._steps}
+        values["tokens_per_s"] = self._tokens / seconds
         self.restart()
         return values
 
@@ -102,7 +115,8 @@ class MetricsWriter:
         self._file.flush()
         if self._wandb is not None:
             values = {key: value for key, value in row.items() if isinstance(value, int | float)}
-            self._wandb.log({f"{row['split']}/{key}": value for key, value in values.items()}, step=row["step"])
+            named = {f"{row['split']}/{key}": value for key, value in values.items() if key != "step"}
+            self._wandb.log(named | {"step": row["step"]})
         if self._progress is not None and row["split"] == "train":
             self._progress.update(self._task, completed=row["step"], loss=f"loss {row['loss']:.4f}")
         else:
@@ -137,7 +151,7 @@ def _start_wandb(run_dir: Path, config: TrainConfig):
     id_file = run_dir / "wandb_id"
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(4))
-    return wandb.init(
+    run = wandb.init(
         dir=str(run_dir),
         id=id_file.read_text(),
         resume="allow" if logger.mode == "online" else None,
@@ -150,3 +164,7 @@ def _start_wandb(run_dir: Path, config: TrainConfig):
         config=plain(config),
         settings=wandb.Settings(silent=True),
     )
+    # An axis of our own: a resumed run repeats steps, and wandb drops rows whose own step goes back.
+    run.define_metric("step", hidden=True)
+    run.define_metric("*", step_metric="step")
+    return run

@@ -7,6 +7,7 @@ environment.json   command line, versions, device
 start.json         number of parameters, what the data are, which weights the run began with
 resumed/step-N/    all but config.yaml again, of each resumed launch
 metrics.jsonl      see experiments.metrics
+traces/            see experiments.tracing
 checkpoints/       see experiments.checkpoint
 """
 
@@ -34,8 +35,11 @@ from experiments.metrics import METRICS, drop_rows_after
 CONFIG = "config.yaml"
 _LOCK = ".lock"
 START = "start.json"
-# A resumed run may say these otherwise: they change what is written and where, not what is learned.
-_MAY_DIFFER = ("name", "run_dir", "cache_dir", "logger", "log_every", "stats_every", "save_every", "keep_checkpoints")
+# A resumed run may say these otherwise: they change what is written and kept, not what is learned.
+_MAY_DIFFER = (
+    *("name", "run_dir", "cache_dir", "logger", "log_every", "stats_every", "save_every", "keep_checkpoints"),
+    *("activation_checkpointing", "peak_tflops", "profile_steps"),
+)
 _PACKAGES = (
     *("torch", "triton", "deepspeed", "hydra-core", "omegaconf", "numpy"),
     *("datasets", "tokenizers", "safetensors", "wandb", "transformers", "dashattn"),
@@ -146,7 +150,7 @@ def open_run_dir(run: RunDir, config: TrainConfig, overrides: Sequence[str], sta
 
 def _differences(old: dict, new: dict) -> dict[str, tuple]:
     """Dotted keys whose values differ -> (old, new)."""
-    old, new = _flat(old), _flat(new)
+    old, new = flat(old), flat(new)
     if new["model.vocab_size"] is None:
         new["model.vocab_size"] = old.get("model.vocab_size")  # null stands for the data's
     return {
@@ -156,14 +160,12 @@ def _differences(old: dict, new: dict) -> dict[str, tuple]:
     }
 
 
-def _flat(values: dict, prefix: str = "") -> dict:
-    flat = {}
+def flat(values: dict, prefix: str = "") -> dict:
+    """Nested dictionaries as one, with dotted keys."""
+    result = {}
     for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return result
 
 
 def _code_state() -> tuple[dict, str]:

@@ -9,12 +9,16 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dashattn.backends import AttentionBackend, AttentionConfig, AttentionShape, build_backend
+from dashattn.cache import DecodeCache, LayerCache
 from dashattn.documents import document_positions
+from dashattn.ops.decode.reference import new_positions
 from dashattn.rope import apply_rope
 from dashattn.stats import AttentionStats
 from models.config import ModelConfig
+from models.loss import cross_entropy
 from models.rope import rope_tables
 
 
@@ -23,7 +27,7 @@ class ModelOutput(NamedTuple):
 
     logits: Tensor | None  # [B, T, V], None when labels are given
     loss: Tensor | None  # float32 scalar, the mean over valid labels (0 when there is none)
-    token_losses: Tensor | None  # float32 [B, T] in nats, 0 where the label is -100
+    token_losses: Tensor | None  # float32 [B, T] in nats without gradient, 0 where the label is -100
     stats: list[AttentionStats] | None  # one a layer
 
 
@@ -39,6 +43,7 @@ class Transformer(nn.Module):
         if config.vocab_size is None:
             raise ValueError("model.vocab_size is null: set it to the vocabulary size of the data's tokenizer")
         self.config = config
+        self.checkpoint_activations = False  # keep each layer's input only, and run the layer again in the backward
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -91,26 +96,65 @@ class Transformer(nn.Module):
         hidden_BTE = self.embedding(input_ids_BT) * self.config.embedding_scale
         stats = [] if return_stats else None
         for layer in self.layers:
-            hidden_BTE, layer_stats = layer(hidden_BTE, rope, cu_seqlens, return_stats)
+            inputs = (hidden_BTE, rope, cu_seqlens, return_stats)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                # No layer draws random numbers.
+                hidden_BTE, layer_stats = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden_BTE, layer_stats = layer(*inputs)
             if return_stats:
                 stats.append(layer_stats)
         hidden_BTE = self.norm(hidden_BTE) * self.config.logit_scale
         head = self.embedding.weight if self.lm_head is None else self.lm_head.weight
-        logits_BTV = F.linear(hidden_BTE, head)
         if labels is None:
-            return ModelOutput(logits_BTV, None, None, stats)
-        token_losses_BT = F.cross_entropy(
-            logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32)).flatten(0, 1),
-            labels.flatten(),
-            ignore_index=-100,
-            reduction="none",
-        ).view_as(labels)
-        loss = token_losses_BT.sum() / (labels != -100).sum().clamp(min=1)
-        return ModelOutput(None, loss, token_losses_BT, stats)
+            return ModelOutput(F.linear(hidden_BTE, head), None, None, stats)
+        return ModelOutput(None, *cross_entropy(hidden_BTE, head, labels), stats)
+
+    def new_cache(self, batch: int, capacity: int) -> "ModelCache":
+        """An empty cache for ``batch`` sequences of up to ``capacity`` tokens, in the model's dtype, on its device.
+
+        Raises:
+            ValueError: the attention cannot decode.
+        """
+        if not all(backend.capabilities.decode for backend in self.backends):
+            raise ValueError(f"attention={self.backends[0].config.name} cannot decode: it has no cache")
+        layouts = [backend.cache_layout() for backend in self.backends]
+        weight = self.embedding.weight
+        return ModelCache(self.config, layouts, batch, capacity, dtype=weight.dtype, device=weight.device)
+
+    @torch.no_grad()
+    def decode(self, input_ids_BT: Tensor, cache: "ModelCache", *, at: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V] of new tokens behind the sequences of ``cache``; the same as ``forward``'s over the whole.
+
+        Writes into the cache and leaves its lengths: ``cache.advance`` makes the tokens part of the sequences. Shapes
+        do not depend on the lengths and nothing waits for the device, so that a step can be captured in a CUDA graph.
+
+        Args:
+            input_ids_BT: int64; rows with fewer than T new tokens are padded at their end with any token.
+            at: int64 [B], the one token of each row whose logits are wanted; the result is then [B, 1, V].
+
+        Raises:
+            ValueError: the cache has no room.
+        """
+        cache.check_room(input_ids_BT.shape[1])
+        positions_BT = new_positions(cache.lengths, input_ids_BT.shape[1])
+        rope = tuple(table[positions_BT] for table in cache.rope)
+        hidden_BTE = self.embedding(input_ids_BT) * self.config.embedding_scale
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            hidden_BTE, _ = layer(hidden_BTE, rope, None, False, layer_cache)
+        if at is not None:
+            hidden_BTE = hidden_BTE.take_along_dim(at[:, None, None], 1)
+        head = self.embedding.weight if self.lm_head is None else self.lm_head.weight
+        return F.linear(self.norm(hidden_BTE) * self.config.logit_scale, head)
 
     @property
     def backends(self) -> list[AttentionBackend]:
         return [layer.attention.backend for layer in self.layers]
+
+    def compile_layers(self, **options) -> None:
+        """Compile every layer (``torch.compile`` with ``options``), once for all batch sizes and lengths."""
+        for layer in self.layers:
+            layer.compile(dynamic=True, **options)
 
     def set_step(self, step: int) -> None:
         """Tell every backend the training step, for its schedules."""
@@ -121,6 +165,18 @@ class Transformer(nn.Module):
         """Turn every backend's sparsity knob. Raises ValueError where there is none or the value is impossible."""
         for backend in self.backends:
             backend.set_knob(value)
+
+
+class ModelCache(DecodeCache):
+    """A ``DecodeCache`` of all layers, with the rotary tables of every position.
+
+    Longrope, whose factors depend on a sequence's length, takes those of the capacity, since keys that are cached
+    cannot be turned again: the sequences are what a prefill of ``capacity`` tokens would begin with.
+    """
+
+    def __init__(self, config: ModelConfig, layouts, batch: int, capacity: int, *, dtype: torch.dtype, device):
+        super().__init__(layouts, batch, capacity, dtype=dtype, device=device)
+        self.rope = rope_tables(config, torch.arange(capacity, device=device))
 
 
 class TransformerBlock(nn.Module):
@@ -134,8 +190,10 @@ class TransformerBlock(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x_BTE, rope, cu_seqlens, return_stats) -> tuple[Tensor, AttentionStats | None]:
-        out_BTE, stats = self.attention(self.attention_norm(x_BTE), rope, cu_seqlens, return_stats)
+    def forward(
+        self, x_BTE, rope, cu_seqlens, return_stats, cache: LayerCache | None = None
+    ) -> tuple[Tensor, AttentionStats | None]:
+        out_BTE, stats = self.attention(self.attention_norm(x_BTE), rope, cu_seqlens, return_stats, cache)
         x_BTE = x_BTE + out_BTE * self.residual_scale
         x_BTE = x_BTE + self.mlp(self.mlp_norm(x_BTE)) * self.residual_scale
         return x_BTE, stats
@@ -157,12 +215,17 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x_BTE, rope, cu_seqlens, return_stats) -> tuple[Tensor, AttentionStats | None]:
+    def forward(
+        self, x_BTE, rope, cu_seqlens, return_stats, cache: LayerCache | None = None
+    ) -> tuple[Tensor, AttentionStats | None]:
         q_BTHD = self.q_proj(x_BTE).unflatten(-1, (-1, self.head_dim))
         k_BTHD = self.k_proj(x_BTE).unflatten(-1, (-1, self.head_dim))
         v_BTHD = self.v_proj(x_BTE).unflatten(-1, (-1, self.head_dim))
         q_BTHD = apply_rope(self.q_norm(q_BTHD), *rope)
         k_BTHD = apply_rope(self.k_norm(k_BTHD), *rope)
+        if cache is not None:
+            out_BTHD = self.backend.decode(q_BTHD, k_BTHD, v_BTHD, cache, hidden=x_BTE, rope=rope)
+            return self.o_proj(out_BTHD.flatten(-2)), None
         out = self.backend(
             q_BTHD, k_BTHD, v_BTHD, hidden=x_BTE, rope=rope, cu_seqlens=cu_seqlens, return_stats=return_stats
         )

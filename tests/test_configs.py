@@ -59,6 +59,9 @@ def test_unknown_keys_and_wrong_types_stop_at_composition(override):
     [
         (["deepspeed.stage=0", "deepspeed.precision=bf16"], "deepspeed.stage=1"),
         (["deepspeed.stage=4"], "0, 1, 2, 3"),
+        (["deepspeed=zero3", "compile=true"], "use 2"),
+        (["peak_tflops=0"], "or null"),
+        (["profile_steps=-1"], "at least 0"),
         (["deepspeed.precision=fp16"], "fp32 or bf16"),
         (["deepspeed.precision=int8"], "fp32"),
         (["device=tpu"], "cpu, cuda"),

@@ -4,11 +4,14 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from dashattn import checks
+from dashattn.cache import CacheField, CacheLayout, DecodeCache, LayerCache
 from dashattn.checks import check
-from dashattn.functional import IMPLS, Output
+from dashattn.functional import IMPLS, Output, _use_kernels
+from dashattn.ops.decode import reference as decode_reference
 from dashattn.routing import Routing
 
 
@@ -32,11 +35,13 @@ class Capabilities:
 
     Attributes:
         packed: documents packed with cu_seqlens.
+        decode: new tokens against a cache.
         max_head_dim: largest head size.
         max_group_size: most query heads per KV head.
     """
 
     packed: bool = True
+    decode: bool = True
     max_head_dim: int = 256
     max_group_size: int = 32
 
@@ -123,6 +128,96 @@ class AttentionBackend(nn.Module):
             [B, T, Hq, D] in q's dtype.
         """
         raise NotImplementedError
+
+    def new_cache(self, batch: int, capacity: int, *, dtype: torch.dtype, device) -> DecodeCache:
+        """An empty cache of this one layer, for ``batch`` sequences of up to ``capacity`` tokens."""
+        return DecodeCache([self.cache_layout()], batch, capacity, dtype=dtype, device=device)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache: LayerCache,
+        *,
+        hidden: Tensor | None = None,
+        rope: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Writes new tokens into the cache, behind the sequences there, and attends from them.
+
+        The same outputs as ``forward`` over the whole sequences. Nothing is differentiable. The lengths stay: call
+        ``DecodeCache.advance`` when all layers have decoded. Rows with fewer than T new tokens are padded at their end.
+
+        Args:
+            q, k, v, hidden: as in ``forward``, of T >= 1 new tokens.
+            cache: a layer of a ``DecodeCache``.
+            rope: (cos, sin) of the new tokens, each [T, D] or [B, T, D].
+
+        Returns:
+            [B, T, Hq, D] in q's dtype; without meaning where a row is padded.
+
+        Raises:
+            ValueError: shapes, dtype or device do not fit the cache, or the cache has no room.
+        """
+        checks.check_qkv(q, k, v, None)
+        keys = cache["k"]
+        checks.check_shape("k", k, (keys.shape[0], k.shape[1], *keys.shape[2:]))
+        checks.check_like("the cache", keys, q)
+        cache.sequences.check_room(q.shape[1])
+        if rope is not None:
+            rope = tuple(table.expand(q.shape[0], -1, -1) for table in rope)
+        self._write(k, v, cache, hidden, rope)
+        if cache.is_empty:  # a prompt from its beginning: what forward is for
+            return self(q, k, v, hidden=hidden, rope=rope)
+        return self._attend(q, cache, hidden)
+
+    def decodes_statically(self, cache: LayerCache) -> bool:
+        """Whether ``decode`` with this cache never waits for the device, so that a CUDA graph can hold it."""
+        return True
+
+    @property
+    def block_size(self) -> int:
+        """Keys per block that decoding reads or leaves."""
+        raise NotImplementedError
+
+    def cache_layout(self) -> CacheLayout:
+        """What a layer's cache holds: at least ``k`` and ``v``."""
+        return self._layout()
+
+    def _layout(self, **fields: CacheField) -> CacheLayout:
+        """Keys, values and ``fields``."""
+        tokens = CacheField(self.shape.num_kv_heads, self.shape.head_dim)
+        return CacheLayout(self.block_size, {"k": tokens, "v": tokens, **fields})
+
+    def _write(self, k: Tensor, v: Tensor, cache: LayerCache, hidden, rope) -> None:
+        """Writes what ``cache_layout`` names for the new tokens."""
+        self._append(k, v, cache)
+
+    def _append(self, k: Tensor, v: Tensor, cache: LayerCache, **pooled) -> bool:
+        """Writes keys and values; whether the kernel for one token did, and wrote what ``pooled`` asks for, too."""
+        kernels = self._decode_kernels(k)
+        if kernels is None or k.shape[1] > 1:
+            cache.write(k=k, v=v)
+            return False
+        kernels.append(k, v, cache["k"], cache["v"], cache.lengths, **pooled)
+        return True
+
+    def _attend(self, q: Tensor, cache: LayerCache, hidden) -> Tensor:
+        """Attention from the new tokens, written already, over the cache."""
+        raise NotImplementedError
+
+    def _decode_operations(self, x: Tensor):
+        """The module of decode operations, kernels or reference, that takes tensors like ``x``."""
+        return self._decode_kernels(x) or decode_reference
+
+    def _decode_kernels(self, x: Tensor, unsupported: str | None = None):
+        """The module of the decode kernels where they take tensors like ``x``, else None."""
+        if not _use_kernels(self.config.impl, x, self.block_size, unsupported):
+            return None
+        from dashattn.ops.decode import triton
+
+        return triton
 
     def set_step(self, step: int) -> None:
         """Moves schedules to an optimiser step; a pure function of the step, so that resuming is exact."""

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from dashattn import checks
 from dashattn.backends.base import AttentionBackend, AttentionConfig
+from dashattn.cache import CacheField
 from dashattn.checks import check
-from dashattn.functional import dash_attention
+from dashattn.functional import dash_attention, unsupported_priors
 from dashattn.ops.chunk_summary.reference import chunk_summary
 from dashattn.ops.dash_routing.reference import PRIOR_HEADS, PRIORS, dash_routing
+from dashattn.ops.decode.reference import cached_attention, cached_dash_routing
 from dashattn.ops.dtypes import upcast
 from dashattn.ops.entmax.reference import MAX_ALPHA, MIN_ALPHA
 from dashattn.routing import Routing, past_blocks
@@ -85,14 +87,16 @@ class DashBackend(AttentionBackend):
     def set_step(self, step: int) -> None:
         config = self.config
         self.scheduled_alpha = config.alpha
-        if config.alpha_mode == "scheduled":
-            progress = min(step / config.alpha_steps, 1.0)
-            self.scheduled_alpha = config.alpha_start + (config.alpha - config.alpha_start) * progress
+        if config.alpha_mode == "scheduled" and step < config.alpha_steps:
+            alpha = config.alpha_start + (config.alpha - config.alpha_start) * step / config.alpha_steps
+            # A tensor: for a number torch.compile would compile anew at each step.
+            self.scheduled_alpha = torch.full((), alpha, dtype=torch.float64, device=self.chunk_query.device)
 
     def alpha(self) -> float | Tensor:
-        """The current alpha: a float, or [Hq] when it is learned."""
+        """The current alpha: a float, [] while a schedule moves it, [Hq] when it is learned."""
         if self.alpha_logit is None:
-            return self.scheduled_alpha
+            alpha = self.scheduled_alpha
+            return alpha.to(self.chunk_query.device) if isinstance(alpha, Tensor) else alpha
         return MIN_ALPHA + (MAX_ALPHA - MIN_ALPHA) * upcast(self.alpha_logit).sigmoid()
 
     def metrics(self) -> dict[str, float]:
@@ -101,7 +105,7 @@ class DashBackend(AttentionBackend):
 
     def route(self, q, k, v, *, hidden=None, rope=None):
         config, (length, num_heads, head_dim) = self.config, q.shape[1:]
-        rope = rope if config.summary_rope == "mean" else None
+        rope = self._summary_rope(rope)
         summaries = chunk_summary(k, self.chunk_query, chunk_size=config.chunk_size, rope=rope)
         options = {"chunk_size": config.chunk_size, "alpha": self.alpha(), "router_scale": config.router_scale}
         # The raw prior of the group is the logarithm of its probability, and 0 off the support.
@@ -118,8 +122,6 @@ class DashBackend(AttentionBackend):
 
     def forward(self, q, k, v, *, hidden=None, rope=None, cu_seqlens=None, return_stats=False):
         config = self.config
-        if config.summary_rope == "mean":
-            check(rope is not None, "summary_rope=mean needs the rotary tables: pass rope=(cos, sin)")
         return dash_attention(
             q,
             k,
@@ -131,8 +133,68 @@ class DashBackend(AttentionBackend):
             prior=config.prior,
             sigma=config.sigma,
             prior_heads=config.prior_heads,
-            summary_rope=rope if config.summary_rope == "mean" else None,
+            summary_rope=self._summary_rope(rope),
             cu_seqlens=cu_seqlens,
             impl=config.impl,
             return_stats=return_stats,
         )
+
+    def _summary_rope(self, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+        if self.config.summary_rope == "none":
+            return None
+        check(rope is not None, "summary_rope=mean needs the rotary tables: pass rope=(cos, sin)")
+        return rope
+
+    def decodes_statically(self, cache):
+        return self._decode_kernels(cache["k"]) is not None
+
+    @property
+    def block_size(self):
+        return self.config.chunk_size
+
+    def cache_layout(self):
+        config, shape = self.config, self.shape
+        fields = {"summaries": CacheField(shape.num_kv_heads, shape.head_dim, tokens_per_row=config.chunk_size)}
+        if config.summary_rope == "mean":
+            fields |= dict.fromkeys(("cos", "sin"), CacheField(1, shape.head_dim, table=True))
+        return self._layout(**fields)
+
+    def _write(self, k, v, cache, hidden, rope):
+        size, sources = self.config.chunk_size, ["k"]
+        rope = self._summary_rope(rope)
+        if rope is None:
+            pooled = dict(pooled=cache["summaries"], window=(size, size), chunk_query=self.chunk_query)
+            if self._append(k, v, cache, **pooled):
+                return
+        else:
+            self._append(k, v, cache)
+            cache.write(cos=rope[0][:, :, None], sin=rope[1][:, :, None])
+            sources += ["cos", "sin"]
+        kernels = self._decode_kernels(k)
+        pool = chunk_summary if kernels is None else kernels.chunk_summary
+
+        def summarise(keys, *tables):
+            rope = tuple(table.squeeze(2) for table in tables) or None
+            return (pool(keys, self.chunk_query, chunk_size=size, rope=rope),)
+
+        cache.write_windows(k.shape[1], size, size, summarise, sources, ["summaries"])
+
+    def _attend(self, q, cache, hidden):
+        config = self.config
+        options = dict(
+            chunk_size=config.chunk_size,
+            alpha=self.alpha(),
+            router_scale=config.router_scale,
+            prior=config.prior,
+            sigma=config.sigma,
+        )
+        kernels = self._decode_kernels(q)
+        if kernels is not None:
+            return kernels.routed_attention(q, cache["k"], cache["v"], cache["summaries"], cache.lengths, **options)
+        selection, bias = cached_dash_routing(
+            q, cache["summaries"], cache.lengths, prior_heads=config.prior_heads, **options
+        )
+        return cached_attention(q, cache["k"], cache["v"], cache.lengths, selection, bias)
+
+    def _decode_kernels(self, x, unsupported=None):
+        return super()._decode_kernels(x, unsupported_priors(self.config.prior_heads))

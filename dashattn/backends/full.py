@@ -18,3 +18,10 @@ class FullBackend(AttentionBackend):
 
     def forward(self, q, k, v, *, hidden=None, rope=None, cu_seqlens=None, return_stats=False):
         return full_attention(q, k, v, cu_seqlens=cu_seqlens, impl=self.config.impl, return_stats=return_stats)
+
+    @property
+    def block_size(self):
+        return 64
+
+    def _attend(self, q, cache, hidden):
+        return self._decode_operations(q).cached_attention(q, cache["k"], cache["v"], cache.lengths)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from dashattn.backends.base import AttentionBackend, AttentionConfig
+from dashattn.cache import CacheField
 from dashattn.functional import check_infllmv2, infllmv2_attention
 from dashattn.ops.compression.reference import mean_compress
 from dashattn.routing import topk_routing
@@ -72,3 +73,39 @@ class InfLLMv2Backend(AttentionBackend):
             impl=config.impl,
             return_stats=return_stats,
         )
+
+    @property
+    def block_size(self):
+        return self.config.block_size
+
+    def cache_layout(self):
+        config, shape = self.config, self.shape
+        windows = CacheField(shape.num_kv_heads, shape.head_dim, tokens_per_row=config.kernel_stride)
+        return self._layout(compressed_k=windows)
+
+    def _write(self, k, v, cache, hidden, rope):
+        size, stride = self.config.kernel_size, self.config.kernel_stride
+        if self._append(k, v, cache, pooled=cache["compressed_k"], window=(size, stride)):
+            return
+
+        def compress(keys):
+            return (mean_compress(keys, size, stride),)
+
+        cache.write_windows(k.shape[1], size, stride, compress, ["k"], ["compressed_k"])
+
+    def _attend(self, q, cache, hidden):
+        config, operations = self.config, self._decode_operations(q)
+        _, selection = operations.cached_window_routing(
+            q,
+            cache["compressed_k"],
+            None,
+            cache.lengths,
+            pooling="max",
+            block_size=config.block_size,
+            kernel_size=config.kernel_size,
+            kernel_stride=config.kernel_stride,
+            topk=config.topk,
+            init_blocks=config.init_blocks,
+            local_blocks=config.window_size // config.block_size + 1,
+        )
+        return operations.cached_attention(q, cache["k"], cache["v"], cache.lengths, selection)

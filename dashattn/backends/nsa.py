@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dashattn import checks
 from dashattn.backends.base import AttentionBackend, AttentionConfig, AttentionFlops
+from dashattn.cache import CacheField
 from dashattn.checks import check
 from dashattn.functional import check_nsa, nsa_attention
 from dashattn.ops.compression.reference import compress_windows
@@ -132,23 +133,18 @@ class NSABackend(AttentionBackend):
 
     def forward(self, q, k, v, *, hidden=None, rope=None, cu_seqlens=None, return_stats=False):
         config = self.config
-        needs_hidden = config.variant == "paper"
-        check(
-            hidden is not None or not needs_hidden,
-            "variant=paper computes its gates from hidden: pass hidden",
-        )
+        gates = self._gates(q, hidden)
         compress_from, window = (k, v), (None, None)
         if self.branch_kv is not None:
             compress_from, window = self._own_kv(hidden, rope)
         compressed_k, compressed_v = self._compress(*compress_from, cu_seqlens)
-        gates = self.gate(hidden).unflatten(-1, (-1, 3)) if needs_hidden else self.gate(q)
         return nsa_attention(
             q,
             k,
             v,
             compressed_k,
             compressed_v,
-            gates.sigmoid(),
+            gates,
             k_window=window[0],
             v_window=window[1],
             pooling=config.pooling,
@@ -163,6 +159,60 @@ class NSABackend(AttentionBackend):
             impl=config.impl,
             return_stats=return_stats,
         )
+
+    def _gates(self, q: Tensor, hidden: Tensor | None) -> Tensor:
+        """In [0, 1], one per branch: [B, T, Hq, 2 or 3]."""
+        if self.config.variant == "minicpm":
+            return self.gate(q).sigmoid()
+        check(hidden is not None, "variant=paper computes its gates from hidden: pass hidden")
+        return self.gate(hidden).unflatten(-1, (-1, 3)).sigmoid()
+
+    @property
+    def block_size(self):
+        return self.config.block_size
+
+    def cache_layout(self):
+        config, shape = self.config, self.shape
+        tokens = CacheField(shape.num_kv_heads, shape.head_dim)
+        windows = CacheField(shape.num_kv_heads, shape.head_dim, tokens_per_row=config.kernel_stride)
+        fields = {"compressed_k": windows, "compressed_v": windows}
+        if self.branch_kv is not None:
+            fields |= dict.fromkeys(("k_compress", "v_compress", "k_window", "v_window"), tokens)
+        return self._layout(**fields)
+
+    def _write(self, k, v, cache, hidden, rope):
+        sources = ("k", "v")
+        if self.branch_kv is not None:
+            sources = ("k_compress", "v_compress")
+            own = self._own_kv(hidden, rope)
+            cache.write(**dict(zip((*sources, "k_window", "v_window"), (*own[0], *own[1]), strict=True)))
+        self._append(k, v, cache)
+        size, stride = self.config.kernel_size, self.config.kernel_stride
+        compress = partial(self._compress, cu_seqlens=None)
+        cache.write_windows(k.shape[1], size, stride, compress, sources, ("compressed_k", "compressed_v"))
+
+    def _attend(self, q, cache, hidden):
+        config, operations = self.config, self._decode_operations(q)
+        out_compressed, selection = operations.cached_window_routing(
+            q,
+            cache["compressed_k"],
+            cache["compressed_v"],
+            cache.lengths,
+            pooling=config.pooling,
+            block_size=config.block_size,
+            kernel_size=config.kernel_size,
+            kernel_stride=config.kernel_stride,
+            topk=config.topk,
+            init_blocks=config.init_blocks,
+            local_blocks=config.local_blocks,
+        )
+        branches = [out_compressed, operations.cached_attention(q, cache["k"], cache["v"], cache.lengths, selection)]
+        if config.window_size:
+            names = ("k", "v") if self.branch_kv is None else ("k_window", "v_window")
+            keys, values = (cache[name] for name in names)
+            window = operations.cached_attention(q, keys, values, cache.lengths, window_size=config.window_size)
+            branches.append(window)
+        return operations.gated_sum(self._gates(q, hidden), branches).to(q.dtype)
 
     def flops(self, active_tokens, routing_reads):
         """Keys that the selected and the window branch both read count once, as they do in the sparsity."""

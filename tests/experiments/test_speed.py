@@ -222,6 +222,7 @@ def test_baselines_that_are_not_installed_have_rows(rows_of):
     assert {row["method"] for row in rows if row["status"] == "not installed"} == {
         "FlashAttention-3",
         "fla NSA",
+        "XunhaoLai NSA",
         "released DashAttention",
     }
 

@@ -1,8 +1,10 @@
 """The loop, in this process."""
 
+import gzip
 import json
 import shutil
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ from safetensors.torch import load_file
 
 import train as train_module
 from data import MQARDataConfig
+from experiments import export
 from experiments.files import read_rows
+from models import Transformer
 from train import train
 
 ATTENTION = {
@@ -64,9 +68,11 @@ def test_the_stage_changes_nothing_and_resume_is_exact(make_config, tmp_path, re
     whole = train(make_config("whole", *options))
     if not reference_losses:
         reference_losses["loss"] = losses(whole)
-        reference_losses["grad_norm"] = [row["grad_norm"] for row in rows(whole)]
+        for key in ("grad_norm", "grad_norm_router"):
+            reference_losses[key] = [row[key] for row in rows(whole)]
     assert losses(whole) == reference_losses["loss"]
-    assert [row["grad_norm"] for row in rows(whole)] == pytest.approx(reference_losses["grad_norm"], rel=1e-5)
+    for key in ("grad_norm", "grad_norm_router"):
+        assert [row[key] for row in rows(whole)] == pytest.approx(reference_losses[key], rel=1e-5, abs=0)
 
     interrupt_after(whole, 2, tmp_path / "resumed")
     resumed = train(make_config("resumed", *options))
@@ -121,6 +127,23 @@ def test_a_run_can_begin_with_dense_weights(make_config, tmp_path):
     with pytest.raises(ValueError, match="no weights in"):
         train(make_config("lost", f"init_from={tmp_path / 'nowhere'}"))
     assert not (tmp_path / "lost").exists()
+
+
+def test_a_run_can_begin_with_a_hugging_face_folder_and_become_one(make_config, tmp_path, capsys):
+    dense = train(make_config("dense"))
+    export.main([str(dense), str(tmp_path / "folder")])
+    from_run, from_folder = (
+        train(make_config(name, *ATTENTION["dash"], f"init_from={source}"))
+        for name, source in (("from_run", dense), ("from_folder", tmp_path / "folder"))
+    )
+    assert losses(from_folder) == losses(from_run)
+    start = json.loads((from_folder / "start.json").read_text())["init_from"]
+    assert start["new_parameters"] == [f"layers.{i}.attention.backend.chunk_query" for i in range(2)]
+    export.main([str(from_folder), str(tmp_path / "back")])
+    assert "left out: layers.0.attention.backend.chunk_query" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        export.main([str(from_folder), str(tmp_path / "back")])
+    assert "back exists: give a new folder" in capsys.readouterr().err
 
 
 def test_a_complete_run_is_left_alone(make_config, capsys):
@@ -179,9 +202,70 @@ def test_a_vocabulary_smaller_than_the_datas_is_refused(make_config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_wandb_writes_under_the_run_directory(make_config):
-    run_dir = train(make_config("run", "logger=offline"))
-    assert list(run_dir.glob("wandb/offline-run-*/*.wandb"))
+def test_wandb_shows_a_resumed_run_as_one(make_config, tmp_path, monkeypatch):
+    import wandb
+
+    logged, log = [], wandb.Run.log
+    monkeypatch.setattr(wandb.Run, "log", lambda run, row, **options: (logged.append(row), log(run, row, **options))[1])
+    options = ["logger=offline", "save_every=2", "keep_checkpoints=0"]
+    whole = train(make_config("whole", *options))
+    interrupt_after(whole, 2, tmp_path / "resumed")
+    resumed = train(make_config("resumed", *options))
+    identity = (whole / "wandb_id").read_text()
+    files = list(resumed.glob("wandb/offline-run-*/*.wandb"))
+    assert [file.name for file in files] == [f"run-{identity}.wandb"] * len(files)
+    assert len(files) in (1, 2)  # one directory when both launches began in the same second
+    # The steps that were done again stand on an axis of their own, which may go back.
+    assert [row["step"] for row in logged] == [1, 2, 3, 4, 3, 4]
+    assert [row["train/loss"] for row in logged] == [*losses(whole), *losses(whole)[2:]]
+
+
+def test_a_row_says_what_the_step_cost(make_config):
+    row = rows(train(make_config("run", *ATTENTION["dash"], "attention.prior=raw", "stats_every=1")))[-1]
+    assert 0 <= row["data_wait"] < row["step_time"]
+    assert 0 < row["grad_norm_router"] == row["grad_norm_chunk_query"] < row["grad_norm"]
+    assert not {"mfu_causal", "mfu_sparse"} & row.keys()  # on a CPU there is nothing to compare with
+
+
+def test_the_norms_of_the_routers_gradient_are_autograds(make_config, monkeypatch):
+    seen, measure = [], train_module.gradient_norms
+
+    def spy(engine):
+        grads = [p.grad.flatten() for backend in engine.module.backends for p in backend.parameters()]
+        seen.append((measure(engine), torch.cat(grads).norm().item()))
+        return seen[-1][0]
+
+    monkeypatch.setattr(train_module, "gradient_norms", spy)
+    train(make_config("run", *ATTENTION["nsa"], "deepspeed=zero0", "steps=2"))
+    assert len(seen) == 2
+    for norms, expected in seen:
+        assert norms["grad_norm_router"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_profiling_writes_one_trace_of_the_main_rank(make_config):
+    run_dir = train(make_config("run", "steps=7", "profile_steps=2"))
+    (trace,) = (run_dir / "traces").iterdir()
+    assert trace.name == "step-00000005.json.gz"
+    with gzip.open(trace) as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"ProfilerStep#4", "ProfilerStep#5"} <= names
+    assert "ProfilerStep#6" not in names
+
+
+def test_activation_checkpointing_changes_no_loss(make_config):
+    plain = losses(train(make_config("plain", *ATTENTION["dash"])))
+    for stage in (1, 3):
+        options = [*ATTENTION["dash"], "activation_checkpointing=true", f"deepspeed=zero{stage}", "stats_every=2"]
+        run_dir = train(make_config(f"zero{stage}", *options))
+        assert losses(run_dir) == pytest.approx(plain, rel=1e-6)
+
+
+def test_compiled_layers_train_alike(make_config, monkeypatch):
+    # Without Inductor, which needs a compiler.
+    monkeypatch.setattr(Transformer, "compile_layers", partialmethod(Transformer.compile_layers, backend="aot_eager"))
+    compiled = train(make_config("compiled", "compile=true"))
+    monkeypatch.undo()
+    assert losses(compiled) == pytest.approx(losses(train(make_config("plain"))), rel=1e-4)
 
 
 def test_the_entry_point_prints_one_message(make_config, monkeypatch, capsys):

@@ -17,6 +17,7 @@ from dashattn.ops.block_sparse import hopper
 from dashattn.ops.block_sparse import triton as attention
 from dashattn.ops.block_sparse.schedule import tile_lists
 from dashattn.ops.dash_routing import triton as routing
+from dashattn.ops.decode import triton as decode
 from dashattn.ops.gates.triton import gated_sum
 from dashattn.ops.tiles import geometry
 from dashattn.selection import Selection
@@ -69,6 +70,14 @@ out = gated_sum(torch.ones(batch, length, heads, 2), [compressed_out, window_out
 out.backward(out)
 blocks = dict(pooling="max", block_size=chunk, topk=2, init_blocks=0, local_blocks=1)
 select_blocks(q, compressed[0], lse, **windows, **blocks)
+
+q, k, v, summaries = (x.detach() for x in (q[:, :1], k, v, summaries))
+lengths = torch.tensor([200], dtype=torch.int32)
+decode.append(k[:, :1], v[:, :1], k, v, lengths, pooled=summaries, window=(chunk, chunk), chunk_query=k[0, 0])
+options = dict(chunk_size=chunk, alpha=1.7, router_scale=1.0, prior="raw", sigma=1.0)
+decode.routed_attention(q, k, v, summaries, lengths, **options)
+options = dict(kernel_size=32, kernel_stride=16, block_size=64, topk=2, init_blocks=0, local_blocks=1)
+decode.cached_window_routing(q, k[:, :16], v[:, :16], lengths, pooling="max", **options)
 
 for kernel in kernels:
     report = dict(

@@ -21,7 +21,7 @@ def _chunk(documents, starts, slot, num_documents, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _pooling_weights(k, query, softmax_scale):
+def pooling_weights(k, query, softmax_scale):
     logits = tl.sum(k * query[None, :], 1) * softmax_scale
     weights = tl.exp(logits - tl.max(logits, 0))
     return weights / tl.sum(weights, 0)
@@ -43,7 +43,7 @@ def summary_kernel(
     k = tl.load(k_ptr + offset, mask=in_dim[None, :], other=0.0).to(tl.float32)
     query_offset = summary.to(tl.int64) * query_stride + kv_head * HEAD_DIM + dim
     query = tl.load(query_ptr + query_offset, mask=in_dim, other=0.0).to(tl.float32)
-    weights = _pooling_weights(k, query, softmax_scale)
+    weights = pooling_weights(k, query, softmax_scale)
     out = tl.sum(weights[:, None] * k, 0)
     out_offset = (summary.to(tl.int64) * KV_HEADS + kv_head) * HEAD_DIM + dim
     tl.store(out_ptr + out_offset, out.to(out_ptr.dtype.element_ty), mask=in_dim)
@@ -66,7 +66,7 @@ def summary_grad_kernel(
     k = tl.load(k_ptr + offset, mask=in_dim[None, :], other=0.0).to(tl.float32)
     query_offset = summary.to(tl.int64) * query_stride + kv_head * HEAD_DIM + dim
     query = tl.load(query_ptr + query_offset, mask=in_dim, other=0.0).to(tl.float32)
-    weights = _pooling_weights(k, query, softmax_scale)
+    weights = pooling_weights(k, query, softmax_scale)
     grad_offset = (summary.to(tl.int64) * KV_HEADS + kv_head) * HEAD_DIM + dim
     grad = tl.load(grad_ptr + grad_offset, mask=in_dim, other=0.0).to(tl.float32)
     w = tl.sum(k * grad[None, :], 1)
@@ -138,7 +138,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad):
     k, queries, cu_seqlens = ctx.saved_tensors
     dk, dquery = _backward_op(grad, k, queries, cu_seqlens, ctx.chunk_size)
-    if len(queries) == 1 and len(dquery) != 1:
+    if queries.shape[0] == 1:
         dquery = dquery.sum(0, keepdim=True)
     return dk, dquery.to(queries.dtype), None, None
 

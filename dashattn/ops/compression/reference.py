@@ -71,6 +71,25 @@ def mean_compress(x: Tensor, kernel_size: int, kernel_stride: int, cu_seqlens: T
     )
 
 
+def attend_windows(
+    q: Tensor, compressed_k: Tensor, compressed_v: Tensor | None, visible: Tensor, scale: float
+) -> tuple[Tensor | None, Tensor]:
+    """Attention of q [B, T, Hq, D] over the first ``visible`` (int, broadcasts to [B, T]) of J windows [B, J, H, D].
+
+    Returns:
+        The output [B, T, Hq, D] (None without ``compressed_v``) and the probabilities [B, H, G, T, J], in float32 or
+        float64; both 0 where nothing is visible.
+    """
+    q_BTHGD = upcast(q).unflatten(2, (compressed_k.shape[2], -1)) * scale
+    allowed = (torch.arange(compressed_k.shape[1], device=q.device) < visible[..., None])[:, None, None]
+    logits = torch.einsum("bthgd,bjhd->bhgtj", q_BTHGD, upcast(compressed_k))
+    p = masked_softmax(logits, allowed) if logits.shape[-1] else logits
+    p = p.masked_fill(~allowed, 0)
+    if compressed_v is None:
+        return None, p
+    return torch.einsum("bhgtj,bjhd->bthgd", p, upcast(compressed_v)).flatten(2, 3), p
+
+
 def compressed_attention(
     q: Tensor,
     compressed_k: Tensor,
@@ -93,7 +112,6 @@ def compressed_attention(
         The output [B, T, Hq, D] in float32 or float64 (None without ``compressed_v``; 0 before the first window),
         and ``consume``'s result for each document.
     """
-    num_kv_heads = compressed_k.shape[2]
     consumed = []
     offset = 0  # of this document's first window
 
@@ -102,17 +120,12 @@ def compressed_attention(
         length = q_BTHD.shape[1]
         windows = slice(offset, offset + num_windows(length, kernel_size, kernel_stride))
         offset = windows.stop
-        q_BTHGD = upcast(q_BTHD).unflatten(2, (num_kv_heads, -1)) * scale
-        positions = document_positions(None, 1, length, q.device)[0]
+        positions = document_positions(None, 1, length, q.device)
         visible = visible_windows(positions, kernel_size, kernel_stride)
-        allowed_TJ = torch.arange(windows.stop - windows.start, device=q.device) < visible[:, None]
-        logits = torch.einsum("bthgd,bjhd->bhgtj", q_BTHGD, upcast(compressed_k[:, windows]))
-        p = masked_softmax(logits, allowed_TJ) if logits.shape[-1] else logits
-        p = p.masked_fill(~allowed_TJ, 0)
+        values = None if compressed_v is None else compressed_v[:, windows]
+        out, p = attend_windows(q_BTHD, compressed_k[:, windows], values, visible, scale)
         consumed.append(consume(p))
-        if compressed_v is None:
-            return None
-        return torch.einsum("bhgtj,bjhd->bthgd", p, upcast(compressed_v[:, windows])).flatten(2, 3)
+        return out
 
     outs = per_document(attend, cu_seqlens, q)
     return None if compressed_v is None else torch.cat(outs, dim=1), consumed

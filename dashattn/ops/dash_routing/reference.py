@@ -48,33 +48,18 @@ def dash_routing(
         float32 (float64 for float64), with N = ceil(longest document / chunk_size). Entries that are not selected
         hold 0; with raw head priors -inf marks selected chunks off the head's own support.
     """
-    group = q.shape[2] // summaries.shape[2]
-    if isinstance(alpha, Tensor):
-        alpha = alpha.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
-        alpha = alpha.expand(q.shape[2]).reshape(-1, group, 1, 1)
-
+    options = dict(alpha=alpha, router_scale=router_scale, prior=prior, sigma=sigma, prior_heads=prior_heads)
     offset = 0  # of this document's first summary
 
     def route(q_BTHD):
         nonlocal offset
-        length, head_dim = q_BTHD.shape[1], q_BTHD.shape[-1]
-        complete, num_chunks = length // chunk_size, -(-length // chunk_size)
-        summaries_BnHD = upcast(summaries[:, offset : offset + complete])
+        length = q_BTHD.shape[1]
+        complete = length // chunk_size
+        summaries_BnHD = summaries[:, offset : offset + complete]
         offset += complete
-        q_BTHGD = upcast(q_BTHD).unflatten(2, (-1, group))
-        scores = torch.einsum("bthgd,bnhd->bhgtn", q_BTHGD, summaries_BnHD) * (router_scale * head_dim**-0.5)
-        own_chunk = torch.arange(length, device=q.device) // chunk_size
-        past_Tn = torch.arange(complete, device=q.device) < own_chunk[:, None]
-        p, log_p = entmax(scores, alpha, past_Tn)
-
-        past_BTHN = F.pad((p > 0).any(2), (0, num_chunks - complete)).transpose(1, 2)
-        selected = past_BTHN | F.one_hot(own_chunk, num_chunks).bool()[:, None]
-        selection = Selection.from_mask(selected, chunk_size)
-        if prior == "none":
-            return selection, None
-        bias = _prior(log_p, p > 0, prior, sigma, prior_heads)
-        bias = F.pad(bias, (0, num_chunks - complete)).flatten(1, 2).transpose(1, 2)
-        return selection, bias
+        own_chunk = torch.arange(length, device=q.device)[None] // chunk_size
+        selected, bias = select_chunks(q_BTHD, summaries_BnHD, own_chunk, -(-length // chunk_size), **options)
+        return Selection.from_mask(selected, chunk_size), bias
 
     selections, biases = zip(*per_document(route, cu_seqlens, q), strict=True)
     if prior == "none":
@@ -82,6 +67,44 @@ def dash_routing(
     longest = max(b.shape[-1] for b in biases)
     bias = torch.cat([F.pad(b, (0, longest - b.shape[-1])) for b in biases], dim=1)
     return Selection.concatenate(selections), bias
+
+
+def select_chunks(
+    q: Tensor,
+    summaries: Tensor,
+    own_chunk: Tensor,
+    num_chunks: int,
+    *,
+    alpha: float | Tensor,
+    router_scale: float,
+    prior: str,
+    sigma: float,
+    prior_heads: str,
+) -> tuple[Tensor, Tensor | None]:
+    """``dash_routing`` of queries anywhere in their sequences: a mask [B, T, H, N] in place of the selection.
+
+    Args:
+        q: [B, T, Hq, D].
+        summaries: [B, n, H, D], of which a query may choose those before its own chunk.
+        own_chunk: integers that broadcast to [B, T].
+        num_chunks: N >= n.
+    """
+    group = q.shape[2] // summaries.shape[2]
+    if isinstance(alpha, Tensor):
+        alpha = alpha.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+        alpha = alpha.expand(q.shape[2]).reshape(-1, group, 1, 1)
+    q_BTHGD = upcast(q).unflatten(2, (-1, group))
+    scores = torch.einsum("bthgd,bnhd->bhgtn", q_BTHGD, upcast(summaries)) * (router_scale * q.shape[-1] ** -0.5)
+    past = torch.arange(summaries.shape[1], device=q.device) < own_chunk[..., None]
+    p, log_p = entmax(scores, alpha, past[:, None, None])
+
+    missing = num_chunks - summaries.shape[1]
+    past_BTHN = F.pad((p > 0).any(2), (0, missing)).transpose(1, 2)
+    selected = past_BTHN | (torch.arange(num_chunks, device=q.device) == own_chunk[..., None])[:, :, None]
+    if prior == "none":
+        return selected, None
+    bias = _prior(log_p, p > 0, prior, sigma, prior_heads)
+    return selected, F.pad(bias, (0, missing)).flatten(1, 2).transpose(1, 2)
 
 
 def _prior(log_p: Tensor, support: Tensor, prior: str, sigma: float, prior_heads: str) -> Tensor:

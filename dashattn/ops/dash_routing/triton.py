@@ -148,7 +148,7 @@ def _attention_op(
     router = router_options(geo.padded_dim, q.itemsize)
     words, peak, tau = route(q_nHD, flat_summaries, alpha, starts, geo, chunk_size, blocks, score_scale, router)
     bias = None
-    if _has_forward_bias(prior, sigma, q.dtype):
+    if has_forward_bias(prior, sigma, q.dtype):
         temperature = sigma if prior == "tempered" else None
         bias = prior_bias(
             q_nHD, flat_summaries, alpha, starts, peak, tau, geo, chunk_size, blocks, score_scale, temperature, router
@@ -158,7 +158,7 @@ def _attention_op(
     return out.view(q.shape), words, *(x.view(q.shape[:3]) for x in (lse, peak, tau))
 
 
-def _has_forward_bias(prior: str, sigma: float, dtype: torch.dtype) -> bool:
+def has_forward_bias(prior: str, sigma: float, dtype: torch.dtype) -> bool:
     return prior == "raw" or (prior == "tempered" and (sigma < NEGLIGIBLE_SIGMA or dtype == torch.float32))
 
 
@@ -186,7 +186,7 @@ def _attention_backward_op(
     temperature = sigma if prior == "tempered" else None
     router = router_options(geo.padded_dim, q.itemsize)
     bias = None
-    if _has_forward_bias(prior, sigma, q.dtype):
+    if has_forward_bias(prior, sigma, q.dtype):
         bias = prior_bias(
             q_nHD, flat_summaries, alpha, starts, peak, tau, geo, chunk_size, blocks, score_scale, temperature, router
         )

@@ -1,0 +1,108 @@
+"""Decoding on the GPU: ``reference.py``'s functions with Triton kernels. Nothing here waits for the device."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dashattn.ops.block_sparse.reference import QUERY_TILE
+from dashattn.ops.chunk_summary.triton import chunk_summary
+from dashattn.ops.dash_routing.triton import has_forward_bias
+from dashattn.ops.decode.triton_attention import append, attend
+from dashattn.ops.decode.triton_routing import route
+from dashattn.ops.decode.triton_selection import select
+from dashattn.ops.gates.triton import gated_sum
+from dashattn.selection import Selection
+
+DENSE_BLOCK = 64  # keys read at a time where there is no selection
+
+__all__ = [
+    "append",
+    "cached_attention",
+    "cached_window_routing",
+    "chunk_summary",
+    "gated_sum",
+    "route",
+    "routed_attention",
+]
+
+
+def cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    selection: Selection | None = None,
+    *,
+    window_size: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """As ``reference.cached_attention`` without a bias; k and v have the layout of ``DecodeCache``."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    words, block_size = None, DENSE_BLOCK
+    if selection is not None:
+        words, block_size = selection.words.contiguous(), selection.block_size
+    return attend(q, k, v, lengths, words, None, block_size, window_size, scale)
+
+
+def routed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    summaries: Tensor,
+    lengths: Tensor,
+    *,
+    chunk_size: int,
+    alpha: float | Tensor,
+    router_scale: float,
+    prior: str,
+    sigma: float,
+    scale: float | None = None,
+) -> Tensor:
+    """``reference.cached_dash_routing`` and ``cached_attention`` in one, for ``prior_heads`` group.
+
+    As in prefill, 16-bit types leave out a tempered prior that is smaller than their rounding.
+    """
+    heads, head_dim = q.shape[2:]
+    scale = head_dim**-0.5 if scale is None else scale
+    if isinstance(alpha, Tensor):
+        alpha = alpha.float().expand(heads).contiguous()
+    else:
+        alpha = None if alpha == 1.5 else q.new_full((heads,), alpha, dtype=torch.float32)
+    outs = []
+    for tile, before in _tiles(q, lengths):
+        words, bias = route(
+            tile, summaries, before, alpha, chunk_size, router_scale * head_dim**-0.5,
+            has_forward_bias(prior, sigma, q.dtype), sigma if prior == "tempered" else None,
+        )  # fmt: skip
+        outs.append(attend(tile, k, v, before, words, bias, chunk_size, None, scale))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+
+
+def cached_window_routing(
+    q: Tensor,
+    compressed_k: Tensor,
+    compressed_v: Tensor | None,
+    lengths: Tensor,
+    *,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    scale: float | None = None,
+    **options,
+) -> tuple[Tensor | None, Selection]:
+    """As ``reference.cached_window_routing``; the output in q's dtype."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    sizes = dict(kernel_size=kernel_size, kernel_stride=kernel_stride, block_size=block_size)
+    words = [select(tile, compressed_k, before, **sizes, scale=scale, **options) for tile, before in _tiles(q, lengths)]
+    selection = Selection(words[0] if len(words) == 1 else torch.cat(words, dim=2), block_size)
+    if compressed_v is None:
+        return None, selection
+    windows = (kernel_size, kernel_stride)
+    return attend(q, compressed_k, compressed_v, lengths, None, None, DENSE_BLOCK, None, scale, windows), selection
+
+
+def _tiles(q: Tensor, lengths: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Queries in turns, and what lies before them: the scores of a long piece of a prompt would fill the memory."""
+    for start in range(0, q.shape[1], QUERY_TILE):
+        yield q[:, start : start + QUERY_TILE].contiguous(), lengths if start == 0 else lengths + start

@@ -1,0 +1,199 @@
+"""Triton kernels of DashAttention's routing for decoding.
+
+With few queries the summaries are what costs, so that unlike in prefill (``dash_routing``) the scores are written:
+once, by programs that share the chunks. Then a program per query head holds all of its scores in registers and solves
+for the threshold. Definitions and names are those of ``dash_routing/triton_entmax.py``.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dashattn.ops.block_sparse.triton_forward import precision
+from dashattn.ops.dash_routing.triton_entmax import above_threshold, is_positive, power, root_step
+from dashattn.ops.dash_routing.triton_forward import MAX_PASSES, TOLERANCE
+from dashattn.ops.decode.triton_attention import visible_count
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_chunks"])
+def product_kernel(
+    q_ptr, summary_ptr, product_ptr, lengths, sequence_stride, summary_stride, num_tokens, num_chunks,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
+    CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """q . k~ of CHUNKS chunks, for the heads of a group; chunks that are not visible are left unwritten."""
+    kv_head = tl.program_id(0) % KV_HEADS
+    query = tl.program_id(0) // KV_HEADS
+    sequence = query // num_tokens
+    visible = visible_count(tl.load(lengths + sequence) + query % num_tokens, SIZE, STRIDE)
+    if tl.program_id(1) * CHUNKS >= visible:
+        return
+    chunk = tl.program_id(1) * CHUNKS + tl.arange(0, CHUNKS)
+    past = chunk < visible
+    dim = tl.arange(0, DIM)
+    in_dim = dim < HEAD_DIM
+    member = tl.arange(0, ROWS)
+    in_group = member < GROUP
+    flat_row = query.to(tl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP + member
+    q = tl.load(
+        q_ptr + flat_row[:, None] * HEAD_DIM + dim[None, :], mask=in_group[:, None] & in_dim[None, :], other=0.0
+    )
+    offset = sequence.to(tl.int64) * sequence_stride + kv_head * HEAD_DIM
+    offset += chunk.to(tl.int64)[:, None] * summary_stride + dim[None, :]
+    k = tl.load(summary_ptr + offset, mask=past[:, None] & in_dim[None, :], other=0.0)
+    products = tl.dot(q, k.T, input_precision=PRECISION)
+    target = product_ptr + flat_row[:, None] * num_chunks + chunk[None, :]
+    tl.store(target, products, mask=in_group[:, None] & past[None, :])
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_chunks", "num_words"])
+def threshold_kernel(
+    product_ptr, alpha_ptr, words_ptr, peak_ptr, tau_ptr, lengths, score_scale, num_tokens, num_chunks, num_words,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, SQUARE: tl.constexpr,
+):  # fmt: skip
+    """Threshold and selection words of one query head, all of its chunks (at most CHUNKS) at once."""
+    flat_row = tl.program_id(0)
+    head = flat_row % HEADS
+    query = flat_row // HEADS
+    sequence = query // num_tokens
+    own = (tl.load(lengths + sequence) + query % num_tokens) // BLOCK
+    chunk = tl.arange(0, CHUNKS)[None, :]
+    alpha = tl.full([1], 1.5, tl.float32)
+    if not SQUARE:
+        alpha = tl.load(alpha_ptr + head + tl.arange(0, 1))
+    slope = (alpha - 1.0) * score_scale
+    exponent = ((2.0 - alpha) / (alpha - 1.0))[:, None]
+    row = product_ptr + flat_row.to(tl.int64) * num_chunks
+    product = tl.load(row + chunk, mask=chunk < own, other=float("-inf"))
+    peak = tl.where(own > 0, tl.max(product, 1), 0.0)
+    x = product - peak[:, None]
+
+    # The steps start at the left end of the bracket. No threshold lies right of the one for equal scores.
+    highest = -tl.exp2((1.0 - alpha) * tl.log2(tl.maximum(own, 1).to(tl.float32)))
+    tau = tl.full([1], -1.0, tl.float32)
+    p, u = power(above_threshold(x, slope, tau), exponent, SQUARE)
+    better, total = root_step(tau, (p, u, is_positive(p)), alpha, highest, SQUARE)
+    passes = 0
+    while (own > 0) & (tl.max(tl.abs(total - 1.0), 0) > TOLERANCE) & (passes < MAX_PASSES):
+        tau = better
+        p, u = power(above_threshold(x, slope, tau), exponent, SQUARE)
+        better, total = root_step(tau, (p, u, is_positive(p)), alpha, highest, SQUARE)
+        passes += 1
+
+    selected = ((p > 0) | (chunk == own)).to(tl.int32)
+    words = tl.sum(tl.reshape(selected, (CHUNKS // 32, 32)) << tl.arange(0, 32)[None, :], 1)
+    word = tl.arange(0, CHUNKS // 32)
+    word_row = ((sequence * HEADS + head).to(tl.int64) * num_tokens + query % num_tokens) * num_words
+    tl.store(words_ptr + word_row + word, words, mask=word < num_words)
+    tl.store(peak_ptr + flat_row + tl.arange(0, 1), peak)
+    tl.store(tau_ptr + flat_row + tl.arange(0, 1), tau)
+
+
+@triton.jit
+def _mean_probability(product_ptr, flat_row, in_group, chunk, own, num_chunks, peak, tau, slope, exponent,
+                      GROUP: tl.constexpr, SQUARE: tl.constexpr):  # fmt: skip
+    """The group's mean probability of some chunks; 0 at those that are no candidates."""
+    past = chunk < own
+    products = tl.load(
+        product_ptr + flat_row.to(tl.int64)[:, None] * num_chunks + chunk[None, :],
+        mask=in_group[:, None] & past[None, :],
+        other=float("-inf"),
+    )
+    p, _ = power(above_threshold(products - peak[:, None], slope, tau), exponent[:, None], SQUARE)
+    return tl.sum(p, 0) / GROUP
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_chunks"])
+def prior_kernel(
+    product_ptr, alpha_ptr, peak_ptr, tau_ptr, bias_ptr, lengths, score_scale, inverse_sigma, num_tokens, num_chunks,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+    SQUARE: tl.constexpr, TEMPERED: tl.constexpr,
+):  # fmt: skip
+    """The group's prior of CHUNKS chunks up to the query's own, whose prior is 0."""
+    kv_head = tl.program_id(0) % KV_HEADS
+    query = tl.program_id(0) // KV_HEADS
+    own = (tl.load(lengths + query // num_tokens) + query % num_tokens) // BLOCK
+    if tl.program_id(1) * CHUNKS > own:
+        return
+    member = tl.arange(0, GROUP_P)
+    in_group = member < GROUP
+    flat_row = query * (KV_HEADS * GROUP) + kv_head * GROUP + member
+    alpha = tl.full([GROUP_P], 1.5, tl.float32)
+    if not SQUARE:
+        alpha = tl.load(alpha_ptr + kv_head * GROUP + member, mask=in_group, other=1.5)
+    slope = (alpha - 1.0) * score_scale
+    exponent = (2.0 - alpha) / (alpha - 1.0)
+    peak = tl.load(peak_ptr + flat_row, mask=in_group, other=0.0)
+    tau = tl.load(tau_ptr + flat_row, mask=in_group, other=0.0)
+    lane = tl.arange(0, CHUNKS)
+    mean = 0.0
+    if TEMPERED:
+        log_sum = tl.zeros([CHUNKS], tl.float32)
+        count = tl.zeros([CHUNKS], tl.float32)
+        for start in range(0, own, CHUNKS):
+            p = _mean_probability(
+                product_ptr, flat_row, in_group, start + lane, own, num_chunks, peak, tau, slope, exponent, GROUP,
+                SQUARE,
+            )  # fmt: skip
+            log_sum += tl.log(tl.where(p > 0, p, 1.0))
+            count += (p > 0).to(tl.float32)
+        mean = tl.sum(log_sum, 0) / tl.maximum(tl.sum(count, 0), 1.0)
+    chunk = tl.program_id(1) * CHUNKS + lane
+    p = _mean_probability(
+        product_ptr, flat_row, in_group, chunk, own, num_chunks, peak, tau, slope, exponent, GROUP, SQUARE
+    )
+    log_p = tl.where(p > 0, (tl.log(tl.where(p > 0, p, 1.0)) - mean) * inverse_sigma, 0.0)
+    row = bias_ptr + (query.to(tl.int64) * KV_HEADS + kv_head) * num_chunks
+    tl.store(row + chunk, log_p, mask=chunk <= own)
+
+
+def multiply(q: Tensor, keys: Tensor, lengths: Tensor, tokens_per_key: tuple[int, int]) -> Tensor:
+    """Products, float32 [B * T * Hq, J], of q [B, T, Hq, D], contiguous, with the visible keys [B, J, H, D]."""
+    batch, num_tokens, heads, head_dim = q.shape
+    num_keys, kv_heads = keys.shape[1:3]
+    products = torch.empty(batch * num_tokens * heads, num_keys, dtype=torch.float32, device=q.device)
+    tile = 32
+    product_kernel[(batch * num_tokens * kv_heads, triton.cdiv(num_keys, tile))](
+        q, keys, products, lengths, keys.stride(0), keys.stride(1), num_tokens, num_keys,
+        KV_HEADS=kv_heads, GROUP=heads // kv_heads, ROWS=max(16, triton.next_power_of_2(heads // kv_heads)),
+        SIZE=tokens_per_key[0], STRIDE=tokens_per_key[1], CHUNKS=tile, HEAD_DIM=head_dim,
+        DIM=max(16, triton.next_power_of_2(head_dim)), PRECISION=precision(q.dtype), num_warps=4,
+    )  # fmt: skip
+    return products
+
+
+def route(
+    q: Tensor, summaries: Tensor, lengths: Tensor, alpha: Tensor | None, chunk_size: int, score_scale: float,
+    has_bias: bool, sigma: float | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Selection words of every query head, int32 [B, Hq, T, W], and with ``has_bias`` the prior, float32 [B, T, H, N].
+
+    Args:
+        q: [B, T, Hq, D], contiguous.
+        summaries: [B, N, H, D] of the cache.
+        alpha: float32 [Hq], or None for 1.5 everywhere.
+        sigma: None for the raw prior.
+    """
+    batch, num_tokens, heads, _ = q.shape
+    num_chunks, kv_heads = summaries.shape[1:3]
+    queries, group = batch * num_tokens, heads // kv_heads
+    # A query sees a chunk from the first token after it on.
+    products = multiply(q, summaries, lengths, (chunk_size + 1, chunk_size))
+    peak, tau = torch.empty(2, queries * heads, dtype=torch.float32, device=q.device)
+    words = torch.empty(batch, heads, num_tokens, -(-num_chunks // 32), dtype=torch.int32, device=q.device)
+    chunks = max(32, triton.next_power_of_2(num_chunks))
+    threshold_kernel[(queries * heads,)](
+        products, alpha, words, peak, tau, lengths, score_scale, num_tokens, num_chunks, words.shape[-1],
+        HEADS=heads, BLOCK=chunk_size, CHUNKS=chunks, SQUARE=alpha is None, num_warps=max(4, min(16, chunks // 512)),
+    )  # fmt: skip
+    if not has_bias:
+        return words, None
+    bias = torch.empty(batch, num_tokens, kv_heads, num_chunks, dtype=torch.float32, device=q.device)
+    tile = 128
+    prior_kernel[(queries * kv_heads, triton.cdiv(num_chunks, tile))](
+        products, alpha, peak, tau, bias, lengths, score_scale, 1.0 if sigma is None else 1.0 / sigma, num_tokens,
+        num_chunks, KV_HEADS=kv_heads, GROUP=group, GROUP_P=triton.next_power_of_2(group), BLOCK=chunk_size,
+        CHUNKS=tile, SQUARE=alpha is None, TEMPERED=sigma is not None, num_warps=4,
+    )  # fmt: skip
+    return words, bias

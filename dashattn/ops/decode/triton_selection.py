@@ -1,0 +1,134 @@
+"""Triton kernels of InfLLM v2's and NSA's routing for decoding: from products with compressed keys to top-k blocks.
+
+A program per query head normalises its softmax, programs that share the blocks pool the group's probabilities, and a
+program per query and KV head holds all block scores in registers and takes the highest.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dashattn.ops.decode.triton_attention import visible_count
+from dashattn.ops.decode.triton_routing import multiply
+from dashattn.ops.tiles import LOG2E
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_windows"])
+def normaliser_kernel(
+    product_ptr, normaliser_ptr, lengths, scale_log2, num_tokens, num_windows,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOWS: tl.constexpr,
+):  # fmt: skip
+    """Base-2 logarithm of the sum of one query head's exponentials over its visible windows (at most WINDOWS)."""
+    flat_row = tl.program_id(0)
+    query = flat_row // HEADS
+    visible = visible_count(tl.load(lengths + query // num_tokens) + query % num_tokens, SIZE, STRIDE)
+    window = tl.arange(0, WINDOWS)
+    product = tl.load(
+        product_ptr + flat_row.to(tl.int64) * num_windows + window, mask=window < visible, other=float("-inf")
+    )
+    logits = product * scale_log2
+    peak = tl.where(visible > 0, tl.max(logits, 0), 0.0)
+    total = tl.sum(tl.exp2(logits - peak), 0)
+    tl.store(normaliser_ptr + flat_row, peak + tl.log2(tl.where(visible > 0, total, 1.0)))
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_windows", "num_blocks"])
+def score_kernel(
+    product_ptr, normaliser_ptr, score_ptr, lengths, scale_log2, num_tokens, num_windows, num_blocks,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, MAX: tl.constexpr,
+):  # fmt: skip
+    """Scores of BLOCKS blocks up to the query's own, from the probabilities of the windows that touch them."""
+    kv_head = tl.program_id(0) % KV_HEADS
+    query = tl.program_id(0) // KV_HEADS
+    position = tl.load(lengths + query // num_tokens) + query % num_tokens
+    if tl.program_id(1) * BLOCKS > position // BLOCK:
+        return
+    visible = visible_count(position, SIZE, STRIDE)
+    member = tl.arange(0, GROUP_P)
+    in_group = member < GROUP
+    flat_row = query * (KV_HEADS * GROUP) + kv_head * GROUP + member
+    normaliser = tl.load(normaliser_ptr + flat_row, mask=in_group, other=0.0)
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    score = tl.zeros([BLOCKS], tl.float32)
+    for offset in tl.static_range(1 - SIZE // STRIDE, BLOCK // STRIDE):
+        window = block * (BLOCK // STRIDE) + offset
+        seen = (window >= 0) & (window < visible)
+        product = tl.load(
+            product_ptr + flat_row.to(tl.int64)[:, None] * num_windows + window[None, :],
+            mask=in_group[:, None] & seen[None, :],
+            other=float("-inf"),
+        )
+        p = tl.sum(tl.exp2(product * scale_log2 - normaliser[:, None]), 0)
+        if MAX:
+            score = tl.maximum(score, p)
+        else:
+            shared = min(offset * STRIDE + SIZE, BLOCK) - max(offset * STRIDE, 0)
+            score += p * (shared / STRIDE)
+    row = score_ptr + (query.to(tl.int64) * KV_HEADS + kv_head) * num_blocks
+    tl.store(row + block, score, mask=block < num_blocks)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_blocks", "num_words"])
+def topk_kernel(
+    score_ptr, words_ptr, lengths, num_tokens, num_blocks, num_words, topk, init_blocks, local_blocks,
+    KV_HEADS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Selection words of the ``topk`` highest of at most BLOCKS scores; ties go to the lower index."""
+    kv_head = tl.program_id(0) % KV_HEADS
+    query = tl.program_id(0) // KV_HEADS
+    own = (tl.load(lengths + query // num_tokens) + query % num_tokens) // BLOCK
+    block = tl.arange(0, BLOCKS)
+    row = score_ptr + (query.to(tl.int64) * KV_HEADS + kv_head) * num_blocks
+    score = tl.load(row + block, mask=block <= own, other=0.0)
+    # The bits of numbers that are not negative order as the numbers do.
+    key = score.to(tl.int32, bitcast=True)
+    key = tl.where((block < init_blocks) | (block > own - local_blocks), 0x7F800000, key)
+    key = tl.where(block <= own, key, -1)
+    # The highest key that ``topk`` of them reach, bit by bit; 0 if there are fewer.
+    bound = own * 0
+    for bit in tl.static_range(30, -1, -1):
+        higher = bound | (1 << bit)
+        bound = tl.where(tl.sum((key >= higher).to(tl.int32), 0) >= topk, higher, bound)
+    above = key > bound
+    level = (key == bound).to(tl.int32)
+    room = topk - tl.sum(above.to(tl.int32), 0)
+    selected = (above | ((level != 0) & (tl.cumsum(level, 0) <= room))).to(tl.int32)
+    words = tl.sum(tl.reshape(selected, (BLOCKS // 32, 32)) << tl.arange(0, 32)[None, :], 1)
+    word = tl.arange(0, BLOCKS // 32)
+    word_row = ((query // num_tokens * KV_HEADS + kv_head).to(tl.int64) * num_tokens + query % num_tokens) * num_words
+    tl.store(words_ptr + word_row + word, words, mask=word < num_words)
+
+
+def select(
+    q: Tensor, compressed_k: Tensor, lengths: Tensor, *, kernel_size: int, kernel_stride: int, block_size: int,
+    pooling: str, topk: int, init_blocks: int, local_blocks: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """Selection words, int32 [B, H, T, W], of q [B, T, Hq, D], contiguous, with compressed keys [B, J, H, D]."""
+    batch, num_tokens, heads, _ = q.shape
+    num_windows, kv_heads = compressed_k.shape[1:3]
+    queries, group = batch * num_tokens, heads // kv_heads
+    num_blocks = num_windows * kernel_stride // block_size
+    sizes = dict(SIZE=kernel_size, STRIDE=kernel_stride)
+    products = multiply(q, compressed_k, lengths, (kernel_size, kernel_stride))
+    normalisers = torch.empty(queries * heads, dtype=torch.float32, device=q.device)
+    width = triton.next_power_of_2(num_windows)
+    normaliser_kernel[(queries * heads,)](
+        products, normalisers, lengths, scale * LOG2E, num_tokens, num_windows, HEADS=heads, WINDOWS=width, **sizes,
+        num_warps=max(4, min(16, width // 512)),
+    )  # fmt: skip
+    scores = torch.empty(queries * kv_heads, num_blocks, dtype=torch.float32, device=q.device)
+    tile = 32
+    score_kernel[(queries * kv_heads, triton.cdiv(num_blocks, tile))](
+        products, normalisers, scores, lengths, scale * LOG2E, num_tokens, num_windows, num_blocks,
+        KV_HEADS=kv_heads, GROUP=group, GROUP_P=triton.next_power_of_2(group), BLOCK=block_size, BLOCKS=tile,
+        MAX=pooling == "max", **sizes, num_warps=4,
+    )  # fmt: skip
+    words = torch.empty(batch, kv_heads, num_tokens, -(-num_blocks // 32), dtype=torch.int32, device=q.device)
+    width = max(32, triton.next_power_of_2(num_blocks))
+    topk_kernel[(queries * kv_heads,)](
+        scores, words, lengths, num_tokens, num_blocks, words.shape[-1], topk, init_blocks, local_blocks,
+        KV_HEADS=kv_heads, BLOCK=block_size, BLOCKS=width, num_warps=max(4, min(16, width // 512)),
+    )  # fmt: skip
+    return words

@@ -1,0 +1,67 @@
+"""Model FLOPs utilisation (MFU): operations the model needs, per second, over what the devices could do."""
+
+from collections.abc import Sequence
+
+import torch
+
+from dashattn.stats import AttentionStats
+from data import Batch
+from experiments.config import TrainConfig
+from models import Transformer
+from models.flops import flops_per_token, mean_reads
+
+# Dense 16-bit tensor-core TFLOP/s with float32 accumulation, from NVIDIA's data sheets; the first name that fits.
+PEAK_TFLOPS = (
+    ("H100 PCIe", 756.0),
+    ("H100 NVL", 835.0),
+    ("H200 NVL", 835.0),
+    ("H100", 989.0),
+    ("H200", 989.0),
+    ("GH200", 989.0),
+    ("B200", 2250.0),
+    ("A100", 312.0),
+    ("L40S", 362.0),
+    ("RTX 4090", 165.0),
+)
+
+
+def peak_tflops(config: TrainConfig, device_name: str) -> float | None:
+    """Of one device; None where there is none to compare with: on a CPU, in float32, on an unknown GPU."""
+    if config.device == "cpu":
+        return None
+    if config.peak_tflops is not None or config.deepspeed.precision == "fp32":
+        return config.peak_tflops
+    return next((peak for name, peak in PEAK_TFLOPS if name in device_name), None)
+
+
+class Utilisation:
+    """MFU of a run, counted twice: `mfu_causal` as if attention were dense and causal, the usual figure, which makes
+    backends comparable; `mfu_sparse` with the keys and summaries that the attention was last measured to read."""
+
+    def __init__(self, config: TrainConfig, peak: float | None):
+        """`peak`: TFLOP/s of all devices together; None = there is nothing to report."""
+        self._peak = peak
+        if peak is not None:
+            with torch.device("meta"):  # shapes are all it takes, and the run's own may lie in parts on many devices
+                self._model = Transformer(config.model, config.attention)
+        self._seq_len = config.data.seq_len
+        self._reads: tuple[float, float] | None = None
+
+    def measure(self, stats: Sequence[AttentionStats]) -> None:
+        """What a forward pass has read."""
+        if self._peak is not None:
+            self._reads = mean_reads(stats)
+
+    def read(self, batches: Sequence[Batch], tokens_per_s: float) -> dict[str, float]:
+        """MFU of a step on `batches`; `mfu_sparse` once there was a measurement. Recomputation counts as waste."""
+        if self._peak is None:
+            return {}
+        tokens = sum(batch.num_tokens for batch in batches)
+        causal = sum(int((batch.position_ids + 1).sum()) for batch in batches) / tokens
+        flops = flops_per_token(self._model, self._seq_len, active_tokens=causal)
+        values = {"mfu_causal": flops.train * tokens_per_s / (self._peak * 1e12)}
+        if self._reads is not None:
+            active, routing = self._reads
+            flops = flops_per_token(self._model, self._seq_len, active_tokens=active, routing_reads=routing)
+            values["mfu_sparse"] = flops.train * tokens_per_s / (self._peak * 1e12)
+        return values

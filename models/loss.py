@@ -1,0 +1,74 @@
+"""Cross-entropy from hidden states, without logits of all tokens at once.
+
+N tokens, E hidden size, V vocabulary. At V = 128k the float32 logits of 8k tokens alone are 4 GiB, and the gradient as
+much again. Here the output head runs over chunks of tokens, and the gradient of a chunk is taken while its logits
+exist: nothing is recomputed.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100
+CHUNK_LOGITS = 2**26  # of a chunk: 256 MiB in float32
+
+
+def cross_entropy(hidden_BTE: Tensor, weight_VE: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean loss over the labels that are not -100 (0 when there is none), and the loss of every token.
+
+    Args:
+        hidden_BTE: what the output head reads.
+        weight_VE: the output head, in the same dtype.
+        labels_BT: int64; -100 is ignored.
+
+    Returns:
+        Scalar, differentiable; [B, T] in nats without gradient, 0 where ignored. Both float32, float64 for float64.
+    """
+    if not torch.is_grad_enabled():  # which the function below cannot tell
+        hidden_BTE, weight_VE = hidden_BTE.detach(), weight_VE.detach()
+    total, token_losses = _SumOfLosses.apply(hidden_BTE.flatten(0, 1), weight_VE, labels_BT.flatten())
+    return total / (labels_BT != IGNORE).sum().clamp(min=1), token_losses.view_as(labels_BT)
+
+
+class _SumOfLosses(torch.autograd.Function):
+    """The gradient of the sum is the same for every scale of the loss, so the forward pass can take it."""
+
+    @staticmethod
+    def forward(ctx, hidden_NE, weight_VE, labels_N):
+        chunks = range(0, len(hidden_NE), max(1, CHUNK_LOGITS // len(weight_VE)))
+        size = chunks.step
+        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+        accumulator = torch.promote_types(weight_VE.dtype, torch.float32)
+        token_losses = hidden_NE.new_empty(len(hidden_NE), dtype=accumulator)
+        grad_hidden = torch.empty_like(hidden_NE) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight_VE, dtype=accumulator) if needs_weight else None
+        for start in chunks:
+            part = slice(start, start + size)
+            hidden, labels = hidden_NE[part], labels_N[part]
+            logits = F.linear(hidden, weight_VE)
+            log_p = logits.to(accumulator).log_softmax(-1)
+            token_losses[part] = F.nll_loss(log_p, labels, ignore_index=IGNORE, reduction="none")
+            if not (needs_hidden or needs_weight):
+                continue
+            valid = labels != IGNORE
+            grad = log_p.exp_()
+            grad[torch.arange(len(labels), device=labels.device), labels.clamp(min=0)] -= 1
+            grad = grad.mul_(valid[:, None]).to(logits.dtype)
+            if needs_hidden:
+                grad_hidden[part] = grad @ weight_VE
+            if needs_weight:
+                grad_weight += grad.T @ hidden
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight_VE.dtype
+        ctx.mark_non_differentiable(token_losses)
+        return token_losses.sum(), token_losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_total, _):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = (grad_hidden * grad_total).to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None

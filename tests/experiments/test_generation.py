@@ -1,0 +1,53 @@
+"""The command line ``python -m models.generate``, on a run of a few steps."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.generation import GenerateConfig, Printer, run_generation
+from train import train
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def run(make_config):
+    return str(train(make_config("generating", "attention=dash", "attention.chunk_size=16", "steps=2")))
+
+
+def test_a_run_continues_a_prompt(run, capsys):
+    run_generation(GenerateConfig(run, "import os", max_new_tokens=8, threads=1))
+    printed = capsys.readouterr()
+    assert printed.out.startswith("import os")
+    assert len(printed.out) > len("import os\n")
+    assert "8 in all" in printed.err
+    assert "tokens/s" in printed.err
+
+
+def test_the_command_line(run):
+    command = [sys.executable, "-m", "models.generate", f"run={run}", "prompt=import os", "max_new_tokens=4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("import os")
+    failed = subprocess.run([*command, "top_p=2"], cwd=ROOT, capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert "error: top_p=2.0 must lie in" in failed.stderr
+
+
+def test_refusals(run, tmp_path, make_config):
+    with pytest.raises(ValueError, match="no weights"):
+        run_generation(GenerateConfig(str(tmp_path), "a"))
+    with pytest.raises(ValueError, match="router_scale must be a positive"):
+        run_generation(GenerateConfig(run, "a", knob=-1.0))
+
+
+def test_half_a_character_waits_for_its_other_half(capsys):
+    class Bytes:
+        def decode(self, ids):
+            return bytes(ids).decode(errors="replace")
+
+    printer = Printer(Bytes(), list(b"a"))
+    for byte in "é!".encode():
+        printer(0, byte)
+    assert capsys.readouterr().out == "aé!"

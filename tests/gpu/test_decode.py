@@ -1,0 +1,123 @@
+"""Decode kernels at real sizes and types against the references; the decode step in a CUDA graph."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from test_generate import PROMPTS, greedy_without_cache
+from test_kernels import BF16, FP16, FP32, TOLERANCE, random, relative_error
+from test_transformer import build
+
+from dashattn.backends import DashConfig, FullConfig, InfLLMv2Config, NSAConfig
+from dashattn.ops.chunk_summary.reference import chunk_summary
+from dashattn.ops.decode import reference
+from dashattn.ops.decode import triton as kernels
+from dashattn.selection import Selection
+from models.generate import generate
+
+SIZES = dict(block_size=16, kernel_size=8, kernel_stride=4, topk=4)
+
+
+def make_cache(lengths, capacity, kv_heads, head_dim, dtype):
+    k, v = (random(len(lengths), capacity, kv_heads, head_dim, dtype=dtype) for _ in range(2))
+    return k, v, torch.tensor(lengths, dtype=torch.int32, device="cuda")
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 8, 16, 32])
+def test_group_sizes(group):
+    check_routed(group, 2, 128, 64, BF16, 1, [70, 4000])
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
+@pytest.mark.parametrize("chunk_size", [16, 32, 64, 128])
+def test_head_and_chunk_sizes(head_dim, chunk_size):
+    check_routed(4, 2, head_dim, chunk_size, BF16, 2, [1000])
+
+
+@pytest.mark.parametrize("dtype", [FP16, FP32])
+@pytest.mark.parametrize("num_tokens", [1, 5])
+def test_types(dtype, num_tokens):
+    check_routed(16, 2, 128, 64, dtype, num_tokens, [0, 63, 64, 5000])
+
+
+@pytest.mark.parametrize("options", [{}, {"alpha": 1.2}, {"prior": "none"}, {"prior": "tempered", "sigma": 2.0}])
+def test_long_sequences_and_options(options):
+    check_routed(16, 2, 128, 64, BF16, 1, [131_000], **options)
+
+
+def check_routed(group, kv_heads, head_dim, chunk_size, dtype, num_tokens, lengths, **options):
+    capacity = -(-(max(lengths) + num_tokens) // chunk_size) * chunk_size
+    k, v, lengths = make_cache(lengths, capacity, kv_heads, head_dim, dtype)
+    q = random(len(lengths), num_tokens, group * kv_heads, head_dim, dtype=dtype)
+    summaries = chunk_summary(k, torch.zeros(kv_heads, head_dim, device="cuda"), chunk_size=chunk_size)
+    options = dict(alpha=1.5, router_scale=20.0, prior="raw", sigma=1.0) | options
+    out = kernels.routed_attention(q, k, v, summaries, lengths, chunk_size=chunk_size, **options)
+
+    wide = [x.float() for x in (q, k, v, summaries)]
+    wanted, _ = reference.cached_dash_routing(
+        wide[0], wide[3], lengths, chunk_size=chunk_size, prior_heads="group", **options
+    )
+    alpha = None if options["alpha"] == 1.5 else torch.full((q.shape[2],), options["alpha"], device="cuda")
+    sigma = options["sigma"] if options["prior"] == "tempered" else None
+    has_bias = options["prior"] != "none"
+    words, bias = kernels.route(q, summaries, lengths, alpha, chunk_size, 20.0 * head_dim**-0.5, has_bias, sigma)
+    own = Selection(words, chunk_size).mask().unflatten(2, (kv_heads, group)).any(3)
+    differs = (own != wanted.mask()).any(-1)
+    assert differs.float().mean() <= max(0.005, 1 / differs.numel())
+    selection = Selection.from_mask(own[..., : summaries.shape[1]], chunk_size)
+    expected = reference.cached_attention(*wide[:3], lengths, selection, bias)
+    assert relative_error(out, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("window", [None, 512])
+def test_offsets_past_2_31_elements(window):
+    lengths = [100] * 69 + [131_000]
+    k = torch.zeros(70, 131_072, 2, 128, dtype=BF16, device="cuda")
+    k[-1].normal_()
+    v = k.flip(1)
+    lengths = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    q = random(70, 1, 32, 128, dtype=BF16)
+    out = kernels.cached_attention(q, k, v, lengths, window_size=window)
+    expected = reference.cached_attention(
+        q[-1:].float(), k[-1:].float(), v[-1:].float(), lengths[-1:], window_size=window
+    )
+    assert relative_error(out[-1:], expected) < TOLERANCE[BF16]
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        FullConfig(),
+        DashConfig(chunk_size=16, router_scale=20.0),
+        DashConfig(chunk_size=16, prior="raw", alpha_mode="learnable", summary_rope="mean"),
+        DashConfig(chunk_size=16, prior_heads="head"),
+        InfLLMv2Config(**SIZES, window_size=16),
+        NSAConfig(**SIZES, window_size=20),
+        NSAConfig(**SIZES, window_size=20, shared_kv=False),
+        NSAConfig(**SIZES, window_size=0, variant="minicpm"),
+    ],
+    ids=["full", "dash", "dash rope", "dash head", "infllmv2", "nsa", "nsa own kv", "nsa minicpm"],
+)
+def test_generation_in_a_cuda_graph_equals_generation_without_a_cache(attention):
+    model = build(attention).cuda()
+    expected = [greedy_without_cache(model, prompt, 40) for prompt in PROMPTS]
+    assert generate(model, PROMPTS, max_new_tokens=40) == expected
+
+
+@pytest.mark.parametrize("pooling", ["max", "weighted"])
+@pytest.mark.parametrize("topk", [18, 64, 4000])
+def test_selection_from_compressed_keys_of_long_sequences(pooling, topk):
+    windows = 131_072 // 16
+    compressed_k, compressed_v = (random(2, windows, 2, 128, dtype=BF16) for _ in range(2))
+    lengths = torch.tensor([130_990, 20_000], dtype=torch.int32, device="cuda")
+    q = random(2, 1, 32, 128, dtype=BF16)
+    options = dict(block_size=64, kernel_size=32, kernel_stride=16, pooling=pooling, topk=topk)
+    options |= dict(init_blocks=1, local_blocks=17)
+    out, selection = kernels.cached_window_routing(q, compressed_k, compressed_v, lengths, **options)
+    wide = [x.float() for x in (q, compressed_k, compressed_v)]
+    expected_out, expected = reference.cached_window_routing(*wide, lengths, **options)
+    assert relative_error(out, expected_out) < TOLERANCE[BF16]
+    # Of nearly equal scores at the bound either may be taken.
+    assert (selection.mask() != expected.mask()).sum() <= 2 * 4
+    assert torch.equal(selection.mask().sum(-1), expected.mask().sum(-1))
