@@ -6,7 +6,11 @@ FIND_LINKS = $(addprefix --find-links ,$(or $(PIP_FIND_LINKS),$(shell $(PYTHON) 
 SWEEP ?= pareto
 OUTPUT ?= outputs/$(SWEEP)
 
-.PHONY: install pareto test test-all test-gpu lint lock
+# Directories with rows, and where their figures go.
+STUDIES ?= $(wildcard results/*/)
+FIGURES ?= outputs/figures
+
+.PHONY: install pareto figures test test-all test-gpu lint lock
 
 install: .venv/.installed
 
@@ -14,6 +18,10 @@ install: .venv/.installed
 pareto: install
 	$(PY) -m experiments.sweep sweep=$(SWEEP) output_dir=$(OUTPUT)
 	$(PY) -m experiments.pareto $(OUTPUT)
+
+# All figures and tables of evaluated studies, and a page that holds them; from rows alone, without a GPU.
+figures: install
+	$(PY) -m experiments.figures $(FIGURES) $(STUDIES)
 
 test: install lint
 	$(PY) -m pytest -n 2 -m "not slow"

@@ -14,6 +14,19 @@ from experiments.evaluation import evaluate, find_target, register_evaluate_conf
 register_evaluate_config()
 
 
+def line(row: dict) -> str:
+    """A result for the reader of the terminal."""
+    parts = [f"{row['task']} {row['score']:.4f}", f"{row['length']} tokens"]
+    if row["task"] not in ("loss", "position", "recall"):
+        parts[0] = f"{row['task']} {row['metric']} {row['score']:.4f}"
+    if row["position"] is not None:
+        parts.append(f"positions {row['position'][0]}-{row['position'][1]}")
+    parts += [f"{key} {row[key]}" for key in ("probe", "relevant", "depth", "variant") if row.get(key) is not None]
+    if row["knob"] is not None:
+        parts.append(f"{row['knob_name']} {row['knob']:g}")
+    return "  ".join([*parts, f"causal sparsity {row['causal_sparsity']:.1%}"])
+
+
 @hydra.main(config_path="configs", config_name="evaluate", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     with user_errors():
@@ -24,9 +37,7 @@ def main(cfg: DictConfig) -> None:
         count = 0
         for row in evaluate(config, target):
             count += 1
-            where = "" if row["position"] is None else f" at positions {row['position'][0]}-{row['position'][1]}"
-            knob = "" if row["knob"] is None else f"  {row['knob_name']} {row['knob']:g}"
-            print(f"{row['task']} {row['score']:.4f}{where}{knob}  causal sparsity {row['causal_sparsity']:.1%}")
+            print(line(row))
         print(f"{count} new rows in {target.run_dir}/results.jsonl")
 
 

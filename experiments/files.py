@@ -1,6 +1,8 @@
 """Files that a crash cannot leave half written: text replaced in one step, rows of JSON, and checksums."""
 
+import csv
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable
@@ -59,3 +61,13 @@ def append_rows(path: Path, rows: Iterable[dict]) -> None:
         file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
+
+
+def to_csv(rows: Iterable[dict]) -> str:
+    """Rows as CSV; the columns in the order they first come in."""
+    rows = list(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

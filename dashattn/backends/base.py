@@ -12,6 +12,7 @@ from dashattn.cache import CacheField, CacheLayout, DecodeCache, LayerCache
 from dashattn.checks import check
 from dashattn.functional import IMPLS, Output, _use_kernels
 from dashattn.ops.decode import reference as decode_reference
+from dashattn.routing import Routing
 
 
 @dataclass(frozen=True)
@@ -224,6 +225,18 @@ class AttentionBackend(nn.Module):
     def set_knob(self, value: float) -> None:
         """Sets the sparsity knob, as at inference. ValueError where there is none or the value cannot be."""
         self.config = self.config.with_knob(value)
+
+    def route(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        hidden: Tensor | None = None,
+        rope: tuple[Tensor, Tensor] | None = None,
+    ) -> Routing | None:
+        """What the router decides for these inputs of ``forward``, unpacked; None for a backend that has none."""
+        return None
 
     def flops(self, active_tokens: float, routing_reads: float) -> AttentionFlops:
         """Operations per token, from the measured means per token and KV head (see ``AttentionStats``)."""

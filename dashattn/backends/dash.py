@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dashattn import checks
@@ -13,10 +14,11 @@ from dashattn.cache import CacheField
 from dashattn.checks import check
 from dashattn.functional import dash_attention, unsupported_priors
 from dashattn.ops.chunk_summary.reference import chunk_summary
-from dashattn.ops.dash_routing.reference import PRIOR_HEADS, PRIORS
+from dashattn.ops.dash_routing.reference import PRIOR_HEADS, PRIORS, dash_routing
 from dashattn.ops.decode.reference import cached_attention, cached_dash_routing
 from dashattn.ops.dtypes import upcast
 from dashattn.ops.entmax.reference import MAX_ALPHA, MIN_ALPHA
+from dashattn.routing import Routing, past_blocks
 
 ALPHA_MODES = ("fixed", "scheduled", "learnable")
 SUMMARY_ROPES = ("none", "mean")
@@ -100,6 +102,23 @@ class DashBackend(AttentionBackend):
     def metrics(self) -> dict[str, float]:
         alpha = self.alpha()
         return {"alpha": alpha.mean().item() if isinstance(alpha, Tensor) else alpha}
+
+    def route(self, q, k, v, *, hidden=None, rope=None):
+        config, (length, num_heads, head_dim) = self.config, q.shape[1:]
+        rope = self._summary_rope(rope)
+        summaries = chunk_summary(k, self.chunk_query, chunk_size=config.chunk_size, rope=rope)
+        options = {"chunk_size": config.chunk_size, "alpha": self.alpha(), "router_scale": config.router_scale}
+        # The raw prior of the group is the logarithm of its probability, and 0 off the support.
+        selection, log_p_BTHN = dash_routing(q, summaries, **options, prior="raw")
+        num_chunks = log_p_BTHN.shape[-1]
+        past_TN = past_blocks(length, num_chunks, config.chunk_size, q.device)
+        support = selection.mask()[..., :num_chunks] & past_TN[:, None]
+        heads_first = summaries.repeat_interleave(num_heads // summaries.shape[2], dim=2)
+        scores = torch.einsum("bthd,bnhd->bthn", upcast(q), upcast(heads_first)) * (
+            config.router_scale * head_dim**-0.5
+        )
+        logits = F.pad(scores, (0, num_chunks - scores.shape[-1])).masked_fill(~past_TN[:, None], -torch.inf)
+        return Routing(selection, log_p_BTHN.exp().masked_fill(~support, 0), logits)
 
     def forward(self, q, k, v, *, hidden=None, rope=None, cu_seqlens=None, return_stats=False):
         config = self.config

@@ -7,6 +7,7 @@ from dashattn.backends.base import AttentionBackend, AttentionConfig
 from dashattn.cache import CacheField
 from dashattn.functional import check_infllmv2, infllmv2_attention
 from dashattn.ops.compression.reference import mean_compress
+from dashattn.routing import topk_routing
 
 
 @dataclass
@@ -41,6 +42,20 @@ class InfLLMv2Backend(AttentionBackend):
     def flops(self, active_tokens, routing_reads):
         flops = super().flops(active_tokens, routing_reads)
         return replace(flops, backward=2 * flops.attention)
+
+    def route(self, q, k, v, *, hidden=None, rope=None):
+        config = self.config
+        return topk_routing(
+            q,
+            mean_compress(k, config.kernel_size, config.kernel_stride),
+            kernel_size=config.kernel_size,
+            kernel_stride=config.kernel_stride,
+            pooling="max",
+            block_size=config.block_size,
+            topk=config.topk,
+            init_blocks=config.init_blocks,
+            local_blocks=config.window_size // config.block_size + 1,
+        )
 
     def forward(self, q, k, v, *, hidden=None, rope=None, cu_seqlens=None, return_stats=False):
         config = self.config

@@ -16,6 +16,7 @@ from dashattn.functional import check_nsa, nsa_attention
 from dashattn.ops.compression.reference import compress_windows
 from dashattn.ops.dtypes import upcast
 from dashattn.rope import apply_rope
+from dashattn.routing import topk_routing
 
 VARIANTS = ("paper", "minicpm")
 
@@ -229,6 +230,22 @@ class NSABackend(AttentionBackend):
             projections += _matrix_size(self.branch_kv)
         forward = attention + compressed + 2 * projections
         return AttentionFlops(attention, compressed, 2 * projections, backward=2 * forward)
+
+    def route(self, q, k, v, *, hidden=None, rope=None):
+        config = self.config
+        if self.branch_kv is not None:
+            (k, v), _ = self._own_kv(hidden, rope)
+        return topk_routing(
+            q,
+            self._compress(k, v, None)[0],
+            kernel_size=config.kernel_size,
+            kernel_stride=config.kernel_stride,
+            pooling=config.pooling,
+            block_size=config.block_size,
+            topk=config.topk,
+            init_blocks=config.init_blocks,
+            local_blocks=config.local_blocks,
+        )
 
     def _compress(self, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         """Compressed keys and values, each [B, J, Hkv, D]."""

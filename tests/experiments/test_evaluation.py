@@ -9,10 +9,10 @@ from hydra import compose, initialize_config_dir
 
 import train
 from data import IGNORE, build_data
-from experiments import evaluation
 from experiments.config import to_config
 from experiments.evaluation import EvaluateConfig, build_model, evaluate, find_target
 from experiments.files import read_rows
+from experiments.tasks import streams
 
 MQAR = (
     *("experiment=pareto_recall", "device=cpu", "threads=1", "steps=2", "optim.warmup_steps=1", "eval_every=0"),
@@ -131,7 +131,7 @@ def test_half_a_row_of_a_crash_makes_way_for_whole_ones(recall_run):
 
 def test_a_failing_evaluation_keeps_the_rows_before_it(recall_run, monkeypatch):
     config = EvaluateConfig(run=str(recall_run), knobs=[1.0, 2.0], device="cpu")
-    whole, calls = evaluation.measure, []
+    whole, calls = streams.measure, []
 
     def failing(*args):
         calls.append(args)
@@ -139,7 +139,7 @@ def test_a_failing_evaluation_keeps_the_rows_before_it(recall_run, monkeypatch):
             raise KeyboardInterrupt
         return whole(*args)
 
-    monkeypatch.setattr(evaluation, "measure", failing)
+    monkeypatch.setattr(streams, "measure", failing)
     with pytest.raises(KeyboardInterrupt):
         run(config)
     assert [json.loads(line)["knob"] for line in (recall_run / "results.jsonl").open()] == [1.0]

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from experiments import pareto
+from experiments import frontier, pareto
 
 
 def make_row(label="dash", knob=1.0, sparsity=0.5, score=0.9, **changes):
@@ -30,52 +30,52 @@ def make_row(label="dash", knob=1.0, sparsity=0.5, score=0.9, **changes):
 
 def scored(*pairs, metric="accuracy"):
     rows = [make_row(knob=i, sparsity=s, score=v, metric=metric) for i, (s, v) in enumerate(pairs)]
-    return pareto.points(rows)
+    return frontier.points(rows)
 
 
 def test_frontier_drops_what_another_point_beats_in_both():
-    edge = pareto.frontier(scored((0.2, 1.0), (0.5, 0.8), (0.6, 0.9), (0.9, 0.3), (0.85, 0.2)))
+    edge = frontier.frontier(scored((0.2, 1.0), (0.5, 0.8), (0.6, 0.9), (0.9, 0.3), (0.85, 0.2)))
     assert [(p.sparsity, p.score) for p in edge] == [(0.2, 1.0), (0.6, 0.9), (0.9, 0.3)]
 
 
 def test_frontier_of_a_loss_prefers_low():
-    edge = pareto.frontier(scored((0.2, 3.0), (0.5, 3.5), (0.6, 3.2), metric="nats"))
+    edge = frontier.frontier(scored((0.2, 3.0), (0.5, 3.5), (0.6, 3.2), metric="nats"))
     assert [(p.sparsity, p.score) for p in edge] == [(0.2, 3.0), (0.6, 3.2)]
 
 
 def test_interpolation_never_leaves_the_measured_span():
-    line = pareto.frontier(scored((0.4, 1.0), (0.8, 0.5)))
-    assert pareto.interpolate(line, 0.6) == pytest.approx(0.75)
-    assert pareto.interpolate(line, 0.8) == pytest.approx(0.5)
-    assert pareto.interpolate(line, 0.3) is None
-    assert pareto.interpolate(line, 0.9) is None
-    assert pareto.interpolate(line[:1], 0.4) == 1.0
-    assert pareto.interpolate(line[:1], 0.5) is None
+    line = frontier.frontier(scored((0.4, 1.0), (0.8, 0.5)))
+    assert frontier.interpolate(line, 0.6) == pytest.approx(0.75)
+    assert frontier.interpolate(line, 0.8) == pytest.approx(0.5)
+    assert frontier.interpolate(line, 0.3) is None
+    assert frontier.interpolate(line, 0.9) is None
+    assert frontier.interpolate(line[:1], 0.4) == 1.0
+    assert frontier.interpolate(line[:1], 0.5) is None
 
 
 def test_a_sparser_point_that_is_no_worse_stands_for_the_denser_ones():
     line = scored((0.4, 1.0), (0.8, 1.0), (0.9, 0.5))
-    assert [pareto.score_at(line, s) for s in (0.3, 0.4, 0.5, 0.8, 0.95)] == [None, 1.0, 1.0, 1.0, None]
-    assert pareto.score_at(line, 0.85) == pytest.approx(0.75)
+    assert [frontier.score_at(line, s) for s in (0.3, 0.4, 0.5, 0.8, 0.95)] == [None, 1.0, 1.0, 1.0, None]
+    assert frontier.score_at(line, 0.85) == pytest.approx(0.75)
 
 
 def test_seeds_are_averaged_and_counted_once():
-    (point,) = pareto.points([make_row(seed=s, score=v, sparsity=v / 2) for s, v in ((0, 0.6), (1, 0.8))])
+    (point,) = frontier.points([make_row(seed=s, score=v, sparsity=v / 2) for s, v in ((0, 0.6), (1, 0.8))])
     assert (point.score, point.sparsity, point.seeds) == pytest.approx((0.7, 0.35, 2))
     assert point.spread == pytest.approx(0.1414, abs=1e-4)
 
 
 def test_two_runs_are_no_two_seeds():
     with pytest.raises(ValueError, match="two results of dash"):
-        pareto.points([make_row(), make_row(config_hash="another model", score=0.1)])
+        frontier.points([make_row(), make_row(config_hash="another model", score=0.1)])
 
 
 def test_trained_and_turned_knobs_are_different_curves():
     turned = [make_row(knob=k, trained_knob=1.0) for k in (1.0, 2.0)]
     others = [make_row(knob=4.0, trained_knob=4.0, config_hash="another"), make_row("full", None, 0.0, 1.0)]
-    (alone,) = pareto.curves(pareto.points(turned))
+    (alone,) = frontier.curves(frontier.points(turned))
     assert alone[1:] == ("dash", "trained at 1, knob turned")
-    found = {curve: line for (_, _, curve), line in pareto.curves(pareto.points([*turned, *others])).items()}
+    found = {curve: line for (_, _, curve), line in frontier.curves(frontier.points([*turned, *others])).items()}
     assert {curve: [p.knob for p in line] for curve, line in found.items()} == {
         "trained at each": [1.0, 4.0],
         "trained at 1, knob turned": [1.0, 2.0],
@@ -84,25 +84,42 @@ def test_trained_and_turned_knobs_are_different_curves():
 
 def test_curves_are_compared_over_the_span_they_share():
     wide, narrow = scored((0.2, 1.0), (0.8, 0.4)), scored((0.5, 0.9), (0.9, 0.5))
-    assert pareto.common_span([wide, narrow]) == (0.5, 0.8)
-    assert pareto.mean_score(wide, 0.5, 0.8) == pytest.approx((0.7 + 0.4) / 2)
-    assert pareto.mean_score(narrow, 0.5, 0.8) == pytest.approx((0.9 + 0.6) / 2)
+    assert frontier.common_span([wide, narrow]) == (0.5, 0.8)
+    assert frontier.mean_score(wide, 0.5, 0.8) == pytest.approx((0.7 + 0.4) / 2)
+    assert frontier.mean_score(narrow, 0.5, 0.8) == pytest.approx((0.9 + 0.6) / 2)
     bent = scored((0.2, 1.0), (0.4, 0.8), (0.8, 0.0))
-    assert pareto.mean_score(bent, 0.2, 0.8) == pytest.approx((0.2 * 0.9 + 0.4 * 0.4) / 0.6)
-    assert pareto.common_span([wide, scored((0.85, 1.0), (0.9, 1.0))]) is None
+    assert frontier.mean_score(bent, 0.2, 0.8) == pytest.approx((0.2 * 0.9 + 0.4 * 0.4) / 0.6)
+    assert frontier.common_span([wide, scored((0.85, 1.0), (0.9, 1.0))]) is None
+
+
+def test_rulers_average_is_over_the_tasks_that_all_settings_have():
+    def row(task, score, knob=1.0):
+        return make_row(task=task, metric="match", score=score, knob=knob, active_tokens=1, routing_reads=0)
+
+    rows = [row("vt", 0.2), row("cwe", 0.6), row("vt", 0.4, knob=2.0), make_row()]
+    (average,) = frontier.ruler_averages(rows)
+    assert (average["task"], average["score"], average["knob"]) == ("ruler (2 of 13 tasks)", pytest.approx(0.4), 1.0)
+    assert frontier.ruler_averages(rows[:1]) == []
+    panels = {p.panel.task for p in frontier.points(frontier.of_frontiers(rows))}
+    assert panels == {"vt", "cwe", "recall", "ruler (2 of 13 tasks)"}
+
+
+def test_another_form_of_the_task_is_another_panel():
+    rows = [make_row(), make_row(variant="pairs_max=4", score=0.1)]
+    assert {p.panel.variant: p.score for p in frontier.points(rows)} == {"": 0.9, "pairs_max=4": 0.1}
 
 
 def test_only_the_newest_checkpoint_counts():
-    rows = pareto.newest([make_row(step=100, score=0.1), make_row(step=200, score=0.2), make_row(step=150)])
+    rows = frontier.newest([make_row(step=100, score=0.1), make_row(step=200, score=0.2), make_row(step=150)])
     assert [row["step"] for row in rows] == [200]
 
 
 def test_says_untrained_when_the_control_fails():
     sparse = make_row()
     good, bad = make_row("full", None, 0.0, 0.995), make_row("full", None, 0.0, 0.98)
-    assert "Untrained" not in pareto.to_markdown(pareto.points([good, sparse]))
-    assert "Untrained" in pareto.to_markdown(pareto.points([bad, sparse]))
-    assert "Untrained" in pareto.to_markdown(pareto.points([sparse]))
+    assert "Untrained" not in pareto.to_markdown(frontier.points([good, sparse]))
+    assert "Untrained" in pareto.to_markdown(frontier.points([bad, sparse]))
+    assert "Untrained" in pareto.to_markdown(frontier.points([sparse]))
 
 
 def test_writes_table_and_figure(tmp_path):

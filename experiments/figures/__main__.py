@@ -1,0 +1,81 @@
+"""``python -m experiments.figures OUTPUT STUDY...``: all figures and tables of studies, and a page that holds them.
+
+A study is a directory with rows (results.jsonl, metrics.jsonl, speed.jsonl, numerics.jsonl) in it or below. Each
+figure of each study becomes OUTPUT/figNN_NAME-STUDY.{png,pdf,csv}, and OUTPUT/index.html shows them all. Figures that
+no study has rows for are listed as missing.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.errors import user_errors
+from experiments.figures.curves import make_lengths, make_numerics, make_speed, make_training
+from experiments.figures.frontiers import make_ablations, make_costs, make_frontiers, make_ruler
+from experiments.figures.published import make_published
+from experiments.figures.report import Section, to_html
+from experiments.figures.routers import (
+    make_active_tokens,
+    make_adaptivity,
+    make_dispersion,
+    make_heat_map,
+    make_recall,
+)
+from experiments.figures.rows import Figure, Study, load_study
+from experiments.files import to_csv, write_atomically
+
+ROUTING = "evaluate.py tasks=[routing]"
+FIGURES = (
+    Figure(1, "frontier", "Score against measured causal sparsity", "evaluate.py knobs=[...]", make_frontiers),
+    Figure(2, "cost", "Score against bytes read and time", "evaluate.py knobs=[...]", make_costs),
+    Figure(3, "heatmap", "Sparsity by layer and KV head", "evaluate.py tasks=[sparsity]", make_heat_map),
+    Figure(4, "active", "Active tokens against position", "evaluate.py tasks=[sparsity]", make_active_tokens),
+    Figure(5, "adaptivity", "Active blocks against the blocks that an answer needs", ROUTING, make_adaptivity),
+    Figure(6, "recall", "What the router finds", f"{ROUTING} knobs=[...]", make_recall),
+    Figure(7, "dispersion", "Dispersion as the context grows", f"{ROUTING} lengths=[...]", make_dispersion),
+    Figure(8, "speed", "Speed and memory against length", "python -m experiments.speed", make_speed),
+    Figure(9, "training", "Training curves", "metrics.jsonl of runs", make_training),
+    Figure(10, "lengths", "Needles by depth and length, and extrapolation", "evaluate.py lengths=[...]", make_lengths),
+    Figure(11, "ruler", "RULER", "evaluate.py tasks=[ruler]", make_ruler),
+    Figure(12, "ablations", "Ablations", "runs evaluated with label=FACTOR:VALUE", make_ablations),
+    Figure(13, "numerics", "Error against float64", "python -m experiments.numerics", make_numerics),
+    Figure(14, "published", "The paper's numbers and ours", "RULER and speed rows", make_published),
+)
+
+
+def write_figures(output: Path, studies: Sequence[Study]) -> list[Figure]:
+    """Everything into ``output``; returns the figures that no study has rows for."""
+    output.mkdir(parents=True, exist_ok=True)
+    sections: dict[int, list[Section]] = {}
+    for figure in FIGURES:
+        for study in studies:
+            drawn = figure.make(study)
+            if drawn is None:
+                continue
+            stem = f"{figure.stem}-{study.name}"
+            write_atomically(output / f"{stem}.csv", to_csv(drawn.table))
+            if drawn.draw is not None:
+                drawn.draw(output / stem)
+            pictures = [path for path in (output / f"{stem}.png", output / f"{stem}-2.png") if path.exists()]
+            sections.setdefault(figure.number, []).append(Section(study.name, drawn, pictures))
+    write_atomically(output / "index.html", to_html(FIGURES, sections))
+    return [figure for figure in FIGURES if figure.number not in sections]
+
+
+def main(arguments: Sequence[str]) -> None:
+    with user_errors():
+        if len(arguments) < 2:
+            raise ValueError("usage: python -m experiments.figures OUTPUT STUDY...")
+        output, *roots = map(Path, arguments)
+        studies = [load_study(root) for root in roots]
+        names = [study.name for study in studies]
+        if len(set(names)) != len(names):
+            raise ValueError(f"studies {', '.join(names)}: two have the same name, and so would their figures")
+        missing = write_figures(output, studies)
+    for figure in missing:
+        print(f"missing: {figure.number}. {figure.title} (rows come from {figure.needs})")
+    print(f"{len(FIGURES) - len(missing)} of {len(FIGURES)} figures: {output / 'index.html'}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,158 @@
+"""Figures 8, 9, 10 and 13: speed, training, length and numerics."""
+
+from pathlib import Path
+
+from experiments import speed_report
+from experiments.figures.rows import Drawn, Study, as_trained, averaged, grouped
+from experiments.frontier import of_frontiers
+from experiments.plots import grid, pyplot, save, styles
+
+# y axis -> column of metrics.jsonl
+TRAINING = {
+    "loss, nats": "loss",
+    "causal sparsity": "causal_sparsity",
+    "gradient norm": "grad_norm",
+    "router's gradient norm": "grad_norm_router",
+}
+SPEED_COLUMNS = (
+    "device",
+    "length",
+    "pattern",
+    "sparsity",
+    "causal_sparsity",
+    "stage",
+    "method",
+    "pass",
+    "status",
+    "ms",
+)
+
+
+def make_speed(study: Study) -> Drawn | None:
+    rows = speed_report.newest(study.speed)
+    if not rows:
+        return None
+    table = [{name: row[name] for name in SPEED_COLUMNS} for row in speed_report.with_ratios(rows)]
+    notes = [] if any(row["pass"] == "decode" for row in rows) else ["Decoding: missing, no row is of pass decode."]
+    return Drawn(table, lambda path: speed_report.draw(rows, path), notes)
+
+
+def make_training(study: Study) -> Drawn | None:
+    """Every run's curves against tokens and, for the loss, against time."""
+    table = []
+    for run, rows in study.training.items():
+        seconds = step = 0.0
+        for row in rows:
+            if row["split"] == "train":
+                seconds += row["step_time"] * (row["step"] - step)
+                step = row["step"]
+            values = {key: row[key] for key in TRAINING.values() if row.get(key) is not None}
+            table.append({"run": run, "split": row["split"], "tokens": row["tokens"], "seconds": seconds, **values})
+    if not table:
+        return None
+    present = {name: key for name, key in TRAINING.items() if any(key in row for row in table)}
+    absent = [name for name in TRAINING if name not in present]
+    notes = [f"Missing: {', '.join(absent)}, no row has it."] if absent else []
+    notes.append("Solid: training batches; dotted: validation. Time is that of the training steps alone.")
+
+    def draw(path: Path) -> None:
+        panels = [("tokens", name) for name in present] + [("seconds", "loss, nats")]
+        figure, axes = grid(len(panels))
+        style = styles(study.training)
+        for ax, (x, name) in zip(axes, panels, strict=True):
+            key = TRAINING[name]
+            for run, rows in grouped(table, "run").items():
+                for split, points in grouped([row for row in rows if key in row], "split").items():
+                    dotted = {"linestyle": ":", "marker": "o", "markersize": 3} if split == "validation" else {}
+                    label = run if split == "train" else None
+                    xs, ys = [row[x] for row in points], [row[key] for row in points]
+                    ax.plot(xs, ys, color=style[run][0], linewidth=1, label=label, **dotted)
+            ax.set_xlabel(x)
+            ax.set_ylabel(name)
+            if "norm" in name:
+                ax.set_yscale("log")
+            ax.grid(alpha=0.25)
+        handles = dict(zip(*axes[0].get_legend_handles_labels()[::-1], strict=True))
+        figure.legend(handles.values(), handles.keys(), fontsize=7, loc="outside lower center", ncols=3)
+        save(figure, path)
+
+    return Drawn(table, draw, notes)
+
+
+def make_lengths(study: Study) -> Drawn | None:
+    """The needle heat map, and every score that was measured at more than one length."""
+    needles = averaged(as_trained(study.of("niah")), "data", "line", "length", "depth")
+    scores = [row for row in as_trained(of_frontiers(study.evaluations)) if not row["task"].startswith("niah_values")]
+    lines = averaged(scores, "data", "task", "metric", "variant", "line", "length")
+    panels = grouped([row | {"panel": (row["data"], row["task"], row["variant"])} for row in lines], "panel")
+    panels = {key: rows for key, rows in panels.items() if len({row["length"] for row in rows}) > 1}
+    if not needles and not panels:
+        return None
+    table = needles + [row for row in lines if (row["data"], row["task"], row["variant"]) in panels]
+    maps = grouped(needles, "line")
+    notes = []
+    if not maps:
+        notes.append("Needle heat map: missing.")
+    if not panels:
+        notes.append("Extrapolation: missing, nothing was measured at two lengths.")
+
+    def draw(path: Path) -> None:
+        figure, axes = grid(len(maps) + len(panels))
+        for ax, (line, rows) in zip(axes, maps.items(), strict=False):
+            _heat_map(ax, line, rows)
+        style = styles(row["line"] for rows in panels.values() for row in rows)
+        for ax, ((data, task, variant), rows) in zip(axes[len(maps) :], panels.items(), strict=True):
+            for line, points in grouped(rows, "line").items():
+                colour, mark = style[line]
+                ax.plot(
+                    [p["length"] for p in points], [p["score"] for p in points], color=colour, marker=mark, label=line
+                )
+            ax.set_xscale("log", base=2)
+            ax.set_title(f"{data}: {task}" + (f", {variant}" if variant else ""), fontsize=10)
+            ax.set_xlabel("tokens")
+            ax.set_ylabel(rows[0]["metric"])
+            ax.grid(alpha=0.25)
+            ax.legend(fontsize=8)
+        save(figure, path)
+
+    return Drawn(table, draw, notes)
+
+
+def _heat_map(ax, line: str, rows: list[dict]) -> None:
+    lengths, depths = sorted({row["length"] for row in rows}), sorted({row["depth"] for row in rows})
+    found = {(row["depth"], row["length"]): row["score"] for row in rows}
+    cells = [[found.get((depth, length), float("nan")) for length in lengths] for depth in depths]
+    image = ax.imshow(cells, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    ax.set_xticks(range(len(lengths)), [str(length) for length in lengths])
+    ax.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    ax.set_xlabel("tokens")
+    ax.set_ylabel("depth of the needle")
+    ax.set_title(f"needle found: {line}", fontsize=10)
+    ax.figure.colorbar(image, ax=ax)
+
+
+def make_numerics(study: Study) -> Drawn | None:
+    """Relative RMS error of outputs and gradients against the reference in float64."""
+    table = study.numerics
+    if not table:
+        return None
+
+    def draw(path: Path) -> None:
+        labels = sorted({f"{row['backend']}, {row['tensor']}" for row in table})
+        dtypes = sorted({(row["device"], row["impl"], row["dtype"]) for row in table})
+        figure, axes = pyplot().subplots(figsize=(8, 1.2 + 0.28 * len(labels)), layout="constrained")
+        style = styles(map(str, dtypes))
+        for device, impl, dtype in dtypes:
+            colour, mark = style[str((device, impl, dtype))]
+            inside = [row for row in table if (row["device"], row["impl"], row["dtype"]) == (device, impl, dtype)]
+            ys = [labels.index(f"{row['backend']}, {row['tensor']}") for row in inside]
+            xs = [row["error"] for row in inside]
+            axes.plot(xs, ys, color=colour, marker=mark, linestyle="", label=f"{dtype}, {impl}, {device}")
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set_xscale("log")
+        axes.set_xlabel("relative RMS error against float64, whole operation")
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=8)
+        save(figure, path)
+
+    return Drawn(table, draw)

@@ -1,0 +1,76 @@
+"""One HTML file that holds all figures and tables, pictures included: it needs nothing beside it."""
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from experiments.figures.rows import Drawn, Figure
+
+ROWS_SHOWN = 200  # of a figure's table; its CSV has all
+
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 78rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-top: 1px solid #8886; padding-top: 1rem; }
+h3 { font-size: 1rem; } img { max-width: 100%; background: white; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; }
+td, th { padding: .15rem .6rem; border-bottom: 1px solid #8884; text-align: right; white-space: nowrap; }
+td:first-child, th:first-child { text-align: left; }
+.missing { color: #a33; } .note { color: #777; } nav a { margin-right: .8rem; }
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A figure of one study, as it was written."""
+
+    study: str
+    drawn: Drawn
+    pictures: Sequence[Path]
+
+
+def to_html(figures: Sequence[Figure], sections: dict[int, list[Section]]) -> str:
+    """The page; ``sections`` by the figure's number."""
+    links = " ".join(
+        f'<a href="#f{f.number}"{"" if sections.get(f.number) else " class=missing"}>{f.number}</a>' for f in figures
+    )
+    body = [f"<h1>Figures and tables</h1><nav>{links}</nav>"]
+    for figure in figures:
+        body.append(f'<h2 id="f{figure.number}">{figure.number}. {escape(figure.title)}</h2>')
+        if not sections.get(figure.number):
+            body.append(f'<p class="missing">Missing: no rows. They come from {escape(figure.needs)}.</p>')
+        for section in sections.get(figure.number, ()):
+            body.append(f"<h3>{escape(section.study)}</h3>")
+            body += [f'<p class="note">{escape(note)}</p>' for note in section.drawn.notes]
+            body += [_picture(path, figure) for path in section.pictures]
+            body.append(_table(section.drawn.table, is_open=not section.pictures))
+    head = f"<meta charset=utf-8><title>Figures and tables</title><style>{STYLE}</style>"
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n'
+
+
+def _picture(path: Path, figure: Figure) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{escape(figure.title)}" src="data:image/png;base64,{data}">'
+
+
+def _table(rows: list[dict], is_open: bool) -> str:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    lines = "".join(
+        "<tr>" + "".join(_cell(row.get(column, "")) for column in columns) + "</tr>" for row in rows[:ROWS_SHOWN]
+    )
+    more = f" (the first {ROWS_SHOWN}; the CSV has all)" if len(rows) > ROWS_SHOWN else ""
+    return (
+        f"<details{' open' if is_open else ''}><summary>{len(rows)} rows{more}</summary>"
+        f'<div class="scroll"><table><tr>{head}</tr>{lines}</table></div></details>'
+    )
+
+
+def _cell(value) -> str:
+    if value == "missing":
+        return '<td class="missing">missing</td>'
+    if isinstance(value, float):
+        return f"<td>{value:.4g}</td>"
+    return f"<td>{'' if value is None else escape(str(value))}</td>"

@@ -1,0 +1,121 @@
+"""The rows of a study, and what a figure is made of."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+from experiments.files import read_rows
+from experiments.frontier import RESULTS, newest
+
+METRICS, SPEED, NUMERICS = "metrics.jsonl", "speed.jsonl", "numerics.jsonl"
+
+
+@dataclass(frozen=True)
+class Study:
+    """All rows below one directory.
+
+    Attributes:
+        evaluations: of results.jsonl, of every evaluation the newest checkpoint's.
+        training: of metrics.jsonl, by run.
+        speed, numerics: of speed.jsonl and numerics.jsonl.
+    """
+
+    name: str
+    evaluations: list[dict]
+    training: dict[str, list[dict]]
+    speed: list[dict]
+    numerics: list[dict]
+
+    def of(self, task: str, metric: str | None = None) -> list[dict]:
+        return [row for row in self.evaluations if row["task"] == task and metric in (None, row["metric"])]
+
+
+def load_study(root: Path) -> Study:
+    """Raises ValueError if the directory has no rows."""
+    training: dict[str, list[dict]] = {}
+    for path in sorted(root.rglob(METRICS)):
+        for row in read_rows(path):
+            training.setdefault(row.get("run") or path.parent.name, []).append(row)
+    found = {
+        name: [row for path in sorted(root.rglob(name)) for row in read_rows(path)]
+        for name in (RESULTS, SPEED, NUMERICS)
+    }
+    if not training and not any(found.values()):
+        raise ValueError(f"no rows in {root}: name directories of runs, of studies or of measurements")
+    return Study(root.resolve().name, newest(found[RESULTS]), training, found[SPEED], found[NUMERICS])
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure of one study.
+
+    Attributes:
+        table: what it shows, a row a point; its CSV.
+        draw: writes path.png and path.pdf; None for what is a table only.
+        notes: what a reader must know, and which parts are missing.
+    """
+
+    table: list[dict]
+    draw: Callable[[Path], None] | None
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Figure:
+    """``make`` gives None when the study has no rows for it; ``needs`` says what makes them."""
+
+    number: int
+    key: str
+    title: str
+    needs: str
+    make: Callable[[Study], Drawn | None]
+
+    @property
+    def stem(self) -> str:
+        return f"fig{self.number:02d}_{self.key}"
+
+
+def as_trained(rows: Iterable[dict]) -> list[dict]:
+    """Those whose knob is the one trained with."""
+    return [row for row in rows if row["knob"] == row["trained_knob"]]
+
+
+def line_of(row: dict) -> str:
+    """The line a row belongs to: its label and, where there is a knob, where it stands."""
+    return row["label"] if row["knob"] is None else f"{row['label']} ({row['knob_name']} {row['knob']:g})"
+
+
+def averaged(rows: Iterable[dict], *keys: str, value: str = "score") -> list[dict]:
+    """Mean and spread over seeds of the rows that agree in ``keys`` (``line`` is ``line_of``); in order of the keys.
+
+    Lists, such as ``per_head``, are averaged element by element.
+    """
+    groups: dict[tuple, list[dict]] = defaultdict(list)
+    for row in rows:
+        groups[tuple(line_of(row) if key == "line" else row.get(key) for key in keys)].append(row)
+    out = []
+    for key, group in groups.items():
+        values = [row[value] for row in group]
+        if isinstance(values[0], list):
+            scores = {value: _mean_of_lists(values)}
+        else:
+            scores = {value: mean(values), "spread": stdev(values) if len(values) > 1 else 0.0}
+        seeds = {row["seed"] for row in group}
+        out.append(dict(zip(keys, key, strict=True)) | scores | {"seeds": len(seeds)})
+    return sorted(out, key=lambda row: tuple((row[k] is None, row[k]) for k in keys))
+
+
+def _mean_of_lists(values: list) -> list | float | None:
+    if isinstance(values[0], list):
+        return [_mean_of_lists(list(parts)) for parts in zip(*values, strict=True)]
+    present = [value for value in values if value is not None]
+    return mean(present) if present else None
+
+
+def grouped(rows: Iterable[dict], key: str) -> dict:
+    groups: dict = {}
+    for row in rows:
+        groups.setdefault(row[key], []).append(row)
+    return groups

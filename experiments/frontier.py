@@ -1,0 +1,232 @@
+"""Frontiers of score against measured causal sparsity, from rows of results.jsonl.
+
+A panel is a task at a length; where RULER's tasks were run, their average is one more. Points of one checkpoint with
+its knob turned at inference and points trained at their own sparsity are different curves.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
+
+from data.tasks import SUITES
+from experiments.files import read_rows
+
+RESULTS = "results.jsonl"
+HIGHER_IS_BETTER = {
+    **dict.fromkeys(("accuracy", "match", "acc", "acc_norm", "exact_match"), True),
+    **dict.fromkeys(("nats", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"), False),
+}
+SOLVED = 0.99  # accuracy that the dense control must reach on synthetic recall
+
+
+class Panel(NamedTuple):
+    """What is measured."""
+
+    data: str
+    task: str
+    metric: str
+    length: int
+    variant: str
+
+    @property
+    def title(self) -> str:
+        scores = {"accuracy": "accuracy", "match": "share found", "nats": "validation loss (nats, lower is better)"}
+        score = scores.get(self.metric, self.metric)
+        what = score if self.task == "loss" else f"{self.task}, {score}"
+        return f"{self.data}: {what}, {self.length} tokens" + (f", {self.variant}" if self.variant else "")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting, over its seeds."""
+
+    panel: Panel
+    label: str  # the backend, or a variant of it
+    trained_knob: float | None  # None: dense
+    knob: float | None
+    sparsity: float
+    score: float
+    spread: float  # standard deviation over the seeds; 0 for one
+    seeds: int
+
+    @property
+    def is_trained(self) -> bool:
+        """Evaluated at the sparsity it was trained at, not with the knob turned at inference."""
+        return self.knob == self.trained_knob
+
+
+def load_rows(root: Path) -> list[dict]:
+    """All rows of the run directories under ``root`` that a frontier shows, and RULER's averages.
+
+    Raises:
+        ValueError: there are none.
+    """
+    rows = of_frontiers(row for path in sorted(root.rglob(RESULTS)) for row in read_rows(path))
+    if not rows:
+        raise ValueError(f"no results under {root}: run a sweep or evaluate.py there first")
+    return rows
+
+
+def of_frontiers(rows: Iterable[dict]) -> list[dict]:
+    """Those that are one score of a whole task, the newest of each, and RULER's averages."""
+    scores = [
+        row
+        for row in rows
+        if row["metric"] in HIGHER_IS_BETTER
+        and row["position"] is None
+        and row.get("depth") is None
+        and row.get("part") is None
+    ]
+    rows = newest(scores)
+    return rows + ruler_averages(rows)
+
+
+def newest(rows: Iterable[dict]) -> list[dict]:
+    """Of rows that differ in the checkpoint's step only, those of the last step."""
+    names = ("label", "config_hash", "task", "metric", "length", "rows", "seed", "knob", "variant")
+    within = ("probe", "position", "depth", "relevant", "part")  # of one evaluation
+    kept: dict[tuple, dict] = {}
+    for row in rows:
+        key = (*(row.get(name) for name in names), *(str(row.get(name)) for name in within))
+        if key not in kept or row["step"] >= kept[key]["step"]:
+            kept[key] = row
+    return list(kept.values())
+
+
+def ruler_averages(rows: Sequence[dict]) -> list[dict]:
+    """A row for every setting that has all RULER tasks which any setting has there; how many, its task says."""
+    settings: dict[tuple, dict[str, dict]] = defaultdict(dict)
+    for row in rows:
+        if row["task"] in SUITES["ruler"]:
+            names = ("data", "length", "variant", "rows", "label", "config_hash", "seed", "knob", "step")
+            settings[tuple(row.get(name) for name in names)][row["task"]] = row
+    asked: dict[tuple, set[str]] = defaultdict(set)
+    for key, tasks in settings.items():
+        asked[key[:4]] |= tasks.keys()
+    averages = []
+    for key, tasks in settings.items():
+        if len(asked[key[:4]]) > 1 and tasks.keys() == asked[key[:4]]:
+            means = {
+                name: mean(row[name] for row in tasks.values())
+                for name in ("score", "causal_sparsity", "active_tokens", "routing_reads")
+            }
+            whole = "ruler" if len(tasks) == 13 else f"ruler ({len(tasks)} of 13 tasks)"
+            averages.append(next(iter(tasks.values())) | means | {"task": whole})
+    return averages
+
+
+def points(rows: Iterable[dict]) -> list[Point]:
+    """Means over seeds.
+
+    Raises:
+        ValueError: a seed has two results, from runs or numbers of rows that do not belong into one mean.
+    """
+    groups: dict[tuple, list[dict]] = defaultdict(list)
+    for row in rows:
+        panel = Panel(row["data"], row["task"], row["metric"], row["length"], row.get("variant") or "")
+        group = groups[panel, row["label"], row["trained_knob"], row["knob"]]
+        if any(row["seed"] == other["seed"] for other in group):
+            raise ValueError(
+                f"two results of {row['label']} on {panel.title}, knob {row['knob']}, seed {row['seed']}: give one "
+                "a label of its own (evaluate.py label=...), or the directory of one study only"
+            )
+        group.append(row)
+    return [
+        Point(
+            panel,
+            label,
+            trained_knob,
+            knob,
+            mean(row["causal_sparsity"] for row in group),
+            mean(row["score"] for row in group),
+            stdev(row["score"] for row in group) if len(group) > 1 else 0.0,
+            len(group),
+        )
+        for (panel, label, trained_knob, knob), group in groups.items()
+    ]
+
+
+def curves(points: Iterable[Point]) -> dict[tuple, list[Point]]:
+    """The curves of each panel: (panel, label, what the curve is) -> points.
+
+    One checkpoint with its knob turned is a curve. Where a label was trained at several sparsities, its points there
+    are one more.
+    """
+    grouped: dict[tuple, dict[float, list[Point]]] = defaultdict(lambda: defaultdict(list))
+    for point in points:
+        if point.knob is not None:
+            grouped[point.panel, point.label][point.trained_knob].append(point)
+    found = {}
+    for (panel, label), checkpoints in sorted(grouped.items()):
+        if len(checkpoints) > 1:
+            trained = [p for line in checkpoints.values() for p in line if p.is_trained]
+            found[panel, label, "trained at each"] = trained
+        for trained_knob, line in sorted(checkpoints.items()):
+            if len(checkpoints) == 1 or len(line) > 1:
+                found[panel, label, f"trained at {trained_knob:g}, knob turned"] = line
+    return {key: line for key, line in found.items() if line}
+
+
+def frontier(points: Iterable[Point]) -> list[Point]:
+    """The points that no other beats in both sparsity and score, from dense to sparse."""
+    points = list(points)
+    higher = HIGHER_IS_BETTER[points[0].panel.metric]
+    kept, best = [], -math.inf
+    for point in sorted(points, key=lambda p: (-p.sparsity, -p.score if higher else p.score)):
+        value = point.score if higher else -point.score
+        if value > best:
+            kept.append(point)
+            best = value
+    return kept[::-1]
+
+
+def interpolate(line: Sequence[Point], sparsity: float) -> float | None:
+    """Score at a sparsity between two points of a frontier; None beyond its measured ends."""
+    if len(line) == 1 and line[0].sparsity == sparsity:
+        return line[0].score
+    for left, right in pairwise(line):
+        if left.sparsity <= sparsity <= right.sparsity:
+            share = (sparsity - left.sparsity) / (right.sparsity - left.sparsity)
+            return left.score + share * (right.score - left.score)
+    return None
+
+
+def score_at(line: Sequence[Point], sparsity: float) -> float | None:
+    """Score that the measured points of a curve offer at a sparsity; None outside the span they cover.
+
+    Below the frontier's first point, that point stands: it is sparser, and no other is better.
+    """
+    edge = frontier(line)
+    if min(p.sparsity for p in line) <= sparsity < edge[0].sparsity:
+        return edge[0].score
+    return interpolate(edge, sparsity)
+
+
+def common_span(lines: Iterable[Sequence[Point]]) -> tuple[float, float] | None:
+    """The sparsities that every curve covers; None if there are none."""
+    lines = list(lines)
+    low = max(min(p.sparsity for p in line) for line in lines)
+    high = min(max(p.sparsity for p in line) for line in lines)
+    return (low, high) if low < high else None
+
+
+def mean_score(line: Sequence[Point], low: float, high: float) -> float:
+    """Area under the frontier between two sparsities that it covers, over their distance."""
+    inner = [p.sparsity for p in frontier(line) if low < p.sparsity < high]
+    xs = [low, *inner, high]
+    scores = [score_at(line, x) for x in xs]
+    return sum((b - a) * (x + y) / 2 for (a, b), (x, y) in zip(pairwise(xs), pairwise(scores), strict=True)) / (
+        high - low
+    )
+
+
+def untrained(points: Iterable[Point]) -> set[tuple]:
+    """Recall panels whose dense control is missing or has not solved the task."""
+    points = list(points)
+    panels = {p.panel for p in points if p.panel.metric == "accuracy"}
+    return panels - {p.panel for p in points if p.knob is None and p.score >= SOLVED}

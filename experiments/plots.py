@@ -1,0 +1,45 @@
+"""What figures share: one set of colours and marks, panels in rows, files that appear whole."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+COLOURS = ("#c1272d", "#0071bc", "#e08a00", "#2e8b57", "#7b3f9e", "#8c6239", "#0b7a75", "#d1495b", "#30638e")
+MARKS = ("o", "s", "^", "D", "v", "P")
+COLUMNS = 3  # panels in a row, at most
+
+
+def pyplot():
+    """matplotlib without a display, imported when a figure is drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def styles(labels: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """(colour, mark) of each line, by the alphabet."""
+    return {label: (COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)]) for i, label in enumerate(sorted(set(labels)))}
+
+
+def grid(panels: int, width: float = 5.6, height: float = 4.2):
+    """A figure and its axes, one a panel."""
+    columns = min(panels, COLUMNS)
+    rows = -(-panels // columns)
+    figure, axes = pyplot().subplots(
+        rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained"
+    )
+    for ax in axes.flat[panels:]:
+        ax.remove()
+    return figure, list(axes.flat[:panels])
+
+
+def save(figure, path: Path) -> None:
+    """``path`` with .png and with .pdf; closes the figure."""
+    for suffix in (".png", ".pdf"):
+        temporary = path.with_name(f".{path.name}{suffix}")
+        # No date in the file: the same rows give the same bytes.
+        figure.savefig(temporary, dpi=160, metadata={"CreationDate": None} if suffix == ".pdf" else None)
+        temporary.replace(path.with_name(path.name + suffix))
+    pyplot().close(figure)

@@ -1,0 +1,1 @@
+"""What can be measured on a checkpoint: one interface, ``base.Task``."""

@@ -1,0 +1,76 @@
+"""What a backend says about its router against what its forward pass does."""
+
+import pytest
+import torch
+
+from dashattn.backends import (
+    AttentionShape,
+    DashConfig,
+    FullConfig,
+    InfLLMv2Config,
+    NSAConfig,
+    build_backend,
+)
+from dashattn.ops.entmax.reference import entmax
+from dashattn.stats import selection_stats
+
+SHAPE = AttentionShape(hidden_size=24, num_heads=6, num_kv_heads=2, head_dim=8)
+SMALL = {"block_size": 8, "kernel_size": 8, "kernel_stride": 4, "init_blocks": 1}
+CONFIGS = {
+    "dash": DashConfig(chunk_size=8, router_scale=6.0),
+    "dash rope": DashConfig(chunk_size=8, router_scale=6.0, summary_rope="mean", alpha_mode="learnable"),
+    "infllmv2": InfLLMv2Config(**SMALL, topk=4, window_size=8),
+    "nsa": NSAConfig(**SMALL, topk=4, local_blocks=2, window_size=12),
+    "nsa own kv": NSAConfig(**SMALL, topk=4, local_blocks=2, window_size=12, shared_kv=False),
+    "nsa minicpm": NSAConfig(**SMALL, topk=4, local_blocks=2, window_size=0, variant="minicpm"),
+}
+
+
+def inputs(length, dtype=torch.float64):
+    q, k, v = (torch.randn(2, length, heads, 8, dtype=dtype) for heads in (6, 2, 2))
+    angle = torch.randn(length, 8, dtype=dtype)
+    return q, k, v, {"hidden": torch.randn(2, length, 24, dtype=dtype), "rope": (angle.cos(), angle.sin())}
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 61])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_selection_is_the_one_that_forward_reads(name, length):
+    backend = build_backend(CONFIGS[name], SHAPE).double()
+    for p in backend.parameters():
+        torch.nn.init.normal_(p)
+    q, k, v, extra = inputs(length)
+    _, stats = backend(q, k, v, **extra, return_stats=True)
+    routing = backend.route(q, k, v, **extra)
+    window = getattr(backend.config, "window_size", 0) if name.startswith("nsa") else 0
+    counted = selection_stats(routing.selection, stats.routing_reads, None, window)
+    assert torch.equal(counted.active_tokens, stats.active_tokens)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_probabilities_are_of_blocks_in_the_past_and_sum_to_one(name):
+    backend = build_backend(CONFIGS[name], SHAPE).double()
+    q, k, v, extra = inputs(61)
+    p_BTHN = backend.route(q, k, v, **extra).probabilities
+    assert p_BTHN.shape == (2, 61, 2, 8)
+    own = torch.arange(61) // 8
+    past = torch.arange(8) < own[:, None]
+    assert (p_BTHN >= 0).all()
+    assert not p_BTHN.masked_select(~past[:, None]).any()
+    assert torch.allclose(p_BTHN.sum(-1)[:, 8:], torch.ones(1).double())
+    if name.startswith("dash"):
+        selected = backend.route(q, k, v, **extra).selection.mask()[..., :8] & past[:, None]
+        assert torch.equal(selected, p_BTHN > 0)
+
+
+def test_dash_gives_the_scores_that_entmax_normalises():
+    backend = build_backend(CONFIGS["dash"], SHAPE).double()
+    q, k, v, extra = inputs(61)
+    routing = backend.route(q, k, v, **extra)
+    p, _ = entmax(routing.logits[:, 8:], 1.5)
+    assert torch.allclose(p.unflatten(2, (2, 3)).mean(3), routing.probabilities[:, 8:], atol=1e-9)
+
+
+def test_dense_attention_has_no_router():
+    backend = build_backend(FullConfig(), SHAPE)
+    q, k, v, extra = inputs(9)
+    assert backend.route(q, k, v, **extra) is None

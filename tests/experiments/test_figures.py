@@ -1,0 +1,231 @@
+"""All figures and tables, from rows made by hand and from the committed ones."""
+
+import csv
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from data.tasks import SUITES
+from experiments import collect
+from experiments.figures.__main__ import FIGURES, main, write_figures
+from experiments.figures.published import RULER_16K
+from experiments.figures.rows import load_study
+
+RESULTS = Path(__file__).parents[2] / "results"
+COMMON = {
+    "backend": "dash",
+    "label": "dash",
+    "data": "text",
+    "length": 512,
+    "rows": 8,
+    "seed": 0,
+    "step": 100,
+    "tokens": 1_000_000,
+    "parameters": 2_500_000,
+    "knob_name": "router_scale",
+    "knob": 4.0,
+    "trained_knob": 4.0,
+    "config_hash": "x",
+    "causal_sparsity": 0.6,
+    "active_tokens": 100.0,
+    "routing_reads": 10.0,
+    "bytes_read": 5000.0,
+    "position": None,
+}
+
+
+def row(task, metric, score, **changes):
+    label = changes.get("label", "dash")
+    return COMMON | {"task": task, "metric": metric, "score": score, "config_hash": label} | changes
+
+
+def rows():
+    for seed, shift in ((0, 0.0), (1, 0.1)):
+        for knob, score in ((2.0, 0.9), (4.0, 0.8), (8.0, 0.3)):
+            sparsity = 0.2 * knob**0.5
+            yield row("recall", "accuracy", score - shift, seed=seed, knob=knob, causal_sparsity=sparsity)
+    yield row("recall", "accuracy", 0.99, label="full", knob=None, trained_knob=None, causal_sparsity=0.0)
+    yield row("sparsity", "causal_sparsity", 0.6, per_head=[[0.5, 0.7], [0.6, 0.6]])
+    yield row("sparsity", "causal_sparsity", 0.4, per_head=[[0.3, 0.5], [0.4, 0.4]], seed=1)
+    for first, last, median in ((0, 0, 1), (1, 1, 2), (2, 3, 3), (4, 7, 4)):
+        yield row("sparsity", "active_tokens", median, position=[first, last], p10=1, p90=last + 1)
+    for length in (512, 1024):
+        for metric in ("recall", "precision", "relevant_mass", "softmax_relevant_mass", "entropy", "support"):
+            yield row("routing", metric, 512 / length, length=length, probe="mqar", per_head=[[0.25, None], [0.75, 1]])
+        for relevant in (1, 2, 4):
+            changes = {"length": length, "probe": f"niah_values_{relevant}", "p10": 1, "p90": 9}
+            yield row("routing", "active_blocks", relevant + 1, relevant=relevant, **changes)
+        for depth in (0.0, 0.5, 1.0):
+            yield row("niah", "match", depth, length=length, depth=depth)
+        yield row("loss", "nats", 3 - length / 4096, length=length)
+    for task in SUITES["ruler"]:
+        yield row(task, "match", 0.5 if task.startswith("niah") else 0.25, length=16384)
+        if task not in ("qa_1", "qa_2"):
+            differs = "haystack: mine" if task == "niah_single_2" else None
+            yield row(task, "match", 1.0, length=16384, label="nsa", differs=differs)
+    for value in ("1", "1e6"):
+        yield row("recall", "accuracy", 0.5, label=f"sigma:{value}")
+
+
+def training_rows(run):
+    for step in (1, 2, 4):
+        yield {"run": run, "step": step, "split": "train", "tokens": 100 * step, "loss": 5 / step, "grad_norm": 1.0} | {
+            "step_time": 0.5,
+            "causal_sparsity": 0.1,
+        }
+    yield {"run": run, "step": 4, "split": "validation", "tokens": 400, "loss": 1.5}
+
+
+@pytest.fixture
+def study(tmp_path):
+    root = tmp_path / "study"
+    root.mkdir()
+    numerics = [
+        {"backend": "dash", "tensor": tensor, "dtype": dtype, "impl": "reference", "device": "cpu", "length": 99}
+        | {"error": error}
+        for tensor in ("out", "dq")
+        for dtype, error in (("fp32", 1e-7), ("bf16", 2e-3))
+    ]
+    speed = [json.loads(line) for line in (RESULTS / "speed_h200/speed.jsonl").open()]
+    speed = [r for r in speed if r["sparsity"] in (None, 0.75) and r["pattern"] in (None, "clustered")]
+    for name, content in (
+        ("results.jsonl", rows()),
+        ("metrics.jsonl", [*training_rows("a"), *training_rows("b")]),
+        ("numerics.jsonl", numerics),
+        ("speed.jsonl", speed),
+    ):
+        (root / name).write_text("".join(json.dumps(line) + "\n" for line in content))
+    return load_study(root)
+
+
+def table(figure, study):
+    (made,) = (f.make(study) for f in FIGURES if f.number == figure)
+    return made.table
+
+
+def test_every_figure_becomes_files_and_a_page(study, tmp_path):
+    # A panel for each of RULER's thirteen would take long to draw.
+    study = replace(study, evaluations=[r for r in study.evaluations if r["task"] not in SUITES["ruler"][2:]])
+    output = tmp_path / "out"
+    assert write_figures(output, [study]) == []
+    page = (output / "index.html").read_text()
+    for figure in FIGURES:
+        stem = f"{figure.stem}-study"
+        shown = list(csv.DictReader((output / f"{stem}.csv").open()))
+        assert len(shown) == len(table(figure.number, study)) > 0
+        assert f'<h2 id="f{figure.number}">' in page
+        if figure.number not in (11, 12, 14):
+            assert (output / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
+            assert (output / f"{stem}.pdf").read_bytes().startswith(b"%PDF")
+    assert page.count("<img ") >= 11
+    assert set(re.findall(r'(?:src|href)="([^#d][^"]*)"', page)) == set()  # all it shows is in it
+
+
+def test_the_committed_rows_draw_and_the_rest_is_listed_as_missing(tmp_path, capsys):
+    main([str(tmp_path), str(RESULTS / "pareto_cpu"), str(RESULTS / "speed_h200")])
+    out = capsys.readouterr().out
+    assert "missing: 11. RULER (rows come from evaluate.py tasks=[ruler])" in out
+    page = (tmp_path / "index.html").read_text()
+    assert "Missing: no rows. They come from evaluate.py tasks=[ruler]" in page
+    assert (tmp_path / "fig01_frontier-pareto_cpu.png").exists()
+    assert (tmp_path / "fig08_speed-speed_h200.png").exists()
+    assert not list(tmp_path.glob("fig11*"))
+
+
+def test_seeds_are_averaged_with_their_spread(study):
+    point = next(r for r in table(1, study) if r["label"] == "dash" and r["knob"] == 2.0 and r["task"] == "recall")
+    assert (point["score"], point["seeds"]) == (pytest.approx(0.85), 2)
+    assert point["spread"] == pytest.approx(0.0707, abs=1e-4)
+    heat = {(r["layer"], r["kv_head"]): r["causal_sparsity"] for r in table(3, study)}
+    assert heat == {(0, 0): pytest.approx(0.4), (0, 1): pytest.approx(0.6), (1, 0): 0.5, (1, 1): 0.5}
+
+
+def test_router_tables(study):
+    recall = next(r for r in table(6, study) if r["metric"] == "recall" and r["length"] == 512)
+    assert (recall["score"], recall["best_head"], recall["causal_sparsity"]) == (1.0, 1, 0.6)
+    assert [(r["relevant"], r["score"]) for r in table(5, study) if r["length"] == 512] == [(1, 2), (2, 3), (4, 5)]
+    assert {(r["metric"], r["length"], r["score"]) for r in table(7, study)} >= {
+        ("entropy", 512, 1),
+        ("entropy", 1024, 0.5),
+    }
+
+
+def test_a_ruler_table_says_what_is_missing_and_what_departs(study):
+    by_model = {r["model"]: r for r in table(11, study)}
+    dash, nsa = by_model["dash (router_scale 4)"], by_model["nsa (router_scale 4)"]
+    assert (dash["SG 1-3"], dash["VT, CWE, FWE"], dash["QA 1-2"]) == (0.5, 0.25, 0.25)
+    assert dash["average"] == pytest.approx((8 * 0.5 + 5 * 0.25) / 13)
+    assert (nsa["SG 1-3"], nsa["qa_1"], nsa["QA 1-2"], nsa["average"]) == (1.0, *["missing"] * 3)
+    (made,) = (f.make(study) for f in FIGURES if f.number == 11)
+    assert made.notes == ["niah_single_2 departs from RULER: haystack: mine."]
+
+
+def test_the_papers_numbers_stand_beside_ours(study):
+    ruler = [r for r in table(14, study) if r["what"] == "RULER, %"]
+    paper = {r["model"]: r["average"] for r in ruler if r["source"].startswith("paper")}
+    assert paper == {model: scores[-1] for model, scores in RULER_16K.items()}
+    (ours,) = (r for r in ruler if r["model"] == "dash (router_scale 4)")
+    assert ours["SG 1-3"] == 50
+    (decoding,) = (r for r in table(14, study) if r["source"] == "ours")
+    assert decoding["model"] == "missing"
+    (made,) = (f.make(study) for f in FIGURES if f.number == 14)
+    assert any("2.5M parameters and 1.0M training tokens against 8B" in note for note in made.notes)
+
+
+def test_training_curves_count_time_by_steps(study):
+    assert [(r["tokens"], r["seconds"]) for r in table(9, study) if r["run"] == "a" and r["split"] == "train"] == [
+        (100, 0.5),
+        (200, 1.0),
+        (400, 2.0),
+    ]
+    (made,) = (f.make(study) for f in FIGURES if f.number == 9)
+    assert "router's gradient norm" in made.notes[0]
+
+
+def test_extrapolation_and_ablations(study):
+    lengths = [(r["length"], r["score"]) for r in table(10, study) if r.get("task") == "loss"]
+    assert lengths == [(512, 2.875), (1024, 2.75)]
+    assert [(r["factor"], r["value"]) for r in table(12, study)] == [("sigma", "1"), ("sigma", "1e6")]
+    (made,) = (f.make(study) for f in FIGURES if f.number == 12)
+    assert "chunk_size" in made.notes[0]
+    assert "sigma" not in made.notes[0]
+
+
+def test_costs_are_per_panel(study):
+    costs = [r for r in table(2, study) if r["panel"].startswith("text: recall")]
+    assert {r["amount"] for r in costs} == {5000}
+    assert {r["cost"] for r in costs} == {"bytes_read"}
+
+
+def test_collected_rows_draw_the_same_figures(tmp_path):
+    for run in ("a", "b"):
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        (tmp_path / "runs" / run / "results.jsonl").write_text(json.dumps(row("recall", "accuracy", 0.5, label=run)))
+        with (tmp_path / "runs" / run / "results.jsonl").open("a") as file:
+            file.write("\n")
+        lines = [{k: v for k, v in line.items() if k != "run"} for line in training_rows(run)]
+        (tmp_path / "runs" / run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert collect.collect(tmp_path / "runs", tmp_path / "kept") == {"results.jsonl": 2, "metrics.jsonl": 8}
+    collected, direct = load_study(tmp_path / "kept"), load_study(tmp_path / "runs")
+    assert table(1, collected) == table(1, direct)
+    assert collected.training.keys() == direct.training.keys() == {"a", "b"}
+    assert table(9, collected) == table(9, direct)
+    with pytest.raises(ValueError, match="count twice"):
+        collect.collect(tmp_path / "runs", tmp_path / "runs" / "kept")
+
+
+def test_refusals(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for arguments, message in (
+        ([str(tmp_path)], "usage"),
+        ([str(tmp_path / "out"), str(tmp_path / "empty")], "no rows in"),
+        ([str(tmp_path / "out"), str(RESULTS / "pareto_cpu"), str(RESULTS / "pareto_cpu")], "the same name"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no rows below"):
+        collect.collect(tmp_path / "empty", tmp_path / "kept")
