@@ -37,6 +37,7 @@ from dashattn.selection import Selection
 from dashattn.stats import AttentionStats, dense_stats, selection_stats
 
 IMPLS = ("auto", "triton", "reference")
+HAS_TRITON = find_spec("triton") is not None  # here: torch.compile does not trace a search for modules
 
 Output = Tensor | tuple[Tensor, AttentionStats]
 
@@ -64,9 +65,7 @@ def _use_kernels(impl: str, q: Tensor, block_size: int, unsupported: str | None 
     on_gpu = q.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
     try:
         check(on_gpu, f"impl='triton' needs tensors on a GPU, q is on {q.device}: use impl='auto' or 'reference'")
-        check(
-            find_spec("triton") is not None, "impl='triton' needs Triton: pip install triton, or use impl='reference'"
-        )
+        check(HAS_TRITON, "impl='triton' needs Triton: pip install triton, or use impl='reference'")
         check(unsupported is None, f"impl='triton': {unsupported}; use impl='auto' or 'reference'")
         from dashattn.ops.block_sparse.triton import check_kernels_fit
 

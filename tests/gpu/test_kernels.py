@@ -369,7 +369,8 @@ def test_topk_methods_wait_for_nothing_and_repeat_themselves():
     def step():
         out = backend(q, k, v, hidden=hidden, cu_seqlens=cu_seqlens)
         out = out + infllmv2_attention(q, k, v, topk=8, window_size=128, cu_seqlens=cu_seqlens)
-        return out, *torch.autograd.grad(out, inputs, torch.ones_like(out))
+        # Detached: a graph that lives on ties its leaves to the stream it was made on, and capture has another.
+        return out.detach(), *torch.autograd.grad(out, inputs, torch.ones_like(out))
 
     step()
     expected = step()

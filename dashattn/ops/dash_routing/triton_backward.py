@@ -65,7 +65,7 @@ def query_kernel(
     list_width,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SQUARE: tl.constexpr, TEMPERED: tl.constexpr,
-    ALPHA_GRAD: tl.constexpr, PRECISION: tl.constexpr, GRAD_PRECISION: tl.constexpr,
+    ALPHA_GRAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds the router's part to dq. Keeps sum(u g) / sum(u) and the mean of b, for the kernel of the summaries.
 
@@ -151,7 +151,7 @@ def query_kernel(
         if q.dtype == tl.bfloat16:
             acc = tl.dot(ds.to(tl.bfloat16), k, acc)
         else:  # ds can leave float16's range
-            acc = tl.dot(ds, k.to(tl.float32), acc, input_precision=GRAD_PRECISION)
+            acc = tl.dot(ds, k.to(tl.float32), acc, input_precision="tf32x3")
     dim = tl.arange(0, DIM)
     in_tile = valid[:, None] & (dim < HEAD_DIM)[None, :]
     offset = flat_row[:, None] * HEAD_DIM + dim[None, :]
@@ -165,7 +165,6 @@ def summary_kernel(
     documents, summary_starts, score_scale, num_slots, num_summaries, num_documents, num_blocks, splits,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SQUARE: tl.constexpr, PRECISION: tl.constexpr,
-    GRAD_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk~ / score_scale of CHUNKS summaries from every ``splits``-th tile of tokens. Scores stand as [chunk, row]."""
     kv_head = tl.program_id(0) % KV_HEADS
@@ -222,7 +221,7 @@ def summary_kernel(
         if q.dtype == tl.bfloat16:
             acc = tl.dot(ds.to(tl.bfloat16), q, acc)
         else:
-            acc = tl.dot(ds, q.to(tl.float32), acc, input_precision=GRAD_PRECISION)
+            acc = tl.dot(ds, q.to(tl.float32), acc, input_precision="tf32x3")
     partial_row = (split.to(tl.int64) * num_summaries + summary) * KV_HEADS + kv_head
     tl.store(partial_ptr + partial_row[:, None] * HEAD_DIM + dim[None, :], acc, mask=in_chunks)
 
@@ -249,14 +248,15 @@ def route_backward(
     bias_mean = torch.empty(geo.tokens, geo.kv_heads, dtype=torch.float32, device=q.device)
     inverse_sigma = 1.0 if sigma is None else 1.0 / sigma
     constants = router_constants(geo, chunk_size, alpha is None, q.dtype, options)
-    grad_precision = "tf32" if q.dtype == torch.float16 else "tf32x3"
+    listed = constants | {"CHUNKS": LISTED_CHUNKS}
+    if q.itemsize == 4:  # the three-part products of float32 keep two more copies of their operands
+        listed["num_stages"] = 1
     slots = geo.slots(constants["TOKENS"])
     num_blocks = bias_grad.shape[-1]
     query_kernel[(slots * geo.kv_heads,)](
         q, summaries, alpha, peak, tau, bias_grad, dq, row_mean, bias_mean, dalpha, geo.documents, starts, lists.blocks,
         lists.counts, score_scale, inverse_sigma, slots, geo.num_documents, num_blocks, lists.blocks.shape[-1],
-        TEMPERED=sigma is not None, ALPHA_GRAD=alpha_grad, GRAD_PRECISION=grad_precision,
-        **constants | {"CHUNKS": LISTED_CHUNKS},
+        TEMPERED=sigma is not None, ALPHA_GRAD=alpha_grad, **listed,
     )  # fmt: skip
 
     # Few chunks, many tokens: the tokens are split for parallelism, and the parts added in a fixed order.
@@ -265,7 +265,7 @@ def route_backward(
     partial = torch.zeros(splits, *summaries.shape, dtype=torch.float32, device=q.device)
     summary_kernel[(chunk_slots * geo.kv_heads, splits)](
         q, summaries, alpha, peak, tau, bias_grad, row_mean, bias_mean, partial, geo.documents, starts, score_scale,
-        slots, summaries.shape[0], geo.num_documents, num_blocks, splits, GRAD_PRECISION=grad_precision, **constants,
+        slots, summaries.shape[0], geo.num_documents, num_blocks, splits, **constants,
     )  # fmt: skip
     dsummaries = (partial.sum(0) * (score_scale * inverse_sigma)).to(summaries.dtype)
     return dsummaries, None if dalpha is None else dalpha.sum(0)
