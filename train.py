@@ -12,16 +12,18 @@ the next step and exit with code 75, which asks to be started again; a second si
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import hydra
 import torch
 import torch.distributed
-from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from dashattn.stats import AttentionStats
 from data import Batch, BatchStream, Prefetched, build_data
 from experiments.anomalies import ANOMALIES, LossWatch
 from experiments.checkpoint import (
@@ -74,7 +76,6 @@ class Run:
     metrics: MetricsWriter
     utilisation: Utilisation
     tracer: Tracer
-    lock: FileLock | None  # of the run directory, on the main rank
 
 
 def train(config: TrainConfig, overrides: Sequence[str] = ()) -> Path:
@@ -84,15 +85,16 @@ def train(config: TrainConfig, overrides: Sequence[str] = ()) -> Path:
         ValueError: if the configuration cannot work or the run directory holds another run; nothing is changed then.
         Stopped: the run ended before its last step.
     """
-    with StopRequest() as request:
-        run = build(check(config), overrides)
+    with StopRequest() as request, ExitStack() as resources:
+        run = build(check(config), overrides, resources)
         if run is not None:
             loop(run, request)
     return Path(config.run_dir).expanduser()
 
 
-def build(config: TrainConfig, overrides: Sequence[str] = ()) -> Run | None:
-    """Everything the loop needs, restored to where the run stands; None if the run is complete."""
+def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -> Run | None:
+    """Everything the loop needs, restored to where the run stands; None if the run is complete. What has to be closed
+    is left to `resources`."""
     run_dir = find_run_dir(config)
     if run_dir.step >= config.steps:
         if os.environ.get("RANK", "0") == "0":
@@ -136,9 +138,12 @@ def build(config: TrainConfig, overrides: Sequence[str] = ()) -> Run | None:
         train_data.load_state_dict(positions[ranks.rank if len(positions) == ranks.world_size else 0])
     if run_dir.damaged:
         start["damaged_checkpoints"] = dict(run_dir.damaged)
-    train_data = Prefetched(train_data, depth=micro_batches, pin_memory=config.device == "cuda")
+    train_data = resources.enter_context(
+        closing(Prefetched(train_data, depth=micro_batches, pin_memory=config.device == "cuda"))
+    )
     ranks.barrier()  # every rank has looked at the run directory before one changes it
-    lock = open_run_dir(run_dir, config, overrides, start) if ranks.is_main else None
+    if ranks.is_main:
+        resources.callback(open_run_dir(run_dir, config, overrides, start).release)
 
     model.to(ranks.device)
     model.checkpoint_activations = config.activation_checkpointing
@@ -154,7 +159,7 @@ def build(config: TrainConfig, overrides: Sequence[str] = ()) -> Run | None:
     tokens = run_dir.state.get("tokens", 0)
     skipped = run_dir.state.get("skipped_steps", 0)
     watch = LossWatch(run_dir.path / ANOMALIES, skipped=skipped, limit=config.max_skipped_steps)
-    metrics = MetricsWriter(run_dir.path, config, main=ranks.is_main)
+    metrics = resources.enter_context(closing(MetricsWriter(run_dir.path, config, main=ranks.is_main)))
     metrics.print(f"{run_dir.path}: {parameters:,} parameters, {ranks.world_size} x {ranks.device.type}")
     if "init_from" in start:
         metrics.print("weights of {weights}; new: {new_parameters}".format(**start["init_from"]))
@@ -166,10 +171,11 @@ def build(config: TrainConfig, overrides: Sequence[str] = ()) -> Run | None:
     utilisation = Utilisation(config, peak and peak * ranks.world_size)
     if peak is None and config.device == "cuda":
         metrics.print("no MFU: the peak of this device and precision is not known, set peak_tflops=...")
-    tracer = Tracer(run_dir.path, config.profile_steps if ranks.is_main else 0, run_dir.step + 1, ranks.device)
+    traced = config.profile_steps if ranks.is_main else 0
+    tracer = resources.enter_context(closing(Tracer(run_dir.path, traced, run_dir.step + 1, ranks.device)))
     return Run(
         *(config, run_dir, ranks, engine, train_data, validation_data, micro_batches, tokens, watch, metrics),
-        *(utilisation, tracer, lock),
+        *(utilisation, tracer),
     )
 
 
@@ -183,86 +189,92 @@ def loop(run: Run, request: StopRequest) -> None:
     keep = {"keep": config.keep_checkpoints, "keep_every": config.keep_every}
     saved = run.run_dir.step
     clock = Clock()
-    try:
-        for step in range(run.run_dir.step + 1, config.steps + 1):
-            is_last = step == config.steps
-            position = run.train_data.state_dict()
-            with clock.waiting():
-                batches, error = read_batches(run)
-            counts = (sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches))
-            # The ranks agree here on what befell one of them.
-            targets, read, failures, requests = ranks.sum(*counts, error is not None, request.received is not None)
-            if failures:
-                if saved < step - 1:
-                    save_checkpoint(run.run_dir.checkpoints, state_of(run, step - 1, position), engine, ranks, **keep)
-                raise Stopped(
-                    f"the data source failed at step {step} ({error or 'on another rank'}). All steps before it are "
-                    "saved: when the source answers again, the same command goes on"
-                ) from error
+    for step in range(run.run_dir.step + 1, config.steps + 1):
+        is_last = step == config.steps
+        position = run.train_data.state_dict()
+        with clock.waiting():
+            batches, error = read_batches(run)
+        counts = (sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches))
+        # The ranks agree here on what befell one of them.
+        targets, read, failures, requests = ranks.sum(*counts, error is not None, request.received is not None)
+        if failures:
+            if saved < step - 1:
+                save_checkpoint(run.run_dir.checkpoints, state_of(run, step - 1, position), engine, ranks, **keep)
+            raise Stopped(
+                f"the data source failed at step {step} ({error or 'on another rank'}). All steps before it are "
+                "saved: when the source answers again, the same command goes on"
+            ) from error
 
-            is_saved = is_last or requests > 0 or (config.save_every > 0 and step % config.save_every == 0)
-            is_logged = is_saved or step == 1 or step % config.log_every == 0
-            with_stats = is_logged and config.stats_every > 0 and (is_last or step % config.stats_every == 0)
-            rate = learning_rate(config.optim, step - 1, config.steps)
-            engine.module.set_step(step - 1)
-            set_learning_rate(engine, rate)
+        is_saved = is_last or requests > 0 or (config.save_every > 0 and step % config.save_every == 0)
+        is_logged = is_saved or step == 1 or step % config.log_every == 0
+        with_stats = is_logged and config.stats_every > 0 and (is_last or step % config.stats_every == 0)
+        rate = learning_rate(config.optim, step - 1, config.steps)
+        engine.module.set_step(step - 1)
+        set_learning_rate(engine, rate)
+        done = update(run, batches, targets, with_norms=is_logged, with_stats=with_stats)
+        run.tokens += int(read)
+        clock.count(read)
 
-            loss = torch.zeros((), device=ranks.device)
-            stats = None
-            for index, batch in enumerate(batches):
-                output = forward(engine, batch, ranks.device, return_stats=with_stats and index == 0)
-                # Every target of the step counts the same, whichever micro-batch and rank it is in. DeepSpeed
-                # averages over both, hence the factor.
-                share = batch.num_targets / targets
-                engine.backward(output.loss * (share * run.micro_batches * ranks.world_size))
-                norms = gradient_norms(engine) if is_logged and index == len(batches) - 1 else {}
-                grad_norm = optimizer_step(engine, config.optim.grad_clip)
-                loss += output.loss.detach() * share
-                stats = stats or output.stats
-            run.tokens += int(read)
-            clock.count(read)
+        # With fp16 an infinite gradient is a step that loss scaling skips.
+        grad_norm = done.grad_norm
+        anomaly = watch.judge(done.loss, None if config.deepspeed.precision == "fp16" else grad_norm)
+        if anomaly is not None:
+            positions = ranks.gather(position)
+            if ranks.is_main:
+                watch.record(anomaly, step, done.loss, grad_norm, positions)
+            metrics.print(f"WARNING: step {step} {anomaly}: loss {done.loss:.4g}, grad_norm {grad_norm:.4g}")
+        if watch.is_hopeless():
+            kept = run.run_dir.checkpoints / f"stopped-{step_name(step)}"
+            write_checkpoint(kept, state_of(run, step, run.train_data.state_dict()), engine, ranks)
+            raise watch.stop(step, kept)
 
-            (total_loss,) = ranks.sum(loss.item())
-            grad_norm = float(grad_norm)
-            # With fp16 an infinite gradient is a step that loss scaling skips.
-            anomaly = watch.judge(total_loss, None if config.deepspeed.precision == "fp16" else grad_norm)
-            if anomaly is not None:
-                positions = ranks.gather(position)
-                if ranks.is_main:
-                    watch.record(anomaly, step, total_loss, grad_norm, positions)
-                metrics.print(f"WARNING: step {step} {anomaly}: loss {total_loss:.4g}, grad_norm {grad_norm:.4g}")
-            if watch.is_hopeless():
-                kept = run.run_dir.checkpoints / f"stopped-{step_name(step)}"
-                write_checkpoint(kept, state_of(run, step, run.train_data.state_dict()), engine, ranks)
-                raise watch.stop(step, kept)
+        if is_logged and anomaly != "skipped":
+            row = {"step": step, "split": "train", "tokens": run.tokens, "loss": done.loss, "lr": rate}
+            row |= {"grad_norm": grad_norm, "skipped_steps": watch.skipped, **done.norms, **clock.read()}
+            row |= {**backend_metrics(engine), "peak_memory_mib": peak_memory_mib(ranks.device)}
+            if done.stats:
+                run.utilisation.measure(done.stats)
+            row |= run.utilisation.read(batches, row["tokens_per_s"])
+            metrics.write(row | (attention_metrics(done.stats) if done.stats else {}))
+        if config.eval_every and (is_last or step % config.eval_every == 0):
+            loss = validation_loss(engine, run.validation_data, ranks)
+            metrics.write({"step": step, "split": "validation", "tokens": run.tokens, "loss": loss})
+            clock.restart()
+        if is_saved:
+            state = state_of(run, step, run.train_data.state_dict())
+            save_checkpoint(run.run_dir.checkpoints, state, engine, ranks, **keep)
+            saved = step
+            clock.restart()
+        run.tracer.step()
+        if requests and not is_last:
+            by = request.received.name if request.received else "a signal to another rank"
+            raise Preempted(f"stopped by {by} and saved at step {step}: the same command goes on from there")
 
-            if is_logged and anomaly != "skipped":
-                row = {"step": step, "split": "train", "tokens": run.tokens, "loss": total_loss, "lr": rate}
-                row |= {"grad_norm": grad_norm, "skipped_steps": watch.skipped, **norms, **clock.read()}
-                row |= {**backend_metrics(engine), "peak_memory_mib": peak_memory_mib(ranks.device)}
-                if stats:
-                    run.utilisation.measure(stats)
-                row |= run.utilisation.read(batches, row["tokens_per_s"])
-                metrics.write(row | (attention_metrics(stats) if stats else {}))
-            if config.eval_every and (is_last or step % config.eval_every == 0):
-                loss = validation_loss(engine, run.validation_data, ranks)
-                metrics.write({"step": step, "split": "validation", "tokens": run.tokens, "loss": loss})
-                clock.restart()
-            if is_saved:
-                state = state_of(run, step, run.train_data.state_dict())
-                save_checkpoint(run.run_dir.checkpoints, state, engine, ranks, **keep)
-                saved = step
-                clock.restart()
-            run.tracer.step()
-            if requests and not is_last:
-                by = request.received.name if request.received else "a signal to another rank"
-                raise Preempted(f"stopped by {by} and saved at step {step}: the same command goes on from there")
-    finally:
-        run.tracer.close()
-        run.train_data.close()
-        metrics.close()
-        if run.lock is not None:
-            run.lock.release()
+
+class Update(NamedTuple):
+    """What an optimizer step tells."""
+
+    loss: float  # in nats, on average over the targets of all ranks
+    grad_norm: float  # L2, before clipping; infinite = not finite, and the weights are as they were
+    norms: dict[str, float]  # of parts of the gradient, if asked for
+    stats: list[AttentionStats] | None  # of the first micro-batch, if asked for
+
+
+def update(run: Run, batches: list[Batch], targets: float, *, with_norms: bool, with_stats: bool) -> Update:
+    """One optimizer step on `batches`, which on all ranks together have `targets` targets."""
+    engine, device = run.engine, run.ranks.device
+    loss, stats = torch.zeros((), device=device), None
+    for index, batch in enumerate(batches):
+        output = forward(engine, batch, device, return_stats=with_stats and index == 0)
+        # Every target of the step counts the same, whichever micro-batch and rank it is in. DeepSpeed averages over
+        # both, hence the factor.
+        share = batch.num_targets / targets
+        engine.backward(output.loss * (share * run.micro_batches * run.ranks.world_size))
+        loss += output.loss.detach() * share
+        stats = stats or output.stats
+        norms = gradient_norms(engine) if with_norms and index == len(batches) - 1 else {}
+        grad_norm = optimizer_step(engine, run.config.optim.grad_clip)
+    return Update(*run.ranks.sum(loss.item()), float(grad_norm), norms, stats)
 
 
 def read_batches(run: Run) -> tuple[list[Batch], Exception | None]:
@@ -292,13 +304,13 @@ def state_of(run: Run, step: int, position: dict) -> dict:
 @hydra.main(version_base="1.3", config_path=str(Path(__file__).resolve().parent / "configs"), config_name="train")
 def main(cfg: DictConfig) -> None:
     overrides = HydraConfig.get().overrides.task
-    with run_faults(), StopRequest() as request:
+    with run_faults(), StopRequest() as request, ExitStack() as resources:
         with user_errors():
             config = to_config(cfg)
             if config.launcher is not None:
                 print(f"submitted job {submit_run(config, overrides)}")
                 return
-            run = build(check(config), overrides)
+            run = build(check(config), overrides, resources)
         if run is not None:
             loop(run, request)
 

@@ -190,6 +190,19 @@ def test_a_gpu_without_memory_says_what_to_change(make_config, at_step, capsys):
     assert "Traceback" not in message
 
 
+def test_a_run_that_fails_before_its_first_step_leaves_nothing_open(make_config, monkeypatch):
+    def exhausted(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    config = make_config("run")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "build_engine", exhausted)
+        with pytest.raises(torch.OutOfMemoryError) as failure:
+            train(config)
+    train(config)  # while the failure holds all that was built
+    del failure
+
+
 def flip_a_bit(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
