@@ -10,6 +10,7 @@ Starting a run in its own directory again resumes it from the latest checkpoint.
 the next step and exit with code 75, which asks to be started again; a second signal exits at once.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -22,6 +23,7 @@ import torch
 import torch.distributed
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+from torch import Tensor
 
 from dashattn.stats import AttentionStats
 from data import Batch, BatchStream, Prefetched, build_data
@@ -45,6 +47,7 @@ from experiments.engine import (
     init_ranks,
     optimizer_step,
     set_learning_rate,
+    to_host,
     validation_loss,
 )
 from experiments.errors import Preempted, Stopped, run_faults, user_errors
@@ -182,6 +185,9 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
 def loop(run: Run, request: StopRequest) -> None:
     """Train from the step the run stands at to its last one. Step k in rows and names: k optimizer steps are done.
 
+    The host waits for the device once a step, to know that the gradient is finite; while the weights are updated it is
+    ahead, with the next step's data. Only a step that is logged is waited for to its end.
+
     Raises:
         Stopped: the run ended earlier, with all on disk that is needed to go on.
     """
@@ -216,8 +222,10 @@ def loop(run: Run, request: StopRequest) -> None:
         clock.count(read)
 
         # With fp16 an infinite gradient is a step that loss scaling skips.
-        grad_norm = done.grad_norm
-        anomaly = watch.judge(done.loss, None if config.deepspeed.precision == "fp16" else grad_norm)
+        is_finite = done.grad_norm is not None or config.deepspeed.precision == "fp16"
+        anomaly = watch.judge(done.loss, is_finite=is_finite)
+        if is_logged or anomaly is not None:
+            grad_norm = math.inf if done.grad_norm is None else float(done.grad_norm)
         if anomaly is not None:
             positions = ranks.gather(position)
             if ranks.is_main:
@@ -255,7 +263,7 @@ class Update(NamedTuple):
     """What an optimizer step tells."""
 
     loss: float  # in nats, on average over the targets of all ranks
-    grad_norm: float  # L2, before clipping; infinite = not finite, and the weights are as they were
+    grad_norm: Tensor | None  # L2, before clipping; None = not finite, and the weights are as they were
     norms: dict[str, float]  # of parts of the gradient, if asked for
     stats: list[AttentionStats] | None  # of the first micro-batch, if asked for
 
@@ -263,7 +271,7 @@ class Update(NamedTuple):
 def update(run: Run, batches: list[Batch], targets: float, *, with_norms: bool, with_stats: bool) -> Update:
     """One optimizer step on `batches`, which on all ranks together have `targets` targets."""
     engine, device = run.engine, run.ranks.device
-    loss, stats = torch.zeros((), device=device), None
+    loss, norms, stats = torch.zeros((), device=device), {}, None
     for index, batch in enumerate(batches):
         output = forward(engine, batch, device, return_stats=with_stats and index == 0)
         # Every target of the step counts the same, whichever micro-batch and rank it is in. DeepSpeed averages over
@@ -272,9 +280,11 @@ def update(run: Run, batches: list[Batch], targets: float, *, with_norms: bool, 
         engine.backward(output.loss * (share * run.micro_batches * run.ranks.world_size))
         loss += output.loss.detach() * share
         stats = stats or output.stats
-        norms = gradient_norms(engine) if with_norms and index == len(batches) - 1 else {}
+        if index == len(batches) - 1:
+            read_loss = to_host(loss)
+            norms = gradient_norms(engine) if with_norms else {}
         grad_norm = optimizer_step(engine, run.config.optim.grad_clip)
-    return Update(*run.ranks.sum(loss.item()), float(grad_norm), norms, stats)
+    return Update(*run.ranks.sum(read_loss()), grad_norm, norms, stats)
 
 
 def read_batches(run: Run) -> tuple[list[Batch], Exception | None]:

@@ -29,9 +29,9 @@ class LossWatch:
         self._in_a_row = 0
         self._recent: deque[float] = deque(maxlen=_WINDOW)
 
-    def judge(self, loss: float, grad_norm: float | None) -> str | None:
-        """`skipped`, `spike` or None. grad_norm: None where an infinite one is no fault (fp16's loss scaling)."""
-        if not math.isfinite(loss) or not (grad_norm is None or math.isfinite(grad_norm)):
+    def judge(self, loss: float, *, is_finite: bool) -> str | None:
+        """`skipped`, `spike` or None. is_finite: of the gradient."""
+        if not (math.isfinite(loss) and is_finite):
             self.skipped += 1
             self._in_a_row += 1
             return "skipped"

@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,22 +23,26 @@ from models import ModelOutput, Transformer
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others."""
+    """This process among the others.
+
+    What they tell each other here lies on the host and stays there: no rank waits for its device to have computed.
+    """
 
     rank: int
     world_size: int
     device: torch.device
+    host: torch.distributed.ProcessGroup | None = None  # of all ranks, for tensors on the CPU; None = there is but one
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def sum(self, *values: float) -> list[float]:
-        """Sum of each value over all ranks, in float64 on the CPU's side of the device."""
+        """Sum of each value over all ranks, in float64."""
         if self.world_size == 1:
             return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(total)
+        total = torch.tensor(values, dtype=torch.float64)
+        torch.distributed.all_reduce(total, group=self.host)
         return total.tolist()
 
     def gather(self, value: Any) -> list[Any]:
@@ -45,12 +50,12 @@ class Ranks:
         if self.world_size == 1:
             return [value]
         gathered: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(gathered, value)
+        torch.distributed.all_gather_object(gathered, value, group=self.host)
         return gathered
 
     def barrier(self) -> None:
         if self.world_size > 1:
-            torch.distributed.barrier()
+            torch.distributed.barrier(group=self.host)
 
 
 def init_ranks(device: str) -> Ranks:
@@ -90,7 +95,9 @@ def init_ranks(device: str) -> Ranks:
         store = torch.distributed.PrefixStore(f"attempt_{attempt}", store)
         torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
-    return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), torch_device)
+    world_size = torch.distributed.get_world_size()
+    host = torch.distributed.new_group(backend="gloo") if world_size > 1 else None
+    return Ranks(torch.distributed.get_rank(), world_size, torch_device, host)
 
 
 def deepspeed_json(
@@ -160,23 +167,39 @@ def forward(engine, batch: Batch, device: torch.device, *, return_stats: bool = 
     )
 
 
-def optimizer_step(engine, grad_clip: float) -> float | Tensor | None:
+def to_host(value: Tensor) -> Callable[[], float]:
+    """Copy a number to the host while the device goes on. Returns the function that reads it: it waits for what the
+    device was given before this call, but for nothing later."""
+    copy = value.to("cpu", non_blocking=True)
+    if value.device.type != "cuda":
+        return copy.item
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> float:
+        copied.synchronize()
+        return copy.item()
+
+    return read
+
+
+def optimizer_step(engine, grad_clip: float) -> Tensor | None:
     """To be called after every backward pass: clip, update and clear the gradients after the step's last one.
 
-    If the gradient is not finite there is no update, only the clearing.
+    If the gradient is not finite there is no update, only the clearing. To know it the host waits for the gradient, but
+    not for the update.
 
-    Returns the global L2 norm of the step's gradient before clipping, infinite if it was not finite; None after the
-    passes that only accumulate.
+    Returns the global L2 norm of the step's gradient before clipping, on the device; None if there was no update.
     """
-    updates, norm = engine.is_gradient_accumulation_boundary(), None
+    norm, updates = None, engine.is_gradient_accumulation_boundary()
     if updates and engine.zero_optimization_stage() == 0:
         norm = nn.utils.clip_grad_norm_(engine.module.parameters(), grad_clip or float("inf"))
         if not torch.isfinite(norm):  # what DeepSpeed does by itself at the other stages
-            norm.fill_(float("inf"))
+            norm = None
             for parameter in engine.module.parameters():
                 parameter.grad = None
     engine.step()
-    if updates and norm is None:
+    if engine.zero_optimization_stage() > 0 and engine.was_step_applied():
         norm = engine.get_global_grad_norm()
     return norm
 

@@ -149,11 +149,11 @@ def test_a_spike_is_seen_and_a_noisy_slope_is_not(tmp_path):
     watch = LossWatch(tmp_path / "anomalies.jsonl", skipped=0, limit=3)
     noise = torch.rand(400, generator=torch.Generator().manual_seed(0))
     slope = [6 * 0.99**step + 0.3 * float(noise[step]) for step in range(400)]
-    assert not any(watch.judge(loss, 1.0) for loss in slope)
-    assert watch.judge(slope[-1] + 2, 1.0) == "spike"
-    assert watch.judge(slope[-1], 1.0) is None
-    assert watch.judge(slope[-1], float("inf")) == "skipped"
-    assert watch.judge(slope[-1], None) is None
+    assert not any(watch.judge(loss, is_finite=True) for loss in slope)
+    assert watch.judge(slope[-1] + 2, is_finite=True) == "spike"
+    assert watch.judge(slope[-1], is_finite=True) is None
+    assert watch.judge(slope[-1], is_finite=False) == "skipped"
+    assert watch.judge(float("nan"), is_finite=True) == "skipped"
     watch.record("spike", 7, 2.5, float("inf"), [{"rows": 3}])
     expected = {"step": 7, "kind": "spike", "loss": 2.5, "grad_norm": "inf", "data": [{"rows": 3}]}
     assert read_rows(tmp_path / "anomalies.jsonl") == [expected]
