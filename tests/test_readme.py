@@ -59,7 +59,7 @@ TESTED = {
     "python -m experiments.sweep sweep=pareto launcher=slurm",  # slurm/
     "python -m slurm.status outputs/pareto",  # slurm/
     # experiments/test_tasks.py, experiments/test_routing.py
-    "python evaluate.py run=outputs/debug-dash tasks=[ruler,niah,routing] lengths=[1024] knobs=[1,4]",
+    "python evaluate.py run=outputs/debug-dash tasks=[niah_single_1,vt,routing] lengths=[1024] rows=4",
     # experiments/test_harness.py
     "python -m experiments.harness --model dashattn --model_args run=outputs/debug-dash --tasks lambada_openai",
     "python -m experiments.collect outputs/smoke results/smoke",  # experiments/test_figures.py
