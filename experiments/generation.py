@@ -13,10 +13,10 @@ import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
-from data import TextDataConfig, TextTokenizer, build_tokenizer
+from data import PackedDataConfig, TextTokenizer, build_tokenizer
 from experiments.config import to_config
 from experiments.errors import user_errors
-from experiments.evaluation import EvaluateConfig, build_model, find_target
+from experiments.evaluation import build_model, locate
 from models.generate import generate
 
 
@@ -63,10 +63,9 @@ def run_generation(config: GenerateConfig) -> None:
     Raises:
         ValueError: no such run, a run without text, or an impossible setting.
     """
-    knobs = None if config.knob is None else [config.knob]
-    target = find_target(EvaluateConfig(config.run, knobs=knobs, device=config.device, threads=config.threads))
+    target = locate(config.run, config.device)
     train = target.train
-    if not isinstance(train.data, TextDataConfig):
+    if not isinstance(train.data, PackedDataConfig):
         raise ValueError(f"{config.run} was trained on {train.data.name}, which is no text: give a run trained on text")
     if config.threads is not None:
         torch.set_num_threads(config.threads)

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from experiments.errors import user_errors
 from experiments.files import read_rows, write_atomically
 from experiments.metrics import METRICS
-from experiments.pareto import COLOURS
+from experiments.plots import COLOURS
 from experiments.run_dir import CONFIG, flat
 
 PAGE = "report.html"

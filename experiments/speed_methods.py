@@ -295,6 +295,8 @@ def fla_nsa(problem: Problem) -> Operation:
     from fla.ops.nsa.parallel import parallel_nsa
 
     counts, indices = block_lists(problem.selection)
+    most = indices.shape[-1]
+    indices = F.pad(indices, (0, (1 << (most - 1).bit_length()) - most))  # its kernels take powers of two
     size = problem.shape.chunk_size
 
     def attend(q, k, v):

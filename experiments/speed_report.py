@@ -12,6 +12,7 @@ from pathlib import Path
 
 from experiments.errors import user_errors
 from experiments.files import read_rows, write_atomically
+from experiments.plots import COLOURS, pyplot, save
 
 ROWS = "speed.jsonl"
 FORWARD, BOTH = PASSES = ("forward", "forward+backward")
@@ -21,7 +22,6 @@ CUDNN, FLASH_3 = "SDPA cuDNN", "FlashAttention-3"
 CUDNN_FACTORS = {"forward": 0.95, "forward+backward": 0.90}
 SETUP = ("device", "heads", "kv_heads", "head_dim", "chunk_size", "dtype")
 CASE = ("length", "pattern", "sparsity", "stage", "method", "pass")
-COLOURS = ("#c1272d", "#0071bc", "#e08a00", "#2e8b57", "#7b3f9e", "#8c6239", "#0b7a75", "#d1495b", "#30638e")
 MARKS = {"shared": "o", "clustered": "s", "iid": "^"}
 
 
@@ -239,10 +239,7 @@ def _break_even_table(rows: Sequence[dict]) -> list[str]:
 
 def draw(rows: Sequence[dict], path: Path) -> None:
     """Time, speed-up and extra memory against length; a column per pass and sparsity. ``path`` has no suffix."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     from matplotlib.ticker import LogLocator, NullFormatter
 
     rows = with_ratios(rows)
@@ -296,11 +293,7 @@ def draw(rows: Sequence[dict], path: Path) -> None:
         figure.legend(handles.values(), handles.keys(), fontsize=8, loc="outside lower center", ncols=4)
         figure.suptitle(f"{title(setup)}\nhollow: the sparsity reached is another, see the table", fontsize=10)
         name = path.name if number == 0 else f"{path.name}-{number + 1}"
-        for suffix in (".png", ".pdf"):
-            temporary = path.with_name(f".{name}{suffix}")
-            figure.savefig(temporary, dpi=160)
-            temporary.replace(path.with_name(name + suffix))
-        plt.close(figure)
+        save(figure, path.with_name(name))
 
 
 def _dense_lines(rows: Iterable[dict], name: str) -> dict[str, list[dict]]:

@@ -30,7 +30,9 @@ def _poisoned_empty(monkeypatch):
     def poison(make):
         def poisoned(*args, **kwargs):
             x = make(*args, **kwargs)
-            return x.fill_(float("nan")) if x.is_floating_point() and not x.is_meta else x
+            if x.is_floating_point() and not x.is_meta:
+                x.detach().fill_(float("nan"))  # detached: it may ask for a gradient
+            return x
 
         return poisoned
 

@@ -39,16 +39,31 @@ def python(*arguments, **options):
 TESTED = {
     "make pareto",
     "make test",  # this
+    "make test-all",  # this, and what is marked slow
     "make test-gpu",  # on a GPU
+    "make figures",  # experiments/test_figures.py
     "python train.py experiment=debug attention=dash attention.chunk_size=16",
     "python evaluate.py run=outputs/debug-dash tasks=[loss,position] knobs=[1,10,50]",
+    'python -m models.generate run=outputs/debug-dash prompt="import os"',  # experiments/test_generation.py
     "python -m experiments.sweep sweep=smoke",
     "python -m experiments.pareto outputs/smoke",
     "python train.py --cfg job",
     "python -m experiments.speed",  # needs a GPU; refusal without one and all around it: experiments/test_speed.py
-    "python -m experiments.speed_report results/speed_h200",
+    "python -m experiments.speed_report results/speed_h100",
     "torchrun --standalone --nproc-per-node 8 train.py model=350m data=hub deepspeed=zero2 ...",  # test_train_cli.py
     "pip install .",
+    "python -m data.collect corpora/notes.jsonl ~/notes '*.deb'",  # data/test_collect.py
+    "python -m experiments.prepare data=mixture",  # experiments/test_prepare.py
+    "python -m experiments.export outputs/debug-dash debug-hf",  # models/test_hf.py, experiments/test_train.py
+    "python train.py launcher=slurm launcher.partition=gpu ...",  # slurm/
+    "python -m experiments.sweep sweep=pareto launcher=slurm",  # slurm/
+    "python -m slurm.status outputs/pareto",  # slurm/
+    # experiments/test_tasks.py, experiments/test_routing.py
+    "python evaluate.py run=outputs/debug-dash tasks=[niah_single_1,vt,routing] lengths=[1024] rows=4",
+    # experiments/test_harness.py
+    "python -m experiments.harness --model dashattn --model_args run=outputs/debug-dash --tasks lambada_openai",
+    "python -m experiments.collect outputs/smoke results/smoke",  # experiments/test_figures.py
+    "python -m experiments.report outputs/debug-dash outputs/debug-full",  # experiments/test_report.py
 }
 
 
@@ -70,7 +85,7 @@ def test_show_the_configuration():
 
 
 def test_speed_report_from_the_committed_rows(tmp_path):
-    shutil.copy(ROOT / "results/speed_h200/speed.jsonl", tmp_path)
+    shutil.copy(ROOT / "results/speed_h100/speed.jsonl", tmp_path)
     assert "NVIDIA H200" in python("-m", "experiments.speed_report", str(tmp_path))
     assert (tmp_path / "speed.png").stat().st_size > 10_000
 

@@ -89,7 +89,7 @@ def study(tmp_path):
         for tensor in ("out", "dq")
         for dtype, error in (("fp32", 1e-7), ("bf16", 2e-3))
     ]
-    speed = [json.loads(line) for line in (RESULTS / "speed_h200/speed.jsonl").open()]
+    speed = [json.loads(line) for line in (RESULTS / "speed_h100/speed.jsonl").open()]
     speed = [r for r in speed if r["sparsity"] in (None, 0.75) and r["pattern"] in (None, "clustered")]
     for name, content in (
         ("results.jsonl", rows()),
@@ -125,13 +125,13 @@ def test_every_figure_becomes_files_and_a_page(study, tmp_path):
 
 
 def test_the_committed_rows_draw_and_the_rest_is_listed_as_missing(tmp_path, capsys):
-    main([str(tmp_path), str(RESULTS / "pareto_cpu"), str(RESULTS / "speed_h200")])
+    main([str(tmp_path), str(RESULTS / "pareto_cpu"), str(RESULTS / "speed_h100")])
     out = capsys.readouterr().out
     assert "missing: 11. RULER (rows come from evaluate.py tasks=[ruler])" in out
     page = (tmp_path / "index.html").read_text()
     assert "Missing: no rows. They come from evaluate.py tasks=[ruler]" in page
     assert (tmp_path / "fig01_frontier-pareto_cpu.png").exists()
-    assert (tmp_path / "fig08_speed-speed_h200.png").exists()
+    assert (tmp_path / "fig08_speed-speed_h100.png").exists()
     assert not list(tmp_path.glob("fig11*"))
 
 

@@ -36,7 +36,7 @@ def test_the_command_line(run):
 
 
 def test_refusals(run, tmp_path, make_config):
-    with pytest.raises(ValueError, match="no weights"):
+    with pytest.raises(ValueError, match="no intact weights in"):
         run_generation(GenerateConfig(str(tmp_path), "a"))
     with pytest.raises(ValueError, match="router_scale must be a positive"):
         run_generation(GenerateConfig(run, "a", knob=-1.0))

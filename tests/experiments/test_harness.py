@@ -182,5 +182,5 @@ def test_lm_evals_own_command_line(run_dir, task_dir, tmp_path):
 def test_refusals(run_dir):
     with pytest.raises(ValueError, match="batch_size=auto"):
         HarnessModel(str(run_dir), batch_size="auto", device="cpu")
-    with pytest.raises(ValueError, match="no weights in"):
+    with pytest.raises(ValueError, match="no intact weights in"):
         HarnessModel("/nonexistent")

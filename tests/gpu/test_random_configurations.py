@@ -32,7 +32,8 @@ from dashattn.selection import Selection
 
 SPECIALISATIONS = 50
 DRAWS = 10  # of each
-TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 2e-5}
+# float16 rounds dq twice, after attention and after the router, to 2 ** -11 each.
+TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 2e-3, torch.float32: 2e-5}
 OVER_FLOAT32 = 5.0
 # Rows whose selection differs: only where a float32-sized change of the scores could flip them.
 SELECTED_ROWS = 0.005
