@@ -73,7 +73,8 @@ def test_a_sweep_is_preempted_requeued_and_finished_by_a_second_call(slurm, make
     subprocess.run(["scancel", "--signal=USR1", job], check=True)
     wait_for(lambda: queue().get(job) == "PENDING", "it to be queued again")
     assert not (long / "cell.json").exists()
-    subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now"], check=True)
+    # Not after minutes, as Slurm would; nor in the second of the requeue, whose starts slurmd takes for revoked ones.
+    subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now+2"], check=True)
 
     wait_for(lambda: not queue(), "the jobs to end")
     rows = {name.removeprefix("text-").removesuffix("-seed0"): rest for name, *rest in status(tmp_path / "s")}
