@@ -185,8 +185,8 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
 def loop(run: Run, request: StopRequest) -> None:
     """Train from the step the run stands at to its last one. Step k in rows and names: k optimizer steps are done.
 
-    The host waits for the device once a step, to know that the gradient is finite; while the weights are updated it is
-    ahead, with the next step's data. Only a step that is logged is waited for to its end.
+    The host waits for the device at one place of a step, where it must know that the gradient is finite; while the
+    weights are updated it is ahead, with the next step's data. Only a step that is logged is waited for to its end.
 
     Raises:
         Stopped: the run ended earlier, with all on disk that is needed to go on.
