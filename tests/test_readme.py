@@ -86,7 +86,7 @@ def test_show_the_configuration():
 
 def test_speed_report_from_the_committed_rows(tmp_path):
     shutil.copy(ROOT / "results/speed_h100/speed.jsonl", tmp_path)
-    assert "NVIDIA H200" in python("-m", "experiments.speed_report", str(tmp_path))
+    assert "NVIDIA H100" in python("-m", "experiments.speed_report", str(tmp_path))
     assert (tmp_path / "speed.png").stat().st_size > 10_000
 
 
