@@ -11,9 +11,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dashattn.ops.block_sparse.triton_forward import precision
+from dashattn.ops.block_sparse.triton_forward import key_descriptor, precision
 from dashattn.ops.dash_routing.triton_entmax import (
     above_threshold,
     fold,
@@ -257,15 +256,6 @@ def prior_kernel(
         tl.store(bias_row[:, None] + (chunk + tl.arange(0, CHUNKS))[None, :], log_p, mask=p > 0)
 
 
-def summary_descriptor(summaries: Tensor, geo: Geometry, chunks: int) -> TensorDescriptor:
-    return TensorDescriptor(
-        summaries,
-        shape=[geo.kv_heads, summaries.shape[0], geo.head_dim],
-        strides=[geo.head_dim, geo.kv_heads * geo.head_dim, 1],
-        block_shape=[1, chunks, geo.padded_dim],
-    )
-
-
 def router_options(dim: int, itemsize: int) -> dict[str, int]:
     """Rows and chunks of a tile, warps and pipeline stages: the fastest of several on an H100 and an H200."""
     if itemsize == 4 or dim > 128:
@@ -294,7 +284,7 @@ def route(
     constants = router_constants(geo, chunk_size, alpha is None, q.dtype, options)
     slots = geo.slots(constants["TOKENS"])
     threshold_kernel[(slots * geo.kv_heads,)](
-        q, summary_descriptor(summaries, geo, options["chunks"]), alpha, words, peak, tau, geo.documents, starts,
+        q, key_descriptor(summaries, geo, options["chunks"]), alpha, words, peak, tau, geo.documents, starts,
         score_scale, geo.tokens, words.shape[-1], slots, geo.num_documents,
         maxnreg=128 if constants["SQUARE"] and q.itemsize == 2 and geo.padded_dim <= 128 else None, **constants,
     )  # fmt: skip
@@ -310,7 +300,7 @@ def prior_bias(
     constants = router_constants(geo, chunk_size, alpha is None, q.dtype, options)
     slots = geo.slots(constants["TOKENS"])
     prior_kernel[(slots * geo.kv_heads,)](
-        q, summary_descriptor(summaries, geo, options["chunks"]), alpha, peak, tau, bias, geo.documents, starts,
+        q, key_descriptor(summaries, geo, options["chunks"]), alpha, peak, tau, bias, geo.documents, starts,
         score_scale, 1.0 if sigma is None else 1.0 / sigma, slots, geo.num_documents, num_blocks,
         TEMPERED=sigma is not None, **constants,
     )  # fmt: skip
