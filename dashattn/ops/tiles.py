@@ -33,6 +33,24 @@ def locate_tile(documents, slot, num_documents, SIZE: tl.constexpr):
     return low, start, end, slot - (start // SIZE + low)
 
 
+@triton.jit
+def query_rows(start, end, first, kv_head, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr,
+               TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):  # fmt: skip
+    """Rows of the query tile that begins at position ``first`` of the document ``start .. end``.
+
+    Returns each row's position, query head, whether it stands for a query, its number in [n * Hq], and its entries'
+    offsets in [n * Hq, D] with the mask of those that exist.
+    """
+    row = tl.arange(0, TOKENS * GROUP_P)
+    position = first + row // GROUP_P
+    query_head = kv_head * GROUP + row % GROUP_P
+    valid = (start + position < end) & (row % GROUP_P < GROUP)
+    flat_row = (start + position).to(tl.int64) * (KV_HEADS * GROUP) + query_head
+    dim = tl.arange(0, DIM)
+    in_tile = valid[:, None] & (dim < HEAD_DIM)[None, :]
+    return position, query_head, valid, flat_row, flat_row[:, None] * HEAD_DIM + dim[None, :], in_tile
+
+
 def power_of_2_from(x: int) -> int:
     """The smallest power of two that is at least x; a fraction of the host time of Triton's own."""
     return 1 << (x - 1).bit_length()

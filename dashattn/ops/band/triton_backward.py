@@ -19,7 +19,7 @@ from dashattn.ops.band.triton_forward import (
 )
 from dashattn.ops.block_sparse.triton_backward import delta, key_grad_options, query_grad_options
 from dashattn.ops.block_sparse.triton_forward import key_descriptor
-from dashattn.ops.tiles import LOG2E, Geometry, locate_tile
+from dashattn.ops.tiles import LOG2E, Geometry, locate_tile, query_rows
 
 
 @triton.jit
@@ -53,14 +53,10 @@ def band_query_grad_kernel(
     first_key = tl.load(key_starts + document)
 
     ROWS: tl.constexpr = TOKENS * GROUP_P
-    row = tl.arange(0, ROWS)
-    position = tl.minimum(index * TOKENS + row // GROUP_P, end - start - 1)
-    query_head = kv_head * GROUP + row % GROUP_P
-    valid = (start + index * TOKENS + row // GROUP_P < end) & (row % GROUP_P < GROUP)
-    flat_row = (start + position).to(tl.int64) * (KV_HEADS * GROUP) + query_head
-    dim = tl.arange(0, DIM)
-    in_tile = valid[:, None] & (dim < HEAD_DIM)[None, :]
-    offset = flat_row[:, None] * HEAD_DIM + dim[None, :]
+    position, _, valid, flat_row, offset, in_tile = query_rows(
+        start, end, index * TOKENS, kv_head, KV_HEADS, GROUP, GROUP_P, TOKENS, HEAD_DIM, DIM
+    )
+    position = tl.minimum(position, end - start - 1)
     q = tl.load(q_ptr + offset, mask=in_tile, other=0.0)
     do = tl.load(do_ptr + offset, mask=in_tile, other=0.0)
     lse = tl.load(lse_ptr + flat_row, mask=valid, other=float("inf"))

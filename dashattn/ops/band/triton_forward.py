@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dashattn.ops.block_sparse.triton_forward import NO_PEAK, forward_options, key_descriptor, precision
-from dashattn.ops.tiles import LOG2E, Geometry, locate_tile, multiples
+from dashattn.ops.tiles import LOG2E, Geometry, locate_tile, multiples, query_rows
 
 
 @dataclass(frozen=True)
@@ -109,14 +109,11 @@ def band_kernel(
     first_key = tl.load(key_starts + document)
 
     ROWS: tl.constexpr = TOKENS * GROUP_P
-    row = tl.arange(0, ROWS)
-    position = tl.minimum(index * TOKENS + row // GROUP_P, end - start - 1)
-    query_head = kv_head * GROUP + row % GROUP_P
-    valid = (start + index * TOKENS + row // GROUP_P < end) & (row % GROUP_P < GROUP)
-    flat_row = (start + position).to(tl.int64) * (KV_HEADS * GROUP) + query_head
-    dim = tl.arange(0, DIM)
-    in_tile = valid[:, None] & (dim < HEAD_DIM)[None, :]
-    q = tl.load(q_ptr + flat_row[:, None] * HEAD_DIM + dim[None, :], mask=in_tile, other=0.0)
+    position, _, valid, flat_row, offset, in_tile = query_rows(
+        start, end, index * TOKENS, kv_head, KV_HEADS, GROUP, GROUP_P, TOKENS, HEAD_DIM, DIM
+    )
+    position = tl.minimum(position, end - start - 1)
+    q = tl.load(q_ptr + offset, mask=in_tile, other=0.0)
     stop = visible_keys(position, SIZE, STRIDE)
     begin = tl.maximum(stop - span, 0)
 
@@ -140,7 +137,7 @@ def band_kernel(
     empty = total == 0.0
     if HAS_V:
         acc = acc / tl.where(empty, 1.0, total)[:, None]
-        tl.store(out_ptr + flat_row[:, None] * HEAD_DIM + dim[None, :], acc.to(out_ptr.dtype.element_ty), mask=in_tile)
+        tl.store(out_ptr + offset, acc.to(out_ptr.dtype.element_ty), mask=in_tile)
     # An infinite normaliser makes every probability of an empty row 0 wherever it is formed again.
     tl.store(lse_ptr + flat_row, tl.where(empty, float("inf"), peak + tl.log2(total)), mask=valid)
 

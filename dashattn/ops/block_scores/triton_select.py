@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dashattn.ops.band.triton_forward import Band, band_constants, visible_keys
 from dashattn.ops.block_sparse.triton_forward import key_descriptor, stages_that_fit
-from dashattn.ops.tiles import LOG2E, Geometry, locate_tile
+from dashattn.ops.tiles import LOG2E, Geometry, locate_tile, query_rows
 
 PROBES = tl.constexpr(8)
 INFINITY_BITS = tl.constexpr(0x7F800000)
@@ -95,15 +95,10 @@ def _select_tile(
     unsolved = (last_own >= topk) & (free > 0)
 
     if unsolved:
-        ROWS: tl.constexpr = TOKENS * GROUP_P
-        row = tl.arange(0, ROWS)
-        position = index * TOKENS + row // GROUP_P
-        query_head = kv_head * GROUP + row % GROUP_P
-        valid = (start + position < end) & (row % GROUP_P < GROUP)
-        flat_row = (start + position).to(tl.int64) * (KV_HEADS * GROUP) + query_head
-        dim = tl.arange(0, DIM)
-        in_tile = valid[:, None] & (dim < HEAD_DIM)[None, :]
-        q = tl.load(q_ptr + flat_row[:, None] * HEAD_DIM + dim[None, :], mask=in_tile, other=0.0)
+        position, _, valid, flat_row, offset, in_tile = query_rows(
+            start, end, index * TOKENS, kv_head, KV_HEADS, GROUP, GROUP_P, TOKENS, HEAD_DIM, DIM
+        )
+        q = tl.load(q_ptr + offset, mask=in_tile, other=0.0)
         lse = tl.load(lse_ptr + flat_row, mask=valid, other=float("inf"))
         stop = visible_keys(position, SIZE, STRIDE)
         keys = (last_own - local_blocks + 1) * RATIO

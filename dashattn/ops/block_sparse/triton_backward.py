@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dashattn.ops.block_sparse.schedule import KeyLists, TileLists
 from dashattn.ops.block_sparse.triton_forward import key_descriptor, precision, stages_that_fit
-from dashattn.ops.tiles import LOG2E, Geometry, locate_tile, power_of_2_from
+from dashattn.ops.tiles import LOG2E, Geometry, locate_tile, power_of_2_from, query_rows
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -79,16 +79,11 @@ def query_grad_kernel(
         return
 
     ROWS: tl.constexpr = TOKENS * GROUP_P
-    row = tl.arange(0, ROWS)
-    token = row // GROUP_P
-    position = index * TOKENS + token
-    query_head = kv_head * GROUP + row % GROUP_P
-    in_group = row % GROUP_P < GROUP
-    valid = (start + position < end) & in_group
-    flat_row = (start + position).to(tl.int64) * (KV_HEADS * GROUP) + query_head
-    dim = tl.arange(0, DIM)
-    in_tile = valid[:, None] & (dim < HEAD_DIM)[None, :]
-    offset = flat_row[:, None] * HEAD_DIM + dim[None, :]
+    position, query_head, valid, flat_row, offset, in_tile = query_rows(
+        start, end, index * TOKENS, kv_head, KV_HEADS, GROUP, GROUP_P, TOKENS, HEAD_DIM, DIM
+    )
+    token = tl.arange(0, ROWS) // GROUP_P
+    in_group = tl.arange(0, ROWS) % GROUP_P < GROUP
     q = tl.load(q_ptr + offset, mask=in_tile, other=0.0)
     do = tl.load(do_ptr + offset, mask=in_tile, other=0.0)
     shift = tl.load(lse_ptr + flat_row, mask=valid, other=float("inf"))

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dashattn.ops.block_sparse.schedule import TileLists
-from dashattn.ops.tiles import LOG2E, Geometry, locate_tile
+from dashattn.ops.tiles import LOG2E, Geometry, locate_tile, query_rows
 
 # Finite, so that a row that has met no key yet rescales by exp2(0) and not by NaN.
 NO_PEAK = tl.constexpr(-1e30)
@@ -67,15 +67,11 @@ def forward_kernel(
         return
 
     ROWS: tl.constexpr = TOKENS * GROUP_P
-    row = tl.arange(0, ROWS)
-    token = row // GROUP_P
-    position = index * TOKENS + token
-    query_head = kv_head * GROUP + row % GROUP_P
-    valid = (start + position < end) & (row % GROUP_P < GROUP)
-    flat_row = (start + position).to(tl.int64) * (KV_HEADS * GROUP) + query_head
-    dim = tl.arange(0, DIM)
-    in_tile = valid[:, None] & (dim < HEAD_DIM)[None, :]
-    q = tl.load(q_ptr + flat_row[:, None] * HEAD_DIM + dim[None, :], mask=in_tile, other=0.0)
+    position, query_head, valid, flat_row, offset, in_tile = query_rows(
+        start, end, index * TOKENS, kv_head, KV_HEADS, GROUP, GROUP_P, TOKENS, HEAD_DIM, DIM
+    )
+    token = tl.arange(0, ROWS) // GROUP_P
+    q = tl.load(q_ptr + offset, mask=in_tile, other=0.0)
 
     HAS_BIAS: tl.constexpr = BIAS_HEADS > 0
     bias_row = None
@@ -107,7 +103,7 @@ def forward_kernel(
 
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
-    tl.store(out_ptr + flat_row[:, None] * HEAD_DIM + dim[None, :], acc.to(out_ptr.dtype.element_ty), mask=in_tile)
+    tl.store(out_ptr + offset, acc.to(out_ptr.dtype.element_ty), mask=in_tile)
     # An infinite normaliser makes every probability of an empty row 0 in the backward too.
     tl.store(lse_ptr + flat_row, tl.where(empty, float("inf"), peak + tl.log2(total)), mask=valid)
 

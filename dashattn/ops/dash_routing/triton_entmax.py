@@ -103,8 +103,8 @@ def root_step(tau, sums, alpha, highest, SQUARE: tl.constexpr):
 
 @triton.jit
 def probe(x, slope, point, sums, exponent, SQUARE: tl.constexpr):
-    """Adds z ** r and z ** (r - 1) at the threshold ``point`` to the folded sums."""
-    p, u = power(saturated(x, slope[:, None], -point), exponent, SQUARE)
+    """Adds z ** r and z ** (r - 1) with z = slope x - ``point`` to the folded sums; ``point`` is one per row."""
+    p, u = power(saturated(x, slope[:, None], -point[:, None]), exponent, SQUARE)
     return sums[0] + fold(p), sums[1] + fold(u)
 
 

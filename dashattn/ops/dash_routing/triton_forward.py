@@ -23,7 +23,7 @@ from dashattn.ops.dash_routing.triton_entmax import (
     probe,
     root_step,
 )
-from dashattn.ops.tiles import Geometry, locate_tile
+from dashattn.ops.tiles import Geometry, locate_tile, query_rows
 
 # On |sum p - 1|; float32 sums over 16384 chunks still reach it.
 TOLERANCE = tl.constexpr(5e-6)
@@ -44,14 +44,10 @@ def load_tile(q_ptr, alpha_ptr, start, end, index, kv_head, score_scale, KV_HEAD
     Returns which rows stand for a query, their numbers in [n * Hq], their own chunk (-1: no query), q, alpha, and the
     factors that turn a product q . k~ into a score x and z into p (``power``).
     """
-    row = tl.arange(0, TOKENS * GROUP_P)
-    position = index * TOKENS + row // GROUP_P
-    query_head = kv_head * GROUP + row % GROUP_P
-    valid = (start + position < end) & (row % GROUP_P < GROUP)
-    flat_row = (start + position).to(tl.int64) * (KV_HEADS * GROUP) + query_head
-    dim = tl.arange(0, DIM)
-    in_tile = valid[:, None] & (dim < HEAD_DIM)[None, :]
-    q = tl.load(q_ptr + flat_row[:, None] * HEAD_DIM + dim[None, :], mask=in_tile, other=0.0)
+    position, query_head, valid, flat_row, offset, in_tile = query_rows(
+        start, end, index * TOKENS, kv_head, KV_HEADS, GROUP, GROUP_P, TOKENS, HEAD_DIM, DIM
+    )
+    q = tl.load(q_ptr + offset, mask=in_tile, other=0.0)
     own = tl.where(valid, position // BLOCK, -1)
     if SQUARE:
         alpha = tl.full([TOKENS * GROUP_P], 1.5, tl.float32)
@@ -135,25 +131,25 @@ def threshold_kernel(
         peaks = tl.maximum(peaks, tl.max(tl.reshape(x, (ROWS, CHUNKS // 8, 8)), 1))
     peak = tl.where(past > 0, tl.max(peaks, 1), tl.where(valid, 0.0, 1e30))
 
-    # One pass at four thresholds at once brackets the root closely enough for cubic interpolation.
+    # One pass at four thresholds at once brackets the root closely enough for cubic interpolation. Relative to a peak
+    # that is scaled first: what that costs in digits the steps that follow mend.
+    level = slope * peak
     at_1 = (zero, zero)
     at_2 = (zero, zero)
     at_3 = (zero, zero)
     at_4 = (zero, zero)
     for chunk in range(0, whole, CHUNKS):
         x = products(q, summary_desc, kv_head, first_summary, chunk, past, CHUNKS, DIM, False, PRECISION)
-        x -= peak[:, None]
-        at_1 = probe(x, slope, -1.0, at_1, exponent, SQUARE)
-        at_2 = probe(x, slope, -0.75, at_2, exponent, SQUARE)
-        at_3 = probe(x, slope, -0.5, at_3, exponent, SQUARE)
-        at_4 = probe(x, slope, -0.25, at_4, exponent, SQUARE)
+        at_1 = probe(x, slope, level - 1.0, at_1, exponent, SQUARE)
+        at_2 = probe(x, slope, level - 0.75, at_2, exponent, SQUARE)
+        at_3 = probe(x, slope, level - 0.5, at_3, exponent, SQUARE)
+        at_4 = probe(x, slope, level - 0.25, at_4, exponent, SQUARE)
     for chunk in range(whole, last, CHUNKS):
         x = products(q, summary_desc, kv_head, first_summary, chunk, past, CHUNKS, DIM, True, PRECISION)
-        x -= peak[:, None]
-        at_1 = probe(x, slope, -1.0, at_1, exponent, SQUARE)
-        at_2 = probe(x, slope, -0.75, at_2, exponent, SQUARE)
-        at_3 = probe(x, slope, -0.5, at_3, exponent, SQUARE)
-        at_4 = probe(x, slope, -0.25, at_4, exponent, SQUARE)
+        at_1 = probe(x, slope, level - 1.0, at_1, exponent, SQUARE)
+        at_2 = probe(x, slope, level - 0.75, at_2, exponent, SQUARE)
+        at_3 = probe(x, slope, level - 0.5, at_3, exponent, SQUARE)
+        at_4 = probe(x, slope, level - 0.25, at_4, exponent, SQUARE)
     # Towards tau = 0 only the highest score is above the threshold: h + 1 is -tau there.
     origin = tl.zeros([ROWS], tl.float32)
     bracket = (origin - 1.0, origin + 1.0, origin - 1.0, origin, origin, origin - 1.0)

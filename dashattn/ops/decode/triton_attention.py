@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dashattn.ops.block_sparse.triton_forward import NO_PEAK, precision
 from dashattn.ops.chunk_summary.triton import pooling_weights
-from dashattn.ops.tiles import LOG2E
+from dashattn.ops.tiles import LOG2E, power_of_2_from
 
 
 @triton.jit
@@ -216,7 +216,7 @@ def attend(
     word_heads = 0 if words is None else words.shape[1] // kv_heads
     num_words = 0 if words is None else words.shape[-1]
     splits = num_splits(batch * num_tokens * kv_heads, blocks, q.device)
-    dim = max(16, triton.next_power_of_2(head_dim))
+    dim = max(16, power_of_2_from(head_dim))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     partial, peak, total = out, None, None
     if splits > 1:
@@ -226,16 +226,16 @@ def attend(
     attention_kernel[(batch * num_tokens * kv_heads * splits,)](
         q.contiguous(), k, v, partial, peak, total, lengths, words, bias, scale * LOG2E, k.stride(0), k.stride(1),
         num_tokens, num_words, blocks, capacity if window is None else window,
-        KV_HEADS=kv_heads, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), WORD_HEADS=word_heads,
-        WORD_HEADS_P=triton.next_power_of_2(max(1, word_heads)), WORDS=triton.next_power_of_2(max(1, num_words)),
+        KV_HEADS=kv_heads, GROUP=group, ROWS=max(16, power_of_2_from(group)), WORD_HEADS=word_heads,
+        WORD_HEADS_P=power_of_2_from(max(1, word_heads)), WORDS=power_of_2_from(max(1, num_words)),
         HAS_BIAS=bias is not None, BLOCK=block_size, HEAD_DIM=head_dim, DIM=dim, SPLITS=splits,
         PRECISION=precision(q.dtype), SIZE=tokens_per_key[0], STRIDE=tokens_per_key[1],
         num_warps=4 if tile_bytes <= 16384 else 8, num_stages=2 if tile_bytes <= 32768 else 1,
     )  # fmt: skip
     if splits > 1:
         columns = min(32, dim)
-        combine_kernel[(batch * num_tokens * heads, triton.cdiv(head_dim, columns))](
-            partial, peak, total, out, SPLITS=splits, SPLITS_P=triton.next_power_of_2(splits), HEAD_DIM=head_dim,
+        combine_kernel[(batch * num_tokens * heads, -(-head_dim // columns))](
+            partial, peak, total, out, SPLITS=splits, SPLITS_P=power_of_2_from(splits), HEAD_DIM=head_dim,
             COLUMNS=columns, num_warps=4,
         )  # fmt: skip
     return out
@@ -255,6 +255,6 @@ def append(
         k.contiguous(), v.contiguous(), cache_k, cache_v, lengths, pooled,
         None if chunk_query is None else chunk_query.contiguous(), head_dim**-0.5,
         cache_k.stride(0), cache_k.stride(1), *((0, 0) if pooled is None else pooled.stride()[:2]),
-        KV_HEADS=kv_heads, HEAD_DIM=head_dim, DIM=max(16, triton.next_power_of_2(head_dim)), SIZE=window[0],
-        SIZE_P=triton.next_power_of_2(window[0]), STRIDE=window[1], MEAN=chunk_query is None, num_warps=4,
+        KV_HEADS=kv_heads, HEAD_DIM=head_dim, DIM=max(16, power_of_2_from(head_dim)), SIZE=window[0],
+        SIZE_P=power_of_2_from(window[0]), STRIDE=window[1], MEAN=chunk_query is None, num_warps=4,
     )  # fmt: skip

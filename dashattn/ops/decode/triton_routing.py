@@ -14,6 +14,7 @@ from dashattn.ops.block_sparse.triton_forward import precision
 from dashattn.ops.dash_routing.triton_entmax import above_threshold, is_positive, power, root_step
 from dashattn.ops.dash_routing.triton_forward import MAX_PASSES, TOLERANCE
 from dashattn.ops.decode.triton_attention import visible_count
+from dashattn.ops.tiles import power_of_2_from
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_chunks"])
@@ -154,11 +155,11 @@ def multiply(q: Tensor, keys: Tensor, lengths: Tensor, tokens_per_key: tuple[int
     num_keys, kv_heads = keys.shape[1:3]
     products = torch.empty(batch * num_tokens * heads, num_keys, dtype=torch.float32, device=q.device)
     tile = 32
-    product_kernel[(batch * num_tokens * kv_heads, triton.cdiv(num_keys, tile))](
+    product_kernel[(batch * num_tokens * kv_heads, -(-num_keys // tile))](
         q, keys, products, lengths, keys.stride(0), keys.stride(1), num_tokens, num_keys,
-        KV_HEADS=kv_heads, GROUP=heads // kv_heads, ROWS=max(16, triton.next_power_of_2(heads // kv_heads)),
+        KV_HEADS=kv_heads, GROUP=heads // kv_heads, ROWS=max(16, power_of_2_from(heads // kv_heads)),
         SIZE=tokens_per_key[0], STRIDE=tokens_per_key[1], CHUNKS=tile, HEAD_DIM=head_dim,
-        DIM=max(16, triton.next_power_of_2(head_dim)), PRECISION=precision(q.dtype), num_warps=4,
+        DIM=max(16, power_of_2_from(head_dim)), PRECISION=precision(q.dtype), num_warps=4,
     )  # fmt: skip
     return products
 
@@ -182,7 +183,7 @@ def route(
     products = multiply(q, summaries, lengths, (chunk_size + 1, chunk_size))
     peak, tau = torch.empty(2, queries * heads, dtype=torch.float32, device=q.device)
     words = torch.empty(batch, heads, num_tokens, -(-num_chunks // 32), dtype=torch.int32, device=q.device)
-    chunks = max(32, triton.next_power_of_2(num_chunks))
+    chunks = max(32, power_of_2_from(num_chunks))
     threshold_kernel[(queries * heads,)](
         products, alpha, words, peak, tau, lengths, score_scale, num_tokens, num_chunks, words.shape[-1],
         HEADS=heads, BLOCK=chunk_size, CHUNKS=chunks, SQUARE=alpha is None, num_warps=max(4, min(16, chunks // 512)),
@@ -191,9 +192,9 @@ def route(
         return words, None
     bias = torch.empty(batch, num_tokens, kv_heads, num_chunks, dtype=torch.float32, device=q.device)
     tile = 128
-    prior_kernel[(queries * kv_heads, triton.cdiv(num_chunks, tile))](
+    prior_kernel[(queries * kv_heads, -(-num_chunks // tile))](
         products, alpha, peak, tau, bias, lengths, score_scale, 1.0 if sigma is None else 1.0 / sigma, num_tokens,
-        num_chunks, KV_HEADS=kv_heads, GROUP=group, GROUP_P=triton.next_power_of_2(group), BLOCK=chunk_size,
+        num_chunks, KV_HEADS=kv_heads, GROUP=group, GROUP_P=power_of_2_from(group), BLOCK=chunk_size,
         CHUNKS=tile, SQUARE=alpha is None, TEMPERED=sigma is not None, num_warps=4,
     )  # fmt: skip
     return words, bias

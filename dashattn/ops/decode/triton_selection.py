@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dashattn.ops.decode.triton_attention import visible_count
 from dashattn.ops.decode.triton_routing import multiply
-from dashattn.ops.tiles import LOG2E
+from dashattn.ops.tiles import LOG2E, power_of_2_from
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_windows"])
@@ -113,20 +113,20 @@ def select(
     sizes = dict(SIZE=kernel_size, STRIDE=kernel_stride)
     products = multiply(q, compressed_k, lengths, (kernel_size, kernel_stride))
     normalisers = torch.empty(queries * heads, dtype=torch.float32, device=q.device)
-    width = triton.next_power_of_2(num_windows)
+    width = power_of_2_from(num_windows)
     normaliser_kernel[(queries * heads,)](
         products, normalisers, lengths, scale * LOG2E, num_tokens, num_windows, HEADS=heads, WINDOWS=width, **sizes,
         num_warps=max(4, min(16, width // 512)),
     )  # fmt: skip
     scores = torch.empty(queries * kv_heads, num_blocks, dtype=torch.float32, device=q.device)
     tile = 32
-    score_kernel[(queries * kv_heads, triton.cdiv(num_blocks, tile))](
+    score_kernel[(queries * kv_heads, -(-num_blocks // tile))](
         products, normalisers, scores, lengths, scale * LOG2E, num_tokens, num_windows, num_blocks,
-        KV_HEADS=kv_heads, GROUP=group, GROUP_P=triton.next_power_of_2(group), BLOCK=block_size, BLOCKS=tile,
+        KV_HEADS=kv_heads, GROUP=group, GROUP_P=power_of_2_from(group), BLOCK=block_size, BLOCKS=tile,
         MAX=pooling == "max", **sizes, num_warps=4,
     )  # fmt: skip
     words = torch.empty(batch, kv_heads, num_tokens, -(-num_blocks // 32), dtype=torch.int32, device=q.device)
-    width = max(32, triton.next_power_of_2(num_blocks))
+    width = max(32, power_of_2_from(num_blocks))
     topk_kernel[(queries * kv_heads,)](
         scores, words, lengths, num_tokens, num_blocks, words.shape[-1], topk, init_blocks, local_blocks,
         KV_HEADS=kv_heads, BLOCK=block_size, BLOCKS=width, num_warps=max(4, min(16, width // 512)),

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dashattn.ops.tiles import power_of_2_from
+
 
 @triton.jit
 def _rows(num_rows, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr):
@@ -57,7 +59,7 @@ def gated_sum_grad_kernel(
 
 def _constants(gates: Tensor, branch: Tensor) -> dict:
     head_dim = branch.shape[-1]
-    return dict(BRANCHES=gates.shape[-1], HEAD_DIM=head_dim, DIM=triton.next_power_of_2(head_dim), ROWS=16, num_warps=4)
+    return dict(BRANCHES=gates.shape[-1], HEAD_DIM=head_dim, DIM=power_of_2_from(head_dim), ROWS=16, num_warps=4)
 
 
 @torch.library.custom_op("dashattn::gated_sum", mutates_args=())
@@ -66,7 +68,7 @@ def _forward_op(gates: Tensor, first: Tensor, second: Tensor, third: Tensor | No
     rows = first[..., 0].numel()
     constants = _constants(gates, first)
     branches = (None if x is None else x.contiguous() for x in (first, second, third))
-    gated_sum_kernel[(triton.cdiv(rows, constants["ROWS"]),)](gates.contiguous(), *branches, out, rows, **constants)
+    gated_sum_kernel[(-(-rows // constants["ROWS"]),)](gates.contiguous(), *branches, out, rows, **constants)
     return out
 
 
@@ -85,7 +87,7 @@ def _backward_op(
     rows = first[..., 0].numel()
     constants = _constants(gates, first)
     branches = (None if x is None else x.contiguous() for x in (first, second, third))
-    gated_sum_grad_kernel[(triton.cdiv(rows, constants["ROWS"]),)](
+    gated_sum_grad_kernel[(-(-rows // constants["ROWS"]),)](
         grad.contiguous(), gates.contiguous(), *branches, *grads, rows, **constants
     )
     return tuple(grads)
