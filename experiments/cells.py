@@ -140,6 +140,8 @@ def _study_cells(config: SweepConfig, study_name: str, study: StudyConfig, seed:
         yield base
     for label, arm in study.arms.items():
         knobs = [] if arm.knobs is None else [f"knobs=[{','.join(f'{knob:g}' for knob in arm.knobs)}]"]
+        if arm.turned is not None and arm.turned not in arm.trained_knobs:
+            raise ValueError(f"turned={arm.turned:g} of arm {label} is none of trained_knobs={list(arm.trained_knobs)}")
         if not arm.trained_knobs:
             yield cell(label, arm.train, knobs, base)
         for knob in arm.trained_knobs:
