@@ -38,6 +38,7 @@ class ArmConfig:
     train: list[str] = MISSING  # overrides of train.py
     trained_knobs: list[float] = field(default_factory=list)  # a cell for each; empty = one, as `train` says
     knobs: list[float] | None = None  # evaluated at each; null = the one trained with
+    turned: float | None = None  # of several trained knobs the one whose cell is evaluated at `knobs`; null = each
 
 
 @dataclass
@@ -139,11 +140,15 @@ def _study_cells(config: SweepConfig, study_name: str, study: StudyConfig, seed:
         yield base
     for label, arm in study.arms.items():
         knobs = [] if arm.knobs is None else [f"knobs=[{','.join(f'{knob:g}' for knob in arm.knobs)}]"]
+        if arm.turned is not None and arm.turned not in arm.trained_knobs:
+            raise ValueError(f"turned={arm.turned:g} of arm {label} is none of trained_knobs={list(arm.trained_knobs)}")
         if not arm.trained_knobs:
             yield cell(label, arm.train, knobs, base)
         for knob in arm.trained_knobs:
             # Which field the knob is, the backend's config says.
-            yield cell(label, [*arm.train, f"{_knob_key(arm.train)}={knob:g}"], knobs, base, suffix=f"-knob{knob:g}")
+            train = [*arm.train, f"{_knob_key(arm.train)}={knob:g}"]
+            evaluated = knobs if arm.turned in (None, knob) else []
+            yield cell(label, train, evaluated, base, suffix=f"-knob{knob:g}")
 
 
 def _knob_key(train: list[str]) -> str:

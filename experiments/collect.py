@@ -1,19 +1,28 @@
-"""``python -m experiments.collect outputs/NAME results/NAME``: the rows of all runs below a directory in two files to
-commit, results.jsonl and metrics.jsonl, whose rows say which run they are of."""
+"""``python -m experiments.collect outputs/NAME results/NAME``: the rows of all runs below a directory in three files to
+commit: results.jsonl and metrics.jsonl, and in cells.jsonl the commands of the sweep's cells that completed. Runs of
+earlier calls, on another machine say, stay.
+
+``python -m experiments.collect --restore results/NAME outputs/NAME``: there the sweep counts these cells as done, and
+continues where only the rows are left.
+"""
 
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.cells import CELL
 from experiments.errors import user_errors
 from experiments.files import read_rows, write_atomically
 from experiments.frontier import RESULTS
 from experiments.metrics import METRICS
 
+CELLS = "cells.jsonl"
+
 
 def collect(source: Path, target: Path) -> dict[str, int]:
-    """Writes both files, replacing what an earlier call wrote; returns how many rows each has.
+    """Writes the files, in which the runs of ``source`` take the place of what an earlier call wrote of them; returns
+    how many rows each has.
 
     Raises:
         ValueError: there is nothing to collect, or the target lies below the source.
@@ -24,18 +33,42 @@ def collect(source: Path, target: Path) -> dict[str, int]:
         name: [{"run": path.parent.name} | row for path in sorted(source.rglob(name)) for row in read_rows(path)]
         for name in (RESULTS, METRICS)
     }
-    if not any(found.values()):
+    found[CELLS] = [{"run": path.parent.name} | json.loads(path.read_text()) for path in sorted(source.rglob(CELL))]
+    if not found[RESULTS] and not found[METRICS]:
         raise ValueError(f"no rows below {source}: name the directory of a sweep or of a run")
     target.mkdir(parents=True, exist_ok=True)
     for name, rows in found.items():
-        write_atomically(target / name, "".join(json.dumps(row) + "\n" for row in rows))
+        new = {row["run"] for row in rows}
+        found[name] = [row for row in read_rows(target / name) if row["run"] not in new] + rows
+        write_atomically(target / name, "".join(json.dumps(row) + "\n" for row in found[name]))
     return {name: len(rows) for name, rows in found.items()}
+
+
+def restore(source: Path, target: Path) -> int:
+    """Marks the cells of ``source``'s cells.jsonl as done in a sweep's directory that knows nothing of them; returns
+    their number. Bases are left out: what is missing needs their weights.
+
+    Raises:
+        ValueError: there are none.
+    """
+    rows = [row for row in read_rows(source / CELLS) if len(row["commands"]) > 1]
+    if not rows:
+        raise ValueError(f"{source / CELLS} names no cell: give the directory that rows were collected in")
+    missing = [row for row in rows if not (target / row["run"]).exists()]
+    for row in missing:
+        (target / row["run"]).mkdir(parents=True)
+        write_atomically(target / row["run"] / CELL, json.dumps({"commands": row["commands"]}, indent=1) + "\n")
+    return len(missing)
 
 
 def main(arguments: Sequence[str]) -> None:
     with user_errors():
+        if len(arguments) == 3 and arguments[0] == "--restore":
+            source, target = map(Path, arguments[1:])
+            print(f"{restore(source, target)} cells of {source} count as done in {target}")
+            return
         if len(arguments) != 2:
-            raise ValueError("usage: python -m experiments.collect RUNS TARGET")
+            raise ValueError("usage: python -m experiments.collect [--restore] FROM TO")
         counts = collect(*map(Path, arguments))
     print(", ".join(f"{count} rows in {Path(arguments[1]) / name}" for name, count in counts.items()))
 

@@ -1,7 +1,7 @@
 """Sweeps: every cell of a study is a training run and its evaluation; only what is missing is done.
 
 A cell that fails stops no other; its last words stand in the table at the end and all it said in ``logs/``. A cell that
-another continues from (the study's ``base``) is done first. With ``launcher=slurm`` the missing cells are submitted.
+missing ones continue from (the study's ``base``) is done first. With ``launcher=slurm`` what is missing is submitted.
 """
 
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -28,6 +28,8 @@ def run_sweep(config: SweepConfig, console: Console) -> dict[str, Outcome]:
         if cell.is_done():
             outcomes[cell.name] = Outcome("was done")
     waiting = [cell for cell in waiting if cell.name not in outcomes]
+    wanted = {cell.base for cell in waiting}
+    waiting = [cell for cell in waiting if cell.evaluate is not None or cell.name in wanted]
     console.print(f"{config.name}: {len(waiting)} cells to do, {len(outcomes)} done before", highlight=False)
 
     log_dir = Path(config.output_dir) / "logs"

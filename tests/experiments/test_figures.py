@@ -13,6 +13,7 @@ from experiments import collect
 from experiments.figures.__main__ import FIGURES, main, write_figures
 from experiments.figures.published import RULER_16K
 from experiments.figures.rows import load_study
+from experiments.files import read_rows
 
 RESULTS = Path(__file__).parents[2] / "results"
 COMMON = {
@@ -208,13 +209,28 @@ def test_collected_rows_draw_the_same_figures(tmp_path):
             file.write("\n")
         lines = [{k: v for k, v in line.items() if k != "run"} for line in training_rows(run)]
         (tmp_path / "runs" / run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert collect.collect(tmp_path / "runs", tmp_path / "kept") == {"results.jsonl": 2, "metrics.jsonl": 8}
+    assert collect.collect(tmp_path / "runs", tmp_path / "kept") == {
+        "results.jsonl": 2,
+        "metrics.jsonl": 8,
+        "cells.jsonl": 0,
+    }
     collected, direct = load_study(tmp_path / "kept"), load_study(tmp_path / "runs")
     assert table(1, collected) == table(1, direct)
     assert collected.training.keys() == direct.training.keys() == {"a", "b"}
     assert table(9, collected) == table(9, direct)
     with pytest.raises(ValueError, match="count twice"):
         collect.collect(tmp_path / "runs", tmp_path / "runs" / "kept")
+
+
+def test_what_is_collected_later_is_added(tmp_path):
+    kept = tmp_path / "kept"
+    for machine, scores in (("first", {"a": 0.1, "b": 0.2}), ("second", {"b": 0.3, "c": 0.4})):
+        for run, score in scores.items():
+            (tmp_path / machine / run).mkdir(parents=True)
+            line = json.dumps(row("recall", "accuracy", score, label=run)) + "\n"
+            (tmp_path / machine / run / "results.jsonl").write_text(line)
+        collect.collect(tmp_path / machine, kept)
+    assert {row["run"]: row["score"] for row in read_rows(kept / "results.jsonl")} == {"a": 0.1, "b": 0.3, "c": 0.4}
 
 
 def test_refusals(tmp_path, capsys):

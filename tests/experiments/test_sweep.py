@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from experiments import sweep
 from experiments.cells import CELL, ArmConfig, Outcome, StudyConfig, SweepConfig, cells
+from experiments.collect import collect, restore
 from experiments.signals import Children
 from experiments.sweep import run_sweep
 from slurm.status import status
@@ -124,6 +126,37 @@ def test_a_second_call_does_only_what_is_missing(tmp_path, ran, jobs):
     names.clear()
     assert set(run(config).values()) == {"was done"}
     assert names == []
+
+
+def test_a_study_continues_where_only_its_rows_are_left(tmp_path, ran):
+    names, failing = ran
+    config = make_config(tmp_path / "runs")
+    failing.add("text-dash-knob4-seed1")
+    run(config)
+    for cell in cells(config):
+        if cell.is_done():
+            (cell.run_dir / "metrics.jsonl").write_text("{}\n")
+    collect(tmp_path / "runs", tmp_path / "kept")
+    shutil.rmtree(tmp_path / "runs")
+    assert restore(tmp_path / "kept", tmp_path / "runs") == 5
+    names.clear()
+    failing.clear()
+    assert set(run(config).values()) == {"done", "was done"}
+    assert names == ["text-base-seed1", "text-dash-knob4-seed1"]  # seed 0 is complete, and needs no base
+    assert restore(tmp_path / "kept", tmp_path / "runs") == 0
+    with pytest.raises(ValueError, match="names no cell"):
+        restore(tmp_path, tmp_path / "runs")
+
+
+def test_one_trained_knob_may_be_the_one_that_is_turned(tmp_path):
+    config = make_config(tmp_path)
+    config.studies["text"].arms["dash"].turned = 4.0
+    evaluated = {cell.name: cell.evaluate for cell in cells(config) if cell.name.endswith("seed0")}
+    assert "knobs=[0.5,8]" in evaluated["text-dash-knob4-seed0"]
+    assert not any("knobs" in override for override in evaluated["text-dash-knob1-seed0"])
+    config.studies["text"].arms["dash"].turned = 2.0
+    with pytest.raises(ValueError, match="turned=2"):
+        cells(config)
 
 
 def test_a_failed_base_skips_its_arms_and_no_others(tmp_path, ran):
