@@ -10,6 +10,7 @@ import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 SMALLEST_EXPONENT = tl.constexpr(1e-7)
+MAX_PASSES = tl.constexpr(40)
 
 
 @triton.jit
@@ -99,6 +100,16 @@ def root_step(tau, sums, alpha, highest, SQUARE: tl.constexpr):
     else:
         better = tangent_root(tau, power_sum, tl.sum(sums[1], 1), alpha, SQUARE)
     return tl.minimum(tl.maximum(better, -1.0), highest), power_sum
+
+
+@triton.jit
+def unsolved(tau, better, power_sum, alpha):
+    """Rows whose probabilities do not sum to 1 yet and whose threshold a step still changes by more than rounding.
+
+    Above alpha = 1.5 the logarithm of a prior is steepest at the edge of the support, where the error of tau counts.
+    """
+    tolerance = tl.where(alpha > 1.5, 1e-6, 5e-6)
+    return (tl.abs(power_sum - 1.0) > tolerance) & (tl.abs(better - tau) > 1.2e-7 * tl.abs(tau))
 
 
 @triton.jit

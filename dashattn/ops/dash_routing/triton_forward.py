@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dashattn.ops.block_sparse.triton_forward import key_descriptor, precision
 from dashattn.ops.dash_routing.triton_entmax import (
+    MAX_PASSES,
     above_threshold,
     fold,
     hermite_root,
@@ -22,12 +23,9 @@ from dashattn.ops.dash_routing.triton_entmax import (
     power,
     probe,
     root_step,
+    unsolved,
 )
 from dashattn.ops.tiles import Geometry, locate_tile, query_rows
-
-# On |sum p - 1|; float32 sums over 16384 chunks still reach it.
-TOLERANCE = tl.constexpr(5e-6)
-MAX_PASSES = tl.constexpr(40)
 
 
 @triton.jit
@@ -178,9 +176,9 @@ def threshold_kernel(
             in_document, num_words, TOKENS, GROUP_P, CHUNKS, DIM, SQUARE, True, False, PRECISION,
         )  # fmt: skip
     tau, _ = root_step(tau, sums, alpha, highest, SQUARE)
-    unsolved = True
+    searching = True
     passes = 0
-    while unsolved:
+    while searching:
         sums = (zero, zero, zero)
         for chunk in range(0, whole, CHUNKS):
             sums = _measure(
@@ -194,9 +192,9 @@ def threshold_kernel(
             )  # fmt: skip
         passes += 1
         better, power_sum = root_step(tau, sums, alpha, highest, SQUARE)
-        error = tl.max(tl.where(past > 0, tl.abs(power_sum - 1.0), 0.0), 0)
-        unsolved = (error > TOLERANCE) & (passes < MAX_PASSES)
-        if unsolved:
+        open_rows = (past > 0) & unsolved(tau, better, power_sum, alpha)
+        searching = (tl.max(open_rows.to(tl.int32), 0) > 0) & (passes < MAX_PASSES)
+        if searching:
             tau = better
     tl.store(peak_ptr + flat_row, peak, mask=valid)
     tl.store(tau_ptr + flat_row, tau, mask=valid)

@@ -11,8 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from dashattn.ops.block_sparse.triton_forward import precision
-from dashattn.ops.dash_routing.triton_entmax import above_threshold, is_positive, power, root_step
-from dashattn.ops.dash_routing.triton_forward import MAX_PASSES, TOLERANCE
+from dashattn.ops.dash_routing.triton_entmax import (
+    MAX_PASSES,
+    above_threshold,
+    is_positive,
+    power,
+    root_step,
+    unsolved,
+)
 from dashattn.ops.decode.triton_attention import visible_count
 from dashattn.ops.tiles import power_of_2_from
 
@@ -76,7 +82,7 @@ def threshold_kernel(
     p, u = power(above_threshold(x, slope, tau), exponent, SQUARE)
     better, total = root_step(tau, (p, u, is_positive(p)), alpha, highest, SQUARE)
     passes = 0
-    while (own > 0) & (tl.max(tl.abs(total - 1.0), 0) > TOLERANCE) & (passes < MAX_PASSES):
+    while (own > 0) & (tl.max(unsolved(tau, better, total, alpha).to(tl.int32), 0) > 0) & (passes < MAX_PASSES):
         tau = better
         p, u = power(above_threshold(x, slope, tau), exponent, SQUARE)
         better, total = root_step(tau, (p, u, is_positive(p)), alpha, highest, SQUARE)
