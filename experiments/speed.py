@@ -24,10 +24,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.errors import user_errors
 from experiments.files import append_rows
+from experiments.speed_decode import Decoding, Result
 from experiments.speed_inputs import PATTERNS, Problem, Shape, make_problem
 from experiments.speed_measure import ROOT, extra_mib, failures, graph_ms, measure, passes, run_jax, summary
-from experiments.speed_methods import BACKENDS, BASELINES, Method, UnavailableError
+from experiments.speed_methods import BACKENDS, Method, UnavailableError, explain
+from experiments.speed_peers import BASELINES
 from experiments.speed_report import DENSE, FLASH_3, PASSES, ROWS, write_report
+from models.config import ModelConfig
 
 # Longer calls hide what the host does for the next one: they are not measured as CUDA graphs.
 GRAPHS_BELOW_MS = 5.0
@@ -37,7 +40,7 @@ PACKAGES = ("torch", "triton", "jax", "flash-attn3-jax", "flash-attn-3", "flash-
 
 @dataclass
 class SpeedConfig:
-    """One benchmark; batch 1, causal."""
+    """One benchmark; causal, batch 1 except where sequences are decoded."""
 
     output_dir: str = "outputs/speed"
     lengths: list[int] = field(default_factory=lambda: [2**i for i in range(10, 18)])
@@ -56,11 +59,17 @@ class SpeedConfig:
     baseline_tolerance: float = 0.02  # of others' kernels: some sum a group's gradients in 16 bits
     warmup: int = 3  # calls before the timed ones
     repetitions: int = 12  # timed calls; their median counts
+    # [tokens, sequences] of one token's step in a layer, and in a whole model with random weights; [] leaves it out
+    decode: list[list[int]] = field(default_factory=lambda: [[2**15, 1], [2**17, 1], [2**19, 1], [2**15, 16]])
+    decode_model: list[list[int]] = field(default_factory=lambda: [[2**15, 1], [2**17, 1]])
+    model: ModelConfig | None = None  # of decode_model
     time_budget: float = 1500.0  # seconds; what is left then gets a row that says so
 
 
 def register_speed_config() -> None:
-    ConfigStore.instance().store(name="speed_schema", node=SpeedConfig)
+    store = ConfigStore.instance()
+    store.store(name="speed_schema", node=SpeedConfig)
+    store.store(group="model", name="model_schema", node=ModelConfig)
 
 
 def check(config: SpeedConfig) -> None:
@@ -82,8 +91,16 @@ def check(config: SpeedConfig) -> None:
     for name, value in [*((n, getattr(config, n)) for n in sizes), *(("lengths", n) for n in config.lengths)]:
         if value < 1:
             raise ValueError(f"{name} has {value}: at least 1 is needed")
-    if not config.lengths or not all(0 < s < 1 for s in config.sparsities):
-        raise ValueError("lengths needs one entry at least, and sparsities lie between 0 and 1")
+    if not all(0 < s < 1 for s in config.sparsities):
+        raise ValueError(f"sparsities lie between 0 and 1; got {config.sparsities}")
+    if not (config.lengths or config.decode or config.decode_model):
+        raise ValueError("nothing to measure: lengths, decode or decode_model needs an entry")
+    for name in ("decode", "decode_model"):
+        for case in getattr(config, name):
+            if len(case) != 2 or case[0] < config.chunk_size or case[1] < 1:
+                raise ValueError(f"{name} has {case}: [tokens, sequences] are needed, with at least a chunk of tokens")
+    if config.decode_model and config.model is None:
+        raise ValueError("decode_model needs a model: name one, as in model=1b, or set decode_model=[]")
     if config.heads % config.kv_heads:
         raise ValueError(f"heads={config.heads} is no multiple of kv_heads={config.kv_heads}")
 
@@ -110,7 +127,7 @@ class Benchmark:
                 (dense if method.stage == DENSE else sparse).append(method)
         sparse += [method for name in config.backends for method in BACKENDS[name]]
         lengths = sorted(set(config.lengths))
-        if "flash_attention_3" in config.baselines and find_spec("flash_attn_interface") is None:
+        if lengths and "flash_attention_3" in config.baselines and find_spec("flash_attn_interface") is None:
             dense = [method for method in dense if method.name != FLASH_3]
             yield from self.flash_attention_3_through_jax(lengths)
         for length in lengths:
@@ -118,6 +135,12 @@ class Benchmark:
             for pattern in config.patterns:
                 for sparsity in config.sparsities:
                     yield from self.case(sparse, pattern, length, sparsity)
+        yield from self.decoding()
+
+    def decoding(self) -> Iterator[dict]:
+        for found in Decoding(self.config, self.shape, self.device, self.deadline).results():
+            row = self.row(found, "clustered", found.length, found.target, found.pass_)
+            yield row | {"batch": found.batch} | found.values
 
     def case(self, methods: list[Method], pattern: str, length: int, sparsity: float | None) -> Iterator[dict]:
         """All methods on one set of inputs."""
@@ -178,7 +201,7 @@ class Benchmark:
     def problem(self, pattern: str, length: int, sparsity: float | None) -> Problem:
         return make_problem(pattern, length, sparsity, self.shape, seed=self.config.seed, device=self.device)
 
-    def row(self, method: Method, pattern: str, length: int, sparsity: float | None, name: str) -> dict:
+    def row(self, method: Method | Result, pattern: str, length: int, sparsity: float | None, name: str) -> dict:
         return self.common | {
             "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "length": length,
@@ -237,15 +260,6 @@ class Benchmark:
             torch.cuda.empty_cache()
 
 
-def explain(error: Exception) -> tuple[str, str]:
-    """(status, detail) of a row that has no time."""
-    if isinstance(error, UnavailableError):
-        return error.status, str(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory", ""
-    return "error", f"{type(error).__name__}: {str(error)[:300]}"
-
-
 def provenance(device: str) -> dict:
     """What every row says about where it comes from."""
 
@@ -282,7 +296,8 @@ def run(config: SpeedConfig, device: str, say: Callable[[str], None] = print) ->
         row["errors"] = {what: error if math.isfinite(error) else None for what, error in row["errors"].items()}
         append_rows(path, [row])
         inputs = "dense" if row["sparsity"] is None else f"{row['pattern']} {row['sparsity']:.0%}"
-        what = f"{row['ms']:.3f} ms" if row["status"] == "ok" else f"{row['status']} {row['detail']}"
+        what = f"{row['ms']:.4g} ms" if row["status"] == "ok" else f"{row['status']} {row['detail']}"
+        what += f" x {row['batch']}" if row.get("batch", 1) > 1 else ""
         say(f"{row['length']:7d}  {inputs:14}  {row['stage']:9}  {row['method']:22}  {row['pass']:16}  {what}")
 
 

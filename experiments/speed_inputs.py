@@ -3,7 +3,7 @@
 Shapes: T tokens, Hq query heads, H KV heads, G = Hq / H, D head size, C chunk size, n complete chunks, N chunks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -70,21 +70,28 @@ def make_qkv(pattern: str, length: int, shape: Shape, seed: int, device: str) ->
     ``sqrt(1 - rho ** 2)`` times noise, ``rho`` as in ``PATTERNS``.
     """
     generator = torch.Generator(device).manual_seed(seed)
-
-    def gaussian(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, device=device)
-
-    def grouped(size: int, heads: int, common: float, noise: float) -> Tensor:
-        groups = -(-length // size)
-        x = common * gaussian(1, groups, 1, heads, shape.head_dim)
-        x = x + noise * gaussian(1, groups, size, heads, shape.head_dim)
-        return x.flatten(1, 2)[:, :length].to(shape.dtype).contiguous()
-
     rho = PATTERNS[pattern]
-    k = grouped(shape.chunk_size, shape.kv_heads, 1.0, KEY_NOISE)
-    q = grouped(NEIGHBOURS, shape.heads, rho, (1 - rho**2) ** 0.5)
-    v = gaussian(1, length, shape.kv_heads, shape.head_dim).to(shape.dtype)
-    return q, k, v
+    k = make_keys(generator, 1, length, shape)
+    q = _grouped(generator, NEIGHBOURS, (1, length, shape.heads, shape.head_dim), rho, (1 - rho**2) ** 0.5)
+    v = torch.randn(1, length, shape.kv_heads, shape.head_dim, generator=generator, device=device)
+    return q.to(shape.dtype).contiguous(), k, v.to(shape.dtype)
+
+
+def make_keys(generator: torch.Generator, batch: int, length: int, shape: Shape) -> Tensor:
+    """The keys of ``make_qkv``, [batch, T, H, D]."""
+    size = (batch, length, shape.kv_heads, shape.head_dim)
+    return _grouped(generator, shape.chunk_size, size, 1.0, KEY_NOISE).to(shape.dtype).contiguous()
+
+
+def _grouped(generator: torch.Generator, neighbours: int, size: tuple[int, ...], common: float, noise: float) -> Tensor:
+    """[B, T, heads, D]: ``common`` times one Gaussian vector per ``neighbours`` tokens plus ``noise`` times noise."""
+    batch, length, *rest = size
+    groups = -(-length // neighbours)
+
+    def gaussian(tokens: int) -> Tensor:
+        return torch.randn(batch, groups, tokens, *rest, generator=generator, device=generator.device)
+
+    return (common * gaussian(1) + noise * gaussian(neighbours)).flatten(1, 2)[:, :length]
 
 
 def make_problem(
@@ -142,10 +149,19 @@ def find_router_scale(q: Tensor, summaries: Tensor, target: float, chunk_size: i
     length = q.shape[1]
     step = max(1, length // _SAMPLE)
     tokens = torch.arange(min(7, length - 1), length, step, device=q.device)
+
+    def sparsity(scale: float) -> float:
+        return causal_sparsity(select(q, summaries, scale, tokens, chunk_size), tokens, chunk_size)
+
+    return bisect_scale(sparsity, target)
+
+
+def bisect_scale(sparsity: Callable[[float], float], target: float) -> float:
+    """The router scale within ``SCALES`` at which the sparsity, which grows with it, comes closest to the target."""
     low, high = SCALES
     for _ in range(18):
         middle = (low * high) ** 0.5
-        if causal_sparsity(select(q, summaries, middle, tokens, chunk_size), tokens, chunk_size) < target:
+        if sparsity(middle) < target:
             low = middle
         else:
             high = middle

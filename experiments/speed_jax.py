@@ -1,7 +1,8 @@
 """FlashAttention-3 through JAX, in a process of its own so that JAX and PyTorch do not share GPU memory.
 
 ``python -m experiments.speed_jax '{"lengths": [1024], ...}'`` prints one JSON object a line: first the errors against
-a float32 reference, then a time for each length and pass. It imports nothing of the rest.
+a float32 reference, then a time for each length and pass, or with ``"decode": [[tokens, sequences], ...]`` for each of
+these the time of one token's attention. It imports nothing of the rest.
 """
 
 import json
@@ -12,16 +13,18 @@ from importlib.metadata import version
 
 import jax
 import jax.numpy as jnp
-from flash_attn3_jax import flash_mha
+from flash_attn3_jax import flash_mha, flash_mha_with_kvcache
 
 PASSES = ("forward", "forward+backward")
 LEAST_SECONDS = 0.01  # of one timing, so that starting it does not count
+ROUNDS, CALLS = 4, 8  # of decoding: through all layers in a compiled call, and such calls in a timing
+DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16}
 
 
 def inputs(length, options):
     keys = jax.random.split(jax.random.PRNGKey(options["seed"]), 4)
     heads = (options["heads"], options["kv_heads"], options["kv_heads"], options["heads"])
-    dtype = {"bf16": jnp.bfloat16, "fp16": jnp.float16}[options["dtype"]]
+    dtype = DTYPES[options["dtype"]]
     return [
         jax.random.normal(key, (1, length, count, options["head_dim"]), dtype)
         for key, count in zip(keys, heads, strict=True)
@@ -96,18 +99,92 @@ def measure(backward, tensors, options):
     return [seconds(repeated, tensors) / count * 1e3 for _ in range(options["repetitions"])]
 
 
-def main(options):
-    print(json.dumps({"errors": errors(options), "jax": version("jax"), "package": version("flash-attn3-jax")}))
+def decode_inputs(length, batch, layers, options):
+    """q of one token, and keys and values of every layer."""
+    keys = jax.random.split(jax.random.PRNGKey(options["seed"]), 2 * layers + 1)
+    size, dtype = (batch, length, options["kv_heads"], options["head_dim"]), DTYPES[options["dtype"]]
+    q = jax.random.normal(keys[0], (batch, 1, options["heads"], options["head_dim"]), dtype)
+    caches = [jax.random.normal(key, size, dtype) for key in keys[1:]]
+    return q, list(zip(caches[::2], caches[1::2], strict=True))
+
+
+def attend_cache(q, k, v, splits):
+    return flash_mha_with_kvcache(q, k, v, num_splits=splits)
+
+
+def decode_errors(options):
+    q, [(k, v)] = decode_inputs(options["check_length"], 2, 1, options)
+    found = jax.jit(lambda *x: attend_cache(*x, splits=4))(q, k, v)
+    with jax.default_matmul_precision("highest"):
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+        q = q.reshape(2, options["kv_heads"], -1, q.shape[-1])
+        weights = jax.nn.softmax(jnp.einsum("bhgd,bshd->bhgs", q, k) * q.shape[-1] ** -0.5, axis=-1)
+        wanted = jnp.einsum("bhgs,bshd->bhgd", weights, v).reshape(found.shape)
+    return {"out": float(jnp.linalg.norm(found.astype(jnp.float32) - wanted) / jnp.linalg.norm(wanted))}
+
+
+def measure_decode(length, batch, options):
+    """(splits, milliseconds of a layer for each repetition), with the number of splits that is fastest."""
+    layers = options["layers"]
+    q, caches = decode_inputs(length, batch, layers, options)
+    # about one program for each multiprocessor, half as many, or a few times as many; the kernel takes up to 256
+    processors = getattr(jax.devices()[0], "core_count", 132)
+    fill = max(2, processors // (batch * options["kv_heads"]))
+    best = None
+    for splits in sorted({min(256, fill * factor // 2) for factor in (1, 2, 4, 8)}):
+
+        def forward(q, caches, splits=splits):
+            for _ in range(ROUNDS):
+                for k, v in caches:  # each layer reads the one before
+                    q = attend_cache(q, k, v, splits)
+            return q
+
+        forward = jax.jit(forward)
+
+        def calls(q, caches, forward=forward):
+            for _ in range(CALLS):  # launching the next while one runs
+                q = forward(q, caches)
+            return q
+
+        for _ in range(options["warmup"]):
+            seconds(calls, (q, caches))
+        times = [seconds(calls, (q, caches)) / (CALLS * ROUNDS * layers) * 1e3 for _ in range(options["repetitions"])]
+        if best is None or statistics.median(times) < statistics.median(best[1]):
+            best = (splits, times)
+    return best
+
+
+def row_of(times):
+    return {"ms": statistics.median(times), "ms_min": min(times), "ms_max": max(times)}
+
+
+def decode(options):
+    for length, batch in options["decode"]:
+        row = {"length": length, "batch": batch}
+        try:
+            splits, times = measure_decode(length, batch, options)
+            row |= {"splits": splits} | row_of(times)
+        except Exception as error:
+            row |= {"error": str(error).splitlines()[0][:300]}
+        print(json.dumps(row), flush=True)
+
+
+def prefill(options):
     for length in options["lengths"]:
         tensors = inputs(length, options)
         for name in PASSES:
             row = {"length": length, "pass": name}
             try:
-                times = measure(name != "forward", tensors, options)
-                row |= {"ms": statistics.median(times), "ms_min": min(times), "ms_max": max(times)}
+                row |= row_of(measure(name != "forward", tensors, options))
             except Exception as error:  # out of memory has no class of its own; the next length may still fit
                 row |= {"error": str(error).splitlines()[0][:300]}
             print(json.dumps(row), flush=True)
+
+
+def main(options):
+    found = decode_errors(options) if "decode" in options else errors(options)
+    print(json.dumps({"errors": found, "jax": version("jax"), "package": version("flash-attn3-jax")}), flush=True)
+    (decode if "decode" in options else prefill)(options)
 
 
 if __name__ == "__main__":

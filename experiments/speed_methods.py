@@ -1,4 +1,4 @@
-"""What the speed benchmark runs: this library's kernels and the ones they are compared with.
+"""What the speed benchmark runs: this library's kernels; those they are compared with are in ``speed_peers``.
 
 A method prepares an ``Operation`` for one set of inputs. Whatever it needs is imported there, so that a missing
 package costs that method only.
@@ -7,12 +7,9 @@ package costs that method only.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dashattn import dash_attention, infllmv2_attention, nsa_attention
 from dashattn.ops.block_scores.reference import topk_selection
@@ -24,10 +21,11 @@ from dashattn.ops.gates.reference import gated_sum
 from dashattn.ops.window.reference import window_attention
 from dashattn.selection import Selection
 from experiments.speed_inputs import Problem, topk_sparsities
-from experiments.speed_report import ATTENTION, CUDNN, DENSE, FLASH_3, ROUTING, WHOLE
+from experiments.speed_report import ATTENTION, ROUTING, WHOLE
 
-SELECTED_ROWS = "selected rows"
-# Share of (token, KV head) rows whose selection may differ from the reference's.
+SELECTED_ROWS, SELECTED_BLOCKS = "selected rows", "selected blocks"
+# Share of (token, KV head) rows, or where there are few of them of blocks, that may be selected otherwise than by the
+# reference.
 SELECTION_TOLERANCE = 0.005
 
 
@@ -37,6 +35,15 @@ class UnavailableError(Exception):
     def __init__(self, status: str, detail: str):
         super().__init__(detail)
         self.status = status
+
+
+def explain(error: Exception) -> tuple[str, str]:
+    """(status, detail) of a row that has no time."""
+    if isinstance(error, UnavailableError):
+        return error.status, str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory", ""
+    return "error", f"{type(error).__name__}: {str(error)[:300]}"
 
 
 @dataclass(frozen=True)
@@ -97,21 +104,16 @@ def relative_error(result: Tensor, expected: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def _leaves(problem: Problem, **more: Tensor) -> dict[str, Tensor]:
+def leaves_of(problem: Problem, **more: Tensor) -> dict[str, Tensor]:
     tensors = {"q": problem.q, "k": problem.k, "v": problem.v, **more}
     return {name: x.detach().requires_grad_() for name, x in tensors.items()}
 
 
-def _reference(problem: Problem, leaves: dict[str, Tensor], attend: Callable[..., Tensor]) -> list[Tensor]:
+def on_copies(problem: Problem, leaves: dict[str, Tensor], attend: Callable[..., Tensor]) -> list[Tensor]:
     """Output and gradients of ``attend`` on float32 copies of the leaves."""
     copies = [x.detach().float().requires_grad_() for x in leaves.values()]
     out = attend(*copies)
     return [out.detach(), *torch.autograd.grad(out, copies, problem.grad.float())]
-
-
-def _need(package: str) -> None:
-    if find_spec(package) is None:
-        raise UnavailableError("not installed", f"the package {package} is not installed")
 
 
 def _everything(problem: Problem) -> Selection:
@@ -120,13 +122,13 @@ def _everything(problem: Problem) -> Selection:
     return Selection.from_mask(torch.ones(size, dtype=torch.bool, device=problem.q.device), problem.shape.chunk_size)
 
 
-def _given_selection(problem: Problem, attend: Callable[..., Tensor], selection: Selection | None) -> Operation:
+def given_selection(problem: Problem, attend: Callable[..., Tensor], selection: Selection | None) -> Operation:
     """``attend(q, k, v)`` against the reference over a selection (None: dense), forward and gradients."""
-    leaves = _leaves(problem)
+    leaves = leaves_of(problem)
 
     def reference():
         given = _everything(problem) if selection is None else selection
-        return _reference(problem, leaves, lambda q, k, v: attention_reference.block_sparse_attention(q, k, v, given))
+        return on_copies(problem, leaves, lambda q, k, v: attention_reference.block_sparse_attention(q, k, v, given))
 
     return Operation(lambda: attend(*leaves.values()), leaves, reference)
 
@@ -136,7 +138,7 @@ def block_sparse(problem: Problem) -> Operation:
     from dashattn.ops.block_sparse.triton import block_sparse_attention
 
     selection = problem.selection
-    return _given_selection(problem, lambda q, k, v: block_sparse_attention(q, k, v, selection), selection)
+    return given_selection(problem, lambda q, k, v: block_sparse_attention(q, k, v, selection), selection)
 
 
 def dash_routing(problem: Problem) -> Operation:
@@ -162,7 +164,7 @@ def dash_whole(problem: Problem) -> Operation:
     """DashAttention: summaries, routing and attention with the tempered prior."""
     size = problem.shape.chunk_size
     options = {"chunk_size": size, "router_scale": problem.router_scale}
-    leaves = _leaves(problem, chunk_query=problem.chunk_query)
+    leaves = leaves_of(problem, chunk_query=problem.chunk_query)
     route = dash_routing(problem)
 
     def forward():
@@ -176,7 +178,7 @@ def dash_whole(problem: Problem) -> Operation:
         return attention_reference.block_sparse_attention(q, k, v, route.forward(), bias)
 
     def reference():
-        return _reference(problem, leaves, attend_reference)
+        return on_copies(problem, leaves, attend_reference)
 
     return Operation(forward, leaves, reference, selections=route.selections)
 
@@ -184,7 +186,7 @@ def dash_whole(problem: Problem) -> Operation:
 WINDOWS = {"kernel_size": 32, "kernel_stride": 16}
 
 
-def _topk(problem: Problem, forced: int) -> tuple[int, float]:
+def nearest_topk(problem: Problem, forced: int) -> tuple[int, float]:
     """The top-k whose causal sparsity comes closest to the target, and that sparsity."""
     choices = [(k, s) for k, s in topk_sparsities(problem.length, problem.shape.chunk_size) if k > forced]
     if not choices:
@@ -207,8 +209,8 @@ def infllmv2_whole(problem: Problem) -> Operation:
     """InfLLM v2: stage 1 over mean-pooled keys, top-k and attention."""
     size = problem.shape.chunk_size
     window = 1024 // size
-    topk, sparsity = _topk(problem, window + 2)
-    leaves = _leaves(problem)
+    topk, sparsity = nearest_topk(problem, window + 2)
+    leaves = leaves_of(problem)
 
     def forward():
         return infllmv2_attention(
@@ -221,7 +223,7 @@ def infllmv2_whole(problem: Problem) -> Operation:
 
     def reference():
         selection, _ = selections()
-        return _reference(
+        return on_copies(
             problem, leaves, lambda q, k, v: attention_reference.block_sparse_attention(q, k, v, selection)
         )
 
@@ -234,11 +236,11 @@ def nsa_whole(problem: Problem) -> Operation:
     The sparsity is that of the selected branch: its window of 512 keys is not counted.
     """
     size = problem.shape.chunk_size
-    topk, sparsity = _topk(problem, 3)
+    topk, sparsity = nearest_topk(problem, 3)
     scale = problem.shape.head_dim**-0.5
     compressed = [mean_compress(x, **WINDOWS) for x in (problem.k, problem.v)]
     gates = torch.full((*problem.q.shape[:3], 3), 0.5, dtype=problem.q.dtype, device=problem.q.device)
-    leaves = _leaves(problem, compressed_k=compressed[0], compressed_v=compressed[1], gates=gates)
+    leaves = leaves_of(problem, compressed_k=compressed[0], compressed_v=compressed[1], gates=gates)
     options = {"scale": scale, "cu_seqlens": None}
 
     def forward():
@@ -262,110 +264,9 @@ def nsa_whole(problem: Problem) -> Operation:
             ]
             return gated_sum(gates, branches)
 
-        return _reference(problem, leaves, attend)
+        return on_copies(problem, leaves, attend)
 
     return Operation(forward, leaves, reference, selections, causal_sparsity=sparsity)
-
-
-def _sdpa(backend: SDPBackend) -> Callable[[Problem], Operation]:
-    def attend(q, k, v):
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        with sdpa_kernel([backend]):
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        return out.transpose(1, 2)
-
-    return lambda problem: _given_selection(problem, attend, None)
-
-
-def flash_attention_3(problem: Problem) -> Operation:
-    """FlashAttention-3 for PyTorch."""
-    _need("flash_attn_interface")
-    from flash_attn_interface import flash_attn_func
-
-    def attend(q, k, v):
-        out = flash_attn_func(q, k, v, causal=True)
-        return out[0] if isinstance(out, tuple) else out  # older releases return the log-normaliser, too
-
-    return _given_selection(problem, attend, None)
-
-
-def fla_nsa(problem: Problem) -> Operation:
-    """The selected branch of flash-linear-attention's NSA, given our selection."""
-    _need("fla")
-    from fla.ops.nsa.parallel import parallel_nsa
-
-    counts, indices = block_lists(problem.selection)
-    most = indices.shape[-1]
-    indices = F.pad(indices, (0, (1 << (most - 1).bit_length()) - most))  # its kernels take powers of two
-    size = problem.shape.chunk_size
-
-    def attend(q, k, v):
-        return parallel_nsa(q=q, k=k, v=v, block_indices=indices, block_counts=counts, block_size=size)
-
-    return _given_selection(problem, attend, problem.selection)
-
-
-def xunhao_nsa(problem: Problem) -> Operation:
-    """The selected branch of XunhaoLai's native-sparse-attention-triton, given our selection."""
-    _need("native_sparse_attention")
-    from native_sparse_attention.ops import topk_sparse_attention
-
-    counts, indices = block_lists(problem.selection)
-    padding = torch.arange(indices.shape[-1], device=indices.device) >= counts[..., None]
-    topk = indices.masked_fill(padding, -1)[0].transpose(0, 1).int().contiguous()
-    cu_seqlens = torch.tensor([0, problem.length], dtype=torch.int32, device=topk.device)
-    size = problem.shape.chunk_size
-
-    def attend(q, k, v):
-        return topk_sparse_attention(q[0], k[0], v[0], topk, size, cu_seqlens)[None]
-
-    return _given_selection(problem, attend, problem.selection)
-
-
-def block_lists(selection: Selection) -> tuple[Tensor, Tensor]:
-    """A selection as lists: counts int64 [B, T, H]; ascending blocks int64 [B, T, H, most], 0 past the count."""
-    parts = []
-    for words in selection.words.split(4096, dim=2):  # the sort below takes 8 bytes a block
-        mask = Selection(words, selection.block_size).mask()
-        order = mask.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices
-        count = mask.sum(-1)
-        order = order[..., : max(1, count.max())]
-        inside = torch.arange(order.shape[-1], device=order.device) < count[..., None]
-        parts.append((count, order.masked_fill(~inside, 0)))
-    most = max(order.shape[-1] for _, order in parts)
-    counts = torch.cat([count for count, _ in parts], dim=1)
-    return counts, torch.cat([F.pad(order, (0, most - order.shape[-1])) for _, order in parts], dim=1)
-
-
-def released_dash(problem: Problem) -> Operation:
-    """The DashAttention authors' package: a forward without backward, with its own routing."""
-    _need("dash_attn")
-    precision = torch.get_float32_matmul_precision()
-    import dash_attn
-    from dash_attn import prefill
-
-    torch.set_float32_matmul_precision(precision)  # their import lowers it, our references need all of float32
-    size, chunks = problem.shape.chunk_size, -(-problem.length // problem.shape.chunk_size)
-    model = dash_attn.dash_attn(
-        chunk_size=size,
-        enable_gqa=True,
-        estimate_diagonal=True,
-        scaling_factor=problem.router_scale,
-        max_chunks=max(512, chunks + 1),
-    )
-    q, k, v = (x.transpose(1, 2).contiguous() for x in (problem.q, problem.k, problem.v))
-    chunk_query = problem.chunk_query.to(q.dtype)
-
-    def own_selection():
-        summaries = prefill.summarize_chunk(k, chunk_query, size, None)
-        words, _ = prefill.score_blocks(q * problem.router_scale, summaries, size, None, estimate_diag=True, sigma=1e6)
-        return Selection(words, size)
-
-    def reference():
-        inputs = (x.float() for x in (problem.q, problem.k, problem.v))
-        return [attention_reference.block_sparse_attention(*inputs, own_selection())]
-
-    return Operation(lambda: model(q, k, v, chunk_query).transpose(1, 2), {}, reference)
 
 
 # The names that the configuration takes.
@@ -377,12 +278,4 @@ BACKENDS = {
     ],
     "infllmv2": [Method("infllmv2", WHOLE, infllmv2_whole)],
     "nsa": [Method("nsa", WHOLE, nsa_whole)],
-}
-BASELINES = {
-    "flash_attention_3": [Method(FLASH_3, DENSE, flash_attention_3)],
-    "cudnn": [Method(CUDNN, DENSE, _sdpa(SDPBackend.CUDNN_ATTENTION))],
-    "flash": [Method("SDPA flash", DENSE, _sdpa(SDPBackend.FLASH_ATTENTION))],
-    "fla_nsa": [Method("fla NSA", ATTENTION, fla_nsa)],
-    "xunhao_nsa": [Method("XunhaoLai NSA", ATTENTION, xunhao_nsa)],
-    "released_dash": [Method("released DashAttention", WHOLE, released_dash)],
 }

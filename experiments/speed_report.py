@@ -16,8 +16,11 @@ from experiments.plots import COLOURS, pyplot, save
 
 ROWS = "speed.jsonl"
 FORWARD, BOTH = PASSES = ("forward", "forward+backward")
+# One token against a cache: a layer's attention, whose row has the time of one layer, and a whole model.
+DECODE, MODEL_DECODE = DECODE_PASSES = ("decode", "decode, whole model")
 DENSE, ROUTING, ATTENTION, WHOLE = STAGES = ("dense", "routing", "attention", "whole")
 CUDNN, FLASH_3 = "SDPA cuDNN", "FlashAttention-3"
+FULL = "full"  # this library's own dense decoding
 # Where FlashAttention-3 cannot be had, cuDNN's time multiplied by this stands for it.
 CUDNN_FACTORS = {"forward": 0.95, "forward+backward": 0.90}
 SETUP = ("device", "heads", "kv_heads", "head_dim", "chunk_size", "dtype")
@@ -39,29 +42,40 @@ class Curve:
         return f"{self.method}, {self.pattern}"
 
 
+def batch(row: dict) -> int:
+    """Sequences; only rows that decode have more than one."""
+    return row.get("batch", 1)
+
+
 def newest(rows: Iterable[dict]) -> list[dict]:
     """Of rows about the same thing on the same device the one written last; running out of time unsays nothing."""
     kept: dict[tuple, dict] = {}
     for row in rows:
-        key = tuple(row[name] for name in (*SETUP, *CASE))
+        key = (*(row[name] for name in (*SETUP, *CASE)), batch(row))
         if key not in kept or row["status"] != "out of time":
             kept[key] = row
     return list(kept.values())
 
 
 def dense_times(rows: Iterable[dict]) -> dict[tuple, tuple[float, str]]:
-    """(run, length, pass) -> (milliseconds of dense attention, what they are)."""
+    """(run, length, batch, pass) -> (milliseconds of dense attention, what they are)."""
     times: dict[tuple, tuple[float, str]] = {}
     for row in rows:
         if row["status"] != "ok" or row["stage"] != DENSE:
             continue
-        key = (row["run"], row["length"], row["pass"])
+        key = _case_of_dense(row)
         if row["method"] == FLASH_3:
             times[key] = (row["ms"], FLASH_3)
-        elif row["method"] == CUDNN:
+        elif row["method"] == FULL:
+            times.setdefault(key, (row["ms"], "our full attention"))
+        elif row["method"] == CUDNN and row["pass"] in CUDNN_FACTORS:
             factor = CUDNN_FACTORS[row["pass"]]
             times.setdefault(key, (row["ms"] * factor, f"cuDNN x {factor:.2f}"))
     return times
+
+
+def _case_of_dense(row: dict) -> tuple:
+    return (row["run"], row["length"], batch(row), row["pass"])
 
 
 def with_ratios(rows: Sequence[dict]) -> list[dict]:
@@ -72,7 +86,7 @@ def with_ratios(rows: Sequence[dict]) -> list[dict]:
     times = dense_times(rows)
     found = []
     for row in newest(rows):
-        dense, against = times.get((row["run"], row["length"], row["pass"]), (None, None))
+        dense, against = times.get(_case_of_dense(row), (None, None))
         ratio = dense / row["ms"] if dense and row["status"] == "ok" else None
         graph = row.get("graph_ms")  # rows written before graphs were measured lack it
         graph_ratio = dense / graph if ratio and graph else None
@@ -81,10 +95,10 @@ def with_ratios(rows: Sequence[dict]) -> list[dict]:
 
 
 def curves(rows: Iterable[dict], name: str) -> list[Curve]:
-    """The measured whole operations of one pass."""
+    """The measured whole operations of one pass, of one sequence."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        if row["stage"] == WHOLE and row["pass"] == name and row["status"] == "ok":
+        if row["stage"] == WHOLE and row["pass"] == name and row["status"] == "ok" and batch(row) == 1:
             groups.setdefault((row["method"], row["pattern"], row["sparsity"]), []).append(row)
     order = list(MARKS)
     keys = sorted(groups, key=lambda key: (key[0], key[2], order.index(key[1])))
@@ -131,7 +145,12 @@ def to_markdown(rows: Sequence[dict]) -> str:
     """All measurements, break-even lengths, and what was not measured and why."""
     out = []
     for setup, inside in setups(with_ratios(rows)).items():
-        out += [f"## {title(setup)}\n", *_provenance(inside), *_measurements(inside), *_break_even_table(inside)]
+        out += [f"## {title(setup)}\n", *_provenance(inside)]
+        at_once = [row for row in inside if row["pass"] in PASSES]
+        if at_once:
+            out += [*_measurements(at_once), *_break_even_table(at_once)]
+        for name in DECODE_PASSES:
+            out += _decode_table([row for row in inside if row["pass"] == name and row["status"] == "ok"])
         out += _missing_table([row for row in inside if row["status"] != "ok"])
         out.append("")
     return "\n".join(out) + "\n"
@@ -144,7 +163,7 @@ def _missing_table(rows: Sequence[dict]) -> list[str]:
     lines: list[tuple[str, ...]] = []
     for row in sorted(rows, key=_order):
         why = row["status"] + (f": {_cell(row['detail'])}" if row["detail"] else "")
-        lines.append((row["method"], row["stage"], why, row["pass"], _inputs(row), tokens(row["length"])))
+        lines.append((row["method"], row["stage"], why, row["pass"], _inputs(row), _length(row)))
     for place in (5, 4, 3):
         merged: dict[tuple, list[str]] = {}
         for line in lines:
@@ -162,11 +181,15 @@ def _order(row: dict) -> tuple:
     """Where a row stands in a table."""
     pattern = -1 if row["pattern"] is None else list(MARKS).index(row["pattern"])
     place = (row["length"], row["sparsity"] or 0, pattern, STAGES.index(row["stage"]), row["method"])
-    return (*place, PASSES.index(row["pass"]))
+    return (*place, (*PASSES, *DECODE_PASSES).index(row["pass"]), batch(row))
 
 
 def _cell(text: str) -> str:
     return " ".join(text.replace("|", "/").split())
+
+
+def _length(row: dict) -> str:
+    return tokens(row["length"]) + (f" x {batch(row)}" if batch(row) > 1 else "")
 
 
 def _inputs(row: dict) -> str:
@@ -209,6 +232,32 @@ def _measurements(rows: Sequence[dict]) -> list[str]:
     return out
 
 
+def _decode_table(rows: Sequence[dict]) -> list[str]:
+    """A line for each length, number of sequences, sparsity and method of one decoding pass."""
+    if not rows:
+        return []
+    whole = rows[0]["pass"] == MODEL_DECODE
+    against = ", ".join(sorted({row["against"] for row in rows if row["ratio"]}))
+    note, unit, last = "one layer's attention, the caches' update included where it is ours", "microseconds", "layers"
+    if whole:
+        note = f"a whole model of {rows[0]['parameters'] / 1e6:.0f}M random parameters, from a token to the next logits"
+        unit, last = "milliseconds", "tokens/s"
+    out = [
+        f"\nDecoding a token, {note}; caches were filled with random keys. Replays of a CUDA graph; speed-up over dense"
+        f" attention{': ' if against else ''}{against}.\n",
+        f"| length | sequences | causal sparsity | method | {unit} | speed-up | {last} |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: (row["length"], batch(row), *_order(row))):
+        sparsity = "" if row["causal_sparsity"] is None else f"{row['causal_sparsity']:.1%}"
+        time = f"{row['ms']:.3g}" if whole else f"{row['ms'] * 1e3:.1f}"
+        ratio = f"{row['ratio']:.2f}x" if row["ratio"] else ""
+        end = f"{row['tokens_per_second']:.0f}" if whole else row["layers"]
+        case = f"| {tokens(row['length'])} | {batch(row)} | {sparsity} | {row['method']} "
+        out.append(f"{case}| {time} | {ratio} | {end} |")
+    return out
+
+
 def _time(row: dict | None) -> str:
     if row is None:
         return ""
@@ -238,14 +287,16 @@ def _break_even_table(rows: Sequence[dict]) -> list[str]:
 
 
 def draw(rows: Sequence[dict], path: Path) -> None:
-    """Time, speed-up and extra memory against length; a column per pass and sparsity. ``path`` has no suffix."""
+    """Time, speed-up and extra memory against length; a column per pass and sparsity. ``path`` has no suffix.
+
+    Of decoding one sequence in one layer.
+    """
     plt = pyplot()
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    rows = with_ratios(rows)
+    rows = [row for row in with_ratios(rows) if row["pass"] != MODEL_DECODE and batch(row) == 1]
     for number, (setup, inside) in enumerate(setups(rows).items()):
-        sparsities = sorted({row["sparsity"] for row in inside if row["sparsity"] is not None}) or [None]
-        columns = [(name, sparsity) for name in PASSES for sparsity in sparsities]
+        columns = _columns(inside)
         figure, axes = plt.subplots(
             3,
             len(columns),
@@ -255,7 +306,7 @@ def draw(rows: Sequence[dict], path: Path) -> None:
             sharey="row",
             layout="constrained",
         )
-        labels = sorted({c.label for name in PASSES for c in curves(inside, name)})
+        labels = sorted({c.label for name, _ in columns for c in curves(inside, name)})
         colour = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
         for column, (name, sparsity) in zip(axes.T, columns, strict=True):
             for label, line in _dense_lines(inside, name).items():
@@ -294,6 +345,16 @@ def draw(rows: Sequence[dict], path: Path) -> None:
         figure.suptitle(f"{title(setup)}\nhollow: the sparsity reached is another, see the table", fontsize=10)
         name = path.name if number == 0 else f"{path.name}-{number + 1}"
         save(figure, path.with_name(name))
+
+
+def _columns(rows: Sequence[dict]) -> list[tuple[str, float | None]]:
+    """The passes that were measured, each at every sparsity it was measured at."""
+    columns = []
+    for name in (*PASSES, DECODE):
+        inside = [row for row in rows if row["pass"] == name]
+        sparsities = sorted({row["sparsity"] for row in inside if row["sparsity"] is not None}) or [None]
+        columns += [(name, sparsity) for sparsity in sparsities if inside]
+    return columns
 
 
 def _dense_lines(rows: Iterable[dict], name: str) -> dict[str, list[dict]]:

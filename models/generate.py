@@ -74,7 +74,7 @@ def generate(
                 on_token(row, token)
         if not going or produced == max_new_tokens:
             break
-        step = step or _decode_step(model, cache)
+        step = step or decode_step(model, cache)
         logits_BV = step(token_B)
         cache.advance()
     return results
@@ -92,7 +92,7 @@ def sample(logits_BV: Tensor, temperature: float, top_p: float, generator: torch
     return order_BV.gather(-1, (p_BV / clock).argmax(-1, keepdim=True))[:, 0]
 
 
-def _decode_step(model: Transformer, cache: ModelCache) -> Callable[[Tensor], Tensor]:
+def decode_step(model: Transformer, cache: ModelCache) -> Callable[[Tensor], Tensor]:
     """From one token of every sequence, int64 [B], to the logits [B, V] of the next."""
 
     def step(token_B: Tensor) -> Tensor:

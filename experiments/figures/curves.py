@@ -17,6 +17,7 @@ TRAINING = {
 SPEED_COLUMNS = (
     "device",
     "length",
+    "batch",
     "pattern",
     "sparsity",
     "causal_sparsity",
@@ -25,6 +26,8 @@ SPEED_COLUMNS = (
     "pass",
     "status",
     "ms",
+    "ratio",
+    "tokens_per_second",
 )
 
 
@@ -32,7 +35,7 @@ def make_speed(study: Study) -> Drawn | None:
     rows = speed_report.newest(study.speed)
     if not rows:
         return None
-    table = [{name: row[name] for name in SPEED_COLUMNS} for row in speed_report.with_ratios(rows)]
+    table = [{name: row.get(name) for name in SPEED_COLUMNS} for row in speed_report.with_ratios(rows)]
     notes = [] if any(row["pass"] == "decode" for row in rows) else ["Decoding: missing, no row is of pass decode."]
     return Drawn(table, lambda path: speed_report.draw(rows, path), notes)
 

@@ -2,6 +2,7 @@
 
 from experiments.figures.frontiers import GROUPS, MISSING, make_ruler
 from experiments.figures.rows import Drawn, Study
+from experiments.speed_report import DECODE, FLASH_3, batch, with_ratios
 
 # RULER at 16k tokens, 8B models, 75 % sparse as the authors count it; the averages cannot be rebuilt from the groups.
 RULER_16K = {
@@ -57,15 +58,15 @@ def _our_ruler(row: dict) -> dict:
 
 
 def _our_decoding(rows: list[dict]) -> list[dict]:
+    """A line for each device, length and method, of one sequence."""
     what = "decode speed-up over FlashAttention-3"
-    measured = [row for row in rows if row["pass"] == "decode" and row["status"] == "ok" and row.get("ratio")]
-    if not measured:
-        return [{"what": what, "source": "ours", "model": MISSING}]
-    return [
-        {"what": what, "source": f"ours, {row['device']}, {row['length']} tokens", "model": row["method"]}
-        | {f"{row['sparsity']:.2%} sparse": row["ratio"]}
-        for row in measured
-    ]
+    lines: dict[tuple, dict] = {}
+    for row in with_ratios(rows):
+        if row["pass"] == DECODE and row["against"] == FLASH_3 and row["ratio"] and row["sparsity"] and batch(row) == 1:
+            source = f"ours, {row['device']}, {row['length']} tokens"
+            line = lines.setdefault((source, row["method"]), {"what": what, "source": source, "model": row["method"]})
+            line[f"{row['sparsity']:.2%} sparse"] = row["ratio"]
+    return list(lines.values()) or [{"what": what, "source": "ours", "model": MISSING}]
 
 
 def _span(values: list[int]) -> str:

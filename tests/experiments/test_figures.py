@@ -14,6 +14,7 @@ from experiments.figures.__main__ import FIGURES, main, write_figures
 from experiments.figures.published import RULER_16K
 from experiments.figures.rows import load_study
 from experiments.files import read_rows
+from experiments.speed_report import DECODE, DENSE, FLASH_3, SETUP, WHOLE
 
 RESULTS = Path(__file__).parents[2] / "results"
 COMMON = {
@@ -174,6 +175,24 @@ def test_the_papers_numbers_stand_beside_ours(study):
     assert decoding["model"] == "missing"
     (made,) = (f.make(study) for f in FIGURES if f.number == 14)
     assert any("2.5M parameters and 1.0M training tokens against 8B" in note for note in made.notes)
+
+
+def test_our_decoding_stands_beside_the_papers(study):
+    common = {key: study.speed[0][key] for key in ("run", "device", *SETUP)}
+    common |= {"length": 98304, "pass": DECODE, "status": "ok", "pattern": None, "sparsity": None, "stage": DENSE}
+    sparse = {"method": "dash", "stage": WHOLE, "pattern": "clustered"}
+    rows = [common | {"method": FLASH_3, "ms": 0.06}, common | sparse | {"sparsity": 0.75, "ms": 0.03}]
+    rows += [common | sparse | {"sparsity": 0.875, "ms": 0.02}, common | sparse | {"length": 32768, "ms": 0.01}]
+    rows += [row | {"batch": 16, "ms": 1.0} for row in rows[:2]]
+    what = "decode speed-up over FlashAttention-3"
+    ours = [r for r in table(14, replace(study, speed=rows)) if r["what"] == what and r["source"].startswith("ours")]
+    assert ours == [
+        {"what": what, "model": "dash"}
+        | {"source": f"ours, {common['device']}, 98304 tokens", "75.00% sparse": 2.0, "87.50% sparse": 3.0}
+    ]
+    (made,) = (f.make(replace(study, speed=rows)) for f in FIGURES if f.number == 8)
+    assert made.notes == []
+    assert {row["ratio"] for row in made.table} == {1.0, 2.0, 3.0, None}
 
 
 def test_training_curves_count_time_by_steps(study):

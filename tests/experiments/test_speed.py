@@ -26,7 +26,8 @@ from experiments.speed_inputs import (
     topk_sparsities,
 )
 from experiments.speed_measure import failures
-from experiments.speed_methods import Method, UnavailableError, _given_selection, block_lists
+from experiments.speed_methods import Method, UnavailableError, given_selection
+from experiments.speed_peers import block_lists
 from experiments.speed_report import ATTENTION, BOTH, CUDNN, DENSE, FLASH_3, FORWARD, WHOLE
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +37,8 @@ SHAPE = Shape(heads=4, kv_heads=2, head_dim=16, chunk_size=16, dtype=torch.float
 def make_config(tmp_path, **changes):
     values = {"heads": 4, "kv_heads": 2, "head_dim": 16, "chunk_size": 16, "check_length": 96}
     values |= {"lengths": [64, 128], "sparsities": [0.5], "patterns": ["clustered"], "backends": ["dash"]}
-    return speed.SpeedConfig(**values | {"baselines": [], "output_dir": str(tmp_path)} | changes)
+    values |= {"decode": [], "decode_model": [], "baselines": [], "output_dir": str(tmp_path)}
+    return speed.SpeedConfig(**values | changes)
 
 
 # inputs
@@ -126,7 +128,7 @@ def kernel(factor=1.0, gradient=1.0):
         def attend(q, k, v):
             return Kernel.apply(block_sparse_attention(q, k, v, problem.selection))
 
-        return _given_selection(problem, attend, problem.selection)
+        return given_selection(problem, attend, problem.selection)
 
     return Method("kernel", WHOLE, prepare)
 
@@ -223,6 +225,7 @@ def test_baselines_that_are_not_installed_have_rows(rows_of):
         "FlashAttention-3",
         "fla NSA",
         "XunhaoLai NSA",
+        "XunhaoLai NSA, no window",
         "released DashAttention",
     }
 
@@ -270,6 +273,9 @@ def test_the_configuration_composes():
         ("baselines=[fa2]", "flash_attention_3"),
         ("dtype=fp32", "bf16, fp16"),
         ("lengths=[1024,0]", "at least 1"),
+        ("decode=[[1024]]", "tokens, sequences"),
+        ("decode_model=[[32,1]]", "at least a chunk"),
+        ("~model", "model=1b"),
         ("sparsities=[90]", "between 0 and 1"),
         ("heads=3", "multiple of kv_heads"),
         ("+length=3", "--cfg job"),
