@@ -154,7 +154,8 @@ def _study_cells(config: SweepConfig, study_name: str, study: StudyConfig, seed:
 def _knob_key(train: list[str]) -> str:
     from dashattn.backends import BACKENDS
 
-    name = next((o.removeprefix("attention=") for o in train if o.startswith("attention=")), None)
+    choice = next((o.removeprefix("attention=") for o in train if o.startswith("attention=")), "")
+    name = choice.partition("_")[0]  # configs/attention: a backend, or backend_variant
     knob = BACKENDS[name][0].knob if name in BACKENDS else None
     if knob is None:
         raise ValueError(f"trained_knobs needs attention=... with a sparsity knob among the arm's overrides {train}")

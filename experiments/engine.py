@@ -216,6 +216,8 @@ def gradient_norms(engine) -> dict[str, float]:
     squares: dict[str, Tensor] = {}
     for backend in engine.module.backends:
         for name, parameter in backend.named_parameters():
+            if not parameter.requires_grad:
+                continue
             square = (safe_get_full_grad(parameter).float() / scale).square().sum()
             for key in ("router", *([] if "." in name else [name])):
                 squares[key] = squares.get(key, 0) + square

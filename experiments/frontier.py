@@ -67,6 +67,7 @@ def load_rows(root: Path) -> list[dict]:
         ValueError: there are none.
     """
     rows = of_frontiers(row for path in sorted(root.rglob(RESULTS)) for row in read_rows(path))
+    rows = [row for row in rows if not is_ablation(row)]
     if not rows:
         raise ValueError(f"no results under {root}: run a sweep or evaluate.py there first")
     return rows
@@ -84,6 +85,11 @@ def of_frontiers(rows: Iterable[dict]) -> list[dict]:
     ]
     rows = newest(scores)
     return rows + ruler_averages(rows)
+
+
+def is_ablation(row: dict) -> bool:
+    """Whether the row's label is FACTOR:VALUE: what differs from a default, and no line of a frontier."""
+    return ":" in row["label"]
 
 
 def newest(rows: Iterable[dict]) -> list[dict]:

@@ -33,6 +33,7 @@ class DashConfig(AttentionConfig):
         alpha_mode: ``fixed``; ``scheduled``: linear from ``alpha_start`` to ``alpha`` over ``alpha_steps`` optimiser
             steps; ``learnable``: one per query head, a sigmoid between 1.01 and 2.
         summary_rope: ``none``, or ``mean``: the chunk query is rotated at every position of the chunk and averaged.
+        learn_summary: false leaves the chunk queries at zero, and summaries mean-pooled keys.
     """
 
     name: str = "dash"
@@ -46,6 +47,7 @@ class DashConfig(AttentionConfig):
     sigma: float = 1e6
     prior_heads: str = "group"
     summary_rope: str = "none"
+    learn_summary: bool = True
 
     knob: ClassVar[str | None] = "router_scale"
 
@@ -76,7 +78,8 @@ class DashBackend(AttentionBackend):
 
     def __init__(self, config: DashConfig, shape):
         super().__init__(config, shape)
-        self.chunk_query = nn.Parameter(torch.zeros(shape.num_kv_heads, shape.head_dim))
+        queries = torch.zeros(shape.num_kv_heads, shape.head_dim)
+        self.chunk_query = nn.Parameter(queries, requires_grad=config.learn_summary)
         self.alpha_logit = None
         if config.alpha_mode == "learnable":
             share = (config.alpha - MIN_ALPHA) / (MAX_ALPHA - MIN_ALPHA)

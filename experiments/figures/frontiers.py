@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data.tasks import SUITES
 from experiments.figures.rows import Drawn, Study, averaged, grouped, line_of
-from experiments.frontier import of_frontiers, points, untrained
+from experiments.frontier import is_ablation, of_frontiers, points, untrained
 from experiments.pareto import draw as draw_frontiers
 from experiments.pareto import table as frontier_table
 from experiments.plots import grid, save, styles
@@ -23,7 +23,7 @@ FACTORS = ("alpha", "chunk_size", "sigma", "prior", "summary", "group", "router_
 
 
 def make_frontiers(study: Study) -> Drawn | None:
-    found = points(of_frontiers(study.evaluations))
+    found = points(row for row in of_frontiers(study.evaluations) if not is_ablation(row))
     if not found:
         return None
     notes = [f"{panel.title}: untrained, the dense control does not reach 99 %" for panel in sorted(untrained(found))]
@@ -32,7 +32,8 @@ def make_frontiers(study: Study) -> Drawn | None:
 
 def make_costs(study: Study) -> Drawn | None:
     """Score against bytes read and, where it was measured, time per decoded token."""
-    rows = [_with_panel(row) for row in of_frontiers(study.evaluations) if row.get("bytes_read") is not None]
+    rows = [row for row in of_frontiers(study.evaluations) if row.get("bytes_read") is not None]
+    rows = [_with_panel(row) for row in rows if not is_ablation(row)]
     if not rows:
         return None
     costs = {"bytes_read": "bytes read per token"}
@@ -97,8 +98,8 @@ def make_ablations(study: Study) -> Drawn | None:
     """Rows whose label is FACTOR:VALUE, as in label=sigma:100."""
     rows = []
     for row in of_frontiers(study.evaluations):
-        factor, is_ablation, value = row["label"].partition(":")
-        if is_ablation:
+        if is_ablation(row):
+            factor, _, value = row["label"].partition(":")
             rows.append(_with_panel(row) | {"factor": factor, "value": value})
     if not rows:
         return None

@@ -190,6 +190,16 @@ def test_alpha_follows_its_schedule_across_a_resume(make_config, tmp_path):
     assert [row["alpha"] for row in rows(train(make_config("resumed", *options)))] == [1.25, 1.3125, 1.375, 1.4375]
 
 
+@pytest.mark.parametrize("learned", [True, False])
+def test_summaries_are_learned_if_asked_for(make_config, learned):
+    config = make_config("run", *ATTENTION["dash"], "attention.prior=raw", f"attention.learn_summary={learned}")
+    weights = load_file(train(config) / "checkpoints" / "step-00000004" / "model.safetensors")
+    queries = [weight for name, weight in weights.items() if "chunk_query" in name]
+    assert queries
+    assert all(query.any() == learned for query in queries)
+    assert all(("grad_norm_router" in row) == learned for row in rows(Path(config.run_dir)))
+
+
 def test_a_vocabulary_smaller_than_the_datas_is_refused(make_config, tmp_path):
     with pytest.raises(ValueError, match=r"model\.vocab_size=null"):
         train(make_config("run", "model.vocab_size=100"))
