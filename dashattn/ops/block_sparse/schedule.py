@@ -143,7 +143,7 @@ def tile_lists(words: Tensor, geo: Geometry, block_size: int, tile_tokens: int) 
     counts = torch.empty(geo.kv_heads, slots, 2, dtype=torch.int32, device=words.device)
     _tile_list_kernel[(slots, geo.kv_heads)](
         words, geo.documents, blocks, choices, counts, geo.tokens, width, slots, geo.num_documents,
-        TOKENS=tile_tokens, BLOCK=block_size, WORDS=max(1, min(8, 128 // tile_tokens)), num_warps=1,
+        TOKENS=tile_tokens, BLOCK=block_size, WORDS=max(1, min(8, 128 // tile_tokens)), num_warps=4,
     )  # fmt: skip
     return TileLists(blocks, choices, counts, tile_tokens)
 
