@@ -1,7 +1,7 @@
 """One token's attention against full caches: what the speed benchmark decodes with, and what it should give.
 
 Caches are filled, not prefilled: keys are those of ``make_keys``, values Gaussian, and what a backend derives from them
-it derives itself.
+it derives itself. The sparsity of NSA is that of its selected branch: its window is not counted.
 
 Shapes: B sequences, S tokens of capacity, Hq query heads, H KV heads, D head size.
 """

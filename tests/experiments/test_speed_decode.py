@@ -28,7 +28,7 @@ MODEL = ModelConfig(
 def make_config(tmp_path, **changes):
     values = {"heads": 4, "kv_heads": 2, "head_dim": 16, "chunk_size": 32, "check_length": 96, "dtype": "fp16"}
     values |= {"lengths": [], "sparsities": [0.4], "backends": ["dash"], "baselines": [], "model": MODEL}
-    values |= {"decode": [[256, 2]], "decode_model": [], "output_dir": str(tmp_path)}
+    values |= {"decode": [[128, 2]], "decode_model": [], "output_dir": str(tmp_path)}
     return speed.SpeedConfig(**values | changes)
 
 
@@ -50,7 +50,7 @@ def rows_of(monkeypatch, tmp_path):
 
 
 def test_a_layers_rows(rows_of):
-    rows = rows_of(backends=["dash", "nsa"], baselines=["flash", "released_dash"])
+    rows = rows_of(backends=["dash", "nsa"], baselines=["flash", "released_dash"], decode=[[160, 2]])
     assert [(row["method"], row["stage"], row["sparsity"], row["status"]) for row in rows] == [
         (FULL, DENSE, None, "ok"),
         ("SDPA flash", DENSE, None, "ok"),
@@ -59,13 +59,13 @@ def test_a_layers_rows(rows_of):
         ("released DashAttention", WHOLE, 0.4, "not installed"),
     ]
     for row in rows[:4]:
-        assert (row["pass"], row["length"], row["batch"], row["layers"]) == (DECODE, 256, 2, 2)
+        assert (row["pass"], row["length"], row["batch"], row["layers"]) == (DECODE, 160, 2, 2)
         assert (row["ms"], row["ms_min"], row["ms_max"]) == (3.0, 2.5, 3.5)  # of one layer
         assert row["errors"]["out"] < 0.002
     assert rows[2]["causal_sparsity"] == pytest.approx(0.4, abs=0.1)
-    assert rows[3]["knob"] == 5  # of 8 blocks
-    # its own block, of which half is there, and 4 of 7
-    assert rows[3]["causal_sparsity"] == pytest.approx(1 - (4 * 32 + 17) / (7 * 32 + 17))
+    assert rows[3]["knob"] == 3  # of 5 blocks
+    # its own block, of which half is there, and 2 of 4
+    assert rows[3]["causal_sparsity"] == pytest.approx(1 - (2 * 32 + 17) / (4 * 32 + 17))
 
 
 def test_a_whole_models_rows(rows_of):
@@ -80,7 +80,7 @@ def test_a_whole_models_rows(rows_of):
 
 
 def test_backends_and_the_reference_agree_on_infllmv2():
-    inputs = make_inputs(replace(SHAPE, chunk_size=64), 1, 1280, [1000], 0, DEVICE)
+    inputs = make_inputs(replace(SHAPE, chunk_size=64), 1, 1216, [1000], 0, DEVICE)
     step, topk = build("infllmv2", inputs, 0.9)
     errors, sparsity = step.check(inputs.device_lengths)
     assert topk == 18  # what is forced
@@ -151,13 +151,13 @@ def test_one_case_that_does_not_fit_leaves_the_others(rows_of, monkeypatch):
     make = speed_decode.make_inputs
 
     def limited(shape, layers, capacity, *rest):
-        if capacity > 300:
+        if capacity > 128:
             raise torch.OutOfMemoryError
         return make(shape, layers, capacity, *rest)
 
     monkeypatch.setattr(speed_decode, "make_inputs", limited)
-    rows = rows_of(decode=[[512, 1], [256, 1]], backends=[])
-    assert [(row["length"], row["status"]) for row in rows] == [(512, "out of memory"), (256, "ok")]
+    rows = rows_of(decode=[[512, 1], [128, 1]], backends=[])
+    assert [(row["length"], row["status"]) for row in rows] == [(512, "out of memory"), (128, "ok")]
 
 
 def test_flash_attention_3_through_jax(rows_of, monkeypatch):
@@ -167,11 +167,11 @@ def test_flash_attention_3_through_jax(rows_of, monkeypatch):
         asked.append(options)
         times = {"splits": 8, "ms": 0.5, "ms_min": 0.4, "ms_max": 0.6}
         replies = [{"errors": {"out": 0.002}, "jax": "0.8", "package": "0.1"}]
-        return [*replies, {"length": 256, "batch": 2} | times, {"length": 256, "batch": 4, "error": "no"}], "killed"
+        return [*replies, {"length": 96, "batch": 2} | times, {"length": 96, "batch": 4, "error": "no"}], "killed"
 
     monkeypatch.setattr(speed_decode, "find_spec", lambda name: name)
     monkeypatch.setattr(speed_decode, "run_jax", run_jax)
-    cases = [[256, 2], [256, 4], [128, 1]]
+    cases = [[96, 2], [96, 4], [64, 1]]
     rows = rows_of(decode=cases, backends=[], baselines=["flash_attention_3"])
     assert [row["status"] for row in rows if row["method"] == FLASH_3] == ["ok", "error", "error"]
     assert [row["detail"] for row in rows if row["method"] == FLASH_3][1:] == ["no", "killed"]
