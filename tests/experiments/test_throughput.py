@@ -98,13 +98,14 @@ def test_what_does_not_fit_gives_way_to_the_next_fastest(make_benchmark, monkeyp
 
 
 def test_a_failure_is_a_row_and_frees_the_model(make_benchmark, monkeypatch):
-    models = []
+    models, measure = [], throughput.measure
 
-    def measure(run, config, pattern):
+    def failing(run, config, pattern):
+        measure(run, config, pattern)
         models.append(weakref.ref(run.engine.module))
         raise RuntimeError("a kernel | failed")
 
-    monkeypatch.setattr(throughput, "measure", measure)
+    monkeypatch.setattr(throughput, "measure", failing)
     row = Benchmark(make_benchmark(), "cpu").case("full", 256, SMALL, None)
     gc.collect()
     assert (row["status"], row["detail"]) == ("error", "RuntimeError: a kernel | failed")
@@ -140,6 +141,11 @@ def test_a_micro_batch_holds_a_row_and_a_run_is_checked_beforehand(make_benchmar
     config.train.append("attention.chunk_size=256")
     with pytest.raises(ValueError, match="leaves nothing to select"):
         check_throughput(config)
+
+
+@pytest.mark.usefixtures("make_benchmark")
+def test_what_is_measured_by_default_can_be():
+    check_throughput(to_config(compose("throughput")))
 
 
 def test_neighbours_resemble_each_other_as_the_pattern_says():
