@@ -46,14 +46,15 @@ class _SumOfLosses(torch.autograd.Function):
             part = slice(start, start + size)
             hidden, labels = hidden_NE[part], labels_N[part]
             logits = F.linear(hidden, weight_VE)
-            log_p = logits.to(accumulator).log_softmax(-1)
+            log_p = logits.log_softmax(-1, dtype=accumulator)
             token_losses[part] = F.nll_loss(log_p, labels, ignore_index=IGNORE, reduction="none")
             if not (needs_hidden or needs_weight):
                 continue
-            valid = labels != IGNORE
-            grad = log_p.exp_()
-            grad[torch.arange(len(labels), device=labels.device), labels.clamp(min=0)] -= 1
-            grad = grad.mul_(valid[:, None]).to(logits.dtype)
+            # Over the logits, which nobody needs any more: passes over [chunk, V] are what this function costs.
+            grad = torch.exp(log_p, out=logits)
+            token = torch.arange(len(labels), device=labels.device)
+            grad[token, labels.clamp(min=0)] = torch.expm1(-token_losses[part]).to(grad.dtype)  # p - 1, then rounded
+            grad *= (labels != IGNORE)[:, None]
             if needs_hidden:
                 grad_hidden[part] = grad @ weight_VE
             if needs_weight:

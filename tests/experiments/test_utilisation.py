@@ -26,11 +26,12 @@ def on_gpu(config, precision="bf16", **values):
 @pytest.mark.parametrize(
     ("name", "peak"),
     [
-        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 80GB HBM3", 989.4),
         ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H200", 989),
+        ("NVIDIA H200", 989.4),
         ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA GB200", 2500),
         ("Tesla T4", None),
     ],
 )

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dashattn.backends import DashConfig, FullConfig, InfLLMv2Config, NSAConfig
@@ -93,6 +94,15 @@ def test_projections_equal_the_counter_of_torch():
     with counter:
         model(input_ids, labels=input_ids).loss.backward()
     assert counter.get_total_flops() == 3 * length * flops.matmul
+
+
+def test_a_whole_training_step_equals_the_counter_of_torch():
+    """Attention included, as products of matrices. They multiply keys of the future, too: every token all of them."""
+    model, length = Transformer(CONFIG, FullConfig()), 16
+    input_ids = torch.arange(length)[None] % 10
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(input_ids, labels=input_ids).loss.backward()
+    assert counter.get_total_flops() == length * flops_per_token(model, length, active_tokens=length).train
 
 
 def test_measured_reads_of_dense_attention_give_the_dense_count():

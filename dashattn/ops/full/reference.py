@@ -1,10 +1,20 @@
 """Dense causal attention through PyTorch's SDPA. Shapes: B batch, T tokens, Hq / Hkv heads, D head size."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dashattn.documents import per_document
+
+# cuDNN's kernels are the fastest on Hopper, and PyTorch's last choice. They are built anew for every length, which pays
+# in training, whose rows are alike.
+FOR_TRAINING = [
+    *(SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION),
+    *(SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH),
+]
 
 
 def sdpa_attention(
@@ -14,9 +24,11 @@ def sdpa_attention(
 
     def attend(*qkv_BTHD):
         q_BHTD, k_BHTD, v_BHTD = (x.transpose(1, 2) for x in qkv_BTHD)
-        out = F.scaled_dot_product_attention(
-            q_BHTD, k_BHTD, v_BHTD, is_causal=True, scale=scale, enable_gqa=q.shape[2] != k.shape[2]
-        )
+        with sdpa_kernel(FOR_TRAINING, set_priority=True) if prefers_cudnn else nullcontext():
+            out = F.scaled_dot_product_attention(
+                q_BHTD, k_BHTD, v_BHTD, is_causal=True, scale=scale, enable_gqa=q.shape[2] != k.shape[2]
+            )
         return out.transpose(1, 2)
 
+    prefers_cudnn = q.is_cuda and cu_seqlens is None and torch.is_grad_enabled()
     return torch.cat(per_document(attend, cu_seqlens, q, k, v), dim=1)
