@@ -5,8 +5,10 @@ anew for every configuration. The reference gets the kernel's own chunk summarie
 get no output gradient, so that what is compared is the arithmetic alone. Near the edge of the support the router's
 gradient is a quotient of small numbers, on which float32 errs by more than 16-bit inputs do elsewhere: the bound is
 the tolerance of the type, or a small multiple of what float32-sized changes of the queries make of the reference.
-Where a sharp softmax leaves a small gradient, the rounding of the output enters it through delta = do . o: what is
-compared with is the gradient and a tenth of what delta can add.
+
+The backward gets delta = do . o from the output as it was rounded. Where a sharp softmax leaves a small gradient, that
+error is a large part of it: DashAttention's gradients are compared with those for the kernel's own output, those of the
+other methods to within the tolerance of the gradient and a tenth of what delta can add.
 """
 
 import random
@@ -18,6 +20,7 @@ import torch
 pytest.importorskip("triton")
 
 from dashattn import nsa_attention
+from dashattn.documents import per_document
 from dashattn.ops.band import triton as band
 from dashattn.ops.block_scores.reference import topk_selection
 from dashattn.ops.block_scores.triton import select_blocks
@@ -70,9 +73,28 @@ def gaussian(generator, *size, dtype=torch.float32):
     return torch.randn(*size, generator=generator, device="cuda").to(dtype)
 
 
-def gradients(out, inputs, grad):
-    grads = torch.autograd.grad(out, inputs, grad.to(out.dtype), allow_unused=True)
-    return [out.detach(), *(torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs, strict=True))]
+def gradients(outs, inputs, grads):
+    """The first output, and the gradient of each input."""
+    grads = [grad.to(out.dtype) for out, grad in zip(outs, grads, strict=True)]
+    grads = torch.autograd.grad(outs, inputs, grads, allow_unused=True)
+    return [outs[0].detach(), *(torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs, strict=True))]
+
+
+def log_normaliser(q, k, selection, bias, cu_seqlens):
+    """Logarithm of what each row's softmax divides by, [B, T, Hq]. Its gradient by the logits are the probabilities."""
+    kv_heads = k.shape[2]
+    tokens = partial(attention_reference.blocks_to_tokens, block_size=selection.block_size)
+
+    def rows(q, k, mask, bias):
+        length = q.shape[1]
+        logits = torch.einsum("bthgd,bshd->bthgs", q.unflatten(2, (kv_heads, -1)) * q.shape[-1] ** -0.5, k)
+        if bias is not None:
+            logits = logits + tokens(bias.unflatten(2, (kv_heads, -1)), length=length)
+        past = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+        allowed = tokens(mask, length=length)[:, :, :, None] & past[:, None, None]
+        return logits.masked_fill(~allowed, torch.finfo(q.dtype).min).logsumexp(-1).flatten(2)
+
+    return torch.cat(per_document(rows, cu_seqlens, q, k, selection.mask(), bias), dim=1)
 
 
 def perturbed(q, generator):
@@ -144,7 +166,7 @@ def check_dash_attention(rng, head_dim, dtype, chunk, group, prior, any_alpha, s
             inputs[0], s, alpha=inputs[4] if any_alpha else alpha, **options
         )
         out = attention_reference.block_sparse_attention(*inputs[:3], selection, bias, cu_seqlens=cu_seqlens)
-        return inputs, selection.words, out
+        return inputs, selection.words, out, log_normaliser(*inputs[:2], selection, bias, cu_seqlens)
 
     def kernels():
         inputs = [x.detach().requires_grad_() for x in tensors]
@@ -153,8 +175,12 @@ def check_dash_attention(rng, head_dim, dtype, chunk, group, prior, any_alpha, s
         return inputs, selection.words, out
 
     runs = [kernels(), *(reference(x) for x in (q.double(), *(perturbed(q, generator) for _ in range(PERTURBATIONS))))]
-    differ, kept = compare_selections([words for _, words, _ in runs], configuration)
-    results, truth, *rounded = (gradients(out * kept, inputs, grad * kept) for inputs, _, out in runs)
+    differ, kept = compare_selections([words for _, words, *_ in runs], configuration)
+    grad = grad * kept
+    inputs, _, out = runs[0]
+    results = gradients([out * kept], inputs, [grad])
+    delta_error = (grad.double() * (runs[1][2] - out).detach()).sum(-1)
+    truth, *rounded = (gradients([out * kept, lse], inputs, [grad, delta_error]) for inputs, _, out, lse in runs[1:])
     check(results, truth, rounded, dtype, ("out", "q", "k", "v", "chunk_query", "alpha")[: len(results)], configuration)
     return differ.sum().item(), differ.numel()
 
@@ -186,7 +212,7 @@ def check_block_sparse_attention(rng, head_dim, dtype, block, group, prior, per_
         inputs = [x.to(queries.dtype).requires_grad_() for x in (queries, k, v)]
         inputs += [b.to(torch.promote_types(queries.dtype, torch.float32)).requires_grad_() for b in bias]
         out = function.block_sparse_attention(*inputs[:3], selection, *inputs[3:], cu_seqlens=cu_seqlens)
-        return gradients(out, inputs, grad)
+        return gradients([out], inputs, [grad])
 
     truth, rounded = (attend(attention_reference, queries) for queries in (q.double(), q.float()))
     results = attend(attention, q)
@@ -252,10 +278,10 @@ def check_topk_method(rng, head_dim, dtype, block, group, windows, pooling, seed
 
     runs = [kernels(), *(reference(x) for x in (q.double(), *(perturbed(q, generator) for _ in range(PERTURBATIONS))))]
     differ, kept = compare_selections([words for _, words, _ in runs], configuration)
-    results, truth, *rounded = (gradients(out * kept, inputs, grad * kept) for inputs, _, out in runs)
+    results, truth, *rounded = (gradients([out * kept], inputs, [grad * kept]) for inputs, _, out in runs)
     names = ("out", "q", "k", "v", "compressed_k", "compressed_v", "gates")
     delta = (truth[0].norm(dim=-1) * grad.double().norm(dim=-1)).norm() * scale["scale"]
-    added = {"q": delta * k.double().pow(2).mean().sqrt() * head_dim**0.5}
+    added = {"q": delta * k.double().norm(dim=-1).mean(), "k": delta * q.double().norm(dim=-1).mean()}
     # The branches get a gradient that was rounded a second time, when the gates multiplied it.
     check(results, truth, rounded, dtype, names, configuration, tolerance=1.5, added=added)
     return differ.sum().item(), differ.numel()
