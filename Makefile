@@ -10,7 +10,7 @@ OUTPUT ?= outputs/$(SWEEP)
 STUDIES ?= $(wildcard results/*/)
 FIGURES ?= outputs/figures
 
-.PHONY: install pareto figures test test-all test-gpu lint lock
+.PHONY: install pareto figures test test-all test-crash test-gpu lint lock
 
 install: .venv/.installed
 
@@ -29,6 +29,10 @@ test: install lint
 # The tests that take minutes, too.
 test-all: install lint
 	$(PY) -m pytest -n 2
+
+# For the night: a run is killed a hundred times, a sweep five times.
+test-crash: install
+	$(PY) -m pytest tests/experiments/test_crash.py
 
 # The kernels at real sizes, on a machine with a GPU; elsewhere its tests are skipped.
 test-gpu: install

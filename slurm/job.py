@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 from pathlib import Path
 
 from submitit import JobEnvironment
@@ -18,8 +17,8 @@ _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MAST
 def run_task(cell: Cell, log_dir: Path) -> None:
     """Train as this task's rank; the first rank evaluates then.
 
-    Slurm sends SIGUSR2 before the time is up: the run saves, and the job is queued again. SIGTERM saves too, but a job
-    that is preempted or cancelled is Slurm's to queue.
+    Slurm sends SIGUSR2 before the time is up: the run saves, and the exit code asks the batch script, outside of any
+    container, to queue the job again. SIGTERM saves too, but a job that is preempted or cancelled is Slurm's to queue.
 
     Raises:
         SystemExit: the cell did not get done.
@@ -34,10 +33,9 @@ def run_task(cell: Cell, log_dir: Path) -> None:
     with Children() as children:
         outcome = run_cell(cell, log_dir, children, rank=task.global_rank)
         if outcome.status == "stopped":
-            if task.global_rank == 0 and children.received in (signal.SIGUSR1, signal.SIGUSR2):
-                subprocess.run(["scontrol", "requeue", task.job_id], check=True)
             # Without a word to submitit, which would take the job for finished. The other ranks' exit must not look
             # like a failure, for which Slurm would end this one too early.
-            os._exit(REQUEUE if task.global_rank == 0 else 0)
+            asks = children.received in (signal.SIGUSR1, signal.SIGUSR2)
+            os._exit(0 if task.global_rank else REQUEUE if asks else 128 + signal.SIGTERM)
         if outcome.status != "done":
             raise SystemExit(outcome.message)

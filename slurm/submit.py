@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -22,11 +23,14 @@ from submitit import SlurmExecutor
 
 from experiments.cells import ROOT, Cell, SweepConfig, cells, write_plan
 from experiments.config import LauncherConfig, TrainConfig, accumulation, check
+from experiments.errors import REQUEUE
 from experiments.files import write_atomically
 from experiments.run_dir import SNAPSHOT, SUBMITTED, code_state
 from slurm.job import run_task
 
 JOBS = "jobs.json"
+# Of the task alone: an array has the id of one of its tasks.
+_TASK = '"${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"'
 _CODE = ("dashattn", "data", "models", "experiments", "slurm", "configs", "train.py", "evaluate.py")
 
 
@@ -121,7 +125,8 @@ def _parameters(launcher: LauncherConfig, code: Path, name: str, after: str | No
         # A rank that is lost takes the others along: they would wait for it.
         "srun_args": ["--kill-on-bad-exit=1", *launcher.srun_args],
         # The copy of the code, and not what lies in the directory where the command was given.
-        "setup": [*launcher.setup, f"export PYTHONPATH={code}", "export PYTHONSAFEPATH=1"],
+        "setup": [*launcher.setup, f"export PYTHONPATH={shlex.quote(str(code))}", "export PYTHONSAFEPATH=1"],
+        "teardown": ["code=$?", f"[ $code != {REQUEUE} ] || scontrol requeue {_TASK}", "exit $code"],
     }
     return {key: value for key, value in parameters.items() if value is not None}
 

@@ -1,6 +1,6 @@
 """``python -m experiments.figures OUTPUT STUDY...``: all figures and tables of studies, and a page that holds them.
 
-A study is a directory with rows (results.jsonl, metrics.jsonl, speed.jsonl, numerics.jsonl) in it or below. Each
+A study is a directory with rows (results.jsonl, metrics.jsonl, speed.jsonl ...) in it or below. Each
 figure of each study becomes OUTPUT/figNN_NAME-STUDY.{png,pdf,csv}, and OUTPUT/index.html shows them all. Figures that
 no study has rows for are listed as missing.
 """
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.errors import user_errors
-from experiments.figures.curves import make_lengths, make_numerics, make_speed, make_training
+from experiments.figures.curves import make_lengths, make_numerics, make_speed, make_throughput, make_training
 from experiments.figures.frontiers import make_ablations, make_costs, make_frontiers, make_ruler
 from experiments.figures.published import make_published
 from experiments.figures.report import Section, to_html
@@ -40,6 +40,7 @@ FIGURES = (
     Figure(12, "ablations", "Ablations", "runs evaluated with label=FACTOR:VALUE", make_ablations),
     Figure(13, "numerics", "Error against float64", "python -m experiments.numerics", make_numerics),
     Figure(14, "published", "The paper's numbers and ours", "RULER and speed rows", make_published),
+    Figure(15, "throughput", "Training throughput", "python -m experiments.throughput", make_throughput),
 )
 
 

@@ -1,8 +1,8 @@
-"""Figures 8, 9, 10 and 13: speed, training, length and numerics."""
+"""Figures 8, 9, 10, 13 and 15: speed, training, length, numerics and throughput."""
 
 from pathlib import Path
 
-from experiments import speed_report
+from experiments import speed_report, throughput_report
 from experiments.figures.rows import Drawn, Study, as_trained, averaged, grouped
 from experiments.frontier import of_frontiers
 from experiments.plots import grid, pyplot, save, styles
@@ -28,6 +28,10 @@ SPEED_COLUMNS = (
     "ms",
     "ratio",
     "tokens_per_second",
+)
+THROUGHPUT_COLUMNS = (
+    *("device", *throughput_report.CASE, "status", "tokens_per_s", "mfu_causal", "mfu_sparse"),
+    *("causal_sparsity", "peak_memory_mib", "step_time", "data_wait"),
 )
 
 
@@ -159,3 +163,12 @@ def make_numerics(study: Study) -> Drawn | None:
         save(figure, path)
 
     return Drawn(table, draw)
+
+
+def make_throughput(study: Study) -> Drawn | None:
+    rows = throughput_report.newest(study.throughput)
+    if not rows:
+        return None
+    table = [{name: row.get(name) for name in THROUGHPUT_COLUMNS} for row in rows]
+    is_measured = any(row["status"] == "ok" for row in rows)
+    return Drawn(table, (lambda path: throughput_report.draw(rows, path)) if is_measured else None)

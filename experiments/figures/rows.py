@@ -9,7 +9,7 @@ from statistics import mean, stdev
 from experiments.files import read_rows
 from experiments.frontier import RESULTS, newest
 
-METRICS, SPEED, NUMERICS = "metrics.jsonl", "speed.jsonl", "numerics.jsonl"
+METRICS, SPEED, NUMERICS, THROUGHPUT = "metrics.jsonl", "speed.jsonl", "numerics.jsonl", "throughput.jsonl"
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Study:
     Attributes:
         evaluations: of results.jsonl, of every evaluation the newest checkpoint's.
         training: of metrics.jsonl, by run.
-        speed, numerics: of speed.jsonl and numerics.jsonl.
+        speed, numerics, throughput: of speed.jsonl, numerics.jsonl and throughput.jsonl.
     """
 
     name: str
@@ -27,6 +27,7 @@ class Study:
     training: dict[str, list[dict]]
     speed: list[dict]
     numerics: list[dict]
+    throughput: list[dict]
 
     def of(self, task: str, metric: str | None = None) -> list[dict]:
         return [row for row in self.evaluations if row["task"] == task and metric in (None, row["metric"])]
@@ -40,11 +41,12 @@ def load_study(root: Path) -> Study:
             training.setdefault(row.get("run") or path.parent.name, []).append(row)
     found = {
         name: [row for path in sorted(root.rglob(name)) for row in read_rows(path)]
-        for name in (RESULTS, SPEED, NUMERICS)
+        for name in (RESULTS, SPEED, NUMERICS, THROUGHPUT)
     }
     if not training and not any(found.values()):
         raise ValueError(f"no rows in {root}: name directories of runs, of studies or of measurements")
-    return Study(root.resolve().name, newest(found[RESULTS]), training, found[SPEED], found[NUMERICS])
+    measured = (found[name] for name in (SPEED, NUMERICS, THROUGHPUT))
+    return Study(root.resolve().name, newest(found[RESULTS]), training, *measured)
 
 
 @dataclass(frozen=True)

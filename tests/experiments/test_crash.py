@@ -30,7 +30,7 @@ def test_a_run_that_is_killed_goes_on_with_the_same_losses(tiny_overrides, tmp_p
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=3000,
+        timeout=60 * kills,
     )
     assert done.returncode == 0, done.stderr
     resumed, saving = map(int, re.search(r"resumed (\d+) killed while saving (\d+)", done.stdout).groups())

@@ -32,16 +32,21 @@ SlurmctldPort=16817
 ReturnToService=2
 KillWait=5
 SlurmdParameters=config_overrides
+GresTypes=gpu
 StateSaveLocation=$dir/state
 SlurmctldPidFile=$dir/slurmctld.pid
 SlurmctldLogFile=$dir/slurmctld.log
 SlurmdPidFile=$dir/slurmd_%n.pid
 SlurmdSpoolDir=$dir/spool_%n
 SlurmdLogFile=$dir/slurmd_%n.log
-NodeName=n1 NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=16821 CPUs=4 RealMemory=8000
-NodeName=n2 NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=16822 CPUs=4 RealMemory=8000
+NodeName=n1 NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=16821 CPUs=4 RealMemory=8000 Gres=gpu:2
+NodeName=n2 NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=16822 CPUs=4 RealMemory=8000 Gres=gpu:2
 PartitionName=debug Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 CONF
+# Devices that are no GPUs, but are handed out like them.
+mknod "$dir/gpu0" c 1 3
+mknod "$dir/gpu1" c 1 3
+echo "NodeName=n[1-2] Name=gpu File=$dir/gpu[0-1]" > "$dir/gres.conf"
 export SLURM_CONF=$dir/slurm.conf
 slurmctld -f "$SLURM_CONF"
 slurmd -f "$SLURM_CONF" -N n1

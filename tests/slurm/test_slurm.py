@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from experiments.config import LauncherConfig
 from experiments.files import read_rows
 from experiments.metrics import METRICS
 from slurm.status import status
-from slurm.submit import queue, read_jobs, submit_sweep
+from slurm.submit import queue, read_jobs, submit_run, submit_sweep
 from train import train
 
 ROOT = Path(__file__).parents[2]
@@ -111,3 +112,52 @@ def test_a_run_on_two_nodes_with_its_evaluation(slurm, make_config, tiny_overrid
     assert json.loads((run_dir / "checkpoints/step-00000004/state.json").read_text())["world_size"] == 2
     assert len(read_rows(run_dir / "results.jsonl")) == 1, log
     assert json.loads((run_dir / "git.json").read_text())["sha"]  # of the checkout that the copy was made from
+
+
+def test_two_gpus_of_a_node_behind_a_module_and_a_container(slurm, make_config, tiny_overrides, tmp_path):
+    """The GPUs are pretended, the module is a variable, and the container a program that starts Python."""
+    container = tmp_path / "container"
+    container.write_text(f'#!/bin/sh\necho "$MODULE $CUDA_VISIBLE_DEVICES $*" >> {tmp_path}/started\nexec "$@"\n')
+    container.chmod(0o755)
+    alone = train(make_config("alone"))
+    config = make_config("run")
+    config.launcher = replace(
+        HERE,
+        gpus_per_node=2,
+        setup=["export MODULE=loaded"],
+        python=f"{container} {sys.executable}",
+        srun_args=["--label"],
+        sbatch_args={"comment": "a-comment"},
+    )
+    overrides, run_dir = tiny_overrides("run")
+    job = submit_run(config, overrides)
+    shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=True).stdout
+    assert "gres/gpu:2" in shown.replace("gres:gpu", "gres/gpu")
+    assert "Comment=a-comment" in shown
+    wait_for(lambda: not queue(), "the job to end")
+    log = (run_dir / "slurm" / "run.log").read_text()
+    assert json.loads((run_dir / "checkpoints/step-00000004/state.json").read_text())["world_size"] == 2, log
+    assert losses(run_dir) == pytest.approx(losses(alone), rel=1e-5)
+    started = (tmp_path / "started").read_text().splitlines()
+    assert len(started) == 2
+    assert all(line.startswith(f"loaded 0,1 {sys.executable} ") for line in started)
+
+
+def test_a_sweep_begins_from_a_base_run(slurm, tiny_overrides, tmp_path):
+    common = [o for o in tiny_overrides("x")[0] if not o.startswith(("name=", "run_dir="))]
+    arms = {"dense": ArmConfig(train=["attention=full"]), "dash": ArmConfig(train=["attention=dash"])}
+    arms["dash"].train += ["attention.chunk_size=16"]
+    study = StudyConfig(train=common, base=["attention=full"], evaluate=["tasks=[loss]", "threads=1"], arms=arms)
+    lost = replace(study, base=["attention=full", f"init_from={tmp_path}/nowhere"])
+    config = SweepConfig("s", str(tmp_path / "s"), studies={"good": study, "bad": lost}, launcher=HERE)
+    submit_sweep(config, Console(file=io.StringIO()))
+    wait_for(lambda: not queue(), "the jobs to end")
+    rows = {name.removesuffix("-seed0"): rest for name, *rest in status(tmp_path / "s")}
+    good = {name: row[0] for name, row in rows.items() if name.startswith("good")}
+    assert good == {"good-base": "done", "good-dense": "done", "good-dash": "done"}
+    assert rows["bad-base"][0] == "failed"
+    assert not any((tmp_path / "s" / f"bad-{arm}-seed0").exists() for arm in arms)
+    base = tmp_path / "s" / "good-base-seed0"
+    for arm in arms:
+        start = json.loads((tmp_path / "s" / f"good-{arm}-seed0" / "start.json").read_text())
+        assert start["init_from"]["weights"].startswith(str(base / "checkpoints"))
