@@ -153,11 +153,10 @@ def dash_attention(
             )
     route = {"alpha": alpha, "router_scale": router_scale, "prior": prior, "sigma": sigma, "cu_seqlens": cu_seqlens}
     if _use_kernels(impl, q, chunk_size, unsupported_priors(prior_heads)):
-        from dashattn.ops.chunk_summary.triton import chunk_summary as summarise
-        from dashattn.ops.dash_routing.triton import routed_attention
+        from dashattn.ops.dash_attention.triton import dash_attention as attend
 
-        summaries = summarise(k, chunk_query, chunk_size=chunk_size, cu_seqlens=cu_seqlens, rope=summary_rope)
-        out, selection = routed_attention(q, k, v, summaries, chunk_size=chunk_size, scale=scale, **route)
+        sizes = {"chunk_size": chunk_size, "scale": scale}
+        out, selection = attend(q, k, v, chunk_query, summary_rope=summary_rope, **sizes, **route)
     else:
         summaries = chunk_summary(k, chunk_query, chunk_size=chunk_size, cu_seqlens=cu_seqlens, rope=summary_rope)
         selection, bias = dash_routing(q, summaries, chunk_size=chunk_size, prior_heads=prior_heads, **route)

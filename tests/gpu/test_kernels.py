@@ -16,10 +16,9 @@ from dashattn.ops.block_scores.triton import select_blocks
 from dashattn.ops.block_sparse import reference as attention_reference
 from dashattn.ops.block_sparse import triton as attention
 from dashattn.ops.chunk_summary import reference as summary_reference
-from dashattn.ops.chunk_summary import triton as summary
 from dashattn.ops.compression.reference import compressed_attention, mean_compress, num_windows
+from dashattn.ops.dash_attention import triton as whole
 from dashattn.ops.dash_routing import reference as routing_reference
-from dashattn.ops.dash_routing import triton as routing
 from dashattn.ops.gates.reference import gated_sum
 from dashattn.ops.window.reference import window_attention
 from dashattn.selection import Selection
@@ -114,8 +113,7 @@ def test_dash_attention(group, alpha, router_scale, prior, sigma, cu_seqlens):
     expected = [out.detach(), *torch.autograd.grad(out, wanted, grad.float())]
 
     inputs = [x.detach().requires_grad_() for x in (q, k, v, chunk_query)]
-    s = summary.chunk_summary(inputs[1], inputs[3], chunk_size=chunk, cu_seqlens=cu_seqlens)
-    out, chosen = routing.routed_attention(*inputs[:3], s, **options)
+    out, chosen = whole.dash_attention(*inputs, **options)
     wanted = inputs if prior != "none" else inputs[:3]
     results = [out.detach(), *torch.autograd.grad(out, wanted, grad)]
 
@@ -168,8 +166,7 @@ def test_equal_inputs_give_equal_gradients():
     chunk_query = torch.zeros(1, 128, device="cuda", requires_grad=True)
 
     def gradients():
-        s = summary.chunk_summary(k, chunk_query, chunk_size=64)
-        out, _ = routing.routed_attention(q, k, v, s, chunk_size=64, prior="raw")
+        out, _ = whole.dash_attention(q, k, v, chunk_query, chunk_size=64, prior="raw")
         return torch.autograd.grad(out.float().square().sum(), (q, k, v, chunk_query))
 
     assert all(torch.equal(a, b) for a, b in zip(gradients(), gradients(), strict=True))
@@ -181,8 +178,7 @@ def test_nothing_waits_for_the_device():
     chunk_query = torch.zeros(1, 128, device="cuda", requires_grad=True)
 
     def step():
-        s = summary.chunk_summary(k, chunk_query, chunk_size=64)
-        out, _ = routing.routed_attention(q, k, v, s, chunk_size=64)
+        out, _ = whole.dash_attention(q, k, v, chunk_query, chunk_size=64)
         return torch.autograd.grad(out, (q, k, v, chunk_query), torch.ones_like(out))
 
     expected = step()

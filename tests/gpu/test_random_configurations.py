@@ -29,8 +29,8 @@ from dashattn.ops.block_sparse import triton as attention
 from dashattn.ops.chunk_summary import reference as summary_reference
 from dashattn.ops.chunk_summary import triton as summary
 from dashattn.ops.compression.reference import compressed_attention, mean_compress
+from dashattn.ops.dash_attention.triton import dash_attention
 from dashattn.ops.dash_routing import reference as routing_reference
-from dashattn.ops.dash_routing import triton as routing
 from dashattn.ops.gates.reference import gated_sum
 from dashattn.ops.window.reference import window_attention
 from dashattn.selection import Selection
@@ -170,8 +170,7 @@ def check_dash_attention(rng, head_dim, dtype, chunk, group, prior, any_alpha, s
 
     def kernels():
         inputs = [x.detach().requires_grad_() for x in tensors]
-        s = summary.chunk_summary(inputs[1], inputs[3], chunk_size=chunk, cu_seqlens=cu_seqlens)
-        out, selection = routing.routed_attention(*inputs[:3], s, alpha=inputs[4] if any_alpha else alpha, **options)
+        out, selection = dash_attention(*inputs[:4], alpha=inputs[4] if any_alpha else alpha, **options)
         return inputs, selection.words, out
 
     runs = [kernels(), *(reference(x) for x in (q.double(), *(perturbed(q, generator) for _ in range(PERTURBATIONS))))]

@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 
 from dashattn import dash_attention
 from dashattn.ops.chunk_summary import triton as summary
-from dashattn.ops.dash_routing import triton as routing
+from dashattn.ops.dash_attention import triton as whole
 from dashattn.ops.entmax.reference import entmax
 
 BF16 = torch.bfloat16
@@ -31,9 +31,10 @@ def test_a_million_tokens():
     q = torch.empty(1, length, group, dim, dtype=BF16, device="cuda").normal_()
     k, v = (torch.empty(1, length, 1, dim, dtype=BF16, device="cuda").normal_() for _ in range(2))
     assert q.numel() > 2**31
-    summaries = summary.chunk_summary(k, torch.zeros(1, dim, device="cuda"), chunk_size=chunk)
+    chunk_query = torch.zeros(1, dim, device="cuda")
+    summaries = summary.chunk_summary(k, chunk_query, chunk_size=chunk)
     scale = 40.0
-    out, selection = routing.routed_attention(q, k, v, summaries, chunk_size=chunk, router_scale=scale)
+    out, selection = whole.dash_attention(q, k, v, chunk_query, chunk_size=chunk, router_scale=scale)
     for token in (0, 63, 64, 5000, 2**19 + 7, 2**20 - 1, 2**20 + 64, length - 1):
         own = token // chunk
         words = selection.words[0, 0, token]

@@ -16,7 +16,7 @@ from dashattn.ops.block_scores.triton import select_blocks
 from dashattn.ops.block_sparse import hopper
 from dashattn.ops.block_sparse import triton as attention
 from dashattn.ops.block_sparse.schedule import tile_lists
-from dashattn.ops.dash_routing import triton as routing
+from dashattn.ops.dash_attention.triton import dash_attention
 from dashattn.ops.decode import triton as decode
 from dashattn.ops.gates.triton import gated_sum
 from dashattn.ops.tiles import geometry
@@ -50,12 +50,13 @@ JITFunction.run = compile_only
 batch, length, heads, kv_heads, dim, chunk = 1, 256, 32, 2, 128, 64
 q = torch.randn(batch, length, heads, dim, dtype=torch.bfloat16, requires_grad=True)
 k, v = (torch.randn(batch, length, kv_heads, dim, dtype=torch.bfloat16) for _ in range(2))
-summaries = torch.randn(batch, length // chunk, kv_heads, dim, dtype=torch.bfloat16, requires_grad=True)
+summaries = torch.randn(batch, length // chunk, kv_heads, dim, dtype=torch.bfloat16)
+chunk_query = torch.zeros(kv_heads, dim, requires_grad=True)
 # The second has every branch of the router; the third sizes of 1, which Triton would take for constants.
 for options in ({}, {"prior": "raw", "alpha": torch.full((heads,), 1.3, requires_grad=True)}):
-    out, _ = routing.routed_attention(q, k, v, summaries, chunk_size=chunk, **options)
+    out, _ = dash_attention(q, k, v, chunk_query, chunk_size=chunk, **options)
     out.backward(out)
-out, _ = routing.routed_attention(q[:, :1], k[:, :1], v[:, :1], summaries[:, :0], chunk_size=chunk)
+out, _ = dash_attention(q[:, :1], k[:, :1], v[:, :1], chunk_query, chunk_size=chunk)
 out.backward(out)
 geo = geometry(q, kv_heads, None)
 words = attention.flatten_words(

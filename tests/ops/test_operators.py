@@ -11,7 +11,7 @@ from dashattn.ops.band import triton as band
 from dashattn.ops.block_scores import triton as block_scores
 from dashattn.ops.block_sparse import triton as block_sparse
 from dashattn.ops.chunk_summary import triton as chunk_summary
-from dashattn.ops.dash_routing import triton as dash_routing
+from dashattn.ops.dash_attention import triton as dash_whole
 from dashattn.ops.gates import triton as gates
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,7 +32,7 @@ def test_operators_keep_torch_librarys_rules():
     words = torch.full((1, 2, 40, 1), 7, dtype=torch.int32, device=DEVICE)
     for operator, arguments in (
         (chunk_summary._forward_op, (k, make(1, 2, 16), None, 16)),
-        (dash_routing._attention_op, (q, k, v, make(1, 2, 2, 16), None, None, 16, 1.0, 0.25, "raw", 1.0)),
+        (dash_whole._forward_op, (q, k, v, make(1, 2, 16), None, None, 16, 1.0, 0.25, "raw", 1.0)),
         (block_sparse._forward_op, (q, k, v, words, None, None, 16, 0.25)),
         (band._forward_op, (*make_qkv(20), None, 1, 1, 10, 0.25)),
         (block_scores._select_op, (*selected, None, None, 8, 8, "max", 16, 1, 0, 1, 0.25)),

@@ -54,7 +54,7 @@ def summary_grad_kernel(
     k_ptr, query_ptr, grad_ptr, dk_ptr, dquery_ptr, documents, starts, softmax_scale, num_documents, query_stride,
     KV_HEADS: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """With a the pooling weights, w_t = k_t . g and w = sum a w:  dk_t = a_t g + a_t (w_t - w) r / sqrt(D)."""
+    """Adds dk_t = a_t g + a_t (w_t - w) r / sqrt(D), with a the pooling weights, w_t = k_t . g and w = sum a w."""
     kv_head = tl.program_id(1)
     first, summary = _chunk(documents, starts, tl.program_id(0), num_documents, BLOCK)
     if summary < 0:
@@ -71,7 +71,8 @@ def summary_grad_kernel(
     grad = tl.load(grad_ptr + grad_offset, mask=in_dim, other=0.0).to(tl.float32)
     w = tl.sum(k * grad[None, :], 1)
     dlogits = weights * (w - tl.sum(weights * w, 0)) * softmax_scale
-    dk = weights[:, None] * grad[None, :] + dlogits[:, None] * query[None, :]
+    dk = tl.load(dk_ptr + offset, mask=in_dim[None, :], other=0.0).to(tl.float32)
+    dk += weights[:, None] * grad[None, :] + dlogits[:, None] * query[None, :]
     tl.store(dk_ptr + offset, dk.to(dk_ptr.dtype.element_ty), mask=in_dim[None, :])
     tl.store(dquery_ptr + grad_offset, tl.sum(dlogits[:, None] * k, 0), mask=in_dim)
 
@@ -84,22 +85,49 @@ def summary_starts(geo: Geometry, chunk_size: int) -> Tensor:
     return torch.nn.functional.pad(complete.cumsum(0, dtype=torch.int32), (1, 0))
 
 
-def _constants(geo: Geometry, chunk_size: int) -> dict:
-    return dict(KV_HEADS=geo.kv_heads, BLOCK=chunk_size, HEAD_DIM=geo.head_dim, DIM=geo.padded_dim, num_warps=4)
+def _launch_options(queries: Tensor, geo: Geometry, chunk_size: int) -> tuple[int, dict]:
+    """Stride between the queries of two chunks, and the kernels' constants."""
+    stride = queries.stride(0) if len(queries) > 1 else 0
+    return stride, dict(KV_HEADS=geo.kv_heads, BLOCK=chunk_size, HEAD_DIM=geo.head_dim, DIM=geo.padded_dim, num_warps=4)
+
+
+def summarise(k: Tensor, queries: Tensor, starts: Tensor, geo: Geometry, chunk_size: int, count: int) -> Tensor:
+    """``count`` summaries and at least one row, [count, H, D], of keys [n, H, D]; rows that no chunk fills are 0.
+
+    ``queries``: [1 or count, H, D], one for all chunks or one for each.
+    """
+    allocate = k.new_empty if geo.uniform is not None and count else k.new_zeros
+    out = allocate(max(1, count), *k.shape[1:])
+    if count:
+        stride, constants = _launch_options(queries, geo, chunk_size)
+        summary_kernel[(geo.slots(chunk_size), geo.kv_heads)](
+            k, queries, out, geo.documents, starts, geo.head_dim**-0.5, geo.num_documents, stride, **constants
+        )
+    return out
+
+
+def summarise_backward(
+    grad: Tensor, k: Tensor, queries: Tensor, dk: Tensor, starts: Tensor, geo: Geometry, chunk_size: int, count: int
+) -> Tensor:
+    """Adds the gradient of the keys to ``dk`` in place; returns that of the queries, float32 in their shape."""
+    dquery = torch.zeros(count, *k.shape[1:], dtype=torch.float32, device=k.device)
+    if count:
+        stride, constants = _launch_options(queries, geo, chunk_size)
+        summary_grad_kernel[(geo.slots(chunk_size), geo.kv_heads)](
+            k, queries, grad, dk, dquery, geo.documents, starts, geo.head_dim**-0.5, geo.num_documents, stride,
+            **constants,
+        )  # fmt: skip
+    return dquery.sum(0, keepdim=True) if len(queries) == 1 else dquery
 
 
 @torch.library.custom_op("dashattn::chunk_summary_forward", mutates_args=())
 def _forward_op(k: Tensor, queries: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> Tensor:
     """``queries``: [1 or B * (T // chunk_size), H, D], one for all chunks or one for each."""
-    batch, length, kv_heads, head_dim = k.shape
-    geo = geometry(k, kv_heads, cu_seqlens)
-    out = k.new_zeros(batch, length // chunk_size, kv_heads, head_dim)
-    if out.numel():
-        summary_kernel[(geo.slots(chunk_size), kv_heads)](
-            flatten_tokens(k), queries, out, geo.documents, summary_starts(geo, chunk_size), head_dim**-0.5,
-            geo.num_documents, queries.stride(0) if len(queries) > 1 else 0, **_constants(geo, chunk_size),
-        )  # fmt: skip
-    return out
+    batch, length, *rest = k.shape
+    geo = geometry(k, k.shape[2], cu_seqlens)
+    count = batch * (length // chunk_size)
+    out = summarise(flatten_tokens(k), queries, summary_starts(geo, chunk_size), geo, chunk_size, count)
+    return out[:count].view(batch, length // chunk_size, *rest)
 
 
 @_forward_op.register_fake
@@ -111,23 +139,19 @@ def _(k, queries, cu_seqlens, chunk_size):
 def _backward_op(
     grad: Tensor, k: Tensor, queries: Tensor, cu_seqlens: Tensor | None, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
-    """dk, and the gradient of each chunk's query, float32 [B * (T // chunk_size), H, D]."""
-    _, _, kv_heads, head_dim = k.shape
-    geo = geometry(k, kv_heads, cu_seqlens)
-    dk = k.new_zeros(k.shape)
-    dquery = torch.zeros(*grad.flatten(0, 1).shape, dtype=torch.float32, device=k.device)
-    if grad.numel():
-        summary_grad_kernel[(geo.slots(chunk_size), kv_heads)](
-            flatten_tokens(k), queries, grad.contiguous(), dk, dquery, geo.documents, summary_starts(geo, chunk_size),
-            head_dim**-0.5, geo.num_documents, queries.stride(0) if len(queries) > 1 else 0,
-            **_constants(geo, chunk_size),
-        )  # fmt: skip
+    """dk, and the gradient of the queries, float32."""
+    geo = geometry(k, k.shape[2], cu_seqlens)
+    dk = torch.zeros_like(k, memory_format=torch.contiguous_format)
+    dquery = summarise_backward(
+        grad.contiguous(), flatten_tokens(k), queries, dk.flatten(0, 1), summary_starts(geo, chunk_size), geo,
+        chunk_size, grad.shape[0] * grad.shape[1],
+    )  # fmt: skip
     return dk, dquery
 
 
 @_backward_op.register_fake
 def _(grad, k, queries, cu_seqlens, chunk_size):
-    return torch.empty_like(k), torch.empty_like(grad.flatten(0, 1), dtype=torch.float32)
+    return k.new_empty(k.shape), queries.new_empty(queries.shape, dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output):
@@ -138,8 +162,6 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad):
     k, queries, cu_seqlens = ctx.saved_tensors
     dk, dquery = _backward_op(grad, k, queries, cu_seqlens, ctx.chunk_size)
-    if queries.shape[0] == 1:
-        dquery = dquery.sum(0, keepdim=True)
     return dk, dquery.to(queries.dtype), None, None
 
 
@@ -155,17 +177,18 @@ def chunk_summary(
     rope: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """As ``reference.chunk_summary``; chunk sizes that are powers of two, no float64."""
-    queries = chunk_query[None]
-    if rope is not None:
-        queries = _rotated_queries(k, chunk_query, chunk_size, cu_seqlens, rope)
-    return _forward_op(k, queries.contiguous(), cu_seqlens, chunk_size)
+    return _forward_op(k, pooling_queries(k, chunk_query, chunk_size, cu_seqlens, rope), cu_seqlens, chunk_size)
 
 
-def _rotated_queries(k, chunk_query, chunk_size, cu_seqlens, rope) -> Tensor:
-    """Every chunk's mean of the rotated query, float32 [B * (T // C), H, D].
+def pooling_queries(
+    k: Tensor, chunk_query: Tensor, chunk_size: int, cu_seqlens: Tensor | None, rope: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """The chunk query [1, H, D], or with ``rope`` every chunk's mean of the rotated one, float32 [B * (T // C), H, D].
 
     The mean over a chunk of a rotation of one vector is the mean rotation of it, so averaging the tables suffices.
     """
+    if rope is None:
+        return chunk_query[None].contiguous()
     batch, length = k.shape[:2]
     per_row = length // chunk_size
     geo = geometry(k, k.shape[2], cu_seqlens)
@@ -177,4 +200,4 @@ def _rotated_queries(k, chunk_query, chunk_size, cu_seqlens, rope) -> Tensor:
     token = token.clamp(max=geo.tokens - 1)  # rows past the last summary are read by nobody
     cos, sin = (t.expand(batch, -1, -1).flatten(0, 1)[token].float().mean(1)[:, None] for t in rope)
     query = chunk_query.float()
-    return query * cos + rotate_half(query) * sin
+    return (query * cos + rotate_half(query) * sin).contiguous()

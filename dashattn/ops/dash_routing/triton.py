@@ -1,22 +1,13 @@
-"""DashAttention on the GPU: the router, and router plus attention in one differentiable operator.
+"""DashAttention's router on the GPU: ``reference.py``'s function with Triton kernels, as PyTorch custom operators.
 
-``dash_routing`` has the reference's signature and hands out the bias as a tensor [B, T, H, N]. ``routed_attention``
-is what long sequences want: where the prior is tempered by a large sigma the forward never builds that tensor.
+It hands out the bias as a tensor [B, T, H, N], which ``ops/dash_attention`` need not build.
 """
 
 import torch
 from torch import Tensor
 
-from dashattn.ops.block_sparse.schedule import key_lists, tile_lists
-from dashattn.ops.block_sparse.triton import attend, check_kernels_fit, flatten_words
-from dashattn.ops.block_sparse.triton_backward import (
-    delta,
-    key_grad,
-    key_grad_options,
-    key_grad_window,
-    query_grad,
-    query_grad_options,
-)
+from dashattn.ops.block_sparse.schedule import tile_lists
+from dashattn.ops.block_sparse.triton import check_kernels_fit, flatten_words
 from dashattn.ops.chunk_summary.triton import summary_starts
 from dashattn.ops.dash_routing.triton_backward import route_backward
 from dashattn.ops.dash_routing.triton_forward import prior_bias, route, router_options
@@ -28,7 +19,11 @@ from dashattn.selection import Selection
 NEGLIGIBLE_SIGMA = 1e6
 
 
-def _alpha(alpha: float | Tensor, q: Tensor) -> Tensor | None:
+def has_forward_bias(prior: str, sigma: float, dtype: torch.dtype) -> bool:
+    return prior == "raw" or (prior == "tempered" and (sigma < NEGLIGIBLE_SIGMA or dtype == torch.float32))
+
+
+def alpha_of_heads(alpha: float | Tensor, q: Tensor) -> Tensor | None:
     """float32 [Hq], or None for 1.5."""
     heads = q.shape[2]
     if isinstance(alpha, Tensor):
@@ -44,7 +39,7 @@ def _flat_summaries(summaries: Tensor) -> Tensor:
     return flat if len(flat) else flat.new_zeros(1, *flat.shape[1:])
 
 
-def _num_blocks(q: Tensor, chunk_size: int) -> int:
+def num_blocks(q: Tensor, chunk_size: int) -> int:
     return -(-q.shape[1] // chunk_size)
 
 
@@ -56,7 +51,7 @@ def _route_op(
     geo = geometry(q, summaries.shape[2], cu_seqlens)
     words, peak, tau = route(
         flatten_tokens(q), _flat_summaries(summaries), alpha, summary_starts(geo, chunk_size), geo, chunk_size,
-        _num_blocks(q, chunk_size), score_scale, router_options(geo.padded_dim, q.itemsize),
+        num_blocks(q, chunk_size), score_scale, router_options(geo.padded_dim, q.itemsize),
     )  # fmt: skip
     words = words.unflatten(1, q.shape[:2]).transpose(0, 1)
     return words.contiguous(), peak.view(q.shape[:3]), tau.view(q.shape[:3])
@@ -65,7 +60,7 @@ def _route_op(
 @_route_op.register_fake
 def _(q, summaries, alpha, cu_seqlens, chunk_size, score_scale):
     batch, length, heads, _ = q.shape
-    width = -(-_num_blocks(q, chunk_size) // 32)
+    width = -(-num_blocks(q, chunk_size) // 32)
     words = q.new_empty(batch, summaries.shape[2], length, width, dtype=torch.int32)
     return words, *(q.new_empty(batch, length, heads, dtype=torch.float32) for _ in range(2))
 
@@ -79,7 +74,7 @@ def _prior_op(
     geo = geometry(q, summaries.shape[2], cu_seqlens)
     bias = prior_bias(
         flatten_tokens(q), _flat_summaries(summaries), alpha, summary_starts(geo, chunk_size), peak.flatten(0, 1),
-        tau.flatten(0, 1), geo, chunk_size, _num_blocks(q, chunk_size), score_scale, sigma,
+        tau.flatten(0, 1), geo, chunk_size, num_blocks(q, chunk_size), score_scale, sigma,
         router_options(geo.padded_dim, q.itemsize),
     )  # fmt: skip
     return bias.unflatten(0, q.shape[:2])
@@ -87,7 +82,7 @@ def _prior_op(
 
 @_prior_op.register_fake
 def _(q, summaries, alpha, words, peak, tau, cu_seqlens, chunk_size, score_scale, sigma):
-    return q.new_empty(*q.shape[:2], summaries.shape[2], _num_blocks(q, chunk_size), dtype=torch.float32)
+    return q.new_empty(*q.shape[:2], summaries.shape[2], num_blocks(q, chunk_size), dtype=torch.float32)
 
 
 @torch.library.custom_op("dashattn::dash_prior_backward", mutates_args=())
@@ -134,108 +129,6 @@ def _prior_backward(ctx, grad):
 _prior_op.register_autograd(_prior_backward, setup_context=_prior_setup)
 
 
-@torch.library.custom_op("dashattn::routed_attention_forward", mutates_args=())
-def _attention_op(
-    q: Tensor, k: Tensor, v: Tensor, summaries: Tensor, alpha: Tensor | None, cu_seqlens: Tensor | None,
-    chunk_size: int, score_scale: float, scale: float, prior: str, sigma: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Output [B, T, Hq, D], words [B, H, T, W], and what the backward needs per row: log-normaliser, peak, tau."""
-    geo = geometry(q, k.shape[2], cu_seqlens)
-    q_nHD, k_nHD, v_nHD = (flatten_tokens(x) for x in (q, k, v))
-    flat_summaries = _flat_summaries(summaries)
-    starts = summary_starts(geo, chunk_size)
-    blocks = _num_blocks(q, chunk_size)
-    router = router_options(geo.padded_dim, q.itemsize)
-    words, peak, tau = route(q_nHD, flat_summaries, alpha, starts, geo, chunk_size, blocks, score_scale, router)
-    bias = None
-    if has_forward_bias(prior, sigma, q.dtype):
-        temperature = sigma if prior == "tempered" else None
-        bias = prior_bias(
-            q_nHD, flat_summaries, alpha, starts, peak, tau, geo, chunk_size, blocks, score_scale, temperature, router
-        )
-    out, lse = attend(q_nHD, k_nHD, v_nHD, words, bias, geo, chunk_size, scale)
-    words = words.unflatten(1, q.shape[:2]).transpose(0, 1).contiguous()
-    return out.view(q.shape), words, *(x.view(q.shape[:3]) for x in (lse, peak, tau))
-
-
-def has_forward_bias(prior: str, sigma: float, dtype: torch.dtype) -> bool:
-    return prior == "raw" or (prior == "tempered" and (sigma < NEGLIGIBLE_SIGMA or dtype == torch.float32))
-
-
-@_attention_op.register_fake
-def _(q, k, v, summaries, alpha, cu_seqlens, chunk_size, score_scale, scale, prior, sigma):
-    batch, length, heads, _ = q.shape
-    width = -(-_num_blocks(q, chunk_size) // 32)
-    words = q.new_empty(batch, k.shape[2], length, width, dtype=torch.int32)
-    return q.new_empty(q.shape), words, *(q.new_empty(batch, length, heads, dtype=torch.float32) for _ in range(3))
-
-
-@torch.library.custom_op("dashattn::routed_attention_backward", mutates_args=())
-def _attention_backward_op(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, summaries: Tensor, alpha: Tensor | None, cu_seqlens: Tensor | None,
-    out: Tensor, words: Tensor, lse: Tensor, peak: Tensor, tau: Tensor, chunk_size: int, score_scale: float,
-    scale: float, prior: str, sigma: float, alpha_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv, dsummaries and dalpha (empty unless asked for)."""
-    geo = geometry(q, k.shape[2], cu_seqlens)
-    q_nHD, k_nHD, v_nHD, do_nHD, out_nHD = (flatten_tokens(x) for x in (q, k, v, grad, out))
-    lse, peak, tau = (x.flatten(0, 1).contiguous() for x in (lse, peak, tau))
-    flat_summaries, flat_words = _flat_summaries(summaries), flatten_words(words)
-    starts = summary_starts(geo, chunk_size)
-    blocks = _num_blocks(q, chunk_size)
-    temperature = sigma if prior == "tempered" else None
-    router = router_options(geo.padded_dim, q.itemsize)
-    bias = None
-    if has_forward_bias(prior, sigma, q.dtype):
-        bias = prior_bias(
-            q_nHD, flat_summaries, alpha, starts, peak, tau, geo, chunk_size, blocks, score_scale, temperature, router
-        )
-    delta_nH = delta(out_nHD, do_nHD)
-    options = key_grad_options(geo.padded_dim, chunk_size, q.itemsize)
-    by_key = key_lists(flat_words, geo, chunk_size, key_grad_window(geo, chunk_size, q.itemsize, options["keys"]))
-    dk, dv = key_grad(q_nHD, k_nHD, v_nHD, bias, do_nHD, lse, delta_nH, by_key, geo, chunk_size, scale, options)
-    del by_key
-    options = query_grad_options(geo.padded_dim, chunk_size, q.itemsize)
-    lists = tile_lists(flat_words, geo, chunk_size, geo.tile_tokens(options["rows"]))
-    # Only selected entries are written, and only they are read.
-    shape = (geo.tokens, geo.kv_heads, blocks)
-    bias_grad = None if prior == "none" else torch.empty(shape, dtype=torch.float32, device=q.device)
-    dq = query_grad(q_nHD, k_nHD, v_nHD, bias, do_nHD, lse, delta_nH, lists, geo, chunk_size, scale, bias_grad, options)
-    dsummaries, dalpha = torch.zeros_like(flat_summaries), None
-    if bias_grad is not None:
-        router_tokens = geo.tile_tokens(router["rows"])
-        if lists.tokens != router_tokens:
-            lists = tile_lists(flat_words, geo, chunk_size, router_tokens)
-        dsummaries, dalpha = route_backward(
-            q_nHD, flat_summaries, alpha, starts, peak, tau, bias_grad, dq, lists, geo, chunk_size, score_scale,
-            temperature, alpha_grad, router,
-        )  # fmt: skip
-    if dalpha is None:
-        dalpha = q.new_zeros(geo.heads if alpha_grad else 0, dtype=torch.float32)
-    return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), _like_summaries(dsummaries, summaries), dalpha
-
-
-@_attention_backward_op.register_fake
-def _(grad, q, k, v, summaries, alpha, cu_seqlens, out, words, lse, peak, tau, chunk_size, score_scale, scale, prior,
-      sigma, alpha_grad):  # fmt: skip
-    dalpha = q.new_empty(q.shape[2] if alpha_grad else 0, dtype=torch.float32)
-    return *(x.new_empty(x.shape) for x in (q, k, v, summaries)), dalpha
-
-
-def _attention_setup(ctx, inputs, output):
-    q, k, v, summaries, alpha, cu_seqlens, *ctx.settings = inputs
-    ctx.save_for_backward(q, k, v, summaries, alpha, cu_seqlens, *output)
-
-
-def _attention_backward(ctx, grad, *_):
-    alpha_grad = ctx.needs_input_grad[4]
-    *grads, dalpha = _attention_backward_op(grad, *ctx.saved_tensors, *ctx.settings, alpha_grad)
-    return *grads, dalpha if alpha_grad else None, *(None,) * 6
-
-
-_attention_op.register_autograd(_attention_backward, setup_context=_attention_setup)
-
-
 def dash_routing(
     q: Tensor,
     summaries: Tensor,
@@ -249,10 +142,10 @@ def dash_routing(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Selection, Tensor | None]:
     """As ``reference.dash_routing``, for ``prior_heads`` group; the bias has ceil(T / chunk_size) columns."""
-    _check_prior_heads(prior_heads)
+    check_prior_heads(prior_heads)
     check_kernels_fit(q, chunk_size)
     score_scale = router_scale * q.shape[-1] ** -0.5
-    alpha = _alpha(alpha, q)
+    alpha = alpha_of_heads(alpha, q)
     with torch.no_grad():  # the bias alone carries gradient
         words, peak, tau = _route_op(q, summaries, alpha, cu_seqlens, chunk_size, score_scale)
     selection = Selection(words, chunk_size)
@@ -262,32 +155,6 @@ def dash_routing(
     return selection, _prior_op(q, summaries, alpha, words, peak, tau, cu_seqlens, chunk_size, score_scale, temperature)
 
 
-def routed_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    summaries: Tensor,
-    *,
-    chunk_size: int,
-    alpha: float | Tensor = 1.5,
-    router_scale: float = 1.0,
-    prior: str = "tempered",
-    sigma: float = 1e6,
-    prior_heads: str = "group",
-    scale: float | None = None,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Selection]:
-    """``dash_routing`` and ``block_sparse_attention`` in one: the output [B, T, Hq, D] and the selection."""
-    _check_prior_heads(prior_heads)
-    check_kernels_fit(q, chunk_size)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    alpha = _alpha(alpha, q)
-    out, words, *_ = _attention_op(
-        q, k, v, summaries, alpha, cu_seqlens, chunk_size, router_scale * q.shape[-1] ** -0.5, scale, prior, sigma
-    )
-    return out, Selection(words, chunk_size)
-
-
-def _check_prior_heads(prior_heads: str) -> None:
+def check_prior_heads(prior_heads: str) -> None:
     if prior_heads != "group":
         raise ValueError(f'the Triton router has prior_heads "group" only, not "{prior_heads}": use impl="reference"')

@@ -1,0 +1,166 @@
+"""DashAttention on the GPU: summaries, router and attention in one differentiable PyTorch operator.
+
+Where the prior is tempered by a large sigma the forward never builds a bias.
+"""
+
+import torch
+from torch import Tensor
+
+from dashattn.ops.block_sparse.schedule import key_lists, tile_lists
+from dashattn.ops.block_sparse.triton import attend, check_kernels_fit, flatten_words
+from dashattn.ops.block_sparse.triton_backward import (
+    delta,
+    key_grad,
+    key_grad_options,
+    key_grad_window,
+    query_grad,
+    query_grad_options,
+)
+from dashattn.ops.chunk_summary.triton import pooling_queries, summarise, summarise_backward, summary_starts
+from dashattn.ops.dash_routing.triton import alpha_of_heads, check_prior_heads, has_forward_bias, num_blocks
+from dashattn.ops.dash_routing.triton_backward import route_backward
+from dashattn.ops.dash_routing.triton_forward import prior_bias, route, router_options
+from dashattn.ops.tiles import flatten_tokens, geometry
+from dashattn.selection import Selection
+
+
+@torch.library.custom_op("dashattn::dash_attention_forward", mutates_args=())
+def _forward_op(
+    q: Tensor, k: Tensor, v: Tensor, queries: Tensor, alpha: Tensor | None, cu_seqlens: Tensor | None,
+    chunk_size: int, score_scale: float, scale: float, prior: str, sigma: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Output [B, T, Hq, D], words [B, H, T, W], and what the backward needs.
+
+    That is per row the log-normaliser, the highest product q . k~ and the threshold, and the summaries.
+    """
+    geo = geometry(q, k.shape[2], cu_seqlens)
+    q_nHD, k_nHD, v_nHD = (flatten_tokens(x) for x in (q, k, v))
+    starts = summary_starts(geo, chunk_size)
+    blocks = num_blocks(q, chunk_size)
+    router = router_options(geo.padded_dim, q.itemsize)
+    summaries = summarise(k_nHD, queries, starts, geo, chunk_size, _num_summaries(k, chunk_size))
+    words, peak, tau = route(q_nHD, summaries, alpha, starts, geo, chunk_size, blocks, score_scale, router)
+    bias = None
+    if has_forward_bias(prior, sigma, q.dtype):
+        temperature = sigma if prior == "tempered" else None
+        bias = prior_bias(
+            q_nHD, summaries, alpha, starts, peak, tau, geo, chunk_size, blocks, score_scale, temperature, router
+        )
+    out, lse = attend(q_nHD, k_nHD, v_nHD, words, bias, geo, chunk_size, scale)
+    words = words.unflatten(1, q.shape[:2]).transpose(0, 1).contiguous()
+    return out.view(q.shape), words, *(x.view(q.shape[:3]) for x in (lse, peak, tau)), summaries
+
+
+def _num_summaries(k: Tensor, chunk_size: int) -> int:
+    return k.shape[0] * (k.shape[1] // chunk_size)
+
+
+@_forward_op.register_fake
+def _(q, k, v, queries, alpha, cu_seqlens, chunk_size, score_scale, scale, prior, sigma):
+    batch, length, heads, _ = q.shape
+    width = -(-num_blocks(q, chunk_size) // 32)
+    words = q.new_empty(batch, k.shape[2], length, width, dtype=torch.int32)
+    rows = [q.new_empty(batch, length, heads, dtype=torch.float32) for _ in range(3)]
+    # a row at least: a descriptor cannot describe an empty tensor
+    summaries = k.new_empty(torch.sym_max(1, _num_summaries(k, chunk_size)), *k.shape[2:])
+    return q.new_empty(q.shape), words, *rows, summaries
+
+
+@torch.library.custom_op("dashattn::dash_attention_backward", mutates_args=())
+def _backward_op(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, queries: Tensor, alpha: Tensor | None, cu_seqlens: Tensor | None,
+    out: Tensor, words: Tensor, lse: Tensor, peak: Tensor, tau: Tensor, summaries: Tensor, chunk_size: int,
+    score_scale: float, scale: float, prior: str, sigma: float, alpha_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv, the gradient of the queries in float32, and dalpha (empty unless asked for)."""
+    geo = geometry(q, k.shape[2], cu_seqlens)
+    q_nHD, k_nHD, v_nHD, do_nHD, out_nHD = (flatten_tokens(x) for x in (q, k, v, grad, out))
+    lse, peak, tau = (x.flatten(0, 1).contiguous() for x in (lse, peak, tau))
+    flat_words = flatten_words(words)
+    starts = summary_starts(geo, chunk_size)
+    blocks = num_blocks(q, chunk_size)
+    temperature = sigma if prior == "tempered" else None
+    router = router_options(geo.padded_dim, q.itemsize)
+    bias = None
+    if has_forward_bias(prior, sigma, q.dtype):
+        bias = prior_bias(
+            q_nHD, summaries, alpha, starts, peak, tau, geo, chunk_size, blocks, score_scale, temperature, router
+        )
+    delta_nH = delta(out_nHD, do_nHD)
+    options = key_grad_options(geo.padded_dim, chunk_size, q.itemsize)
+    by_key = key_lists(flat_words, geo, chunk_size, key_grad_window(geo, chunk_size, q.itemsize, options["keys"]))
+    dk, dv = key_grad(q_nHD, k_nHD, v_nHD, bias, do_nHD, lse, delta_nH, by_key, geo, chunk_size, scale, options)
+    del by_key
+    options = query_grad_options(geo.padded_dim, chunk_size, q.itemsize)
+    lists = tile_lists(flat_words, geo, chunk_size, geo.tile_tokens(options["rows"]))
+    # Only selected entries are written, and only they are read.
+    shape = (geo.tokens, geo.kv_heads, blocks)
+    bias_grad = None if prior == "none" else torch.empty(shape, dtype=torch.float32, device=q.device)
+    dq = query_grad(q_nHD, k_nHD, v_nHD, bias, do_nHD, lse, delta_nH, lists, geo, chunk_size, scale, bias_grad, options)
+    if bias_grad is None:
+        dqueries, dalpha = torch.zeros(queries.shape, dtype=torch.float32, device=q.device), None
+    else:
+        router_tokens = geo.tile_tokens(router["rows"])
+        if lists.tokens != router_tokens:
+            lists = tile_lists(flat_words, geo, chunk_size, router_tokens)
+        dsummaries, dalpha = route_backward(
+            q_nHD, summaries, alpha, starts, peak, tau, bias_grad, dq, lists, geo, chunk_size, score_scale, temperature,
+            alpha_grad, router,
+        )  # fmt: skip
+        dqueries = summarise_backward(
+            dsummaries, k_nHD, queries, dk, starts, geo, chunk_size, _num_summaries(k, chunk_size)
+        )
+    if dalpha is None:
+        dalpha = q.new_zeros(geo.heads if alpha_grad else 0, dtype=torch.float32)
+    return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), dqueries, dalpha
+
+
+@_backward_op.register_fake
+def _(grad, q, k, v, queries, alpha, cu_seqlens, out, words, lse, peak, tau, summaries, chunk_size, score_scale, scale,
+      prior, sigma, alpha_grad):  # fmt: skip
+    dqueries = queries.new_empty(queries.shape, dtype=torch.float32)
+    dalpha = q.new_empty(q.shape[2] if alpha_grad else 0, dtype=torch.float32)
+    return *(x.new_empty(x.shape) for x in (q, k, v)), dqueries, dalpha
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, queries, alpha, cu_seqlens, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, queries, alpha, cu_seqlens, *output)
+
+
+def _backward(ctx, grad, *_):
+    alpha_grad = ctx.needs_input_grad[4]
+    saved = ctx.saved_tensors
+    dq, dk, dv, dqueries, dalpha = _backward_op(grad, *saved, *ctx.settings, alpha_grad)
+    return dq, dk, dv, dqueries.to(saved[3].dtype), dalpha if alpha_grad else None, *(None,) * 6
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def dash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk_query: Tensor,
+    *,
+    chunk_size: int,
+    alpha: float | Tensor = 1.5,
+    router_scale: float = 1.0,
+    prior: str = "tempered",
+    sigma: float = 1e6,
+    prior_heads: str = "group",
+    summary_rope: tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Selection]:
+    """The references of summaries, router and attention in one: the output [B, T, Hq, D] and the selection."""
+    check_prior_heads(prior_heads)
+    check_kernels_fit(q, chunk_size)
+    head_scale = q.shape[-1] ** -0.5
+    queries = pooling_queries(k, chunk_query, chunk_size, cu_seqlens, summary_rope)
+    out, words, *_ = _forward_op(
+        q, k, v, queries, alpha_of_heads(alpha, q), cu_seqlens, chunk_size, router_scale * head_scale,
+        head_scale if scale is None else scale, prior, sigma,
+    )  # fmt: skip
+    return out, Selection(words, chunk_size)
