@@ -34,7 +34,10 @@ def losses(run_dir):
     return {(row["split"], row["step"]): row["loss"] for row in read_rows(run_dir / METRICS)}
 
 
-RESHARDED = ("attention=dash", "attention.chunk_size=16", "save_every=2", "eval_every=4", "keep_checkpoints=0")
+RESHARDED = (
+    *("attention=dash", "attention.chunk_size=16", "attention.prior=raw"),
+    *("save_every=2", "eval_every=4", "stats_every=2", "keep_checkpoints=0"),
+)
 
 
 def set_back(run_dir):
@@ -43,25 +46,47 @@ def set_back(run_dir):
     shutil.rmtree(run_dir / "checkpoints" / "step-00000004")
 
 
-def launch_two_ranks(tiny_overrides, tmp_path, name, stages):
+def launch_two_ranks(tiny_overrides, tmp_path, name, stages, *options):
     """All stages in one launch: starting costs more than training."""
-    overrides, _ = tiny_overrides(name + "${deepspeed.stage}", *RESHARDED, f"hydra.sweep.dir={tmp_path}")
+    overrides, _ = tiny_overrides(name + "${deepspeed.stage}", *RESHARDED, f"hydra.sweep.dir={tmp_path}", *options)
     done = command(["-m", *overrides, f"deepspeed.stage={','.join(map(str, stages))}"], *TORCHRUN)
     assert done.returncode == 0, done.stderr
 
 
+def measured(run_dir):
+    """What a step says beside its loss."""
+    keys = ("grad_norm", "grad_norm_router", "causal_sparsity", "routing_reads", "tokens")
+    return [[row[key] for key in keys] for row in read_rows(run_dir / METRICS) if "causal_sparsity" in row]
+
+
 def test_two_ranks_train_as_one_and_one_goes_on_from_their_checkpoint(make_config, tiny_overrides, tmp_path):
     alone = train(make_config("alone", *RESHARDED))
-    launch_two_ranks(tiny_overrides, tmp_path, "together", (1, 3))
-    for old, new in ((1, 2), (3, 3)):
-        together = tmp_path / f"together{old}"
-        expected = pytest.approx(losses(alone), rel=1e-5)
-        assert losses(together) == expected
+    launch_two_ranks(tiny_overrides, tmp_path, "sp${sequence_parallel}-", (1, 3), "sequence_parallel=1,2")
+    expected = pytest.approx(losses(alone), rel=1e-5)
+    for name in ("sp1-1", "sp1-3", "sp2-1", "sp2-3"):
+        assert losses(tmp_path / name) == expected
+    for name in ("sp2-1", "sp2-3"):  # ranks that share rows see all there is of them
+        for row, row_alone in zip(measured(tmp_path / name), measured(alone), strict=True):
+            assert row == pytest.approx(row_alone, rel=1e-4)
+    for name, new in (("sp1-1", 2), ("sp2-3", 3)):
+        together = tmp_path / name
         set_back(together)
-        train(make_config(f"together{old}", f"deepspeed.stage={new}", *RESHARDED))
+        train(make_config(name, f"deepspeed.stage={new}", *RESHARDED))
         assert (together / "resumed/step-00000002").exists()
         assert losses(together) == expected
         assert not list((together / "checkpoints").glob(".*"))
+
+
+@pytest.mark.slow
+def test_ranks_may_share_rows_in_one_launch_and_not_in_the_next(make_config, tiny_overrides, tmp_path):
+    stages = (0, 1, 2, 3)
+    expected = pytest.approx(losses(train(make_config("alone", *RESHARDED))), rel=1e-5)
+    for shared in (2, 1, 2):
+        launch_two_ranks(tiny_overrides, tmp_path, "run", stages, f"sequence_parallel={shared}")
+        for stage in stages:
+            assert losses(tmp_path / f"run{stage}") == expected
+            set_back(tmp_path / f"run{stage}")
+    assert (tmp_path / "run0/resumed/step-00000002").exists()
 
 
 @pytest.mark.slow
