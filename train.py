@@ -3,6 +3,7 @@
     python train.py                                        # a debug model on Python's standard library, on a CPU
     python train.py attention=dash model=60m steps=2000
     torchrun --standalone --nproc-per-node 8 train.py ...  # ranks share rows_per_batch
+    deepspeed --no_local_rank --num_gpus 8 train.py ...    # the same by DeepSpeed's launcher
     python train.py launcher=slurm launcher.nodes=2 ...    # submit it as a job
     python train.py --cfg job                              # show everything that can be set
 

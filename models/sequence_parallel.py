@@ -44,8 +44,8 @@ class SequenceParallel(HeadShare):
         self.kv_heads, self.query_heads = self._kv_heads[self._rank], self._query_heads[self._rank]
         start = first[self._rank] - self.query_heads.start
         self._own = slice(start, start + own)  # of the query heads attended for
-        # torch.compile must not look into them: of a collective inside an autograd function it loses the gradient. Not
-        # as decorators, with which importing this module would import the compiler.
+        # Not for torch.compile to look into: it has lost the gradient of a collective inside an autograd function (see
+        # deepspeed.sequence.layer). As decorators they would make this module import the compiler.
         self.gather, self.scatter, self.all_heads = map(
             torch.compiler.disable, (self.gather, self.scatter, self.all_heads)
         )

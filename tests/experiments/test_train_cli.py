@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -103,27 +104,39 @@ def test_two_ranks_go_on_from_the_checkpoint_of_one(make_config, tiny_overrides,
         assert losses(tmp_path / f"alone{stage}") == expected[stage]
 
 
-@pytest.mark.slow
-def test_torchrun_starts_a_run_again_that_lost_a_rank(make_config, tiny_overrides, tmp_path):
-    options = ["steps=8", "save_every=2"]
-    alone = train(make_config("alone", *options))
-    script = tmp_path / "lost_rank.py"
-    script.write_text(
-        "import os, signal, train\n"
-        "read, steps = train.read_batches, []\n"
-        "def read_or_die(run):\n"
-        "    steps.append(None)\n"
-        "    if len(steps) == 6 and os.environ['TORCHELASTIC_RESTART_COUNT'] + os.environ['RANK'] == '01':\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return read(run)\n"
-        "train.read_batches = read_or_die\n"
-        "train.main()\n"
-    )
-    overrides, run_dir = tiny_overrides("run", *options)
-    done = command(overrides, *TORCHRUN, "--max-restarts", "1", script=script)
-    assert done.returncode == 0, done.stderr
+LOST_RANK = ROOT / "tests/experiments/lost_rank.py"
+
+
+def assert_resumed_from_step_4(run_dir, alone):
     assert [path.name for path in (run_dir / "resumed").iterdir()] == ["step-00000004"]
     assert losses(run_dir) == pytest.approx(losses(alone), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_run_again_that_lost_a_rank(make_config, tiny_overrides):
+    options = ["steps=8", "save_every=2"]
+    alone = train(make_config("alone", *options))
+    overrides, run_dir = tiny_overrides("run", *options)
+    done = command(overrides, *TORCHRUN, "--max-restarts", "1", script=LOST_RANK)
+    assert done.returncode == 0, done.stderr
+    assert_resumed_from_step_4(run_dir, alone)
+
+
+@pytest.mark.slow
+def test_deepspeed_starts_the_same_run_and_again_when_it_lost_a_rank(make_config, tiny_overrides):
+    options = ["steps=8", "save_every=2"]
+    alone = train(make_config("alone", *options))
+    overrides, run_dir = tiny_overrides("run", *options, "sequence_parallel=2")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launcher = (sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_gpus", "2")
+    done = command(overrides, *launcher, "--master_port", port, script=LOST_RANK)
+    assert done.returncode != 0
+    assert len(losses(run_dir)) == 5
+    done = command(overrides, *launcher, "--master_port", port, script=LOST_RANK)
+    assert done.returncode == 0, done.stderr
+    assert_resumed_from_step_4(run_dir, alone)
 
 
 def test_a_typo_is_one_message(tiny_overrides):
