@@ -28,7 +28,8 @@ def command(config_overrides, *launcher, script="train.py"):
     )
 
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+def torchrun(ranks=2, *options):
+    return (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *options)
 
 
 def losses(run_dir):
@@ -47,10 +48,10 @@ def set_back(run_dir):
     shutil.rmtree(run_dir / "checkpoints" / "step-00000004")
 
 
-def launch_two_ranks(tiny_overrides, tmp_path, name, stages, *options):
+def launch(tiny_overrides, tmp_path, name, stages, *options, ranks=2):
     """All stages in one launch: starting costs more than training."""
     overrides, _ = tiny_overrides(name + "${deepspeed.stage}", *RESHARDED, f"hydra.sweep.dir={tmp_path}", *options)
-    done = command(["-m", *overrides, f"deepspeed.stage={','.join(map(str, stages))}"], *TORCHRUN)
+    done = command(["-m", *overrides, f"deepspeed.stage={','.join(map(str, stages))}"], *torchrun(ranks))
     assert done.returncode == 0, done.stderr
 
 
@@ -62,7 +63,7 @@ def measured(run_dir):
 
 def test_two_ranks_train_as_one_and_one_goes_on_from_their_checkpoint(make_config, tiny_overrides, tmp_path):
     alone = train(make_config("alone", *RESHARDED))
-    launch_two_ranks(tiny_overrides, tmp_path, "sp${sequence_parallel}-", (1, 3), "sequence_parallel=1,2")
+    launch(tiny_overrides, tmp_path, "sp${sequence_parallel}-", (1, 3), "sequence_parallel=1,2")
     expected = pytest.approx(losses(alone), rel=1e-5)
     for name in ("sp1-1", "sp1-3", "sp2-1", "sp2-3"):
         assert losses(tmp_path / name) == expected
@@ -83,11 +84,20 @@ def test_ranks_may_share_rows_in_one_launch_and_not_in_the_next(make_config, tin
     stages = (0, 1, 2, 3)
     expected = pytest.approx(losses(train(make_config("alone", *RESHARDED))), rel=1e-5)
     for shared in (2, 1, 2):
-        launch_two_ranks(tiny_overrides, tmp_path, "run", stages, f"sequence_parallel={shared}")
+        launch(tiny_overrides, tmp_path, "run", stages, f"sequence_parallel={shared}")
         for stage in stages:
             assert losses(tmp_path / f"run{stage}") == expected
             set_back(tmp_path / f"run{stage}")
     assert (tmp_path / "run0/resumed/step-00000002").exists()
+
+
+@pytest.mark.slow
+def test_two_pairs_of_ranks_share_rows(make_config, tiny_overrides, tmp_path):
+    alone = train(make_config("alone", *RESHARDED))
+    options = ("sequence_parallel=2", "rows_per_micro_batch=1")
+    launch(tiny_overrides, tmp_path, "pairs", (1, 3), *options, ranks=4)
+    for stage in (1, 3):
+        assert losses(tmp_path / f"pairs{stage}") == pytest.approx(losses(alone), rel=1e-5)
 
 
 @pytest.mark.slow
@@ -98,7 +108,7 @@ def test_two_ranks_go_on_from_the_checkpoint_of_one(make_config, tiny_overrides,
         alone = train(make_config(f"alone{stage}", f"deepspeed.stage={stage}", *RESHARDED))
         expected[stage] = pytest.approx(losses(alone), rel=1e-5)
         set_back(alone)
-    launch_two_ranks(tiny_overrides, tmp_path, "alone", stages)
+    launch(tiny_overrides, tmp_path, "alone", stages)
     for stage in stages:
         assert (tmp_path / f"alone{stage}" / "resumed/step-00000002").exists()
         assert losses(tmp_path / f"alone{stage}") == expected[stage]
@@ -117,7 +127,7 @@ def test_torchrun_starts_a_run_again_that_lost_a_rank(make_config, tiny_override
     options = ["steps=8", "save_every=2"]
     alone = train(make_config("alone", *options))
     overrides, run_dir = tiny_overrides("run", *options)
-    done = command(overrides, *TORCHRUN, "--max-restarts", "1", script=LOST_RANK)
+    done = command(overrides, *torchrun(2, "--max-restarts", "1"), script=LOST_RANK)
     assert done.returncode == 0, done.stderr
     assert_resumed_from_step_4(run_dir, alone)
 
