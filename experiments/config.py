@@ -107,7 +107,7 @@ class TrainConfig:
     rows_per_batch: int = MISSING  # rows a step learns from, over all ranks and micro-batches
     rows_per_micro_batch: int | None = None  # rows of one forward pass on one rank; null = no accumulation
     # Ranks that share each row they read: its tokens, and in attention its heads (DeepSpeed-Ulysses). Where it does not
-    # divide model.num_kv_heads, some heads are computed more than once.
+    # divide model.num_kv_heads, some heads are computed more than once. For training; an evaluation does without.
     sequence_parallel: int = 1
     init_from: str | None = None  # run directory, checkpoint or Hugging Face folder whose weights are loaded at step 0
 
