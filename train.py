@@ -3,6 +3,7 @@
     python train.py                                        # a debug model on Python's standard library, on a CPU
     python train.py attention=dash model=60m steps=2000
     torchrun --standalone --nproc-per-node 8 train.py ...  # ranks share rows_per_batch
+    deepspeed --no_local_rank --num_gpus 8 train.py ...    # the same by DeepSpeed's launcher
     python train.py launcher=slurm launcher.nodes=2 ...    # submit it as a job
     python train.py --cfg job                              # show everything that can be set
 
@@ -108,11 +109,11 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
         weights = find_weights(config.init_from)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    ranks = init_ranks(config.device)
+    ranks = init_ranks(config.device, config.sequence_parallel)
     run_dir = verify_checkpoint(run_dir, config, ranks)
     rows, micro_batches = accumulation(config, ranks.world_size)
 
-    placement = dict(seed=config.seed, rows=rows, rank=ranks.rank, world_size=ranks.world_size)
+    placement = dict(seed=config.seed, rows=rows, rank=ranks.reader, world_size=ranks.readers)
     train_data, validation_data = (
         build_data(config.data, split=split, cache_dir=Path(config.cache_dir).expanduser(), **placement)
         for split in ("train", "validation")
@@ -137,8 +138,8 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
         start["init_from"] = {"weights": str(weights.resolve()), "new_parameters": load_weights(model, weights)}
     if run_dir.checkpoint is not None:
         positions = run_dir.state["data"]
-        # Of another number of ranks: the state of a stream that counts over all of them is the same for each.
-        train_data.load_state_dict(positions[ranks.rank if len(positions) == ranks.world_size else 0])
+        # Of another number of readers: the state of a stream that counts over all of them is the same for each.
+        train_data.load_state_dict(positions[ranks.reader if len(positions) == ranks.readers else 0])
     if run_dir.damaged:
         start["damaged_checkpoints"] = dict(run_dir.damaged)
     train_data = resources.enter_context(
@@ -150,6 +151,8 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
 
     model.to(ranks.device)
     model.checkpoint_activations = config.activation_checkpointing
+    if ranks.sequence is not None:
+        model.share_sequences(ranks.sequence)
     if config.compile:
         model.compile_layers()
     optimizer = build_optimizer(model, config.optim, ranks.device)
@@ -203,6 +206,7 @@ def loop(run: Run, request: StopRequest) -> None:
         counts = (sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches))
         # The ranks agree here on what befell one of them.
         targets, read, failures, requests = ranks.sum(*counts, error is not None, request.received is not None)
+        targets, read = targets / config.sequence_parallel, read / config.sequence_parallel  # read by as many ranks
         if failures:
             if saved < step - 1:
                 save_checkpoint(run.run_dir.checkpoints, state_of(run, step - 1, position), engine, ranks, **keep)
@@ -227,7 +231,7 @@ def loop(run: Run, request: StopRequest) -> None:
         if is_logged or anomaly is not None:
             grad_norm = math.inf if done.grad_norm is None else float(done.grad_norm)
         if anomaly is not None:
-            positions = ranks.gather(position)
+            positions = ranks.gather_readers(position)
             if ranks.is_main:
                 watch.record(anomaly, step, done.loss, grad_norm, positions)
             metrics.print(f"WARNING: step {step} {anomaly}: loss {done.loss:.4g}, grad_norm {grad_norm:.4g}")
@@ -275,7 +279,7 @@ def update(run: Run, batches: list[Batch], targets: float, *, with_norms: bool, 
     for index, batch in enumerate(batches):
         output = forward(engine, batch, device, return_stats=with_stats and index == 0)
         # Every target of the step counts the same, whichever micro-batch and rank it is in. DeepSpeed averages over
-        # both, hence the factor.
+        # both, hence the factor. Of ranks that share rows each has its share of their loss: it is no different there.
         share = batch.num_targets / targets
         engine.backward(output.loss * (share * run.micro_batches * run.ranks.world_size))
         loss += output.loss.detach() * share
@@ -304,7 +308,7 @@ def state_of(run: Run, step: int, position: dict) -> dict:
         "step": step,
         "tokens": run.tokens,
         "skipped_steps": run.watch.skipped,
-        "data": run.ranks.gather(position),
+        "data": run.ranks.gather_readers(position),
         "world_size": run.ranks.world_size,
         "stage": run.config.deepspeed.stage,
         "config_hash": config_hash(run.config),

@@ -106,6 +106,9 @@ class TrainConfig:
     steps: int = MISSING
     rows_per_batch: int = MISSING  # rows a step learns from, over all ranks and micro-batches
     rows_per_micro_batch: int | None = None  # rows of one forward pass on one rank; null = no accumulation
+    # Ranks that share each row they read: its tokens, and in attention its heads (DeepSpeed-Ulysses). Where it does not
+    # divide model.num_kv_heads, some heads are computed more than once. For training; an evaluation does without.
+    sequence_parallel: int = 1
     init_from: str | None = None  # run directory, checkpoint or Hugging Face folder whose weights are loaded at step 0
 
     log_every: int = 10
@@ -212,24 +215,34 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
 def accumulation(config: TrainConfig, ranks: int) -> tuple[int, int]:
     """(rows of a micro-batch of one rank, micro-batches a step). Raises ValueError if the batch does not divide."""
+    shared = config.sequence_parallel
+    if ranks % shared:
+        raise ValueError(
+            f"sequence_parallel={shared} does not divide the number of ranks, {ranks}: start a multiple of {shared} "
+            "ranks (torchrun --nproc-per-node), or lower sequence_parallel"
+        )
+    groups = ranks // shared
+    among = f"{ranks} ranks" if shared == 1 else f"{groups} groups of {shared} ranks"
     rows = config.rows_per_micro_batch
     if rows is None:
-        if config.rows_per_batch % ranks:
+        if config.rows_per_batch % groups:
             raise ValueError(
-                f"rows_per_batch={config.rows_per_batch} does not divide among {ranks} ranks: "
-                f"take a multiple of {ranks}"
+                f"rows_per_batch={config.rows_per_batch} does not divide among {among}: take a multiple of {groups}"
             )
-        return config.rows_per_batch // ranks, 1
-    if rows < 1 or config.rows_per_batch % (rows * ranks):
+        return config.rows_per_batch // groups, 1
+    if rows < 1 or config.rows_per_batch % (rows * groups):
         raise ValueError(
-            f"rows_per_batch={config.rows_per_batch} is no multiple of rows_per_micro_batch={rows} x {ranks} ranks: "
-            f"change one, for instance rows_per_batch={max(rows, 1) * ranks}"
+            f"rows_per_batch={config.rows_per_batch} is no multiple of rows_per_micro_batch={rows} x {among}: "
+            f"change one, for instance rows_per_batch={max(rows, 1) * groups}"
         )
-    return rows, config.rows_per_batch // (rows * ranks)
+    return rows, config.rows_per_batch // (rows * groups)
 
 
-def check(config: TrainConfig) -> TrainConfig:
+def check(config: TrainConfig, ranks: int | None = None) -> TrainConfig:
     """Refuse what cannot work, before anything is built; return the resolved configuration.
+
+    Args:
+        ranks: how many the run will have; None = as this launch.
 
     Raises:
         ValueError: with what to change.
@@ -247,8 +260,9 @@ def check(config: TrainConfig) -> TrainConfig:
     _check_counts(config)
     _check_optim(config)
     _check_precision(config)
-    accumulation(config, world_size())
+    accumulation(config, world_size() if ranks is None else ranks)
     _check_model(config)
+    _check_sequences(config)
     return config
 
 
@@ -256,6 +270,7 @@ def _check_counts(config: TrainConfig) -> None:
     for key, least in (
         ("steps", 1),
         ("rows_per_batch", 1),
+        ("sequence_parallel", 1),
         ("log_every", 1),
         ("stats_every", 0),
         ("eval_every", 0),
@@ -342,3 +357,19 @@ def _check_model(config: TrainConfig) -> None:
         raise ValueError(
             f"attention={config.attention.name} takes no packed documents: use data.pack=plain, or another attention"
         )
+
+
+def _check_sequences(config: TrainConfig) -> None:
+    """Ranks share a row by its tokens, and in attention by its query heads."""
+    shared = config.sequence_parallel
+    if config.model.num_heads % shared:
+        raise ValueError(
+            f"sequence_parallel={shared} ranks cannot share model.num_heads={config.model.num_heads} query heads "
+            "equally: take a divisor of it"
+        )
+    for length in (config.data.seq_len, *getattr(config.data, "curriculum_lengths", ())):
+        if length % shared:
+            raise ValueError(
+                f"sequence_parallel={shared} ranks cannot share rows of {length} tokens equally: change data.seq_len "
+                "(and data.curriculum_lengths, if there are any) to multiples of it"
+            )

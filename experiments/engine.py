@@ -26,16 +26,32 @@ class Ranks:
     """This process among the others.
 
     What they tell each other here lies on the host and stays there: no rank waits for its device to have computed.
+
+    Attributes:
+        host: of all ranks, for tensors on the CPU; None = there is but one.
+        sequence_parallel: consecutive ranks that read the same rows, and share them.
+        sequence: those of them that this rank shares with, for tensors on its device; None = it shares none.
     """
 
     rank: int
     world_size: int
     device: torch.device
-    host: torch.distributed.ProcessGroup | None = None  # of all ranks, for tensors on the CPU; None = there is but one
+    host: torch.distributed.ProcessGroup | None = None
+    sequence_parallel: int = 1
+    sequence: torch.distributed.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def reader(self) -> int:
+        """Which of the readers of different rows this rank is."""
+        return self.rank // self.sequence_parallel
+
+    @property
+    def readers(self) -> int:
+        return self.world_size // self.sequence_parallel
 
     def sum(self, *values: float) -> list[float]:
         """Sum of each value over all ranks, in float64."""
@@ -53,16 +69,21 @@ class Ranks:
         torch.distributed.all_gather_object(gathered, value, group=self.host)
         return gathered
 
+    def gather_readers(self, value: Any) -> list[Any]:
+        """`value` of every reader, which is the same on all ranks that share its rows."""
+        return self.gather(value)[:: self.sequence_parallel]
+
     def barrier(self) -> None:
         if self.world_size > 1:
             torch.distributed.barrier(group=self.host)
 
 
-def init_ranks(device: str) -> Ranks:
+def init_ranks(device: str, sequence_parallel: int = 1) -> Ranks:
     """Start the process group, once per process; a process without a launcher is a group of its own.
 
     Args:
         device: `cpu` or `cuda`; a rank takes the GPU of its LOCAL_RANK.
+        sequence_parallel: as in `Ranks`; divides the number of ranks.
     """
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed insists on it
     os.environ["DS_ACCELERATOR"] = device
@@ -97,7 +118,8 @@ def init_ranks(device: str) -> Ranks:
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     world_size = torch.distributed.get_world_size()
     host = torch.distributed.new_group(backend="gloo") if world_size > 1 else None
-    return Ranks(torch.distributed.get_rank(), world_size, torch_device, host)
+    sequence = torch.distributed.new_subgroups(sequence_parallel)[0] if sequence_parallel > 1 else None
+    return Ranks(torch.distributed.get_rank(), world_size, torch_device, host, sequence_parallel, sequence)
 
 
 def deepspeed_json(
@@ -248,7 +270,7 @@ def validation_loss(engine, stream: BatchStream, ranks: Ranks) -> float:
         total += forward(engine, batch, ranks.device).loss.item() * count
         targets += count
     engine.train()
-    total, targets = ranks.sum(total, targets)
+    total, targets = ranks.sum(total, targets / ranks.sequence_parallel)  # a rank's loss is its share of the rows'
     return total / targets
 
 

@@ -45,7 +45,8 @@ SNAPSHOT = "snapshot.json"  # in a copy of the code: the state of the checkout i
 _MAY_DIFFER = (
     *("name", "run_dir", "cache_dir", "logger", "launcher", "log_every", "stats_every"),
     *("save_every", "keep_checkpoints", "keep_every", "max_skipped_steps"),
-    *("activation_checkpointing", "peak_tflops", "profile_steps", "rows_per_micro_batch", "deepspeed.stage"),
+    *("activation_checkpointing", "peak_tflops", "profile_steps", "rows_per_micro_batch", "sequence_parallel"),
+    "deepspeed.stage",
 )
 # ZeRO stage of a checkpoint -> stages that DeepSpeed can turn it into, on any number of ranks.
 _CONVERTIBLE = {0: (0,), 1: (1, 2), 2: (1, 2), 3: (3,)}

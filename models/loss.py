@@ -13,13 +13,16 @@ IGNORE = -100
 CHUNK_LOGITS = 2**26  # of a chunk: 256 MiB in float32
 
 
-def cross_entropy(hidden_BTE: Tensor, weight_VE: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+def cross_entropy(
+    hidden_BTE: Tensor, weight_VE: Tensor, labels_BT: Tensor, targets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Mean loss over the labels that are not -100 (0 when there is none), and the loss of every token.
 
     Args:
         hidden_BTE: what the output head reads.
         weight_VE: the output head, in the same dtype.
         labels_BT: int64; -100 is ignored.
+        targets: over how many the mean is, where there are others elsewhere; None = those in ``labels_BT``.
 
     Returns:
         Scalar, differentiable; [B, T] in nats without gradient, 0 where ignored. Both float32, float64 for float64.
@@ -27,7 +30,9 @@ def cross_entropy(hidden_BTE: Tensor, weight_VE: Tensor, labels_BT: Tensor) -> t
     if not torch.is_grad_enabled():  # which the function below cannot tell
         hidden_BTE, weight_VE = hidden_BTE.detach(), weight_VE.detach()
     total, token_losses = _SumOfLosses.apply(hidden_BTE.flatten(0, 1), weight_VE, labels_BT.flatten())
-    return total / (labels_BT != IGNORE).sum().clamp(min=1), token_losses.view_as(labels_BT)
+    if targets is None:
+        targets = (labels_BT != IGNORE).sum()
+    return total / targets.clamp(min=1), token_losses.view_as(labels_BT)
 
 
 class _SumOfLosses(torch.autograd.Function):

@@ -11,15 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dashattn.backends import AttentionBackend, AttentionConfig, AttentionShape, build_backend
+from dashattn.backends import ALL_HEADS, AttentionBackend, AttentionConfig, AttentionShape, build_backend
 from dashattn.cache import DecodeCache, LayerCache
 from dashattn.documents import document_positions
 from dashattn.ops.decode.reference import new_positions
 from dashattn.rope import apply_rope
 from dashattn.stats import AttentionStats
 from models.config import ModelConfig
-from models.loss import cross_entropy
+from models.loss import IGNORE, cross_entropy
 from models.rope import rope_tables
+from models.sequence_parallel import SequenceParallel
 
 
 class ModelOutput(NamedTuple):
@@ -44,6 +45,7 @@ class Transformer(nn.Module):
             raise ValueError("model.vocab_size is null: set it to the vocabulary size of the data's tokenizer")
         self.config = config
         self.checkpoint_activations = False  # keep each layer's input only, and run the layer again in the backward
+        self.sequence: SequenceParallel | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -79,6 +81,9 @@ class Transformer(nn.Module):
     ) -> ModelOutput:
         """Logits, or with ``labels`` the loss.
 
+        After ``share_sequences`` every process of the group must be given the same rows, whole. Logits and token
+        losses are then those of its own tokens, and its loss is its share: the shares' sum is the mean.
+
         Args:
             input_ids_BT: int64.
             labels: int64 [B, T], the target of each position (already shifted); -100 is ignored.
@@ -93,7 +98,7 @@ class Transformer(nn.Module):
         if position_ids is None:
             position_ids = document_positions(cu_seqlens, 1, input_ids_BT.shape[1], input_ids_BT.device)[0]
         rope = rope_tables(self.config, position_ids, cu_seqlens)
-        hidden_BTE = self.embedding(input_ids_BT) * self.config.embedding_scale
+        hidden_BTE = self.embedding(self._own(input_ids_BT)) * self.config.embedding_scale
         stats = [] if return_stats else None
         for layer in self.layers:
             inputs = (hidden_BTE, rope, cu_seqlens, return_stats)
@@ -108,7 +113,22 @@ class Transformer(nn.Module):
         head = self.embedding.weight if self.lm_head is None else self.lm_head.weight
         if labels is None:
             return ModelOutput(F.linear(hidden_BTE, head), None, None, stats)
-        return ModelOutput(None, *cross_entropy(hidden_BTE, head, labels), stats)
+        targets = (labels != IGNORE).sum()
+        return ModelOutput(None, *cross_entropy(hidden_BTE, head, self._own(labels), targets), stats)
+
+    def share_sequences(self, group: torch.distributed.ProcessGroup) -> None:
+        """Let each process of ``group`` hold its part of every row; see models.sequence_parallel. For training.
+
+        Raises:
+            ValueError: the group's size does not divide the query heads.
+        """
+        self.sequence = SequenceParallel(group, self.config.num_heads, self.config.num_kv_heads)
+        for layer in self.layers:
+            layer.attention.sequence = self.sequence
+
+    def _own(self, x_BT: Tensor) -> Tensor:
+        """Of whole rows, what this process holds."""
+        return x_BT if self.sequence is None else self.sequence.part(x_BT)
 
     def new_cache(self, batch: int, capacity: int) -> "ModelCache":
         """An empty cache for ``batch`` sequences of up to ``capacity`` tokens, in the model's dtype, on its device.
@@ -116,6 +136,7 @@ class Transformer(nn.Module):
         Raises:
             ValueError: the attention cannot decode.
         """
+        assert self.sequence is None, "a cache holds whole sequences"
         if not all(backend.capabilities.decode for backend in self.backends):
             raise ValueError(f"attention={self.backends[0].config.name} cannot decode: it has no cache")
         layouts = [backend.cache_layout() for backend in self.backends]
@@ -203,6 +224,7 @@ class Attention(nn.Module):
     """Projections, optional QK-norm and RoPE around an attention backend, which ``Transformer`` sets."""
 
     backend: AttentionBackend
+    sequence: SequenceParallel | None = None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -221,15 +243,19 @@ class Attention(nn.Module):
         q_BTHD = self.q_proj(x_BTE).unflatten(-1, (-1, self.head_dim))
         k_BTHD = self.k_proj(x_BTE).unflatten(-1, (-1, self.head_dim))
         v_BTHD = self.v_proj(x_BTE).unflatten(-1, (-1, self.head_dim))
+        share = self.sequence or ALL_HEADS
+        q_BTHD, k_BTHD, v_BTHD = (share.gather(x_BTHD) for x_BTHD in (q_BTHD, k_BTHD, v_BTHD))
         q_BTHD = apply_rope(self.q_norm(q_BTHD), *rope)
         k_BTHD = apply_rope(self.k_norm(k_BTHD), *rope)
         if cache is not None:
             out_BTHD = self.backend.decode(q_BTHD, k_BTHD, v_BTHD, cache, hidden=x_BTE, rope=rope)
             return self.o_proj(out_BTHD.flatten(-2)), None
-        out = self.backend(
-            q_BTHD, k_BTHD, v_BTHD, hidden=x_BTE, rope=rope, cu_seqlens=cu_seqlens, return_stats=return_stats
-        )
+        options = {"rope": rope, "cu_seqlens": cu_seqlens, "return_stats": return_stats, "share": share}
+        out = self.backend(q_BTHD, k_BTHD, v_BTHD, hidden=x_BTE, **options)
         out_BTHD, stats = out if return_stats else (out, None)
+        if self.sequence is not None:
+            out_BTHD = self.sequence.scatter(out_BTHD)
+            stats = stats and self.sequence.all_heads(stats)
         return self.o_proj(out_BTHD.flatten(-2)), stats
 
 

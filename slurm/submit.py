@@ -22,7 +22,7 @@ from rich.console import Console
 from submitit import SlurmExecutor
 
 from experiments.cells import ROOT, Cell, SweepConfig, cells, write_plan
-from experiments.config import LauncherConfig, TrainConfig, accumulation, check
+from experiments.config import LauncherConfig, TrainConfig, check
 from experiments.errors import REQUEUE
 from experiments.files import write_atomically
 from experiments.run_dir import SNAPSHOT, SUBMITTED, code_state
@@ -45,8 +45,7 @@ def submit_run(config: TrainConfig, overrides: Sequence[str]) -> str:
     """
     launcher = config.launcher
     # What runs there need not run here: of device and precision the job itself judges.
-    check(replace(config, device="cpu", deepspeed=replace(config.deepspeed, precision="fp32")))
-    accumulation(config, launcher.ranks)
+    check(replace(config, device="cpu", deepspeed=replace(config.deepspeed, precision="fp32")), launcher.ranks)
     run_dir = Path(config.run_dir).expanduser().absolute()
     train = tuple(o for o in overrides if not o.lstrip("+~").startswith(("launcher", "run_dir=")))
     evaluate = None if launcher.evaluate is None else (f"run={run_dir}", *launcher.evaluate)

@@ -74,6 +74,8 @@ def test_unknown_keys_and_wrong_types_stop_at_composition(override):
         (["optim.lr=0"], "positive"),
         (["optim.grad_clip=-1"], "0 for no clipping"),
         (["steps=0"], "at least 1"),
+        (["sequence_parallel=0"], "at least 1"),
+        (["sequence_parallel=2"], "start a multiple of 2 ranks"),
         (["log_every=0"], "at least 1"),
         (["threads=0"], "or null"),
         (["rows_per_batch=6", "rows_per_micro_batch=4"], "rows_per_batch=4"),
@@ -134,3 +136,18 @@ def test_a_batch_is_shared_by_ranks_and_micro_batches():
     config.rows_per_micro_batch = None
     with pytest.raises(ValueError, match="multiple of 3"):
         accumulation(config, ranks=3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mend"),
+    [
+        (["rows_per_batch=3"], "2 groups of 2 ranks: take a multiple of 2"),
+        (["data.seq_len=511"], "change data.seq_len"),
+        (["model.num_heads=3", "model.num_kv_heads=1"], "take a divisor of it"),
+    ],
+)
+def test_what_ranks_cannot_share_is_refused(overrides, mend):
+    config = composed("device=cpu", "rows_per_batch=6", "sequence_parallel=2")
+    assert accumulation(check(config, ranks=4), ranks=4) == (3, 1)
+    with pytest.raises(ValueError, match=mend):
+        check(composed("device=cpu", "sequence_parallel=2", *overrides), ranks=4)

@@ -1,10 +1,12 @@
 """Attention backends and their registry. A new backend is a config, a module and a line in ``BACKENDS``."""
 
 from dashattn.backends.base import (
+    ALL_HEADS,
     AttentionBackend,
     AttentionConfig,
     AttentionShape,
     Capabilities,
+    HeadShare,
     check_model_shape,
 )
 from dashattn.backends.dash import DashBackend, DashConfig
@@ -37,6 +39,7 @@ def build_backend(config: AttentionConfig, shape: AttentionShape) -> AttentionBa
 
 
 __all__ = [
+    "ALL_HEADS",
     "BACKENDS",
     "AttentionBackend",
     "AttentionConfig",
@@ -44,6 +47,7 @@ __all__ = [
     "Capabilities",
     "DashConfig",
     "FullConfig",
+    "HeadShare",
     "InfLLMv2Config",
     "NSAConfig",
     "build_backend",

@@ -46,6 +46,27 @@ class Capabilities:
     max_group_size: int = 32
 
 
+class HeadShare:
+    """Which of a layer's heads ``forward`` attends for: here all of them.
+
+    Sequence parallelism brings a share of its own. q, k and v then hold some heads of all tokens, and ``hidden`` all of
+    what this process has, which is some of the tokens.
+
+    Attributes:
+        query_heads, kv_heads: the layer's heads that q, and that k and v hold: whole groups.
+    """
+
+    query_heads = kv_heads = slice(None)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """What a backend made of ``hidden`` for each query or each KV head [B, T', H, ...], of all tokens and for the
+        heads of this share."""
+        return x
+
+
+ALL_HEADS = HeadShare()
+
+
 @dataclass(frozen=True)
 class AttentionFlops:
     """Operations per token of one layer's attention in the forward pass; a multiply-add is two.
@@ -113,6 +134,7 @@ class AttentionBackend(nn.Module):
         rope: tuple[Tensor, Tensor] | None = None,
         cu_seqlens: Tensor | None = None,
         return_stats: bool = False,
+        share: HeadShare = ALL_HEADS,
     ) -> Output:
         """Attends causally.
 
@@ -123,6 +145,7 @@ class AttentionBackend(nn.Module):
             rope: (cos, sin) of every token, each [T, D] or [B, T, D], in the rotate-half layout.
             cu_seqlens: int32 [N + 1], packed documents.
             return_stats: also return ``AttentionStats``.
+            share: which heads q, k and v hold, if not all of the layer's.
 
         Returns:
             [B, T, Hq, D] in q's dtype.

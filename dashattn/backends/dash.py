@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dashattn import checks
-from dashattn.backends.base import AttentionBackend, AttentionConfig
+from dashattn.backends.base import ALL_HEADS, AttentionBackend, AttentionConfig, HeadShare
 from dashattn.cache import CacheField
 from dashattn.checks import check
 from dashattn.functional import dash_attention, unsupported_priors
@@ -95,12 +95,12 @@ class DashBackend(AttentionBackend):
             # A tensor: for a number torch.compile would compile anew at each step.
             self.scheduled_alpha = torch.full((), alpha, dtype=torch.float64, device=self.chunk_query.device)
 
-    def alpha(self) -> float | Tensor:
+    def alpha(self, share: HeadShare = ALL_HEADS) -> float | Tensor:
         """The current alpha: a float, [] while a schedule moves it, [Hq] when it is learned."""
         if self.alpha_logit is None:
             alpha = self.scheduled_alpha
             return alpha.to(self.chunk_query.device) if isinstance(alpha, Tensor) else alpha
-        return MIN_ALPHA + (MAX_ALPHA - MIN_ALPHA) * upcast(self.alpha_logit).sigmoid()
+        return MIN_ALPHA + (MAX_ALPHA - MIN_ALPHA) * upcast(self.alpha_logit[share.query_heads]).sigmoid()
 
     def metrics(self) -> dict[str, float]:
         alpha = self.alpha()
@@ -123,15 +123,15 @@ class DashBackend(AttentionBackend):
         logits = F.pad(scores, (0, num_chunks - scores.shape[-1])).masked_fill(~past_TN[:, None], -torch.inf)
         return Routing(selection, log_p_BTHN.exp().masked_fill(~support, 0), logits)
 
-    def forward(self, q, k, v, *, hidden=None, rope=None, cu_seqlens=None, return_stats=False):
+    def forward(self, q, k, v, *, hidden=None, rope=None, cu_seqlens=None, return_stats=False, share=ALL_HEADS):
         config = self.config
         return dash_attention(
             q,
             k,
             v,
-            self.chunk_query,
+            self.chunk_query[share.kv_heads],
             chunk_size=config.chunk_size,
-            alpha=self.alpha(),
+            alpha=self.alpha(share),
             router_scale=config.router_scale,
             prior=config.prior,
             sigma=config.sigma,

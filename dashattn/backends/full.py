@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dashattn.backends.base import AttentionBackend, AttentionConfig
+from dashattn.backends.base import ALL_HEADS, AttentionBackend, AttentionConfig
 from dashattn.functional import full_attention
 
 
@@ -16,7 +16,7 @@ class FullConfig(AttentionConfig):
 class FullBackend(AttentionBackend):
     """Exact causal softmax attention; no parameters."""
 
-    def forward(self, q, k, v, *, hidden=None, rope=None, cu_seqlens=None, return_stats=False):
+    def forward(self, q, k, v, *, hidden=None, rope=None, cu_seqlens=None, return_stats=False, share=ALL_HEADS):
         return full_attention(q, k, v, cu_seqlens=cu_seqlens, impl=self.config.impl, return_stats=return_stats)
 
     @property

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from dashattn.backends.base import AttentionBackend, AttentionConfig
+from dashattn.backends.base import ALL_HEADS, AttentionBackend, AttentionConfig
 from dashattn.cache import CacheField
 from dashattn.functional import check_infllmv2, infllmv2_attention
 from dashattn.ops.compression.reference import mean_compress
@@ -57,7 +57,7 @@ class InfLLMv2Backend(AttentionBackend):
             local_blocks=config.window_size // config.block_size + 1,
         )
 
-    def forward(self, q, k, v, *, hidden=None, rope=None, cu_seqlens=None, return_stats=False):
+    def forward(self, q, k, v, *, hidden=None, rope=None, cu_seqlens=None, return_stats=False, share=ALL_HEADS):
         config = self.config
         return infllmv2_attention(
             q,

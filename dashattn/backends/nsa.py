@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dashattn import checks
-from dashattn.backends.base import AttentionBackend, AttentionConfig, AttentionFlops
+from dashattn.backends.base import ALL_HEADS, AttentionBackend, AttentionConfig, AttentionFlops, HeadShare
 from dashattn.cache import CacheField
 from dashattn.checks import check
 from dashattn.functional import check_nsa, nsa_attention
@@ -131,12 +131,12 @@ class NSABackend(AttentionBackend):
             self.branch_kv = nn.Linear(shape.hidden_size, width, bias=False)
             nn.init.normal_(self.branch_kv.weight, std=0.02)
 
-    def forward(self, q, k, v, *, hidden=None, rope=None, cu_seqlens=None, return_stats=False):
+    def forward(self, q, k, v, *, hidden=None, rope=None, cu_seqlens=None, return_stats=False, share=ALL_HEADS):
         config = self.config
-        gates = self._gates(q, hidden)
+        gates = self._gates(q, hidden, share)
         compress_from, window = (k, v), (None, None)
         if self.branch_kv is not None:
-            compress_from, window = self._own_kv(hidden, rope)
+            compress_from, window = self._own_kv(hidden, rope, share)
         compressed_k, compressed_v = self._compress(*compress_from, cu_seqlens)
         return nsa_attention(
             q,
@@ -160,12 +160,12 @@ class NSABackend(AttentionBackend):
             return_stats=return_stats,
         )
 
-    def _gates(self, q: Tensor, hidden: Tensor | None) -> Tensor:
+    def _gates(self, q: Tensor, hidden: Tensor | None, share: HeadShare = ALL_HEADS) -> Tensor:
         """In [0, 1], one per branch: [B, T, Hq, 2 or 3]."""
         if self.config.variant == "minicpm":
             return self.gate(q).sigmoid()
         check(hidden is not None, "variant=paper computes its gates from hidden: pass hidden")
-        return self.gate(hidden).unflatten(-1, (-1, 3)).sigmoid()
+        return share.gather(self.gate(hidden).unflatten(-1, (-1, 3))).sigmoid()
 
     @property
     def block_size(self):
@@ -259,8 +259,11 @@ class NSABackend(AttentionBackend):
             return windows(self.compress, k, v).unbind(-1)
         return windows(self.compress_k, k), windows(self.compress_v, v)
 
-    def _own_kv(self, hidden: Tensor, rope) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def _own_kv(
+        self, hidden: Tensor, rope, share: HeadShare = ALL_HEADS
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """(k, v) of the compressed and of the window branch, keys rotated."""
         check(rope is not None, "shared_kv=false rotates keys of its own: pass rope=(cos, sin)")
-        k_c, v_c, k_w, v_w = self.branch_kv(hidden).unflatten(-1, (4, -1, self.shape.head_dim)).unbind(2)
+        branches = self.branch_kv(hidden).unflatten(-1, (4, -1, self.shape.head_dim)).movedim(2, 3)
+        k_c, v_c, k_w, v_w = share.gather(branches).unbind(3)
         return (apply_rope(k_c, *rope), v_c), (apply_rope(k_w, *rope), v_w)

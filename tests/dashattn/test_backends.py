@@ -15,6 +15,7 @@ from dashattn.backends import (
     AttentionShape,
     DashConfig,
     FullConfig,
+    HeadShare,
     InfLLMv2Config,
     NSAConfig,
     build_backend,
@@ -96,6 +97,25 @@ def test_packed_equals_separate_and_causal(config):
         )
         whole = backend(*qkv, **extra)
         torch.testing.assert_close(whole[:, : end - 1], prefix, rtol=0, atol=1e-12)
+
+
+class SecondGroup(HeadShare):
+    """The second of the two KV heads and its three query heads, where nothing has to be gathered."""
+
+    query_heads, kv_heads = slice(3, 6), slice(1, 2)
+
+    def gather(self, x):
+        return x[:, :, self.kv_heads if x.shape[2] == SHAPE.num_kv_heads else self.query_heads]
+
+
+@each_config
+def test_a_share_of_the_heads_gives_their_part_of_the_output(config):
+    backend, share = build(config), SecondGroup()
+    qkv, extra = make_inputs(46)
+    expected, expected_stats = backend(*qkv, **extra, return_stats=True)
+    out, stats = backend(*(share.gather(x) for x in qkv), **extra, share=share, return_stats=True)
+    torch.testing.assert_close(out, expected[:, :, 3:], rtol=0, atol=1e-12)
+    assert torch.equal(stats.active_tokens, expected_stats.active_tokens[..., 1:])
 
 
 @each_config

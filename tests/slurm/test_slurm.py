@@ -98,7 +98,7 @@ def test_a_sweep_is_preempted_requeued_and_finished_by_a_second_call(slurm, make
 
 def test_a_run_on_two_nodes_with_its_evaluation(slurm, make_config, tiny_overrides):
     alone = train(make_config("alone"))
-    overrides, run_dir = tiny_overrides("run")
+    overrides, run_dir = tiny_overrides("run", "sequence_parallel=2")
     launcher = ["launcher=slurm", "launcher.nodes=2", "launcher.gpus_per_node=0", "launcher.cpus_per_task=1"]
     launcher += ["launcher.hours=0.2", "launcher.evaluate=['tasks=[loss]','threads=1']"]
     done = subprocess.run(

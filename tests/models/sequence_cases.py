@@ -1,0 +1,101 @@
+"""Models whose ranks share rows, and what one rank computes: sequence_cases.py RANK WORLD_SIZE FOLDER CASE..."""
+
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from dashattn.backends import AttentionConfig, DashConfig, FullConfig, InfLLMv2Config, NSAConfig
+from models import ModelConfig, Transformer
+
+LENGTH = 48
+SHAPE = ModelConfig(
+    vocab_size=61,
+    hidden_size=48,
+    intermediate_size=80,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    max_seq_len=128,
+    init_std=0.1,
+    qk_norm=True,
+)
+SIZES = dict(block_size=8, kernel_size=4, kernel_stride=2)
+BACKENDS = {
+    "full": FullConfig(),
+    "dash": DashConfig(chunk_size=8, prior="raw", alpha_mode="learnable"),
+    "dash-rotated": DashConfig(chunk_size=8, sigma=1.0, prior_heads="head", summary_rope="mean"),
+    "infllmv2": InfLLMv2Config(**SIZES, topk=3, window_size=8),
+    "nsa": NSAConfig(**SIZES, topk=3, window_size=8),
+    "nsa-own-kv": NSAConfig(**SIZES, topk=3, window_size=8, shared_kv=False),
+    "nsa-minicpm": NSAConfig(**SIZES, variant="minicpm", topk=3, window_size=0),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    attention: AttentionConfig
+    size: int  # ranks that share a row
+    heads: dict[str, int] = field(default_factory=dict)
+    packed: bool = False
+    checkpointed: bool = False
+    compiled: bool = False
+
+
+CASES = {
+    **{f"{name}-packed": Case(attention, 2, packed=True) for name, attention in BACKENDS.items()},
+    **{f"{name}-one-kv-head": Case(attention, 2, {"num_kv_heads": 1}) for name, attention in BACKENDS.items()},
+    # Rank 0 attends for heads 0-1 and so for the first group of three, rank 1 for heads 2-3 and for both groups.
+    **{
+        f"{name}-groups-cut": Case(BACKENDS[name], 3, {"num_heads": 6}, packed=True)
+        for name in ("full", "dash", "nsa-own-kv")
+    },
+    "full-no-groups": Case(FullConfig(), 2, {"num_kv_heads": 4}),
+    "dash-checkpointed": Case(BACKENDS["dash"], 2, checkpointed=True),
+    "full-compiled": Case(FullConfig(), 2, compiled=True),
+}
+
+
+def compute(case: Case, group: torch.distributed.ProcessGroup | None = None) -> dict[str, Tensor]:
+    """Loss, token losses, gradients and active tokens of a model on two rows, or on one of packed documents; without a
+    group on one rank alone, with one what this rank has of them."""
+    torch.manual_seed(0)
+    model = Transformer(replace(SHAPE, **case.heads), case.attention)
+    with torch.no_grad():
+        for backend in model.backends:
+            for parameter in backend.parameters():  # some begin with zeros, and would stay unseen
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    if group is not None:
+        model.share_sequences(group)
+    model.checkpoint_activations = case.checkpointed
+    if case.compiled:
+        model.compile_layers(backend="aot_eager")
+    rows = 1 if case.packed else 2
+    input_ids, labels = torch.randint(SHAPE.vocab_size, (2, rows, LENGTH))
+    labels[:, 5:30] = -100  # the ranks have different numbers of targets
+    cu_seqlens = torch.tensor([0, 1, 31, LENGTH], dtype=torch.int32) if case.packed else None
+    output = model(input_ids, labels=labels, cu_seqlens=cu_seqlens, return_stats=True)
+    output.loss.backward()
+    return {
+        "loss": output.loss.detach(),
+        "token_losses": output.token_losses,
+        "active": torch.stack([stats.active_tokens for stats in output.stats]),
+        **{name: parameter.grad for name, parameter in model.named_parameters()},
+    }
+
+
+def main(rank: int, world_size: int, folder: Path, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    groups = {size: torch.distributed.new_group(range(size)) for size in range(2, world_size + 1)}
+    results = {name: compute(CASES[name], groups[CASES[name].size]) for name in names if rank < CASES[name].size}
+    torch.save(results, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])

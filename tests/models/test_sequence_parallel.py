@@ -1,0 +1,75 @@
+"""Ranks that share their rows compute what one alone does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sequence_cases import CASES, compute
+
+from models.sequence_parallel import SequenceParallel
+
+HERE = Path(__file__).parent
+QUICK = [name for name, case in CASES.items() if not case.compiled]
+
+
+def run_ranks(folder, world_size, names):
+    """Results of every rank, for all cases in one launch: starting costs more than computing."""
+    environment = os.environ | {"PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, HERE / "sequence_cases.py"]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(world_size), folder, *names], env=environment)
+        for rank in range(world_size)
+    ]
+    try:
+        assert [rank.wait(timeout=200) for rank in ranks] == [0] * world_size
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return run_ranks(tmp_path_factory.mktemp("ranks"), 3, QUICK)
+
+
+def assert_as_one_alone(name, results):
+    case = CASES[name]
+    alone = compute(case)
+    shares = [results[rank][name] for rank in range(case.size)]
+    for key, expected in alone.items():
+        parts = [share[key] for share in shares]
+        if key == "active":
+            assert all(torch.equal(part, expected) for part in parts)
+        elif key == "token_losses":
+            torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-5, atol=1e-5)
+        else:  # the loss, and the gradients
+            assert expected.abs().max() > 0, key
+            # Not 0: the softmax does not see a bias of all compressed keys, whose gradient is rounding alone.
+            error = (sum(parts) - expected).norm()
+            assert error < 1e-5 * expected.norm() + 1e-7, f"{key}: {error} of {expected.norm()}"
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_ranks_that_share_a_row_compute_what_one_does(results, name):
+    assert_as_one_alone(name, results)
+
+
+@pytest.mark.slow
+def test_compiled_ranks_do_too(tmp_path):
+    (name,) = CASES.keys() - QUICK
+    assert_as_one_alone(name, run_ranks(tmp_path, 2, [name]))
+
+
+def test_what_cannot_be_shared_is_refused():
+    three = SimpleNamespace(size=lambda: 3, rank=lambda: 1)
+    with pytest.raises(ValueError, match=r"num_heads=4 cannot be shared .* divisor"):
+        SequenceParallel(three, num_heads=4, num_kv_heads=2)
+    shared = SequenceParallel(three, num_heads=6, num_kv_heads=2)
+    assert shared.part(torch.arange(12)[None]).tolist() == [[4, 5, 6, 7]]
+    with pytest.raises(ValueError, match=r"13 tokens cannot be shared .* multiple"):
+        shared.part(torch.arange(13)[None])
