@@ -19,7 +19,7 @@ def blocks(language):
 
 def readme_commands():
     lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
-    inline = re.findall(r"`((?:python|torchrun|pip|make) [^`]*)`", README)
+    inline = re.findall(r"`((?:python|torchrun|deepspeed|pytest|pip|make) [^`]*)`", README)
     return {line for line in [*lines, *inline] if line and not line.startswith("source ")}
 
 
@@ -40,7 +40,9 @@ TESTED = {
     "make pareto",
     "make test",  # this
     "make test-all",  # this, and what is marked slow
+    "make test-crash",  # experiments/test_crash.py
     "make test-gpu",  # on a GPU
+    "pytest -s tests/gpu/test_two_gpus.py",  # on two
     "make figures",  # experiments/test_figures.py
     "python train.py experiment=debug attention=dash attention.chunk_size=16",
     "python evaluate.py run=outputs/debug-dash tasks=[loss,position] knobs=[1,10,50]",
@@ -51,6 +53,8 @@ TESTED = {
     "python -m experiments.speed",  # needs a GPU; refusal without one and all around it: experiments/test_speed.py
     "python -m experiments.speed_report results/speed_h100",
     "torchrun --standalone --nproc-per-node 8 train.py model=350m data=hub deepspeed=zero2 ...",  # test_train_cli.py
+    "deepspeed --no_local_rank --num_gpus 8 train.py ...",  # test_train_cli.py
+    "python -m experiments.throughput",  # experiments/test_throughput.py
     "pip install .",
     "python -m data.collect corpora/notes.jsonl ~/notes '*.deb'",  # data/test_collect.py
     "python -m experiments.prepare data=mixture",  # experiments/test_prepare.py
