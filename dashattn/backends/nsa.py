@@ -186,10 +186,14 @@ class NSABackend(AttentionBackend):
             sources = ("k_compress", "v_compress")
             own = self._own_kv(hidden, rope)
             cache.write(**dict(zip((*sources, "k_window", "v_window"), (*own[0], *own[1]), strict=True)))
-        self._append(k, v, cache)
-        size, stride = self.config.kernel_size, self.config.kernel_stride
-        compress = partial(self._compress, cu_seqlens=None)
-        cache.write_windows(k.shape[1], size, stride, compress, sources, ("compressed_k", "compressed_v"))
+        one_token = self._append(k, v, cache)
+        windows, targets = (self.config.kernel_size, self.config.kernel_stride), ("compressed_k", "compressed_v")
+        if one_token and self.config.variant == "paper" and self.compress_k.position.dtype == k.dtype:
+            caches, outs = ([cache[name] for name in names] for names in (sources, targets))
+            compressions = (self.compress_k, self.compress_v)
+            self._decode_kernels(k).compress_window(caches, compressions, outs, cache.lengths, *windows)
+            return
+        cache.write_windows(k.shape[1], *windows, partial(self._compress, cu_seqlens=None), sources, targets)
 
     def _attend(self, q, cache, hidden):
         config, operations = self.config, self._decode_operations(q)

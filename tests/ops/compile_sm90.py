@@ -11,6 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from dashattn.backends.nsa import MeanMLP
 from dashattn.ops.band import triton as band
 from dashattn.ops.block_scores.triton import select_blocks
 from dashattn.ops.block_sparse import hopper
@@ -75,6 +76,9 @@ select_blocks(q, compressed[0], lse, **windows, **blocks)
 q, k, v, summaries = (x.detach() for x in (q[:, :1], k, v, summaries))
 lengths = torch.tensor([200], dtype=torch.int32)
 decode.append(k[:, :1], v[:, :1], k, v, lengths, pooled=summaries, window=(chunk, chunk), chunk_query=k[0, 0])
+mlps = [MeanMLP(32, dim).bfloat16() for _ in range(2)]
+compressed = [torch.randn(batch, length // 16, kv_heads, dim, dtype=torch.bfloat16) for _ in range(2)]
+decode.compress_window([k, v], mlps, compressed, lengths, 32, 16)
 options = dict(chunk_size=chunk, alpha=1.7, router_scale=1.0, prior="raw", sigma=1.0)
 decode.routed_attention(q, k, v, summaries, lengths, **options)
 options = dict(kernel_size=32, kernel_stride=16, block_size=64, topk=2, init_blocks=0, local_blocks=1)

@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 from dashattn.backends import AttentionShape, DashConfig, FullConfig, InfLLMv2Config, NSAConfig, build_backend
+from dashattn.backends.nsa import MeanMLP
 from dashattn.ops.chunk_summary.reference import chunk_summary
 from dashattn.ops.compression.reference import mean_compress
 from dashattn.ops.decode import reference
@@ -167,6 +168,25 @@ def test_append_writes_the_token_and_the_window_it_completes(pooling, position):
             assert torch.equal(x[row, : length + 1], wanted[row, : length + 1])
             assert x[row, length + 1 :].isnan().all()
     torch.testing.assert_close(pooled, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("head_dim", [16, 24])
+def test_a_window_is_compressed_when_its_last_token_was_written(head_dim):
+    size, stride = 8, 4
+    lengths = torch.tensor([6, 7, 9, 15], dtype=torch.int32, device=DEVICE)  # of the second and fourth one ends
+    caches = [torch.randn(4, 20, 2, head_dim, device=DEVICE) for _ in range(2)]
+    compressions = [MeanMLP(size, head_dim).to(DEVICE) for _ in range(2)]
+    for parameter in (p for mlp in compressions for p in mlp.parameters()):
+        parameter.data.normal_(std=0.3)
+    outs = [torch.full((4, 5, 2, head_dim), NAN, device=DEVICE) for _ in range(2)]
+    expected = [out.clone() for out in outs]
+    for cache, mlp, out in zip(caches, compressions, expected, strict=True):
+        for row, length in ((1, 7), (3, 15)):
+            window = cache[row, length + 1 - size : length + 1]
+            out[row, (length + 1 - size) // stride] = mlp(window[None, None])[0, 0].detach()
+    kernels.compress_window(caches, compressions, outs, lengths, size, stride)
+    for out, wanted in zip(outs, expected, strict=True):
+        torch.testing.assert_close(out, wanted, equal_nan=True)
 
 
 WINDOWS = dict(block_size=16, kernel_size=8, kernel_stride=4, topk=3)

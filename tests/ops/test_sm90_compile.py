@@ -46,5 +46,5 @@ def test_kernels_compile_for_hopper(tmp_path):
     gathering = {"key_grad_kernel", "band_key_grad_kernel", "query_kernel", "summary_kernel"}
     assert all(multiplying[name]["tma"] for name in wanted - gathering)
     decoding = {"append_kernel", "product_kernel", "prior_kernel", "attention_kernel", "combine_kernel"}
-    decoding |= {"normaliser_kernel", "score_kernel", "topk_kernel"}
+    decoding |= {"normaliser_kernel", "score_kernel", "topk_kernel", "compression_kernel"}
     assert decoding <= {kernel["name"] for kernel in kernels}

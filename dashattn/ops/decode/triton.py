@@ -9,6 +9,7 @@ from dashattn.ops.block_sparse.reference import QUERY_TILE
 from dashattn.ops.chunk_summary.triton import chunk_summary
 from dashattn.ops.dash_routing.triton import has_forward_bias
 from dashattn.ops.decode.triton_attention import append, attend
+from dashattn.ops.decode.triton_compression import compress_window
 from dashattn.ops.decode.triton_routing import route
 from dashattn.ops.decode.triton_selection import select
 from dashattn.ops.gates.triton import gated_sum
@@ -21,6 +22,7 @@ __all__ = [
     "cached_attention",
     "cached_window_routing",
     "chunk_summary",
+    "compress_window",
     "gated_sum",
     "route",
     "routed_attention",
