@@ -215,9 +215,8 @@ class TransformerBlock(nn.Module):
         self, x_BTE, rope, cu_seqlens, return_stats, cache: LayerCache | None = None
     ) -> tuple[Tensor, AttentionStats | None]:
         out_BTE, stats = self.attention(self.attention_norm(x_BTE), rope, cu_seqlens, return_stats, cache)
-        x_BTE = x_BTE + out_BTE * self.residual_scale
-        x_BTE = x_BTE + self.mlp(self.mlp_norm(x_BTE)) * self.residual_scale
-        return x_BTE, stats
+        x_BTE = torch.add(x_BTE, out_BTE, alpha=self.residual_scale)
+        return torch.add(x_BTE, self.mlp(self.mlp_norm(x_BTE)), alpha=self.residual_scale), stats
 
 
 class Attention(nn.Module):

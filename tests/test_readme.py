@@ -67,6 +67,8 @@ TESTED = {
     # experiments/test_harness.py
     "python -m experiments.harness --model dashattn --model_args run=outputs/debug-dash --tasks lambada_openai",
     "python -m experiments.collect outputs/smoke results/smoke",  # experiments/test_figures.py
+    # experiments/test_figures.py, experiments/test_sweep.py
+    "python -m experiments.collect --restore results/frontier_h100 outputs/frontier",
     "python -m experiments.report outputs/debug-dash outputs/debug-full",  # experiments/test_report.py
 }
 
