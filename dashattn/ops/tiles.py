@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 LOG2E = 1.4426950408889634
 
@@ -49,6 +50,24 @@ def query_rows(start, end, first, kv_head, KV_HEADS: tl.constexpr, GROUP: tl.con
     dim = tl.arange(0, DIM)
     in_tile = valid[:, None] & (dim < HEAD_DIM)[None, :]
     return position, query_head, valid, flat_row, flat_row[:, None] * HEAD_DIM + dim[None, :], in_tile
+
+
+@triton.jit
+def wait_for_kernel_before(PDL: tl.constexpr):
+    """In a kernel that may be launched before the one before it has ended: waits for that, and lets the next come."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+def overlapped_launch(device: torch.device) -> dict:
+    """Launch options and constant of kernels that begin with ``wait_for_kernel_before``.
+
+    A chain of kernels of a few microseconds is made of launches: from Hopper on the next one can be under way.
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9:
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
 
 
 def power_of_2_from(x: int) -> int:

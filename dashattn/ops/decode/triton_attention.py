@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dashattn.ops.block_sparse.triton_forward import NO_PEAK, precision
 from dashattn.ops.chunk_summary.triton import pooling_weights
-from dashattn.ops.tiles import LOG2E, power_of_2_from
+from dashattn.ops.tiles import LOG2E, overlapped_launch, power_of_2_from, wait_for_kernel_before
 
 
 @triton.jit
@@ -59,11 +59,13 @@ def attention_kernel(
     WORD_HEADS_P: tl.constexpr, WORDS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, SIZE: tl.constexpr,
     STRIDE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """WORD_HEADS: selections that are united (those of the group's heads, or one); 0: all blocks in the window.
 
     SIZE and STRIDE: the tokens that a key stands for (``visible_count``).
     """
+    wait_for_kernel_before(PDL)
     split = tl.program_id(0) % SPLITS
     kv_head = tl.program_id(0) // SPLITS % KV_HEADS
     query = tl.program_id(0) // SPLITS // KV_HEADS
@@ -133,8 +135,10 @@ def attention_kernel(
 def combine_kernel(
     partial_ptr, peak_ptr, total_ptr, out_ptr,
     SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """COLUMNS channels of one query head: the splits' sums, weighted to one peak."""
+    wait_for_kernel_before(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     split = tl.arange(0, SPLITS_P)
@@ -155,11 +159,13 @@ def append_kernel(
     sequence_stride, token_stride, pooled_sequence_stride, pooled_stride,
     KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, SIZE_P: tl.constexpr,
     STRIDE: tl.constexpr, MEAN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Writes one token of a sequence and KV head and, if it completes a window of SIZE keys, their pooled key.
 
     SIZE 0: there are no windows. MEAN: a plain mean, else the softmax pooling of ``chunk_summary`` (SIZE_P = SIZE).
     """
+    wait_for_kernel_before(PDL)
     sequence = tl.program_id(0)
     kv_head = tl.program_id(1)
     position = tl.load(lengths + sequence)
@@ -231,12 +237,13 @@ def attend(
         HAS_BIAS=bias is not None, BLOCK=block_size, HEAD_DIM=head_dim, DIM=dim, SPLITS=splits,
         PRECISION=precision(q.dtype), SIZE=tokens_per_key[0], STRIDE=tokens_per_key[1],
         num_warps=4 if tile_bytes <= 16384 else 8, num_stages=2 if tile_bytes <= 32768 else 1,
+        **overlapped_launch(q.device),
     )  # fmt: skip
     if splits > 1:
         columns = min(32, dim)
         combine_kernel[(batch * num_tokens * heads, -(-head_dim // columns))](
             partial, peak, total, out, SPLITS=splits, SPLITS_P=power_of_2_from(splits), HEAD_DIM=head_dim,
-            COLUMNS=columns, num_warps=4,
+            COLUMNS=columns, num_warps=4, **overlapped_launch(q.device),
         )  # fmt: skip
     return out
 
@@ -257,4 +264,5 @@ def append(
         cache_k.stride(0), cache_k.stride(1), *((0, 0) if pooled is None else pooled.stride()[:2]),
         KV_HEADS=kv_heads, HEAD_DIM=head_dim, DIM=max(16, power_of_2_from(head_dim)), SIZE=window[0],
         SIZE_P=power_of_2_from(window[0]), STRIDE=window[1], MEAN=chunk_query is None, num_warps=4,
+        **overlapped_launch(k.device),
     )  # fmt: skip

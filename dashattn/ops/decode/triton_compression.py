@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dashattn.ops.tiles import power_of_2_from
+from dashattn.ops.tiles import overlapped_launch, power_of_2_from, wait_for_kernel_before
 
 
 @triton.jit
@@ -54,8 +54,10 @@ def compression_kernel(
     v_ptr, v_position, v_up, v_up_bias, v_down, v_down_bias, v_out,
     lengths, sequence_stride, token_stride, out_sequence_stride, out_stride,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One sequence and KV head, keys or values."""
+    wait_for_kernel_before(PDL)
     sequence = tl.program_id(0)
     kv_head = tl.program_id(1)
     first = tl.load(lengths + sequence) + 1 - SIZE
@@ -96,4 +98,5 @@ def compress_window(
     compression_kernel[(batch, kv_heads, 2)](
         *arguments, lengths, cache.stride(0), cache.stride(1), out.stride(0), out.stride(1), HEAD_DIM=head_dim,
         DIM=power_of_2_from(head_dim), SIZE=kernel_size, STRIDE=kernel_stride, num_warps=8,
+        **overlapped_launch(cache.device),
     )  # fmt: skip

@@ -20,7 +20,7 @@ from dashattn.ops.dash_routing.triton_entmax import (
     unsolved,
 )
 from dashattn.ops.decode.triton_attention import visible_count
-from dashattn.ops.tiles import power_of_2_from
+from dashattn.ops.tiles import overlapped_launch, power_of_2_from, wait_for_kernel_before
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_chunks"])
@@ -28,8 +28,10 @@ def product_kernel(
     q_ptr, summary_ptr, product_ptr, lengths, sequence_stride, summary_stride, num_tokens, num_chunks,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
     CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """q . k~ of CHUNKS chunks, for the heads of a group; chunks that are not visible are left unwritten."""
+    wait_for_kernel_before(PDL)
     kv_head = tl.program_id(0) % KV_HEADS
     query = tl.program_id(0) // KV_HEADS
     sequence = query // num_tokens
@@ -58,8 +60,10 @@ def product_kernel(
 def threshold_kernel(
     product_ptr, alpha_ptr, words_ptr, peak_ptr, tau_ptr, lengths, score_scale, num_tokens, num_chunks, num_words,
     HEADS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, SQUARE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Threshold and selection words of one query head, all of its chunks (at most CHUNKS) at once."""
+    wait_for_kernel_before(PDL)
     flat_row = tl.program_id(0)
     head = flat_row % HEADS
     query = flat_row // HEADS
@@ -116,8 +120,10 @@ def prior_kernel(
     product_ptr, alpha_ptr, peak_ptr, tau_ptr, bias_ptr, lengths, score_scale, inverse_sigma, num_tokens, num_chunks,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
     SQUARE: tl.constexpr, TEMPERED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """The group's prior of CHUNKS chunks up to the query's own, whose prior is 0."""
+    wait_for_kernel_before(PDL)
     kv_head = tl.program_id(0) % KV_HEADS
     query = tl.program_id(0) // KV_HEADS
     own = (tl.load(lengths + query // num_tokens) + query % num_tokens) // BLOCK
@@ -166,6 +172,7 @@ def multiply(q: Tensor, keys: Tensor, lengths: Tensor, tokens_per_key: tuple[int
         KV_HEADS=kv_heads, GROUP=heads // kv_heads, ROWS=max(16, power_of_2_from(heads // kv_heads)),
         SIZE=tokens_per_key[0], STRIDE=tokens_per_key[1], CHUNKS=tile, HEAD_DIM=head_dim,
         DIM=max(16, power_of_2_from(head_dim)), PRECISION=precision(q.dtype), num_warps=4,
+        **overlapped_launch(q.device),
     )  # fmt: skip
     return products
 
@@ -193,6 +200,7 @@ def route(
     threshold_kernel[(queries * heads,)](
         products, alpha, words, peak, tau, lengths, score_scale, num_tokens, num_chunks, words.shape[-1],
         HEADS=heads, BLOCK=chunk_size, CHUNKS=chunks, SQUARE=alpha is None, num_warps=max(4, min(16, chunks // 512)),
+        **overlapped_launch(q.device),
     )  # fmt: skip
     if not has_bias:
         return words, None
@@ -201,6 +209,6 @@ def route(
     prior_kernel[(queries * kv_heads, -(-num_chunks // tile))](
         products, alpha, peak, tau, bias, lengths, score_scale, 1.0 if sigma is None else 1.0 / sigma, num_tokens,
         num_chunks, KV_HEADS=kv_heads, GROUP=group, GROUP_P=power_of_2_from(group), BLOCK=chunk_size,
-        CHUNKS=tile, SQUARE=alpha is None, TEMPERED=sigma is not None, num_warps=4,
+        CHUNKS=tile, SQUARE=alpha is None, TEMPERED=sigma is not None, num_warps=4, **overlapped_launch(q.device),
     )  # fmt: skip
     return words, bias

@@ -11,15 +11,17 @@ from torch import Tensor
 
 from dashattn.ops.decode.triton_attention import visible_count
 from dashattn.ops.decode.triton_routing import multiply
-from dashattn.ops.tiles import LOG2E, power_of_2_from
+from dashattn.ops.tiles import LOG2E, overlapped_launch, power_of_2_from, wait_for_kernel_before
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_windows"])
 def normaliser_kernel(
     product_ptr, normaliser_ptr, lengths, scale_log2, num_tokens, num_windows,
     HEADS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Base-2 logarithm of the sum of one query head's exponentials over its visible windows (at most WINDOWS)."""
+    wait_for_kernel_before(PDL)
     flat_row = tl.program_id(0)
     query = flat_row // HEADS
     visible = visible_count(tl.load(lengths + query // num_tokens) + query % num_tokens, SIZE, STRIDE)
@@ -38,8 +40,10 @@ def score_kernel(
     product_ptr, normaliser_ptr, score_ptr, lengths, scale_log2, num_tokens, num_windows, num_blocks,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, MAX: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Scores of BLOCKS blocks up to the query's own, from the probabilities of the windows that touch them."""
+    wait_for_kernel_before(PDL)
     kv_head = tl.program_id(0) % KV_HEADS
     query = tl.program_id(0) // KV_HEADS
     position = tl.load(lengths + query // num_tokens) + query % num_tokens
@@ -74,8 +78,10 @@ def score_kernel(
 def topk_kernel(
     score_ptr, words_ptr, lengths, num_tokens, num_blocks, num_words, topk, init_blocks, local_blocks,
     KV_HEADS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Selection words of the ``topk`` highest of at most BLOCKS scores; ties go to the lower index."""
+    wait_for_kernel_before(PDL)
     kv_head = tl.program_id(0) % KV_HEADS
     query = tl.program_id(0) // KV_HEADS
     own = (tl.load(lengths + query // num_tokens) + query % num_tokens) // BLOCK
@@ -116,19 +122,20 @@ def select(
     width = power_of_2_from(num_windows)
     normaliser_kernel[(queries * heads,)](
         products, normalisers, lengths, scale * LOG2E, num_tokens, num_windows, HEADS=heads, WINDOWS=width, **sizes,
-        num_warps=max(4, min(16, width // 512)),
+        num_warps=max(4, min(16, width // 512)), **overlapped_launch(q.device),
     )  # fmt: skip
     scores = torch.empty(queries * kv_heads, num_blocks, dtype=torch.float32, device=q.device)
     tile = 32
     score_kernel[(queries * kv_heads, -(-num_blocks // tile))](
         products, normalisers, scores, lengths, scale * LOG2E, num_tokens, num_windows, num_blocks,
         KV_HEADS=kv_heads, GROUP=group, GROUP_P=power_of_2_from(group), BLOCK=block_size, BLOCKS=tile,
-        MAX=pooling == "max", **sizes, num_warps=4,
+        MAX=pooling == "max", **sizes, num_warps=4, **overlapped_launch(q.device),
     )  # fmt: skip
     words = torch.empty(batch, kv_heads, num_tokens, -(-num_blocks // 32), dtype=torch.int32, device=q.device)
     width = max(32, power_of_2_from(num_blocks))
     topk_kernel[(queries * kv_heads,)](
         scores, words, lengths, num_tokens, num_blocks, words.shape[-1], topk, init_blocks, local_blocks,
         KV_HEADS=kv_heads, BLOCK=block_size, BLOCKS=width, num_warps=max(4, min(16, width // 512)),
+        **overlapped_launch(q.device),
     )  # fmt: skip
     return words
