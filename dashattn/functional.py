@@ -147,8 +147,9 @@ def dash_attention(
     check(chunk_query.device == q.device, f"chunk_query is on {chunk_query.device}, q on {q.device}")
     if summary_rope is not None:
         for name, table in zip(("cos", "sin"), summary_rope, strict=True):
+            batch, *rest = table.shape if table.ndim == 3 else (1, *table.shape)
             check(
-                table.shape in {q.shape[1::2], (1, *q.shape[1::2]), (q.shape[0], *q.shape[1::2])},
+                tuple(rest) == tuple(q.shape[1::2]) and (batch == 1 or batch == q.shape[0]),
                 f"summary_rope {name} must be [T, D] or [B, T, D]; got {tuple(table.shape)} for q {tuple(q.shape)}",
             )
     route = {"alpha": alpha, "router_scale": router_scale, "prior": prior, "sigma": sigma, "cu_seqlens": cu_seqlens}

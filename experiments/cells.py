@@ -93,6 +93,11 @@ class Cell:
         return record.exists() and json.loads(record.read_text())["commands"] == self.commands
 
 
+def record_done(run_dir: Path, commands: list[list[str]]) -> None:
+    """What ``Cell.is_done`` looks for."""
+    write_atomically(run_dir / CELL, json.dumps({"commands": commands}, indent=1) + "\n")
+
+
 def cells(config: SweepConfig) -> list[Cell]:
     """The cells of a sweep, bases before what continues from them.
 
@@ -217,7 +222,7 @@ def run_cell(cell: Cell, log_dir: Path, children: Children, rank: int = 0) -> Ou
             message = f"{last_words(log_path)} (see {log_path})"
             return Outcome("stopped" if is_stopped else "failed", time.perf_counter() - start, message)
     if rank == 0:
-        write_atomically(cell.run_dir / CELL, json.dumps({"commands": cell.commands}, indent=1) + "\n")
+        record_done(cell.run_dir, cell.commands)
     return Outcome("done", time.perf_counter() - start)
 
 

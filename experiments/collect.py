@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.cells import CELL
+from experiments.cells import CELL, record_done
 from experiments.errors import user_errors
 from experiments.files import read_rows, write_atomically
 from experiments.frontier import RESULTS
@@ -57,7 +57,7 @@ def restore(source: Path, target: Path) -> int:
     missing = [row for row in rows if not (target / row["run"]).exists()]
     for row in missing:
         (target / row["run"]).mkdir(parents=True)
-        write_atomically(target / row["run"] / CELL, json.dumps({"commands": row["commands"]}, indent=1) + "\n")
+        record_done(target / row["run"], row["commands"])
     return len(missing)
 
 

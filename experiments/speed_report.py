@@ -145,7 +145,7 @@ def to_markdown(rows: Sequence[dict]) -> str:
     """All measurements, break-even lengths, and what was not measured and why."""
     out = []
     for setup, inside in setups(with_ratios(rows)).items():
-        out += [f"## {title(setup)}\n", *_provenance(inside)]
+        out += [f"## {title(setup)}\n", *provenance_lines(inside)]
         at_once = [row for row in inside if row["pass"] in PASSES]
         if at_once:
             out += [*_measurements(at_once), *_break_even_table(at_once)]
@@ -162,7 +162,7 @@ def _missing_table(rows: Sequence[dict]) -> list[str]:
         return []
     lines: list[tuple[str, ...]] = []
     for row in sorted(rows, key=_order):
-        why = row["status"] + (f": {_cell(row['detail'])}" if row["detail"] else "")
+        why = row["status"] + (f": {in_a_cell(row['detail'])}" if row["detail"] else "")
         lines.append((row["method"], row["stage"], why, row["pass"], _inputs(row), _length(row)))
     for place in (5, 4, 3):
         merged: dict[tuple, list[str]] = {}
@@ -184,7 +184,8 @@ def _order(row: dict) -> tuple:
     return (*place, (*PASSES, *DECODE_PASSES).index(row["pass"]), batch(row))
 
 
-def _cell(text: str) -> str:
+def in_a_cell(text: str) -> str:
+    """On one line, and without what would end a cell of a table."""
     return " ".join(text.replace("|", "/").split())
 
 
@@ -196,7 +197,8 @@ def _inputs(row: dict) -> str:
     return "any" if row["pattern"] is None else f"{row['pattern']} {row['sparsity']:.0%}"
 
 
-def _provenance(rows: Sequence[dict]) -> list[str]:
+def provenance_lines(rows: Sequence[dict]) -> list[str]:
+    """Date, commit and versions that rows were measured with, and an empty line."""
     said = sorted(
         {
             f"{row['date'][:10]}, commit {(row['git_sha'] or 'unknown')[:10]}{' and changes' if row['dirty'] else ''}, "

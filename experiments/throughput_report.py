@@ -10,7 +10,7 @@ from pathlib import Path
 from experiments.errors import user_errors
 from experiments.files import read_rows, write_atomically
 from experiments.plots import grid, save, styles
-from experiments.speed_report import tokens
+from experiments.speed_report import in_a_cell, provenance_lines, tokens
 
 ROWS = "throughput.jsonl"
 CASE = ("backend", "length", "pattern", "micro_batch_tokens", "compile", "activation_checkpointing")
@@ -52,7 +52,7 @@ def to_markdown(rows: Sequence[dict]) -> str:
     for row in newest(rows):
         groups.setdefault((row["device"], *row["train"]), []).append(row)
     for (device, *train), inside in groups.items():
-        out += [f"## {device}: {' '.join(train)}\n", *_provenance(inside)]
+        out += [f"## {device}: {' '.join(train)}\n", *provenance_lines(inside)]
         out += [
             "| length | backend | micro-batch | compiled | checkpointed | causal sparsity | tokens/s | against dense "
             "| MFU, as dense | MFU, of keys read | peak memory | data wait |",
@@ -77,20 +77,11 @@ def _order(row: dict) -> tuple:
     return (row["length"], row["backend"] != "full", label(row), -(row["tokens_per_s"] or 0))
 
 
-def _provenance(rows: Sequence[dict]) -> list[str]:
-    said = {
-        f"{row['date'][:10]}, commit {(row['git_sha'] or 'unknown')[:10]}{' and changes' if row['dirty'] else ''}, "
-        + ", ".join(f"{name} {version}" for name, version in row["versions"].items() if version)
-        for row in rows
-    }
-    return [*sorted(said), ""]
-
-
 def _line(row: dict, dense: float | None) -> str:
     case = [tokens(row["length"]), label(row), tokens(row["micro_batch_tokens"])]
     case += ["yes" if row[name] else "no" for name in ("compile", "activation_checkpointing")]
     if row["status"] != "ok":
-        why = " ".join(f"{row['status']} {row['detail'] or ''}".replace("|", "/").split())
+        why = in_a_cell(f"{row['status']} {row['detail'] or ''}")
         return f"| {' | '.join(case)} | {why} |" + " |" * 6
 
     def share(value: float | None) -> str:

@@ -94,6 +94,7 @@ def study(tmp_path):
     ]
     speed = [json.loads(line) for line in (RESULTS / "speed_h100/speed.jsonl").open()]
     speed = [r for r in speed if r["sparsity"] in (None, 0.75) and r["pattern"] in (None, "clustered")]
+    speed = [r for r in speed if "decode" not in r["pass"]]
     throughput = [
         dict.fromkeys(CASE)
         | {"backend": backend, "length": length, "device": "GPU", "train": [], "status": "ok"}

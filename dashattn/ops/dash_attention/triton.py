@@ -17,11 +17,29 @@ from dashattn.ops.block_sparse.triton_backward import (
     query_grad_options,
 )
 from dashattn.ops.chunk_summary.triton import pooling_queries, summarise, summarise_backward, summary_starts
-from dashattn.ops.dash_routing.triton import alpha_of_heads, check_prior_heads, has_forward_bias, num_blocks
+from dashattn.ops.dash_routing.triton import (
+    alpha_of_heads,
+    check_prior_heads,
+    has_forward_bias,
+    num_blocks,
+    temperature,
+)
 from dashattn.ops.dash_routing.triton_backward import route_backward
 from dashattn.ops.dash_routing.triton_forward import prior_bias, route, router_options
 from dashattn.ops.tiles import flatten_tokens, geometry
 from dashattn.selection import Selection
+
+
+def _forward_bias(
+    q_nHD, summaries, alpha, starts, peak, tau, geo, chunk_size, blocks, score_scale, prior, sigma, router
+):
+    """The bias [n, H, N] where the attention needs one, else None; the backward makes it again."""
+    if not has_forward_bias(prior, sigma, q_nHD.dtype):
+        return None
+    return prior_bias(
+        q_nHD, summaries, alpha, starts, peak, tau, geo, chunk_size, blocks, score_scale, temperature(prior, sigma),
+        router,
+    )  # fmt: skip
 
 
 @torch.library.custom_op("dashattn::dash_attention_forward", mutates_args=())
@@ -40,12 +58,9 @@ def _forward_op(
     router = router_options(geo.padded_dim, q.itemsize)
     summaries = summarise(k_nHD, queries, starts, geo, chunk_size, _num_summaries(k, chunk_size))
     words, peak, tau = route(q_nHD, summaries, alpha, starts, geo, chunk_size, blocks, score_scale, router)
-    bias = None
-    if has_forward_bias(prior, sigma, q.dtype):
-        temperature = sigma if prior == "tempered" else None
-        bias = prior_bias(
-            q_nHD, summaries, alpha, starts, peak, tau, geo, chunk_size, blocks, score_scale, temperature, router
-        )
+    bias = _forward_bias(
+        q_nHD, summaries, alpha, starts, peak, tau, geo, chunk_size, blocks, score_scale, prior, sigma, router
+    )
     out, lse = attend(q_nHD, k_nHD, v_nHD, words, bias, geo, chunk_size, scale)
     words = words.unflatten(1, q.shape[:2]).transpose(0, 1).contiguous()
     return out.view(q.shape), words, *(x.view(q.shape[:3]) for x in (lse, peak, tau)), summaries
@@ -79,13 +94,10 @@ def _backward_op(
     flat_words = flatten_words(words)
     starts = summary_starts(geo, chunk_size)
     blocks = num_blocks(q, chunk_size)
-    temperature = sigma if prior == "tempered" else None
     router = router_options(geo.padded_dim, q.itemsize)
-    bias = None
-    if has_forward_bias(prior, sigma, q.dtype):
-        bias = prior_bias(
-            q_nHD, summaries, alpha, starts, peak, tau, geo, chunk_size, blocks, score_scale, temperature, router
-        )
+    bias = _forward_bias(
+        q_nHD, summaries, alpha, starts, peak, tau, geo, chunk_size, blocks, score_scale, prior, sigma, router
+    )
     delta_nH = delta(out_nHD, do_nHD)
     options = key_grad_options(geo.padded_dim, chunk_size, q.itemsize)
     by_key = key_lists(flat_words, geo, chunk_size, key_grad_window(geo, chunk_size, q.itemsize, options["keys"]))
@@ -104,8 +116,8 @@ def _backward_op(
         if lists.tokens != router_tokens:
             lists = tile_lists(flat_words, geo, chunk_size, router_tokens)
         dsummaries, dalpha = route_backward(
-            q_nHD, summaries, alpha, starts, peak, tau, bias_grad, dq, lists, geo, chunk_size, score_scale, temperature,
-            alpha_grad, router,
+            q_nHD, summaries, alpha, starts, peak, tau, bias_grad, dq, lists, geo, chunk_size, score_scale,
+            temperature(prior, sigma), alpha_grad, router,
         )  # fmt: skip
         dqueries = summarise_backward(
             dsummaries, k_nHD, queries, dk, starts, geo, chunk_size, _num_summaries(k, chunk_size)

@@ -23,6 +23,11 @@ def has_forward_bias(prior: str, sigma: float, dtype: torch.dtype) -> bool:
     return prior == "raw" or (prior == "tempered" and (sigma < NEGLIGIBLE_SIGMA or dtype == torch.float32))
 
 
+def temperature(prior: str, sigma: float) -> float | None:
+    """As the router's kernels take it: None for the raw prior."""
+    return sigma if prior == "tempered" else None
+
+
 def alpha_of_heads(alpha: float | Tensor, q: Tensor) -> Tensor | None:
     """float32 [Hq], or None for 1.5."""
     heads = q.shape[2]
@@ -151,8 +156,8 @@ def dash_routing(
     selection = Selection(words, chunk_size)
     if prior == "none":
         return selection, None
-    temperature = sigma if prior == "tempered" else None
-    return selection, _prior_op(q, summaries, alpha, words, peak, tau, cu_seqlens, chunk_size, score_scale, temperature)
+    kind = temperature(prior, sigma)
+    return selection, _prior_op(q, summaries, alpha, words, peak, tau, cu_seqlens, chunk_size, score_scale, kind)
 
 
 def check_prior_heads(prior_heads: str) -> None:

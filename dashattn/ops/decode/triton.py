@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dashattn.ops.block_sparse.reference import QUERY_TILE
 from dashattn.ops.chunk_summary.triton import chunk_summary
-from dashattn.ops.dash_routing.triton import has_forward_bias
+from dashattn.ops.dash_routing.triton import has_forward_bias, temperature
 from dashattn.ops.decode.triton_attention import append, attend
 from dashattn.ops.decode.triton_compression import compress_window
 from dashattn.ops.decode.triton_routing import route
@@ -75,7 +75,7 @@ def routed_attention(
     for tile, before in _tiles(q, lengths):
         words, bias = route(
             tile, summaries, before, alpha, chunk_size, router_scale * head_dim**-0.5,
-            has_forward_bias(prior, sigma, q.dtype), sigma if prior == "tempered" else None,
+            has_forward_bias(prior, sigma, q.dtype), temperature(prior, sigma),
         )  # fmt: skip
         outs.append(attend(tile, k, v, before, words, bias, chunk_size, None, scale))
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
