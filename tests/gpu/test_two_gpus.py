@@ -40,7 +40,7 @@ def launch(tmp_path, tmp_path_factory):
         done = subprocess.run(
             [sys.executable, *launcher, str(script), *overrides, "name=run", *directories],
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
             capture_output=True,
             text=True,
             timeout=1200,

@@ -92,14 +92,18 @@ def halley_root(tau, power_sum, slope_sum, support):
 
 
 @triton.jit
+def row_sums(sums):
+    return tl.sum(sums[0], 1), tl.sum(sums[1], 1), tl.sum(sums[2], 1)
+
+
+@triton.jit
 def root_step(tau, sums, alpha, highest, SQUARE: tl.constexpr):
-    """A better threshold, and sum p at the old one."""
-    power_sum = tl.sum(sums[0], 1)
+    """A better threshold from the rows' sums of z ** r, z ** (r - 1) and z > 0 at ``tau``."""
     if SQUARE:
-        better = halley_root(tau, power_sum, tl.sum(sums[1], 1), tl.sum(sums[2], 1))
+        better = halley_root(tau, sums[0], sums[1], sums[2])
     else:
-        better = tangent_root(tau, power_sum, tl.sum(sums[1], 1), alpha, SQUARE)
-    return tl.minimum(tl.maximum(better, -1.0), highest), power_sum
+        better = tangent_root(tau, sums[0], sums[1], alpha, SQUARE)
+    return tl.minimum(tl.maximum(better, -1.0), highest)
 
 
 @triton.jit

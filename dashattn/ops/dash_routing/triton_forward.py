@@ -23,6 +23,7 @@ from dashattn.ops.dash_routing.triton_entmax import (
     power,
     probe,
     root_step,
+    row_sums,
     unsolved,
 )
 from dashattn.ops.tiles import Geometry, locate_tile, query_rows
@@ -175,7 +176,7 @@ def threshold_kernel(
             q, summary_desc, kv_head, first_summary, chunk, past, own, slope, peak, tau, exponent, sums, word_row,
             in_document, num_words, TOKENS, GROUP_P, CHUNKS, DIM, SQUARE, True, False, PRECISION,
         )  # fmt: skip
-    tau, _ = root_step(tau, sums, alpha, highest, SQUARE)
+    tau = root_step(tau, row_sums(sums), alpha, highest, SQUARE)
     searching = True
     passes = 0
     while searching:
@@ -191,8 +192,9 @@ def threshold_kernel(
                 in_document, num_words, TOKENS, GROUP_P, CHUNKS, DIM, SQUARE, True, True, PRECISION,
             )  # fmt: skip
         passes += 1
-        better, power_sum = root_step(tau, sums, alpha, highest, SQUARE)
-        open_rows = (past > 0) & unsolved(tau, better, power_sum, alpha)
+        totals = row_sums(sums)
+        better = root_step(tau, totals, alpha, highest, SQUARE)
+        open_rows = (past > 0) & unsolved(tau, better, totals[0], alpha)
         searching = (tl.max(open_rows.to(tl.int32), 0) > 0) & (passes < MAX_PASSES)
         if searching:
             tau = better

@@ -40,15 +40,22 @@ def _count_bits(word):
 
 
 @triton.jit
-def _block_of_rank(rank, words, ends, WORDS: tl.constexpr):
-    """The block that is number ``rank`` (from 0) among the set bits; ``ends``: bits up to each word, it included."""
-    index = tl.sum((ends <= rank).to(tl.int32), 0)
-    here = tl.arange(0, WORDS) == index
-    word = tl.sum(tl.where(here, words, 0), 0)
-    before = tl.sum(tl.where(here, ends - _count_bits(words), 0), 0)
-    bit = tl.arange(0, 32)
-    within = tl.cumsum((word >> bit) & 1, 0)
-    return index * 32 + tl.sum((within <= rank - before).to(tl.int32), 0)
+def _blocks_of_ranks(rank, words, ends, WORDS: tl.constexpr):
+    """The blocks that are number ``rank`` (from 0) among the set bits; ``ends``: bits up to each word, it included."""
+    passed = ends[None, :] <= rank[:, None]
+    index = tl.sum(passed.to(tl.int32), 1)
+    here = tl.arange(0, WORDS)[None, :] == index[:, None]
+    word = tl.sum(tl.where(here, words[None, :], 0), 1)
+    left = rank - tl.max(tl.where(passed, ends[None, :], 0), 1)
+    block = index * 32
+    # The half that holds the bit, five times.
+    for level in tl.static_range(4, -1, -1):
+        low = _count_bits(word & ((1 << (1 << level)) - 1))
+        is_high = left >= low
+        left -= tl.where(is_high, low, 0)
+        word = tl.where(is_high, word >> (1 << level), word)
+        block += tl.where(is_high, 1 << level, 0)
+    return block
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_words", "num_blocks", "window"])
@@ -58,8 +65,7 @@ def attention_kernel(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, WORD_HEADS: tl.constexpr,
     WORD_HEADS_P: tl.constexpr, WORDS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, SIZE: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PDL: tl.constexpr,
+    STRIDE: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """WORD_HEADS: selections that are united (those of the group's heads, or one); 0: all blocks in the window.
 
@@ -101,26 +107,30 @@ def attention_kernel(
     acc = tl.zeros([ROWS, DIM], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     peak = tl.full([ROWS], NO_PEAK, tl.float32)
-    for rank in range(split * count // SPLITS, (split + 1) * count // SPLITS):
-        block = first + rank
+    end = (split + 1) * count // SPLITS
+    for start in range(split * count // SPLITS, end, RANKS):
+        # Found for several blocks at once: the exchange between threads that it takes would hold up each load.
+        blocks = first + start + tl.arange(0, RANKS)
         if WORD_HEADS > 0:
-            block = _block_of_rank(rank, words, ends, WORDS)
-        key = block * BLOCK + tl.arange(0, BLOCK)
-        visible = (key <= position) & (key > position - window)
-        offset = cache_offset + key.to(tl.int64)[:, None] * token_stride + dim[None, :]
-        in_tile = visible[:, None] & in_dim[None, :]
-        k = tl.load(k_ptr + offset, mask=in_tile, other=0.0)
-        v = tl.load(v_ptr + offset, mask=in_tile, other=0.0)
-        logits = tl.dot(q, k.T, input_precision=PRECISION) * scale_log2
-        if HAS_BIAS:
-            logits += tl.load(bias_ptr + bias_row + block) * 1.4426950408889634
-        logits = tl.where(visible[None, :], logits, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(logits, 1))
-        p = tl.exp2(logits - new_peak[:, None])
-        decay = tl.exp2(peak - new_peak)
-        total = total * decay + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-        peak = new_peak
+            blocks = _blocks_of_ranks(blocks, words, ends, WORDS)
+        for number in range(tl.minimum(end - start, RANKS)):
+            block = tl.sum(tl.where(tl.arange(0, RANKS) == number, blocks, 0), 0)
+            key = block * BLOCK + tl.arange(0, BLOCK)
+            visible = (key <= position) & (key > position - window)
+            offset = cache_offset + key.to(tl.int64)[:, None] * token_stride + dim[None, :]
+            in_tile = visible[:, None] & in_dim[None, :]
+            k = tl.load(k_ptr + offset, mask=in_tile, other=0.0)
+            v = tl.load(v_ptr + offset, mask=in_tile, other=0.0)
+            logits = tl.dot(q, k.T, input_precision=PRECISION) * scale_log2
+            if HAS_BIAS:
+                logits += tl.load(bias_ptr + bias_row + block) * 1.4426950408889634
+            logits = tl.where(visible[None, :], logits, float("-inf"))
+            new_peak = tl.maximum(peak, tl.max(logits, 1))
+            p = tl.exp2(logits - new_peak[:, None])
+            decay = tl.exp2(peak - new_peak)
+            total = total * decay + tl.sum(p, 1)
+            acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+            peak = new_peak
 
     if SPLITS == 1:
         acc = acc / tl.where(total > 0, total, 1.0)[:, None]
@@ -235,7 +245,7 @@ def attend(
         KV_HEADS=kv_heads, GROUP=group, ROWS=max(16, power_of_2_from(group)), WORD_HEADS=word_heads,
         WORD_HEADS_P=power_of_2_from(max(1, word_heads)), WORDS=power_of_2_from(max(1, num_words)),
         HAS_BIAS=bias is not None, BLOCK=block_size, HEAD_DIM=head_dim, DIM=dim, SPLITS=splits,
-        PRECISION=precision(q.dtype), SIZE=tokens_per_key[0], STRIDE=tokens_per_key[1],
+        PRECISION=precision(q.dtype), SIZE=tokens_per_key[0], STRIDE=tokens_per_key[1], RANKS=16,
         num_warps=4 if tile_bytes <= 16384 else 8, num_stages=2 if tile_bytes <= 32768 else 1,
         **overlapped_launch(q.device),
     )  # fmt: skip

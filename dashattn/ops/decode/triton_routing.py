@@ -56,6 +56,18 @@ def product_kernel(
     tl.store(target, products, mask=in_group[:, None] & past[None, :])
 
 
+@triton.jit
+def add_three(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
+@triton.jit
+def _measure(x, slope, tau, exponent, SQUARE: tl.constexpr):
+    """p, and its sums for ``root_step``: in one reduction, since the warps' exchange is what a pass costs."""
+    p, u = power(above_threshold(x, slope, tau), exponent, SQUARE)
+    return p, tl.reduce((p, u, is_positive(p)), 1, add_three)
+
+
 @triton.jit(do_not_specialize=["num_tokens", "num_chunks", "num_words"])
 def threshold_kernel(
     product_ptr, alpha_ptr, words_ptr, peak_ptr, tau_ptr, lengths, score_scale, num_tokens, num_chunks, num_words,
@@ -83,13 +95,13 @@ def threshold_kernel(
     # The steps start at the left end of the bracket. No threshold lies right of the one for equal scores.
     highest = -tl.exp2((1.0 - alpha) * tl.log2(tl.maximum(own, 1).to(tl.float32)))
     tau = tl.full([1], -1.0, tl.float32)
-    p, u = power(above_threshold(x, slope, tau), exponent, SQUARE)
-    better, total = root_step(tau, (p, u, is_positive(p)), alpha, highest, SQUARE)
+    p, sums = _measure(x, slope, tau, exponent, SQUARE)
+    better = root_step(tau, sums, alpha, highest, SQUARE)
     passes = 0
-    while (own > 0) & (tl.max(unsolved(tau, better, total, alpha).to(tl.int32), 0) > 0) & (passes < MAX_PASSES):
+    while (own > 0) & (tl.max(unsolved(tau, better, sums[0], alpha).to(tl.int32), 0) > 0) & (passes < MAX_PASSES):
         tau = better
-        p, u = power(above_threshold(x, slope, tau), exponent, SQUARE)
-        better, total = root_step(tau, (p, u, is_positive(p)), alpha, highest, SQUARE)
+        p, sums = _measure(x, slope, tau, exponent, SQUARE)
+        better = root_step(tau, sums, alpha, highest, SQUARE)
         passes += 1
 
     selected = ((p > 0) | (chunk == own)).to(tl.int32)
