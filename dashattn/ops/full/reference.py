@@ -1,11 +1,13 @@
 """Dense causal attention through PyTorch's SDPA. Shapes: B batch, T tokens, Hq / Hkv heads, D head size."""
 
 from contextlib import nullcontext
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 
 from dashattn.documents import per_document
 
@@ -15,12 +17,23 @@ FOR_TRAINING = [
     *(SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION),
     *(SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH),
 ]
+HALVES = (torch.bfloat16, torch.float16)
+# PyTorch 2.11 takes grouped heads without being told.
+GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 def sdpa_attention(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """Causal softmax attention of q [B, T, Hq, D] over k, v [B, T, Hkv, D], one SDPA call per document."""
+    """Causal softmax attention of q [B, T, Hq, D] over k, v [B, T, Hkv, D].
+
+    Packed documents in 16 bits on a GPU are one call of FlashAttention, elsewhere one of SDPA each.
+    """
+    if cu_seqlens is not None and q.is_cuda and q.dtype in HALVES and q.shape[-1] in range(8, 257, 8):
+        length = q.shape[1]  # bounds the documents', which only the device knows
+        documents = (cu_seqlens, cu_seqlens, length, length)
+        out = varlen_attn(q[0], k[0], v[0], *documents, scale=scale, window_size=(-1, 0), **GROUPED)
+        return out[None]
 
     def attend(*qkv_BTHD):
         q_BHTD, k_BHTD, v_BHTD = (x.transpose(1, 2) for x in qkv_BTHD)
