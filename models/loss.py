@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100
-CHUNK_LOGITS = 2**26  # of a chunk: 256 MiB in float32
+CHUNK_LOGITS = 2**27  # of a chunk: 512 MiB in float32; each adds once to the weight's gradient, as large as the weight
 
 
 def cross_entropy(
@@ -59,11 +59,11 @@ class _SumOfLosses(torch.autograd.Function):
             grad = torch.exp(log_p, out=logits)
             token = torch.arange(len(labels), device=labels.device)
             grad[token, labels.clamp(min=0)] = torch.expm1(-token_losses[part]).to(grad.dtype)  # p - 1, then rounded
-            grad *= (labels != IGNORE)[:, None]
+            ignored = (labels == IGNORE)[:, None]  # masks what is multiplied with, which is narrower
             if needs_hidden:
-                grad_hidden[part] = grad @ weight_VE
+                grad_hidden[part] = (grad @ weight_VE).masked_fill_(ignored, 0)
             if needs_weight:
-                grad_weight += grad.T @ hidden
+                grad_weight += grad.T @ hidden.masked_fill(ignored, 0)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight_VE.dtype
         ctx.mark_non_differentiable(token_losses)
