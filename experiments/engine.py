@@ -150,7 +150,8 @@ def deepspeed_json(
         "checkpoint": {"load_universal": universal},
     }
     if precision == "bf16":
-        result["bf16"] = {"enabled": True}
+        # At stage 1 a gradient is added to the float32 sum as soon as it is there, and its 16 bits are freed.
+        result["bf16"] = {"enabled": True, "immediate_grad_update": True}
         result["data_types"] = {"grad_accum_dtype": "fp32"}
     elif precision == "fp16":
         result["fp16"] = {"enabled": True}
@@ -160,9 +161,13 @@ def deepspeed_json(
 def build_engine(model: Transformer, optimizer: torch.optim.Optimizer, json: dict):
     """`model` and `optimizer` under DeepSpeed, which moves them to the device and broadcasts rank 0's weights."""
     import deepspeed
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
     with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints how memory grows
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=json, dist_init_required=False)
+    if isinstance(engine.optimizer, BF16_Optimizer) and torch.distributed.get_world_size() == 1:
+        # The average over one rank would cost five passes over the gradient, and round its float32 sum to 16 bits.
+        engine.enable_backward_allreduce = False
     if engine.zero_optimization_stage() == 3:
         # The model itself reads this weight of a submodule. Unless told, DeepSpeed finds out when the weight is first
         # missing, and fails if that is later than in the first steps: after a resume, say.

@@ -96,6 +96,24 @@ def test_bf16_trains_and_resumes_exactly(make_config, tmp_path, options):
     assert losses(train(make_config("resumed", *options))) == losses(whole)
 
 
+def test_one_rank_sums_gradients_in_float32_and_keeps_no_other(make_config, monkeypatch):
+    from deepspeed.utils import safe_get_full_grad
+
+    sums, optimizer_step = [], train_module.optimizer_step
+
+    def observed(engine, grad_clip):
+        weight = engine.module.embedding.weight
+        assert weight.grad is None
+        sums.append(safe_get_full_grad(weight).clone())
+        return optimizer_step(engine, grad_clip)
+
+    monkeypatch.setattr(train_module, "optimizer_step", observed)
+    train(make_config("run", "deepspeed.precision=bf16", "rows_per_micro_batch=2", "steps=1", "optim.warmup_steps=0"))
+    first, both = sums
+    assert torch.equal(first, first.bfloat16())
+    assert not torch.equal(both, both.bfloat16())
+
+
 @pytest.mark.parametrize("stage", [0, 1])
 def test_accumulation_weighs_every_target_the_same(make_config, stage):
     # Rows of recall have different numbers of targets.
