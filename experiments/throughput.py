@@ -234,7 +234,9 @@ class Benchmark:
         run = None
         try:
             with tempfile.TemporaryDirectory() as directory, ExitStack() as resources:
-                run = build(compose_run(self.config, backend, length, setting, Path(directory) / "run"), (), resources)
+                composed = compose_run(self.config, backend, length, setting, Path(directory) / "run")
+                with torch.device(self.device):  # draws the weights there: on a CPU that takes longer than the steps
+                    run = build(composed, (), resources)
                 found = measure(run, self.config, pattern)
             row |= {"status": "ok"} | found
         except Exception as error:  # what breaks must not take the others' measurements with it
