@@ -27,7 +27,7 @@ from experiments.errors import user_errors
 from experiments.files import append_rows
 from experiments.speed_decode import Decoding, Result
 from experiments.speed_inputs import PATTERNS, Problem, Shape, make_problem
-from experiments.speed_measure import ROOT, extra_mib, failures, graph_ms, measure, passes, run_jax, summary
+from experiments.speed_measure import ROOT, extra_mib, failed_check, graph_ms, measure, passes, run_jax, summary
 from experiments.speed_methods import BACKENDS, Method, UnavailableError, explain
 from experiments.speed_peers import BASELINES
 from experiments.speed_report import DENSE, FLASH_3, PASSES, ROWS, write_report
@@ -169,11 +169,11 @@ class Benchmark:
             row = self.row(method, pattern, problem.length, problem.target, name)
             row |= {"causal_sparsity": sparsity, "router_scale": problem.router_scale, "errors": errors}
             ours = any(method in methods for methods in BACKENDS.values())  # others may wait inside: no graphs
-            failed = failures(errors, name, self.config.tolerance if ours else self.config.baseline_tolerance)
+            failed = failed_check(errors, name, self.config.tolerance if ours else self.config.baseline_tolerance)
             if name not in calls:
                 yield row | {"status": "no backward"}
             elif failed:
-                yield row | {"status": "failed check", "detail": "; ".join(failed)}
+                yield row | failed
             else:
                 try:
                     times = measure(calls[name], self.config.warmup, self.config.repetitions)
@@ -246,9 +246,9 @@ class Benchmark:
                 reply = found.get((length, name), {"error": failure or "no answer"})
                 row = self.row(method, "iid", length, None, name)
                 row["errors"] = replies[0]["errors"] if replies else {}
-                failed = failures(row["errors"], name, config.baseline_tolerance)
+                failed = failed_check(row["errors"], name, config.baseline_tolerance)
                 if failed:
-                    yield row | {"status": "failed check", "detail": "; ".join(failed)}
+                    yield row | failed
                 elif "error" in reply:
                     yield row | {"status": "error", "detail": reply["error"]}
                 else:

@@ -20,7 +20,7 @@ import torch
 
 from dashattn.cache import DecodeCache
 from experiments.speed_inputs import Shape
-from experiments.speed_measure import failures, graph_times, measure, run_jax, summary
+from experiments.speed_measure import failed_check, graph_times, measure, run_jax, summary
 from experiments.speed_methods import explain
 from experiments.speed_report import DECODE, DENSE, FLASH_3, FULL, MODEL_DECODE, WHOLE
 from experiments.speed_steps import (
@@ -131,15 +131,15 @@ class Decoding:
             lengths = [i * (most - 1) // (CHECK_BATCH - 1) for i in range(CHECK_BATCH)]
             small = make_inputs(inputs.shape, 1, most, lengths, self.config.seed + 1, self.device)
             errors, _ = prepare(small, target)[0].check(small.device_lengths)
-            failed = failures(errors, DECODE, tolerance)
+            failed = failed_check(errors, DECODE, tolerance)
             if failed:
-                return {"status": "failed check", "detail": "; ".join(failed), "errors": errors}
+                return failed | {"errors": errors}
         step, knob = prepare(inputs, target)
         errors, sparsity = step.check(inputs.device_lengths)
         values = {"errors": errors, "causal_sparsity": sparsity, "knob": knob, "layers": len(inputs.caches)}
-        failed = failures(errors, DECODE, tolerance)
+        failed = failed_check(errors, DECODE, tolerance)
         if failed:
-            return values | {"status": "failed check", "detail": "; ".join(failed)}
+            return values | failed
         times = graph_times(step.run, self.config.warmup, max(REPLAYS, self.config.repetitions))
         return values | {"status": "ok"} | summary([ms / len(inputs.caches) for ms in times])
 
@@ -155,14 +155,14 @@ class Decoding:
             replies, failure = run_jax(options, self.deadline - time.monotonic())
         errors = replies[0]["errors"] if replies else {}
         found = {(reply["length"], reply["batch"]): reply for reply in replies[1:]}
-        failed = failures(errors, DECODE, config.baseline_tolerance)
+        failed = failed_check(errors, DECODE, config.baseline_tolerance)
         for length, batch in config.decode:
             reply = found.get((length, batch), {"error": failure or "no answer"})
             values = {"errors": errors, "layers": LAYERS[0]}
             if packages:
                 values |= {"status": "not installed", "detail": failure}
             elif failed:
-                values |= {"status": "failed check", "detail": "; ".join(failed)}
+                values |= failed
             elif "error" in reply:
                 values |= {"status": "error", "detail": reply["error"]}
             else:
@@ -207,9 +207,9 @@ class Decoding:
         values = {"errors": errors, "causal_sparsity": sparsity, "knob": knob, "layers": shape.num_layers}
         values |= {"heads": shape.num_heads, "kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim}
         values |= {"parameters": sum(p.numel() for p in model.parameters())}
-        failed = failures(errors, DECODE, config.tolerance)
+        failed = failed_check(errors, DECODE, config.tolerance)
         if failed:
-            return values | {"status": "failed check", "detail": "; ".join(failed)}
+            return values | failed
         step = decode_step(model, sequences)
         times = measure(lambda: step(token_B), config.warmup, max(REPLAYS, config.repetitions))
         found = summary(times)

@@ -83,15 +83,19 @@ def passes(operation: Operation, problem: Problem) -> dict[str, Callable[[], obj
     return {FORWARD: forward, BOTH: both} if operation.leaves else {FORWARD: forward}
 
 
-def failures(errors: dict[str, float], name: str, tolerance: float) -> list[str]:
-    """What keeps a pass from being timed: errors beyond their bounds; a forward does not answer for gradients."""
+def failed_check(errors: dict[str, float], name: str, tolerance: float) -> dict[str, str]:
+    """Columns of a pass that errors beyond their bounds keep from being timed, else {}.
+
+    A forward does not answer for gradients.
+    """
     bounds = dict.fromkeys((SELECTED_ROWS, SELECTED_BLOCKS), SELECTION_TOLERANCE)
     bounds["chunk_query"] = CHUNK_QUERY_TOLERANCE
-    return [
+    found = [
         f"{what} off by {error:.2g}, allowed {bounds.get(what, tolerance):.2g}"
         for what, error in errors.items()
         if not error <= bounds.get(what, tolerance) and (name != FORWARD or what in ("out", SELECTED_ROWS))
     ]
+    return {"status": "failed check", "detail": "; ".join(found)} if found else {}
 
 
 def run_jax(options: dict, seconds: float) -> tuple[list[dict], str]:

@@ -25,7 +25,7 @@ from experiments.speed_inputs import (
     make_qkv,
     topk_sparsities,
 )
-from experiments.speed_measure import failures
+from experiments.speed_measure import failed_check
 from experiments.speed_methods import Method, UnavailableError, given_selection
 from experiments.speed_peers import block_lists
 from experiments.speed_report import ATTENTION, BOTH, CUDNN, DENSE, FLASH_3, FORWARD, WHOLE
@@ -187,8 +187,8 @@ def test_a_wrong_gradient_keeps_the_backward_from_being_timed(rows_of, gradient)
 
 
 def test_selections_may_differ_in_few_rows():
-    assert not failures({"selected rows": 0.004}, FORWARD, 0.005)
-    assert failures({"selected rows": 0.006, "out": 0.001}, FORWARD, 0.005)
+    assert not failed_check({"selected rows": 0.004}, FORWARD, 0.005)
+    assert failed_check({"selected rows": 0.006, "out": 0.001}, FORWARD, 0.005)
 
 
 def test_what_cannot_run_has_a_row_and_stops_no_other(rows_of):

@@ -12,7 +12,7 @@ from dashattn.selection import Selection
 from experiments import speed, speed_decode, speed_report
 from experiments.files import read_rows
 from experiments.speed_inputs import Shape
-from experiments.speed_measure import failures
+from experiments.speed_measure import failed_check
 from experiments.speed_methods import SELECTED_BLOCKS, UnavailableError
 from experiments.speed_report import DECODE, DENSE, FLASH_3, FULL, MODEL_DECODE, WHOLE
 from experiments.speed_steps import DENSE_BASELINES, Step, assess, build, find_knob, make_inputs, new_config
@@ -126,9 +126,9 @@ def test_few_blocks_may_be_selected_otherwise():
     errors, sparsity = assess(ones, ones, [(made, wanted)], torch.tensor([300 * 32 - 1]))
     assert errors == {"out": 0, SELECTED_BLOCKS: pytest.approx(1 / 300)}
     assert sparsity == pytest.approx(1 - 149.5 / 300)
-    assert not failures(errors, DECODE, 0.005)
-    assert failures(errors | {SELECTED_BLOCKS: 0.006}, DECODE, 0.005)
-    assert failures(errors | {"out": math.inf}, DECODE, 0.005)
+    assert not failed_check(errors, DECODE, 0.005)
+    assert failed_check(errors | {SELECTED_BLOCKS: 0.006}, DECODE, 0.005)
+    assert failed_check(errors | {"out": math.inf}, DECODE, 0.005)
 
 
 def test_knobs_that_cannot_be():
