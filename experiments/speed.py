@@ -30,7 +30,8 @@ from experiments.speed_inputs import PATTERNS, Problem, Shape, make_problem
 from experiments.speed_measure import ROOT, extra_mib, failed_check, graph_ms, measure, passes, run_jax, summary
 from experiments.speed_methods import BACKENDS, Method, UnavailableError, explain
 from experiments.speed_peers import BASELINES
-from experiments.speed_report import DENSE, FLASH_3, PASSES, ROWS, write_report
+from experiments.speed_report import write_report
+from experiments.speed_rows import DENSE, FLASH_3, PASSES, ROWS
 from models.config import ModelConfig
 
 # Longer calls hide what the host does for the next one: they are not measured as CUDA graphs.

@@ -22,7 +22,7 @@ from dashattn.cache import DecodeCache
 from experiments.speed_inputs import Shape
 from experiments.speed_measure import failed_check, graph_times, measure, run_jax, summary
 from experiments.speed_methods import explain
-from experiments.speed_report import DECODE, DENSE, FLASH_3, FULL, MODEL_DECODE, WHOLE
+from experiments.speed_rows import DECODE, DENSE, FLASH_3, FULL, MODEL_DECODE, WHOLE
 from experiments.speed_steps import (
     DENSE_BASELINES,
     SPARSE_BASELINES,

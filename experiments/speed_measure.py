@@ -12,7 +12,7 @@ import torch
 
 from experiments.speed_inputs import Problem
 from experiments.speed_methods import SELECTED_BLOCKS, SELECTED_ROWS, SELECTION_TOLERANCE, Operation
-from experiments.speed_report import BOTH, FORWARD
+from experiments.speed_rows import BOTH, FORWARD
 
 ROOT = Path(__file__).resolve().parents[1]
 # A tempered prior's gradient is 1 / p-like: the few chunks at the edge of the support dominate the chunk query's

@@ -21,7 +21,7 @@ from dashattn.ops.gates.reference import gated_sum
 from dashattn.ops.window.reference import window_attention
 from dashattn.selection import Selection
 from experiments.speed_inputs import Problem, topk_sparsities
-from experiments.speed_report import ATTENTION, ROUTING, WHOLE
+from experiments.speed_rows import ATTENTION, ROUTING, WHOLE
 
 SELECTED_ROWS, SELECTED_BLOCKS = "selected rows", "selected blocks"
 # Share of (token, KV head) rows, or where there are few of them of blocks, that may be selected otherwise than by the

@@ -22,7 +22,7 @@ from experiments.speed_methods import (
     nearest_topk,
     on_copies,
 )
-from experiments.speed_report import ATTENTION, CUDNN, DENSE, FLASH_3, WHOLE
+from experiments.speed_rows import ATTENTION, CUDNN, DENSE, FLASH_3, WHOLE
 
 SDPA_FLASH, RELEASED = "SDPA flash", "released DashAttention"
 

@@ -32,7 +32,7 @@ from dashattn.selection import Selection
 from experiments.speed_inputs import Shape, bisect_scale, causal_sparsity, make_keys
 from experiments.speed_methods import SELECTED_BLOCKS, UnavailableError, relative_error
 from experiments.speed_peers import RELEASED, SDPA_FLASH, need
-from experiments.speed_report import CUDNN, FULL
+from experiments.speed_rows import CUDNN, FULL
 from models.transformer import Transformer
 
 Selections = tuple[Selection, Selection]  # made by the kernels, and by the reference

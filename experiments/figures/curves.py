@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from experiments import speed_report, throughput_report
+from experiments import speed_report, speed_rows, throughput_report
 from experiments.figures.rows import Drawn, Study, as_trained, averaged, grouped
 from experiments.frontier import of_frontiers
 from experiments.plots import grid, pyplot, save, styles
@@ -36,10 +36,10 @@ THROUGHPUT_COLUMNS = (
 
 
 def make_speed(study: Study) -> Drawn | None:
-    rows = speed_report.newest(study.speed)
+    rows = speed_rows.newest(study.speed)
     if not rows:
         return None
-    table = [{name: row.get(name) for name in SPEED_COLUMNS} for row in speed_report.with_ratios(rows)]
+    table = [{name: row.get(name) for name in SPEED_COLUMNS} for row in speed_rows.with_ratios(rows)]
     notes = [] if any(row["pass"] == "decode" for row in rows) else ["Decoding: missing, no row is of pass decode."]
     return Drawn(table, lambda path: speed_report.draw(rows, path), notes)
 

@@ -2,7 +2,7 @@
 
 from experiments.figures.frontiers import GROUPS, MISSING, make_ruler
 from experiments.figures.rows import Drawn, Study
-from experiments.speed_report import DECODE, FLASH_3, batch, with_ratios
+from experiments.speed_rows import DECODE, FLASH_3, batch, with_ratios
 
 # RULER at 16k tokens, 8B models, 75 % sparse as the authors count it; the averages cannot be rebuilt from the groups.
 RULER_16K = {

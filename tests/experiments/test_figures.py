@@ -14,7 +14,7 @@ from experiments.figures.__main__ import FIGURES, main, write_figures
 from experiments.figures.published import RULER_16K
 from experiments.figures.rows import load_study
 from experiments.files import read_rows
-from experiments.speed_report import DECODE, DENSE, FLASH_3, SETUP, WHOLE
+from experiments.speed_rows import DECODE, DENSE, FLASH_3, SETUP, WHOLE
 from experiments.throughput_report import CASE
 
 RESULTS = Path(__file__).parents[2] / "results"

@@ -14,7 +14,7 @@ from dashattn.ops.block_sparse.reference import block_sparse_attention
 from dashattn.ops.chunk_summary.reference import chunk_summary
 from dashattn.ops.dash_routing.reference import dash_routing
 from dashattn.stats import selection_stats
-from experiments import speed, speed_report
+from experiments import speed, speed_report, speed_rows
 from experiments.files import append_rows, read_rows
 from experiments.speed_inputs import (
     NEIGHBOURS,
@@ -28,7 +28,7 @@ from experiments.speed_inputs import (
 from experiments.speed_measure import failed_check
 from experiments.speed_methods import Method, UnavailableError, given_selection
 from experiments.speed_peers import block_lists
-from experiments.speed_report import ATTENTION, BOTH, CUDNN, DENSE, FLASH_3, FORWARD, WHOLE
+from experiments.speed_rows import ATTENTION, BOTH, CUDNN, DENSE, FLASH_3, FORWARD, WHOLE
 
 ROOT = Path(__file__).parents[2]
 SHAPE = Shape(heads=4, kv_heads=2, head_dim=16, chunk_size=16, dtype=torch.float32)
@@ -145,7 +145,7 @@ def rows_of(monkeypatch, tmp_path):
         monkeypatch.setattr(speed, "graph_ms", lambda call, *_: 1.5)
         lines = []
         speed.run(make_config(tmp_path, dtype="bf16", **changes), "cpu", lines.append)
-        found = read_rows(tmp_path / speed_report.ROWS)
+        found = read_rows(tmp_path / speed_rows.ROWS)
         assert len(lines) == len(found)
         return found, len(timed)
 
@@ -338,7 +338,7 @@ def a_run(run="a", flash_3=True):
 def ratios(rows):
     return {
         (row["method"], row["length"], row["pass"]): row["ratio"]
-        for row in speed_report.with_ratios(rows)
+        for row in speed_rows.with_ratios(rows)
         if row["pattern"] != "iid"
     }
 
@@ -367,8 +367,8 @@ def test_ratios_are_within_one_run():
 def test_a_failed_check_unsays_what_was_measured_and_running_out_of_time_does_not():
     failed, late = (make_row("dash", None, status=status) for status in ("failed check", "out of time"))
     rows = [make_row("dash", 1.0)]
-    assert speed_report.newest([*rows, failed]) == [failed]
-    assert speed_report.newest([*rows, late]) == rows
+    assert speed_rows.newest([*rows, failed]) == [failed]
+    assert speed_rows.newest([*rows, late]) == rows
 
 
 @pytest.mark.parametrize(
@@ -412,7 +412,7 @@ def test_short_calls_stand_beside_their_graphs():
 
 def test_report_from_committed_rows(tmp_path, capsys):
     rows = [*a_run(), *(row | {"device": "another GPU"} for row in a_run("b"))]
-    append_rows(tmp_path / speed_report.ROWS, rows)
+    append_rows(tmp_path / speed_rows.ROWS, rows)
     speed_report.main([str(tmp_path)])
     out = capsys.readouterr().out
     assert "some GPU" in out
@@ -430,7 +430,7 @@ def test_a_report_without_rows_is_refused(tmp_path, capsys):
 
 
 def test_rows_are_appended_whole_and_half_a_row_is_dropped(tmp_path):
-    path = tmp_path / speed_report.ROWS
+    path = tmp_path / speed_rows.ROWS
     append_rows(path, [{"a": 1}])
     with path.open("a") as file:
         file.write('{"a": 2')

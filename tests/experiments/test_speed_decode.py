@@ -9,12 +9,12 @@ import torch
 pytest.importorskip("triton")
 
 from dashattn.selection import Selection
-from experiments import speed, speed_decode, speed_report
+from experiments import speed, speed_decode, speed_report, speed_rows
 from experiments.files import read_rows
 from experiments.speed_inputs import Shape
 from experiments.speed_measure import failed_check
 from experiments.speed_methods import SELECTED_BLOCKS, UnavailableError
-from experiments.speed_report import DECODE, DENSE, FLASH_3, FULL, MODEL_DECODE, WHOLE
+from experiments.speed_rows import DECODE, DENSE, FLASH_3, FULL, MODEL_DECODE, WHOLE
 from experiments.speed_steps import DENSE_BASELINES, Step, assess, build, find_knob, make_inputs, new_config
 from models.config import ModelConfig
 
@@ -44,7 +44,7 @@ def rows_of(monkeypatch, tmp_path):
         config = make_config(tmp_path, **changes)
         speed.check(config)
         speed.run(config, DEVICE, lambda line: None)
-        return read_rows(tmp_path / speed_report.ROWS)
+        return read_rows(tmp_path / speed_rows.ROWS)
 
     return rows
 
@@ -177,7 +177,7 @@ def test_flash_attention_3_through_jax(rows_of, monkeypatch):
     assert [row["detail"] for row in rows if row["method"] == FLASH_3][1:] == ["no", "killed"]
     assert "8 splits" in rows[0]["detail"]
     assert asked[0]["decode"] == cases
-    ratios = {row["method"]: row["ratio"] for row in speed_report.with_ratios(rows) if row["batch"] == 2}
+    ratios = {row["method"]: row["ratio"] for row in speed_rows.with_ratios(rows) if row["batch"] == 2}
     assert ratios == {FLASH_3: 1, FULL: 0.5 / 3}
 
 
