@@ -3,6 +3,8 @@
 Shapes: B batch, T tokens, Hq query heads, H KV heads, G = Hq / H, D head size, N blocks.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -10,8 +12,17 @@ from dashattn.documents import per_document
 from dashattn.ops.dtypes import upcast
 from dashattn.selection import Selection
 
-# Queries are taken in tiles: a tile's logits end at its last token, so a causal row never costs its future.
 QUERY_TILE = 256
+
+
+def query_tiles(length: int) -> Iterator[slice]:
+    """Slices of the queries, in turns.
+
+    Memory holds one tile's scores; where attention is causal these end at the tile's last token, so that a row never
+    costs its future.
+    """
+    for start in range(0, length, QUERY_TILE):
+        yield slice(start, min(start + QUERY_TILE, length))
 
 
 def blocks_to_tokens(x: Tensor, block_size: int, length: int) -> Tensor:
@@ -58,10 +69,9 @@ def block_sparse_attention(
         k_BHSD, v_BHSD = (upcast(x).transpose(1, 2) for x in (k_BSHD, v_BSHD))
         position = torch.arange(length, device=q.device)
         outs = []
-        for start in range(0, length, QUERY_TILE):
-            end = min(start + QUERY_TILE, length)
+        for tile in query_tiles(length):
+            end = tile.stop
             blocks = -(-end // size)
-            tile = slice(start, end)
             allowed = blocks_to_tokens(mask_BTHN[:, tile, :, :blocks], size, end).transpose(1, 2)
             allowed = (allowed & (position[:end] <= position[tile, None]))[:, :, None]  # [B, H, 1, t, S]
             logits = torch.einsum("bhgtd,bhsd->bhgts", q_BHGTD[:, :, :, tile] * scale, k_BHSD[:, :, :end])

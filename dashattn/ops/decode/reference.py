@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dashattn.ops.block_scores.reference import topk_selection
-from dashattn.ops.block_sparse.reference import QUERY_TILE, blocks_to_tokens, masked_softmax
+from dashattn.ops.block_sparse.reference import blocks_to_tokens, masked_softmax, query_tiles
 from dashattn.ops.compression.reference import attend_windows, visible_windows
 from dashattn.ops.dash_routing.reference import select_chunks
 from dashattn.ops.dtypes import upcast
@@ -55,8 +55,7 @@ def cached_attention(
     q_BHGTD = upcast(q).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4) * scale
     k_BHSD, v_BHSD = (upcast(x).transpose(1, 2) for x in (k, _silence(v, positions[:, -1:] + 1)))
     outs = []
-    for start in range(0, q.shape[1], QUERY_TILE):
-        tile = slice(start, start + QUERY_TILE)
+    for tile in query_tiles(q.shape[1]):
         age_BtS = positions[:, tile, None] - key
         allowed = (age_BtS >= 0 if window_size is None else (age_BtS >= 0) & (age_BtS < window_size))[:, None, None]
         if selection is not None:

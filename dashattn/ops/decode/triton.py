@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dashattn.ops.block_sparse.reference import QUERY_TILE
+from dashattn.ops.block_sparse.reference import query_tiles
 from dashattn.ops.chunk_summary.triton import chunk_summary
 from dashattn.ops.dash_routing.triton import has_forward_bias, temperature
 from dashattn.ops.decode.triton_attention import append, attend
@@ -105,6 +105,6 @@ def cached_window_routing(
 
 
 def _tiles(q: Tensor, lengths: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Queries in turns, and what lies before them: the scores of a long piece of a prompt would fill the memory."""
-    for start in range(0, q.shape[1], QUERY_TILE):
-        yield q[:, start : start + QUERY_TILE].contiguous(), lengths if start == 0 else lengths + start
+    """Queries in turns, and what lies before them."""
+    for tile in query_tiles(q.shape[1]):
+        yield q[:, tile].contiguous(), lengths + tile.start if tile.start else lengths

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dashattn.documents import per_document
-from dashattn.ops.block_sparse.reference import QUERY_TILE, masked_softmax
+from dashattn.ops.block_sparse.reference import masked_softmax, query_tiles
 from dashattn.ops.dtypes import upcast
 
 
@@ -27,11 +27,10 @@ def window_attention(
         k_BSHD, v_BSHD = upcast(k_BSHD), upcast(v_BSHD)
         position = torch.arange(length, device=q.device)
         outs = []
-        for start in range(0, length, QUERY_TILE):
-            end = min(start + QUERY_TILE, length)
-            first = max(0, start - window_size + 1)
-            age = position[start:end, None] - position[first:end]
-            logits = torch.einsum("bthgd,bshd->bhgts", q_BTHGD[:, start:end], k_BSHD[:, first:end])
+        for tile in query_tiles(length):
+            first, end = max(0, tile.start - window_size + 1), tile.stop
+            age = position[tile, None] - position[first:end]
+            logits = torch.einsum("bthgd,bshd->bhgts", q_BTHGD[:, tile], k_BSHD[:, first:end])
             p = masked_softmax(logits, (age >= 0) & (age < window_size))
             outs.append(torch.einsum("bhgts,bshd->bthgd", p, v_BSHD[:, first:end]))
         return torch.cat(outs, dim=1).flatten(2, 3)
