@@ -31,6 +31,7 @@ class GenerateConfig:
     top_p: float = 1.0
     seed: int = 0
     knob: float | None = None  # value of the sparsity knob; null = the one trained with
+    compile: bool = False  # torch.compile the layers, which takes a while at the first token
     device: str = "auto"
     threads: int | None = None
 
@@ -73,6 +74,8 @@ def run_generation(config: GenerateConfig) -> None:
     model = build_model(target)
     if config.knob is not None:
         model.set_knob(config.knob)
+    if config.compile:
+        model.compile_layers()
     prompt = tokenizer.encode(config.prompt)
     printer = Printer(tokenizer, prompt)
     start = time.perf_counter()

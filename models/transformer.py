@@ -4,6 +4,7 @@ Shape suffixes: B batch, T tokens, E hidden size, H query or KV heads, D head si
 """
 
 import math
+from types import MethodType
 from typing import NamedTuple
 
 import torch
@@ -173,8 +174,14 @@ class Transformer(nn.Module):
         return [layer.attention.backend for layer in self.layers]
 
     def compile_layers(self, **options) -> None:
-        """Compile every layer (``torch.compile`` with ``options``), once for all batch sizes and lengths."""
+        """Compile every layer (``torch.compile`` with ``options``), once for all batch sizes and lengths.
+
+        Of ``decode`` that is what stands around the attention, which itself stays as it is: it reads lengths on the
+        host, for which the layer would be compiled again and again.
+        """
         for layer in self.layers:
+            backend = layer.attention.backend
+            backend.decode = MethodType(torch.compiler.disable(type(backend).decode), backend)
             layer.compile(dynamic=True, **options)
 
     def set_step(self, step: int) -> None:

@@ -1,11 +1,14 @@
 """Activation checkpointing and torch.compile change speed and memory, not results."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dashattn.backends import DashConfig, FullConfig, NSAConfig
 from models import ModelConfig, Transformer
+from models.generate import generate
 
 SHAPE = ModelConfig(
     vocab_size=50,
@@ -82,6 +85,30 @@ def test_a_layer_compiles_once_into_one_graph(attention):
             torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4)
         frames.append(backend.frame_count)
     assert frames[0] == frames[1]
+
+
+def test_decoding_compiles_once_around_the_attention():
+    """Whatever the length, the capacity and the number of sequences; one sequence is a case of its own."""
+    torch._dynamo.reset()
+    eager, compiled = (build(DashConfig(chunk_size=16)).double() for _ in range(2))
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled.compile_layers(backend=backend)
+    frames = []
+    for lengths in ([40], [7], [5, 21], [33, 90, 1]):
+        prompts = [torch.randint(50, (length,)).tolist() for length in lengths]
+        tokens = [generate(model, prompts, max_new_tokens=8) for model in (eager, compiled)]
+        assert tokens[0] == tokens[1]
+        frames.append(backend.frame_count)
+    assert frames[0] == frames[1]
+    assert frames[2] == frames[3]
+
+
+def test_a_copy_of_a_compiled_model_decodes_with_its_own_parameters():
+    model = build(DashConfig(chunk_size=16))
+    model.compile_layers(backend="eager")
+    copied = deepcopy(model)
+    for one in (model, copied):
+        assert all(backend.decode.__self__ is backend for backend in one.backends)
 
 
 def test_activation_checkpointing_and_compilation_go_together():
