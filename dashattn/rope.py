@@ -12,4 +12,4 @@ def rotate_half(x: Tensor) -> Tensor:
 
 def apply_rope(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates x by tables [T, D] or [B, T, D]; in the wider of the two dtypes, result in x's dtype."""
-    return (x_BTHD * cos.unsqueeze(-2) + rotate_half(x_BTHD) * sin.unsqueeze(-2)).to(x_BTHD.dtype)
+    return torch.addcmul(x_BTHD * cos.unsqueeze(-2), rotate_half(x_BTHD), sin.unsqueeze(-2)).to(x_BTHD.dtype)
