@@ -172,6 +172,16 @@ def test_equal_inputs_give_equal_gradients():
     assert all(torch.equal(a, b) for a, b in zip(gradients(), gradients(), strict=True))
 
 
+def replayed(step):
+    """The results of ``step`` recorded as a CUDA graph, which forbids waiting, and run once."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    return results
+
+
 def test_nothing_waits_for_the_device():
     """Kernels are compiled first; then forward and backward are recorded as one CUDA graph, which forbids waiting."""
     q, k, v = (random(1, 1000, heads, 128, dtype=BF16).requires_grad_() for heads in (16, 1, 1))
@@ -182,11 +192,7 @@ def test_nothing_waits_for_the_device():
         return torch.autograd.grad(out, (q, k, v, chunk_query), torch.ones_like(out))
 
     expected = step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        recorded = step()
-    graph.replay()
-    torch.cuda.synchronize()
+    recorded = replayed(step)
     assert all(torch.equal(a, b) for a, b in zip(recorded, expected, strict=True))
 
 
@@ -370,11 +376,7 @@ def test_topk_methods_wait_for_nothing_and_repeat_themselves():
 
     step()
     expected = step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        recorded = step()
-    graph.replay()
-    torch.cuda.synchronize()
+    recorded = replayed(step)
     assert all(torch.equal(a, b) for a, b in zip(recorded[:4], expected[:4], strict=True))
     assert all(relative_error(a, b) < 5e-3 for a, b in zip(recorded[4:], expected[4:], strict=True))
 
