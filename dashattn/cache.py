@@ -20,7 +20,7 @@ from dashattn.ops.decode.reference import new_positions
 
 @dataclass(frozen=True)
 class CacheField:
-    """One tensor of a layer's cache, [B, S / tokens_per_row, heads, dim].
+    """One tensor of a layer's cache, [B, S / tokens_per_row, heads, dim]; in memory a head's rows lie together.
 
     ``table``: holds rotary tables, in float32 (float64 for float64) whatever the dtype of the cache.
     """
@@ -61,8 +61,9 @@ class DecodeCache:
             tensors = {}
             for name, field in layout.fields.items():
                 kind = torch.promote_types(dtype, torch.float32) if field.table else dtype
-                shape = (batch, tokens // field.tokens_per_row, field.heads, field.dim)
-                tensors[name] = torch.zeros(shape, dtype=kind, device=device)
+                # Heads choose blocks of their own, which should be read in one piece.
+                shape = (batch, field.heads, tokens // field.tokens_per_row, field.dim)
+                tensors[name] = torch.zeros(shape, dtype=kind, device=device).transpose(1, 2)
             self.layers.append(LayerCache(self, tensors))
 
     def check_room(self, num_tokens: int) -> None:
@@ -126,7 +127,7 @@ class DecodeCache:
         selected = object.__new__(type(self))
         selected.__dict__.update(self.__dict__)
         selected.layers = [
-            LayerCache(selected, {name: tensor[index] for name, tensor in layer.tensors.items()})
+            LayerCache(selected, {name: x.transpose(1, 2)[index].transpose(1, 2) for name, x in layer.tensors.items()})
             for layer in self.layers
         ]
         selected.lengths = self.lengths[index]

@@ -61,7 +61,7 @@ def _blocks_of_ranks(rank, words, ends, WORDS: tl.constexpr):
 @triton.jit(do_not_specialize=["num_tokens", "num_words", "num_blocks", "window"])
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, peak_ptr, total_ptr, lengths, words_ptr, bias_ptr, scale_log2,
-    sequence_stride, token_stride, num_tokens, num_words, num_blocks, window,
+    sequence_stride, token_stride, head_stride, num_tokens, num_words, num_blocks, window,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, WORD_HEADS: tl.constexpr,
     WORD_HEADS_P: tl.constexpr, WORDS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, SIZE: tl.constexpr,
@@ -101,7 +101,7 @@ def attention_kernel(
     q = tl.load(
         q_ptr + flat_row[:, None] * HEAD_DIM + dim[None, :], mask=in_group[:, None] & in_dim[None, :], other=0.0
     )
-    cache_offset = sequence.to(tl.int64) * sequence_stride + kv_head * HEAD_DIM
+    cache_offset = sequence.to(tl.int64) * sequence_stride + kv_head.to(tl.int64) * head_stride
     bias_row = (query.to(tl.int64) * KV_HEADS + kv_head) * num_blocks
 
     acc = tl.zeros([ROWS, DIM], tl.float32)
@@ -166,7 +166,7 @@ def combine_kernel(
 @triton.jit
 def append_kernel(
     k_ptr, v_ptr, cache_k_ptr, cache_v_ptr, lengths, pooled_ptr, query_ptr, softmax_scale,
-    sequence_stride, token_stride, pooled_sequence_stride, pooled_stride,
+    sequence_stride, token_stride, head_stride, pooled_sequence_stride, pooled_stride, pooled_head_stride,
     KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, SIZE_P: tl.constexpr,
     STRIDE: tl.constexpr, MEAN: tl.constexpr,
     PDL: tl.constexpr,
@@ -184,7 +184,7 @@ def append_kernel(
     offset = (sequence.to(tl.int64) * KV_HEADS + kv_head) * HEAD_DIM + dim
     k = tl.load(k_ptr + offset, mask=in_dim, other=0.0)
     v = tl.load(v_ptr + offset, mask=in_dim, other=0.0)
-    row = sequence.to(tl.int64) * sequence_stride + kv_head * HEAD_DIM + dim
+    row = sequence.to(tl.int64) * sequence_stride + kv_head.to(tl.int64) * head_stride + dim
     tl.store(cache_k_ptr + row + position.to(tl.int64) * token_stride, k, mask=in_dim)
     tl.store(cache_v_ptr + row + position.to(tl.int64) * token_stride, v, mask=in_dim)
     if SIZE > 0:
@@ -203,7 +203,7 @@ def append_kernel(
                 query = tl.load(query_ptr + kv_head * HEAD_DIM + dim, mask=in_dim, other=0.0).to(tl.float32)
                 pooled = tl.sum(pooling_weights(keys, query, softmax_scale)[:, None] * keys, 0)
             target = sequence.to(tl.int64) * pooled_sequence_stride + (first // STRIDE).to(tl.int64) * pooled_stride
-            target += kv_head * HEAD_DIM
+            target += kv_head.to(tl.int64) * pooled_head_stride
             tl.store(pooled_ptr + target + dim, pooled.to(pooled_ptr.dtype.element_ty), mask=in_dim)
 
 
@@ -240,13 +240,14 @@ def attend(
         partial, peak, total = sums.split([len(sums) // (head_dim + 2) * part for part in (head_dim, 1, 1)])
     tile_bytes = block_size * dim * q.itemsize
     attention_kernel[(batch * num_tokens * kv_heads * splits,)](
-        q.contiguous(), k, v, partial, peak, total, lengths, words, bias, scale * LOG2E, k.stride(0), k.stride(1),
+        q.contiguous(), k, v, partial, peak, total, lengths, words, bias, scale * LOG2E, *k.stride()[:3],
         num_tokens, num_words, blocks, capacity if window is None else window,
         KV_HEADS=kv_heads, GROUP=group, ROWS=max(16, power_of_2_from(group)), WORD_HEADS=word_heads,
         WORD_HEADS_P=power_of_2_from(max(1, word_heads)), WORDS=power_of_2_from(max(1, num_words)),
         HAS_BIAS=bias is not None, BLOCK=block_size, HEAD_DIM=head_dim, DIM=dim, SPLITS=splits,
         PRECISION=precision(q.dtype), SIZE=tokens_per_key[0], STRIDE=tokens_per_key[1], RANKS=16,
-        num_warps=4 if tile_bytes <= 16384 else 8, num_stages=2 if tile_bytes <= 32768 else 1,
+        num_warps=4 if tile_bytes <= 16384 else 8,
+        num_stages=4 if tile_bytes <= 16384 else 2 if tile_bytes <= 32768 else 1,
         **overlapped_launch(q.device),
     )  # fmt: skip
     if splits > 1:
@@ -271,7 +272,7 @@ def append(
     append_kernel[(batch, kv_heads)](
         k.contiguous(), v.contiguous(), cache_k, cache_v, lengths, pooled,
         None if chunk_query is None else chunk_query.contiguous(), head_dim**-0.5,
-        cache_k.stride(0), cache_k.stride(1), *((0, 0) if pooled is None else pooled.stride()[:2]),
+        *cache_k.stride()[:3], *((0, 0, 0) if pooled is None else pooled.stride()[:3]),
         KV_HEADS=kv_heads, HEAD_DIM=head_dim, DIM=max(16, power_of_2_from(head_dim)), SIZE=window[0],
         SIZE_P=power_of_2_from(window[0]), STRIDE=window[1], MEAN=chunk_query is None, num_warps=4,
         **overlapped_launch(k.device),

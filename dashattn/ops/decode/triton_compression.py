@@ -52,7 +52,7 @@ def _compress(
 def compression_kernel(
     k_ptr, k_position, k_up, k_up_bias, k_down, k_down_bias, k_out,
     v_ptr, v_position, v_up, v_up_bias, v_down, v_down_bias, v_out,
-    lengths, sequence_stride, token_stride, out_sequence_stride, out_stride,
+    lengths, sequence_stride, token_stride, head_stride, out_sequence_stride, out_stride, out_head_stride,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -63,9 +63,10 @@ def compression_kernel(
     first = tl.load(lengths + sequence) + 1 - SIZE
     if (first < 0) | (first % STRIDE != 0):
         return
-    source = sequence.to(tl.int64) * sequence_stride + first.to(tl.int64) * token_stride + kv_head * HEAD_DIM
+    source = sequence.to(tl.int64) * sequence_stride + first.to(tl.int64) * token_stride
+    source += kv_head.to(tl.int64) * head_stride
     target = sequence.to(tl.int64) * out_sequence_stride + (first // STRIDE).to(tl.int64) * out_stride
-    target += kv_head * HEAD_DIM
+    target += kv_head.to(tl.int64) * out_head_stride
     if tl.program_id(2) == 0:
         _compress(
             k_ptr + source, k_position, k_up, k_up_bias, k_down, k_down_bias, k_out + target, token_stride, HEAD_DIM,
@@ -96,7 +97,7 @@ def compress_window(
     cache, out = caches[0], outs[0]
     batch, _, kv_heads, head_dim = cache.shape
     compression_kernel[(batch, kv_heads, 2)](
-        *arguments, lengths, cache.stride(0), cache.stride(1), out.stride(0), out.stride(1), HEAD_DIM=head_dim,
+        *arguments, lengths, *cache.stride()[:3], *out.stride()[:3], HEAD_DIM=head_dim,
         DIM=power_of_2_from(head_dim), SIZE=kernel_size, STRIDE=kernel_stride, num_warps=8,
         **overlapped_launch(cache.device),
     )  # fmt: skip

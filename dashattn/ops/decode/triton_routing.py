@@ -25,7 +25,7 @@ from dashattn.ops.tiles import overlapped_launch, power_of_2_from, wait_for_kern
 
 @triton.jit(do_not_specialize=["num_tokens", "num_chunks"])
 def product_kernel(
-    q_ptr, summary_ptr, product_ptr, lengths, sequence_stride, summary_stride, num_tokens, num_chunks,
+    q_ptr, summary_ptr, product_ptr, lengths, sequence_stride, summary_stride, head_stride, num_tokens, num_chunks,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
     CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
     PDL: tl.constexpr,
@@ -35,11 +35,6 @@ def product_kernel(
     kv_head = tl.program_id(0) % KV_HEADS
     query = tl.program_id(0) // KV_HEADS
     sequence = query // num_tokens
-    visible = visible_count(tl.load(lengths + sequence) + query % num_tokens, SIZE, STRIDE)
-    if tl.program_id(1) * CHUNKS >= visible:
-        return
-    chunk = tl.program_id(1) * CHUNKS + tl.arange(0, CHUNKS)
-    past = chunk < visible
     dim = tl.arange(0, DIM)
     in_dim = dim < HEAD_DIM
     member = tl.arange(0, ROWS)
@@ -48,7 +43,12 @@ def product_kernel(
     q = tl.load(
         q_ptr + flat_row[:, None] * HEAD_DIM + dim[None, :], mask=in_group[:, None] & in_dim[None, :], other=0.0
     )
-    offset = sequence.to(tl.int64) * sequence_stride + kv_head * HEAD_DIM
+    visible = visible_count(tl.load(lengths + sequence) + query % num_tokens, SIZE, STRIDE)
+    if tl.program_id(1) * CHUNKS >= visible:
+        return
+    chunk = tl.program_id(1) * CHUNKS + tl.arange(0, CHUNKS)
+    past = chunk < visible
+    offset = sequence.to(tl.int64) * sequence_stride + kv_head.to(tl.int64) * head_stride
     offset += chunk.to(tl.int64)[:, None] * summary_stride + dim[None, :]
     k = tl.load(summary_ptr + offset, mask=past[:, None] & in_dim[None, :], other=0.0)
     products = tl.dot(q, k.T, input_precision=PRECISION)
@@ -88,7 +88,9 @@ def threshold_kernel(
     slope = (alpha - 1.0) * score_scale
     exponent = ((2.0 - alpha) / (alpha - 1.0))[:, None]
     row = product_ptr + flat_row.to(tl.int64) * num_chunks
-    product = tl.load(row + chunk, mask=chunk < own, other=float("-inf"))
+    # Loaded before it is known which are candidates: what lies behind these has no meaning.
+    product = tl.load(row + chunk, mask=chunk < num_chunks, other=float("-inf"))
+    product = tl.where(chunk < own, product, float("-inf"))
     peak = tl.where(own > 0, tl.max(product, 1), 0.0)
     x = product - peak[:, None]
 
@@ -180,7 +182,7 @@ def multiply(q: Tensor, keys: Tensor, lengths: Tensor, tokens_per_key: tuple[int
     products = torch.empty(batch * num_tokens * heads, num_keys, dtype=torch.float32, device=q.device)
     tile = 32
     product_kernel[(batch * num_tokens * kv_heads, -(-num_keys // tile))](
-        q, keys, products, lengths, keys.stride(0), keys.stride(1), num_tokens, num_keys,
+        q, keys, products, lengths, *keys.stride()[:3], num_tokens, num_keys,
         KV_HEADS=kv_heads, GROUP=heads // kv_heads, ROWS=max(16, power_of_2_from(heads // kv_heads)),
         SIZE=tokens_per_key[0], STRIDE=tokens_per_key[1], CHUNKS=tile, HEAD_DIM=head_dim,
         DIM=max(16, power_of_2_from(head_dim)), PRECISION=precision(q.dtype), num_warps=4,
