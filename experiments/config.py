@@ -120,7 +120,7 @@ class TrainConfig:
     max_skipped_steps: int = 10  # in a row, because loss or gradient is not finite, before the run stops
 
     activation_checkpointing: bool = False  # keep each layer's input only; a third more work, a fraction of the memory
-    compile: bool = False  # torch.compile the layers; ZeRO stages 0-2
+    compile: bool = False  # torch.compile the layers and the loss; ZeRO stages 0-2
     peak_tflops: float | None = None  # of one device, for MFU; null = from a table by its name, none in fp32
     profile_steps: int = 0  # steps of this launch to trace with PyTorch's profiler into traces/, after the first 4
 

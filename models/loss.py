@@ -5,6 +5,8 @@ much again. Here the output head runs over chunks of tokens, and the gradient of
 exist: nothing is recomputed.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,8 +15,30 @@ IGNORE = -100
 CHUNK_LOGITS = 2**27  # of a chunk: 512 MiB in float32; each adds once to the weight's gradient, as large as the weight
 
 
+def chunk_loss(logits_NV: Tensor, labels_N: Tensor, *, with_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """The loss of each token, 0 where ignored, and the gradient of its sum over the logits, in their dtype.
+
+    Rows of ignored labels hold anything in the gradient. Passes over [N, V] are what it costs: compiled, one reads the
+    logits, and one reads them and writes the gradient.
+    """
+    log_p = logits_NV.log_softmax(-1, dtype=torch.promote_types(logits_NV.dtype, torch.float32))
+    losses = F.nll_loss(log_p, labels_N, ignore_index=IGNORE, reduction="none")
+    if not with_grad:
+        return losses, None
+    # Rounded as it is written, a pass less. Not over the logits: a compiler would write elsewhere and copy.
+    grad = torch.exp(log_p, out=logits_NV.new_empty(logits_NV.shape))
+    token = torch.arange(len(labels_N), device=labels_N.device)
+    grad[token, labels_N.clamp(min=0)] = torch.expm1(-losses).to(grad.dtype)  # p - 1, then rounded
+    return losses, grad
+
+
 def cross_entropy(
-    hidden_BTE: Tensor, weight_VE: Tensor, labels_BT: Tensor, targets: Tensor | None = None
+    hidden_BTE: Tensor,
+    weight_VE: Tensor,
+    labels_BT: Tensor,
+    targets: Tensor | None = None,
+    *,
+    chunk_loss: Callable = chunk_loss,
 ) -> tuple[Tensor, Tensor]:
     """Mean loss over the labels that are not -100 (0 when there is none), and the loss of every token.
 
@@ -23,13 +47,14 @@ def cross_entropy(
         weight_VE: the output head, in the same dtype.
         labels_BT: int64; -100 is ignored.
         targets: over how many the mean is, where there are others elsewhere; None = those in ``labels_BT``.
+        chunk_loss: the function of this name, or what it was compiled to.
 
     Returns:
         Scalar, differentiable; [B, T] in nats without gradient, 0 where ignored. Both float32, float64 for float64.
     """
     if not torch.is_grad_enabled():  # which the function below cannot tell
         hidden_BTE, weight_VE = hidden_BTE.detach(), weight_VE.detach()
-    total, token_losses = _SumOfLosses.apply(hidden_BTE.flatten(0, 1), weight_VE, labels_BT.flatten())
+    total, token_losses = _SumOfLosses.apply(hidden_BTE.flatten(0, 1), weight_VE, labels_BT.flatten(), chunk_loss)
     if targets is None:
         targets = (labels_BT != IGNORE).sum()
     return total / targets.clamp(min=1), token_losses.view_as(labels_BT)
@@ -39,10 +64,10 @@ class _SumOfLosses(torch.autograd.Function):
     """The gradient of the sum is the same for every scale of the loss, so the forward pass can take it."""
 
     @staticmethod
-    def forward(ctx, hidden_NE, weight_VE, labels_N):
+    def forward(ctx, hidden_NE, weight_VE, labels_N, chunk_loss):
         chunks = range(0, len(hidden_NE), max(1, CHUNK_LOGITS // len(weight_VE)))
         size = chunks.step
-        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         accumulator = torch.promote_types(weight_VE.dtype, torch.float32)
         token_losses = hidden_NE.new_empty(len(hidden_NE), dtype=accumulator)
         grad_hidden = torch.empty_like(hidden_NE) if needs_hidden else None
@@ -51,19 +76,13 @@ class _SumOfLosses(torch.autograd.Function):
             part = slice(start, start + size)
             hidden, labels = hidden_NE[part], labels_N[part]
             logits = F.linear(hidden, weight_VE)
-            log_p = logits.log_softmax(-1, dtype=accumulator)
-            token_losses[part] = F.nll_loss(log_p, labels, ignore_index=IGNORE, reduction="none")
-            if not (needs_hidden or needs_weight):
-                continue
-            # Over the logits, which nobody needs any more: passes over [chunk, V] are what this function costs.
-            grad = torch.exp(log_p, out=logits)
-            token = torch.arange(len(labels), device=labels.device)
-            grad[token, labels.clamp(min=0)] = torch.expm1(-token_losses[part]).to(grad.dtype)  # p - 1, then rounded
+            token_losses[part], grad = chunk_loss(logits, labels, with_grad=needs_hidden or needs_weight)
             ignored = (labels == IGNORE)[:, None]  # masks what is multiplied with, which is narrower
             if needs_hidden:
                 grad_hidden[part] = (grad @ weight_VE).masked_fill_(ignored, 0)
             if needs_weight:
                 grad_weight += grad.T @ hidden.masked_fill(ignored, 0)
+            del logits, grad  # before the next chunk's come
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight_VE.dtype
         ctx.mark_non_differentiable(token_losses)
@@ -77,4 +96,4 @@ class _SumOfLosses(torch.autograd.Function):
             grad_hidden = (grad_hidden * grad_total).to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None
+        return grad_hidden, grad_weight, None, None

@@ -19,7 +19,7 @@ from dashattn.ops.decode.reference import new_positions
 from dashattn.rope import apply_rope
 from dashattn.stats import AttentionStats
 from models.config import ModelConfig
-from models.loss import IGNORE, cross_entropy
+from models.loss import IGNORE, chunk_loss, cross_entropy
 from models.rope import rope_tables
 from models.sequence_parallel import SequenceParallel
 
@@ -39,6 +39,8 @@ class Transformer(nn.Module):
     Under one seed, parameters outside the backends get the same initial values whichever backend is chosen.
     Raises ValueError when the vocabulary is not set or the backend cannot be built for this shape.
     """
+
+    chunk_loss = staticmethod(chunk_loss)  # of models.loss, or what it was compiled to
 
     def __init__(self, config: ModelConfig, attention: AttentionConfig):
         super().__init__()
@@ -115,7 +117,8 @@ class Transformer(nn.Module):
         if labels is None:
             return ModelOutput(F.linear(hidden_BTE, head), None, None, stats)
         targets = (labels != IGNORE).sum()
-        return ModelOutput(None, *cross_entropy(hidden_BTE, head, self._own(labels), targets), stats)
+        losses = cross_entropy(hidden_BTE, head, self._own(labels), targets, chunk_loss=self.chunk_loss)
+        return ModelOutput(None, *losses, stats)
 
     def share_sequences(self, group: torch.distributed.ProcessGroup) -> None:
         """Let each process of ``group`` hold its part of every row; see models.sequence_parallel. For training.
@@ -174,7 +177,7 @@ class Transformer(nn.Module):
         return [layer.attention.backend for layer in self.layers]
 
     def compile_layers(self, **options) -> None:
-        """Compile every layer (``torch.compile`` with ``options``), once for all batch sizes and lengths.
+        """Compile every layer (``torch.compile`` with ``options``), once for all batch sizes and lengths, and the loss.
 
         Of ``decode`` that is what stands around the attention, which itself stays as it is: it reads lengths on the
         host, for which the layer would be compiled again and again.
@@ -183,6 +186,14 @@ class Transformer(nn.Module):
             backend = layer.attention.backend
             backend.decode = MethodType(torch.compiler.disable(type(backend).decode), backend)
             layer.compile(dynamic=True, **options)
+        # Mostly all chunks are of one size; a second one makes the number of tokens a symbol, the vocabulary stays.
+        self.chunk_loss = torch.compile(chunk_loss, **options)
+
+    def __getstate__(self) -> dict:
+        """Without the compiled loss, as nn.Module leaves out its own compiled call: it cannot be pickled."""
+        state = super().__getstate__()
+        state.pop("chunk_loss", None)
+        return state
 
     def set_step(self, step: int) -> None:
         """Tell every backend the training step, for its schedules."""

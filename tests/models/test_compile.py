@@ -1,14 +1,20 @@
 """Activation checkpointing and torch.compile change speed and memory, not results."""
 
+import pickle
+import re
+import shutil
 from copy import deepcopy
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
 
 from dashattn.backends import DashConfig, FullConfig, NSAConfig
 from models import ModelConfig, Transformer
+from models import loss as loss_module
 from models.generate import generate
+from models.loss import chunk_loss, cross_entropy
 
 SHAPE = ModelConfig(
     vocab_size=50,
@@ -84,7 +90,44 @@ def test_a_layer_compiles_once_into_one_graph(attention):
         for ours, expected in zip(*results, strict=True):
             torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4)
         frames.append(backend.frame_count)
-    assert frames[0] == frames[1]
+    assert frames[1] == frames[0] + 1  # the loss's, of which the number of tokens is a symbol from the second one on
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_compiled_loss_is_the_eager_one(dtype, monkeypatch):
+    """Whatever the number of tokens, in training and without gradients: two graphs for each."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 16 * 50)
+    backend = CompileCounterWithBackend("aot_eager_decomp_partition")  # Inductor's operations, without its compiler
+    compiled = torch.compile(chunk_loss, backend=backend, fullgraph=True)
+    weight = torch.randn(50, 24).to(dtype).requires_grad_()
+    for tokens in (32, 40, 37, 26):  # the last chunk has 16, 8, 5 or 10
+        hidden, labels = torch.randn(2, tokens // 2, 24).to(dtype).requires_grad_(), torch.randint(50, (2, tokens // 2))
+        labels[:, ::3] = -100
+        results = []
+        for function in (chunk_loss, compiled):
+            value, losses = cross_entropy(hidden, weight, labels, chunk_loss=function)
+            with torch.no_grad():
+                assert torch.equal(cross_entropy(hidden, weight, labels, chunk_loss=function)[1], losses)
+            results.append([value, losses, *torch.autograd.grad(value, (hidden, weight))])
+        for ours, expected in zip(*results, strict=True):
+            tolerance = 1e-6 if ours.dtype == torch.float32 else 2**-7
+            torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+    assert backend.frame_count == 4
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a compiler")
+def test_inductor_writes_nothing_as_large_as_the_logits_but_their_gradient():
+    torch._dynamo.reset()
+    logits, labels = torch.randn(48, 1024).bfloat16(), torch.randint(1024, (48,))
+    labels[::3] = -100
+    compiled = torch.compile(chunk_loss, fullgraph=True)
+    (losses, grad), (code,) = run_and_get_code(compiled, logits, labels, with_grad=True)
+    expected_losses, expected_grad = chunk_loss(logits, labels, with_grad=True)
+    torch.testing.assert_close(losses, expected_losses)
+    torch.testing.assert_close(grad, expected_grad, rtol=2**-7, atol=0)
+    buffers = re.findall(r"= empty_strided_cpu\(\(48, 1024\), \(1024, 1\), torch\.(\w+)\)", code)
+    assert buffers == ["bfloat16"]
 
 
 def test_decoding_compiles_once_around_the_attention():
@@ -109,6 +152,15 @@ def test_a_copy_of_a_compiled_model_decodes_with_its_own_parameters():
     copied = deepcopy(model)
     for one in (model, copied):
         assert all(backend.decode.__self__ is backend for backend in one.backends)
+
+
+def test_a_compiled_model_can_be_pickled():
+    torch._dynamo.reset()
+    model, input_ids = build(FullConfig()), torch.randint(50, (2, 40))
+    model.compile_layers(backend="aot_eager")
+    loss = model(input_ids, labels=input_ids).loss
+    copied = pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(copied(input_ids, labels=input_ids).loss, loss)
 
 
 def test_activation_checkpointing_and_compilation_go_together():
