@@ -18,15 +18,16 @@ CHUNK_LOGITS = 2**27  # of a chunk: 512 MiB in float32; each adds once to the we
 def chunk_loss(logits_NV: Tensor, labels_N: Tensor, *, with_grad: bool) -> tuple[Tensor, Tensor | None]:
     """The loss of each token, 0 where ignored, and the gradient of its sum over the logits, in their dtype.
 
-    Rows of ignored labels hold anything in the gradient. Passes over [N, V] are what it costs: compiled, one reads the
-    logits, and one reads them and writes the gradient.
+    Rows of ignored labels hold anything in the gradient, and the logits may be overwritten with it. Passes over
+    [N, V] are what it costs: compiled, one reads the logits, and one reads them and writes the gradient.
     """
     log_p = logits_NV.log_softmax(-1, dtype=torch.promote_types(logits_NV.dtype, torch.float32))
     losses = F.nll_loss(log_p, labels_N, ignore_index=IGNORE, reduction="none")
     if not with_grad:
         return losses, None
-    # Rounded as it is written, a pass less. Not over the logits: a compiler would write elsewhere and copy.
-    grad = torch.exp(log_p, out=logits_NV.new_empty(logits_NV.shape))
+    # Rounded as it is written, a pass less; where the logits were, except that compiled this would take one more.
+    out = logits_NV.new_empty(logits_NV.shape) if torch.compiler.is_compiling() else logits_NV
+    grad = torch.exp(log_p, out=out)
     token = torch.arange(len(labels_N), device=labels_N.device)
     grad[token, labels_N.clamp(min=0)] = torch.expm1(-losses).to(grad.dtype)  # p - 1, then rounded
     return losses, grad
