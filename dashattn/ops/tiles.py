@@ -53,6 +53,11 @@ def query_rows(start, end, first, kv_head, KV_HEADS: tl.constexpr, GROUP: tl.con
 
 
 @triton.jit
+def bitwise_or(a, b):
+    return a | b
+
+
+@triton.jit
 def wait_for_kernel_before(PDL: tl.constexpr):
     """In a kernel that may be launched before the one before it has ended: waits for that, and lets the next come."""
     if PDL:

@@ -12,12 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dashattn.ops.tiles import Geometry, locate_tile
-
-
-@triton.jit
-def _or(a, b):
-    return a | b
+from dashattn.ops.tiles import Geometry, bitwise_or, locate_tile
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_words", "num_slots", "num_documents"])
@@ -49,7 +44,7 @@ def _tile_list_kernel(
         )
         bit = ((w >> (lane % 32)[None, :]) & 1).to(choices.dtype.element_ty)
         bit = tl.where(block[None, :] <= own[:, None], bit, 0)
-        choice = tl.reduce(bit << token.to(bit.dtype)[:, None], 0, _or)
+        choice = tl.reduce(bit << token.to(bit.dtype)[:, None], 0, bitwise_or)
         chosen = (choice != 0).to(tl.int32)
         place = row + total + tl.cumsum(chosen, 0) - 1
         tl.store(blocks + place, block, mask=chosen != 0)

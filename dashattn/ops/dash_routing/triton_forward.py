@@ -26,12 +26,7 @@ from dashattn.ops.dash_routing.triton_entmax import (
     row_sums,
     unsolved,
 )
-from dashattn.ops.tiles import Geometry, locate_tile, query_rows
-
-
-@triton.jit
-def _or(a, b):
-    return a | b
+from dashattn.ops.tiles import Geometry, bitwise_or, locate_tile, query_rows
 
 
 @triton.jit
@@ -86,7 +81,7 @@ def _measure(q, summary_desc, kv_head, first_summary, chunk, past, own, slope, p
         # Sixteen bits as the exact sum of float powers of two, which is cheaper than shifting each.
         weight = (1 << (column % 16)).to(tl.float32)
         halves = tl.sum(tl.reshape(positive * weight[None, :], (TOKENS * GROUP_P, CHUNKS // 16, 16)), 2).to(tl.int32)
-        halves = tl.reduce(tl.reshape(halves, (TOKENS, GROUP_P, CHUNKS // 16)), 1, _or)
+        halves = tl.reduce(tl.reshape(halves, (TOKENS, GROUP_P, CHUNKS // 16)), 1, bitwise_or)
         shift = 16 * tl.arange(0, 2)
         token_words = tl.sum(tl.reshape(halves, (TOKENS, CHUNKS // 32, 2)) << shift[None, None, :], 2)
         word = chunk // 32 + tl.arange(0, CHUNKS // 32)

@@ -15,12 +15,7 @@ from torch import Tensor
 
 from dashattn.ops.block_sparse.triton_forward import NO_PEAK, precision
 from dashattn.ops.chunk_summary.triton import pooling_weights
-from dashattn.ops.tiles import LOG2E, overlapped_launch, power_of_2_from, wait_for_kernel_before
-
-
-@triton.jit
-def _or(a, b):
-    return a | b
+from dashattn.ops.tiles import LOG2E, bitwise_or, overlapped_launch, power_of_2_from, wait_for_kernel_before
 
 
 @triton.jit
@@ -85,7 +80,7 @@ def attention_kernel(
         row = ((sequence * KV_HEADS + kv_head) * WORD_HEADS + head).to(tl.int64) * num_tokens + token
         in_words = (head < WORD_HEADS)[:, None] & (word < num_words)[None, :]
         words = tl.load(words_ptr + row[:, None] * num_words + word[None, :], mask=in_words, other=0)
-        words = tl.reduce(words, 0, _or)
+        words = tl.reduce(words, 0, bitwise_or)
         ends = tl.cumsum(_count_bits(words), 0)
         first = 0
         count = tl.max(ends, 0)

@@ -57,7 +57,7 @@ def product_kernel(
 
 
 @triton.jit
-def add_three(a, b, c, d, e, f):
+def _add(a, b, c, d, e, f):
     return a + d, b + e, c + f
 
 
@@ -65,7 +65,7 @@ def add_three(a, b, c, d, e, f):
 def _measure(x, slope, tau, exponent, SQUARE: tl.constexpr):
     """p, and its sums for ``root_step``: in one reduction, since the warps' exchange is what a pass costs."""
     p, u = power(above_threshold(x, slope, tau), exponent, SQUARE)
-    return p, tl.reduce((p, u, is_positive(p)), 1, add_three)
+    return p, tl.reduce((p, u, is_positive(p)), 1, _add)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_chunks", "num_words"])

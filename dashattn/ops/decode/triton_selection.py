@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dashattn.ops.decode.triton_attention import visible_count
-from dashattn.ops.decode.triton_routing import add_three, multiply
+from dashattn.ops.decode.triton_routing import multiply
 from dashattn.ops.tiles import LOG2E, overlapped_launch, power_of_2_from, wait_for_kernel_before
 
 
@@ -74,11 +74,6 @@ def score_kernel(
     tl.store(row + block, score, mask=block < num_blocks)
 
 
-@triton.jit
-def _reach(key, bound):
-    return (key >= bound).to(tl.int32)
-
-
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks", "num_words"])
 def topk_kernel(
     score_ptr, words_ptr, lengths, num_tokens, num_blocks, num_words, topk, init_blocks, local_blocks,
@@ -97,14 +92,11 @@ def topk_kernel(
     key = score.to(tl.int32, bitcast=True)
     key = tl.where((block < init_blocks) | (block > own - local_blocks), 0x7F800000, key)
     key = tl.where(block <= own, key, -1)
-    # The highest key that ``topk`` of them reach, by its highest bit, then two at a time; 0 if there are fewer.
-    bound = tl.where(tl.sum((key >= 1 << 30).to(tl.int32), 0) >= topk, 1 << 30, 0)
-    for bit in tl.static_range(28, -1, -2):
-        unit = 1 << bit
-        reach = _reach(key, bound + unit), _reach(key, bound + 2 * unit), _reach(key, bound + 3 * unit)
-        counts = tl.reduce(reach, 0, add_three)
-        for count in tl.static_range(3):
-            bound += tl.where(counts[count] >= topk, unit, 0)
+    # The highest key that ``topk`` of them reach, bit by bit; 0 if there are fewer. (Two bits at a time are slower.)
+    bound = own * 0
+    for bit in tl.static_range(30, -1, -1):
+        higher = bound | (1 << bit)
+        bound = tl.where(tl.sum((key >= higher).to(tl.int32), 0) >= topk, higher, bound)
     above = key > bound
     level = (key == bound).to(tl.int32)
     room = topk - tl.sum(above.to(tl.int32), 0)
