@@ -9,6 +9,7 @@ The rows of a query tile are (token, head of the group), the group padded to a p
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -65,6 +66,7 @@ def wait_for_kernel_before(PDL: tl.constexpr):
         gdc_launch_dependents()
 
 
+@cache
 def overlapped_launch(device: torch.device) -> dict:
     """Launch options and constant of kernels that begin with ``wait_for_kernel_before``.
 
