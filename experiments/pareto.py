@@ -22,6 +22,7 @@ from experiments.frontier import (
     score_at,
     untrained,
 )
+from experiments.plots import COLUMNS as PANEL_COLUMNS
 from experiments.plots import grid, pyplot, save, styles
 
 AT_SPARSITIES = (0.5, 0.75, 0.9, 0.95)
@@ -81,7 +82,8 @@ def draw(points: Sequence[Point], path: Path) -> None:
 
     style = styles(p.label for p in points if p.knob is not None)
     panels = sorted({p.panel for p in points})
-    figure, axes = grid(len(panels))
+    figure, axes = grid(len(panels), height=5.2)
+    legend = {}
     for ax, panel in zip(axes, panels, strict=True):
         inside = [p for p in points if p.panel == panel]
         for p in inside:
@@ -97,7 +99,7 @@ def draw(points: Sequence[Point], path: Path) -> None:
                 color=colour,
                 linestyle=":" if turned else "-",
                 linewidth=1.5,
-                label=f"{label}, {curve}",
+                label=f"{label}, {curve.removesuffix(', knob turned')}",
             )
             for p in line:
                 face = colour if p.is_trained else "white"
@@ -117,12 +119,14 @@ def draw(points: Sequence[Point], path: Path) -> None:
         ax.set_xlim(right=1.0)
         ax.grid(alpha=0.25)
         handles, names = ax.get_legend_handles_labels()
-        handles += [
-            plt.Line2D([], [], color="gray", marker="o", linestyle=""),
-            plt.Line2D([], [], color="gray", marker="o", linestyle="", markerfacecolor="white"),
-        ]
-        unique = dict(zip([*names, "evaluated as trained", "knob turned at inference"], handles, strict=True))
-        ax.legend(unique.values(), unique.keys(), fontsize=8)
+        legend |= dict(zip(names, handles, strict=True))
+    legend["evaluated as trained"] = plt.Line2D([], [], color="gray", marker="o", linestyle="")
+    legend["knob turned at inference"] = plt.Line2D(
+        [], [], color="gray", marker="o", linestyle="", markerfacecolor="white"
+    )
+    # Below the panels: ten lines leave no corner free.
+    columns = 2 * min(len(panels), PANEL_COLUMNS)
+    figure.legend(legend.values(), legend.keys(), fontsize=8, ncols=columns, loc="outside lower center")
     save(figure, path)
 
 
