@@ -10,7 +10,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 
-from dashattn.backends import DashConfig, FullConfig, NSAConfig
+from dashattn.backends import DashConfig, FullConfig, InfLLMv2Config, NSAConfig
+from dashattn.ops.compression.reference import mean_compress
 from models import ModelConfig, Transformer
 from models import loss as loss_module
 from models.generate import generate
@@ -26,7 +27,8 @@ SHAPE = ModelConfig(
     head_dim=16,
     max_seq_len=256,
 )
-NSA = NSAConfig(block_size=16, kernel_size=8, kernel_stride=4, window_size=16, topk=3)
+WINDOWS = {"block_size": 16, "kernel_size": 8, "kernel_stride": 4, "window_size": 16, "topk": 3}
+NSA = NSAConfig(**WINDOWS)
 
 
 @pytest.fixture
@@ -91,6 +93,46 @@ def test_a_layer_compiles_once_into_one_graph(attention):
             torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4)
         frames.append(backend.frame_count)
     assert frames[1] == frames[0] + 1  # the loss's, of which the number of tokens is a symbol from the second one on
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a compiler")
+@pytest.mark.parametrize(
+    "attention",
+    [
+        FullConfig(),
+        DashConfig(chunk_size=16, impl="triton"),
+        InfLLMv2Config(**WINDOWS, impl="triton"),
+        NSAConfig(**WINDOWS, impl="triton"),
+    ],
+    ids=lambda c: c.name,
+)
+def test_inductor_compiles_what_stands_between_the_operators(attention):
+    if attention.name != "full":
+        pytest.importorskip("triton")
+    torch._dynamo.reset()
+    eager, compiled, input_ids = build(attention), build(attention), torch.randint(50, (2, 50))
+    compiled.compile_layers(fullgraph=True)
+    results = [loss_and_gradients(model, input_ids) for model in (eager, compiled)]
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_compiled_windows_have_no_sum_for_a_size():
+    """What Inductor fails on, but for a GPU only: see ``compress_windows``."""
+    torch._dynamo.reset()
+    sizes = []
+
+    def backend(graph, _):
+        means = [node for node in graph.graph.nodes if node.target == "mean"]
+        sizes.extend(size for node in means for size in node.args[0].meta["example_value"].shape)
+        return graph
+
+    compiled, x = torch.compile(mean_compress, dynamic=True, fullgraph=True, backend=backend), torch.randn(2, 50, 2, 16)
+    torch.testing.assert_close(compiled(x, 8, 4), mean_compress(x, 8, 4))
+    symbols = [size.node.expr for size in sizes if isinstance(size, torch.SymInt)]
+    assert symbols
+    assert not any(symbol.is_Add for symbol in symbols)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

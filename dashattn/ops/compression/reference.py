@@ -48,7 +48,11 @@ def compress_windows(
     if count == 0:  # unfold refuses what has no window
         return compress(*(x.new_zeros(x.shape[0], 0, kernel_size, *x.shape[2:]) for x in tensors))
     if cu_seqlens is None:
-        return compress(*(x.unfold(1, kernel_size, kernel_stride).movedim(-1, 2) for x in tensors))
+        if torch.compiler.is_compiling():
+            # Inductor of PyTorch 2.11 fails on a GPU where a size of a reduction is a sum, as the number of windows is:
+            # it takes B * (N - 1) and B * N - B for different. So T // kernel_stride windows, the last ones dropped.
+            tensors = tuple(F.pad(x, (0, 0, 0, 0, 0, kernel_size - kernel_stride)) for x in tensors)
+        return compress(*(x.unfold(1, kernel_size, kernel_stride).movedim(-1, 2) for x in tensors))[:, :count]
     ends = visible_windows(cu_seqlens.diff() - 1, kernel_size, kernel_stride).cumsum(0)
     window = torch.arange(count, device=ends.device)
     document = torch.searchsorted(ends, window, right=True).clamp(max=len(ends) - 1)
