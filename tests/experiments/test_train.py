@@ -71,7 +71,9 @@ def test_the_stage_changes_nothing_and_resume_is_exact(make_config, tmp_path, re
         reference_losses["loss"] = losses(whole)
         for key in ("grad_norm", "grad_norm_router"):
             reference_losses[key] = [row[key] for row in rows(whole)]
-    assert losses(whole) == reference_losses["loss"]
+    # At stage 3 DeepSpeed's hooks pass a module's input through a function of theirs: the gradients that meet there are
+    # added in another order, and float32's last bits differ.
+    assert losses(whole) == pytest.approx(reference_losses["loss"], rel=1e-6 if stage == 3 else 0, abs=0)
     for key in ("grad_norm", "grad_norm_router"):
         assert [row[key] for row in rows(whole)] == pytest.approx(reference_losses[key], rel=1e-5, abs=0)
 
