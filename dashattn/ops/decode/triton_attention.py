@@ -17,6 +17,9 @@ from dashattn.ops.block_sparse.triton_forward import NO_PEAK, precision
 from dashattn.ops.chunk_summary.triton import pooling_weights
 from dashattn.ops.tiles import LOG2E, bitwise_or, overlapped_launch, power_of_2_from, wait_for_kernel_before
 
+# Ranks whose blocks are found at once: the exchange between threads that it takes would hold up each load.
+RANKS = tl.constexpr(16)
+
 
 @triton.jit
 def visible_count(position, SIZE: tl.constexpr, STRIDE: tl.constexpr):
@@ -60,7 +63,7 @@ def attention_kernel(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, WORD_HEADS: tl.constexpr,
     WORD_HEADS_P: tl.constexpr, WORDS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, SIZE: tl.constexpr,
-    STRIDE: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
+    STRIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """WORD_HEADS: selections that are united (those of the group's heads, or one); 0: all blocks in the window.
 
@@ -104,7 +107,6 @@ def attention_kernel(
     peak = tl.full([ROWS], NO_PEAK, tl.float32)
     end = (split + 1) * count // SPLITS
     for start in range(split * count // SPLITS, end, RANKS):
-        # Found for several blocks at once: the exchange between threads that it takes would hold up each load.
         blocks = first + start + tl.arange(0, RANKS)
         if WORD_HEADS > 0:
             blocks = _blocks_of_ranks(blocks, words, ends, WORDS)
@@ -240,7 +242,7 @@ def attend(
         KV_HEADS=kv_heads, GROUP=group, ROWS=max(16, power_of_2_from(group)), WORD_HEADS=word_heads,
         WORD_HEADS_P=power_of_2_from(max(1, word_heads)), WORDS=power_of_2_from(max(1, num_words)),
         HAS_BIAS=bias is not None, BLOCK=block_size, HEAD_DIM=head_dim, DIM=dim, SPLITS=splits,
-        PRECISION=precision(q.dtype), SIZE=tokens_per_key[0], STRIDE=tokens_per_key[1], RANKS=16,
+        PRECISION=precision(q.dtype), SIZE=tokens_per_key[0], STRIDE=tokens_per_key[1],
         num_warps=4 if tile_bytes <= 16384 else 8,
         num_stages=4 if tile_bytes <= 16384 else 2 if tile_bytes <= 32768 else 1,
         **overlapped_launch(q.device),
