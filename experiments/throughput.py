@@ -161,37 +161,79 @@ def turn_knob(run: Run, batch: Batch, target: float) -> float:
 
 def measure(run: Run, config: ThroughputConfig, pattern: str | None) -> dict:
     """What the timed steps took, and what the attention read in the last one."""
-    found: dict = {"parameters": sum(p.numel() for p in run.engine.module.parameters())}
+    found: dict = {}
     if pattern is not None:
         run.engine.module.embedding.register_forward_hook(resemble(pattern))
         batches, _ = read_batches(run)
         found["knob"] = turn_knob(run, batches[0], config.sparsity)
+    return found | time_steps(run, config.warmup, config.steps)
+
+
+def time_steps(run: Run, warmup: int, steps: int) -> dict:
+    """The losses of ``warmup + steps`` steps, what the later ones took, and what the attention read in the last one.
+
+    All ranks must call it; what it returns is of all of them, memory of the one that took most.
+    """
+    ranks, losses = run.ranks, []
     clock = Clock()
-    for step in range(config.warmup + config.steps):
-        if step == config.warmup:
+    for step in range(warmup + steps):
+        if step == warmup:
             wait_for(run)
             clock.restart()
         with clock.waiting():
             batches, error = read_batches(run)
         if error is not None:
             raise error
+        counts = ranks.sum(sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches))
+        targets, read = (count / ranks.sequence_parallel for count in counts)  # read by as many ranks
         run.engine.module.set_step(step)
         set_learning_rate(run.engine, learning_rate(run.config.optim, step, run.config.steps))
-        done = update(run, batches, sum(b.num_targets for b in batches), with_norms=False, with_stats=False)
-        clock.count(sum(b.num_tokens for b in batches))
+        done = update(run, batches, targets, with_norms=False, with_stats=False)
+        clock.count(read)
+        losses.append(done.loss)
         if done.grad_norm is None:
             raise ValueError(f"the gradient of step {step} is not finite")
     wait_for(run)
-    found |= clock.read() | {"peak_memory_mib": peak_memory_mib(run.ranks.device), "loss": done.loss}
+    found = clock.read() | {"peak_memory_mib": max(ranks.gather(peak_memory_mib(ranks.device)))}
+    found |= {"parameters": parameters_of(run), "loss": losses[-1], "losses": losses}
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        stats = forward(run.engine, batches[0], run.ranks.device, return_stats=True).stats
+        stats = forward(run.engine, batches[0], ranks.device, return_stats=True).stats
     run.utilisation.measure(stats)
     return found | run.utilisation.read(batches, found["tokens_per_s"]) | attention_metrics(stats)
+
+
+def parameters_of(run: Run) -> int:
+    """Their number; ZeRO stage 3 leaves an empty tensor of each, which knows what it was."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.module.parameters())
 
 
 def wait_for(run: Run) -> None:
     if run.ranks.device.type == "cuda":
         torch.cuda.synchronize(run.ranks.device)
+
+
+def attempt(compose: Callable[[Path], TrainConfig], device: str, work: Callable[[Run], dict]) -> dict:
+    """What ``work`` finds with a run of the configuration that ``compose`` makes for a run directory, and its status;
+    or why it could not. The run is freed in any case."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    run, found = None, {}
+    try:
+        with tempfile.TemporaryDirectory() as directory, ExitStack() as resources:
+            composed = compose(Path(directory) / "run")
+            with torch.device(device):  # draws the weights there: on a CPU that takes longer than the steps
+                run = build(composed, (), resources)
+            found = {"status": "ok"} | work(run)
+    except Exception as error:  # what breaks must not take the others' measurements with it
+        status, detail = explain(error)
+        found = {"status": status, "detail": detail}
+    if run is not None:
+        run.engine.destroy()
+    del run
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return found
 
 
 class Benchmark:
@@ -229,26 +271,11 @@ class Benchmark:
         row = self.row(backend=backend, length=length, pattern=pattern, **asdict(setting))
         if time.monotonic() > self.deadline:
             return row | {"status": "out of time", "detail": "raise time_budget"}
-        if self.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        run = None
-        try:
-            with tempfile.TemporaryDirectory() as directory, ExitStack() as resources:
-                composed = compose_run(self.config, backend, length, setting, Path(directory) / "run")
-                with torch.device(self.device):  # draws the weights there: on a CPU that takes longer than the steps
-                    run = build(composed, (), resources)
-                found = measure(run, self.config, pattern)
-            row |= {"status": "ok"} | found
-        except Exception as error:  # what breaks must not take the others' measurements with it
-            status, detail = explain(error)
-            row |= {"status": status, "detail": detail}
-        if run is not None:
-            run.engine.destroy()
-        del run
-        gc.collect()
-        if self.device == "cuda":
-            torch.cuda.empty_cache()
-        return row
+        return row | attempt(
+            lambda run_dir: compose_run(self.config, backend, length, setting, run_dir),
+            self.device,
+            lambda run: measure(run, self.config, pattern),
+        )
 
     def loader(self, length: int) -> dict:
         """How fast the data alone come, packed documents, in this process and thread."""
