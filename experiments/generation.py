@@ -1,11 +1,11 @@
-"""The command line of ``models/generate.py``: a run's model continues a prompt, streaming.
+"""The command line of ``models/generate.py``: a run's model continues a prompt, streaming, or several at once.
 
 ``python -m models.generate run=outputs/NAME prompt="..."``
 """
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import hydra
@@ -22,11 +22,13 @@ from models.generate import generate
 
 @dataclass
 class GenerateConfig:
-    """One prompt."""
+    """One batch of prompts."""
 
     run: str = MISSING  # run directory (its latest checkpoint), or one of its checkpoints
-    prompt: str = MISSING
+    prompt: str | None = None
+    prompts: list[str] = field(default_factory=list)  # in its place: several, of any length, continued at once
     max_new_tokens: int = 200
+    stop_tokens: list[str] = field(default_factory=list)  # of one token each, beside the one that ends a text
     temperature: float = 0.0  # 0 = the likeliest token
     top_p: float = 1.0
     seed: int = 0
@@ -37,7 +39,7 @@ class GenerateConfig:
 
 
 class Printer:
-    """Prints tokens as text as they come, whole characters only."""
+    """Prints the first prompt's tokens as text as they come, whole characters only; keeps the time of every token."""
 
     def __init__(self, tokenizer: TextTokenizer, prompt: list[int]) -> None:
         self.tokenizer = tokenizer
@@ -46,10 +48,11 @@ class Printer:
         self.times: list[float] = []
         self._print()
 
-    def __call__(self, _row: int, token: int) -> None:
+    def __call__(self, row: int, token: int) -> None:
         self.times.append(time.perf_counter())
-        self.tokens.append(token)
-        self._print()
+        if row == 0:
+            self.tokens.append(token)
+            self._print()
 
     def _print(self) -> None:
         text = self.tokenizer.decode(self.tokens)
@@ -57,13 +60,20 @@ class Printer:
             print(text[self.printed :], end="", flush=True)
             self.printed = len(text)
 
+    def end(self) -> None:
+        """Prints what waited for the rest of a character, which will not come, and ends the line."""
+        print(self.tokenizer.decode(self.tokens)[self.printed :])
+
 
 def run_generation(config: GenerateConfig) -> None:
-    """Prints the prompt, its continuation, and on stderr how fast it came.
+    """Prints every prompt with its continuation, and on stderr how fast they came.
 
     Raises:
         ValueError: no such run, a run without text, or an impossible setting.
     """
+    if (config.prompt is None) == (not config.prompts):
+        raise ValueError('give prompt="..." or, for several, prompts=["...","..."]')
+    texts = config.prompts or [config.prompt]
     target = locate(config.run, config.device)
     train = target.train
     if not isinstance(train.data, PackedDataConfig):
@@ -77,25 +87,38 @@ def run_generation(config: GenerateConfig) -> None:
     if config.compile:
         # Matrices times one row become reductions, fused with what stands around them.
         model.compile_layers(options={"coordinate_descent_tuning": True})
-    prompt = tokenizer.encode(config.prompt)
-    printer = Printer(tokenizer, prompt)
+    prompts = [tokenizer.encode(text) for text in texts]
+    stop_tokens = {tokenizer.eos_id, *(_stop_token(tokenizer, text) for text in config.stop_tokens)}
+    printer = Printer(tokenizer, prompts[0])
     start = time.perf_counter()
-    generate(
+    results = generate(
         model,
-        [prompt],
+        prompts,
         max_new_tokens=config.max_new_tokens,
-        stop_tokens={tokenizer.eos_id},
+        stop_tokens=stop_tokens,
         temperature=config.temperature,
         top_p=config.top_p,
         seed=config.seed,
         on_token=printer,
     )
-    print()
+    printer.end()
+    for number, (prompt, result) in enumerate(zip(prompts[1:], results[1:], strict=True), start=2):
+        print(f"\n[{number}] {tokenizer.decode(prompt + result)}")
     if printer.times:
         first, last, count = printer.times[0], printer.times[-1], len(printer.times)
-        rate = f", then {(count - 1) / (last - first):.1f} tokens/s" if count > 1 else ""
-        report = f"{len(prompt)} tokens read, the first new one after {first - start:.2f} s{rate}; {count} in all"
+        later = count - sum(map(bool, results))  # than the first step's
+        rate = f", then {later / (last - first):.1f} tokens/s" if later else ""
+        read = sum(map(len, prompts))
+        report = f"{read} tokens read, the first new one after {first - start:.2f} s{rate}; {count} in all"
         print(report, file=sys.stderr)
+
+
+def _stop_token(tokenizer: TextTokenizer, text: str) -> int:
+    """Special tokens may be spelled out."""
+    tokens = tokenizer.encode_markup(text)
+    if len(tokens) != 1:
+        raise ValueError(f"stop_tokens has {text!r}, which is {len(tokens)} tokens: give texts of one token each")
+    return tokens[0]
 
 
 ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)

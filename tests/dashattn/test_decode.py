@@ -75,6 +75,19 @@ def test_token_by_token_equals_one_prefill(config):
 
 
 @each_config
+def test_prompts_of_a_batch_equal_those_packed_as_documents(config):
+    sequences = Sequences(config, batch=3)
+    outs = [sequences.step([13, 20, 3]), *(sequences.step([1, 1, 1]) for _ in range(5))]
+    rows = [torch.cat([out[row] for out in outs]) for row in range(3)]
+    together = [[token for row in sequences.rows for token in row]]
+    q, k, v, hidden = (torch.stack(part[0])[None] for part in sequences.parts(together))
+    ends = torch.tensor([0, *map(len, sequences.rows)]).cumsum(0, dtype=torch.int32)
+    rope = rope_tables(torch.cat([torch.arange(len(row)) for row in rows]), sequences.dtype)
+    packed = sequences.backend(q, k, v, hidden=hidden, rope=rope, cu_seqlens=ends)
+    torch.testing.assert_close(torch.cat(rows)[None], packed, rtol=0, atol=1e-11)
+
+
+@each_config
 def test_ragged_batch_in_pieces(config):
     sequences = Sequences(config, batch=3)
     for counts in ([5, 17, 1], [1, 1, 1], [9, 0, 3], [1, 1, 1], [0, 20, 11]):

@@ -35,7 +35,36 @@ def test_the_command_line(run):
     assert "error: top_p=2.0 must lie in" in failed.stderr
 
 
+def test_prompts_of_any_length_go_on_at_once(run, capsys):
+    texts = ["import os\nimport sys\n", "x"]
+    options = dict(max_new_tokens=8, threads=1)
+    alone = []
+    for text in texts:
+        run_generation(GenerateConfig(run, text, **options))
+        alone.append(capsys.readouterr().out)
+    run_generation(GenerateConfig(run, prompts=texts, **options))
+    printed = capsys.readouterr()
+    assert printed.out == f"{alone[0]}\n[2] {alone[1]}"
+    assert "16 in all" in printed.err
+
+
+def test_a_stop_token_ends_a_continuation(run, capsys):
+    def continuation(**options):
+        run_generation(GenerateConfig(run, "x", temperature=1.0, threads=1, **options))
+        return capsys.readouterr().out[1:-1]
+
+    firsts = ((seed, continuation(max_new_tokens=1, seed=seed)) for seed in range(50))
+    seed, first = next((seed, text) for seed, text in firsts if len(text) == 1 and text.isascii())
+    assert continuation(max_new_tokens=3, seed=seed).startswith(first)
+    assert continuation(max_new_tokens=3, seed=seed, stop_tokens=[first]) == ""
+
+
 def test_refusals(run, tmp_path, make_config):
+    for prompts in ({}, {"prompt": "a", "prompts": ["b"]}):
+        with pytest.raises(ValueError, match=r"give prompt=.* or, for several, prompts="):
+            run_generation(GenerateConfig(run, **prompts))
+    with pytest.raises(ValueError, match="which is 2 tokens: give texts of one token each"):
+        run_generation(GenerateConfig(run, "a", stop_tokens=["\x00\x01"]))
     with pytest.raises(ValueError, match="no intact weights in"):
         run_generation(GenerateConfig(str(tmp_path), "a"))
     with pytest.raises(ValueError, match="router_scale must be a positive"):
@@ -50,4 +79,7 @@ def test_half_a_character_waits_for_its_other_half(capsys):
     printer = Printer(Bytes(), list(b"a"))
     for byte in "é!".encode():
         printer(0, byte)
+    printer(0, "é".encode()[0])
     assert capsys.readouterr().out == "aé!"
+    printer.end()
+    assert capsys.readouterr().out == "\N{REPLACEMENT CHARACTER}\n"

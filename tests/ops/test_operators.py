@@ -41,13 +41,22 @@ def test_operators_keep_torch_librarys_rules():
         assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
 
 
-def test_activation_checkpointing_changes_nothing():
+@pytest.fixture
+def _deterministic():
+    torch.use_deterministic_algorithms(True)  # raises where an operation has no such algorithm
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_deterministic")
+def test_checkpointing_and_autocast_change_nothing():
     inputs = [*make_qkv(), make(2, 16)]
 
     def attend(*tensors):
         return dash_attention(*tensors, chunk_size=16, router_scale=2.0, prior="raw", impl="triton")
 
     results = [attend(*inputs), checkpoint(attend, *inputs, use_reentrant=False)]
-    grads = [torch.autograd.grad(out.square().sum(), inputs) for out in results]
-    assert torch.equal(*results)
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        results.append(attend(*inputs))
+    expected, *others = ([out, *torch.autograd.grad(out.square().sum(), inputs)] for out in results)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(other, expected, strict=True))
