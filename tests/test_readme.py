@@ -62,7 +62,7 @@ TESTED = {
     "python train.py launcher=slurm launcher.partition=gpu ...",  # slurm/
     "python -m experiments.sweep sweep=pareto launcher=slurm",  # slurm/
     "python -m slurm.status outputs/pareto",  # slurm/
-    # experiments/test_tasks.py, experiments/test_routing.py
+    # experiments/test_tasks.py
     "python evaluate.py run=outputs/debug-dash tasks=[niah_single_1,vt,routing] lengths=[1024] rows=4",
     # experiments/test_harness.py
     "python -m experiments.harness --model dashattn --model_args run=outputs/debug-dash --tasks lambada_openai",
