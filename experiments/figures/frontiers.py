@@ -133,6 +133,7 @@ def make_ablations(study: Study) -> Drawn | None:
             beside = [row for row in control if row["panel"] == panel and factor in FACTORS]
             _line(ax, beside, label=" ".join(CONTROL), color="#444444", linestyle="--", marker=".")
             ax.set_title(f"{factor}\n{panel}", fontsize=9)
+            ax.ticklabel_format(useOffset=False)
             ax.set_xlabel("causal sparsity")
             ax.grid(alpha=0.25)
             ax.legend(fontsize=8)
