@@ -30,9 +30,9 @@ test: install lint
 test-all: install lint
 	$(PY) -m pytest -n 2
 
-# For the night: a run is killed a hundred times, a sweep five times.
+# For the night: a run is killed a hundred times, a preparation thirty times, a sweep five times.
 test-crash: install
-	$(PY) -m pytest tests/experiments/test_crash.py
+	$(PY) -m pytest -k killed tests/experiments/test_crash.py tests/data/test_prepared.py
 
 # The kernels at real sizes, on a machine with a GPU; elsewhere its tests are skipped.
 test-gpu: install

@@ -1,5 +1,6 @@
 """Errors a user causes or can mend end in one message, errors of ours in a traceback."""
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from omegaconf.errors import OmegaConfBaseException
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what is wrong with a disk, not with us
 REQUEUE = 75  # exit code of a run that was asked to stop and wants to be started again; EX_TEMPFAIL of sysexits.h
 
 
@@ -41,6 +43,13 @@ def run_faults() -> Iterator[None]:
                 f"{str(error).splitlines()[0]}\nlower rows_per_micro_batch (the same step in more passes), raise "
                 "deepspeed.stage, use more GPUs, or lower data.seq_len. The latest checkpoint is kept; what changes "
                 "only the placement (rows_per_micro_batch, the stage, the number of GPUs) may change on resume"
+            ) from error
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            raise Stopped(
+                f"{error}: make room where run_dir and cache_dir lie, and see that they may be written. The latest "
+                "checkpoint is intact, and the same command goes on from it"
             ) from error
 
 

@@ -104,7 +104,7 @@ def test_a_key_forced_in_is_refused():
         composed("+attention.topk=4")
 
 
-@pytest.mark.parametrize("name", ["smoke", "pareto", "frontier", "frontier_rates", "frontier_text", "ablations"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIGS / "sweep").glob("*.yaml")))
 def test_every_sweep_composes_into_cells_whose_runs_can_be(name, tmp_path):
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         sweep = to_config(compose("sweep", [f"sweep={name}", f"output_dir={tmp_path}"]))

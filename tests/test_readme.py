@@ -1,10 +1,13 @@
 """Every command of the README runs, the long ones at smoke size; a command without a test here fails."""
 
 import os
+import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -40,7 +43,7 @@ TESTED = {
     "make pareto",
     "make test",  # this
     "make test-all",  # this, and what is marked slow
-    "make test-crash",  # experiments/test_crash.py
+    "make test-crash",  # experiments/test_crash.py, data/test_prepared.py
     "make test-gpu",  # on a GPU
     "pytest -s tests/gpu/test_two_gpus.py",  # on two
     "make figures",  # experiments/test_figures.py
@@ -62,7 +65,7 @@ TESTED = {
     "python train.py launcher=slurm launcher.partition=gpu ...",  # slurm/
     "python -m experiments.sweep sweep=pareto launcher=slurm",  # slurm/
     "python -m slurm.status outputs/pareto",  # slurm/
-    # experiments/test_tasks.py, experiments/test_routing.py
+    # experiments/test_tasks.py
     "python evaluate.py run=outputs/debug-dash tasks=[niah_single_1,vt,routing] lengths=[1024] rows=4",
     # experiments/test_harness.py
     "python -m experiments.harness --model dashattn --model_args run=outputs/debug-dash --tasks lambada_openai",
@@ -97,11 +100,23 @@ def test_speed_report_from_the_committed_rows(tmp_path):
 
 
 @pytest.mark.skipif(not (ROOT / ".venv/.installed").exists(), reason="make would install: run make install first")
-def test_make_pareto_and_again(tmp_path):
-    """The whole path at smoke size: install (done), sweep, table and figure; a second call trains nothing."""
+def test_make_pareto_killed_and_again(tmp_path):
+    """The whole path at smoke size: install (done), sweep, table and figure. Killed after its first cell, it goes on
+    with the others; a further call trains nothing."""
     command = ("make", "pareto", "SWEEP=smoke", f"OUTPUT={tmp_path}/smoke")
+    killed = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        while not list(tmp_path.glob("smoke/*/cell.json")):
+            assert killed.poll() is None
+            time.sleep(0.05)
+        time.sleep(random.uniform(0, 8))
+    finally:
+        os.killpg(killed.pid, signal.SIGKILL)  # with its cells, as when the machine dies
+        killed.wait()
     first = run(*command)
-    assert "5 cells to do, 0 done before" in first
+    left, done = map(int, re.search(r"(\d) cells to do, (\d) done before", first).groups())
+    assert done >= 1
+    assert left + done == 5
     assert "failed" not in first
     for label in ("full", "dash", "infllmv2", "nsa"):
         assert f"| {label} |" in first

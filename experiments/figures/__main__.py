@@ -27,7 +27,7 @@ from experiments.files import to_csv, write_atomically
 ROUTING = "evaluate.py tasks=[routing]"
 FIGURES = (
     Figure(1, "frontier", "Score against measured causal sparsity", "evaluate.py knobs=[...]", make_frontiers),
-    Figure(2, "cost", "Score against bytes read and time", "evaluate.py knobs=[...]", make_costs),
+    Figure(2, "cost", "Score against bytes read and time", "evaluate.py tasks=[...,decode] knobs=[...]", make_costs),
     Figure(3, "heatmap", "Sparsity by layer and KV head", "evaluate.py tasks=[sparsity]", make_heat_map),
     Figure(4, "active", "Active tokens against position", "evaluate.py tasks=[sparsity]", make_active_tokens),
     Figure(5, "adaptivity", "Active blocks against the blocks that an answer needs", ROUTING, make_adaptivity),
@@ -57,8 +57,8 @@ def write_figures(output: Path, studies: Sequence[Study]) -> list[Figure]:
             write_atomically(output / f"{stem}.csv", to_csv(drawn.table))
             if drawn.draw is not None:
                 drawn.draw(output / stem)
-            pictures = [path for path in (output / f"{stem}.png", output / f"{stem}-2.png") if path.exists()]
-            sections.setdefault(figure.number, []).append(Section(study.name, drawn, pictures))
+            picture = None if drawn.draw is None else output / f"{stem}.png"
+            sections.setdefault(figure.number, []).append(Section(study.name, drawn, picture))
     write_atomically(output / "index.html", to_html(FIGURES, sections))
     return [figure for figure in FIGURES if figure.number not in sections]
 

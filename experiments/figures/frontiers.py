@@ -9,6 +9,7 @@ from experiments.frontier import is_ablation, of_frontiers, points, untrained
 from experiments.pareto import draw as draw_frontiers
 from experiments.pareto import table as frontier_table
 from experiments.plots import grid, save, styles
+from experiments.tasks.decoding import DECODE
 
 MISSING = "missing"
 # Columns of a RULER table: the groups the paper reports.
@@ -20,6 +21,7 @@ GROUPS = {
     "QA 1-2": ("qa_1", "qa_2"),
 }
 FACTORS = ("alpha", "chunk_size", "sigma", "prior", "summary", "group", "router_scale")
+CONTROL = ("prior", "raw")  # of configs/sweep/ablations.yaml
 
 
 def make_frontiers(study: Study) -> Drawn | None:
@@ -32,16 +34,20 @@ def make_frontiers(study: Study) -> Drawn | None:
 
 def make_costs(study: Study) -> Drawn | None:
     """Score against bytes read and, where it was measured, time per decoded token."""
+    decoding = {_model_of(row): row for row in study.of(DECODE, "ms")}
     rows = [row for row in of_frontiers(study.evaluations) if row.get("bytes_read") is not None]
     rows = [_with_panel(row) for row in rows if not is_ablation(row)]
     if not rows:
         return None
     costs = {"bytes_read": "bytes read per token"}
-    notes = []
-    if any(row.get("decode_ms") is not None for row in rows):
+    timed = {id(row): decoding[_model_of(row)] for row in rows if _model_of(row) in decoding}
+    if timed:
         costs["decode_ms"] = "ms per decoded token"
+        devices = sorted({row["device"] for row in timed.values()})
+        notes = [f"Time per decoded token: of one sequence, on {', '.join(devices)}."]
+        rows = [row | {"decode_ms": timed[id(row)]["score"]} if id(row) in timed else row for row in rows]
     else:
-        notes.append("Time per decoded token: missing, no row has decode_ms.")
+        notes = [f"Time per decoded token: missing, rows come from evaluate.py tasks=[{DECODE}]."]
     table = []
     for cost in costs:
         with_cost = [row for row in rows if row.get(cost) is not None]
@@ -50,7 +56,7 @@ def make_costs(study: Study) -> Drawn | None:
         table += [{"cost": cost, **score, "amount": amount[cost]} for score, amount in zip(means, amounts, strict=True)]
 
     def draw(path: Path) -> None:
-        panels = [(cost, panel) for cost in costs for panel in grouped(rows, "panel")]
+        panels = list(dict.fromkeys((row["cost"], row["panel"]) for row in table))
         figure, axes = grid(len(panels))
         style = styles(row["label"] for row in rows)
         for ax, (cost, panel) in zip(axes, panels, strict=True):
@@ -110,7 +116,44 @@ def make_ablations(study: Study) -> Drawn | None:
         for score, sparsity in zip(scores, sparsities, strict=True)
     ]
     absent = [factor for factor in FACTORS if factor not in {row["factor"] for row in rows}]
-    return Drawn(table, None, [f"Missing: {', '.join(absent)}."] if absent else [])
+    notes = [f"Missing: {', '.join(absent)}."] if absent else []
+    control = [row for row in table if (row["factor"], row["value"]) == CONTROL]
+    if control:
+        notes.append(f"Dashed: {':'.join(CONTROL)}, from which the lines beside it differ in one option.")
+
+    def draw(path: Path) -> None:
+        panels = _by(table, lambda row: (row["panel"], row["factor"]))
+        figure, axes = grid(len(panels))
+        for ax, ((panel, factor), inside) in zip(axes, panels.items(), strict=True):
+            style = styles(row["value"] for row in inside)
+            for value, line in grouped(inside, "value").items():
+                if (factor, value) != CONTROL:
+                    colour, mark = style[value]
+                    _line(ax, line, label=f"{factor} {value}", color=colour, marker=mark)
+            beside = [row for row in control if row["panel"] == panel and factor in FACTORS]
+            _line(ax, beside, label=" ".join(CONTROL), color="#444444", linestyle="--", marker=".")
+            ax.set_title(f"{factor}\n{panel}", fontsize=9)
+            ax.ticklabel_format(useOffset=False)
+            ax.set_xlabel("causal sparsity")
+            ax.grid(alpha=0.25)
+            ax.legend(fontsize=8)
+        save(figure, path)
+
+    return Drawn(table, draw, notes)
+
+
+def _line(ax, points: list[dict], **style) -> None:
+    """Scores against sparsity, with the spread over seeds where there is one."""
+    points = sorted(points, key=lambda row: row["causal_sparsity"])
+    xs, ys = [row["causal_sparsity"] for row in points], [row["score"] for row in points]
+    spread = [row["spread"] for row in points]
+    if points:
+        ax.errorbar(xs, ys, yerr=spread if any(spread) else None, linewidth=1.2, **style)
+
+
+def _model_of(row: dict) -> tuple:
+    """What tells the model and the length that a row is about."""
+    return tuple(row[name] for name in ("data", "label", "config_hash", "seed", "step", "knob", "length"))
 
 
 def _with_panel(row: dict) -> dict:

@@ -28,7 +28,7 @@ class Section:
 
     study: str
     drawn: Drawn
-    pictures: Sequence[Path]
+    picture: Path | None
 
 
 def to_html(figures: Sequence[Figure], sections: dict[int, list[Section]]) -> str:
@@ -44,8 +44,9 @@ def to_html(figures: Sequence[Figure], sections: dict[int, list[Section]]) -> st
         for section in sections.get(figure.number, ()):
             body.append(f"<h3>{escape(section.study)}</h3>")
             body += [f'<p class="note">{escape(note)}</p>' for note in section.drawn.notes]
-            body += [_picture(path, figure) for path in section.pictures]
-            body.append(_table(section.drawn.table, is_open=not section.pictures))
+            if section.picture is not None:
+                body.append(_picture(section.picture, figure))
+            body.append(_table(section.drawn.table, is_open=section.picture is None))
     head = f"<meta charset=utf-8><title>Figures and tables</title><style>{STYLE}</style>"
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n'
 

@@ -7,11 +7,12 @@ from omegaconf import MISSING
 from data import MQARDataConfig
 from data.tasks import SUITES, TEMPLATES, TEXT_TASKS
 from experiments.config import TrainConfig
+from experiments.tasks.decoding import DECODE
 from experiments.tasks.harness import PREFIX
 from experiments.tasks.streams import STREAM_TASKS, MQARForm
 
 ROUTING = "routing"
-TASKS = (*STREAM_TASKS, ROUTING, *SUITES, *TEXT_TASKS)
+TASKS = (*STREAM_TASKS, ROUTING, DECODE, *SUITES, *TEXT_TASKS)
 
 
 @dataclass
@@ -20,8 +21,8 @@ class EvaluateConfig:
 
     run: str = MISSING  # run directory (its latest checkpoint), or one of its checkpoints
     # On the run's validation split: loss | position | recall | sparsity. Generated: ruler (its 13) | niah_single_1 ...
-    # qa_2 | niah (heat map) | niah_values (1 to 16 values of a key) | json_kv. Of the router: routing. Of
-    # lm-evaluation-harness: lm_eval/NAME.
+    # qa_2 | niah (heat map) | niah_values (1 to 16 values of a key) | json_kv. Of the router: routing. Time of a token:
+    # decode. Of lm-evaluation-harness: lm_eval/NAME.
     tasks: list[str] = field(default_factory=lambda: ["loss"])
     lengths: list[int] | None = None  # tokens of a row, or of prompt and answer; null = the run's data.seq_len
     knobs: list[float] | None = None  # values of the sparsity knob; null = the one trained with

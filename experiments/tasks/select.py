@@ -8,6 +8,7 @@ from data.tasks import SUITES, TEXT_TASKS, Material, PromptEncoder, TaskSet, bui
 from experiments.config import TrainConfig
 from experiments.tasks.base import Task
 from experiments.tasks.config import ROUTING, EvaluateConfig, expand
+from experiments.tasks.decoding import DECODE, DecodingTask
 from experiments.tasks.generated import GeneratedTask
 from experiments.tasks.harness import PREFIX, HarnessTask
 from experiments.tasks.routing import RoutingTask, mqar_probes, text_probes
@@ -33,7 +34,7 @@ def build_tasks(config: EvaluateConfig, train: TrainConfig, stream: BatchStream)
     tasks: list[Task] = []
     sets = _Sets(config, train, stream)
     for length in lengths:
-        tasks += _stream_tasks(config, train, length)
+        tasks += _stream_tasks(config, train, length) + _decoding_tasks(config, train, length)
         for name in expand([name for name in config.tasks if name in TEXT_TASKS or name in SUITES]):
             task_set = sets.build(name, length, config.rows or SAMPLES, is_named=name in config.tasks)
             if task_set is not None:
@@ -69,8 +70,16 @@ def _stream_tasks(config: EvaluateConfig, train: TrainConfig, length: int) -> li
     return [StreamTask(names, data, build_stream(data, train.seed, config.rows_per_batch, cache_dir), config.mqar)]
 
 
+def _decoding_tasks(config: EvaluateConfig, train: TrainConfig, length: int) -> list[Task]:
+    if DECODE not in config.tasks:
+        return []
+    data = data_at(train.data, length, 1, config.mqar)
+    stream = build_stream(data, train.seed, 1, Path(train.cache_dir).expanduser())
+    return [DecodingTask(next(iter(stream)).input_ids.flatten().tolist())]
+
+
 def _mqar_tasks(config: EvaluateConfig, train: TrainConfig, length: int) -> list[Task]:
-    tasks = _stream_tasks(config, train, length)
+    tasks = _stream_tasks(config, train, length) + _decoding_tasks(config, train, length)
     if ROUTING in config.tasks:
         data = data_at(train.data, length, config.rows or PROBES, config.mqar)
         stream = build_stream(data, train.seed, config.rows_per_batch, Path(train.cache_dir))

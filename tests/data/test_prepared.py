@@ -126,35 +126,44 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_killed_preparation_goes_on_to_the_same_bytes(make, text_config, tokenizer, small_shards, tmp_path, workers):
+@pytest.mark.parametrize(("workers", "kills"), [(1, 1), (2, 1), pytest.param(2, 30, marks=pytest.mark.slow)])
+def test_killed_preparation_goes_on_to_the_same_bytes(
+    make, text_config, tokenizer, small_shards, tmp_path, workers, kills
+):
     make("whole")
+    whole = contents(entry(tmp_path, "whole"))
     tokenizer.save(tmp_path / "tokenizer.json")
-    script = tmp_path / "script.py"
+    script, cache = tmp_path / "script.py", tmp_path / "cache"
     script.write_text(PREPARE)
-    arguments = [vars(text_config()), str(tmp_path / "cache"), str(tmp_path / "tokenizer.json"), workers]
+    arguments = [vars(text_config()), str(cache), str(tmp_path / "tokenizer.json"), workers]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    process = subprocess.Popen([sys.executable, str(script), json.dumps(arguments)], env=environment)
-    try:
-        deadline = time.monotonic() + 120
-        while not list((tmp_path / "cache").glob("tokens/*/shard-00001")):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        time.sleep(random.Random(workers).random() * 0.3)
-        workers_alive = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGKILL)
-    finally:
-        process.kill()
-        process.wait()
-    interrupted = contents(entry(tmp_path))
-    assert "complete.json" not in interrupted, "killed before the end"
+    randomness, ended = random.Random(workers), False
+    while kills or ended:
+        if ended:  # all was done before the kill
+            shutil.rmtree(cache)
+        shards = len(list(cache.glob("tokens/*/shard-*"))) + 1 + randomness.randrange(2)
+        process = subprocess.Popen([sys.executable, str(script), json.dumps(arguments)], env=environment)
+        try:
+            deadline = time.monotonic() + 120
+            while len(list(cache.glob("tokens/*/shard-*"))) < shards and process.poll() is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            time.sleep(randomness.random() * 0.3)
+            workers_alive = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        finally:
+            process.kill()
+            process.wait()
+        assert process.returncode in (0, -signal.SIGKILL)
+        interrupted = contents(entry(tmp_path))
+        ended = "complete.json" in interrupted
+        if ended:
+            continue
+        kills -= 1
+        assert all(whole[name] == data for name, data in interrupted.items() if name.startswith("shard-"))
+        assert (workers == 2) == bool(workers_alive)
+        assert not psutil.wait_procs(workers_alive, timeout=30)[1], "workers end with their parent"
     make()
-    finished = contents(entry(tmp_path))
-    assert finished == contents(entry(tmp_path, "whole"))
-    assert all(finished[name] == data for name, data in interrupted.items() if name.startswith("shard-"))
-    assert (workers == 2) == bool(workers_alive)
-    assert not psutil.wait_procs(workers_alive, timeout=30)[1], "workers end with their parent"
+    assert contents(entry(tmp_path)) == whole
 
 
 def flip(path, offset):

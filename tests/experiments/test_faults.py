@@ -1,5 +1,6 @@
 """What goes wrong while a run trains: it stops or goes on, and nothing that was learned is lost."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -249,4 +250,29 @@ def test_a_full_disk_stops_the_run_and_leaves_what_was_there(make_config, small_
     assert left[1] == "step-00000001"
     assert not [name for name in left if "tmp" in name]
     subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
+    assert losses(train(config)) == losses(whole)
+
+
+def test_a_disk_that_fills_up_between_checkpoints_ends_in_one_message(make_config, at_step, small_disk, capsys):
+    """Where a row of metrics.jsonl is written; started again, where the run directory is opened."""
+    options = ("steps=40", "save_every=0")  # rows of more than the one page that the file has already
+    whole = train(make_config("whole", *options))
+    config = make_config("run", *options, f"run_dir={small_disk / 'run'}")
+    filler = small_disk / "filler"
+
+    def fill(output):
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+        return output
+
+    at_step[40 + 2] = fill
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="1"), run_faults():
+            train(config)
+        message = capsys.readouterr().err
+        assert "No space left on device" in message
+        assert "make room" in message
+        assert "Traceback" not in message
+    filler.unlink()
     assert losses(train(config)) == losses(whole)

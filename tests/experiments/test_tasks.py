@@ -13,9 +13,10 @@ from data import build_data
 from experiments.config import to_config
 from experiments.evaluation import build_model, evaluate, find_target, validation_stream
 from experiments.files import read_rows
-from experiments.tasks import generated
+from experiments.tasks import decoding, generated
 from experiments.tasks.base import Setting, SparsityTally
 from experiments.tasks.config import EvaluateConfig
+from experiments.tasks.decoding import token_ms
 from experiments.tasks.routing import Measured, Probe, mqar_probes, observe, score_routing
 from experiments.tasks.select import build_tasks
 from experiments.tasks.streams import MQARForm, data_at
@@ -168,6 +169,43 @@ def test_sparsity_by_layer_head_and_position(text_run):
     for row in bins:
         assert row["p10"] <= row["score"] <= row["p90"] <= row["position"][1] + 1
     assert bins[0]["score"] == 1
+
+
+def test_the_time_of_a_token_is_measured_at_every_length_and_knob(recall_run, text_run, monkeypatch):
+    seen = []
+
+    def timed(model, ids_BT):
+        seen.append(ids_BT.shape[1])
+        return token_ms(model, ids_BT)
+
+    monkeypatch.setattr(decoding, "token_ms", timed)
+    for path, lengths in ((recall_run, [64, 128]), (text_run, [40])):
+        rows = run(path, tasks=["decode"], lengths=lengths, knobs=[1.0, 30.0])
+        assert [(row["knob"], row["length"]) for row in rows] == [(k, n) for k in (1.0, 30.0) for n in lengths]
+        assert all(row["score"] > 0 and row["metric"] == "ms" for row in rows)
+        assert rows[0]["causal_sparsity"] < rows[-1]["causal_sparsity"] or path == text_run
+    assert seen == [64, 128, 64, 128, 40, 40]
+
+
+def test_a_token_takes_the_median_of_steps_that_all_stand_at_the_end_of_the_prompt(recall_run, monkeypatch):
+    """Time goes by in the step alone: 1 s in the first ones, and in the others as much as tokens are in the cache."""
+    _, at = setting(recall_run)
+    clock, inner, steps = [0.0], decoding.decode_step, []
+
+    def decode_step(model, cache):
+        step = inner(model, cache)
+
+        def slow(token_B):
+            steps.append(token_B.tolist())
+            clock[0] += 1 if len(steps) <= decoding.WARM_UP else 1e-3 * cache.host_lengths[0]
+            return step(token_B)
+
+        return slow
+
+    monkeypatch.setattr(decoding, "decode_step", decode_step)
+    monkeypatch.setattr(decoding.time, "perf_counter", lambda: clock[0])
+    assert decoding.token_ms(at.model, torch.arange(48)[None]) == pytest.approx(48)
+    assert steps == [[47]] * (decoding.WARM_UP + decoding.REPETITIONS)
 
 
 def test_forms_of_mqar_are_rows_of_their_own(recall_run):
