@@ -45,7 +45,7 @@ TESTED = {
     "make test-all",  # this, and what is marked slow
     "make test-crash",  # experiments/test_crash.py, data/test_prepared.py
     "make test-gpu",  # on a GPU
-    "pytest -s tests/gpu/test_two_gpus.py",  # on two
+    "pytest tests/gpu/test_two_gpus.py",  # on two
     "make figures",  # experiments/test_figures.py
     "python train.py experiment=debug attention=dash attention.chunk_size=16",
     "python evaluate.py run=outputs/debug-dash tasks=[loss,position] knobs=[1,10,50]",
@@ -58,6 +58,7 @@ TESTED = {
     "torchrun --standalone --nproc-per-node 8 train.py model=350m data=hub deepspeed=zero2 ...",  # test_train_cli.py
     "deepspeed --no_local_rank --num_gpus 8 train.py ...",  # test_train_cli.py
     "python -m experiments.throughput",  # experiments/test_throughput.py
+    "python -m experiments.parallel",  # experiments/test_parallel.py
     "pip install .",
     "python -m data.collect corpora/notes.jsonl ~/notes '*.deb'",  # data/test_collect.py
     "python -m experiments.prepare data=mixture",  # experiments/test_prepare.py
