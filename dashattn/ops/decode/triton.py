@@ -64,7 +64,8 @@ def routed_attention(
 ) -> Tensor:
     """``reference.cached_dash_routing`` and ``cached_attention`` in one, for ``prior_heads`` group.
 
-    ``after_append``: ``append`` was launched just before. As in prefill, 16-bit types leave out a tempered prior that is smaller than their rounding.
+    ``after_append``: ``append`` was launched just before, and writes nothing that routing reads. As in prefill, 16-bit
+    types leave out a tempered prior that is smaller than their rounding.
     """
     heads, head_dim = q.shape[2:]
     scale = head_dim**-0.5 if scale is None else scale

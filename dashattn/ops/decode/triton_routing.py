@@ -19,7 +19,7 @@ from dashattn.ops.dash_routing.triton_entmax import (
     root_step,
     unsolved,
 )
-from dashattn.ops.decode.triton_attention import visible_count
+from dashattn.ops.decode.triton_attention import processors, visible_count
 from dashattn.ops.tiles import overlapped_launch, power_of_2_from, wait_for_kernel_before
 
 
@@ -193,8 +193,9 @@ def multiply(
     batch, num_tokens, heads, head_dim = q.shape
     num_keys, kv_heads = keys.shape[1:3]
     products = torch.empty(batch * num_tokens * heads, num_keys, dtype=torch.float32, device=q.device)
-    tile = 32
-    product_kernel[(batch * num_tokens * kv_heads, -(-num_keys // tile))](
+    rows = batch * num_tokens * kv_heads
+    tile = 32 if rows * num_keys >= 32 * processors(q.device) else 16  # some for every multiprocessor
+    product_kernel[(rows, -(-num_keys // tile))](
         q, keys, products, lengths, *keys.stride()[:3], num_tokens, num_keys,
         KV_HEADS=kv_heads, GROUP=heads // kv_heads, ROWS=max(16, power_of_2_from(heads // kv_heads)),
         SIZE=tokens_per_key[0], STRIDE=tokens_per_key[1], CHUNKS=tile, HEAD_DIM=head_dim,
