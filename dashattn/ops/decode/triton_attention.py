@@ -1,7 +1,7 @@
 """Triton kernels of decoding: writing a token, and attention over the active blocks of a cache.
 
 One query row (sequence, new token) and KV head has few heads to multiply with but many keys to read, so its active
-blocks are split evenly over SPLITS programs, whichever blocks they are: each program counts the bits of the selection,
+blocks are split evenly over several programs, whichever blocks they are: each program counts the bits of the selection,
 and lists the blocks that are its share of the ranks. Their partial sums meet in a second kernel.
 Launch shapes depend on capacities only; lengths stay on the device.
 """
@@ -49,13 +49,13 @@ def _list_blocks(list_ptr, words, ends, begin, end, WORDS: tl.constexpr):
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_words", "list_width", "num_blocks", "window"])
+@triton.jit(do_not_specialize=["num_tokens", "num_words", "list_width", "num_blocks", "window", "splits"])
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, peak_ptr, total_ptr, lengths, words_ptr, lists, bias_ptr, scale_log2,
-    sequence_stride, token_stride, head_stride, num_tokens, num_words, list_width, num_blocks, window,
+    sequence_stride, token_stride, head_stride, num_tokens, num_words, list_width, num_blocks, window, splits,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, WORD_HEADS: tl.constexpr,
     WORD_HEADS_P: tl.constexpr, WORDS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
-    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr, SIZE: tl.constexpr,
     STRIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """WORD_HEADS: selections that are united (those of the group's heads, or one); 0: all blocks in the window.
@@ -63,9 +63,9 @@ def attention_kernel(
     SIZE and STRIDE: the tokens that a key stands for (``visible_count``).
     """
     wait_for_kernel_before(PDL)
-    split = tl.program_id(0) % SPLITS
-    kv_head = tl.program_id(0) // SPLITS % KV_HEADS
-    query = tl.program_id(0) // SPLITS // KV_HEADS
+    split = tl.program_id(0) % splits
+    kv_head = tl.program_id(0) // splits % KV_HEADS
+    query = tl.program_id(0) // splits // KV_HEADS
     sequence = query // num_tokens
     token = query % num_tokens
     position = visible_count(tl.load(lengths + sequence) + token, SIZE, STRIDE) - 1  # of the last key that is visible
@@ -91,8 +91,8 @@ def attention_kernel(
     else:
         first = tl.maximum(position - window + 1, 0) // BLOCK
         count = position // BLOCK - first + 1
-    begin = split * count // SPLITS
-    end = (split + 1) * count // SPLITS
+    begin = split * count // splits
+    end = (split + 1) * count // splits
     if WORD_HEADS > 0:
         lists += tl.program_id(0).to(tl.int64) * list_width
         _list_blocks(lists, words, ends, begin, end, WORDS)
@@ -122,19 +122,19 @@ def attention_kernel(
         acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
         peak = new_peak
 
-    if SPLITS == 1:
-        acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    if PARTIAL:
+        tl.store(peak_ptr + flat_row * splits + split, peak, mask=in_group)
+        tl.store(total_ptr + flat_row * splits + split, total, mask=in_group)
     else:
-        tl.store(peak_ptr + flat_row * SPLITS + split, peak, mask=in_group)
-        tl.store(total_ptr + flat_row * SPLITS + split, total, mask=in_group)
-    out = out_ptr + (flat_row * SPLITS + split)[:, None] * HEAD_DIM + dim[None, :]
+        acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    out = out_ptr + (flat_row * splits + split)[:, None] * HEAD_DIM + dim[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=in_group[:, None] & in_dim[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def combine_kernel(
-    partial_ptr, peak_ptr, total_ptr, out_ptr,
-    SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
+    partial_ptr, peak_ptr, total_ptr, out_ptr, splits,
+    SPLITS_P: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """COLUMNS channels of one query head: the splits' sums, weighted to one peak."""
@@ -142,11 +142,11 @@ def combine_kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     split = tl.arange(0, SPLITS_P)
-    in_splits = split < SPLITS
+    in_splits = split < splits
     in_tile = in_splits[:, None] & (column < HEAD_DIM)[None, :]
-    peak = tl.load(peak_ptr + row * SPLITS + split, mask=in_splits, other=NO_PEAK)
-    total = tl.load(total_ptr + row * SPLITS + split, mask=in_splits, other=0.0)
-    partial = tl.load(partial_ptr + (row * SPLITS + split)[:, None] * HEAD_DIM + column[None, :], mask=in_tile, other=0)
+    peak = tl.load(peak_ptr + row * splits + split, mask=in_splits, other=NO_PEAK)
+    total = tl.load(total_ptr + row * splits + split, mask=in_splits, other=0.0)
+    partial = tl.load(partial_ptr + (row * splits + split)[:, None] * HEAD_DIM + column[None, :], mask=in_tile, other=0)
     weight = tl.exp2(peak - tl.max(peak, 0))
     total = tl.sum(total * weight, 0)
     out = tl.sum(partial * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
@@ -233,10 +233,10 @@ def attend(
     tile_bytes = block_size * dim * q.itemsize
     attention_kernel[(programs,)](
         q.contiguous(), k, v, partial, peak, total, lengths, words, lists, bias, scale * LOG2E, *k.stride()[:3],
-        num_tokens, num_words, list_width, blocks, capacity if window is None else window,
+        num_tokens, num_words, list_width, blocks, capacity if window is None else window, splits,
         KV_HEADS=kv_heads, GROUP=group, ROWS=max(16, power_of_2_from(group)), WORD_HEADS=word_heads,
         WORD_HEADS_P=power_of_2_from(max(1, word_heads)), WORDS=power_of_2_from(max(1, num_words)),
-        HAS_BIAS=bias is not None, BLOCK=block_size, HEAD_DIM=head_dim, DIM=dim, SPLITS=splits,
+        HAS_BIAS=bias is not None, BLOCK=block_size, HEAD_DIM=head_dim, DIM=dim, PARTIAL=splits > 1,
         PRECISION=precision(q.dtype), SIZE=tokens_per_key[0], STRIDE=tokens_per_key[1],
         num_warps=4 if tile_bytes <= 16384 else 8,
         num_stages=4 if tile_bytes <= 16384 else 2 if tile_bytes <= 32768 else 1,
@@ -245,7 +245,7 @@ def attend(
     if splits > 1:
         columns = min(32, dim)
         combine_kernel[(batch * num_tokens * heads, -(-head_dim // columns))](
-            partial, peak, total, out, SPLITS=splits, SPLITS_P=power_of_2_from(splits), HEAD_DIM=head_dim,
+            partial, peak, total, out, splits, SPLITS_P=power_of_2_from(splits), HEAD_DIM=head_dim,
             COLUMNS=columns, num_warps=4, **overlapped_launch(q.device),
         )  # fmt: skip
     return out
