@@ -193,6 +193,7 @@ class DashBackend(AttentionBackend):
         )
         kernels = self._decode_kernels(q)
         if kernels is not None:
+            options["after_append"] = q.shape[1] == 1 and config.summary_rope == "none"  # see _write
             return kernels.routed_attention(q, cache["k"], cache["v"], cache["summaries"], cache.lengths, **options)
         selection, bias = cached_dash_routing(
             q, cache["summaries"], cache.lengths, prior_heads=config.prior_heads, **options

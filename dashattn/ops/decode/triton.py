@@ -60,10 +60,12 @@ def routed_attention(
     prior: str,
     sigma: float,
     scale: float | None = None,
+    after_append: bool = False,
 ) -> Tensor:
     """``reference.cached_dash_routing`` and ``cached_attention`` in one, for ``prior_heads`` group.
 
-    As in prefill, 16-bit types leave out a tempered prior that is smaller than their rounding.
+    ``after_append``: ``append`` was launched just before, and writes nothing that routing reads. As in prefill, 16-bit
+    types leave out a tempered prior that is smaller than their rounding.
     """
     heads, head_dim = q.shape[2:]
     scale = head_dim**-0.5 if scale is None else scale
@@ -75,7 +77,7 @@ def routed_attention(
     for tile, before in _tiles(q, lengths):
         words, bias = route(
             tile, summaries, before, alpha, chunk_size, router_scale * head_dim**-0.5,
-            has_forward_bias(prior, sigma, q.dtype), temperature(prior, sigma),
+            has_forward_bias(prior, sigma, q.dtype), temperature(prior, sigma), after_append,
         )  # fmt: skip
         outs.append(attend(tile, k, v, before, words, bias, chunk_size, None, scale))
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)

@@ -1,8 +1,8 @@
 """Triton kernels of decoding: writing a token, and attention over the active blocks of a cache.
 
 One query row (sequence, new token) and KV head has few heads to multiply with but many keys to read, so its active
-blocks are split evenly over SPLITS programs, whichever blocks they are: each program counts the bits of the selection,
-takes its share of the ranks, and finds the block of a rank in the words. Their partial sums meet in a second kernel.
+blocks are split evenly over several programs, whichever blocks they are: each program counts the bits of the selection,
+and lists the blocks that are its share of the ranks. Their partial sums meet in a second kernel.
 Launch shapes depend on capacities only; lengths stay on the device.
 """
 
@@ -16,9 +16,6 @@ from torch import Tensor
 from dashattn.ops.block_sparse.triton_forward import NO_PEAK, precision
 from dashattn.ops.chunk_summary.triton import pooling_weights
 from dashattn.ops.tiles import LOG2E, bitwise_or, overlapped_launch, power_of_2_from, wait_for_kernel_before
-
-# Ranks whose blocks are found at once: the exchange between threads that it takes would hold up each load.
-RANKS = tl.constexpr(16)
 
 
 @triton.jit
@@ -38,31 +35,27 @@ def _count_bits(word):
 
 
 @triton.jit
-def _blocks_of_ranks(rank, words, ends, WORDS: tl.constexpr):
-    """The blocks that are number ``rank`` (from 0) among the set bits; ``ends``: bits up to each word, it included."""
-    passed = ends[None, :] <= rank[:, None]
-    index = tl.sum(passed.to(tl.int32), 1)
-    here = tl.arange(0, WORDS)[None, :] == index[:, None]
-    word = tl.sum(tl.where(here, words[None, :], 0), 1)
-    left = rank - tl.max(tl.where(passed, ends[None, :], 0), 1)
-    block = index * 32
-    # The half that holds the bit, five times.
-    for level in tl.static_range(4, -1, -1):
-        low = _count_bits(word & ((1 << (1 << level)) - 1))
-        is_high = left >= low
-        left -= tl.where(is_high, low, 0)
-        word = tl.where(is_high, word >> (1 << level), word)
-        block += tl.where(is_high, 1 << level, 0)
-    return block
+def _list_blocks(list_ptr, words, ends, begin, end, WORDS: tl.constexpr):
+    """Writes the blocks of numbers ``begin`` to ``end`` among the set bits; ``ends``: bits up to each word's last.
+
+    Through memory: to find a number's block in registers, all threads have to meet several times.
+    """
+    place = ends - _count_bits(words) - begin
+    for bit in tl.static_range(32):
+        is_set = (words >> bit) & 1
+        mine = (is_set != 0) & (place >= 0) & (place < end - begin)
+        tl.store(list_ptr + place, tl.arange(0, WORDS) * 32 + bit, mask=mine)
+        place += is_set
+    tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_words", "num_blocks", "window"])
+@triton.jit(do_not_specialize=["num_tokens", "num_words", "list_width", "num_blocks", "window", "splits"])
 def attention_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, peak_ptr, total_ptr, lengths, words_ptr, bias_ptr, scale_log2,
-    sequence_stride, token_stride, head_stride, num_tokens, num_words, num_blocks, window,
+    q_ptr, k_ptr, v_ptr, out_ptr, peak_ptr, total_ptr, lengths, words_ptr, lists, bias_ptr, scale_log2,
+    sequence_stride, token_stride, head_stride, num_tokens, num_words, list_width, num_blocks, window, splits,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, WORD_HEADS: tl.constexpr,
     WORD_HEADS_P: tl.constexpr, WORDS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
-    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr, SIZE: tl.constexpr,
     STRIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """WORD_HEADS: selections that are united (those of the group's heads, or one); 0: all blocks in the window.
@@ -70,26 +63,12 @@ def attention_kernel(
     SIZE and STRIDE: the tokens that a key stands for (``visible_count``).
     """
     wait_for_kernel_before(PDL)
-    split = tl.program_id(0) % SPLITS
-    kv_head = tl.program_id(0) // SPLITS % KV_HEADS
-    query = tl.program_id(0) // SPLITS // KV_HEADS
+    split = tl.program_id(0) % splits
+    kv_head = tl.program_id(0) // splits % KV_HEADS
+    query = tl.program_id(0) // splits // KV_HEADS
     sequence = query // num_tokens
     token = query % num_tokens
     position = visible_count(tl.load(lengths + sequence) + token, SIZE, STRIDE) - 1  # of the last key that is visible
-
-    if WORD_HEADS > 0:
-        head = tl.arange(0, WORD_HEADS_P)
-        word = tl.arange(0, WORDS)
-        row = ((sequence * KV_HEADS + kv_head) * WORD_HEADS + head).to(tl.int64) * num_tokens + token
-        in_words = (head < WORD_HEADS)[:, None] & (word < num_words)[None, :]
-        words = tl.load(words_ptr + row[:, None] * num_words + word[None, :], mask=in_words, other=0)
-        words = tl.reduce(words, 0, bitwise_or)
-        ends = tl.cumsum(_count_bits(words), 0)
-        first = 0
-        count = tl.max(ends, 0)
-    else:
-        first = tl.maximum(position - window + 1, 0) // BLOCK
-        count = position // BLOCK - first + 1
 
     dim = tl.arange(0, DIM)
     in_dim = dim < HEAD_DIM
@@ -99,49 +78,63 @@ def attention_kernel(
     q = tl.load(
         q_ptr + flat_row[:, None] * HEAD_DIM + dim[None, :], mask=in_group[:, None] & in_dim[None, :], other=0.0
     )
+
+    if WORD_HEADS > 0:
+        head = tl.arange(0, WORD_HEADS_P)
+        word = tl.arange(0, WORDS)
+        row = ((sequence * KV_HEADS + kv_head) * WORD_HEADS + head).to(tl.int64) * num_tokens + token
+        in_words = (head < WORD_HEADS)[:, None] & (word < num_words)[None, :]
+        words = tl.load(words_ptr + row[:, None] * num_words + word[None, :], mask=in_words, other=0)
+        words = tl.reduce(words, 0, bitwise_or)
+        ends = tl.cumsum(_count_bits(words), 0)
+        count = tl.max(ends, 0)
+    else:
+        first = tl.maximum(position - window + 1, 0) // BLOCK
+        count = position // BLOCK - first + 1
+    begin = split * count // splits
+    end = (split + 1) * count // splits
+    if WORD_HEADS > 0:
+        lists += tl.program_id(0).to(tl.int64) * list_width
+        _list_blocks(lists, words, ends, begin, end, WORDS)
+
     cache_offset = sequence.to(tl.int64) * sequence_stride + kv_head.to(tl.int64) * head_stride
     bias_row = (query.to(tl.int64) * KV_HEADS + kv_head) * num_blocks
 
     acc = tl.zeros([ROWS, DIM], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     peak = tl.full([ROWS], NO_PEAK, tl.float32)
-    end = (split + 1) * count // SPLITS
-    for start in range(split * count // SPLITS, end, RANKS):
-        blocks = first + start + tl.arange(0, RANKS)
-        if WORD_HEADS > 0:
-            blocks = _blocks_of_ranks(blocks, words, ends, WORDS)
-        for number in range(tl.minimum(end - start, RANKS)):
-            block = tl.sum(tl.where(tl.arange(0, RANKS) == number, blocks, 0), 0)
-            key = block * BLOCK + tl.arange(0, BLOCK)
-            visible = (key <= position) & (key > position - window)
-            offset = cache_offset + key.to(tl.int64)[:, None] * token_stride + dim[None, :]
-            in_tile = visible[:, None] & in_dim[None, :]
-            k = tl.load(k_ptr + offset, mask=in_tile, other=0.0)
-            v = tl.load(v_ptr + offset, mask=in_tile, other=0.0)
-            logits = tl.dot(q, k.T, input_precision=PRECISION) * scale_log2
-            if HAS_BIAS:
-                logits += tl.load(bias_ptr + bias_row + block) * 1.4426950408889634
-            logits = tl.where(visible[None, :], logits, float("-inf"))
-            new_peak = tl.maximum(peak, tl.max(logits, 1))
-            p = tl.exp2(logits - new_peak[:, None])
-            decay = tl.exp2(peak - new_peak)
-            total = total * decay + tl.sum(p, 1)
-            acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-            peak = new_peak
+    for number in range(end - begin):
+        block = tl.load(lists + number) if WORD_HEADS > 0 else first + begin + number
+        key = block * BLOCK + tl.arange(0, BLOCK)
+        visible = (key <= position) & (key > position - window)
+        offset = cache_offset + key.to(tl.int64)[:, None] * token_stride + dim[None, :]
+        in_tile = visible[:, None] & in_dim[None, :]
+        k = tl.load(k_ptr + offset, mask=in_tile, other=0.0)
+        v = tl.load(v_ptr + offset, mask=in_tile, other=0.0)
+        logits = tl.dot(q, k.T, input_precision=PRECISION) * scale_log2
+        if HAS_BIAS:
+            logits += tl.load(bias_ptr + bias_row + block) * 1.4426950408889634
+        logits = tl.where(visible[None, :], logits, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(logits, 1))
+        p = tl.exp2(logits - new_peak[:, None])
+        decay = tl.exp2(peak - new_peak)
+        total = total * decay + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+        peak = new_peak
 
-    if SPLITS == 1:
-        acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    if PARTIAL:
+        tl.store(peak_ptr + flat_row * splits + split, peak, mask=in_group)
+        tl.store(total_ptr + flat_row * splits + split, total, mask=in_group)
     else:
-        tl.store(peak_ptr + flat_row * SPLITS + split, peak, mask=in_group)
-        tl.store(total_ptr + flat_row * SPLITS + split, total, mask=in_group)
-    out = out_ptr + (flat_row * SPLITS + split)[:, None] * HEAD_DIM + dim[None, :]
+        acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    out = out_ptr + (flat_row * splits + split)[:, None] * HEAD_DIM + dim[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=in_group[:, None] & in_dim[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def combine_kernel(
-    partial_ptr, peak_ptr, total_ptr, out_ptr,
-    SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
+    partial_ptr, peak_ptr, total_ptr, out_ptr, splits,
+    SPLITS_P: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """COLUMNS channels of one query head: the splits' sums, weighted to one peak."""
@@ -149,11 +142,11 @@ def combine_kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     split = tl.arange(0, SPLITS_P)
-    in_splits = split < SPLITS
+    in_splits = split < splits
     in_tile = in_splits[:, None] & (column < HEAD_DIM)[None, :]
-    peak = tl.load(peak_ptr + row * SPLITS + split, mask=in_splits, other=NO_PEAK)
-    total = tl.load(total_ptr + row * SPLITS + split, mask=in_splits, other=0.0)
-    partial = tl.load(partial_ptr + (row * SPLITS + split)[:, None] * HEAD_DIM + column[None, :], mask=in_tile, other=0)
+    peak = tl.load(peak_ptr + row * splits + split, mask=in_splits, other=NO_PEAK)
+    total = tl.load(total_ptr + row * splits + split, mask=in_splits, other=0.0)
+    partial = tl.load(partial_ptr + (row * splits + split)[:, None] * HEAD_DIM + column[None, :], mask=in_tile, other=0)
     weight = tl.exp2(peak - tl.max(peak, 0))
     total = tl.sum(total * weight, 0)
     out = tl.sum(partial * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
@@ -205,13 +198,13 @@ def append_kernel(
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 def num_splits(rows: int, blocks: int, device: torch.device) -> int:
     """Programs that share the blocks of one query row and KV head: two for every multiprocessor in all."""
-    return max(1, min(2 * _processors(device) // rows, blocks, 256))
+    return max(1, min(2 * processors(device) // rows, blocks, 256))
 
 
 def attend(
@@ -235,13 +228,15 @@ def attend(
     if splits > 1:
         sums = torch.empty(q[..., 0].numel() * splits * (head_dim + 2), dtype=torch.float32, device=q.device)
         partial, peak, total = sums.split([len(sums) // (head_dim + 2) * part for part in (head_dim, 1, 1)])
+    programs, list_width = batch * num_tokens * kv_heads * splits, -(-blocks // splits)
+    lists = None if words is None else torch.empty(programs * list_width, dtype=torch.int32, device=q.device)
     tile_bytes = block_size * dim * q.itemsize
-    attention_kernel[(batch * num_tokens * kv_heads * splits,)](
-        q.contiguous(), k, v, partial, peak, total, lengths, words, bias, scale * LOG2E, *k.stride()[:3],
-        num_tokens, num_words, blocks, capacity if window is None else window,
+    attention_kernel[(programs,)](
+        q.contiguous(), k, v, partial, peak, total, lengths, words, lists, bias, scale * LOG2E, *k.stride()[:3],
+        num_tokens, num_words, list_width, blocks, capacity if window is None else window, splits,
         KV_HEADS=kv_heads, GROUP=group, ROWS=max(16, power_of_2_from(group)), WORD_HEADS=word_heads,
         WORD_HEADS_P=power_of_2_from(max(1, word_heads)), WORDS=power_of_2_from(max(1, num_words)),
-        HAS_BIAS=bias is not None, BLOCK=block_size, HEAD_DIM=head_dim, DIM=dim, SPLITS=splits,
+        HAS_BIAS=bias is not None, BLOCK=block_size, HEAD_DIM=head_dim, DIM=dim, PARTIAL=splits > 1,
         PRECISION=precision(q.dtype), SIZE=tokens_per_key[0], STRIDE=tokens_per_key[1],
         num_warps=4 if tile_bytes <= 16384 else 8,
         num_stages=4 if tile_bytes <= 16384 else 2 if tile_bytes <= 32768 else 1,
@@ -250,7 +245,7 @@ def attend(
     if splits > 1:
         columns = min(32, dim)
         combine_kernel[(batch * num_tokens * heads, -(-head_dim // columns))](
-            partial, peak, total, out, SPLITS=splits, SPLITS_P=power_of_2_from(splits), HEAD_DIM=head_dim,
+            partial, peak, total, out, splits, SPLITS_P=power_of_2_from(splits), HEAD_DIM=head_dim,
             COLUMNS=columns, num_warps=4, **overlapped_launch(q.device),
         )  # fmt: skip
     return out

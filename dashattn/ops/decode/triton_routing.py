@@ -19,7 +19,7 @@ from dashattn.ops.dash_routing.triton_entmax import (
     root_step,
     unsolved,
 )
-from dashattn.ops.decode.triton_attention import visible_count
+from dashattn.ops.decode.triton_attention import processors, visible_count
 from dashattn.ops.tiles import overlapped_launch, power_of_2_from, wait_for_kernel_before
 
 
@@ -27,11 +27,15 @@ from dashattn.ops.tiles import overlapped_launch, power_of_2_from, wait_for_kern
 def product_kernel(
     q_ptr, summary_ptr, product_ptr, lengths, sequence_stride, summary_stride, head_stride, num_tokens, num_chunks,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
-    CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """q . k~ of CHUNKS chunks, for the heads of a group; chunks that are not visible are left unwritten."""
-    wait_for_kernel_before(PDL)
+    """q . k~ of CHUNKS chunks, for the heads of a group; chunks that are not visible are left unwritten.
+
+    EARLY: the kernel before writes nothing that is read here, and began when all before it had ended.
+    """
+    if not EARLY:
+        wait_for_kernel_before(PDL)
     kv_head = tl.program_id(0) % KV_HEADS
     query = tl.program_id(0) // KV_HEADS
     sequence = query // num_tokens
@@ -45,6 +49,8 @@ def product_kernel(
     )
     visible = visible_count(tl.load(lengths + sequence) + query % num_tokens, SIZE, STRIDE)
     if tl.program_id(1) * CHUNKS >= visible:
+        if EARLY:
+            wait_for_kernel_before(PDL)
         return
     chunk = tl.program_id(1) * CHUNKS + tl.arange(0, CHUNKS)
     past = chunk < visible
@@ -52,6 +58,8 @@ def product_kernel(
     offset += chunk.to(tl.int64)[:, None] * summary_stride + dim[None, :]
     k = tl.load(summary_ptr + offset, mask=past[:, None] & in_dim[None, :], other=0.0)
     products = tl.dot(q, k.T, input_precision=PRECISION)
+    if EARLY:  # the memory written to may have been another's, who still reads it
+        wait_for_kernel_before(PDL)
     target = product_ptr + flat_row[:, None] * num_chunks + chunk[None, :]
     tl.store(target, products, mask=in_group[:, None] & past[None, :])
 
@@ -175,25 +183,31 @@ def prior_kernel(
     tl.store(row + chunk, log_p, mask=chunk <= own)
 
 
-def multiply(q: Tensor, keys: Tensor, lengths: Tensor, tokens_per_key: tuple[int, int]) -> Tensor:
-    """Products, float32 [B * T * Hq, J], of q [B, T, Hq, D], contiguous, with the visible keys [B, J, H, D]."""
+def multiply(
+    q: Tensor, keys: Tensor, lengths: Tensor, tokens_per_key: tuple[int, int], after_append: bool = False
+) -> Tensor:
+    """Products, float32 [B * T * Hq, J], of q [B, T, Hq, D], contiguous, with the visible keys [B, J, H, D].
+
+    ``after_append``: the launch before is ``append``'s, of tokens behind all visible keys: it need not have ended.
+    """
     batch, num_tokens, heads, head_dim = q.shape
     num_keys, kv_heads = keys.shape[1:3]
     products = torch.empty(batch * num_tokens * heads, num_keys, dtype=torch.float32, device=q.device)
-    tile = 32
-    product_kernel[(batch * num_tokens * kv_heads, -(-num_keys // tile))](
+    rows = batch * num_tokens * kv_heads
+    tile = 32 if rows * num_keys >= 32 * processors(q.device) else 16  # some for every multiprocessor
+    product_kernel[(rows, -(-num_keys // tile))](
         q, keys, products, lengths, *keys.stride()[:3], num_tokens, num_keys,
         KV_HEADS=kv_heads, GROUP=heads // kv_heads, ROWS=max(16, power_of_2_from(heads // kv_heads)),
         SIZE=tokens_per_key[0], STRIDE=tokens_per_key[1], CHUNKS=tile, HEAD_DIM=head_dim,
-        DIM=max(16, power_of_2_from(head_dim)), PRECISION=precision(q.dtype), num_warps=4,
-        **overlapped_launch(q.device),
+        DIM=max(16, power_of_2_from(head_dim)), PRECISION=precision(q.dtype), EARLY=after_append,
+        num_warps=4, **overlapped_launch(q.device),
     )  # fmt: skip
     return products
 
 
 def route(
     q: Tensor, summaries: Tensor, lengths: Tensor, alpha: Tensor | None, chunk_size: int, score_scale: float,
-    has_bias: bool, sigma: float | None,
+    has_bias: bool, sigma: float | None, after_append: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Selection words of every query head, int32 [B, Hq, T, W], and with ``has_bias`` the prior, float32 [B, T, H, N].
 
@@ -202,12 +216,13 @@ def route(
         summaries: [B, N, H, D] of the cache.
         alpha: float32 [Hq], or None for 1.5 everywhere.
         sigma: None for the raw prior.
+        after_append: as in ``multiply``.
     """
     batch, num_tokens, heads, _ = q.shape
     num_chunks, kv_heads = summaries.shape[1:3]
     queries, group = batch * num_tokens, heads // kv_heads
     # A query sees a chunk from the first token after it on.
-    products = multiply(q, summaries, lengths, (chunk_size + 1, chunk_size))
+    products = multiply(q, summaries, lengths, (chunk_size + 1, chunk_size), after_append)
     peak, tau = torch.empty(2, queries * heads, dtype=torch.float32, device=q.device)
     words = torch.empty(batch, heads, num_tokens, -(-num_chunks // 32), dtype=torch.int32, device=q.device)
     chunks = max(32, power_of_2_from(num_chunks))
