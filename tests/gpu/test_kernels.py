@@ -52,9 +52,9 @@ def test_head_and_block_sizes(head_dim, block_size):
     check_attention(2, 333, 4, 2, head_dim, block_size, None, BF16)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_float32(head_dim):
-    check_attention(1, 300, 4, 2, head_dim, 64, "kv", FP32)
+@pytest.mark.parametrize(("head_dim", "block_size"), [(64, 64), (128, 64), (256, 64), (160, 128), (256, 128)])
+def test_float32(head_dim, block_size):
+    check_attention(1, 5 * block_size, 4, 2, head_dim, block_size, "kv", FP32)
 
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 129, 4099])

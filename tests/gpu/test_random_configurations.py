@@ -54,8 +54,6 @@ def draw_specialisation(rng):
     head_dim = rng.choice([32, 64, 64, 96, 128, 128, 256])
     dtype = rng.choice([torch.bfloat16, torch.bfloat16, torch.float16, torch.float32])
     chunk = rng.choice([16, 32, 64, 64, 128])
-    if dtype == torch.float32 and head_dim > 128:
-        chunk = min(chunk, 64)
     group = rng.choice([1, 2, 3, 4, 7, 8, 16, 32])
     prior = rng.choice(["raw", "tempered", "tempered", "none"])
     return head_dim, dtype, chunk, group, prior, rng.choice([True, False])

@@ -96,6 +96,12 @@ decode.routed_attention(q, k, v, summaries, lengths, **options)
 options = dict(kernel_size=32, kernel_stride=16, block_size=64, topk=2, init_blocks=0, local_blocks=1)
 decode.cached_window_routing(q, *compressed, lengths, pooling="max", **options)
 
+# The largest tiles there are: a block of them is walked in parts.
+q = torch.randn(1, 256, 8, 256, requires_grad=True)
+everything = Selection.from_mask(torch.ones(1, 256, 2, 2, dtype=torch.bool), 128)
+out = attention.block_sparse_attention(q, q[:, :, :2], q[:, :, :2], everything)
+out.backward(out)
+
 for kernel in {id(kernel): kernel for kernel in kernels}.values():
     report = dict(
         name=kernel.metadata.name,

@@ -37,6 +37,7 @@ def run(attention, q, k, v, selection, bias, grad, cu_seqlens):
         (1, 40, 4, 2, 32, 32, None, torch.float32),
         (1, 33, 7, 1, 24, 16, "query", torch.float32),
         (1, 1, 2, 1, 16, 16, "kv", torch.float32),
+        (1, 200, 1, 1, 160, 128, "kv", torch.float32),
         (1, 37, 2, 1, 32, 16, None, torch.float16),
     ],
 )

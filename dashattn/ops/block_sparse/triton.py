@@ -46,8 +46,6 @@ def check_kernels_fit(q: Tensor, block_size: int) -> None:
         raise ValueError(f"the Triton kernels take head sizes up to 256 in steps of 8, not {head_dim}")
     if block_size not in (16, 32, 64, 128):
         raise ValueError(f"the Triton kernels take blocks of 16, 32, 64 or 128 keys, not {block_size}")
-    if q.dtype == torch.float32 and head_dim > 128 and block_size == 128:
-        raise ValueError("float32 with heads above 128 fits blocks of up to 64 keys: use them, or bfloat16")
 
 
 @torch.library.custom_op("dashattn::block_sparse_forward", mutates_args=())

@@ -33,34 +33,41 @@ def _delta_kernel(
 @triton.jit
 def _query_grad_block(
     dq, q, do, k_desc, v_desc, bias_row, bias_grad, shift, delta, entry_block, choice, token, position, kv_head,
-    start, scale_log2, in_group, BLOCK: tl.constexpr, DIM: tl.constexpr, GROUP_P: tl.constexpr,
+    start, scale_log2, in_group, BLOCK: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, GROUP_P: tl.constexpr,
     TOKENS: tl.constexpr, HAS_BIAS: tl.constexpr, BIAS_GRAD: tl.constexpr, PER_HEAD: tl.constexpr,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Adds one block to dq, KEYS keys at a time, and writes the gradient of its bias."""
     chosen = ((choice >> token.to(choice.dtype)) & 1) != 0
-    first_key = entry_block * BLOCK
-    k = k_desc.load([kv_head, start + first_key, 0]).reshape(BLOCK, DIM)
-    logits = tl.dot(q, k.T, input_precision=PRECISION)
-    v = v_desc.load([kv_head, start + first_key, 0]).reshape(BLOCK, DIM)
-    dp = tl.dot(do, v.T, input_precision=PRECISION)
-    row_shift = tl.where(chosen, shift, float("inf"))
-    if HAS_BIAS:
-        row_shift -= tl.load(bias_row + entry_block, mask=chosen, other=0.0).to(tl.float32) * 1.4426950408889634
-    p = tl.exp2(logits * scale_log2 - row_shift[:, None])
-    if CAUSAL:
-        key = first_key + tl.arange(0, BLOCK)
-        p = tl.where(key[None, :] <= position[:, None], p, 0.0)
-    dl = p * (dp - delta[:, None])
-    if BIAS_GRAD:
-        row_sum = tl.sum(dl, 1)
-        if PER_HEAD:
-            tl.store(bias_grad + entry_block, row_sum, mask=chosen & in_group)
-        else:
-            token_sum = tl.sum(tl.reshape(row_sum, (TOKENS, GROUP_P)), 1)
-            lane = tl.arange(0, TOKENS)
-            token_chose = ((choice >> lane.to(choice.dtype)) & 1) != 0
-            tl.store(bias_grad + entry_block, token_sum, mask=token_chose)
-    return tl.dot(dl.to(k.dtype), k, dq, input_precision=PRECISION)
+    for part in tl.static_range(BLOCK // KEYS):
+        first_key = entry_block * BLOCK + part * KEYS
+        k = k_desc.load([kv_head, start + first_key, 0]).reshape(KEYS, DIM)
+        logits = tl.dot(q, k.T, input_precision=PRECISION)
+        v = v_desc.load([kv_head, start + first_key, 0]).reshape(KEYS, DIM)
+        dp = tl.dot(do, v.T, input_precision=PRECISION)
+        row_shift = tl.where(chosen, shift, float("inf"))
+        if HAS_BIAS:
+            row_shift -= tl.load(bias_row + entry_block, mask=chosen, other=0.0).to(tl.float32) * 1.4426950408889634
+        p = tl.exp2(logits * scale_log2 - row_shift[:, None])
+        if CAUSAL:
+            key = first_key + tl.arange(0, KEYS)
+            p = tl.where(key[None, :] <= position[:, None], p, 0.0)
+        dl = p * (dp - delta[:, None])
+        if BIAS_GRAD:
+            if part == 0:
+                row_sum = tl.sum(dl, 1)
+            else:
+                row_sum += tl.sum(dl, 1)
+            if part == BLOCK // KEYS - 1:
+                if PER_HEAD:
+                    tl.store(bias_grad + entry_block, row_sum, mask=chosen & in_group)
+                else:
+                    token_sum = tl.sum(tl.reshape(row_sum, (TOKENS, GROUP_P)), 1)
+                    lane = tl.arange(0, TOKENS)
+                    token_chose = ((choice >> lane.to(choice.dtype)) & 1) != 0
+                    tl.store(bias_grad + entry_block, token_sum, mask=token_chose)
+        dq = tl.dot(dl.to(k.dtype), k, dq, input_precision=PRECISION)
+    return dq
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_documents", "list_width", "bias_width"])
@@ -68,8 +75,8 @@ def query_grad_kernel(
     q_ptr, k_desc, v_desc, bias_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, bias_grad_ptr, documents, blocks, choices,
     counts, scale, scale_log2, num_slots, num_documents, list_width, bias_width,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
-    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BIAS_HEADS: tl.constexpr, BIAS_GRAD_HEADS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BIAS_HEADS: tl.constexpr,
+    BIAS_GRAD_HEADS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     kv_head = pid // num_slots
@@ -113,14 +120,16 @@ def query_grad_kernel(
         choice = tl.load(choices + list_start + entry)
         dq = _query_grad_block(
             dq, q, do, k_desc, v_desc, bias_row, bias_grad, shift, delta, block, choice, token, position, kv_head,
-            start, scale_log2, in_group, BLOCK, DIM, GROUP_P, TOKENS, HAS_BIAS, BIAS_GRAD, PER_HEAD, False, PRECISION,
+            start, scale_log2, in_group, BLOCK, KEYS, DIM, GROUP_P, TOKENS, HAS_BIAS, BIAS_GRAD, PER_HEAD, False,
+            PRECISION,
         )  # fmt: skip
     for entry in range(past, num_blocks):
         block = tl.load(blocks + list_start + entry)
         choice = tl.load(choices + list_start + entry)
         dq = _query_grad_block(
             dq, q, do, k_desc, v_desc, bias_row, bias_grad, shift, delta, block, choice, token, position, kv_head,
-            start, scale_log2, in_group, BLOCK, DIM, GROUP_P, TOKENS, HAS_BIAS, BIAS_GRAD, PER_HEAD, True, PRECISION,
+            start, scale_log2, in_group, BLOCK, KEYS, DIM, GROUP_P, TOKENS, HAS_BIAS, BIAS_GRAD, PER_HEAD, True,
+            PRECISION,
         )  # fmt: skip
     tl.store(dq_ptr + offset, (dq * scale).to(dq_ptr.dtype.element_ty), mask=in_tile)
 
@@ -247,11 +256,12 @@ def delta(out: Tensor, grad: Tensor) -> Tensor:
 
 
 def query_grad_options(dim: int, block_size: int, itemsize: int) -> dict[str, int]:
-    """Rows of a tile, warps and pipeline stages."""
+    """Rows of a tile, keys of a block at a time, warps and pipeline stages."""
+    warps = 8 if dim > 128 else 4
     if itemsize == 4:
-        return dict(rows=32, num_warps=8 if dim > 128 else 4, num_stages=1)
+        return dict(rows=32, keys=min(block_size, 2**14 // dim), num_warps=warps, num_stages=1)
     stages = stages_that_fit(2 * 64 * dim * itemsize, 2 * block_size * dim * itemsize, 2)
-    return dict(rows=64, num_warps=8 if dim > 128 else 4, num_stages=stages)
+    return dict(rows=64, keys=block_size, num_warps=warps, num_stages=stages)
 
 
 def key_grad_options(dim: int, block_size: int, itemsize: int) -> dict[str, int]:
@@ -283,14 +293,14 @@ def query_grad(
 ) -> Tensor:  # fmt: skip
     """dq; adds nothing to but overwrites the selected entries of ``bias_grad``, float32 [n, H or Hq, N]."""
     dq = torch.empty_like(q)
-    slots = geo.slots(lists.tokens)
+    slots, keys = geo.slots(lists.tokens), options["keys"]
     bias_width = next((x.shape[-1] for x in (bias, bias_grad) if x is not None), 0)
     query_grad_kernel[(slots * geo.kv_heads,)](
-        q, key_descriptor(k, geo, block_size), key_descriptor(v, geo, block_size), bias, do, lse, delta_, dq, bias_grad,
+        q, key_descriptor(k, geo, keys), key_descriptor(v, geo, keys), bias, do, lse, delta_, dq, bias_grad,
         geo.documents, lists.blocks, lists.choices, lists.counts, scale, scale * LOG2E, slots, geo.num_documents,
         lists.blocks.shape[-1], bias_width,
         KV_HEADS=geo.kv_heads, GROUP=geo.group, GROUP_P=geo.padded_group, TOKENS=lists.tokens, BLOCK=block_size,
-        HEAD_DIM=geo.head_dim, DIM=geo.padded_dim, BIAS_HEADS=0 if bias is None else bias.shape[1],
+        KEYS=keys, HEAD_DIM=geo.head_dim, DIM=geo.padded_dim, BIAS_HEADS=0 if bias is None else bias.shape[1],
         BIAS_GRAD_HEADS=0 if bias_grad is None else bias_grad.shape[1], PRECISION=precision(q.dtype),
         num_warps=options["num_warps"], num_stages=options["num_stages"],
     )  # fmt: skip
