@@ -1,7 +1,7 @@
 """Compiles the kernels for sm_90 on a machine without a GPU, and prints one line of JSON for each.
 
 Run as a script, by test_sm90_compile.py: the tests around it have Triton in its interpreter. The launch code runs as it
-is, on small CPU tensors, with every launch turned into a compilation.
+is, on small CPU tensors, with every launch turned into a compilation; of each tuned kernel, for each of its options.
 """
 
 import json
@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from dashattn.backends.nsa import MeanMLP
+from dashattn.ops import tuning
 from dashattn.ops.band import triton as band
 from dashattn.ops.block_scores.triton import select_blocks
 from dashattn.ops.block_sparse import hopper
@@ -46,6 +47,16 @@ def compile_only(self, *args, grid=None, warmup=False, **options):
     kernels.append(launch(self, *args, grid=grid, warmup=True, **options))
 
 
+def compile_options(run, options, call):
+    """In place of the first option that fits: of every kernel once all of them."""
+    for option in options[:1] if call["kernel"] in compiled_options else options:
+        run(option)
+    compiled_options.add(call["kernel"])
+    return options[0]
+
+
+compiled_options = set()
+tuning._launch_first_that_fits = compile_options
 triton.runtime.driver.set_active(Hopper())
 JITFunction.run = compile_only
 
@@ -106,6 +117,7 @@ for kernel in {id(kernel): kernel for kernel in kernels}.values():
     report = dict(
         name=kernel.metadata.name,
         shared=kernel.metadata.shared,
+        options=dict(warps=kernel.metadata.num_warps, stages=kernel.metadata.num_stages),
         wgmma="wgmma.mma_async" in kernel.asm["ptx"],
         tma="cp.async.bulk.tensor" in kernel.asm["ptx"],
         again=kernel.metadata.name in again,

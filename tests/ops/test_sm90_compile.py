@@ -1,4 +1,7 @@
-"""Every kernel of the main path compiles for Hopper, once, fits its shared memory and multiplies with wgmma."""
+"""Every kernel of the main path compiles for Hopper, once, fits its shared memory and multiplies with wgmma.
+
+Those that are tuned with every one of their options.
+"""
 
 import json
 import os
@@ -47,5 +50,8 @@ def test_kernels_compile_for_hopper(tmp_path):
         "select_kernel",
     }
     assert wanted <= multiplying.keys()
+    tried = {(k["name"], what, value) for k in kernels for what, value in k["options"].items()}
+    assert {(name, "warps", number) for name in wanted for number in (4, 8)} <= tried
+    assert {(name, "stages", number) for name in wanted for number in (1, 2)} <= tried
     gathering = {"key_grad_kernel", "band_key_grad_kernel", "query_kernel", "summary_kernel"}
     assert all(multiplying[name]["tma"] for name in wanted - gathering)

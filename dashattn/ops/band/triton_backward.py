@@ -20,6 +20,7 @@ from dashattn.ops.band.triton_forward import (
 from dashattn.ops.block_sparse.triton_backward import delta, key_grad_options, query_grad_options
 from dashattn.ops.block_sparse.triton_forward import key_descriptor
 from dashattn.ops.tiles import LOG2E, Geometry, locate_tile, query_rows
+from dashattn.ops.tuning import around, launch
 
 
 @triton.jit
@@ -149,11 +150,14 @@ def backward(
     dq = torch.empty_like(q)
     keys = tile_keys(q.itemsize)
     span = band.limit(geo)
-    constants = band_constants(geo, band, q.dtype, query_grad_options(geo.padded_dim, keys, q.itemsize))
+    options = query_grad_options(geo.padded_dim, keys, q.itemsize)
+    constants = band_constants(geo, band, q.dtype, options["rows"])
     slots = geo.slots(constants["TOKENS"])
-    band_query_grad_kernel[(slots * geo.kv_heads,)](
+    launch(
+        band_query_grad_kernel, (slots * geo.kv_heads,),
         q, key_descriptor(k, geo, keys), key_descriptor(v, geo, keys), do, lse, delta_nH, dq, geo.documents, starts,
-        scale, scale * LOG2E, slots, geo.num_documents, span, **constants,
+        scale, scale * LOG2E, slots, geo.num_documents, span, options=options["launch"], tokens=geo.tokens,
+        **constants,
     )  # fmt: skip
 
     programs = (k.shape[0] // keys + geo.num_documents) * geo.kv_heads
@@ -161,11 +165,14 @@ def backward(
     dtype = k.dtype if splits == 1 else torch.float32
     dk, dv = (torch.zeros(splits, *k.shape, dtype=dtype, device=k.device) for _ in range(2))
     options = key_grad_options(geo.padded_dim, keys, q.itemsize)
-    options["num_stages"] = min(2, options["num_stages"])  # rows lie side by side here: a second program gains more
-    constants = band_constants(geo, band, q.dtype, options)
-    band_key_grad_kernel[(programs, splits)](
+    warps, stages = options["launch"][0].values()
+    constants = band_constants(geo, band, q.dtype, options["rows"])
+    launch(
+        band_key_grad_kernel, (programs, splits),
         q, k, v, do, lse, delta_nH, dk, dv, geo.documents, starts, scale, scale * LOG2E, k.shape[0],
-        geo.num_documents, span, splits, **constants,
+        geo.num_documents, span, splits, tokens=geo.tokens,
+        options=around(warps, min(2, stages)),  # rows lie side by side here: a second program gains more
+        **constants,
     )  # fmt: skip
     dk, dv = (x[0] if splits == 1 else x.sum(0).to(k.dtype) for x in (dk, dv))
     return dq, dk, dv

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dashattn.ops.block_sparse.triton_forward import NO_PEAK, forward_options, key_descriptor, precision
 from dashattn.ops.tiles import LOG2E, Geometry, locate_tile, multiples, query_rows
+from dashattn.ops.tuning import launch
 
 
 @dataclass(frozen=True)
@@ -147,11 +148,11 @@ def tile_keys(itemsize: int) -> int:
     return 32 if itemsize == 4 else 64
 
 
-def band_constants(geo: Geometry, band: Band, dtype: torch.dtype, options: dict[str, int]) -> dict:
+def band_constants(geo: Geometry, band: Band, dtype: torch.dtype, rows: int) -> dict:
     return dict(
-        KV_HEADS=geo.kv_heads, GROUP=geo.group, GROUP_P=geo.padded_group, TOKENS=geo.tile_tokens(options["rows"]),
+        KV_HEADS=geo.kv_heads, GROUP=geo.group, GROUP_P=geo.padded_group, TOKENS=geo.tile_tokens(rows),
         KEYS=tile_keys(dtype.itemsize), SIZE=band.size, STRIDE=band.stride, HEAD_DIM=geo.head_dim, DIM=geo.padded_dim,
-        PRECISION=precision(dtype), num_warps=options["num_warps"], num_stages=options["num_stages"],
+        PRECISION=precision(dtype),
     )  # fmt: skip
 
 
@@ -165,10 +166,13 @@ def forward(
     out = None if v is None else torch.empty_like(q)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     keys = tile_keys(q.itemsize)
-    constants = band_constants(geo, band, q.dtype, forward_options(geo.padded_dim, keys, q.itemsize))
+    options = forward_options(geo.padded_dim, keys, q.itemsize)
+    constants = band_constants(geo, band, q.dtype, options["rows"])
     slots = geo.slots(constants["TOKENS"])
-    band_kernel[(slots * geo.kv_heads,)](
+    launch(
+        band_kernel, (slots * geo.kv_heads,),
         q, key_descriptor(k, geo, keys), None if v is None else key_descriptor(v, geo, keys), out, lse, geo.documents,
-        starts, scale * LOG2E, slots, geo.num_documents, band.limit(geo), HAS_V=v is not None, **constants,
+        starts, scale * LOG2E, slots, geo.num_documents, band.limit(geo), HAS_V=v is not None,
+        options=options["launch"], tokens=geo.tokens, **constants,
     )  # fmt: skip
     return out, lse

@@ -12,6 +12,8 @@ the k-th score, 9-fold a step, until what it holds is exactly what is wanted of 
 that value tie, and the lowest win. Max-pooling makes such ties common: neighbouring blocks share a window.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +22,7 @@ from torch import Tensor
 from dashattn.ops.band.triton_forward import Band, band_constants, visible_keys
 from dashattn.ops.block_sparse.triton_forward import key_descriptor, stages_that_fit
 from dashattn.ops.tiles import LOG2E, Geometry, locate_tile, query_rows
+from dashattn.ops.tuning import around, launch
 
 PROBES = tl.constexpr(8)
 INFINITY_BITS = tl.constexpr(0x7F800000)
@@ -189,11 +192,12 @@ def select_kernel(
         tile = tl.atomic_add(next_tile, 1)
 
 
-def select_options(dim: int, itemsize: int) -> dict[str, int]:
-    """Rows of a tile, warps and pipeline stages: three programs fit a multiprocessor with heads of 128."""
+@cache
+def select_options(dim: int, itemsize: int) -> dict:
+    """Rows of a tile, and launch options: three programs fit a multiprocessor with heads of 128."""
     if itemsize == 4:
-        return dict(rows=32, num_warps=4, num_stages=1)
-    return dict(rows=64, num_warps=4, num_stages=stages_that_fit(64 * dim * itemsize, 64 * dim * itemsize, 2))
+        return dict(rows=32, launch=around(4, 1))
+    return dict(rows=64, launch=around(4, stages_that_fit(64 * dim * itemsize, 64 * dim * itemsize, 2)))
 
 
 def select(
@@ -202,16 +206,18 @@ def select(
 ) -> Tensor:  # fmt: skip
     """Selection words int32 [H, n, W]. ``lse``: base-2 log-normalisers, float32 [n, Hq], of the same products."""
     words = torch.zeros(geo.kv_heads, geo.tokens, -(-num_blocks // 32), dtype=torch.int32, device=q.device)
-    constants = band_constants(geo, band, q.dtype, select_options(geo.padded_dim, q.itemsize))
+    options = select_options(geo.padded_dim, q.itemsize)
+    constants = band_constants(geo, band, q.dtype, options["rows"])
     slots = geo.slots(constants["TOKENS"])
     programs = min(PROGRAMS, slots * geo.kv_heads)
     row_stride = -(-num_blocks // 128) * 128  # a tile of windows ends where the next begins, past the last block
     scratch = torch.empty(programs, 2, constants["TOKENS"], row_stride, dtype=torch.float32, device=q.device)
     next_tile = torch.zeros(1, dtype=torch.int32, device=q.device)
-    select_kernel[(programs,)](
+    launch(
+        select_kernel, (programs,),
         q, key_descriptor(k, geo, constants["KEYS"]), lse, words, scratch, next_tile, geo.documents, starts,
         scale * LOG2E, geo.tokens, words.shape[-1], slots, geo.num_documents, row_stride, topk, init_blocks,
         local_blocks, BLOCK=block_size, MAX_POOLING=max_pooling, SEARCHED=max(32, 1024 // constants["TOKENS"]),
-        **constants,
+        options=options["launch"], tokens=geo.tokens, restore=[next_tile], **constants,
     )  # fmt: skip
     return words

@@ -7,6 +7,8 @@ dq (and the bias) by query tile, as in the forward. dk and dv by key block over 
 that no row of this kernel is idle and nothing is added atomically.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,7 @@ from torch import Tensor
 from dashattn.ops.block_sparse.schedule import KeyLists, TileLists
 from dashattn.ops.block_sparse.triton_forward import key_descriptor, precision, stages_that_fit
 from dashattn.ops.tiles import LOG2E, Geometry, locate_tile, power_of_2_from, query_rows
+from dashattn.ops.tuning import around, launch
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -255,22 +258,25 @@ def delta(out: Tensor, grad: Tensor) -> Tensor:
     return result
 
 
-def query_grad_options(dim: int, block_size: int, itemsize: int) -> dict[str, int]:
-    """Rows of a tile, keys of a block at a time, warps and pipeline stages."""
+@cache
+def query_grad_options(dim: int, block_size: int, itemsize: int) -> dict:
+    """Rows of a tile, keys of a block at a time, and launch options."""
     warps = 8 if dim > 128 else 4
     if itemsize == 4:
-        return dict(rows=32, keys=min(block_size, 2**14 // dim), num_warps=warps, num_stages=1)
+        return dict(rows=32, keys=min(block_size, 2**14 // dim), launch=around(warps, 1))
     stages = stages_that_fit(2 * 64 * dim * itemsize, 2 * block_size * dim * itemsize, 2)
-    return dict(rows=64, keys=block_size, num_warps=warps, num_stages=stages)
+    return dict(rows=64, keys=block_size, launch=around(warps, stages))
 
 
-def key_grad_options(dim: int, block_size: int, itemsize: int) -> dict[str, int]:
-    """Keys of a tile (a block or a part of it), rows, warps and pipeline stages."""
+@cache
+def key_grad_options(dim: int, block_size: int, itemsize: int) -> dict:
+    """Keys of a tile (a block or a part of it), rows, and launch options."""
+    warps = 8 if dim > 128 else 4
     if itemsize == 4:
-        return dict(keys=min(block_size, 32), rows=32, num_warps=8 if dim > 128 else 4, num_stages=1)
+        return dict(keys=min(block_size, 32), rows=32, launch=around(warps, 1))
     keys, rows = min(block_size, 64), 64 if dim <= 128 else 32
     stages = stages_that_fit(2 * keys * dim * itemsize, 2 * rows * dim * itemsize, 3 if dim <= 128 else 1)
-    return dict(keys=keys, rows=rows, num_warps=8 if dim > 128 else 4, num_stages=stages)
+    return dict(keys=keys, rows=rows, launch=around(warps, stages))
 
 
 # Bytes of queries and output gradients that stay in the L2 cache of an H100 or H200, and programs that keep its 132
@@ -289,27 +295,28 @@ def key_grad_window(geo: Geometry, block_size: int, itemsize: int, keys: int) ->
 
 def query_grad(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, do: Tensor, lse: Tensor, delta_: Tensor, lists: TileLists,
-    geo: Geometry, block_size: int, scale: float, bias_grad: Tensor | None, options: dict[str, int],
+    geo: Geometry, block_size: int, scale: float, bias_grad: Tensor | None, options: dict,
 ) -> Tensor:  # fmt: skip
     """dq; adds nothing to but overwrites the selected entries of ``bias_grad``, float32 [n, H or Hq, N]."""
     dq = torch.empty_like(q)
     slots, keys = geo.slots(lists.tokens), options["keys"]
     bias_width = next((x.shape[-1] for x in (bias, bias_grad) if x is not None), 0)
-    query_grad_kernel[(slots * geo.kv_heads,)](
+    launch(
+        query_grad_kernel, (slots * geo.kv_heads,),
         q, key_descriptor(k, geo, keys), key_descriptor(v, geo, keys), bias, do, lse, delta_, dq, bias_grad,
         geo.documents, lists.blocks, lists.choices, lists.counts, scale, scale * LOG2E, slots, geo.num_documents,
         lists.blocks.shape[-1], bias_width,
         KV_HEADS=geo.kv_heads, GROUP=geo.group, GROUP_P=geo.padded_group, TOKENS=lists.tokens, BLOCK=block_size,
         KEYS=keys, HEAD_DIM=geo.head_dim, DIM=geo.padded_dim, BIAS_HEADS=0 if bias is None else bias.shape[1],
         BIAS_GRAD_HEADS=0 if bias_grad is None else bias_grad.shape[1], PRECISION=precision(q.dtype),
-        num_warps=options["num_warps"], num_stages=options["num_stages"],
+        options=options["launch"], tokens=geo.tokens,
     )  # fmt: skip
     return dq
 
 
 def key_grad(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, do: Tensor, lse: Tensor, delta_: Tensor, lists: KeyLists,
-    geo: Geometry, block_size: int, scale: float, options: dict[str, int],
+    geo: Geometry, block_size: int, scale: float, options: dict,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     slots = geo.slots(block_size)
     parts = block_size // options["keys"]
@@ -317,13 +324,14 @@ def key_grad(
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     sums = torch.empty(2 if windows > 1 else 0, *k.shape, dtype=torch.float32, device=k.device)
     turns = torch.zeros(geo.kv_heads * slots * parts, dtype=torch.int32, device=k.device)
-    key_grad_kernel[(windows * geo.kv_heads * slots * parts,)](
+    launch(
+        key_grad_kernel, (windows * geo.kv_heads * slots * parts,),
         q, k, v, bias, do, lse, delta_, dk, dv, sums, turns, geo.documents, lists.tokens, lists.bases, lists.counts,
         lists.offsets, scale, scale * LOG2E, geo.tokens, slots, geo.num_documents, lists.tokens.shape[1], windows,
         lists.window, 0 if bias is None else bias.shape[-1],
         KV_HEADS=geo.kv_heads, GROUP=geo.group, GROUP_P=geo.padded_group, TOKENS=geo.tile_tokens(options["rows"]),
         BLOCK=block_size, KEYS=options["keys"], HEAD_DIM=geo.head_dim, DIM=geo.padded_dim,
         BIAS_HEADS=0 if bias is None else bias.shape[1], PRECISION=precision(q.dtype),
-        num_warps=options["num_warps"], num_stages=options["num_stages"],
+        options=options["launch"], tokens=geo.tokens, restore=[turns],
     )  # fmt: skip
     return dk, dv

@@ -6,6 +6,8 @@ A block wholly in the past is taken or left by a row as a whole. Such a row is m
 exponent (infinity gives probability 0), which costs nothing per key; only the last blocks need a causal mask.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dashattn.ops.block_sparse.schedule import TileLists
 from dashattn.ops.tiles import LOG2E, Geometry, locate_tile, query_rows
+from dashattn.ops.tuning import around, launch
 
 # Finite, so that a row that has met no key yet rescales by exp2(0) and not by NaN.
 NO_PEAK = tl.constexpr(-1e30)
@@ -128,31 +131,33 @@ def stages_that_fit(resident: int, streamed: int, wanted: int) -> int:
     return max(1, min(wanted, (SHARED_MEMORY - resident) // streamed))
 
 
-def forward_options(dim: int, block_size: int, itemsize: int) -> dict[str, int]:
-    """Rows of a tile, warps and pipeline stages.
+@cache
+def forward_options(dim: int, block_size: int, itemsize: int) -> dict:
+    """Rows of a tile, and launch options.
 
     64 rows leave room for two programs per multiprocessor, one multiplying while the other is at its softmax.
     """
     if itemsize == 4:  # the three-part products of float32 keep two more copies of their operands
-        return dict(rows=64 if dim <= 128 else 32, num_warps=4, num_stages=1)
+        return dict(rows=64 if dim <= 128 else 32, launch=around(4, 1))
     stages = stages_that_fit(64 * dim * itemsize, 2 * block_size * dim * itemsize, 2)
-    return dict(rows=64, num_warps=4, num_stages=stages)
+    return dict(rows=64, launch=around(4, stages))
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lists: TileLists, geo: Geometry, block_size: int,
-    scale: float, options: dict[str, int],
+    scale: float, options: dict,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output [n, Hq, D] and base-2 log-normalisers, float32 [n, Hq]. All tensors flat and contiguous."""
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     slots = geo.slots(lists.tokens)
-    forward_kernel[(slots * geo.kv_heads,)](
+    launch(
+        forward_kernel, (slots * geo.kv_heads,),
         q, key_descriptor(k, geo, block_size), key_descriptor(v, geo, block_size), bias, out, lse,
         geo.documents, lists.blocks, lists.choices, lists.counts, scale * LOG2E,
         slots, geo.num_documents, lists.blocks.shape[-1], 0 if bias is None else bias.shape[-1],
         KV_HEADS=geo.kv_heads, GROUP=geo.group, GROUP_P=geo.padded_group, TOKENS=lists.tokens, BLOCK=block_size,
         HEAD_DIM=geo.head_dim, DIM=geo.padded_dim, BIAS_HEADS=0 if bias is None else bias.shape[1],
-        PRECISION=precision(q.dtype), num_warps=options["num_warps"], num_stages=options["num_stages"],
+        PRECISION=precision(q.dtype), options=options["launch"], tokens=geo.tokens,
     )  # fmt: skip
     return out, lse

@@ -21,8 +21,9 @@ from dashattn.ops.dash_routing.triton_entmax import (
     power,
     saturated,
 )
-from dashattn.ops.dash_routing.triton_forward import group_sum, load_tile, router_constants
+from dashattn.ops.dash_routing.triton_forward import LAUNCH, group_sum, load_tile, router_constants
 from dashattn.ops.tiles import Geometry, locate_tile
+from dashattn.ops.tuning import around, launch
 
 
 @triton.jit
@@ -249,23 +250,27 @@ def route_backward(
     inverse_sigma = 1.0 if sigma is None else 1.0 / sigma
     constants = router_constants(geo, chunk_size, alpha is None, q.dtype, options)
     listed = constants | {"CHUNKS": LISTED_CHUNKS}
-    if q.itemsize == 4:  # the three-part products of float32 keep two more copies of their operands
-        listed["num_stages"] = 1
+    # The three-part products of float32 keep two more copies of their operands.
+    listed_launch = around(4, 1) if q.itemsize == 4 else LAUNCH
     slots = geo.slots(constants["TOKENS"])
     num_blocks = bias_grad.shape[-1]
-    query_kernel[(slots * geo.kv_heads,)](
+    launch(
+        query_kernel, (slots * geo.kv_heads,),
         q, summaries, alpha, peak, tau, bias_grad, dq, row_mean, bias_mean, dalpha, geo.documents, starts, lists.blocks,
         lists.counts, score_scale, inverse_sigma, slots, geo.num_documents, num_blocks, lists.blocks.shape[-1],
-        TEMPERED=sigma is not None, ALPHA_GRAD=alpha_grad, **listed,
+        TEMPERED=sigma is not None, ALPHA_GRAD=alpha_grad, options=listed_launch, tokens=geo.tokens, restore=[dq],
+        **listed,
     )  # fmt: skip
 
     # Few chunks, many tokens: the tokens are split for parallelism, and the parts added in a fixed order.
     chunk_slots = summaries.shape[0] // options["chunks"] + geo.num_documents
     splits = max(1, min(64, 1024 // (chunk_slots * geo.kv_heads)))
     partial = torch.zeros(splits, *summaries.shape, dtype=torch.float32, device=q.device)
-    summary_kernel[(chunk_slots * geo.kv_heads, splits)](
+    launch(
+        summary_kernel, (chunk_slots * geo.kv_heads, splits),
         q, summaries, alpha, peak, tau, bias_grad, row_mean, bias_mean, partial, geo.documents, starts, score_scale,
-        slots, summaries.shape[0], geo.num_documents, num_blocks, splits, **constants,
+        slots, summaries.shape[0], geo.num_documents, num_blocks, splits,
+        options=LAUNCH, tokens=geo.tokens, **constants,
     )  # fmt: skip
     dsummaries = (partial.sum(0) * (score_scale * inverse_sigma)).to(summaries.dtype)
     return dsummaries, None if dalpha is None else dalpha.sum(0)

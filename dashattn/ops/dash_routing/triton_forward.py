@@ -7,6 +7,8 @@ threshold tau relative to it. Relative, and the difference of products taken bef
 then exactly 0, and a large router_scale costs the threshold no digits.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -27,6 +29,7 @@ from dashattn.ops.dash_routing.triton_entmax import (
     unsolved,
 )
 from dashattn.ops.tiles import Geometry, bitwise_or, locate_tile, query_rows
+from dashattn.ops.tuning import around, launch
 
 
 @triton.jit
@@ -247,19 +250,22 @@ def prior_kernel(
         tl.store(bias_row[:, None] + (chunk + tl.arange(0, CHUNKS))[None, :], log_p, mask=p > 0)
 
 
+@cache
 def router_options(dim: int, itemsize: int) -> dict[str, int]:
-    """Rows and chunks of a tile, warps and pipeline stages: the fastest of several on an H100 and an H200."""
-    if itemsize == 4 or dim > 128:
-        return dict(rows=64, chunks=32, num_warps=4, num_stages=2)
-    return dict(rows=64, chunks=64, num_warps=4, num_stages=2)
+    """Rows and chunks of a tile: the fastest of several on an H100 and an H200."""
+    return dict(rows=64, chunks=32 if itemsize == 4 or dim > 128 else 64)
 
 
 def router_constants(geo: Geometry, chunk_size: int, square: bool, dtype: torch.dtype, options: dict[str, int]) -> dict:
     return dict(
         KV_HEADS=geo.kv_heads, GROUP=geo.group, GROUP_P=geo.padded_group, TOKENS=geo.tile_tokens(options["rows"]),
         BLOCK=chunk_size, CHUNKS=options["chunks"], HEAD_DIM=geo.head_dim, DIM=geo.padded_dim, SQUARE=square,
-        PRECISION=precision(dtype), num_warps=options["num_warps"], num_stages=options["num_stages"],
+        PRECISION=precision(dtype),
     )  # fmt: skip
+
+
+LAUNCH = around(4, 2)
+LAUNCH_THRESHOLD = (*around(4, 2, maxnreg=128), dict(num_warps=4, num_stages=2))
 
 
 def route(
@@ -274,10 +280,12 @@ def route(
     peak, tau = (torch.empty(geo.tokens, geo.heads, dtype=torch.float32, device=q.device) for _ in range(2))
     constants = router_constants(geo, chunk_size, alpha is None, q.dtype, options)
     slots = geo.slots(constants["TOKENS"])
-    threshold_kernel[(slots * geo.kv_heads,)](
+    few_registers = constants["SQUARE"] and q.itemsize == 2 and geo.padded_dim <= 128
+    launch(
+        threshold_kernel, (slots * geo.kv_heads,),
         q, key_descriptor(summaries, geo, options["chunks"]), alpha, words, peak, tau, geo.documents, starts,
         score_scale, geo.tokens, words.shape[-1], slots, geo.num_documents,
-        maxnreg=128 if constants["SQUARE"] and q.itemsize == 2 and geo.padded_dim <= 128 else None, **constants,
+        options=LAUNCH_THRESHOLD if few_registers else LAUNCH, tokens=geo.tokens, **constants,
     )  # fmt: skip
     return words, peak, tau
 
@@ -290,9 +298,10 @@ def prior_bias(
     bias = torch.zeros(geo.tokens, geo.kv_heads, num_blocks, dtype=torch.float32, device=q.device)
     constants = router_constants(geo, chunk_size, alpha is None, q.dtype, options)
     slots = geo.slots(constants["TOKENS"])
-    prior_kernel[(slots * geo.kv_heads,)](
+    launch(
+        prior_kernel, (slots * geo.kv_heads,),
         q, key_descriptor(summaries, geo, options["chunks"]), alpha, peak, tau, bias, geo.documents, starts,
         score_scale, 1.0 if sigma is None else 1.0 / sigma, slots, geo.num_documents, num_blocks,
-        TEMPERED=sigma is not None, **constants,
+        TEMPERED=sigma is not None, options=LAUNCH, tokens=geo.tokens, **constants,
     )  # fmt: skip
     return bias
