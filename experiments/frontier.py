@@ -6,11 +6,11 @@ its knob turned at inference and points trained at their own sparsity are differ
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import NamedTuple
 
 from data.tasks import SUITES
@@ -49,10 +49,22 @@ class Point:
     label: str  # the backend, or a variant of it
     trained_knob: float | None  # None: dense
     knob: float | None
-    sparsity: float
-    score: float
-    spread: float  # standard deviation over the seeds; 0 for one
-    seeds: int
+    of_seed: Mapping[int, tuple[float, float]]  # seed -> (causal sparsity, score)
+
+    @property
+    def sparsity(self) -> float:
+        return mean(sparsity for sparsity, _ in self.of_seed.values())
+
+    @property
+    def scores(self) -> list[float]:
+        return [score for _, score in self.of_seed.values()]
+
+    @property
+    def score(self) -> float:
+        return mean(self.scores)
+
+    def at_seed(self, seed: int) -> "Point":
+        return replace(self, of_seed={seed: self.of_seed[seed]})
 
     @property
     def is_trained(self) -> bool:
@@ -127,7 +139,7 @@ def ruler_averages(rows: Sequence[dict]) -> list[dict]:
 
 
 def points(rows: Iterable[dict]) -> list[Point]:
-    """Means over seeds.
+    """The settings, each with all its seeds.
 
     Raises:
         ValueError: a seed has two results, from runs or numbers of rows that do not belong into one mean.
@@ -148,10 +160,7 @@ def points(rows: Iterable[dict]) -> list[Point]:
             label,
             trained_knob,
             knob,
-            mean(row["causal_sparsity"] for row in group),
-            mean(row["score"] for row in group),
-            stdev(row["score"] for row in group) if len(group) > 1 else 0.0,
-            len(group),
+            {row["seed"]: (row["causal_sparsity"], row["score"]) for row in sorted(group, key=lambda row: row["seed"])},
         )
         for (panel, label, trained_knob, knob), group in groups.items()
     ]
@@ -161,7 +170,7 @@ def curves(points: Iterable[Point]) -> dict[tuple, list[Point]]:
     """The curves of each panel: (panel, label, what the curve is) -> points.
 
     One checkpoint with its knob turned is a curve. Where a label was trained at several sparsities, its points there
-    are one more.
+    are one more; of them only those that have the most seeds, since a mean over others is no neighbour of theirs.
     """
     grouped: dict[tuple, dict[float, list[Point]]] = defaultdict(lambda: defaultdict(list))
     for point in points:
@@ -171,7 +180,8 @@ def curves(points: Iterable[Point]) -> dict[tuple, list[Point]]:
     for (panel, label), checkpoints in sorted(grouped.items()):
         if len(checkpoints) > 1:
             trained = [p for line in checkpoints.values() for p in line if p.is_trained]
-            found[panel, label, "trained at each"] = trained
+            seeds = max((p.of_seed.keys() for p in trained), key=len, default=())
+            found[panel, label, "trained at each"] = [p for p in trained if p.of_seed.keys() == seeds]
         for trained_knob, line in sorted(checkpoints.items()):
             if len(checkpoints) == 1 or len(line) > 1:
                 found[panel, label, f"trained at {trained_knob:g}, knob turned"] = line
@@ -211,6 +221,12 @@ def score_at(line: Sequence[Point], sparsity: float) -> float | None:
     if min(p.sparsity for p in line) <= sparsity < edge[0].sparsity:
         return edge[0].score
     return interpolate(edge, sparsity)
+
+
+def scores_at(line: Sequence[Point], sparsity: float) -> list[float] | None:
+    """``score_at`` of each seed's own curve; None unless all cover the sparsity."""
+    found = [score_at([p.at_seed(seed) for p in line], sparsity) for seed in line[0].of_seed]
+    return None if None in found else found
 
 
 def common_span(lines: Iterable[Sequence[Point]]) -> tuple[float, float] | None:

@@ -35,6 +35,12 @@ def grid(panels: int, width: float = 5.6, height: float = 4.2):
     return figure, list(axes.flat[:panels])
 
 
+def legend_below(figure, axes: Iterable, columns: int = 4) -> None:
+    """One legend for all panels, under them: what many lines leave no corner free for."""
+    named = {name: handle for ax in axes for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named.keys(), fontsize=8, loc="outside lower center", ncols=columns)
+
+
 def save(figure, path: Path) -> None:
     """``path`` with .png and with .pdf; closes the figure."""
     for suffix in (".png", ".pdf"):

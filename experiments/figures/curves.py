@@ -1,11 +1,12 @@
 """Figures 8, 9, 10, 13 and 15: speed, training, length, numerics and throughput."""
 
+import re
 from pathlib import Path
 
 from experiments import speed_report, speed_rows, throughput_report
 from experiments.figures.rows import Drawn, Study, as_trained, averaged, grouped
 from experiments.frontier import of_frontiers
-from experiments.plots import grid, pyplot, save, styles
+from experiments.plots import grid, legend_below, pyplot, save, styles
 
 # y axis -> column of metrics.jsonl
 TRAINING = {
@@ -14,6 +15,8 @@ TRAINING = {
     "gradient norm": "grad_norm",
     "router's gradient norm": "grad_norm_router",
 }
+MANY = 16  # more curves than that no panel holds
+SETTING = r"(-knob[^-]+|:.+?)?-seed\d+.*$"  # what a sweep's name of a run adds to its arm's
 SPEED_COLUMNS = (
     "device",
     "length",
@@ -54,13 +57,25 @@ def make_training(study: Study) -> Drawn | None:
                 seconds += row["step_time"] * (row["step"] - step)
                 step = row["step"]
             values = {key: row[key] for key in TRAINING.values() if row.get(key) is not None}
-            table.append({"run": run, "split": row["split"], "tokens": row["tokens"], "seconds": seconds, **values})
+            table.append(
+                {
+                    "run": run,
+                    "split": row["split"],
+                    "tokens": row["tokens"],
+                    "seconds": seconds,
+                    "step": row["step"],
+                    **values,
+                }
+            )
     if not table:
         return None
     present = {name: key for name, key in TRAINING.items() if any(key in row for row in table)}
     absent = [name for name in TRAINING if name not in present]
     notes = [f"Missing: {', '.join(absent)}, no row has it."] if absent else []
     notes.append("Solid: training batches; dotted: validation. Time is that of the training steps alone.")
+    if len(study.training) > MANY:
+        notes.append("Many runs: a panel an arm, and of all that was logged two; the table has the rest.")
+        return Drawn(table, lambda path: _draw_arms(table, path), notes)
 
     def draw(path: Path) -> None:
         panels = [("tokens", name) for name in present] + [("seconds", "loss, nats")]
@@ -79,11 +94,35 @@ def make_training(study: Study) -> Drawn | None:
             if "norm" in name:
                 ax.set_yscale("log")
             ax.grid(alpha=0.25)
-        handles = dict(zip(*axes[0].get_legend_handles_labels()[::-1], strict=True))
-        figure.legend(handles.values(), handles.keys(), fontsize=7, loc="outside lower center", ncols=3)
+        legend_below(figure, axes)
         save(figure, path)
 
     return Drawn(table, draw, notes)
+
+
+def _draw_arms(table: list[dict], path: Path) -> None:
+    """Loss, and the router's gradient norm; a panel for the runs that differ in a knob, a value or the seed."""
+    rows = [row | {"arm": re.sub(SETTING, "", row["run"])} for row in table if row["split"] == "train"]
+    panels = [
+        (name, arm, points)
+        for name in ("loss, nats", "router's gradient norm")
+        for arm, points in sorted(grouped((row for row in rows if TRAINING[name] in row), "arm").items())
+        if max(row["step"] for row in points) > 1
+    ]
+    figure, axes = grid(len(panels), height=3.0)
+    for ax, (name, arm, points) in zip(axes, panels, strict=True):
+        runs = grouped(points, "run")
+        style = styles(runs)
+        for run, line in sorted(runs.items()):
+            xs, ys = [row["tokens"] / 1e6 for row in line], [row[TRAINING[name]] for row in line]
+            ax.plot(xs, ys, color=style[run][0], linewidth=1, label=run.removeprefix(arm).lstrip("-:"))
+        ax.set_title(arm, fontsize=9)
+        ax.set_xlabel("million tokens")
+        ax.set_ylabel(name)
+        ax.set_yscale("log")
+        ax.grid(alpha=0.25)
+        ax.legend(fontsize=6, ncols=1 + (len(runs) > 5))
+    save(figure, path)
 
 
 def make_lengths(study: Study) -> Drawn | None:

@@ -8,7 +8,7 @@ from experiments.figures.rows import Drawn, Study, averaged, grouped, line_of
 from experiments.frontier import is_ablation, of_frontiers, points, untrained
 from experiments.pareto import draw as draw_frontiers
 from experiments.pareto import table as frontier_table
-from experiments.plots import grid, save, styles
+from experiments.plots import grid, legend_below, save, styles
 from experiments.tasks.decoding import DECODE
 
 MISSING = "missing"
@@ -22,6 +22,8 @@ GROUPS = {
 }
 FACTORS = ("alpha", "chunk_size", "sigma", "prior", "summary", "group", "router_scale")
 CONTROL = ("prior", "raw")  # of configs/sweep/ablations.yaml
+BESIDE = " ".join(CONTROL)  # as a value of another factor
+MARKED = "Filled: as trained; open: the knob turned. Bars: lowest to highest of the seeds."
 
 
 def make_frontiers(study: Study) -> Drawn | None:
@@ -40,37 +42,40 @@ def make_costs(study: Study) -> Drawn | None:
     if not rows:
         return None
     costs = {"bytes_read": "bytes read per token"}
+    notes = [MARKED]
     timed = {id(row): decoding[_model_of(row)] for row in rows if _model_of(row) in decoding}
     if timed:
         costs["decode_ms"] = "ms per decoded token"
         devices = sorted({row["device"] for row in timed.values()})
-        notes = [f"Time per decoded token: of one sequence, on {', '.join(devices)}."]
+        notes.append(f"Time per decoded token: of one sequence, on {', '.join(devices)}.")
         rows = [row | {"decode_ms": timed[id(row)]["score"]} if id(row) in timed else row for row in rows]
     else:
-        notes = [f"Time per decoded token: missing, rows come from evaluate.py tasks=[{DECODE}]."]
+        notes.append(f"Time per decoded token: missing, rows come from evaluate.py tasks=[{DECODE}].")
     table = []
     for cost in costs:
         with_cost = [row for row in rows if row.get(cost) is not None]
-        means = averaged(with_cost, "panel", "label", "trained_knob", "knob")
-        amounts = averaged(with_cost, "panel", "label", "trained_knob", "knob", value=cost)
+        keys = ("panel", "label", "trained_knob", "knob")
+        means, amounts = averaged(with_cost, *keys), averaged(with_cost, *keys, value=cost)
         table += [{"cost": cost, **score, "amount": amount[cost]} for score, amount in zip(means, amounts, strict=True)]
 
     def draw(path: Path) -> None:
+        from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
         panels = list(dict.fromkeys((row["cost"], row["panel"]) for row in table))
-        figure, axes = grid(len(panels))
+        figure, axes = grid(len(panels), width=7.2 if len(panels) == 1 else 5.6, height=4.8)
         style = styles(row["label"] for row in rows)
         for ax, (cost, panel) in zip(axes, panels, strict=True):
             inside = [row for row in table if (row["cost"], row["panel"]) == (cost, panel)]
-            for label, line in grouped(inside, "label").items():
-                line = sorted(line, key=lambda row: row["amount"])
-                colour, mark = style[label]
-                xs, ys = [row["amount"] for row in line], [row["score"] for row in line]
-                ax.plot(xs, ys, color=colour, marker=mark, linewidth=1.2, linestyle=":", label=label)
+            for (label, _), line in _by(inside, lambda row: (row["label"], row["trained_knob"])).items():
+                _line(ax, line, "amount", *style[label], linestyle=":", label=label)
             ax.set_title(panel, fontsize=10)
             ax.set_xlabel(costs[cost])
             ax.set_xscale("log")
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.xaxis.set_major_formatter(EngFormatter())
+            ax.xaxis.set_minor_formatter(NullFormatter())
             ax.grid(alpha=0.25)
-            ax.legend(fontsize=8)
+        legend_below(figure, axes)
         save(figure, path)
 
     return Drawn(table, draw, notes)
@@ -101,7 +106,8 @@ def make_ruler(study: Study) -> Drawn | None:
 
 
 def make_ablations(study: Study) -> Drawn | None:
-    """Rows whose label is FACTOR:VALUE, as in label=sigma:100."""
+    """Rows whose label is FACTOR:VALUE, as in label=sigma:100. Means are over the seeds that have all values of a
+    factor, since other seeds continue from other weights; CONTROL beside them is of the same seeds."""
     rows = []
     for row in of_frontiers(study.evaluations):
         if is_ablation(row):
@@ -109,30 +115,42 @@ def make_ablations(study: Study) -> Drawn | None:
             rows.append(_with_panel(row) | {"factor": factor, "value": value})
     if not rows:
         return None
-    scores = averaged(rows, "factor", "panel", "value", "knob")
-    sparsities = averaged(rows, "factor", "panel", "value", "knob", value="causal_sparsity")
-    table = [
-        score | {"causal_sparsity": sparsity["causal_sparsity"]}
-        for score, sparsity in zip(scores, sparsities, strict=True)
-    ]
+    table, notes, seeds = [], [], {}
+    for (factor, panel), arms in _by(rows, lambda row: (row["factor"], row["panel"])).items():
+        have = [{row["seed"] for row in arm} for arm in grouped(arms, "value").values()]
+        shared = set.intersection(*have) or set.union(*have)
+        if left_out := set.union(*have) - shared:
+            notes.append(f"{factor}: without seed {_listed(left_out)}, which has not all values.")
+        elif len(set(map(frozenset, have))) > 1:
+            notes.append(f"{factor}: no seed has all values, so these are means over different seeds.")
+        seeds[factor, panel] = _listed(shared)
+        if factor in FACTORS and factor != CONTROL[0]:
+            control = [row for row in rows if (row["factor"], row["value"], row["panel"]) == (*CONTROL, panel)]
+            arms = arms + [row | {"factor": factor, "value": BESIDE} for row in control]
+        arms = [row for row in arms if row["seed"] in shared]
+        keys = ("factor", "panel", "value", "trained_knob", "knob")
+        for score, sparsity in zip(averaged(arms, *keys), averaged(arms, *keys, value="causal_sparsity"), strict=True):
+            table.append(score | {"causal_sparsity": sparsity["causal_sparsity"]})
     absent = [factor for factor in FACTORS if factor not in {row["factor"] for row in rows}]
-    notes = [f"Missing: {', '.join(absent)}."] if absent else []
-    control = [row for row in table if (row["factor"], row["value"]) == CONTROL]
-    if control:
-        notes.append(f"Dashed: {':'.join(CONTROL)}, from which the lines beside it differ in one option.")
+    notes += [f"Missing: {', '.join(absent)}."] if absent else []
+    panels = _by(table, lambda row: (row["factor"], row["panel"]))
+    drawn = {key: inside for key, inside in sorted(panels.items()) if key[0] in FACTORS}
+    if not drawn:
+        return Drawn(table, None, notes)
+    notes.append(
+        f"{MARKED} Dashed: {BESIDE}, from which the lines beside it differ in one option. Other factors: in the table."
+    )
 
     def draw(path: Path) -> None:
-        panels = _by(table, lambda row: (row["panel"], row["factor"]))
-        figure, axes = grid(len(panels))
-        for ax, ((panel, factor), inside) in zip(axes, panels.items(), strict=True):
-            style = styles(row["value"] for row in inside)
-            for value, line in grouped(inside, "value").items():
-                if (factor, value) != CONTROL:
-                    colour, mark = style[value]
-                    _line(ax, line, label=f"{factor} {value}", color=colour, marker=mark)
-            beside = [row for row in control if row["panel"] == panel and factor in FACTORS]
-            _line(ax, beside, label=" ".join(CONTROL), color="#444444", linestyle="--", marker=".")
-            ax.set_title(f"{factor}\n{panel}", fontsize=9)
+        figure, axes = grid(len(drawn), height=3.8)
+        for ax, ((factor, panel), inside) in zip(axes, drawn.items(), strict=True):
+            lines = grouped(inside, "value")
+            control = CONTROL[1] if factor == CONTROL[0] else BESIDE
+            style = styles(lines.keys() - {control}) | {control: ("#444444", ".")}
+            for value, line in lines.items():
+                label, dashes = (BESIDE, "--") if value == control else (f"{factor} {value}", "-")
+                _line(ax, line, "causal_sparsity", *style[value], linestyle=dashes, label=label)
+            ax.set_title(f"{factor}, seed {seeds[factor, panel]}\n{panel}", fontsize=9)
             ax.ticklabel_format(useOffset=False)
             ax.set_xlabel("causal sparsity")
             ax.grid(alpha=0.25)
@@ -142,13 +160,18 @@ def make_ablations(study: Study) -> Drawn | None:
     return Drawn(table, draw, notes)
 
 
-def _line(ax, points: list[dict], **style) -> None:
-    """Scores against sparsity, with the spread over seeds where there is one."""
-    points = sorted(points, key=lambda row: row["causal_sparsity"])
-    xs, ys = [row["causal_sparsity"] for row in points], [row["score"] for row in points]
-    spread = [row["spread"] for row in points]
-    if points:
-        ax.errorbar(xs, ys, yerr=spread if any(spread) else None, linewidth=1.2, **style)
+def _line(ax, line: list[dict], x: str, colour: str, mark: str, **style) -> None:
+    """Scores against ``x``, marked as MARKED says."""
+    line = sorted(line, key=lambda row: row[x])
+    xs, ys = [row[x] for row in line], [row["score"] for row in line]
+    ax.vlines(xs, [row["low"] for row in line], [row["high"] for row in line], color=colour, linewidth=1)
+    ax.plot(xs, ys, color=colour, marker=mark, markerfacecolor="white", linewidth=1.2, **style)
+    as_trained = [row["knob"] == row["trained_knob"] for row in line]
+    ax.plot(xs, ys, color=colour, marker=mark, linestyle="", markevery=as_trained)
+
+
+def _listed(seeds: set[int]) -> str:
+    return ", ".join(map(str, sorted(seeds)))
 
 
 def _model_of(row: dict) -> tuple:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from experiments.figures.rows import Drawn, Study, as_trained, averaged, grouped
-from experiments.plots import grid, save, styles
+from experiments.plots import grid, legend_below, save, styles
 
 DISPERSION = {
     "relevant_mass": "router's mass on the relevant blocks",
@@ -100,26 +100,35 @@ def make_adaptivity(study: Study) -> Drawn | None:
         return None
     keys = ("probes", "data", "length", "line", "relevant")
     table = averaged(rows, *keys)
-    note = "Over tokens, layers and heads. Needed: in MQAR the blocks that hold pairs, in text pieces of the answer."
-    draw = _lines(table, ("probes", "data", "length"), "relevant", "blocks that the answer needs", "active blocks")
-    return Drawn(table, draw, [note])
+    note = (
+        "Over tokens, layers and heads; bars: lowest to highest of the seeds. Needed: in text pieces of the answer, in "
+        "MQAR the blocks that hold pairs, of which a single query needs one."
+    )
+    return Drawn(table, _lines(table, ("probes", "data", "length"), "relevant"), [note])
 
 
 def make_recall(study: Study) -> Drawn | None:
-    """Recall and precision of the selection against the sparsity, one panel a metric and probe."""
-    rows = [row for metric in RECALLS for row in study.of("routing", metric)]
+    """Recall and precision of the selection, one panel a metric and probe: against the sparsity where a knob was
+    turned, else against the length."""
+    rows = [row | {"best_head": _best(row["per_head"])} for metric in RECALLS for row in study.of("routing", metric)]
     if not rows:
         return None
     keys = ("metric", "probe", "length", "label", "knob")
     table = averaged(rows, *keys)
-    for entry, other in zip(table, averaged(rows, *keys, value="causal_sparsity"), strict=True):
-        entry["causal_sparsity"] = other["causal_sparsity"]
-    for entry, other in zip(table, averaged(rows, *keys, value="per_head"), strict=True):
-        values = [value for heads in other["per_head"] for value in heads if value is not None]
-        entry["best_head"] = max(values)
+    for name in ("causal_sparsity", "best_head"):
+        for entry, other in zip(table, averaged(rows, *keys, value=name), strict=True):
+            entry[name] = other[name]
+            if name == "best_head":
+                entry |= {"best_low": other["low"], "best_high": other["high"]}
     table.sort(key=lambda row: (list(RECALLS).index(row["metric"]), row["probe"], row["length"], row["label"]))
     longest = {probe: max(row["length"] for row in rows) for probe, rows in grouped(table, "probe").items()}
-    drawn = [row for row in table if row["length"] == longest[row["probe"]] and not _is_of_values(row["probe"])]
+    is_turned = any(len({row["knob"] for row in rows}) > 1 for rows in grouped(table, "label").values())
+    x = "causal_sparsity" if is_turned else "length"
+    drawn = [
+        row
+        for row in table
+        if not _is_of_values(row["probe"]) and (not is_turned or row["length"] == longest[row["probe"]])
+    ]
 
     def draw(path: Path) -> None:
         panels = _panels(drawn, "metric", "probe")
@@ -127,20 +136,37 @@ def make_recall(study: Study) -> Drawn | None:
         style = styles(row["label"] for row in drawn)
         for ax, ((metric, probe), inside) in zip(axes, panels.items(), strict=True):
             for label, points in grouped(inside, "label").items():
-                points = sorted(points, key=lambda row: row["causal_sparsity"])
-                xs = [row["causal_sparsity"] for row in points]
+                points = sorted(points, key=lambda row: row[x])
+                xs = [row[x] for row in points]
                 colour, mark = style[label]
-                ax.plot(xs, [row["score"] for row in points], color=colour, marker=mark, label=f"{label}, mean")
-                best = [row["best_head"] for row in points]
-                ax.plot(xs, best, color=colour, linestyle=":", label=f"{label}, best head")
-            ax.set_title(f"{probe}, {longest[probe]} tokens:\n{RECALLS[metric]}", fontsize=9)
-            ax.set_xlabel("causal sparsity")
-            ax.set_ylim(-0.03, 1.03)
+                line = {"color": colour, "marker": mark, "markersize": 5}
+                ax.plot(xs, [row["score"] for row in points], label=f"{label}, mean of heads", **line)
+                best = {"linestyle": ":", "markerfacecolor": "white"} | line
+                ax.plot(xs, [row["best_head"] for row in points], label=f"{label}, best head", **best)
+                lows, highs = [row["best_low"] for row in points], [row["best_high"] for row in points]
+                ax.vlines(xs, lows, highs, color=colour, linewidth=1)
+            where = f", {longest[probe]} tokens" if is_turned else ""
+            ax.set_title(f"{probe}{where}:\n{RECALLS[metric]}", fontsize=9)
+            if is_turned:
+                ax.set_xlabel("causal sparsity")
+            else:
+                _length_axis(ax)
+            if metric != "precision":
+                ax.set_ylim(-0.03, 1.03)
             ax.grid(alpha=0.25)
-            ax.legend(fontsize=7)
+        legend_below(figure, axes)
         save(figure, path)
 
-    return Drawn(table, draw, ["Drawn at the longest context; the table has all lengths and probes."])
+    where = (
+        "Drawn at the longest context; the table has all lengths and probes."
+        if is_turned
+        else "At the knob trained with."
+    )
+    return Drawn(table, draw, [f"{where} The best head is each seed's own; bars: lowest to highest of the seeds."])
+
+
+def _best(per_head: list[list[float | None]]) -> float:
+    return max(value for heads in per_head for value in heads if value is not None)
 
 
 def make_dispersion(study: Study) -> Drawn | None:
@@ -155,7 +181,7 @@ def make_dispersion(study: Study) -> Drawn | None:
         for row in table
         if not _is_of_values(row["probe"])
     ]
-    return Drawn(table, _lines(named, ("panel",), "length", "context, tokens", ""))
+    return Drawn(table, _lines(named, ("panel",), "length"), ["Bars: lowest to highest of the seeds."])
 
 
 def _is_of_values(probe: str) -> bool:
@@ -170,10 +196,14 @@ def _panels(table: list[dict], *keys: str) -> dict[tuple, list[dict]]:
     return panels
 
 
-def _lines(
-    table: list[dict], panel_keys: tuple[str, ...], x: str, x_label: str, y_label: str
-) -> Callable[[Path], None]:
-    """A panel for each value of the keys, a line for each model."""
+def _length_axis(ax) -> None:
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.set_xlabel("context, tokens")
+
+
+def _lines(table: list[dict], panel_keys: tuple[str, ...], x: str) -> Callable[[Path], None]:
+    """A panel for each value of the keys, a line for each model; ``x`` is length or relevant."""
 
     def draw(path: Path) -> None:
         panels = _panels(table, *panel_keys)
@@ -182,22 +212,20 @@ def _lines(
         for ax, (panel, inside) in zip(axes, panels.items(), strict=True):
             for line, points in grouped(inside, "line").items():
                 colour, mark = style[line]
-                ax.errorbar(
-                    [row[x] for row in points],
-                    [row["score"] for row in points],
-                    yerr=[row["spread"] for row in points] if any(row["spread"] for row in points) else None,
-                    color=colour,
-                    marker=mark,
-                    markersize=5,
-                    label=line,
+                xs = [row[x] for row in points]
+                ax.vlines(
+                    xs, [row["low"] for row in points], [row["high"] for row in points], color=colour, linewidth=1
                 )
-            ax.set_xscale("log", base=2)
-            ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+                ax.plot(xs, [row["score"] for row in points], color=colour, marker=mark, markersize=5, label=line)
             ax.set_title(", ".join(str(part) for part in panel), fontsize=9)
-            ax.set_xlabel(x_label)
-            ax.set_ylabel(y_label)
+            if x == "length":
+                _length_axis(ax)
+                ax.set_yscale("log" if inside[0]["metric"] == "support" else "linear")
+            else:
+                ax.set_xlabel("blocks that the answer needs")
+                ax.set_ylabel("active blocks")
             ax.grid(alpha=0.25)
-            ax.legend(fontsize=8)
+        legend_below(figure, axes)
         save(figure, path)
 
     return draw

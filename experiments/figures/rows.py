@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 from experiments.files import read_rows
 from experiments.frontier import RESULTS, newest
@@ -90,7 +90,7 @@ def line_of(row: dict) -> str:
 
 
 def averaged(rows: Iterable[dict], *keys: str, value: str = "score") -> list[dict]:
-    """Mean and spread over seeds of the rows that agree in ``keys`` (``line`` is ``line_of``); in order of the keys.
+    """Mean, lowest and highest over seeds of the rows that agree in ``keys`` (``line`` is ``line_of``), in their order.
 
     Lists, such as ``per_head``, are averaged element by element.
     """
@@ -103,7 +103,7 @@ def averaged(rows: Iterable[dict], *keys: str, value: str = "score") -> list[dic
         if isinstance(values[0], list):
             scores = {value: _mean_of_lists(values)}
         else:
-            scores = {value: mean(values), "spread": stdev(values) if len(values) > 1 else 0.0}
+            scores = {value: mean(values), "low": min(values), "high": max(values)}
         seeds = {row["seed"] for row in group}
         out.append(dict(zip(keys, key, strict=True)) | scores | {"seeds": len(seeds)})
     return sorted(out, key=lambda row: tuple((row[k] is None, row[k]) for k in keys))

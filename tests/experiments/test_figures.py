@@ -10,11 +10,12 @@ import pytest
 
 from data.tasks import SUITES
 from experiments import collect
-from experiments.figures import frontiers
+from experiments.figures import curves, frontiers
 from experiments.figures.__main__ import FIGURES, main, write_figures
 from experiments.figures.published import RULER_16K
 from experiments.figures.rows import load_study
 from experiments.files import read_rows
+from experiments.plots import grid
 from experiments.speed_rows import DECODE, DENSE, FLASH_3, SETUP, WHOLE
 from experiments.throughput_report import CASE
 
@@ -134,7 +135,7 @@ def test_every_figure_becomes_files_and_a_page(study, tmp_path):
         if figure.number not in (11, 14):
             assert (output / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
             assert (output / f"{stem}.pdf").read_bytes().startswith(b"%PDF")
-    assert page.count("<img ") >= 11
+    assert page.count("<img ") >= 12
     assert set(re.findall(r'(?:src|href)="([^#d][^"]*)"', page)) == set()  # all it shows is in it
 
 
@@ -149,10 +150,9 @@ def test_the_committed_rows_draw_and_the_rest_is_listed_as_missing(tmp_path, cap
     assert not list(tmp_path.glob("fig11*"))
 
 
-def test_seeds_are_averaged_with_their_spread(study):
+def test_seeds_are_averaged_and_kept_apart(study):
     point = next(r for r in table(1, study) if r["label"] == "dash" and r["knob"] == 2.0 and r["task"] == "recall")
-    assert (point["score"], point["seeds"]) == (pytest.approx(0.85), 2)
-    assert point["spread"] == pytest.approx(0.0707, abs=1e-4)
+    assert (point["score"], point["seed 0"], point["seed 1"]) == (pytest.approx(0.85), 0.9, pytest.approx(0.8))
     heat = {(r["layer"], r["kv_head"]): r["causal_sparsity"] for r in table(3, study)}
     assert heat == {(0, 0): pytest.approx(0.4), (0, 1): pytest.approx(0.6), (1, 0): 0.5, (1, 1): 0.5}
 
@@ -221,14 +221,20 @@ def test_extrapolation_and_ablations(study):
     lengths = [(r["length"], r["score"]) for r in table(10, study) if r.get("task") == "loss"]
     assert lengths == [(512, 2.875), (1024, 2.75)]
     shown = [(r["factor"], r["value"], r["score"]) for r in table(12, study) if r["knob"] == 2]
-    assert shown == [("prior", "raw", 0.6), ("sigma", "1", 0.5), ("sigma", "1e6", 0.4)]
+    assert sorted(shown) == [
+        ("prior", "raw", 0.6),
+        ("sigma", "1", 0.5),
+        ("sigma", "1e6", 0.4),
+        ("sigma", "prior raw", 0.6),
+    ]
     (made,) = (f.make(study) for f in FIGURES if f.number == 12)
     assert "chunk_size" in made.notes[0]
     assert "sigma" not in made.notes[0]
 
 
 def test_an_option_is_drawn_beside_what_it_differs_from(study, tmp_path, monkeypatch):
-    """A line a value, of its points from dense to sparse; the control is dashed, and in every panel of the paper's."""
+    """A line a value, of its points from dense to sparse; the control is dashed, and in every panel. What is none of
+    the paper's options is in the table only."""
     drawn = []
     monkeypatch.setattr(frontiers, "save", lambda figure, path: drawn.append(figure))
     other = row("recall", "accuracy", 0.3, label="nsa-lr:1e-3")
@@ -236,15 +242,16 @@ def test_an_option_is_drawn_beside_what_it_differs_from(study, tmp_path, monkeyp
     figure.make(replace(study, evaluations=[*study.evaluations, other])).draw(tmp_path / "figure")
     lines = {
         ax.get_title().splitlines()[0]: {
-            bars.get_label(): (bars[0].get_linestyle(), bars[0].get_xydata().tolist()) for bars in ax.containers
+            line.get_label(): (line.get_linestyle(), line.get_xydata().tolist())
+            for line in ax.lines
+            if not line.get_label().startswith("_")
         }
         for ax in drawn[0].axes
     }
     control = ("--", [[0.4, 0.6], [0.8, 0.6]])
     assert lines == {
-        "nsa-lr": {"nsa-lr 1e-3": ("-", [[0.6, 0.3]])},
-        "prior": {"prior raw": control},
-        "sigma": {
+        "prior, seed 0": {"prior raw": control},
+        "sigma, seed 0": {
             "sigma 1": ("-", [[0.4, 0.5], [0.8, 0.5]]),
             "sigma 1e6": ("-", [[0.4, 0.4], [0.8, 0.4]]),
             "prior raw": control,
@@ -252,12 +259,49 @@ def test_an_option_is_drawn_beside_what_it_differs_from(study, tmp_path, monkeyp
     }
 
 
+def test_an_ablation_compares_arms_of_the_same_seeds_with_their_control(study):
+    arms = (("sigma:1", 0), ("sigma:1", 1), ("sigma:1e6", 1), ("prior:raw", 0), ("prior:raw", 1), ("prior:none", 0))
+    rows = [row("recall", "accuracy", 0.5 + seed / 4, label=label, seed=seed) for label, seed in arms]
+    (made,) = (f.make(replace(study, evaluations=rows)) for f in FIGURES if f.number == 12)
+    assert [(r["factor"], r["value"], r["score"], r["seeds"]) for r in made.table] == [
+        ("sigma", "1", 0.75, 1),
+        ("sigma", "1e6", 0.75, 1),
+        ("sigma", "prior raw", 0.75, 1),
+        ("prior", "none", 0.5, 1),
+        ("prior", "raw", 0.5, 1),
+    ]
+    assert made.notes[:2] == [
+        "sigma: without seed 0, which has not all values.",
+        "prior: without seed 1, which has not all values.",
+    ]
+
+
+def test_many_runs_are_drawn_by_arm(study, tmp_path, monkeypatch):
+    runs = [
+        "recall-dash-raw-knob4-seed0",
+        "recall-dash-raw-knob1-seed1",
+        "recall-dash-lr:1e-3-seed0",
+        "recall-base-seed1",
+    ]
+    drawn = []
+    monkeypatch.setattr(curves, "grid", lambda panels, **sizes: drawn.append(panels) or grid(panels, **sizes))
+    monkeypatch.setattr(curves, "MANY", 3)
+    (made,) = (
+        f.make(replace(study, training={run: list(training_rows(run)) for run in runs}))
+        for f in FIGURES
+        if f.number == 9
+    )
+    made.draw(tmp_path / "training")
+    assert drawn == [3]  # the losses of dash-raw, dash-lr and base; no row has a router's gradient norm
+    assert (tmp_path / "training.png").exists()
+
+
 def test_costs_are_per_panel(study):
     costs = [r for r in table(2, study) if r["panel"].startswith("text: recall")]
     assert {r["amount"] for r in costs} == {5000}
     assert {r["cost"] for r in costs} == {"bytes_read"}
     (made,) = (f.make(study) for f in FIGURES if f.number == 2)
-    assert made.notes == ["Time per decoded token: missing, rows come from evaluate.py tasks=[decode]."]
+    assert made.notes[1:] == ["Time per decoded token: missing, rows come from evaluate.py tasks=[decode]."]
 
 
 def test_a_score_stands_at_the_time_that_its_own_model_takes_to_decode(study):
@@ -270,7 +314,7 @@ def test_a_score_stands_at_the_time_that_its_own_model_takes_to_decode(study):
     assert ("text: recall", 2.0, 5.0, 0.9) in found  # of the seed that was timed
     assert ("text: recall", 4.0, 2.5, 0.8) in found
     assert {knob for _, knob, *_ in found} == {2.0, 4.0}
-    assert made.notes == ["Time per decoded token: of one sequence, on a GPU."]
+    assert made.notes[1:] == ["Time per decoded token: of one sequence, on a GPU."]
 
 
 def test_collected_rows_draw_the_same_figures(tmp_path):

@@ -61,8 +61,26 @@ def test_a_sparser_point_that_is_no_worse_stands_for_the_denser_ones():
 
 def test_seeds_are_averaged_and_counted_once():
     (point,) = frontier.points([make_row(seed=s, score=v, sparsity=v / 2) for s, v in ((0, 0.6), (1, 0.8))])
-    assert (point.score, point.sparsity, point.seeds) == pytest.approx((0.7, 0.35, 2))
-    assert point.spread == pytest.approx(0.1414, abs=1e-4)
+    assert (point.score, point.sparsity, point.scores) == (pytest.approx(0.7), pytest.approx(0.35), [0.6, 0.8])
+
+
+def test_each_seed_has_its_own_frontier():
+    def line(seed, *scores):
+        return [make_row(knob=i, seed=seed, sparsity=s, score=v) for i, (s, v) in enumerate(scores)]
+
+    both = frontier.points(line(0, (0.4, 1.0), (0.8, 0.5)) + line(1, (0.5, 0.9), (0.7, 0.7)))
+    assert frontier.scores_at(both, 0.6) == pytest.approx([0.75, 0.8])
+    assert frontier.scores_at(both, 0.75) is None  # seed 1 was not measured there
+    assert "0.7750 (0.750, 0.800)" in pareto.to_markdown(frontier.points(line(0, (0.5, 0.75)) + line(1, (0.5, 0.8))))
+
+
+def test_a_line_joins_only_means_over_the_same_seeds():
+    rows = [make_row(knob=k, trained_knob=k, seed=s, config_hash=f"{k}") for k in (1.0, 2.0) for s in (0, 1)]
+    rows += [make_row(knob=3.0, trained_knob=3.0, config_hash="3")]
+    found = frontier.points(rows)
+    (line,) = (line for (_, _, curve), line in frontier.curves(found).items() if curve == "trained at each")
+    assert [p.knob for p in line] == [1.0, 2.0]
+    assert "| dash | 3 | 3 | 50.0% | 0.9000 | 0.9000 | missing |" in pareto.to_markdown(found)
 
 
 def test_two_runs_are_no_two_seeds():
