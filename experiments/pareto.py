@@ -125,6 +125,8 @@ def draw(points: Sequence[Point], path: Path) -> None:
                 linewidth=1.5,
                 label=f"{label}, {curve.removesuffix(', knob turned')}",
             )
+        if panel.metric == "accuracy":
+            _stretch(ax)
         note = "\nuntrained: dense control below 99 %" if panel in untrained(points) else ""
         ax.set_title(panel.title + note, fontsize=10)
         ax.set_xlabel("measured causal sparsity")
@@ -144,9 +146,19 @@ def draw(points: Sequence[Point], path: Path) -> None:
     if any(len(p.of_seed) < most for p in points):
         legend["fewer seeds"] = gray(markersize=3)
     # Below the panels: ten lines leave no corner free.
-    columns = 2 * min(len(panels), PANEL_COLUMNS)
+    columns = max(3, 2 * min(len(panels), PANEL_COLUMNS))
     figure.legend(legend.values(), legend.keys(), fontsize=8, ncols=columns, loc="outside lower center")
     save(figure, path)
+
+
+def _stretch(ax) -> None:
+    """Scores near 1, where the curves differ, apart: the axis is logarithmic in the distance from 1.01."""
+    import numpy as np
+
+    ax.set_yscale("function", functions=(lambda y: -np.log(np.maximum(1.01 - y, 1e-3)), lambda z: 1.01 - np.exp(-z)))
+    ax.set_yticks([0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 1.0])
+    ax.set_ylim(top=1.002)
+    ax.set_ylabel("logarithmic towards 1")
 
 
 def main(arguments: Sequence[str]) -> None:
