@@ -1,6 +1,7 @@
 """The choice of launch options, with a kernel and times that are made up."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -186,3 +187,14 @@ def test_no_memory_for_timing_is_no_error(timed, monkeypatch):
     launch(kernel)
     assert kernel.launches == [OPTIONS[0]] * 2
     assert not timed
+
+
+def test_the_packages_own_choices_are_read_without_a_complaint(monkeypatch, tmp_path):
+    monkeypatch.setenv("DASHATTN_CACHE", str(tmp_path))
+    tuning._kept.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kept = tuning._kept()
+    tuning._kept.cache_clear()
+    assert len(kept) == len(tuning.SHIPPED.read_text().splitlines()) > 0
+    assert all(choice["num_warps"] in (4, 8) and choice["num_stages"] >= 1 for choice in kept.values())
