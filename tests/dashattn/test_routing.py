@@ -46,6 +46,19 @@ def test_the_selection_is_the_one_that_forward_reads(name, length):
     assert torch.equal(counted.active_tokens, stats.active_tokens)
 
 
+@pytest.mark.parametrize("name", ["dash", "dash rope", "infllmv2"])  # no other branch reads values
+def test_values_of_blocks_that_are_not_selected_do_not_matter(name):
+    backend = build_backend(CONFIGS[name], SHAPE).double()
+    q, k, v, extra = inputs(61)
+    selected_BTHN = backend.route(q, k, v, **extra).selection.mask()[..., :8]
+    out = backend(q, k, v, **extra)
+    for block in range(8):
+        changed = v.clone()
+        changed[:, 8 * block : 8 * block + 8] += 100
+        moved = (backend(q, k, changed, **extra) != out).any(-1).unflatten(2, (2, 3)).any(3)
+        assert torch.equal(moved, selected_BTHN[..., block])
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_probabilities_are_of_blocks_in_the_past_and_sum_to_one(name):
     backend = build_backend(CONFIGS[name], SHAPE).double()
