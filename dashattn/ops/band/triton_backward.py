@@ -165,13 +165,14 @@ def backward(
     dtype = k.dtype if splits == 1 else torch.float32
     dk, dv = (torch.zeros(splits, *k.shape, dtype=dtype, device=k.device) for _ in range(2))
     options = key_grad_options(geo.padded_dim, keys, q.itemsize)
-    warps, stages = options["launch"][0].values()
+    first = options["launch"][0]
     constants = band_constants(geo, band, q.dtype, options["rows"])
     launch(
         band_key_grad_kernel, (programs, splits),
         q, k, v, do, lse, delta_nH, dk, dv, geo.documents, starts, scale, scale * LOG2E, k.shape[0],
         geo.num_documents, span, splits, tokens=geo.tokens,
-        options=around(warps, min(2, stages)),  # rows lie side by side here: a second program gains more
+        # Rows lie side by side here: a second program gains more than a third stage.
+        options=around(first["num_warps"], min(2, first["num_stages"])),
         **constants,
     )  # fmt: skip
     dk, dv = (x[0] if splits == 1 else x.sum(0).to(k.dtype) for x in (dk, dv))

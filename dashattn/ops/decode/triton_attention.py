@@ -25,6 +25,20 @@ def visible_count(position, SIZE: tl.constexpr, STRIDE: tl.constexpr):
 
 
 @triton.jit
+def load_group(q_ptr, query, kv_head, dim, in_dim, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+               HEAD_DIM: tl.constexpr):  # fmt: skip
+    """What the heads of a KV head's group ask at one token, [ROWS, D]; each row's number in [B * T * Hq], and whether
+    it stands for a head."""
+    member = tl.arange(0, ROWS)
+    in_group = member < GROUP
+    flat_row = query.to(tl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP + member
+    q = tl.load(
+        q_ptr + flat_row[:, None] * HEAD_DIM + dim[None, :], mask=in_group[:, None] & in_dim[None, :], other=0.0
+    )
+    return q, flat_row, in_group
+
+
+@triton.jit
 def _count_bits(word):
     """Set bits of int32 words."""
     x = word.to(tl.uint32, bitcast=True)
@@ -72,12 +86,7 @@ def attention_kernel(
 
     dim = tl.arange(0, DIM)
     in_dim = dim < HEAD_DIM
-    member = tl.arange(0, ROWS)
-    in_group = member < GROUP
-    flat_row = query.to(tl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP + member
-    q = tl.load(
-        q_ptr + flat_row[:, None] * HEAD_DIM + dim[None, :], mask=in_group[:, None] & in_dim[None, :], other=0.0
-    )
+    q, flat_row, in_group = load_group(q_ptr, query, kv_head, dim, in_dim, KV_HEADS, GROUP, ROWS, HEAD_DIM)
 
     if WORD_HEADS > 0:
         head = tl.arange(0, WORD_HEADS_P)

@@ -19,7 +19,7 @@ from dashattn.ops.dash_routing.triton_entmax import (
     root_step,
     unsolved,
 )
-from dashattn.ops.decode.triton_attention import processors, visible_count
+from dashattn.ops.decode.triton_attention import load_group, processors, visible_count
 from dashattn.ops.tiles import overlapped_launch, power_of_2_from, wait_for_kernel_before
 
 
@@ -41,12 +41,7 @@ def product_kernel(
     sequence = query // num_tokens
     dim = tl.arange(0, DIM)
     in_dim = dim < HEAD_DIM
-    member = tl.arange(0, ROWS)
-    in_group = member < GROUP
-    flat_row = query.to(tl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP + member
-    q = tl.load(
-        q_ptr + flat_row[:, None] * HEAD_DIM + dim[None, :], mask=in_group[:, None] & in_dim[None, :], other=0.0
-    )
+    q, flat_row, in_group = load_group(q_ptr, query, kv_head, dim, in_dim, KV_HEADS, GROUP, ROWS, HEAD_DIM)
     visible = visible_count(tl.load(lengths + sequence) + query % num_tokens, SIZE, STRIDE)
     if tl.program_id(1) * CHUNKS >= visible:
         if EARLY:
