@@ -7,9 +7,9 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from experiments.errors import user_errors
 from experiments.files import read_rows, write_atomically
-from experiments.speed_report import in_a_cell, provenance_lines, tokens
+from experiments.speed_report import in_a_cell, print_report, tokens
+from experiments.throughput_report import sections
 
 ROWS = "parallel.jsonl"
 # What the ranks compute together, and how: rows that agree in the first are compared.
@@ -34,12 +34,9 @@ def _work_of(row: dict) -> tuple:
 def to_markdown(rows: Sequence[dict]) -> str:
     """All measurements, by device and by what was trained; of those about the same thing the one written last."""
     out = []
-    groups: dict[tuple, list[dict]] = {}
-    for row in {case_of(row): row for row in rows}.values():
-        groups.setdefault((row["device"], *row["train"]), []).append(row)
-    for (device, *train), inside in groups.items():
-        out += [f"## {device}: {' '.join(train)}\n", *provenance_lines(inside)]
+    for heading, inside in sections({case_of(row): row for row in rows}.values()):
         out += [
+            *heading,
             "Efficiency: tokens per second over as many times those of one device at the same step. Loss: the largest "
             "difference of a step from one device. Memory: PyTorch's peak on the device that took most.\n",
             "| length | backend | devices | ZeRO stage | each row | compiled | checkpointed | tokens/s | efficiency "
@@ -88,11 +85,7 @@ def write_report(root: Path) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    with user_errors():
-        if len(arguments) != 1:
-            raise ValueError("usage: python -m experiments.parallel_report DIRECTORY")
-        table = write_report(Path(arguments[0]))
-    print(table)
+    print_report("experiments.parallel_report", write_report, arguments)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Reads only speed.jsonl; needs no GPU. Every ratio is against dense attention mea
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -311,14 +311,18 @@ def write_report(root: Path) -> str:
     return table
 
 
-def main(arguments: Sequence[str]) -> None:
+def print_report(module: str, write: Callable[[Path], str], arguments: Sequence[str]) -> None:
+    """The command line of a module that writes a report into a directory of rows and returns its table."""
     with user_errors():
         if len(arguments) != 1:
-            raise ValueError("usage: python -m experiments.speed_report DIRECTORY")
-        root = Path(arguments[0])
-        table = write_report(root)
+            raise ValueError(f"usage: python -m {module} DIRECTORY")
+        table = write(Path(arguments[0]))
     print(table)
-    print(f"{root / 'speed.png'} and .pdf, speed.md")
+
+
+def main(arguments: Sequence[str]) -> None:
+    print_report("experiments.speed_report", write_report, arguments)
+    print(f"{Path(arguments[0]) / 'speed.png'} and .pdf, speed.md")
 
 
 if __name__ == "__main__":

@@ -4,13 +4,12 @@ Reads only throughput.jsonl; needs no GPU.
 """
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from experiments.errors import user_errors
 from experiments.files import read_rows, write_atomically
 from experiments.plots import grid, save, styles
-from experiments.speed_report import in_a_cell, provenance_lines, tokens
+from experiments.speed_report import in_a_cell, print_report, provenance_lines, tokens
 
 ROWS = "throughput.jsonl"
 CASE = ("backend", "length", "pattern", "micro_batch_tokens", "compile", "activation_checkpointing")
@@ -45,15 +44,21 @@ def fastest(rows: Iterable[dict]) -> list[dict]:
     return sorted(best.values(), key=lambda row: (row["length"], label(row)))
 
 
+def sections(rows: Iterable[dict]) -> Iterator[tuple[list[str], list[dict]]]:
+    """Lines of a heading, and the rows of one device and one training."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["device"], *row["train"]), []).append(row)
+    for (device, *train), inside in groups.items():
+        yield [f"## {device}: {' '.join(train)}\n", *provenance_lines(inside)], inside
+
+
 def to_markdown(rows: Sequence[dict]) -> str:
     """All measurements, by device and by what was trained."""
     out = []
-    groups: dict[tuple, list[dict]] = {}
-    for row in newest(rows):
-        groups.setdefault((row["device"], *row["train"]), []).append(row)
-    for (device, *train), inside in groups.items():
-        out += [f"## {device}: {' '.join(train)}\n", *provenance_lines(inside)]
+    for heading, inside in sections(newest(rows)):
         out += [
+            *heading,
             "| length | backend | micro-batch | compiled | checkpointed | causal sparsity | tokens/s | against dense "
             "| MFU, as dense | MFU, of keys read | peak memory | data wait |",
             "|---|---|---|---|---|---|---|---|---|---|---|---|",
@@ -134,11 +139,7 @@ def write_report(root: Path) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    with user_errors():
-        if len(arguments) != 1:
-            raise ValueError("usage: python -m experiments.throughput_report DIRECTORY")
-        table = write_report(Path(arguments[0]))
-    print(table)
+    print_report("experiments.throughput_report", write_report, arguments)
 
 
 if __name__ == "__main__":

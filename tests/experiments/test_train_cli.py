@@ -32,6 +32,14 @@ def torchrun(ranks=2, *options):
     return (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *options)
 
 
+def deepspeed(ranks=2):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    options = ("--no_local_rank", "--num_gpus", str(ranks), "--master_port", port)
+    return (sys.executable, "-m", "deepspeed.launcher.runner", *options)
+
+
 def losses(run_dir):
     return {(row["split"], row["step"]): row["loss"] for row in read_rows(run_dir / METRICS)}
 
@@ -137,14 +145,11 @@ def test_deepspeed_starts_the_same_run_and_again_when_it_lost_a_rank(make_config
     options = ["steps=8", "save_every=2"]
     alone = train(make_config("alone", *options))
     overrides, run_dir = tiny_overrides("run", *options, "sequence_parallel=2")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launcher = (sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_gpus", "2")
-    done = command(overrides, *launcher, "--master_port", port, script=LOST_RANK)
+    launcher = deepspeed()
+    done = command(overrides, *launcher, script=LOST_RANK)
     assert done.returncode != 0
     assert len(losses(run_dir)) == 5
-    done = command(overrides, *launcher, "--master_port", port, script=LOST_RANK)
+    done = command(overrides, *launcher, script=LOST_RANK)
     assert done.returncode == 0, done.stderr
     assert_resumed_from_step_4(run_dir, alone)
 

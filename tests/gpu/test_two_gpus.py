@@ -5,9 +5,7 @@ How fast, and at real sizes: experiments/parallel.py.
 
 import os
 import shutil
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,9 +15,9 @@ from filelock import FileLock
 
 from experiments.files import read_rows
 from experiments.metrics import METRICS
+from tests.experiments.test_train_cli import LOST_RANK, deepspeed, torchrun
 
 ROOT = Path(__file__).parents[2]
-LOST_RANK = ROOT / "tests/experiments/lost_rank.py"
 STEPS = 8
 SMALL = (
     *("experiment=debug", "logger=off", "attention=dash", "attention.chunk_size=16", "deepspeed.precision=fp32"),
@@ -51,7 +49,7 @@ def launch(shared):
         began = time.monotonic()
         done = subprocess.run(
             # Unlike the timeout of subprocess.run it lets the launcher end its ranks.
-            ["timeout", "-k", "20", "200", sys.executable, *launcher, str(script), *options],
+            ["timeout", "-k", "20", "200", *launcher, str(script), *options],
             cwd=ROOT,
             env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
             capture_output=True,
@@ -61,18 +59,6 @@ def launch(shared):
         return done.returncode, done.stderr[-10000:]
 
     return start
-
-
-def torchrun(gpus, *options):
-    return ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus), *options)
-
-
-def deepspeed(gpus):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    options = ("--no_local_rank", "--num_gpus", str(gpus), "--master_port", port)
-    return ("-m", "deepspeed.launcher.runner", *options)
 
 
 def losses(run_dir):
