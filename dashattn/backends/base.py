@@ -190,10 +190,10 @@ class AttentionBackend(nn.Module):
         cache.sequences.check_room(q.shape[1])
         if rope is not None:
             rope = tuple(table.expand(q.shape[0], -1, -1) for table in rope)
-        self._write(k, v, cache, hidden, rope)
         if cache.is_empty:  # a prompt from its beginning: what forward is for
+            self._write(k, v, cache, hidden, rope)
             return self(q, k, v, hidden=hidden, rope=rope)
-        return self._attend(q, cache, hidden)
+        return self._step(q, k, v, cache, hidden, rope)
 
     def decodes_statically(self, cache: LayerCache) -> bool:
         """Whether ``decode`` with this cache never waits for the device, so that a CUDA graph can hold it."""
@@ -225,6 +225,11 @@ class AttentionBackend(nn.Module):
             return False
         kernels.append(k, v, cache["k"], cache["v"], cache.lengths, **pooled)
         return True
+
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, hidden, rope) -> Tensor:
+        """Writes new tokens behind those of the cache, and attends from them."""
+        self._write(k, v, cache, hidden, rope)
+        return self._attend(q, cache, hidden)
 
     def _attend(self, q: Tensor, cache: LayerCache, hidden) -> Tensor:
         """Attention from the new tokens, written already, over the cache."""

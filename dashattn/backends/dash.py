@@ -182,7 +182,14 @@ class DashBackend(AttentionBackend):
 
         cache.write_windows(k.shape[1], size, size, summarise, sources, ["summaries"])
 
-    def _attend(self, q, cache, hidden):
+    def _step(self, q, k, v, cache, hidden, rope):
+        kernels = self._decode_kernels(q)
+        if kernels is None or q.shape[1] > 1 or self.config.summary_rope != "none":
+            return super()._step(q, k, v, cache, hidden, rope)
+        return self._attend(q, cache, hidden, kernels.NewToken(k, v, cache["k"], cache["v"], self.chunk_query))
+
+    def _attend(self, q, cache, hidden, new=None):
+        """``new``: the token, where it is not written yet."""
         config = self.config
         options = dict(
             chunk_size=config.chunk_size,
@@ -193,8 +200,8 @@ class DashBackend(AttentionBackend):
         )
         kernels = self._decode_kernels(q)
         if kernels is not None:
-            options["after_append"] = q.shape[1] == 1 and config.summary_rope == "none"  # see _write
-            return kernels.routed_attention(q, cache["k"], cache["v"], cache["summaries"], cache.lengths, **options)
+            caches = cache["k"], cache["v"], cache["summaries"]
+            return kernels.routed_attention(q, *caches, cache.lengths, **options, new=new)
         selection, bias = cached_dash_routing(
             q, cache["summaries"], cache.lengths, prior_heads=config.prior_heads, **options
         )

@@ -21,6 +21,7 @@ from dashattn.ops.block_sparse.schedule import tile_lists
 from dashattn.ops.compression.reference import num_windows
 from dashattn.ops.dash_attention.triton import dash_attention
 from dashattn.ops.decode import triton as decode
+from dashattn.ops.decode import triton_attention, triton_compression, triton_routing, triton_selection
 from dashattn.ops.gates.triton import gated_sum
 from dashattn.ops.tiles import geometry
 from dashattn.selection import Selection
@@ -59,6 +60,8 @@ compiled_options = set()
 tuning._launch_first_that_fits = compile_options
 triton.runtime.driver.set_active(Hopper())
 JITFunction.run = compile_only
+for module in (triton_attention, triton_compression, triton_routing, triton_selection):
+    module.overlapped_launch = lambda device: {"PDL": True, "launch_pdl": True}
 
 heads, kv_heads, dim, chunk = 32, 2, 128, 64
 
@@ -103,7 +106,8 @@ mlps = [MeanMLP(32, dim).bfloat16() for _ in range(2)]
 decode.append(k[:, :1], v[:, :1], k, v, lengths, pooled=summaries, window=(chunk, chunk), chunk_query=k[0, 0])
 decode.compress_window([k, v], mlps, compressed, lengths, 32, 16)
 options = dict(chunk_size=chunk, alpha=1.7, router_scale=1.0, prior="raw", sigma=1.0)
-decode.routed_attention(q, k, v, summaries, lengths, **options)
+new = decode.NewToken(k[:, :1], v[:, :1], k, v, k[0, 0])
+decode.routed_attention(q, k, v, summaries, lengths, **options, new=new)
 options = dict(kernel_size=32, kernel_stride=16, block_size=64, topk=2, init_blocks=0, local_blocks=1)
 decode.cached_window_routing(q, *compressed, lengths, pooling="max", **options)
 

@@ -170,6 +170,25 @@ def test_append_writes_the_token_and_the_window_it_completes(pooling, position):
     torch.testing.assert_close(pooled, expected, equal_nan=True)
 
 
+@pytest.mark.parametrize("positions", [[0, 47], [15, 31], [33, 607]])
+def test_routing_writes_a_new_token_as_append_does(positions):
+    k, v, lengths = make_cache(positions, 640)
+    new_k, new_v = torch.randn(2, 2, 1, 2, 24, device=DEVICE)
+    q, chunk_query = queries(lengths, 1, 4), torch.randn(2, 24, device=DEVICE)
+    summaries = chunk_summary(k, chunk_query, chunk_size=BLOCK)
+    poison(summaries, lengths // BLOCK, 0)
+    appended, routed = ([x.clone() for x in (k, v, summaries)] for _ in range(2))
+    options = dict(chunk_size=BLOCK, alpha=1.5, router_scale=2.0, prior="raw", sigma=1.0)
+    window = dict(pooled=appended[2], window=(BLOCK, BLOCK), chunk_query=chunk_query)
+    kernels.append(new_k, new_v, *appended[:2], lengths, **window)
+    expected = kernels.routed_attention(q, *appended, lengths, **options)
+    new = kernels.NewToken(new_k, new_v, *routed[:2], chunk_query)
+    out = kernels.routed_attention(q, *routed, lengths, **options, new=new)
+    assert torch.equal(out, expected)
+    for x, wanted in zip(routed, appended, strict=True):
+        torch.testing.assert_close(x, wanted, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("head_dim", [16, 24])
 def test_a_window_is_compressed_when_its_last_token_was_written(head_dim):
     size, stride = 8, 4

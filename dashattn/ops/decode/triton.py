@@ -10,7 +10,7 @@ from dashattn.ops.chunk_summary.triton import chunk_summary
 from dashattn.ops.dash_routing.triton import has_forward_bias, temperature
 from dashattn.ops.decode.triton_attention import append, attend
 from dashattn.ops.decode.triton_compression import compress_window
-from dashattn.ops.decode.triton_routing import route
+from dashattn.ops.decode.triton_routing import NewToken, route
 from dashattn.ops.decode.triton_selection import select
 from dashattn.ops.gates.triton import gated_sum
 from dashattn.selection import Selection
@@ -18,6 +18,7 @@ from dashattn.selection import Selection
 DENSE_BLOCK = 64  # keys read at a time where there is no selection
 
 __all__ = [
+    "NewToken",
     "append",
     "cached_attention",
     "cached_window_routing",
@@ -60,12 +61,12 @@ def routed_attention(
     prior: str,
     sigma: float,
     scale: float | None = None,
-    after_append: bool = False,
+    new: NewToken | None = None,
 ) -> Tensor:
     """``reference.cached_dash_routing`` and ``cached_attention`` in one, for ``prior_heads`` group.
 
-    ``after_append``: ``append`` was launched just before, and writes nothing that routing reads. As in prefill, 16-bit
-    types leave out a tempered prior that is smaller than their rounding.
+    ``new``: the one token that q is of, where ``append`` has not written it yet. As in prefill, 16-bit types leave out
+    a tempered prior that is smaller than their rounding.
     """
     heads, head_dim = q.shape[2:]
     scale = head_dim**-0.5 if scale is None else scale
@@ -77,7 +78,7 @@ def routed_attention(
     for tile, before in _tiles(q, lengths):
         words, bias = route(
             tile, summaries, before, alpha, chunk_size, router_scale * head_dim**-0.5,
-            has_forward_bias(prior, sigma, q.dtype), temperature(prior, sigma), after_append,
+            has_forward_bias(prior, sigma, q.dtype), temperature(prior, sigma), new,
         )  # fmt: skip
         outs.append(attend(tile, k, v, before, words, bias, chunk_size, None, scale))
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)

@@ -76,10 +76,9 @@ def attention_kernel(
 
     SIZE and STRIDE: the tokens that a key stands for (``visible_count``).
     """
-    wait_for_kernel_before(PDL)
-    split = tl.program_id(0) % splits
-    kv_head = tl.program_id(0) // splits % KV_HEADS
-    query = tl.program_id(0) // splits // KV_HEADS
+    query = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
     sequence = query // num_tokens
     token = query % num_tokens
     position = visible_count(tl.load(lengths + sequence) + token, SIZE, STRIDE) - 1  # of the last key that is visible
@@ -87,6 +86,8 @@ def attention_kernel(
     dim = tl.arange(0, DIM)
     in_dim = dim < HEAD_DIM
     q, flat_row, in_group = load_group(q_ptr, query, kv_head, dim, in_dim, KV_HEADS, GROUP, ROWS, HEAD_DIM)
+    # The kernel before is one of this package's, none of which writes queries or lengths: what does has ended.
+    wait_for_kernel_before(PDL)
 
     if WORD_HEADS > 0:
         head = tl.arange(0, WORD_HEADS_P)
@@ -103,7 +104,7 @@ def attention_kernel(
     begin = split * count // splits
     end = (split + 1) * count // splits
     if WORD_HEADS > 0:
-        lists += tl.program_id(0).to(tl.int64) * list_width
+        lists += ((query.to(tl.int64) * KV_HEADS + kv_head) * splits + split) * list_width
         _list_blocks(lists, words, ends, begin, end, WORDS)
 
     cache_offset = sequence.to(tl.int64) * sequence_stride + kv_head.to(tl.int64) * head_stride
@@ -163,20 +164,16 @@ def combine_kernel(
 
 
 @triton.jit
-def append_kernel(
-    k_ptr, v_ptr, cache_k_ptr, cache_v_ptr, lengths, pooled_ptr, query_ptr, softmax_scale,
+def write_token(
+    sequence, kv_head, k_ptr, v_ptr, cache_k_ptr, cache_v_ptr, lengths, pooled_ptr, query_ptr, softmax_scale,
     sequence_stride, token_stride, head_stride, pooled_sequence_stride, pooled_stride, pooled_head_stride,
     KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, SIZE_P: tl.constexpr,
     STRIDE: tl.constexpr, MEAN: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
     """Writes one token of a sequence and KV head and, if it completes a window of SIZE keys, their pooled key.
 
     SIZE 0: there are no windows. MEAN: a plain mean, else the softmax pooling of ``chunk_summary`` (SIZE_P = SIZE).
     """
-    wait_for_kernel_before(PDL)
-    sequence = tl.program_id(0)
-    kv_head = tl.program_id(1)
     position = tl.load(lengths + sequence)
     dim = tl.arange(0, DIM)
     in_dim = dim < HEAD_DIM
@@ -204,6 +201,21 @@ def append_kernel(
             target = sequence.to(tl.int64) * pooled_sequence_stride + (first // STRIDE).to(tl.int64) * pooled_stride
             target += kv_head.to(tl.int64) * pooled_head_stride
             tl.store(pooled_ptr + target + dim, pooled.to(pooled_ptr.dtype.element_ty), mask=in_dim)
+
+
+@triton.jit
+def append_kernel(
+    k_ptr, v_ptr, cache_k_ptr, cache_v_ptr, lengths, pooled_ptr, query_ptr, softmax_scale,
+    sequence_stride, token_stride, head_stride, pooled_sequence_stride, pooled_stride, pooled_head_stride,
+    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, SIZE_P: tl.constexpr,
+    STRIDE: tl.constexpr, MEAN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    wait_for_kernel_before(PDL)
+    write_token(
+        tl.program_id(0), tl.program_id(1), k_ptr, v_ptr, cache_k_ptr, cache_v_ptr, lengths, pooled_ptr, query_ptr,
+        softmax_scale, sequence_stride, token_stride, head_stride, pooled_sequence_stride, pooled_stride,
+        pooled_head_stride, KV_HEADS, HEAD_DIM, DIM, SIZE, SIZE_P, STRIDE, MEAN,
+    )  # fmt: skip
 
 
 @cache
@@ -237,10 +249,10 @@ def attend(
     if splits > 1:
         sums = torch.empty(q[..., 0].numel() * splits * (head_dim + 2), dtype=torch.float32, device=q.device)
         partial, peak, total = sums.split([len(sums) // (head_dim + 2) * part for part in (head_dim, 1, 1)])
-    programs, list_width = batch * num_tokens * kv_heads * splits, -(-blocks // splits)
-    lists = None if words is None else torch.empty(programs * list_width, dtype=torch.int32, device=q.device)
+    grid, list_width = (batch * num_tokens, kv_heads, splits), -(-blocks // splits)
+    lists = None if words is None else torch.empty(*grid, list_width, dtype=torch.int32, device=q.device)
     tile_bytes = block_size * dim * q.itemsize
-    attention_kernel[(programs,)](
+    attention_kernel[grid](
         q.contiguous(), k, v, partial, peak, total, lengths, words, lists, bias, scale * LOG2E, *k.stride()[:3],
         num_tokens, num_words, list_width, blocks, capacity if window is None else window, splits,
         KV_HEADS=kv_heads, GROUP=group, ROWS=max(16, power_of_2_from(group)), WORD_HEADS=word_heads,
@@ -269,12 +281,23 @@ def append(
     ``window``: (size, stride) of what ``pooled`` [B, S / stride, H, D] holds; ``chunk_query``
     [H, D] pools as in ``chunk_summary``, where the size is a power of two; None is the mean.
     """
-    batch, _, kv_heads, head_dim = k.shape
-    append_kernel[(batch, kv_heads)](
+    arguments, constants = token_arguments(k, v, cache_k, cache_v, lengths, pooled, window, chunk_query)
+    append_kernel[(k.shape[0], k.shape[2])](*arguments, **constants, num_warps=4, **overlapped_launch(k.device))
+
+
+def token_arguments(
+    k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, lengths: Tensor, pooled: Tensor | None,
+    window: tuple[int, int], chunk_query: Tensor | None,
+) -> tuple[tuple, dict]:  # fmt: skip
+    """Of ``write_token`` for what ``append`` takes: arguments from ``k_ptr`` on, and constants."""
+    kv_heads, head_dim = k.shape[2:]
+    arguments = (
         k.contiguous(), v.contiguous(), cache_k, cache_v, lengths, pooled,
         None if chunk_query is None else chunk_query.contiguous(), head_dim**-0.5,
         *cache_k.stride()[:3], *((0, 0, 0) if pooled is None else pooled.stride()[:3]),
-        KV_HEADS=kv_heads, HEAD_DIM=head_dim, DIM=max(16, power_of_2_from(head_dim)), SIZE=window[0],
-        SIZE_P=power_of_2_from(window[0]), STRIDE=window[1], MEAN=chunk_query is None, num_warps=4,
-        **overlapped_launch(k.device),
     )  # fmt: skip
+    constants = dict(
+        KV_HEADS=kv_heads, HEAD_DIM=head_dim, DIM=max(16, power_of_2_from(head_dim)), SIZE=window[0],
+        SIZE_P=power_of_2_from(window[0]), STRIDE=window[1], MEAN=chunk_query is None,
+    )  # fmt: skip
+    return arguments, constants

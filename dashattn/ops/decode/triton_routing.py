@@ -5,6 +5,8 @@ once, by programs that share the chunks. Then a program per query head holds all
 for the threshold. Definitions and names are those of ``dash_routing/triton_entmax.py``.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -19,23 +21,17 @@ from dashattn.ops.dash_routing.triton_entmax import (
     root_step,
     unsolved,
 )
-from dashattn.ops.decode.triton_attention import load_group, processors, visible_count
+from dashattn.ops.decode.triton_attention import load_group, processors, visible_count, write_token
 from dashattn.ops.tiles import overlapped_launch, power_of_2_from, wait_for_kernel_before
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_chunks"])
-def product_kernel(
-    q_ptr, summary_ptr, product_ptr, lengths, sequence_stride, summary_stride, head_stride, num_tokens, num_chunks,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
-    CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
-    PDL: tl.constexpr,
+@triton.jit
+def _multiply_tile(
+    tile, q_ptr, summary_ptr, product_ptr, lengths, sequence_stride, summary_stride, head_stride, num_tokens,
+    num_chunks, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
+    STRIDE: tl.constexpr, CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """q . k~ of CHUNKS chunks, for the heads of a group; chunks that are not visible are left unwritten.
-
-    EARLY: the kernel before writes nothing that is read here, and began when all before it had ended.
-    """
-    if not EARLY:
-        wait_for_kernel_before(PDL)
+    """q . k~ of CHUNKS chunks, for the heads of a group; chunks that are not visible are left unwritten."""
     kv_head = tl.program_id(0) % KV_HEADS
     query = tl.program_id(0) // KV_HEADS
     sequence = query // num_tokens
@@ -43,20 +39,40 @@ def product_kernel(
     in_dim = dim < HEAD_DIM
     q, flat_row, in_group = load_group(q_ptr, query, kv_head, dim, in_dim, KV_HEADS, GROUP, ROWS, HEAD_DIM)
     visible = visible_count(tl.load(lengths + sequence) + query % num_tokens, SIZE, STRIDE)
-    if tl.program_id(1) * CHUNKS >= visible:
-        if EARLY:
-            wait_for_kernel_before(PDL)
-        return
-    chunk = tl.program_id(1) * CHUNKS + tl.arange(0, CHUNKS)
-    past = chunk < visible
-    offset = sequence.to(tl.int64) * sequence_stride + kv_head.to(tl.int64) * head_stride
-    offset += chunk.to(tl.int64)[:, None] * summary_stride + dim[None, :]
-    k = tl.load(summary_ptr + offset, mask=past[:, None] & in_dim[None, :], other=0.0)
-    products = tl.dot(q, k.T, input_precision=PRECISION)
-    if EARLY:  # the memory written to may have been another's, who still reads it
-        wait_for_kernel_before(PDL)
-    target = product_ptr + flat_row[:, None] * num_chunks + chunk[None, :]
-    tl.store(target, products, mask=in_group[:, None] & past[None, :])
+    if tile * CHUNKS < visible:
+        chunk = tile * CHUNKS + tl.arange(0, CHUNKS)
+        past = chunk < visible
+        offset = sequence.to(tl.int64) * sequence_stride + kv_head.to(tl.int64) * head_stride
+        offset += chunk.to(tl.int64)[:, None] * summary_stride + dim[None, :]
+        k = tl.load(summary_ptr + offset, mask=past[:, None] & in_dim[None, :], other=0.0)
+        products = tl.dot(q, k.T, input_precision=PRECISION)
+        target = product_ptr + flat_row[:, None] * num_chunks + chunk[None, :]
+        tl.store(target, products, mask=in_group[:, None] & past[None, :])
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_chunks"])
+def product_kernel(
+    q_ptr, summary_ptr, product_ptr, lengths, sequence_stride, summary_stride, head_stride, num_tokens, num_chunks,
+    new_k_ptr, new_v_ptr, k_ptr, v_ptr, chunk_query_ptr, softmax_scale, cache_sequence_stride, token_stride,
+    cache_head_stride,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
+    CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, NEW: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """NEW: the last program of a sequence and KV head writes its new token, and the summary of a chunk of STRIDE tokens
+    that it completes. Nothing else here reads these: a summary is visible from the token after its chunk on."""
+    wait_for_kernel_before(PDL)
+    if NEW and tl.program_id(1) == tl.num_programs(1) - 1:
+        write_token(
+            tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS, new_k_ptr, new_v_ptr, k_ptr, v_ptr, lengths,
+            summary_ptr, chunk_query_ptr, softmax_scale, cache_sequence_stride, token_stride, cache_head_stride,
+            sequence_stride, summary_stride, head_stride, KV_HEADS, HEAD_DIM, DIM, STRIDE, STRIDE, STRIDE, False,
+        )  # fmt: skip
+    else:
+        _multiply_tile(
+            tl.program_id(1), q_ptr, summary_ptr, product_ptr, lengths, sequence_stride, summary_stride, head_stride,
+            num_tokens, num_chunks, KV_HEADS, GROUP, ROWS, SIZE, STRIDE, CHUNKS, HEAD_DIM, DIM, PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -178,23 +194,44 @@ def prior_kernel(
     tl.store(row + chunk, log_p, mask=chunk <= own)
 
 
+@dataclass(frozen=True)
+class NewToken:
+    """A token that is to be written while another kernel works.
+
+    Attributes:
+        k, v: [B, 1, H, D].
+        cache_k, cache_v: [B, S, H, D], where they go, behind every length.
+        chunk_query: [H, D], pools the chunks that it completes.
+    """
+
+    k: Tensor
+    v: Tensor
+    cache_k: Tensor
+    cache_v: Tensor
+    chunk_query: Tensor
+
+
 def multiply(
-    q: Tensor, keys: Tensor, lengths: Tensor, tokens_per_key: tuple[int, int], after_append: bool = False
+    q: Tensor, keys: Tensor, lengths: Tensor, tokens_per_key: tuple[int, int], new: NewToken | None = None
 ) -> Tensor:
     """Products, float32 [B * T * Hq, J], of q [B, T, Hq, D], contiguous, with the visible keys [B, J, H, D].
 
-    ``after_append``: the launch before is ``append``'s, of tokens behind all visible keys: it need not have ended.
+    ``new``: the token that q is of, to be written besides; the keys are the summaries of chunks of a power of 2.
     """
     batch, num_tokens, heads, head_dim = q.shape
     num_keys, kv_heads = keys.shape[1:3]
     products = torch.empty(batch * num_tokens * heads, num_keys, dtype=torch.float32, device=q.device)
     rows = batch * num_tokens * kv_heads
     tile = 32 if rows * num_keys >= 32 * processors(q.device) else 16  # some for every multiprocessor
-    product_kernel[(rows, -(-num_keys // tile))](
-        q, keys, products, lengths, *keys.stride()[:3], num_tokens, num_keys,
+    token = (None,) * 6 + (0,) * 3
+    if new is not None:
+        parts = new.k.contiguous(), new.v.contiguous(), new.cache_k, new.cache_v, new.chunk_query.contiguous()
+        token = *parts, head_dim**-0.5, *new.cache_k.stride()[:3]
+    product_kernel[(rows, -(-num_keys // tile) + (new is not None))](
+        q, keys, products, lengths, *keys.stride()[:3], num_tokens, num_keys, *token,
         KV_HEADS=kv_heads, GROUP=heads // kv_heads, ROWS=max(16, power_of_2_from(heads // kv_heads)),
         SIZE=tokens_per_key[0], STRIDE=tokens_per_key[1], CHUNKS=tile, HEAD_DIM=head_dim,
-        DIM=max(16, power_of_2_from(head_dim)), PRECISION=precision(q.dtype), EARLY=after_append,
+        DIM=max(16, power_of_2_from(head_dim)), PRECISION=precision(q.dtype), NEW=new is not None,
         num_warps=4, **overlapped_launch(q.device),
     )  # fmt: skip
     return products
@@ -202,7 +239,7 @@ def multiply(
 
 def route(
     q: Tensor, summaries: Tensor, lengths: Tensor, alpha: Tensor | None, chunk_size: int, score_scale: float,
-    has_bias: bool, sigma: float | None, after_append: bool = False,
+    has_bias: bool, sigma: float | None, new: NewToken | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Selection words of every query head, int32 [B, Hq, T, W], and with ``has_bias`` the prior, float32 [B, T, H, N].
 
@@ -211,13 +248,13 @@ def route(
         summaries: [B, N, H, D] of the cache.
         alpha: float32 [Hq], or None for 1.5 everywhere.
         sigma: None for the raw prior.
-        after_append: as in ``multiply``.
+        new: as in ``multiply``.
     """
     batch, num_tokens, heads, _ = q.shape
     num_chunks, kv_heads = summaries.shape[1:3]
     queries, group = batch * num_tokens, heads // kv_heads
     # A query sees a chunk from the first token after it on.
-    products = multiply(q, summaries, lengths, (chunk_size + 1, chunk_size), after_append)
+    products = multiply(q, summaries, lengths, (chunk_size + 1, chunk_size), new)
     peak, tau = torch.empty(2, queries * heads, dtype=torch.float32, device=q.device)
     words = torch.empty(batch, heads, num_tokens, -(-num_chunks // 32), dtype=torch.int32, device=q.device)
     chunks = max(32, power_of_2_from(num_chunks))
