@@ -167,10 +167,11 @@ def make_lengths(study: Study) -> Drawn | None:
         for ax, ((data, task, variant), rows) in zip(axes[len(maps) :], panels.items(), strict=True):
             for line, points in grouped(rows, "line").items():
                 colour, mark = style[line]
-                ax.plot(
-                    [p["length"] for p in points], [p["score"] for p in points], color=colour, marker=mark, label=line
-                )
+                xs = [p["length"] for p in points]
+                ax.vlines(xs, [p["low"] for p in points], [p["high"] for p in points], color=colour, linewidth=1)
+                ax.plot(xs, [p["score"] for p in points], color=colour, marker=mark, label=line)
             ax.set_xscale("log", base=2)
+            ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
             ax.set_title(f"{data}: {task}" + (f", {variant}" if variant else ""), fontsize=10)
             ax.set_xlabel("tokens")
             ax.set_ylabel(rows[0]["metric"])

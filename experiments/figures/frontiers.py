@@ -61,9 +61,11 @@ def make_costs(study: Study) -> Drawn | None:
         table += [{"cost": cost, **score, "amount": amount[cost]} for score, amount in zip(means, amounts, strict=True)]
 
     def draw(path: Path) -> None:
-        from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+        from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
+        titles = list(dict.fromkeys(row["panel"] for row in sorted(rows, key=lambda row: points([row])[0].panel)))
         panels = list(dict.fromkeys((row["cost"], row["panel"]) for row in table))
+        panels.sort(key=lambda panel: (list(costs).index(panel[0]), titles.index(panel[1])))
         figure, axes = grid(len(panels), width=7.2 if len(panels) == 1 else 5.6, height=4.8)
         style = styles(row["label"] for row in rows)
         for ax, (cost, panel) in zip(axes, panels, strict=True):
@@ -74,7 +76,7 @@ def make_costs(study: Study) -> Drawn | None:
             ax.set_xlabel(costs[cost])
             ax.set_xscale("log")
             ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            ax.xaxis.set_major_formatter(EngFormatter())
+            ax.xaxis.set_major_formatter(EngFormatter() if cost == "bytes_read" else StrMethodFormatter("{x:g}"))
             ax.xaxis.set_minor_formatter(NullFormatter())
             ax.grid(alpha=0.25)
         legend_below(figure, axes)
@@ -168,8 +170,8 @@ def make_ablations(study: Study) -> Drawn | None:
 
 
 def _line(ax, line: list[dict], x: str, colour: str, mark: str, **style) -> None:
-    """Scores against ``x``, marked as MARKED says."""
-    line = sorted(line, key=lambda row: row[x])
+    """Scores against ``x`` in the knob's order, marked as MARKED says."""
+    line = sorted(line, key=lambda row: (row["knob"] is not None, row["knob"]))
     xs, ys = [row[x] for row in line], [row["score"] for row in line]
     ax.vlines(xs, [row["low"] for row in line], [row["high"] for row in line], color=colour, linewidth=1)
     ax.plot(xs, ys, color=colour, marker=mark, markerfacecolor="white", linewidth=1.2, **style)

@@ -39,7 +39,9 @@ def make_heat_map(study: Study) -> Drawn | None:
     ]
 
     def draw(path: Path) -> None:
-        figure, axes = grid(len(means), width=3.6, height=3.6)
+        # A row of panels for each corpus and length.
+        most = max(len(inside) for inside in _panels(means, "data", "length").values())
+        figure, axes = grid(len(means), width=3.2, height=3.2, columns=most)
         image = None
         for ax, m in zip(axes, means, strict=True):
             image = ax.imshow(m["per_head"], vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
