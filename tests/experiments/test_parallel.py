@@ -1,5 +1,7 @@
 """The benchmark of several ranks at toy size: what is measured, when, against what, and what becomes of failures."""
 
+from pathlib import Path
+
 import pytest
 from hydra import compose, initialize_config_dir
 
@@ -67,6 +69,15 @@ def test_one_rank_does_once_what_stages_and_sharing_divide_among_several(config)
     alone = [(backend, mode.length, mode.stage) for backend, mode in cases(config, 1)]
     assert alone == [("full", 64, 1), ("dash", 64, 1), ("full", 128, 1), ("dash", 128, 1)]
     assert [mode.stage for _, mode in cases(config, 2)] == [1, 1, 3, 3, 2, 2]
+
+
+def test_the_settings_that_are_shipped_serve_many_ranks():
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = to_config(compose("parallel"))
+        check_parallel(config, 8)
+        run = parallel.compose_run(config, "full", Mode(), 8, Path("unused"))
+    assert run.data.validation_rows >= 8
+    assert run.eval_every == 0
 
 
 @pytest.mark.parametrize(

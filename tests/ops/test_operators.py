@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 pytest.importorskip("triton")
 
 from dashattn import dash_attention
+from dashattn.backends import AttentionShape, DashConfig, InfLLMv2Config, NSAConfig, build_backend
 from dashattn.ops.band import triton as band
 from dashattn.ops.block_scores import triton as block_scores
 from dashattn.ops.block_sparse import triton as block_sparse
@@ -39,6 +40,28 @@ def test_operators_keep_torch_librarys_rules():
         (gates._forward_op, (make(1, 20, 4, 2), make(1, 20, 4, 16), make(1, 20, 4, 16), None)),
     ):
         assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DashConfig(impl="triton", chunk_size=16),
+        InfLLMv2Config(impl="triton", block_size=16, kernel_size=8, kernel_stride=4, topk=3, window_size=16),
+        NSAConfig(impl="triton", block_size=16, kernel_size=8, kernel_stride=4, topk=3, window_size=16),
+    ],
+    ids=lambda config: config.name,
+)
+def test_every_backend_can_be_checkpointed(config):
+    backend = build_backend(config, AttentionShape(64, 4, 2, 16)).to(DEVICE)
+    q, k, v = make_qkv()
+    hidden = make(1, 40, 64)
+
+    def attend(*tensors):
+        return backend(*tensors[:3], hidden=tensors[3])
+
+    results = [attend(q, k, v, hidden), checkpoint(attend, q, k, v, hidden, use_reentrant=False)]
+    expected, again = ([out, *torch.autograd.grad(out.square().sum(), (q, k, v))] for out in results)
+    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
 
 
 @pytest.fixture

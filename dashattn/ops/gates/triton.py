@@ -104,8 +104,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    *grads, last = _backward_op(grad, *ctx.saved_tensors)
-    return *grads, None if ctx.saved_tensors[3] is None else last
+    saved = ctx.saved_tensors  # activation checkpointing gives them out once
+    *grads, last = _backward_op(grad, *saved)
+    return *grads, None if saved[3] is None else last
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
