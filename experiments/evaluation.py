@@ -107,7 +107,8 @@ def evaluate(config: EvaluateConfig, target: Target) -> Iterator[dict]:
                 continue
             start = time.perf_counter()
             rows = list(task.run(setting, names))
-            shared = common | task.columns | {"knob": knob, "seconds": time.perf_counter() - start}
+            when = {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": time.perf_counter() - start}
+            shared = common | task.columns | {"knob": knob} | when
             new = [shared | row | {"bytes_read": bytes_read(model, row)} for row in rows]
             append_rows(path, new)
             yield from new

@@ -248,7 +248,8 @@ def mean_score(line: Sequence[Point], low: float, high: float) -> float:
 
 
 def untrained(points: Iterable[Point]) -> set[tuple]:
-    """Recall panels whose dense control is missing or has not solved the task."""
-    points = list(points)
-    panels = {p.panel for p in points if p.panel.metric == "accuracy"}
-    return panels - {p.panel for p in points if p.knob is None and p.score >= SOLVED}
+    """Recall panels whose dense control is missing or has solved the task at no length: one that it was not trained at
+    asks for more."""
+    points = [p for p in points if p.panel.metric == "accuracy"]
+    solved = {p.panel._replace(length=0) for p in points if p.knob is None and p.score >= SOLVED}
+    return {p.panel for p in points if p.panel._replace(length=0) not in solved}

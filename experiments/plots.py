@@ -5,7 +5,7 @@ from pathlib import Path
 
 COLOURS = ("#c1272d", "#0071bc", "#e08a00", "#2e8b57", "#7b3f9e", "#8c6239", "#0b7a75", "#d1495b", "#30638e")
 MARKS = ("o", "s", "^", "D", "v", "P")
-COLUMNS = 3  # panels in a row, at most
+COLUMNS = 3  # panels in a row, where a figure does not say
 
 
 def pyplot():
@@ -23,9 +23,9 @@ def styles(labels: Iterable[str]) -> dict[str, tuple[str, str]]:
     return {label: (COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)]) for i, label in enumerate(sorted(set(labels)))}
 
 
-def grid(panels: int, width: float = 5.6, height: float = 4.2):
-    """A figure and its axes, one a panel."""
-    columns = min(panels, COLUMNS)
+def grid(panels: int, width: float = 5.6, height: float = 4.2, columns: int = COLUMNS):
+    """A figure and its axes, one a panel; at most ``columns`` in a row."""
+    columns = min(panels, columns)
     rows = -(-panels // columns)
     figure, axes = pyplot().subplots(
         rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained"

@@ -244,9 +244,8 @@ def draw(rows: Sequence[dict], path: Path) -> None:
             column[0].set_title(what if sparsity is None else f"{what}, {sparsity:.0%} sparse", fontsize=10)
             column[2].set_xlabel("tokens")
         against = sorted({row["against"] for row in inside if row["ratio"]}) or ["dense"]
-        for ax, label in zip(
-            axes[:, 0], ("ms", f"speed-up over\n{', '.join(against)}", "extra memory, MiB"), strict=True
-        ):
+        over = ",\n".join(["speed-up over " + against[0], *against[1:]])
+        for ax, label in zip(axes[:, 0], ("ms", over, "extra memory, MiB"), strict=True):
             ax.set_ylabel(label)
         for ax in axes.flat:
             ax.set_xscale("log", base=2)
@@ -260,6 +259,10 @@ def draw(rows: Sequence[dict], path: Path) -> None:
             ratio_ax.yaxis.set_minor_formatter(NullFormatter())
             memory_ax.set_yscale("symlog", linthresh=1)  # nothing is a possible amount
             memory_ax.set_ylim(bottom=0)
+            if not memory_ax.lines:
+                memory_ax.set_visible(False)
+                ratio_ax.tick_params(labelbottom=True)
+                ratio_ax.set_xlabel("tokens")
         handles = {t: h for ax in axes[0] for h, t in zip(*ax.get_legend_handles_labels(), strict=True)}
         figure.legend(handles.values(), handles.keys(), fontsize=8, loc="outside lower center", ncols=4)
         figure.suptitle(f"{title(setup)}\nhollow: the sparsity reached is another, see the table", fontsize=10)

@@ -1,12 +1,14 @@
 """Figures 8, 9, 10, 13 and 15: speed, training, length, numerics and throughput."""
 
 import re
+from collections import Counter
+from operator import itemgetter
 from pathlib import Path
 
 from experiments import speed_report, speed_rows, throughput_report
 from experiments.figures.rows import Drawn, Study, as_trained, averaged, grouped
-from experiments.frontier import of_frontiers
-from experiments.plots import grid, legend_below, pyplot, save, styles
+from experiments.frontier import is_ablation, of_frontiers
+from experiments.plots import COLOURS, grid, legend_below, pyplot, save, styles
 
 # y axis -> column of metrics.jsonl
 TRAINING = {
@@ -44,7 +46,7 @@ def make_speed(study: Study) -> Drawn | None:
         return None
     table = [{name: row.get(name) for name in SPEED_COLUMNS} for row in speed_rows.with_ratios(rows)]
     notes = [] if any(row["pass"] == "decode" for row in rows) else ["Decoding: missing, no row is of pass decode."]
-    return Drawn(table, lambda path: speed_report.draw(rows, path), notes)
+    return Drawn(table, lambda path: speed_report.draw(rows, path), notes, rows)
 
 
 def make_training(study: Study) -> Drawn | None:
@@ -72,7 +74,7 @@ def make_training(study: Study) -> Drawn | None:
     present = {name: key for name, key in TRAINING.items() if any(key in row for row in table)}
     absent = [name for name in TRAINING if name not in present]
     notes = [f"Missing: {', '.join(absent)}, no row has it."] if absent else []
-    notes.append("Solid: training batches; dotted: validation. Time is that of the training steps alone.")
+    notes.append("Solid and dashed: training batches; dotted: validation. Time is that of the training steps alone.")
     if len(study.training) > MANY:
         notes.append("Many runs: a panel an arm, and of all that was logged two; the table has the rest.")
         return Drawn(table, lambda path: _draw_arms(table, path), notes)
@@ -83,12 +85,14 @@ def make_training(study: Study) -> Drawn | None:
         style = styles(study.training)
         for ax, (x, name) in zip(axes, panels, strict=True):
             key = TRAINING[name]
-            for run, rows in grouped(table, "run").items():
+            for number, (run, rows) in enumerate(sorted(grouped(table, "run").items())):
                 for split, points in grouped([row for row in rows if key in row], "split").items():
-                    dotted = {"linestyle": ":", "marker": "o", "markersize": 3} if split == "validation" else {}
+                    line = {"linestyle": _dashes(number)}
+                    if split == "validation":
+                        line = {"linestyle": ":", "marker": "o", "markersize": 3}
                     label = run if split == "train" else None
                     xs, ys = [row[x] for row in points], [row[key] for row in points]
-                    ax.plot(xs, ys, color=style[run][0], linewidth=1, label=label, **dotted)
+                    ax.plot(xs, ys, color=style[run][0], linewidth=1, label=label, **line)
             ax.set_xlabel(x)
             ax.set_ylabel(name)
             if "norm" in name:
@@ -98,6 +102,11 @@ def make_training(study: Study) -> Drawn | None:
         save(figure, path)
 
     return Drawn(table, draw, notes)
+
+
+def _dashes(number: int) -> str:
+    """Tells the runs apart that share a colour: there are more of them than colours."""
+    return "-" if number < len(COLOURS) else "--"
 
 
 def _draw_arms(table: list[dict], path: Path) -> None:
@@ -113,9 +122,10 @@ def _draw_arms(table: list[dict], path: Path) -> None:
     for ax, (name, arm, points) in zip(axes, panels, strict=True):
         runs = grouped(points, "run")
         style = styles(runs)
-        for run, line in sorted(runs.items()):
+        for number, (run, line) in enumerate(sorted(runs.items())):
             xs, ys = [row["tokens"] / 1e6 for row in line], [row[TRAINING[name]] for row in line]
-            ax.plot(xs, ys, color=style[run][0], linewidth=1, label=run.removeprefix(arm).lstrip("-:"))
+            label = run.removeprefix(arm).lstrip("-:")
+            ax.plot(xs, ys, color=style[run][0], linestyle=_dashes(number), linewidth=1, label=label)
         ax.set_title(arm, fontsize=9)
         ax.set_xlabel("million tokens")
         ax.set_ylabel(name)
@@ -126,15 +136,22 @@ def _draw_arms(table: list[dict], path: Path) -> None:
 
 
 def make_lengths(study: Study) -> Drawn | None:
-    """The needle heat map, and every score that was measured at more than one length."""
-    needles = averaged(as_trained(study.of("niah")), "data", "line", "length", "depth")
-    scores = [row for row in as_trained(of_frontiers(study.evaluations)) if not row["task"].startswith("niah_values")]
+    """The needle heat map, and every score of a model that was measured at more than one length."""
+    found = as_trained(study.of("niah"))
+    needles = averaged(found, "data", "line", "length", "depth")
+    scores = [
+        row
+        for row in as_trained(of_frontiers(study.evaluations))
+        if not row["task"].startswith("niah_values") and not is_ablation(row)
+    ]
+    curve = itemgetter("data", "task", "variant", "line", "metric")
     lines = averaged(scores, "data", "task", "metric", "variant", "line", "length")
-    panels = grouped([row | {"panel": (row["data"], row["task"], row["variant"])} for row in lines], "panel")
-    panels = {key: rows for key, rows in panels.items() if len({row["length"] for row in rows}) > 1}
+    lengths = Counter(map(curve, lines))
+    lines = [row for row in lines if lengths[curve(row)] > 1]
+    panels = grouped([row | {"panel": curve(row)[:3]} for row in lines], "panel")
     if not needles and not panels:
         return None
-    table = needles + [row for row in lines if (row["data"], row["task"], row["variant"]) in panels]
+    table = needles + lines
     maps = grouped(needles, "line")
     notes = []
     if not maps:
@@ -150,10 +167,11 @@ def make_lengths(study: Study) -> Drawn | None:
         for ax, ((data, task, variant), rows) in zip(axes[len(maps) :], panels.items(), strict=True):
             for line, points in grouped(rows, "line").items():
                 colour, mark = style[line]
-                ax.plot(
-                    [p["length"] for p in points], [p["score"] for p in points], color=colour, marker=mark, label=line
-                )
+                xs = [p["length"] for p in points]
+                ax.vlines(xs, [p["low"] for p in points], [p["high"] for p in points], color=colour, linewidth=1)
+                ax.plot(xs, [p["score"] for p in points], color=colour, marker=mark, label=line)
             ax.set_xscale("log", base=2)
+            ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
             ax.set_title(f"{data}: {task}" + (f", {variant}" if variant else ""), fontsize=10)
             ax.set_xlabel("tokens")
             ax.set_ylabel(rows[0]["metric"])
@@ -161,7 +179,7 @@ def make_lengths(study: Study) -> Drawn | None:
             ax.legend(fontsize=8)
         save(figure, path)
 
-    return Drawn(table, draw, notes)
+    return Drawn(table, draw, notes, [*found, *scores])
 
 
 def _heat_map(ax, line: str, rows: list[dict]) -> None:
@@ -201,7 +219,7 @@ def make_numerics(study: Study) -> Drawn | None:
         axes.legend(fontsize=8)
         save(figure, path)
 
-    return Drawn(table, draw)
+    return Drawn(table, draw, rows=table)
 
 
 def make_throughput(study: Study) -> Drawn | None:
@@ -210,4 +228,4 @@ def make_throughput(study: Study) -> Drawn | None:
         return None
     table = [{name: row.get(name) for name in THROUGHPUT_COLUMNS} for row in rows]
     is_measured = any(row["status"] == "ok" for row in rows)
-    return Drawn(table, (lambda path: throughput_report.draw(rows, path)) if is_measured else None)
+    return Drawn(table, (lambda path: throughput_report.draw(rows, path)) if is_measured else None, rows=rows)

@@ -1,5 +1,6 @@
 """Figures 1, 2, 11 and 12: scores against what they cost."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,11 +28,12 @@ MARKED = "Filled: as trained; open: the knob turned. Bars: lowest to highest of 
 
 
 def make_frontiers(study: Study) -> Drawn | None:
-    found = points(row for row in of_frontiers(study.evaluations) if not is_ablation(row))
-    if not found:
+    rows = [row for row in of_frontiers(study.evaluations) if not is_ablation(row)]
+    if not rows:
         return None
+    found = points(rows)
     notes = [f"{panel.title}: untrained, the dense control does not reach 99 %" for panel in sorted(untrained(found))]
-    return Drawn(frontier_table(found), lambda path: draw_frontiers(found, path), notes)
+    return Drawn(frontier_table(found), lambda path: draw_frontiers(found, path), notes, rows)
 
 
 def make_costs(study: Study) -> Drawn | None:
@@ -59,9 +61,11 @@ def make_costs(study: Study) -> Drawn | None:
         table += [{"cost": cost, **score, "amount": amount[cost]} for score, amount in zip(means, amounts, strict=True)]
 
     def draw(path: Path) -> None:
-        from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+        from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
+        titles = list(dict.fromkeys(row["panel"] for row in sorted(rows, key=lambda row: points([row])[0].panel)))
         panels = list(dict.fromkeys((row["cost"], row["panel"]) for row in table))
+        panels.sort(key=lambda panel: (list(costs).index(panel[0]), titles.index(panel[1])))
         figure, axes = grid(len(panels), width=7.2 if len(panels) == 1 else 5.6, height=4.8)
         style = styles(row["label"] for row in rows)
         for ax, (cost, panel) in zip(axes, panels, strict=True):
@@ -72,13 +76,13 @@ def make_costs(study: Study) -> Drawn | None:
             ax.set_xlabel(costs[cost])
             ax.set_xscale("log")
             ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            ax.xaxis.set_major_formatter(EngFormatter())
+            ax.xaxis.set_major_formatter(EngFormatter() if cost == "bytes_read" else StrMethodFormatter("{x:g}"))
             ax.xaxis.set_minor_formatter(NullFormatter())
             ax.grid(alpha=0.25)
         legend_below(figure, axes)
         save(figure, path)
 
-    return Drawn(table, draw, notes)
+    return Drawn(table, draw, notes, rows)
 
 
 def make_ruler(study: Study) -> Drawn | None:
@@ -102,7 +106,7 @@ def make_ruler(study: Study) -> Drawn | None:
         )
         differs |= {row["task"]: row["differs"] for row in inside if row.get("differs")}
     notes = [f"{task} departs from RULER: {how}." for task, how in sorted(differs.items())]
-    return Drawn(sorted(table, key=lambda row: (row["length"], row["model"])), None, notes)
+    return Drawn(sorted(table, key=lambda row: (row["length"], row["model"])), None, notes, rows)
 
 
 def make_ablations(study: Study) -> Drawn | None:
@@ -134,9 +138,14 @@ def make_ablations(study: Study) -> Drawn | None:
     absent = [factor for factor in FACTORS if factor not in {row["factor"] for row in rows}]
     notes += [f"Missing: {', '.join(absent)}."] if absent else []
     panels = _by(table, lambda row: (row["factor"], row["panel"]))
-    drawn = {key: inside for key, inside in sorted(panels.items()) if key[0] in FACTORS}
+    # A control alone compares nothing.
+    drawn = {
+        (factor, panel): inside
+        for (factor, panel), inside in sorted(panels.items())
+        if factor in FACTORS and {row["value"] for row in inside} - {CONTROL[1] if factor == CONTROL[0] else BESIDE}
+    }
     if not drawn:
-        return Drawn(table, None, notes)
+        return Drawn(table, None, notes, rows)
     notes.append(
         f"{MARKED} Dashed: {BESIDE}, from which the lines beside it differ in one option. Other factors: in the table."
     )
@@ -147,7 +156,7 @@ def make_ablations(study: Study) -> Drawn | None:
             lines = grouped(inside, "value")
             control = CONTROL[1] if factor == CONTROL[0] else BESIDE
             style = styles(lines.keys() - {control}) | {control: ("#444444", ".")}
-            for value, line in lines.items():
+            for value, line in sorted(lines.items(), key=lambda item: (item[0] == control, _by_number(item[0]))):
                 label, dashes = (BESIDE, "--") if value == control else (f"{factor} {value}", "-")
                 _line(ax, line, "causal_sparsity", *style[value], linestyle=dashes, label=label)
             ax.set_title(f"{factor}, seed {seeds[factor, panel]}\n{panel}", fontsize=9)
@@ -157,17 +166,25 @@ def make_ablations(study: Study) -> Drawn | None:
             ax.legend(fontsize=8)
         save(figure, path)
 
-    return Drawn(table, draw, notes)
+    return Drawn(table, draw, notes, rows)
 
 
 def _line(ax, line: list[dict], x: str, colour: str, mark: str, **style) -> None:
-    """Scores against ``x``, marked as MARKED says."""
-    line = sorted(line, key=lambda row: row[x])
+    """Scores against ``x`` in the knob's order, marked as MARKED says."""
+    line = sorted(line, key=lambda row: (row["knob"] is not None, row["knob"]))
     xs, ys = [row[x] for row in line], [row["score"] for row in line]
     ax.vlines(xs, [row["low"] for row in line], [row["high"] for row in line], color=colour, linewidth=1)
     ax.plot(xs, ys, color=colour, marker=mark, markerfacecolor="white", linewidth=1.2, **style)
     as_trained = [row["knob"] == row["trained_knob"] for row in line]
     ax.plot(xs, ys, color=colour, marker=mark, linestyle="", markevery=as_trained)
+
+
+def _by_number(value: str) -> tuple[float, str]:
+    """Sorts 32 before 128, and words behind numbers."""
+    try:
+        return float(value), value
+    except ValueError:
+        return math.inf, value
 
 
 def _listed(seeds: set[int]) -> str:

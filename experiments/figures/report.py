@@ -43,7 +43,8 @@ def to_html(figures: Sequence[Figure], sections: dict[int, list[Section]]) -> st
             body.append(f'<p class="missing">Missing: no rows. They come from {escape(figure.needs)}.</p>')
         for section in sections.get(figure.number, ()):
             body.append(f"<h3>{escape(section.study)}</h3>")
-            body += [f'<p class="note">{escape(note)}</p>' for note in section.drawn.notes]
+            notes = [*section.drawn.notes, *([f"Rows: {section.drawn.origin}."] if section.drawn.origin else [])]
+            body += [f'<p class="note">{escape(note)}</p>' for note in notes]
             if section.picture is not None:
                 body.append(_picture(section.picture, figure))
             body.append(_table(section.drawn.table, is_open=section.picture is None))

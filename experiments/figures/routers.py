@@ -1,5 +1,6 @@
 """Figures 3 to 7: where attention is sparse, and what the router finds."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,7 +39,9 @@ def make_heat_map(study: Study) -> Drawn | None:
     ]
 
     def draw(path: Path) -> None:
-        figure, axes = grid(len(means), width=3.6, height=3.6)
+        # A row of panels for each corpus and length.
+        most = max(len(inside) for inside in _panels(means, "data", "length").values())
+        figure, axes = grid(len(means), width=3.2, height=3.2, columns=most)
         image = None
         for ax, m in zip(axes, means, strict=True):
             image = ax.imshow(m["per_head"], vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
@@ -50,7 +53,7 @@ def make_heat_map(study: Study) -> Drawn | None:
         figure.colorbar(image, ax=axes, label="causal sparsity", shrink=0.8)
         save(figure, path)
 
-    return Drawn(table, draw)
+    return Drawn(table, draw, rows=rows)
 
 
 def make_active_tokens(study: Study) -> Drawn | None:
@@ -86,7 +89,7 @@ def make_active_tokens(study: Study) -> Drawn | None:
             ax.legend(fontsize=8)
         save(figure, path)
 
-    return Drawn(table, draw)
+    return Drawn(table, draw, rows=rows)
 
 
 def make_adaptivity(study: Study) -> Drawn | None:
@@ -104,12 +107,13 @@ def make_adaptivity(study: Study) -> Drawn | None:
         "Over tokens, layers and heads; bars: lowest to highest of the seeds. Needed: in text pieces of the answer, in "
         "MQAR the blocks that hold pairs, of which a single query needs one."
     )
-    return Drawn(table, _lines(table, ("probes", "data", "length"), "relevant"), [note])
+    named = [row | {"panel": f"{row['probes']}, {row['data']}, {row['length']} tokens"} for row in table]
+    return Drawn(table, _lines(named, "relevant"), [note], rows)
 
 
 def make_recall(study: Study) -> Drawn | None:
     """Recall and precision of the selection, one panel a metric and probe: against the sparsity where a knob was
-    turned, else against the length."""
+    turned, at the length that has the most settings, else against the length."""
     rows = [row | {"best_head": _best(row["per_head"])} for metric in RECALLS for row in study.of("routing", metric)]
     if not rows:
         return None
@@ -121,13 +125,15 @@ def make_recall(study: Study) -> Drawn | None:
             if name == "best_head":
                 entry |= {"best_low": other["low"], "best_high": other["high"]}
     table.sort(key=lambda row: (list(RECALLS).index(row["metric"]), row["probe"], row["length"], row["label"]))
-    longest = {probe: max(row["length"] for row in rows) for probe, rows in grouped(table, "probe").items()}
+    settings = Counter((row["probe"], row["length"]) for row in table)
+    # The last of a probe stands: most settings, and of equals the longest.
+    most = {probe: length for (probe, length), _ in sorted(settings.items(), key=lambda item: (item[1], item[0][1]))}
     is_turned = any(len({row["knob"] for row in rows}) > 1 for rows in grouped(table, "label").values())
     x = "causal_sparsity" if is_turned else "length"
     drawn = [
         row
         for row in table
-        if not _is_of_values(row["probe"]) and (not is_turned or row["length"] == longest[row["probe"]])
+        if not _is_of_values(row["probe"]) and (not is_turned or row["length"] == most[row["probe"]])
     ]
 
     def draw(path: Path) -> None:
@@ -145,7 +151,7 @@ def make_recall(study: Study) -> Drawn | None:
                 ax.plot(xs, [row["best_head"] for row in points], label=f"{label}, best head", **best)
                 lows, highs = [row["best_low"] for row in points], [row["best_high"] for row in points]
                 ax.vlines(xs, lows, highs, color=colour, linewidth=1)
-            where = f", {longest[probe]} tokens" if is_turned else ""
+            where = f", {most[probe]} tokens" if is_turned else ""
             ax.set_title(f"{probe}{where}:\n{RECALLS[metric]}", fontsize=9)
             if is_turned:
                 ax.set_xlabel("causal sparsity")
@@ -158,11 +164,12 @@ def make_recall(study: Study) -> Drawn | None:
         save(figure, path)
 
     where = (
-        "Drawn at the longest context; the table has all lengths and probes."
+        "Drawn at the context with the most settings; the table has all lengths and probes."
         if is_turned
         else "At the knob trained with."
     )
-    return Drawn(table, draw, [f"{where} The best head is each seed's own; bars: lowest to highest of the seeds."])
+    note = f"{where} The best head is each seed's own; bars: lowest to highest of the seeds."
+    return Drawn(table, draw, [note], rows)
 
 
 def _best(per_head: list[list[float | None]]) -> float:
@@ -181,7 +188,7 @@ def make_dispersion(study: Study) -> Drawn | None:
         for row in table
         if not _is_of_values(row["probe"])
     ]
-    return Drawn(table, _lines(named, ("panel",), "length"), ["Bars: lowest to highest of the seeds."])
+    return Drawn(table, _lines(named, "length"), ["Bars: lowest to highest of the seeds."], rows)
 
 
 def _is_of_values(probe: str) -> bool:
@@ -202,22 +209,23 @@ def _length_axis(ax) -> None:
     ax.set_xlabel("context, tokens")
 
 
-def _lines(table: list[dict], panel_keys: tuple[str, ...], x: str) -> Callable[[Path], None]:
-    """A panel for each value of the keys, a line for each model; ``x`` is length or relevant."""
+def _lines(table: list[dict], x: str) -> Callable[[Path], None]:
+    """A panel for each ``panel`` of the rows, a line for each model; ``x`` is length or relevant."""
 
     def draw(path: Path) -> None:
-        panels = _panels(table, *panel_keys)
+        panels = grouped(table, "panel")
         figure, axes = grid(len(panels), height=3.6)
         style = styles(row["line"] for row in table)
+        # Of two lines that agree, the one below shows through the other's dashes.
+        dashes = {line: ("-", "--")[number % 2] for number, line in enumerate(sorted(style))}
         for ax, (panel, inside) in zip(axes, panels.items(), strict=True):
             for line, points in grouped(inside, "line").items():
                 colour, mark = style[line]
-                xs = [row[x] for row in points]
-                ax.vlines(
-                    xs, [row["low"] for row in points], [row["high"] for row in points], color=colour, linewidth=1
-                )
-                ax.plot(xs, [row["score"] for row in points], color=colour, marker=mark, markersize=5, label=line)
-            ax.set_title(", ".join(str(part) for part in panel), fontsize=9)
+                xs, ys = [row[x] for row in points], [row["score"] for row in points]
+                lows, highs = [row["low"] for row in points], [row["high"] for row in points]
+                ax.vlines(xs, lows, highs, color=colour, linewidth=1)
+                ax.plot(xs, ys, color=colour, marker=mark, markersize=5, linestyle=dashes[line], label=line)
+            ax.set_title(panel, fontsize=9)
             if x == "length":
                 _length_axis(ax)
                 ax.set_yscale("log" if inside[0]["metric"] == "support" else "linear")

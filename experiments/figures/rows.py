@@ -57,11 +57,22 @@ class Drawn:
         table: what it shows, a row a point; its CSV.
         draw: writes path.png and path.pdf; None for what is a table only.
         notes: what a reader must know, and which parts are missing.
+        rows: what it was made from.
     """
 
     table: list[dict]
     draw: Callable[[Path], None] | None
     notes: Sequence[str] = ()
+    rows: Sequence[dict] = ()
+
+    @property
+    def origin(self) -> str:
+        """Where its rows were measured, from which seeds and when, as far as they say."""
+        devices, seeds, dates = (
+            sorted({row[name] for row in self.rows if row.get(name) is not None}) for name in ("device", "seed", "date")
+        )
+        days = sorted({date[:10] for date in dates})
+        return "; ".join([*devices, *([f"seed {', '.join(map(str, seeds))}"] if seeds else []), *days])
 
 
 @dataclass(frozen=True)

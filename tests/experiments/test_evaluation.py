@@ -65,7 +65,7 @@ def test_recall_and_loss_equal_the_models_own(recall_run):
     assert {"backend", "task", "metric", "score", "length", "seed", "knob", "causal_sparsity", "paper_sparsity"} <= (
         loss.keys()
     )
-    assert {"active_tokens", "seconds", "checkpoint", "config_hash", "git_sha", "device"} <= loss.keys()
+    assert {"active_tokens", "seconds", "checkpoint", "config_hash", "git_sha", "device", "date"} <= loss.keys()
 
 
 def test_knobs_turn_and_nothing_is_done_twice(recall_run):

@@ -10,7 +10,7 @@ import pytest
 
 from data.tasks import SUITES
 from experiments import collect
-from experiments.figures import curves, frontiers
+from experiments.figures import curves, frontiers, routers
 from experiments.figures.__main__ import FIGURES, main, write_figures
 from experiments.figures.published import RULER_16K
 from experiments.figures.rows import load_study
@@ -167,6 +167,29 @@ def test_router_tables(study):
     }
 
 
+def test_router_recall_is_drawn_at_the_length_that_has_most_settings(study, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(routers, "save", lambda figure, path: drawn.append(figure))
+    turned = [
+        row("routing", "recall", 0.5, length=512, probe="mqar", knob=knob, per_head=[[0.5]], causal_sparsity=knob / 10)
+        for knob in (2.0, 8.0)
+    ]
+    (figure,) = (f for f in FIGURES if f.number == 6)
+    figure.make(replace(study, evaluations=[*study.evaluations, *turned])).draw(tmp_path / "figure")
+    ax = drawn[0].axes[0]
+    assert "mqar, 512 tokens" in ax.get_title()
+    assert ax.lines[0].get_xdata().tolist() == [0.2, 0.6, 0.8]
+
+
+def test_the_page_says_where_rows_were_measured_and_when(study, tmp_path):
+    first, *others = (r for r in study.evaluations if r["task"] == "sparsity")
+    first |= {"device": "H100", "date": "2026-11-28T01:00:00+0000"}
+    write_figures(tmp_path, [replace(study, evaluations=[first, *others], speed=[], throughput=[])])
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("Rows: H100; seed 0, 1; 2026-11-28.") == 1  # the heat map's: active tokens are of others
+    assert page.count("Rows: seed 0.") == 1
+
+
 def test_a_ruler_table_says_what_is_missing_and_what_departs(study):
     by_model = {r["model"]: r for r in table(11, study)}
     dash, nsa = by_model["dash (router_scale 4)"], by_model["nsa (router_scale 4)"]
@@ -220,6 +243,12 @@ def test_training_curves_count_time_by_steps(study):
 def test_extrapolation_and_ablations(study):
     lengths = [(r["length"], r["score"]) for r in table(10, study) if r.get("task") == "loss"]
     assert lengths == [(512, 2.875), (1024, 2.75)]
+    beside = [
+        *(row("loss", "nats", 2.0, label="sigma:1", length=length) for length in (512, 1024)),
+        row("loss", "nats", 2.0, label="nsa"),
+    ]
+    added = replace(study, evaluations=[*study.evaluations, *beside])
+    assert table(10, added) == table(10, study)  # neither an ablation nor what was measured at one length only
     shown = [(r["factor"], r["value"], r["score"]) for r in table(12, study) if r["knob"] == 2]
     assert sorted(shown) == [
         ("prior", "raw", 0.6),
@@ -233,8 +262,8 @@ def test_extrapolation_and_ablations(study):
 
 
 def test_an_option_is_drawn_beside_what_it_differs_from(study, tmp_path, monkeypatch):
-    """A line a value, of its points from dense to sparse; the control is dashed, and in every panel. What is none of
-    the paper's options is in the table only."""
+    """A line a value, of its points from dense to sparse; the control is dashed, and in every panel beside others.
+    What is none of the paper's options is in the table only."""
     drawn = []
     monkeypatch.setattr(frontiers, "save", lambda figure, path: drawn.append(figure))
     other = row("recall", "accuracy", 0.3, label="nsa-lr:1e-3")
@@ -250,13 +279,17 @@ def test_an_option_is_drawn_beside_what_it_differs_from(study, tmp_path, monkeyp
     }
     control = ("--", [[0.4, 0.6], [0.8, 0.6]])
     assert lines == {
-        "prior, seed 0": {"prior raw": control},
         "sigma, seed 0": {
             "sigma 1": ("-", [[0.4, 0.5], [0.8, 0.5]]),
             "sigma 1e6": ("-", [[0.4, 0.4], [0.8, 0.4]]),
             "prior raw": control,
         },
     }
+    assert list(lines["sigma, seed 0"]) == ["sigma 1", "sigma 1e6", "prior raw"]
+    sizes = [row("recall", "accuracy", 0.5, label=f"chunk_size:{size}") for size in (128, 32)]
+    figure.make(replace(study, evaluations=[*study.evaluations, *sizes])).draw(tmp_path / "figure")
+    named = drawn[1].axes[0].get_legend_handles_labels()[1]
+    assert named == ["chunk_size 32", "chunk_size 128", "prior raw"]
 
 
 def test_an_ablation_compares_arms_of_the_same_seeds_with_their_control(study):

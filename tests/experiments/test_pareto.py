@@ -138,6 +138,9 @@ def test_says_untrained_when_the_control_fails():
     assert "Untrained" not in pareto.to_markdown(frontier.points([good, sparse]))
     assert "Untrained" in pareto.to_markdown(frontier.points([bad, sparse]))
     assert "Untrained" in pareto.to_markdown(frontier.points([sparse]))
+    # Rows longer than it was trained at ask for more than training; another task says nothing of this one.
+    assert "Untrained" not in pareto.to_markdown(frontier.points([good, bad | {"length": 4096}, sparse]))
+    assert "Untrained" in pareto.to_markdown(frontier.points([good | {"data": "text"}, bad | {"length": 4096}, sparse]))
 
 
 def test_writes_table_and_figure(tmp_path):
