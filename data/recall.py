@@ -1,19 +1,21 @@
 """Generated documents that state facts and then ask for some of them, in the very words of the tasks that a small model
 is to be asked (``data/tasks``): only there does it learn what a question is. Their names and numbers are drawn anew.
 
+pairs     letters, words or numbers, each followed by what followed it before: short and dense
 json      one object of random keys and values, then solved examples as json_kv shows them
 needles   magic numbers or uuids among noise, words or other needles, then RULER's questions, one value or several
 chains    RULER's variable tracking, a chain for each question
 counts    RULER's common or frequent words, one question
 
-A share of the first two recites facts as they were stated in place of questions: what is copied is found first, by the
-heads that questions need too.
+What is merely repeated, in pairs and in the share of json and needles that recites facts as they were stated, is there
+for the heads that copy: they form on it, and questions need them.
 
 Document i of a seed depends on nothing else, so that any document can be generated at any time.
 """
 
 import json
 import random
+import string
 
 from data.tasks.aggregation import COMMON_WORDS, FREQUENT_WORDS
 from data.tasks.json_kv import INSTRUCTION, solved
@@ -23,8 +25,9 @@ from data.tasks.tracing import PREFIX, PROMPT, chain
 
 RECALL_VERSION = 2  # raise it when a document changes
 
-FORMS = {"json": 3, "needles": 4, "chains": 2, "counts": 1}  # how often each comes
+FORMS = {"pairs": 10, "json": 3, "needles": 4, "chains": 2, "counts": 1}  # how often each comes
 RECITED = 0.3
+REPEATS = 4  # of a pair
 
 
 def recall_document(seed: int, index: int, facts_min: int, facts_max: int, hay_max: int) -> str:
@@ -34,7 +37,20 @@ def recall_document(seed: int, index: int, facts_min: int, facts_max: int, hay_m
     (form,) = rng.choices(list(FORMS), FORMS.values())
     facts = rng.randint(facts_min, facts_max)
     hay = int((hay_max + 2) ** rng.random()) - 1
-    return {"json": _json, "needles": _needles, "chains": _chains, "counts": _counts}[form](rng, facts, hay)
+    make = {"pairs": _pairs, "json": _json, "needles": _needles, "chains": _chains, "counts": _counts}[form]
+    return make(rng, facts, hay)
+
+
+def _pairs(rng: random.Random, facts: int, hay: int) -> str:
+    names, values = (_short(rng, 2 + facts) for _ in range(2))
+    pairs = [f"{name} {value}" for name, value in zip(names, values, strict=True)]
+    return " ".join(pairs + rng.choices(pairs, k=REPEATS * len(pairs))) + "\n"
+
+
+def _short(rng: random.Random, count: int) -> list[str]:
+    """Different letters, words or numbers."""
+    kind = rng.choice((string.ascii_uppercase, all_words(), range(10, 100)))
+    return [str(item) for item in rng.sample(kind, count)]
 
 
 def _json(rng: random.Random, facts: int, hay: int) -> str:
