@@ -49,8 +49,9 @@ class CorpusConfig:
     files: list[str] = field(default_factory=list)
     text_column: str = "text"
     # recall: max_documents generated documents that state facts and ask for them; see data/recall.py
-    facts_min: int = 4
-    facts_max: int = 64
+    facts_min: int = 1  # asked for in a document
+    facts_max: int = 8
+    hay_max: int = 64  # sentences around them, some 20 tokens each
     recall_seed: int = 0
 
     # Read no more than this of the corpus (both splits together).
@@ -69,6 +70,7 @@ class CorpusConfig:
         _at_least("max_bytes", self.max_bytes, 1)
         _at_least("facts_min", self.facts_min, 1)
         _at_least("facts_max", self.facts_max, self.facts_min)
+        _at_least("hay_max", self.hay_max, 0)
         if self.facts_max > MOST_FACTS:
             raise ValueError(f"data.facts_max={self.facts_max} is too large; give at most {MOST_FACTS}")
         _at_least("recall_seed", self.recall_seed, 0)

@@ -1,98 +1,144 @@
-"""Generated documents that state facts and then ask for each of them once, in the forms that long-context tasks use.
+"""Generated documents that state facts and then ask for some of them, in the very words of the tasks that a small model
+is to be asked (``data/tasks``): only there does it learn what a question is. Their names and numbers are drawn anew.
 
-json         one object of random keys and values, then `Key: ... Value: ...` (as in HELMET, arXiv 2410.02694)
-numbers      a magic number for each of many names, among sentences that say nothing (as in RULER, arXiv 2404.06654)
-assignments  variables that hold numbers or other variables, then all that hold a number (RULER's variable tracking)
+pairs     letters, words or numbers, each followed by what followed it before: short and dense
+json      one object of random keys and values, then solved examples as json_kv shows them
+needles   magic numbers or uuids among noise, words or other needles, then RULER's questions, one value or several
+chains    RULER's variable tracking, a chain for each question
+counts    RULER's common or frequent words, one question
+
+What is merely repeated, in pairs and in the share of json and needles that recites facts as they were stated, is there
+for the heads that copy: they form on it, and questions need them.
 
 Document i of a seed depends on nothing else, so that any document can be generated at any time.
 """
 
-import itertools
+import json
 import random
+import string
 
-RECALL_VERSION = 1  # raise it when a document changes
+from data.tasks.aggregation import COMMON_WORDS, FREQUENT_WORDS
+from data.tasks.json_kv import INSTRUCTION, solved
+from data.tasks.material import Material, all_words, distinct
+from data.tasks.niah import MANY, NEEDLE, NOISE, ONE
+from data.tasks.tracing import PREFIX, PROMPT, chain
 
-_ADJECTIVES = """
-amber ancient bitter bright broad calm clever cold crimson curious distant dusty early eager faint fierce gentle
-golden hidden hollow humble icy jolly keen late lively lonely mellow modest narrow noble odd pale patient plain proud
-quiet rapid rare rough royal rusty secret shallow sharp silent silver simple slender small solemn steady stormy subtle
-swift tender tidy urban vivid warm wild wise young
-"""
-_NOUNS = """
-anchor arrow badge barrel basket beacon bell bottle bridge bucket cabin candle canyon carpet castle chimney circle
-cloud compass copper cradle desert dragon engine falcon feather forest fountain garden glacier hammer harbor island
-jacket kettle ladder lantern lemon magnet marble meadow mirror mountain needle ocean orchard paddle pencil piano
-pillow planet quarry ribbon river saddle shadow signal spoon stable statue temple thunder tunnel valley violin window
-"""
-ADJECTIVES, NOUNS = _ADJECTIVES.split(), _NOUNS.split()
-SENTENCES = (
-    "The grass is green.",
-    "The sky is blue.",
-    "The sun is yellow.",
-    "Here we go.",
-    "There and back again.",
-    "The road goes on.",
-    "Nothing else is said here.",
-    "The wind comes from the west.",
-    "Some of it was written long ago.",
-)
+RECALL_VERSION = 2  # raise it when a document changes
+
+FORMS = {"pairs": 10, "json": 3, "needles": 4, "chains": 2, "counts": 1}  # how often each comes
+RECITED = 0.3
+REPEATS = 4  # of a pair
 
 
-def recall_document(seed: int, index: int, facts_min: int, facts_max: int) -> str:
-    """Document `index` of `seed`, with facts_min to facts_max facts (uniform) and as many questions, shuffled."""
-    generator = random.Random(f"recall {seed} {index}")
-    form = generator.choice((_json, _numbers, _assignments))
-    return form(generator, generator.randint(facts_min, facts_max))
+def recall_document(seed: int, index: int, facts_min: int, facts_max: int, hay_max: int) -> str:
+    """Document `index` of `seed`, which asks for facts_min to facts_max facts (uniform) among at most `hay_max`
+    sentences that are not asked for (few as often as many: log-uniform)."""
+    rng = random.Random(f"recall {seed} {index}")
+    (form,) = rng.choices(list(FORMS), FORMS.values())
+    facts = rng.randint(facts_min, facts_max)
+    hay = int((hay_max + 2) ** rng.random()) - 1
+    make = {"pairs": _pairs, "json": _json, "needles": _needles, "chains": _chains, "counts": _counts}[form]
+    return make(rng, facts, hay)
 
 
-def _shuffled(generator: random.Random, items: list) -> list:
-    return generator.sample(items, len(items))
+def _pairs(rng: random.Random, facts: int, hay: int) -> str:
+    names, values = (_short(rng, 2 + facts) for _ in range(2))
+    pairs = [f"{name} {value}" for name, value in zip(names, values, strict=True)]
+    return " ".join(pairs + rng.choices(pairs, k=REPEATS * len(pairs))) + "\n"
 
 
-def _different(draw, count: int) -> list[str]:
-    """The first `count` different strings that `draw` gives."""
-    found: dict[str, None] = {}
-    while len(found) < count:
-        found[draw()] = None
-    return list(found)
+def _short(rng: random.Random, count: int) -> list[str]:
+    """Different letters, words or numbers."""
+    kind = rng.choice((string.ascii_uppercase, all_words(), range(10, 100)))
+    return [str(item) for item in rng.sample(kind, count)]
 
 
-def _json(generator: random.Random, facts: int) -> str:
-    keys = _different(lambda: f"{generator.getrandbits(32):08x}", facts)
-    pairs = {key: f"{generator.getrandbits(32):08x}" for key in keys}
-    stated = ",\n ".join(f'"{key}": "{value}"' for key, value in pairs.items())
-    asked = "\n".join(f'Key: "{key}" Value: "{pairs[key]}"' for key in _shuffled(generator, keys))
-    return f"{{{stated}}}\n\n{asked}\n"
+def _json(rng: random.Random, facts: int, hay: int) -> str:
+    ids = distinct(rng, "uuids", 2 * (facts + hay // 3))  # a pair is as long as three sentences
+    pairs = list(zip(ids[::2], ids[1::2], strict=True))
+    asked = rng.sample(pairs, facts)
+    if rng.random() < RECITED:
+        return f"{json.dumps(dict(pairs))}\n\n{json.dumps(dict(asked))}\n"
+    return f"{json.dumps(dict(pairs))}\n\n{INSTRUCTION}\n\n{''.join(solved(*pair) for pair in asked)}"
 
 
-def _numbers(generator: random.Random, facts: int) -> str:
-    def draw() -> str:
-        # A number keeps the names apart however many there are.
-        return f"{generator.choice(ADJECTIVES)} {generator.choice(NOUNS)} {generator.randint(1, 99)}"
+def _needles(rng: random.Random, facts: int, hay: int) -> str:
+    kind = rng.choices(("numbers", "uuids"), (3, 1))[0]
+    keys_are = "words" if kind == "numbers" else rng.choice(("words", "uuids"))
+    most = rng.choice((1, 1, 4))  # values of a key
+    groups: list[list[str]] = []
+    while left := facts - sum(map(len, groups)):
+        groups.append(distinct(rng, kind, rng.randint(1, min(most, left))))
+    names = distinct(rng, keys_are, len(groups))
+    held = dict(zip(names, groups, strict=True))
+    stated = [NEEDLE.format(kind=kind, key=name, value=value) for name in names for value in held[name]]
 
-    names = _different(draw, facts)
-    numbers = {name: generator.randint(1_000_000, 9_999_999) for name in names}
-    sentences = []
-    for name in names:
-        sentences += generator.choices(SENTENCES, k=generator.randint(0, 3))
-        sentences.append(f"One of the special magic numbers for {name} is: {numbers[name]}.")
-    asked = [f"The special magic number for {name} is {numbers[name]}." for name in _shuffled(generator, names)]
-    return f"{' '.join(sentences)}\n\n" + "\n".join(asked) + "\n"
+    hidden_in = rng.choice(("noise", "words", "needles"))
+    if hidden_in == "needles":
+        others = zip(distinct(rng, keys_are, hay, set(names)), distinct(rng, kind, hay), strict=True)
+        lines = _shuffled(rng, stated + [NEEDLE.format(kind=kind, key=name, value=value) for name, value in others])
+    else:
+        lines = [NOISE if hidden_in == "noise" else _words(rng) for _ in range(hay)]
+        for sentence in stated:
+            lines.insert(rng.randint(0, len(lines)), sentence)
+    between = " " if hidden_in == "words" else "\n"
+    context = between.join(lines)
+    if rng.random() < RECITED:
+        return f"{context}\n\n{between.join(rng.sample(stated, len(stated)))}\n"
+
+    asked = _shuffled(rng, names)
+    if most == 1 and rng.random() < 0.7:
+        questions = [[name] for name in asked]
+    else:
+        size = rng.randint(1, 4)
+        questions = [asked[i : i + size] for i in range(0, len(asked), size)]
+    text = ""
+    for number, question in enumerate(questions):
+        values = [value for name in question for value in sorted(held[name], key=context.index)]
+        prompt, prefix = ONE if len(values) == 1 else MANY
+        if number:  # the context stands once
+            prompt = prompt.partition("{context}\n")[2]
+        words = {"kind": kind.removesuffix("s") if len(values) == 1 else kind, "query": _listed(question)}
+        text += f"{prompt.format(context=context, **words)}{prefix.format(**words)} {_listed(values)}.\n"
+    return text
 
 
-def _assignments(generator: random.Random, facts: int) -> str:
-    def draw() -> str:
-        return "".join(generator.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=5))
+def _chains(rng: random.Random, facts: int, hay: int) -> str:
+    chains = [chain(rng, 5, rng.choice((1, 2, 4))) for _ in range(-(-facts // 4))]
+    lines = [NOISE] * hay
+    for _, _, links in chains:
+        places = sorted(rng.randint(0, len(lines)) for _ in links)
+        for shift, (place, link) in enumerate(zip(places, links, strict=True)):
+            lines.insert(place + shift, link)
+    context = "\n".join(lines)
+    text = ""
+    for number, (names, value, _) in enumerate(_shuffled(rng, chains)):
+        prompt = PROMPT if not number else PROMPT.partition("{context}\n")[2]
+        question = prompt.format(context=context, value=value) + PREFIX.format(count=len(names), value=value)
+        text += f"{question} {' '.join(names)}\n"
+    return text
 
-    names = _different(draw, facts)
-    numbers = _different(lambda: str(generator.randint(10_000, 99_999)), -(-facts // 4))
-    held_by: dict[str, list[str]] = {number: [] for number in numbers}
-    lines = []
-    # Each number is held by a name of its own; every further name takes over what an earlier one of any number holds.
-    for name, number in itertools.zip_longest(names, numbers):
-        number = number or generator.choice(numbers)
-        source = f"VAR {generator.choice(held_by[number])}" if held_by[number] else number
-        held_by[number].append(name)
-        lines.append(f"VAR {name} = {source}")
-    asked = [f"{number} is the value of: {' '.join(held_by[number])}" for number in _shuffled(generator, numbers)]
-    return "\n".join(lines) + "\n\n" + "\n".join(asked) + "\n"
+
+def _counts(rng: random.Random, facts: int, hay: int) -> str:
+    """A list of up to `hay` words beside the common ones, or a coded text of ten times as many."""
+    task, length, size = rng.choice(((COMMON_WORDS, 512, hay), (FREQUENT_WORDS, 1024, 100 + 10 * hay)))
+    (form, *_) = task.forms(length)
+    draw = next(form.draws(Material(), rng.getrandbits(32)))
+    sample = draw(max(size, draw.least))
+    answer = sample.references
+    if task is COMMON_WORDS:
+        answer = [f"{number}. {word}" for number, word in enumerate(answer, start=1)]
+    return f"{sample.prompt}{sample.answer_prefix} {' '.join(answer)}\n"
+
+
+def _words(rng: random.Random) -> str:
+    return f"{' '.join(rng.choices(all_words(), k=rng.randint(4, 12)))}.".capitalize()
+
+
+def _listed(names: list[str]) -> str:
+    """As RULER lists names in a question."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])}, and {names[-1]}"
+
+
+def _shuffled(rng: random.Random, items: list) -> list:
+    return rng.sample(items, len(items))

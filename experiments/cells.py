@@ -48,6 +48,7 @@ class StudyConfig:
     train: list[str] = MISSING  # overrides of train.py for every cell
     base: list[str] | None = None  # overrides of one more run per seed, from whose weights all arms continue
     evaluate: list[str] = MISSING  # overrides of evaluate.py
+    evaluate_turned: list[str] | None = None  # of one more evaluate.py, which takes the arms' knobs; null = that one
     arms: dict[str, ArmConfig] = MISSING
 
 
@@ -79,12 +80,15 @@ class Cell:
     train: tuple[str, ...]
     evaluate: tuple[str, ...] | None  # None: a base, which is only trained
     base: str | None  # name of the cell it continues from
+    evaluate_turned: tuple[str, ...] | None = None  # one more evaluation, with the knob turned
 
     @property
     def commands(self) -> list[list[str]]:
         commands = [["train.py", *self.train]]
         if self.evaluate is not None:
             commands.append(["evaluate.py", *self.evaluate])
+        if self.evaluate_turned is not None:
+            commands.append(["evaluate.py", *self.evaluate_turned])
         return commands
 
     def is_done(self) -> bool:
@@ -129,15 +133,21 @@ def cells(config: SweepConfig) -> list[Cell]:
 def _study_cells(config: SweepConfig, study_name: str, study: StudyConfig, seed: int) -> Iterator[Cell]:
     threads = [] if config.threads is None else [f"threads={config.threads}"]
 
-    def cell(label: str, train: list[str], evaluate: list[str] | None, base: Cell | None, suffix: str = "") -> Cell:
+    def cell(label: str, train: list[str], knobs: list[str] | None, base: Cell | None, suffix: str = "") -> Cell:
         name = f"{study_name}-{label}{suffix}-seed{seed}"
         run_dir = Path(config.output_dir) / name
         overrides = [*study.train, *train, f"seed={seed}", f"name={name}", f"run_dir={run_dir}", *threads]
         if base is not None:
             overrides.append(f"init_from={base.run_dir}")
-        if evaluate is not None:
-            evaluate = (f"run={run_dir}", f"label={label}", *study.evaluate, *evaluate, *threads)
-        return Cell(name, run_dir, tuple(overrides), evaluate, None if base is None else base.name)
+        base_name = None if base is None else base.name
+        if knobs is None:
+            return Cell(name, run_dir, tuple(overrides), None, base_name)
+        common = (f"run={run_dir}", f"label={label}")
+        evaluate, turned = (*common, *study.evaluate, *knobs, *threads), None
+        if study.evaluate_turned is not None:
+            evaluate = (*common, *study.evaluate, *threads)
+            turned = (*common, *study.evaluate_turned, *knobs, *threads) if knobs else None
+        return Cell(name, run_dir, tuple(overrides), evaluate, base_name, turned)
 
     base = None
     if study.base is not None:
@@ -186,6 +196,7 @@ def read_plan(output_dir: Path) -> list[Cell]:
             tuple(plan["train"]),
             None if plan["evaluate"] is None else tuple(plan["evaluate"]),
             plan["base"],
+            None if plan["evaluate_turned"] is None else tuple(plan["evaluate_turned"]),
         )
         for plan in json.loads(path.read_text())
     ]

@@ -188,6 +188,13 @@ def curves(points: Iterable[Point]) -> dict[tuple, list[Point]]:
     return {key: line for key, line in found.items() if line}
 
 
+def panels_to_draw(points: Iterable[Point]) -> list[Panel]:
+    """Those in which a curve has several points: a study may measure much at one setting only. Without any, all."""
+    points = list(points)
+    lined = {panel for (panel, _, _), line in curves(points).items() if len(line) > 1}
+    return sorted(lined or {p.panel for p in points})
+
+
 def frontier(points: Iterable[Point]) -> list[Point]:
     """The points that no other beats in both sparsity and score, from dense to sparse."""
     points = list(points)

@@ -19,6 +19,7 @@ from experiments.frontier import (
     frontier,
     load_rows,
     mean_score,
+    panels_to_draw,
     points,
     scores_at,
     untrained,
@@ -89,12 +90,12 @@ def _with_seeds(scores: Sequence[float]) -> str:
 
 
 def draw(points: Sequence[Point], path: Path) -> None:
-    """One panel per task: score against sparsity, a line per backend, the dense control as a level."""
+    """One panel per task that has lines: score against sparsity, a line per backend, the dense control as a level."""
     plt = pyplot()
     from matplotlib.ticker import PercentFormatter
 
     style = styles(p.label for p in points if p.knob is not None)
-    panels = sorted({p.panel for p in points})
+    panels = panels_to_draw(points)
     figure, axes = grid(len(panels), width=7.2 if len(panels) == 1 else 5.6, height=5.2)
     most = max(len(p.of_seed) for p in points)
     legend = {}

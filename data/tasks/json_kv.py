@@ -13,6 +13,11 @@ INSTRUCTION = "Extract the value corresponding to the specified key in the JSON 
 EXAMPLES = 2
 
 
+def solved(key: str, value: str) -> str:
+    """A question with its answer."""
+    return f"Key: {key}\nCorresponding value: {value}\n\n"
+
+
 def _draw(rng: Random, examples: int) -> Draw:
     child, place, asked = rng.getrandbits(64), rng.random(), rng.getrandbits(64)
 
@@ -22,7 +27,7 @@ def _draw(rng: Random, examples: int) -> Draw:
         target = int(place * size)
         key, value = pairs[target]
         others = Random(asked).sample([i for i in range(size) if i != target], examples)
-        shown = "".join(f"Key: {pairs[i][0]}\nCorresponding value: {pairs[i][1]}\n\n" for i in others)
+        shown = "".join(solved(*pairs[i]) for i in others)
         context = json.dumps(dict(pairs))
         line = f'"{key}": "{value}"'
         return Sample(

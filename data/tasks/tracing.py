@@ -25,10 +25,10 @@ PREFIX = (
 EXAMPLE_NOISE = 5  # sentences of the example, where they fit
 
 
-def _chain(rng: Random, letters: int) -> tuple[list[str], str, list[str]]:
+def chain(rng: Random, letters: int, hops: int = HOPS) -> tuple[list[str], str, list[str]]:
     """Variables, the value, and the assignments."""
     names: dict[str, None] = {}
-    while len(names) < HOPS + 1:
+    while len(names) < hops + 1:
         names["".join(rng.choices(string.ascii_uppercase, k=letters))] = None
     variables, value = list(names), str(rng.randint(10_000, 99_999))
     lines = [f"VAR {variables[0]} = {value}"]
@@ -47,11 +47,11 @@ def _context(rng: Random, lines: list[str], noise: int) -> str:
 def _draw(rng: Random, example_noise: int | None) -> Draw:
     example = ""
     if example_noise is not None:
-        variables, value, lines = _chain(rng, letters=3)
+        variables, value, lines = chain(rng, letters=3)
         context = _context(rng, lines, example_noise)
         question = PROMPT.format(context=context, value=value) + PREFIX.format(count=HOPS + 1, value=value)
         example = f"{question} {' '.join(variables)}\n\n"
-    variables, value, lines = _chain(rng, letters=5)
+    variables, value, lines = chain(rng, letters=5)
     child = rng.getrandbits(64)
 
     def make(size: int) -> Sample:

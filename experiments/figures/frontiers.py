@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data.tasks import SUITES
 from experiments.figures.rows import Drawn, Study, averaged, grouped, line_of
-from experiments.frontier import is_ablation, of_frontiers, points, untrained
+from experiments.frontier import Point, is_ablation, of_frontiers, panels_to_draw, points, untrained
 from experiments.pareto import draw as draw_frontiers
 from experiments.pareto import table as frontier_table
 from experiments.plots import grid, legend_below, save, styles
@@ -33,6 +33,7 @@ def make_frontiers(study: Study) -> Drawn | None:
         return None
     found = points(rows)
     notes = [f"{panel.title}: untrained, the dense control does not reach 99 %" for panel in sorted(untrained(found))]
+    notes += _not_drawn(found)
     return Drawn(frontier_table(found), lambda path: draw_frontiers(found, path), notes, rows)
 
 
@@ -43,6 +44,7 @@ def make_costs(study: Study) -> Drawn | None:
     rows = [_with_panel(row) for row in rows if not is_ablation(row)]
     if not rows:
         return None
+    found = points(rows)
     costs = {"bytes_read": "bytes read per token"}
     notes = [MARKED]
     timed = {id(row): decoding[_model_of(row)] for row in rows if _model_of(row) in decoding}
@@ -53,6 +55,7 @@ def make_costs(study: Study) -> Drawn | None:
         rows = [row | {"decode_ms": timed[id(row)]["score"]} if id(row) in timed else row for row in rows]
     else:
         notes.append(f"Time per decoded token: missing, rows come from evaluate.py tasks=[{DECODE}].")
+    notes += _not_drawn(found)
     table = []
     for cost in costs:
         with_cost = [row for row in rows if row.get(cost) is not None]
@@ -63,8 +66,8 @@ def make_costs(study: Study) -> Drawn | None:
     def draw(path: Path) -> None:
         from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
-        titles = list(dict.fromkeys(row["panel"] for row in sorted(rows, key=lambda row: points([row])[0].panel)))
-        panels = list(dict.fromkeys((row["cost"], row["panel"]) for row in table))
+        titles = [panel.title for panel in panels_to_draw(found)]
+        panels = list(dict.fromkeys((row["cost"], row["panel"]) for row in table if row["panel"] in titles))
         panels.sort(key=lambda panel: (list(costs).index(panel[0]), titles.index(panel[1])))
         figure, axes = grid(len(panels), width=7.2 if len(panels) == 1 else 5.6, height=4.8)
         style = styles(row["label"] for row in rows)
@@ -177,6 +180,11 @@ def _line(ax, line: list[dict], x: str, colour: str, mark: str, **style) -> None
     ax.plot(xs, ys, color=colour, marker=mark, markerfacecolor="white", linewidth=1.2, **style)
     as_trained = [row["knob"] == row["trained_knob"] for row in line]
     ax.plot(xs, ys, color=colour, marker=mark, linestyle="", markevery=as_trained)
+
+
+def _not_drawn(found: Sequence[Point]) -> list[str]:
+    others = len({point.panel for point in found}) - len(panels_to_draw(found))
+    return [f"In the table only: {others} panels in which no curve has several points."] if others else []
 
 
 def _by_number(value: str) -> tuple[float, str]:

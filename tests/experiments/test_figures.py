@@ -334,7 +334,10 @@ def test_costs_are_per_panel(study):
     assert {r["amount"] for r in costs} == {5000}
     assert {r["cost"] for r in costs} == {"bytes_read"}
     (made,) = (f.make(study) for f in FIGURES if f.number == 2)
-    assert made.notes[1:] == ["Time per decoded token: missing, rows come from evaluate.py tasks=[decode]."]
+    assert made.notes[1:] == [
+        "Time per decoded token: missing, rows come from evaluate.py tasks=[decode].",
+        "In the table only: 16 panels in which no curve has several points.",
+    ]
 
 
 def test_a_score_stands_at_the_time_that_its_own_model_takes_to_decode(study):
@@ -347,7 +350,7 @@ def test_a_score_stands_at_the_time_that_its_own_model_takes_to_decode(study):
     assert ("text: recall", 2.0, 5.0, 0.9) in found  # of the seed that was timed
     assert ("text: recall", 4.0, 2.5, 0.8) in found
     assert {knob for _, knob, *_ in found} == {2.0, 4.0}
-    assert made.notes[1:] == ["Time per decoded token: of one sequence, on a GPU."]
+    assert made.notes[1] == "Time per decoded token: of one sequence, on a GPU."
 
 
 def test_collected_rows_draw_the_same_figures(tmp_path):

@@ -100,6 +100,13 @@ def test_trained_and_turned_knobs_are_different_curves():
     }
 
 
+def test_panels_without_a_line_are_not_drawn_beside_those_with_one():
+    turned = [make_row(knob=k, length=512) for k in (1.0, 2.0)]
+    others = [make_row(length=length) for length in (1024, 2048)]
+    assert [panel.length for panel in frontier.panels_to_draw(frontier.points([*turned, *others]))] == [512]
+    assert [panel.length for panel in frontier.panels_to_draw(frontier.points(others))] == [1024, 2048]
+
+
 def test_curves_are_compared_over_the_span_they_share():
     wide, narrow = scored((0.2, 1.0), (0.8, 0.4)), scored((0.5, 0.9), (0.9, 0.5))
     assert frontier.common_span([wide, narrow]) == (0.5, 0.8)

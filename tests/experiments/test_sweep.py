@@ -14,7 +14,7 @@ from filelock import FileLock
 from rich.console import Console
 
 from experiments import sweep
-from experiments.cells import CELL, ArmConfig, Outcome, StudyConfig, SweepConfig, cells
+from experiments.cells import CELL, ArmConfig, Outcome, StudyConfig, SweepConfig, cells, read_plan, write_plan
 from experiments.collect import collect, restore
 from experiments.signals import Children
 from experiments.sweep import run_sweep
@@ -54,6 +54,20 @@ def test_cells_are_backends_times_knobs_times_seeds(tmp_path):
         "threads=1",
     )
     assert found["text-base-seed0"].evaluate is None
+
+
+def test_turned_knobs_may_have_an_evaluation_of_their_own(tmp_path):
+    config = make_config(tmp_path, seeds=[0])
+    config.studies["text"].evaluate_turned = ["tasks=[json_kv]"]
+    found = {cell.name: cell for cell in cells(config)}
+    common = [f"run={tmp_path}/text-dash-knob4-seed0", "label=dash"]
+    assert found["text-dash-knob4-seed0"].commands[1:] == [
+        ["evaluate.py", *common, "tasks=[loss]"],
+        ["evaluate.py", *common, "tasks=[json_kv]", "knobs=[0.5,8]"],
+    ]
+    assert [len(found[f"text-{arm}-seed0"].commands) for arm in ("base", "full")] == [1, 2]
+    write_plan(tmp_path, list(found.values()))
+    assert read_plan(tmp_path) == list(found.values())
 
 
 @pytest.mark.parametrize(
