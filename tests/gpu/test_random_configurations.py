@@ -4,7 +4,8 @@ The kernels are specialised on a few sizes and run with any others: each test dr
 anew for every configuration. The reference gets the kernel's own chunk summaries, and tokens whose selection differs
 get no output gradient, so that what is compared is the arithmetic alone. Near the edge of the support the router's
 gradient is a quotient of small numbers, on which float32 errs by more than 16-bit inputs do elsewhere: the bound is
-the tolerance of the type, or a small multiple of what float32-sized changes of the queries make of the reference.
+the tolerance of the type, or a small multiple of what changes of the queries make of the reference that move scores as
+much as adding up their products in float32 does.
 
 The backward gets delta = do . o from the output as it was rounded. Where a sharp softmax leaves a small gradient, that
 error is a large part of it: DashAttention's gradients are compared with those for the kernel's own output, to within
@@ -97,9 +98,10 @@ def log_normaliser(q, k, selection, bias, cu_seqlens):
 
 
 def perturbed(q, generator):
-    """q in float32 with an error in its last digit."""
+    """q in float32 with an error that moves a product with a key as D roundings to 24 bits on the way do: theirs add up
+    to sqrt(D / 2) times the one of an error of 2 ** -24 in each element."""
     q = q.float()
-    return q * (1 + 2**-24 * gaussian(generator, *q.shape))
+    return q * (1 + 2**-24 * (q.shape[-1] / 2) ** 0.5 * gaussian(generator, *q.shape))
 
 
 def check(results, truth, rounded, dtype, names, configuration, tolerance=1.0, added=None):
