@@ -49,16 +49,18 @@ def _count_bits(word):
 
 
 @triton.jit
-def _list_blocks(list_ptr, words, ends, begin, end, WORDS: tl.constexpr):
-    """Writes the blocks of numbers ``begin`` to ``end`` among the set bits; ``ends``: bits up to each word's last.
+def _list_blocks(list_ptr, halves, ends, begin, end, HALVES: tl.constexpr):
+    """Writes the blocks of numbers ``begin`` to ``end`` among the set bits; ``ends``: bits up to each half's last.
 
-    Through memory: to find a number's block in registers, all threads have to meet several times.
+    Through memory: to find a number's block in registers, all threads have to meet several times. By halves of words:
+    at 128k tokens there are as many as threads, each of which then walks through 16 bits.
     """
-    place = ends - _count_bits(words) - begin
-    for bit in tl.static_range(32):
-        is_set = (words >> bit) & 1
-        mine = (is_set != 0) & (place >= 0) & (place < end - begin)
-        tl.store(list_ptr + place, tl.arange(0, WORDS) * 32 + bit, mask=mine)
+    place = ends - _count_bits(halves) - begin
+    share = (end - begin).to(tl.uint32, bitcast=True)
+    for bit in tl.static_range(16):
+        is_set = (halves >> bit) & 1
+        mine = (is_set != 0) & (place.to(tl.uint32, bitcast=True) < share)
+        tl.store(list_ptr + place, tl.arange(0, HALVES) * 16 + bit, mask=mine)
         place += is_set
     tl.debug_barrier()
 
@@ -92,35 +94,41 @@ def attention_kernel(
     if WORD_HEADS > 0:
         head = tl.arange(0, WORD_HEADS_P)
         word = tl.arange(0, WORDS)
-        row = ((sequence * KV_HEADS + kv_head) * WORD_HEADS + head).to(tl.int64) * num_tokens + token
+        row = (sequence * KV_HEADS + kv_head).to(tl.int64) * WORD_HEADS * num_tokens + token
+        place = (head * num_tokens * num_words)[:, None] + word[None, :]
         in_words = (head < WORD_HEADS)[:, None] & (word < num_words)[None, :]
-        words = tl.load(words_ptr + row[:, None] * num_words + word[None, :], mask=in_words, other=0)
-        words = tl.reduce(words, 0, bitwise_or)
-        ends = tl.cumsum(_count_bits(words), 0)
+        words = tl.load(words_ptr + row * num_words + place, mask=in_words, other=0)
+        half = tl.arange(0, 2 * WORDS)
+        halves = tl.gather(tl.reduce(words, 0, bitwise_or), half // 2, 0)
+        halves = (halves >> half % 2 * 16) & 0xFFFF
+        ends = tl.cumsum(_count_bits(halves), 0)
         count = tl.max(ends, 0)
     else:
         first = tl.maximum(position - window + 1, 0) // BLOCK
         count = position // BLOCK - first + 1
-    begin = split * count // splits
-    end = (split + 1) * count // splits
+    share = (count + splits - 1) // splits
+    begin = tl.minimum(split * share, count)
+    end = tl.minimum(begin + share, count)
     if WORD_HEADS > 0:
         lists += ((query.to(tl.int64) * KV_HEADS + kv_head) * splits + split) * list_width
-        _list_blocks(lists, words, ends, begin, end, WORDS)
+        _list_blocks(lists, halves, ends, begin, end, 2 * WORDS)
 
     cache_offset = sequence.to(tl.int64) * sequence_stride + kv_head.to(tl.int64) * head_stride
     bias_row = (query.to(tl.int64) * KV_HEADS + kv_head) * num_blocks
 
+    in_block = tl.arange(0, BLOCK)
+    tile = in_block[:, None] * token_stride + dim[None, :]
     acc = tl.zeros([ROWS, DIM], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     peak = tl.full([ROWS], NO_PEAK, tl.float32)
     for number in range(end - begin):
         block = tl.load(lists + number) if WORD_HEADS > 0 else first + begin + number
-        key = block * BLOCK + tl.arange(0, BLOCK)
+        key = block * BLOCK + in_block
         visible = (key <= position) & (key > position - window)
-        offset = cache_offset + key.to(tl.int64)[:, None] * token_stride + dim[None, :]
+        block_offset = cache_offset + (block * BLOCK).to(tl.int64) * token_stride
         in_tile = visible[:, None] & in_dim[None, :]
-        k = tl.load(k_ptr + offset, mask=in_tile, other=0.0)
-        v = tl.load(v_ptr + offset, mask=in_tile, other=0.0)
+        k = tl.load(k_ptr + block_offset + tile, mask=in_tile, other=0.0)
+        v = tl.load(v_ptr + block_offset + tile, mask=in_tile, other=0.0)
         logits = tl.dot(q, k.T, input_precision=PRECISION) * scale_log2
         if HAS_BIAS:
             logits += tl.load(bias_ptr + bias_row + block) * 1.4426950408889634
