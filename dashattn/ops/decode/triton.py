@@ -80,7 +80,7 @@ def routed_attention(
             tile, summaries, before, alpha, chunk_size, router_scale * head_dim**-0.5,
             has_forward_bias(prior, sigma, q.dtype), temperature(prior, sigma), new,
         )  # fmt: skip
-        outs.append(attend(tile, k, v, before, words, bias, chunk_size, None, scale))
+        outs.append(attend(tile, k, v, before, words, bias, chunk_size, None, scale, after_routing=True))
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
 

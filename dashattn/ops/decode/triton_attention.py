@@ -72,12 +72,15 @@ def attention_kernel(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, WORD_HEADS: tl.constexpr,
     WORD_HEADS_P: tl.constexpr, WORDS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr, SIZE: tl.constexpr,
-    STRIDE: tl.constexpr, PDL: tl.constexpr,
+    STRIDE: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """WORD_HEADS: selections that are united (those of the group's heads, or one); 0: all blocks in the window.
 
-    SIZE and STRIDE: the tokens that a key stands for (``visible_count``).
+    SIZE and STRIDE: the tokens that a key stands for (``visible_count``). EARLY: queries and lengths were there before
+    the kernel before began.
     """
+    if not EARLY:
+        wait_for_kernel_before(PDL)
     query = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -88,8 +91,8 @@ def attention_kernel(
     dim = tl.arange(0, DIM)
     in_dim = dim < HEAD_DIM
     q, flat_row, in_group = load_group(q_ptr, query, kv_head, dim, in_dim, KV_HEADS, GROUP, ROWS, HEAD_DIM)
-    # The kernel before is one of this package's, none of which writes queries or lengths: what does has ended.
-    wait_for_kernel_before(PDL)
+    if EARLY:
+        wait_for_kernel_before(PDL)
 
     if WORD_HEADS > 0:
         head = tl.arange(0, WORD_HEADS_P)
@@ -238,12 +241,13 @@ def num_splits(rows: int, blocks: int, device: torch.device) -> int:
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, words: Tensor | None, bias: Tensor | None, block_size: int,
-    window: int | None, scale: float, tokens_per_key: tuple[int, int] = (1, 1),
+    window: int | None, scale: float, tokens_per_key: tuple[int, int] = (1, 1), after_routing: bool = False,
 ) -> Tensor:  # fmt: skip
     """Output [B, T, Hq, D] over the cached k, v [B, S, H, D]; 0 for a query that sees no key.
 
     ``words``: int32 [B, H or Hq, T, W], of which those of a group's heads are united; None: all blocks in the window.
     ``bias``: float32 [B, T, H, N]. ``tokens_per_key``: size and stride of the windows that compressed keys stand for.
+    ``after_routing``: the launch before is ``route``'s last, so that q, contiguous, and lengths are there.
     """
     batch, num_tokens, heads, head_dim = q.shape
     capacity, kv_heads = k.shape[1:3]
@@ -267,7 +271,7 @@ def attend(
         WORD_HEADS_P=power_of_2_from(max(1, word_heads)), WORDS=power_of_2_from(max(1, num_words)),
         HAS_BIAS=bias is not None, BLOCK=block_size, HEAD_DIM=head_dim, DIM=dim, PARTIAL=splits > 1,
         PRECISION=precision(q.dtype), SIZE=tokens_per_key[0], STRIDE=tokens_per_key[1],
-        num_warps=4 if tile_bytes <= 16384 else 8,
+        EARLY=after_routing, num_warps=4 if tile_bytes <= 16384 else 8,
         num_stages=4 if tile_bytes <= 16384 else 2 if tile_bytes <= 32768 else 1,
         **overlapped_launch(q.device),
     )  # fmt: skip
