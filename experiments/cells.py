@@ -39,6 +39,7 @@ class ArmConfig:
     trained_knobs: list[float] = field(default_factory=list)  # a cell for each; empty = one, as `train` says
     knobs: list[float] | None = None  # evaluated at each; null = the one trained with
     turned: float | None = None  # of several trained knobs the one whose cell is evaluated at `knobs`; null = each
+    evaluate: list[str] | None = None  # overrides of its only evaluate.py, in place of the study's; null = the study's
 
 
 @dataclass
@@ -133,7 +134,14 @@ def cells(config: SweepConfig) -> list[Cell]:
 def _study_cells(config: SweepConfig, study_name: str, study: StudyConfig, seed: int) -> Iterator[Cell]:
     threads = [] if config.threads is None else [f"threads={config.threads}"]
 
-    def cell(label: str, train: list[str], knobs: list[str] | None, base: Cell | None, suffix: str = "") -> Cell:
+    def cell(
+        label: str,
+        train: list[str],
+        knobs: list[str] | None,
+        base: Cell | None,
+        own: list[str] | None = None,
+        suffix: str = "",
+    ) -> Cell:
         name = f"{study_name}-{label}{suffix}-seed{seed}"
         run_dir = Path(config.output_dir) / name
         overrides = [*study.train, *train, f"seed={seed}", f"name={name}", f"run_dir={run_dir}", *threads]
@@ -143,8 +151,8 @@ def _study_cells(config: SweepConfig, study_name: str, study: StudyConfig, seed:
         if knobs is None:
             return Cell(name, run_dir, tuple(overrides), None, base_name)
         common = (f"run={run_dir}", f"label={label}")
-        evaluate, turned = (*common, *study.evaluate, *knobs, *threads), None
-        if study.evaluate_turned is not None:
+        evaluate, turned = (*common, *(study.evaluate if own is None else own), *knobs, *threads), None
+        if own is None and study.evaluate_turned is not None:
             evaluate = (*common, *study.evaluate, *threads)
             turned = (*common, *study.evaluate_turned, *knobs, *threads) if knobs else None
         return Cell(name, run_dir, tuple(overrides), evaluate, base_name, turned)
@@ -158,12 +166,12 @@ def _study_cells(config: SweepConfig, study_name: str, study: StudyConfig, seed:
         if arm.turned is not None and arm.turned not in arm.trained_knobs:
             raise ValueError(f"turned={arm.turned:g} of arm {label} is none of trained_knobs={list(arm.trained_knobs)}")
         if not arm.trained_knobs:
-            yield cell(label, arm.train, knobs, base)
+            yield cell(label, arm.train, knobs, base, arm.evaluate)
         for knob in arm.trained_knobs:
             # Which field the knob is, the backend's config says.
             train = [*arm.train, f"{_knob_key(arm.train)}={knob:g}"]
             evaluated = knobs if arm.turned in (None, knob) else []
-            yield cell(label, train, evaluated, base, suffix=f"-knob{knob:g}")
+            yield cell(label, train, evaluated, base, arm.evaluate, suffix=f"-knob{knob:g}")
 
 
 def _knob_key(train: list[str]) -> str:

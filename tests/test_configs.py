@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
@@ -12,8 +13,12 @@ from dashattn.backends import Capabilities
 from dashattn.backends.dash import DashBackend
 from experiments.cells import cells, register_sweep_config
 from experiments.config import TrainConfig, accumulation, check, load_config, plain, to_config
+from experiments.evaluation import register_evaluate_config
+from experiments.tasks.config import check_tasks
+from models import Transformer
 
 register_sweep_config()
+register_evaluate_config()
 CONFIGS = Path(__file__).parents[1] / "configs"
 GROUPS = ("attention", "model", "data", "optim", "deepspeed", "logger", "launcher", "experiment")
 CHOICES = [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))]
@@ -105,11 +110,18 @@ def test_a_key_forced_in_is_refused():
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIGS / "sweep").glob("*.yaml")))
-def test_every_sweep_composes_into_cells_whose_runs_can_be(name, tmp_path):
+def test_every_sweep_composes_into_cells_that_can_be(name, tmp_path):
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         sweep = to_config(compose("sweep", [f"sweep={name}", f"output_dir={tmp_path}"]))
-    for cell in cells(sweep):
-        check(composed("device=cpu", *cell.train))
+        for cell in cells(sweep):
+            config = check(to_config(compose("train", ["device=cpu", "model.vocab_size=1024", *cell.train])))
+            with torch.device("meta"):
+                Transformer(config.model, config.attention)
+            for evaluation in filter(None, (cell.evaluate, cell.evaluate_turned)):
+                evaluate = to_config(compose("evaluate", list(evaluation)))
+                check_tasks(evaluate, config)
+                for knob in evaluate.knobs or ():
+                    config.attention.with_knob(knob)
 
 
 @pytest.mark.parametrize("key", ["foo", "studies.recall.foo", "studies.recall.arms.dash.knob"])

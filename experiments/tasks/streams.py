@@ -67,8 +67,11 @@ def build_stream(data: DataConfig, seed: int, rows_per_batch: int, cache_dir: Pa
 
 def first_queries(input_ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
     """Of the positions that have a target, those whose input token had none at an earlier position of the row."""
-    repeats_BTT = (input_ids_BT[:, :, None] == input_ids_BT[:, None, :]) & targets_BT[:, None, :]
-    return targets_BT & ~repeats_BTT.tril(-1).any(-1)
+    length = input_ids_BT.shape[1]
+    position_T = torch.arange(length, device=input_ids_BT.device)
+    first_BV = position_T.new_full((len(input_ids_BT), int(input_ids_BT.max()) + 1), length)
+    first_BV.scatter_reduce_(1, input_ids_BT, position_T.where(targets_BT, length), "amin")
+    return targets_BT & (first_BV.gather(1, input_ids_BT) == position_T)
 
 
 def position_bins(positions: Tensor) -> Tensor:

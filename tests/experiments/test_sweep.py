@@ -70,6 +70,17 @@ def test_turned_knobs_may_have_an_evaluation_of_their_own(tmp_path):
     assert read_plan(tmp_path) == list(found.values())
 
 
+def test_an_arm_may_have_an_evaluation_of_its_own(tmp_path):
+    config = make_config(tmp_path, seeds=[0])
+    config.studies["text"].evaluate_turned = ["tasks=[json_kv]"]
+    config.studies["text"].arms["dash"].evaluate = ["tasks=[niah]"]
+    found = {cell.name: cell for cell in cells(config)}
+    assert found["text-dash-knob4-seed0"].commands[1:] == [
+        ["evaluate.py", f"run={tmp_path}/text-dash-knob4-seed0", "label=dash", "tasks=[niah]", "knobs=[0.5,8]"]
+    ]
+    assert found["text-full-seed0"].evaluate[-1] == "tasks=[loss]"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

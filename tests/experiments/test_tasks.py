@@ -19,7 +19,7 @@ from experiments.tasks.config import EvaluateConfig
 from experiments.tasks.decoding import token_ms
 from experiments.tasks.routing import Measured, Probe, mqar_probes, observe, score_routing
 from experiments.tasks.select import build_tasks
-from experiments.tasks.streams import MQARForm, data_at
+from experiments.tasks.streams import MQARForm, data_at, first_queries
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TEXT = (
@@ -218,6 +218,12 @@ def test_forms_of_mqar_are_rows_of_their_own(recall_run):
     assert (longer["length"], longer["variant"]) == (256, None)
     data = data_at(find_target(EvaluateConfig(run=str(recall_run))).train.data, 256, 6, MQARForm())
     assert (data.seq_len, data.pairs_max, data.curriculum_lengths) == (256, 8, [])
+
+
+def test_a_query_is_the_first_where_no_earlier_position_asked_for_its_token():
+    ids = torch.tensor([[5, 3, 5, 5, 0, 3, 3], [1, 1, 1, 1, 1, 1, 1]])
+    asked = torch.tensor([[0, 1, 1, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0, 1]]).bool()
+    assert first_queries(ids, asked).int().tolist() == [[0, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 1]]
 
 
 def test_mqar_probes_point_at_the_pair_of_each_first_query(recall_run):
