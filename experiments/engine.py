@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from data import Batch, BatchStream
 from experiments.config import TrainConfig
 from models import ModelOutput, Transformer
+from models.transformer import TransformerBlock
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,10 @@ def build_engine(model: Transformer, optimizer: torch.optim.Optimizer, json: dic
     import deepspeed
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
+    if json["zero_optimization"]["stage"] == 3:
+        # Gather and free a layer's weights at once: DeepSpeed's hooks around every small module in it would take the
+        # host longer than a short layer takes a GPU.
+        deepspeed.utils.set_z3_leaf_modules(model, [TransformerBlock])
     with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints how memory grows
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=json, dist_init_required=False)
     if isinstance(engine.optimizer, BF16_Optimizer) and torch.distributed.get_world_size() == 1:

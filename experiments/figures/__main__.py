@@ -10,7 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.errors import user_errors
-from experiments.figures.curves import make_lengths, make_numerics, make_speed, make_throughput, make_training
+from experiments.figures.curves import (
+    make_lengths,
+    make_numerics,
+    make_parallel,
+    make_speed,
+    make_throughput,
+    make_training,
+)
 from experiments.figures.frontiers import make_ablations, make_costs, make_frontiers, make_ruler
 from experiments.figures.published import make_published
 from experiments.figures.report import Section, to_html
@@ -41,6 +48,7 @@ FIGURES = (
     Figure(13, "numerics", "Error against float64", "python -m experiments.numerics", make_numerics),
     Figure(14, "published", "The paper's numbers and ours", "RULER and speed rows", make_published),
     Figure(15, "throughput", "Training throughput", "python -m experiments.throughput", make_throughput),
+    Figure(16, "parallel", "Several GPUs against one", "python -m experiments.parallel", make_parallel),
 )
 
 

@@ -1,11 +1,11 @@
-"""Figures 8, 9, 10, 13 and 15: speed, training, length, numerics and throughput."""
+"""Figures 8, 9, 10, 13, 15 and 16: speed, training, length, numerics, throughput and scaling."""
 
 import re
 from collections import Counter
 from operator import itemgetter
 from pathlib import Path
 
-from experiments import speed_report, speed_rows, throughput_report
+from experiments import parallel_report, speed_report, speed_rows, throughput_report
 from experiments.figures.rows import Drawn, Study, as_trained, averaged, grouped
 from experiments.frontier import is_ablation, of_frontiers
 from experiments.plots import COLOURS, grid, legend_below, pyplot, save, styles
@@ -37,6 +37,10 @@ SPEED_COLUMNS = (
 THROUGHPUT_COLUMNS = (
     *("device", *throughput_report.CASE, "status", "tokens_per_s", "mfu_causal", "mfu_sparse"),
     *("causal_sparsity", "peak_memory_mib", "step_time", "data_wait"),
+)
+PARALLEL_COLUMNS = (
+    *("device", *parallel_report.WORK, *parallel_report.WAY, "status", "tokens_per_s", "efficiency"),
+    *("step_time", "peak_memory_mib", "loss_difference"),
 )
 
 
@@ -229,3 +233,14 @@ def make_throughput(study: Study) -> Drawn | None:
     table = [{name: row.get(name) for name in THROUGHPUT_COLUMNS} for row in rows]
     is_measured = any(row["status"] == "ok" for row in rows)
     return Drawn(table, (lambda path: throughput_report.draw(rows, path)) if is_measured else None, rows=rows)
+
+
+def make_parallel(study: Study) -> Drawn | None:
+    rows = parallel_report.compared(study.parallel)
+    if not rows:
+        return None
+    table = [{name: row.get(name) for name in PARALLEL_COLUMNS} for row in rows]
+    notes = ["Efficiency: tokens per second over as many times those of one device at the same step."]
+    is_compared = any(row["efficiency"] is not None for row in rows)
+    draw = (lambda path: parallel_report.draw(study.parallel, path)) if is_compared else None
+    return Drawn(table, draw, notes, rows)

@@ -9,7 +9,8 @@ from statistics import mean
 from experiments.files import read_rows
 from experiments.frontier import RESULTS, newest
 
-METRICS, SPEED, NUMERICS, THROUGHPUT = "metrics.jsonl", "speed.jsonl", "numerics.jsonl", "throughput.jsonl"
+METRICS, SPEED, NUMERICS = "metrics.jsonl", "speed.jsonl", "numerics.jsonl"
+THROUGHPUT, PARALLEL = "throughput.jsonl", "parallel.jsonl"
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Study:
     Attributes:
         evaluations: of results.jsonl, of every evaluation the newest checkpoint's.
         training: of metrics.jsonl, by run.
-        speed, numerics, throughput: of speed.jsonl, numerics.jsonl and throughput.jsonl.
+        speed, numerics, throughput, parallel: of the files of these names.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Study:
     speed: list[dict]
     numerics: list[dict]
     throughput: list[dict]
+    parallel: list[dict]
 
     def of(self, task: str, metric: str | None = None) -> list[dict]:
         return [row for row in self.evaluations if row["task"] == task and metric in (None, row["metric"])]
@@ -41,11 +43,11 @@ def load_study(root: Path) -> Study:
             training.setdefault(row.get("run") or path.parent.name, []).append(row)
     found = {
         name: [row for path in sorted(root.rglob(name)) for row in read_rows(path)]
-        for name in (RESULTS, SPEED, NUMERICS, THROUGHPUT)
+        for name in (RESULTS, SPEED, NUMERICS, THROUGHPUT, PARALLEL)
     }
     if not training and not any(found.values()):
         raise ValueError(f"no rows in {root}: name directories of runs, of studies or of measurements")
-    measured = (found[name] for name in (SPEED, NUMERICS, THROUGHPUT))
+    measured = (found[name] for name in (SPEED, NUMERICS, THROUGHPUT, PARALLEL))
     return Study(root.resolve().name, newest(found[RESULTS]), training, *measured)
 
 

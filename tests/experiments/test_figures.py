@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data.tasks import SUITES
-from experiments import collect
+from experiments import collect, parallel_report
 from experiments.figures import curves, frontiers, routers
 from experiments.figures.__main__ import FIGURES, main, write_figures
 from experiments.figures.published import RULER_16K
@@ -40,6 +40,12 @@ COMMON = {
     "bytes_read": 5000.0,
     "position": None,
 }
+
+
+PARALLEL = dict.fromkeys((*parallel_report.WORK, *parallel_report.WAY), 1) | {"device": "GPU", "train": []}
+PARALLEL |= {"backend": "dash", "length": 8192, "status": "ok", "step_time": 1.0, "peak_memory_mib": 1.0}
+ALONE = PARALLEL | {"ranks": 1, "tokens_per_s": 100.0, "losses": [5.0, 4.0]}
+PAIR = PARALLEL | {"ranks": 2, "tokens_per_s": 190.0, "losses": [5.0, 4.5]}
 
 
 def row(task, metric, score, **changes):
@@ -107,6 +113,7 @@ def study(tmp_path):
     ]
     for name, content in (
         ("throughput.jsonl", throughput),
+        ("parallel.jsonl", [ALONE, PAIR]),
         ("results.jsonl", rows()),
         ("metrics.jsonl", [*training_rows("a"), *training_rows("b")]),
         ("numerics.jsonl", numerics),
@@ -228,6 +235,30 @@ def test_our_decoding_stands_beside_the_papers(study):
     (made,) = (f.make(replace(study, speed=rows)) for f in FIGURES if f.number == 8)
     assert made.notes == []
     assert {row["ratio"] for row in made.table} == {1.0, 2.0, 3.0, None}
+
+
+def test_several_devices_are_drawn_against_one(study, tmp_path, monkeypatch):
+    """Of several rows about the same thing the newest, and none that failed or has nothing beside it."""
+    drawn = []
+    monkeypatch.setattr(parallel_report, "save", lambda figure, path: drawn.append(figure))
+    failed = {"status": "out of memory", "tokens_per_s": None, "losses": None}
+    rows = [ALONE | {"tokens_per_s": 1.0}, ALONE, PAIR, PAIR | {"tokens_per_s": 180.0}, PAIR | {"stage": 2} | failed]
+    rows += [PAIR | {"backend": "nsa"}, PAIR | {"ranks": 4, "tokens_per_s": 300.0}]
+    (figure,) = (f for f in FIGURES if f.number == 16)
+    made = figure.make(replace(study, parallel=rows))
+    assert [(r["backend"], r["ranks"], r["stage"], r["efficiency"], r["loss_difference"]) for r in made.table] == [
+        ("dash", 1, 1, None, None),
+        ("dash", 2, 1, 0.9, 0.5),
+        ("dash", 2, 2, None, None),
+        ("nsa", 2, 1, None, None),
+        ("dash", 4, 1, 0.75, 0.5),
+    ]
+    made.draw(tmp_path / "figure")
+    panels = drawn[0].axes
+    assert [ax.get_title() for ax in panels] == ["2 x GPU", "4 x GPU"]
+    shown = [{line.get_label(): list(line.get_ydata()) for line in ax.lines[:-1]} for ax in panels]
+    assert shown == [{"dash": [0.9]}, {"dash": [0.75]}]
+    assert figure.make(replace(study, parallel=[PAIR])).draw is None
 
 
 def test_training_curves_count_time_by_steps(study):
