@@ -293,23 +293,12 @@ def append(
     ``window``: (size, stride) of what ``pooled`` [B, S / stride, H, D] holds; ``chunk_query``
     [H, D] pools as in ``chunk_summary``, where the size is a power of two; None is the mean.
     """
-    arguments, constants = token_arguments(k, v, cache_k, cache_v, lengths, pooled, window, chunk_query)
-    append_kernel[(k.shape[0], k.shape[2])](*arguments, **constants, num_warps=4, **overlapped_launch(k.device))
-
-
-def token_arguments(
-    k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, lengths: Tensor, pooled: Tensor | None,
-    window: tuple[int, int], chunk_query: Tensor | None,
-) -> tuple[tuple, dict]:  # fmt: skip
-    """Of ``write_token`` for what ``append`` takes: arguments from ``k_ptr`` on, and constants."""
-    kv_heads, head_dim = k.shape[2:]
-    arguments = (
+    batch, _, kv_heads, head_dim = k.shape
+    append_kernel[(batch, kv_heads)](
         k.contiguous(), v.contiguous(), cache_k, cache_v, lengths, pooled,
         None if chunk_query is None else chunk_query.contiguous(), head_dim**-0.5,
         *cache_k.stride()[:3], *((0, 0, 0) if pooled is None else pooled.stride()[:3]),
-    )  # fmt: skip
-    constants = dict(
         KV_HEADS=kv_heads, HEAD_DIM=head_dim, DIM=max(16, power_of_2_from(head_dim)), SIZE=window[0],
-        SIZE_P=power_of_2_from(window[0]), STRIDE=window[1], MEAN=chunk_query is None,
+        SIZE_P=power_of_2_from(window[0]), STRIDE=window[1], MEAN=chunk_query is None, num_warps=4,
+        **overlapped_launch(k.device),
     )  # fmt: skip
-    return arguments, constants
