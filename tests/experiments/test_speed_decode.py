@@ -109,8 +109,8 @@ def test_a_kernel_that_misses_a_block_is_caught(rows_of, monkeypatch):
 
     attend = kernels.attend
 
-    def shortened(q, k, v, lengths, words, *rest):
-        return attend(q, k, v, lengths, words if words is None else words & ~1, *rest)
+    def shortened(q, k, v, lengths, words, *rest, **options):
+        return attend(q, k, v, lengths, words if words is None else words & ~1, *rest, **options)
 
     monkeypatch.setattr(kernels, "attend", shortened)
     assert {row["method"]: row["status"] for row in rows_of()} == {FULL: "ok", "dash": "failed check"}
