@@ -17,11 +17,11 @@ import json
 import random
 import string
 
+from data.tasks import niah, tracing
 from data.tasks.aggregation import COMMON_WORDS, FREQUENT_WORDS
 from data.tasks.json_kv import INSTRUCTION, solved
 from data.tasks.material import Material, all_words, distinct
-from data.tasks.niah import MANY, NEEDLE, NOISE, ONE
-from data.tasks.tracing import PREFIX, PROMPT, chain
+from data.tasks.niah import NEEDLE, NOISE
 
 RECALL_VERSION = 2  # raise it when a document changes
 
@@ -95,16 +95,13 @@ def _needles(rng: random.Random, facts: int, hay: int) -> str:
     text = ""
     for number, question in enumerate(questions):
         values = [value for name in question for value in sorted(held[name], key=context.index)]
-        prompt, prefix = ONE if len(values) == 1 else MANY
-        if number:  # the context stands once
-            prompt = prompt.partition("{context}\n")[2]
-        words = {"kind": kind.removesuffix("s") if len(values) == 1 else kind, "query": _listed(question)}
-        text += f"{prompt.format(context=context, **words)}{prefix.format(**words)} {_listed(values)}.\n"
+        prompt, prefix = niah.question(context, kind, question, len(values) == 1)
+        text += f"{_once(number, prompt, context)}{prefix} {niah.listed(values)}.\n"
     return text
 
 
 def _chains(rng: random.Random, facts: int, hay: int) -> str:
-    chains = [chain(rng, 5, rng.choice((1, 2, 4))) for _ in range(-(-facts // 4))]
+    chains = [tracing.chain(rng, 5, rng.choice((1, 2, 4))) for _ in range(-(-facts // 4))]
     lines = [NOISE] * hay
     for _, _, links in chains:
         places = sorted(rng.randint(0, len(lines)) for _ in links)
@@ -113,10 +110,14 @@ def _chains(rng: random.Random, facts: int, hay: int) -> str:
     context = "\n".join(lines)
     text = ""
     for number, (names, value, _) in enumerate(_shuffled(rng, chains)):
-        prompt = PROMPT if not number else PROMPT.partition("{context}\n")[2]
-        question = prompt.format(context=context, value=value) + PREFIX.format(count=len(names), value=value)
-        text += f"{question} {' '.join(names)}\n"
+        prompt, prefix = tracing.question(context, value, len(names))
+        text += f"{_once(number, prompt, context)}{prefix} {' '.join(names)}\n"
     return text
+
+
+def _once(number: int, prompt: str, context: str) -> str:
+    """All of a document's first prompt; of the others what follows the context, which stands once."""
+    return prompt.partition(f"{context}\n")[2] if number else prompt
 
 
 def _counts(rng: random.Random, facts: int, hay: int) -> str:
@@ -133,11 +134,6 @@ def _counts(rng: random.Random, facts: int, hay: int) -> str:
 
 def _words(rng: random.Random) -> str:
     return f"{' '.join(rng.choices(all_words(), k=rng.randint(4, 12)))}.".capitalize()
-
-
-def _listed(names: list[str]) -> str:
-    """As RULER lists names in a question."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])}, and {names[-1]}"
 
 
 def _shuffled(rng: random.Random, items: list) -> list:

@@ -98,20 +98,22 @@ def hide_in_prose(material: Material, start: float, size: int, needles: Sequence
     return " ".join([*parts, *prose[last:]])
 
 
+def listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + ", and " + names[-1]
+
+
+def question(context: str, values_are: str, queries: Sequence[str], single: bool) -> tuple[str, str]:
+    """The prompt that asks for one value, or for several, and the beginning of its answer."""
+    prompt, prefix = ONE if single else MANY
+    words = {"kind": values_are.removesuffix("s") if single else values_are, "query": listed(queries)}
+    return prompt.format(context=context, **words), prefix.format(**words)
+
+
 def pose(context: str, values_are: str, queries: list[str], references: list[str], evidence: list[str]) -> Sample:
     """The question about a context."""
     single = len(references) == 1
-    prompt, prefix = ONE if single else MANY
-    kind = values_are.removesuffix("s") if single else values_are
-    query = queries[0] if len(queries) == 1 else ", ".join(queries[:-1]) + ", and " + queries[-1]
     depth = context.index(evidence[0]) / max(len(context) - len(evidence[0]), 1) if single else None
-    return Sample(
-        prompt.format(kind=kind, context=context, query=query),
-        prefix.format(kind=kind, query=query),
-        references,
-        evidence,
-        depth,
-    )
+    return Sample(*question(context, values_are, queries, single), references, evidence, depth)
 
 
 def draw_at_depth(material: Material, rng: Random, depth: float) -> Draw:

@@ -44,20 +44,24 @@ def _context(rng: Random, lines: list[str], noise: int) -> str:
     return "\n".join(text)
 
 
+def question(context: str, value: str, count: int) -> tuple[str, str]:
+    """The prompt that asks for the ``count`` variables of a value, and the beginning of its answer."""
+    return PROMPT.format(context=context, value=value), PREFIX.format(count=count, value=value)
+
+
 def _draw(rng: Random, example_noise: int | None) -> Draw:
     example = ""
     if example_noise is not None:
         variables, value, lines = chain(rng, letters=3)
         context = _context(rng, lines, example_noise)
-        question = PROMPT.format(context=context, value=value) + PREFIX.format(count=HOPS + 1, value=value)
-        example = f"{question} {' '.join(variables)}\n\n"
+        example = f"{''.join(question(context, value, HOPS + 1))} {' '.join(variables)}\n\n"
     variables, value, lines = chain(rng, letters=5)
     child = rng.getrandbits(64)
 
     def make(size: int) -> Sample:
         context = _context(Random(f"{child}/{size}"), lines, size)
-        prompt = example + PROMPT.format(context=context, value=value)
-        return Sample(prompt, PREFIX.format(count=HOPS + 1, value=value), variables, list(lines))
+        prompt, prefix = question(context, value, HOPS + 1)
+        return Sample(example + prompt, prefix, variables, list(lines))
 
     return Sized(make)
 
