@@ -48,8 +48,9 @@ def _pairs(rng: random.Random, facts: int, hay: int) -> str:
 
 
 def _short(rng: random.Random, count: int) -> list[str]:
-    """Different letters, words or numbers."""
-    kind = rng.choice((string.ascii_uppercase, all_words(), range(10, 100)))
+    """Different letters, words or numbers, of a kind of which there are as many."""
+    kinds = (string.ascii_uppercase, all_words(), range(10, max(100, 10 + count)))
+    kind = rng.choice([kind for kind in kinds if len(kind) >= count])
     return [str(item) for item in rng.sample(kind, count)]
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 
 from data import TextDataConfig
+from data.config import MOST_FACTS
 from data.corpora import iterate_documents
 from data.recall import FORMS, recall_document
 from data.tasks.json_kv import INSTRUCTION
@@ -29,8 +30,8 @@ def form_of(document):
     return "pairs" if STATED.search(document) is None else "needles"
 
 
-def of_form(form, **sizes):
-    return [document for document in documents(600, **sizes) if form_of(document) == form]
+def of_form(form, count=600, **sizes):
+    return [document for document in documents(count, **sizes) if form_of(document) == form]
 
 
 def test_forms_come_as_often_as_said():
@@ -117,6 +118,13 @@ def test_hay_is_bounded_and_may_be_none():
     count = [len(STATED.findall(document)) for document in of_form("needles", facts_max=3, hay_max=0)]
     assert set(count) == {3, 6}  # recited ones stand twice
     assert max(document.count("The grass is green.") for document in documents(600)) == 20
+
+
+@pytest.mark.parametrize("facts", [24, 25, 89, MOST_FACTS])
+def test_a_document_may_ask_for_many_facts(facts):
+    pairs = of_form("pairs", count=60, facts_min=facts, facts_max=facts, hay_max=0)
+    assert all(document.count(" ") >= 2 * 5 * (2 + facts) - 1 for document in pairs)
+    assert pairs
 
 
 def test_a_document_depends_on_seed_and_index_alone():
