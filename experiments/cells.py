@@ -197,17 +197,12 @@ def read_plan(output_dir: Path) -> list[Cell]:
     path = output_dir / PLAN
     if not path.exists():
         raise ValueError(f"{output_dir} is no sweep's directory (it has no {PLAN}): give the sweep's output_dir")
-    return [
-        Cell(
-            plan["name"],
-            Path(plan["run_dir"]),
-            tuple(plan["train"]),
-            None if plan["evaluate"] is None else tuple(plan["evaluate"]),
-            plan["base"],
-            None if plan["evaluate_turned"] is None else tuple(plan["evaluate_turned"]),
-        )
-        for plan in json.loads(path.read_text())
-    ]
+    return [_from_json(plan) for plan in json.loads(path.read_text())]
+
+
+def _from_json(plan: dict) -> Cell:
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in plan.items()}
+    return Cell(**fields | {"run_dir": Path(plan["run_dir"])})
 
 
 @dataclass(frozen=True)

@@ -90,8 +90,11 @@ def _line(row: dict) -> str:
 
 
 def draw(rows: Sequence[dict], path: Path) -> None:
-    """Efficiency of every backend in every mode, a panel for each number of devices; ``path`` has no suffix."""
-    rows = sorted((row for row in compared(rows) if row["efficiency"] is not None), key=_mode_order)
+    """Efficiency of every backend in every mode, a panel for each number of devices.
+
+    ``rows`` are ``compared``; ``path`` has no suffix.
+    """
+    rows = sorted((row for row in rows if row["efficiency"] is not None), key=_mode_order)
     panels: dict[tuple, list[dict]] = {}
     for row in rows:
         panels.setdefault((row["ranks"], row["device"]), []).append(row)

@@ -242,5 +242,5 @@ def make_parallel(study: Study) -> Drawn | None:
     table = [{name: row.get(name) for name in PARALLEL_COLUMNS} for row in rows]
     notes = ["Efficiency: tokens per second over as many times those of one device at the same step."]
     is_compared = any(row["efficiency"] is not None for row in rows)
-    draw = (lambda path: parallel_report.draw(study.parallel, path)) if is_compared else None
+    draw = (lambda path: parallel_report.draw(rows, path)) if is_compared else None
     return Drawn(table, draw, notes, rows)
