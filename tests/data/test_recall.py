@@ -1,5 +1,6 @@
 import hashlib
 import json
+import random
 import re
 from collections import Counter
 
@@ -8,7 +9,7 @@ import pytest
 from data import TextDataConfig
 from data.config import MOST_FACTS
 from data.corpora import iterate_documents
-from data.recall import FORMS, recall_document
+from data.recall import FORMS, _pairs, recall_document
 from data.tasks.json_kv import INSTRUCTION
 
 BEGINNINGS = {"chains": "Memorize and track", "commons": "Below is", "frequents": "Read the following"}
@@ -30,8 +31,8 @@ def form_of(document):
     return "pairs" if STATED.search(document) is None else "needles"
 
 
-def of_form(form, count=600, **sizes):
-    return [document for document in documents(count, **sizes) if form_of(document) == form]
+def of_form(form, **sizes):
+    return [document for document in documents(600, **sizes) if form_of(document) == form]
 
 
 def test_forms_come_as_often_as_said():
@@ -121,10 +122,9 @@ def test_hay_is_bounded_and_may_be_none():
 
 
 @pytest.mark.parametrize("facts", [24, 25, 89, MOST_FACTS])
-def test_a_document_may_ask_for_many_facts(facts):
-    pairs = of_form("pairs", count=60, facts_min=facts, facts_max=facts, hay_max=0)
-    assert all(document.count(" ") >= 2 * 5 * (2 + facts) - 1 for document in pairs)
-    assert pairs
+def test_pairs_may_be_as_many_as_a_configuration_takes(facts):
+    for seed in range(20):
+        assert _pairs(random.Random(seed), facts, hay=0).count(" ") >= 2 * 5 * (2 + facts) - 1
 
 
 def test_a_document_depends_on_seed_and_index_alone():
