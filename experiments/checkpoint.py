@@ -204,11 +204,12 @@ def load_checkpoint(checkpoint: Path, engine, ranks, *, reshard: bool = False) -
     assert path is not None, f"DeepSpeed found nothing to load in {source}"
     if reshard:
         # At stage 3 DeepSpeed gives every group the first one's weight decay and eps, and all states one and the same
-        # step counter, which each of them then counts up.
+        # step counter, which each of them then counts up; at every stage it leaves that on the CPU, where fused AdamW
+        # does not take it.
         for group, own in zip(engine.optimizer.param_groups, groups, strict=True):
             group.update(own)
-        for state in engine.optimizer.optimizer.state.values():
-            state["step"] = state["step"].clone()
+        for parameter, state in engine.optimizer.optimizer.state.items():
+            state["step"] = state["step"].to(parameter.device, copy=True)
     ranks.barrier()
     if reshard and ranks.is_main:
         shutil.rmtree(source)
