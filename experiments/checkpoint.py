@@ -204,7 +204,7 @@ def load_checkpoint(checkpoint: Path, engine, ranks, *, reshard: bool = False) -
     assert path is not None, f"DeepSpeed found nothing to load in {source}"
     if reshard:
         # At stage 3 DeepSpeed gives every group the first one's weight decay and eps, and all states one and the same
-        # step counter, which each of them then counts up; at every stage it leaves that on the CPU, where fused AdamW
+        # step counter, which each of them then counts up; at the others it leaves that on the CPU, where fused AdamW
         # does not take it.
         for group, own in zip(engine.optimizer.param_groups, groups, strict=True):
             group.update(own)
