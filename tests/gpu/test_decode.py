@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from test_generate import PROMPTS, greedy_without_cache
 from test_kernels import BF16, FP16, FP32, TOLERANCE, random, relative_error
-from test_transformer import build
+from test_transformer import build, tokens
 
 from dashattn.backends import DashConfig, FullConfig, InfLLMv2Config, NSAConfig
 from dashattn.ops.chunk_summary.reference import chunk_summary
@@ -83,6 +83,48 @@ def test_offsets_past_2_31_elements(window):
         q[-1:].float(), k[-1:].float(), v[-1:].float(), lengths[-1:], window_size=window
     )
     assert relative_error(out[-1:], expected) < TOLERANCE[BF16]
+
+
+@pytest.mark.parametrize("num_chunks", [1, 5, 32, 33, 64, 200])
+@pytest.mark.parametrize("alpha", [None, 1.3])
+def test_thresholds_of_many_rows(num_chunks, alpha):
+    """So many that, with few chunks, threads which do not agree when a row is solved wait for each other for ever."""
+    heads = 6
+    alpha = None if alpha is None else torch.full((heads,), alpha, device="cuda")
+    lengths = torch.randint(16 * num_chunks, (3000,), dtype=torch.int32, device="cuda")
+    q, summaries = random(3000, 1, heads, 64, dtype=BF16), random(3000, num_chunks, 2, 64, dtype=BF16)
+    words, bias = kernels.route(q, summaries, lengths, alpha, 16, 1.0, True, None)
+    past = (torch.arange(num_chunks, device="cuda") < (lengths // 16)[:, None])[:, None, None]
+    support = Selection(words, 16).mask()[..., :num_chunks].unflatten(2, (2, 3)).any(3) & past
+    total = torch.where(support, bias.exp(), 0.0).sum(-1)
+    torch.testing.assert_close(total, past.any(-1).float().expand_as(total), rtol=0, atol=1e-4)
+
+
+RAGGED = dict(hidden_size=384, num_layers=6, num_heads=6, head_dim=64, max_seq_len=1024)
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        FullConfig(),
+        DashConfig(chunk_size=16, router_scale=4.0, prior="raw"),
+        DashConfig(chunk_size=16, router_scale=4.0),
+        InfLLMv2Config(block_size=16, kernel_size=8, kernel_stride=4, topk=8, window_size=16),
+        NSAConfig(block_size=16, kernel_size=8, kernel_stride=4, topk=8, window_size=32),
+    ],
+    ids=["full", "dash raw", "dash", "infllmv2", "nsa"],
+)
+@pytest.mark.parametrize("longest", [100, 400, 900])
+def test_many_prompts_of_all_lengths(attention, longest):
+    """Every token is the likeliest of one forward over prompt and continuation."""
+    model = build(attention, **RAGGED).cuda()
+    prompts = [tokens(1, 1 + longest * row // 33, seed=row)[0].tolist() for row in range(33)]
+    continuations = generate(model, prompts, max_new_tokens=100)
+    for prompt, continuation in zip(prompts, continuations, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + continuation], device="cuda")).logits[0, len(prompt) - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(continuation, device="cuda")[:, None])[:, 0]
+        assert (logits.amax(1) - chosen).max() < 1e-3 * logits.std()
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,12 @@ def threshold_kernel(
     HEADS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, SQUARE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Threshold and selection words of one query head, all of its chunks (at most CHUNKS) at once."""
+    """Threshold and selection words of one query head, all of its chunks (at most CHUNKS) at once.
+
+    To be compiled without fused multiply-adds. Where a thread holds one chunk, a square would be fused into its sum
+    with the neighbour's rounded one: threads of a warp would then hold sums that differ in the last digit, and those
+    that think themselves done would leave the others waiting for them in the next sum for ever.
+    """
     wait_for_kernel_before(PDL)
     flat_row = tl.program_id(0)
     head = flat_row % HEADS
@@ -261,7 +266,7 @@ def route(
     threshold_kernel[(queries * heads,)](
         products, alpha, words, peak, tau, lengths, score_scale, num_tokens, num_chunks, words.shape[-1],
         HEADS=heads, BLOCK=chunk_size, CHUNKS=chunks, SQUARE=alpha is None, num_warps=max(4, min(16, chunks // 512)),
-        **overlapped_launch(q.device),
+        enable_fp_fusion=False, **overlapped_launch(q.device),
     )  # fmt: skip
     if not has_bias:
         return words, None
