@@ -5,7 +5,7 @@ anew for every configuration. The reference gets the kernel's own chunk summarie
 get no output gradient, so that what is compared is the arithmetic alone. Near the edge of the support the router's
 gradient is a quotient of small numbers, on which float32 errs by more than 16-bit inputs do elsewhere: the bound is
 the tolerance of the type, or a small multiple of what changes of the queries make of the reference that move scores as
-much as adding up their products in float32 does.
+much as adding up their products in float32 does; for DashAttention with changes of delta = do . o alike.
 
 The backward gets delta = do . o from the output as it was rounded. Where a sharp softmax leaves a small gradient, that
 error is a large part of it: DashAttention's gradients are compared with those for the kernel's own output, to within
@@ -97,11 +97,16 @@ def log_normaliser(q, k, selection, bias, cu_seqlens):
     return torch.cat(per_document(rows, cu_seqlens, q, k, selection.mask(), bias), dim=1)
 
 
+def roundings(terms):
+    """What roundings to 24 bits on the way make of a sum, in norms of its terms: they add up to sqrt(terms / 2) times
+    the one of an error of 2 ** -24 in each."""
+    return 2**-24 * (terms / 2) ** 0.5
+
+
 def perturbed(q, generator):
-    """q in float32 with an error that moves a product with a key as D roundings to 24 bits on the way do: theirs add up
-    to sqrt(D / 2) times the one of an error of 2 ** -24 in each element."""
+    """q in float32 with an error that moves a product with a key as float32 does."""
     q = q.float()
-    return q * (1 + 2**-24 * (q.shape[-1] / 2) ** 0.5 * gaussian(generator, *q.shape))
+    return q * (1 + roundings(q.shape[-1]) * gaussian(generator, *q.shape))
 
 
 def check(results, truth, rounded, dtype, names, configuration, tolerance=1.0, added=None):
@@ -186,7 +191,13 @@ def check_dash_attention(rng, head_dim, dtype, chunk, group, prior, any_alpha, s
     inputs, _, out = runs[0]
     results = gradients([out * kept], inputs, [grad])
     delta_error = (grad.double() * (runs[1][2] - out).detach()).sum(-1)
-    truth, *rounded = (gradients([out * kept, lse], inputs, [grad, delta_error]) for inputs, _, out, lse in runs[1:])
+    # The sum of p (do . v) over a chunk and its part of delta nearly cancel: each is rounded by itself.
+    noise = roundings(head_dim) * (grad.double() * out.detach()).norm(dim=-1)
+    errors = [delta_error, *(delta_error + noise * gaussian(generator, *noise.shape) for _ in range(PERTURBATIONS))]
+    truth, *rounded = (
+        gradients([out * kept, lse], inputs, [grad, error])
+        for (inputs, _, out, lse), error in zip(runs[1:], errors, strict=True)
+    )
     names = ("out", "q", "k", "v", "chunk_query", "alpha")[: len(results)]
     added = from_delta(2**-24, truth[0], grad, q, k, head_dim**-0.5)
     check(results, truth, rounded, dtype, names, configuration, added=added)
