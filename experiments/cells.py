@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from filelock import FileLock
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
@@ -186,10 +187,14 @@ def _knob_key(train: list[str]) -> str:
 
 
 def write_plan(output_dir: Path, found: list[Cell]) -> None:
-    """Record which cells a sweep has, for those who only look at its directory."""
+    """Record which cells a sweep has, for those who only look at its directory. What another call recorded there, which
+    may do another part of it on another GPU, stays."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    plan = [asdict(cell) | {"run_dir": str(cell.run_dir)} for cell in found]
-    write_atomically(output_dir / PLAN, json.dumps(plan, indent=1) + "\n")
+    path, names = output_dir / PLAN, {cell.name for cell in found}
+    with FileLock(path.with_name(PLAN + ".lock")):
+        others = [cell for cell in read_plan(output_dir) if cell.name not in names] if path.exists() else []
+        plan = [asdict(cell) | {"run_dir": str(cell.run_dir)} for cell in [*others, *found]]
+        write_atomically(path, json.dumps(plan, indent=1) + "\n")
 
 
 def read_plan(output_dir: Path) -> list[Cell]:

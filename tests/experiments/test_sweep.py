@@ -70,6 +70,13 @@ def test_turned_knobs_may_have_an_evaluation_of_their_own(tmp_path):
     assert read_plan(tmp_path) == list(found.values())
 
 
+def test_two_parts_of_a_sweep_share_a_plan(tmp_path):
+    found = cells(make_config(tmp_path, seeds=[0, 1]))
+    write_plan(tmp_path, found[:3])
+    write_plan(tmp_path, found[2:])
+    assert sorted(cell.name for cell in read_plan(tmp_path)) == sorted(cell.name for cell in found)
+
+
 def test_an_arm_may_have_an_evaluation_of_its_own(tmp_path):
     config = make_config(tmp_path, seeds=[0])
     config.studies["text"].evaluate_turned = ["tasks=[json_kv]"]
