@@ -60,7 +60,7 @@ def launch(
     key = (kernel.fn, q.device, q.dtype, *constants.values())
     choice = _chosen.get(key)
     if choice is None:
-        timed = tokens >= TIMED_TOKENS and _may_time(q)
+        timed = len(options) > 1 and tokens >= TIMED_TOKENS and _may_time(q)
         choice = None if timed else _untimed.get(key)
     if choice is not None:
         kernel[grid](q, *args, **constants, **choice)

@@ -69,7 +69,7 @@ def launch(kernel=None, **changes):
     """The kernel with its launches, and what it added to an argument that is put back after timings."""
     kernel = kernel or Kernel()
     q = torch.zeros(3)
-    tuning.launch(kernel, (1,), q, options=OPTIONS, restore=[q], **(CALL | changes))
+    tuning.launch(kernel, (1,), q, **(dict(options=OPTIONS, restore=[q]) | CALL | changes))
     return kernel, q[0].item()
 
 
@@ -98,6 +98,11 @@ def test_the_fastest_is_found_once_and_kept(timed, monkeypatch, tmp_path):
     assert len(timed) == count
     launch(BLOCK=128)
     assert len(timed) == 2 * count
+
+
+def test_an_only_option_is_not_timed(timed):
+    kernel, added = launch(options=[FAST])
+    assert (kernel.launches, added, timed) == ([FAST], 1, [])
 
 
 def test_a_difference_within_the_noise_keeps_the_first_option(timed, monkeypatch):
