@@ -29,7 +29,7 @@ MARKED = "Filled: as trained; open: the knob turned. Bars: lowest to highest of 
 
 def make_frontiers(study: Study) -> Drawn | None:
     rows = [row for row in of_frontiers(study.evaluations) if not is_ablation(row)]
-    if not rows:
+    if not _has_sparse(rows):
         return None
     found = points(rows)
     notes = [f"{panel.title}: untrained, the dense control does not reach 99 %" for panel in sorted(untrained(found))]
@@ -42,7 +42,7 @@ def make_costs(study: Study) -> Drawn | None:
     decoding = {_model_of(row): row for row in study.of(DECODE, "ms")}
     rows = [row for row in of_frontiers(study.evaluations) if row.get("bytes_read") is not None]
     rows = [_with_panel(row) for row in rows if not is_ablation(row)]
-    if not rows:
+    if not _has_sparse(rows):
         return None
     found = points(rows)
     costs = {"bytes_read": "bytes read per token"}
@@ -180,6 +180,11 @@ def _line(ax, line: list[dict], x: str, colour: str, mark: str, **style) -> None
     ax.plot(xs, ys, color=colour, marker=mark, markerfacecolor="white", linewidth=1.2, **style)
     as_trained = [row["knob"] == row["trained_knob"] for row in line]
     ax.plot(xs, ys, color=colour, marker=mark, linestyle="", markevery=as_trained)
+
+
+def _has_sparse(rows: Sequence[dict]) -> bool:
+    """Whether there is more than a dense control, which alone compares nothing."""
+    return any(row["knob"] is not None for row in rows)
 
 
 def _not_drawn(found: Sequence[Point]) -> list[str]:

@@ -360,6 +360,12 @@ def test_many_runs_are_drawn_by_arm(study, tmp_path, monkeypatch):
     assert (tmp_path / "training.png").exists()
 
 
+def test_a_dense_control_alone_is_no_frontier(study):
+    control = replace(study, evaluations=[r for r in study.evaluations if r["knob"] is None])
+    assert control.evaluations
+    assert [f.number for f in FIGURES if f.number in (1, 2) and f.make(control) is not None] == []
+
+
 def test_costs_are_per_panel(study):
     costs = [r for r in table(2, study) if r["panel"].startswith("text: recall")]
     assert {r["amount"] for r in costs} == {5000}
