@@ -21,7 +21,10 @@ def relative_error(x, expected):
     return ((x - expected).norm() / expected.norm().clamp_min(1e-20)).item()
 
 
-@pytest.mark.parametrize(("alpha", "router_scale"), [(1.5, 0.1), (1.5, 3.0), (1.05, 3.0), (2.0, 0.1), ("heads", 1.0)])
+@pytest.mark.parametrize(
+    ("alpha", "router_scale"),
+    [(1.5, 0.1), (1.5, 3.0), (1.05, 3.0), (1.1, 4.0), (2.0, 0.1), ("heads", 1.0)],
+)
 def test_selection_and_prior_agree_with_the_reference(alpha, router_scale):
     # 38 chunks: more than a tile of them and more than a word, with room for flat and for peaked probabilities
     q, summaries = torch.randn(1, 600, 4, 16), torch.randn(1, 600 // CHUNK, 2, 16)

@@ -111,7 +111,7 @@ def query_kernel(
             exponent, in_document, KV_HEADS, TOKENS, GROUP_P, CHUNKS, HEAD_DIM, DIM, SQUARE, PRECISION,
         )  # fmt: skip
         b_sum += fold(b)
-        b_count += fold(is_positive(group_p))
+        b_count += fold(is_positive(group_p, SQUARE))
         inverse = 1.0 / tl.where(group_p > 0, group_p, 1.0)
         share = _spread_chunks(inverse, TOKENS, GROUP_P, CHUNKS)
         b_share = _spread_chunks(b * inverse, TOKENS, GROUP_P, CHUNKS)

@@ -75,7 +75,7 @@ def _measure(q, summary_desc, kv_head, first_summary, chunk, past, own, slope, p
     x = products(q, summary_desc, kv_head, first_summary, chunk, past, CHUNKS, DIM, MASKED, PRECISION)
     z = above_threshold(x - peak[:, None], slope, tau)
     p, u = power(z, exponent, SQUARE)
-    positive = is_positive(p)
+    positive = is_positive(p, SQUARE)
     sums = (sums[0] + fold(p), sums[1] + fold(u), sums[2] + fold(positive))
     if WORDS:
         column = tl.arange(0, CHUNKS)

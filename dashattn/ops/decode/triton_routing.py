@@ -84,7 +84,7 @@ def _add(a, b, c, d, e, f):
 def _measure(x, slope, tau, exponent, SQUARE: tl.constexpr):
     """p, and its sums for ``root_step``: in one reduction, since the warps' exchange is what a pass costs."""
     p, u = power(above_threshold(x, slope, tau), exponent, SQUARE)
-    return p, tl.reduce((p, u, is_positive(p)), 1, _add)
+    return p, tl.reduce((p, u, is_positive(p, SQUARE)), 1, _add)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_chunks", "num_words"])
