@@ -140,7 +140,7 @@ def forward_options(dim: int, block_size: int, itemsize: int) -> dict:
     if itemsize == 4:
         # The three-part products of float32 keep two more copies of their operands. Of 64 rows by blocks of 16, 8 warps
         # read past the operands (Triton 3.6).
-        return dict(rows=64 if dim <= 128 else 32, launch=around(4, 1)[:1])
+        return dict(rows=64 if dim <= 128 else 32, launch=(dict(num_warps=4, num_stages=1),))
     stages = stages_that_fit(64 * dim * itemsize, 2 * block_size * dim * itemsize, 2)
     return dict(rows=64, launch=around(4, stages))
 
