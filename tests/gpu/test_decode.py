@@ -41,7 +41,9 @@ def test_types(dtype, num_tokens):
     check_routed(16, 2, 128, 64, dtype, num_tokens, [0, 63, 64, 5000])
 
 
-@pytest.mark.parametrize("options", [{}, {"alpha": 1.2}, {"prior": "none"}, {"prior": "tempered", "sigma": 2.0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"alpha": 1.2}, {"alpha": 1.03}, {"prior": "none"}, {"prior": "tempered", "sigma": 2.0}]
+)
 def test_long_sequences_and_options(options):
     check_routed(16, 2, 128, 64, BF16, 1, [131_000], **options)
 

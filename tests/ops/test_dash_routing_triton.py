@@ -23,7 +23,7 @@ def relative_error(x, expected):
 
 @pytest.mark.parametrize(
     ("alpha", "router_scale"),
-    [(1.5, 0.1), (1.5, 3.0), (1.05, 3.0), (1.1, 4.0), (2.0, 0.1), ("heads", 1.0)],
+    [(1.5, 0.1), (1.5, 3.0), (1.01, 8.0), (1.05, 3.0), (1.05, 16.0), (1.1, 4.0), (2.0, 0.1), ("heads", 1.0)],
 )
 def test_selection_and_prior_agree_with_the_reference(alpha, router_scale):
     # 38 chunks: more than a tile of them and more than a word, with room for flat and for peaked probabilities
@@ -38,26 +38,27 @@ def test_selection_and_prior_agree_with_the_reference(alpha, router_scale):
 
 
 @pytest.mark.parametrize(
-    ("group", "alpha", "prior", "sigma", "cu_seqlens"),
+    ("group", "alpha", "router_scale", "prior", "sigma", "cu_seqlens"),
     [
-        (3, 1.5, "raw", 1.0, None),
-        (1, 1.5, "tempered", 0.5, [0, 20, 20, 21, 66]),
-        (2, "heads", "tempered", 2.0, None),
-        (2, "heads", "raw", 1.0, None),
-        (1, 1.5, "tempered", 1e6, None),
-        (2, 1.5, "none", 1.0, None),
+        (3, 1.5, 1.0, "raw", 1.0, None),
+        (1, 1.5, 1.0, "tempered", 0.5, [0, 20, 20, 21, 66]),
+        (2, (1.2, 1.8), 1.0, "tempered", 2.0, None),
+        (2, (1.2, 1.8), 1.0, "raw", 1.0, None),
+        (3, (1.01, 1.1), 150.0, "tempered", 10.0, None),  # most of p underflows
+        (1, 1.5, 1.0, "tempered", 1e6, None),
+        (2, 1.5, 1.0, "none", 1.0, None),
     ],
 )
-def test_attention_and_gradients_agree_with_the_references(group, alpha, prior, sigma, cu_seqlens):
+def test_attention_and_gradients_agree_with_the_references(group, alpha, router_scale, prior, sigma, cu_seqlens):
     length = 66
     if cu_seqlens is not None:
         cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32)
     q, grad = (torch.randn(1, length, group, 16) for _ in range(2))
     k, v = (torch.randn(1, length, 1, 16) for _ in range(2))
     inputs = [q, k, v, torch.randn(1, 16)]
-    if alpha == "heads":
-        inputs.append(torch.linspace(1.2, 1.8, group))
-    options = dict(chunk_size=CHUNK, prior=prior, sigma=sigma, cu_seqlens=cu_seqlens)
+    if isinstance(alpha, tuple):
+        inputs.append(torch.linspace(*alpha, group))
+    options = dict(chunk_size=CHUNK, router_scale=router_scale, prior=prior, sigma=sigma, cu_seqlens=cu_seqlens)
 
     # float64, because float32 errs by more than the kernels at the edge of the support
     q, k, v, chunk_query, *alphas = exact = [x.double().requires_grad_() for x in inputs]

@@ -32,8 +32,9 @@ def dash_routing(
 ) -> tuple[Selection, Tensor | None]:
     """Selects chunks and returns the prior as an additive bias of the attention logits.
 
-    A chunk is selected iff the mean of the group's entmax probabilities is positive; a token's own chunk always is,
-    with bias 0. ``raw`` is log p, ``tempered`` is (log p - mean over the selected past chunks) / sigma.
+    A chunk is selected iff the mean p of the group's entmax probabilities is positive, however small (at small alpha
+    it is often below float32's range; its logarithm is not); a token's own chunk always is, with bias 0. ``raw`` is
+    log p, ``tempered`` is (log p - mean over the selected past chunks) / sigma.
 
     Args:
         q: queries after RoPE [B, T, Hq, D].
@@ -96,14 +97,15 @@ def select_chunks(
     q_BTHGD = upcast(q).unflatten(2, (-1, group))
     scores = torch.einsum("bthgd,bnhd->bhgtn", q_BTHGD, upcast(summaries)) * (router_scale * q.shape[-1] ** -0.5)
     past = torch.arange(summaries.shape[1], device=q.device) < own_chunk[..., None]
-    p, log_p = entmax(scores, alpha, past[:, None, None])
+    _, log_p = entmax(scores, alpha, past[:, None, None])
+    support = log_p > -torch.inf
 
     missing = num_chunks - summaries.shape[1]
-    past_BTHN = F.pad((p > 0).any(2), (0, missing)).transpose(1, 2)
+    past_BTHN = F.pad(support.any(2), (0, missing)).transpose(1, 2)
     selected = past_BTHN | (torch.arange(num_chunks, device=q.device) == own_chunk[..., None])[:, :, None]
     if prior == "none":
         return selected, None
-    bias = _prior(log_p, p > 0, prior, sigma, prior_heads)
+    bias = _prior(log_p, support, prior, sigma, prior_heads)
     return selected, F.pad(bias, (0, missing)).flatten(1, 2).transpose(1, 2)
 
 

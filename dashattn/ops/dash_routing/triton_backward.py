@@ -4,8 +4,8 @@ Per (token, KV head) and chunk: b = gradient of the bias; raw prior: dL = b; tem
 selected past) / sigma. With p the entmax probabilities, P their sum over the group and u = p ** (2 - alpha):
 g = dL / P;  ds = u (g - sum(u g) / sum(u));  dq = score_scale sum_c ds k~;  dk~ = score_scale sum_i ds q.
 
-u / P is formed in float32 from z = p ** (alpha - 1) (see the forward): near the edge of the support p underflows
-long before z does. 1 / sigma is left to the very end, or half precision would lose ds.
+u / P is formed from z = p ** (alpha - 1) (``share_of_group``): near the edge of the support p underflows long before
+z does. 1 / sigma is left to the very end, or half precision would lose ds.
 """
 
 import torch
@@ -15,13 +15,16 @@ from torch import Tensor
 
 from dashattn.ops.block_sparse.schedule import TileLists
 from dashattn.ops.dash_routing.triton_entmax import (
+    LN_2,
     above_threshold,
     fold,
-    is_positive,
+    log2,
     power,
     saturated,
+    share_of_group,
+    spread,
 )
-from dashattn.ops.dash_routing.triton_forward import LAUNCH, group_sum, load_tile, router_constants
+from dashattn.ops.dash_routing.triton_forward import LAUNCH, load_tile, router_constants
 from dashattn.ops.tiles import Geometry, locate_tile
 from dashattn.ops.tuning import around, launch
 
@@ -33,17 +36,11 @@ def _spread(x, TOKENS: tl.constexpr, GROUP_P: tl.constexpr):
 
 
 @triton.jit
-def _spread_chunks(x, TOKENS: tl.constexpr, GROUP_P: tl.constexpr, CHUNKS: tl.constexpr):
-    """[TOKENS, CHUNKS] -> [TOKENS * GROUP_P, CHUNKS]."""
-    return tl.reshape(tl.broadcast_to(x[:, None, :], (TOKENS, GROUP_P, CHUNKS)), (TOKENS * GROUP_P, CHUNKS))
-
-
-@triton.jit
 def _listed_chunks(q, summaries_ptr, block_list, bias_row, entry, num_blocks, kv_head, first_summary, past, peak, tau,
                    slope, exponent, in_document, KV_HEADS: tl.constexpr, TOKENS: tl.constexpr, GROUP_P: tl.constexpr,
                    CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SQUARE: tl.constexpr,
                    PRECISION: tl.constexpr):  # fmt: skip
-    """CHUNKS entries of the tile's list: their summaries, p, u, and p summed over the group and b of each token."""
+    """CHUNKS entries of the tile's list: their summaries, z, u, u / P, and of each token what is selected and b."""
     place = entry + tl.arange(0, CHUNKS)
     chunk = tl.load(block_list + place, mask=place < num_blocks, other=2147483647)
     is_past = chunk < tl.max(past, 0)
@@ -52,11 +49,12 @@ def _listed_chunks(q, summaries_ptr, block_list, bias_row, entry, num_blocks, kv
     k = tl.load(summaries_ptr + offset, mask=is_past[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
     x = tl.dot(q, k.T, input_precision=PRECISION)
     x = tl.where(chunk[None, :] < past[:, None], x, float("-inf"))
-    p, u = power(above_threshold(x - peak[:, None], slope, tau), exponent, SQUARE)
-    group_p = group_sum(p, TOKENS, GROUP_P, CHUNKS)
+    z = above_threshold(x - peak[:, None], slope, tau)
+    _, u = power(z, exponent, SQUARE)
+    share, selected = share_of_group(z, exponent, TOKENS, GROUP_P, CHUNKS, 1, SQUARE)
     b = tl.load(bias_row[:, None] + chunk[None, :], mask=in_document[:, None] & is_past[None, :], other=0.0)
-    b = tl.where(group_p > 0, b, 0.0)  # what is not selected was never written
-    return k, p, u, group_p, b
+    b = tl.where(selected, b, 0.0)  # what is not selected was never written
+    return k, z, u, share, selected, b
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_documents", "num_blocks", "list_width"])
@@ -106,25 +104,23 @@ def query_kernel(
     pb_log = zero
     p_log = zero
     for entry in range(0, entries, CHUNKS):
-        _k, p, u, group_p, b = _listed_chunks(
+        _k, z, u, share, selected, b = _listed_chunks(
             q, summaries_ptr, block_list, bias_row, entry, entries, kv_head, first_summary, past, peak, tau, slope,
             exponent, in_document, KV_HEADS, TOKENS, GROUP_P, CHUNKS, HEAD_DIM, DIM, SQUARE, PRECISION,
         )  # fmt: skip
         b_sum += fold(b)
-        b_count += fold(is_positive(group_p, SQUARE))
-        inverse = 1.0 / tl.where(group_p > 0, group_p, 1.0)
-        share = _spread_chunks(inverse, TOKENS, GROUP_P, CHUNKS)
-        b_share = _spread_chunks(b * inverse, TOKENS, GROUP_P, CHUNKS)
+        b_count += fold(tl.where(selected, 1.0, 0.0))
+        b_share = share * spread(b, share, TOKENS, GROUP_P, CHUNKS, 1)
         u_sum += fold(u)
-        ub_sum += fold(u * b_share)
-        u_share += fold(u * share)
+        ub_sum += fold(b_share)
+        u_share += fold(share)
         if ALPHA_GRAD:
-            log_p = tl.log(tl.where(p > 0, p, 1.0))
-            entropy -= fold(p * log_p)
-            pb_sum += fold(p * b_share)
-            p_share += fold(p * share)
-            pb_log += fold(p * b_share * log_p)
-            p_log += fold(p * share * log_p)
+            log_p = log2(tl.where(z > 0, z, 1.0)) * ((exponent + 1.0) * LN_2)
+            entropy -= fold(u * z * log_p)
+            pb_sum += fold(b_share * z)
+            p_share += fold(share * z)
+            pb_log += fold(b_share * z * log_p)
+            p_log += fold(share * z * log_p)
     mean = tl.zeros([TOKENS], tl.float32)
     if TEMPERED:
         mean = tl.sum(b_sum, 1) / tl.maximum(tl.sum(b_count, 1), 1.0)
@@ -143,12 +139,11 @@ def query_kernel(
 
     acc = tl.zeros([ROWS, DIM], tl.float32)
     for entry in range(0, entries, CHUNKS):
-        k, _p, u, group_p, b = _listed_chunks(
+        k, _z, u, share, selected, b = _listed_chunks(
             q, summaries_ptr, block_list, bias_row, entry, entries, kv_head, first_summary, past, peak, tau, slope,
             exponent, in_document, KV_HEADS, TOKENS, GROUP_P, CHUNKS, HEAD_DIM, DIM, SQUARE, PRECISION,
         )  # fmt: skip
-        g = tl.where(group_p > 0, (b - mean[:, None]) / tl.where(group_p > 0, group_p, 1.0), 0.0)
-        ds = u * (_spread_chunks(g, TOKENS, GROUP_P, CHUNKS) - row_mean[:, None])
+        ds = share * spread(b - mean[:, None], share, TOKENS, GROUP_P, CHUNKS, 1) - u * row_mean[:, None]
         if q.dtype == tl.bfloat16:
             acc = tl.dot(ds.to(tl.bfloat16), k, acc)
         else:  # ds can leave float16's range
@@ -208,17 +203,16 @@ def summary_kernel(
         row_mean = tl.load(row_mean_ptr + flat_row, mask=valid, other=0.0)
         x = tl.dot(k, q.T, input_precision=PRECISION) - peak[None, :]
         x = tl.where(chunk[:, None] < past[None, :], x, float("-inf"))
-        p, u = power(saturated(x, slope, -tau[None, :]), exponent, SQUARE)
-        group_p = tl.sum(tl.reshape(p, (CHUNKS, TOKENS, GROUP_P)), 2)
+        z = saturated(x, slope, -tau[None, :])
+        _, u = power(z, exponent, SQUARE)
+        share, selected = share_of_group(z, exponent, CHUNKS, TOKENS, GROUP_P, 2, SQUARE)
         token = start + first + tile_lane
         bias_row = bias_grad_ptr + (token.to(tl.int64) * KV_HEADS + kv_head) * num_blocks
         in_bias = (token < end)[None, :] & (chunk < num_blocks)[:, None]
         b = tl.load(bias_row[None, :] + chunk[:, None], mask=in_bias, other=0.0)
-        b = tl.where(group_p > 0, b, 0.0)
+        b = tl.where(selected, b, 0.0)
         mean = tl.load(bias_mean_ptr + token.to(tl.int64) * KV_HEADS + kv_head, mask=token < end, other=0.0)
-        g = tl.where(group_p > 0, (b - mean[None, :]) / tl.where(group_p > 0, group_p, 1.0), 0.0)
-        g = tl.reshape(tl.broadcast_to(g[:, :, None], (CHUNKS, TOKENS, GROUP_P)), (CHUNKS, ROWS))
-        ds = u * (g - row_mean[None, :])
+        ds = share * spread(b - mean[None, :], share, CHUNKS, TOKENS, GROUP_P, 2) - u * row_mean[None, :]
         if q.dtype == tl.bfloat16:
             acc = tl.dot(ds.to(tl.bfloat16), q, acc)
         else:

@@ -3,6 +3,9 @@
 With x = (alpha - 1) (s - max s) <= 0 for scores s, r = 1 / (alpha - 1) and z = max(x - tau, 0), entmax is p = z ** r
 with sum p = 1. The root is sought on h(tau) = (sum z ** r) ** (1 / r) - 1, a convex function and nearly a straight
 line: bracketed by its values at four fixed points, interpolated, then stepped to.
+
+The support is where z > 0. At small alpha p = z ** r underflows on much of it: what is taken of p there, its logarithm
+and shares of a group's sum, comes from z.
 """
 
 import triton
@@ -11,6 +14,7 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 SMALLEST_EXPONENT = tl.constexpr(1e-7)
 MAX_PASSES = tl.constexpr(40)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -31,12 +35,9 @@ def above_threshold(x, slope, tau):
 
 
 @triton.jit
-def is_positive(p, SQUARE: tl.constexpr):
-    """1.0 where p > 0, else 0.0. A square is never as small as 1e-30, which saves an instruction; a high power is."""
-    if SQUARE:
-        return saturated(p, 1e30, 0.0)
-    else:
-        return tl.where(p > 0, 1.0, 0.0)
+def is_positive(z):
+    """1.0 where z > 0, else 0.0. What is left of a difference of numbers near 1 is never as small as 1e-30."""
+    return saturated(z, 1e30, 0.0)
 
 
 @triton.jit
@@ -46,31 +47,83 @@ def fold(x):
 
 
 @triton.jit
-def to_the_power(z, exponent):
-    """z ** exponent for 0 <= z <= 1 and exponent >= 0, to 1e-6 of itself: two instructions of the special unit.
-
-    0 where z is 0, for exponent 0 too.
-    """
-    exponent = tl.maximum(exponent, SMALLEST_EXPONENT)
+def log2(z):
+    """One instruction of the special unit; -inf for 0."""
     if INTERPRETED:
-        return tl.where(z > 0, tl.exp2(tl.log2(tl.where(z > 0, z, 1.0)) * exponent), 0.0)
+        return tl.where(z > 0, tl.log2(tl.where(z > 0, z, 1.0)), float("-inf"))
     else:
-        log2 = tl.inline_asm_elementwise(
+        return tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [z], dtype=tl.float32, is_pure=True, pack=1
         )
+
+
+@triton.jit
+def exp2(x):
+    """One instruction of the special unit; 0 for -inf."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    else:
         return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [log2 * exponent], dtype=tl.float32, is_pure=True, pack=1
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
 
 
 @triton.jit
 def power(z, exponent, SQUARE: tl.constexpr):
-    """(z ** r, z ** (r - 1)) with ``exponent`` = r - 1 per row; both 0 where z is 0."""
+    """(z ** r, z ** (r - 1)) with ``exponent`` = r - 1 per row; both 0 where z is 0, for exponent 0 too."""
     if SQUARE:
         return z * z, z
     else:
-        low = to_the_power(z, exponent)
+        low = exp2(log2(z) * tl.maximum(exponent, SMALLEST_EXPONENT))
         return low * z, low
+
+
+@triton.jit
+def log2_sum(log_p, AXIS: tl.constexpr):
+    """log2 of the sum of 2 ** log_p, and where it is positive; 0 where it is not."""
+    highest = tl.max(log_p, AXIS)
+    positive = highest > float("-inf")
+    highest = tl.where(positive, highest, 0.0)
+    total = tl.sum(exp2(log_p - tl.expand_dims(highest, AXIS)), AXIS)
+    return highest + log2(tl.where(positive, total, 1.0)), positive
+
+
+@triton.jit
+def log_mean(z, exponent, AXIS: tl.constexpr, GROUP: tl.constexpr, SQUARE: tl.constexpr):
+    """log of the sum of p over the group's heads / GROUP, and where it is positive; 0 where it is not.
+
+    ``exponent`` broadcasts against z.
+    """
+    if SQUARE:
+        total = tl.sum(z * z, AXIS)
+        positive = total > 0
+        return tl.log(tl.where(positive, total / GROUP, 1.0)), positive
+    else:
+        total, positive = log2_sum(log2(z) * (exponent + 1.0), AXIS)
+        return tl.where(positive, total * LN_2 - tl.log(tl.full([], GROUP, tl.float32)), 0.0), positive
+
+
+@triton.jit
+def share_of_group(z, exponent, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, AXIS: tl.constexpr,
+                   SQUARE: tl.constexpr):  # fmt: skip
+    """u / P with u = p ** (2 - alpha) = p / z and P the sum of p over the group's heads, and where P > 0.
+
+    The heads are dimension ``AXIS`` of z when it is reshaped to [A, B, C]; ``exponent`` broadcasts against z as it is.
+    """
+    if SQUARE:
+        total = tl.sum(tl.reshape(z * z, (A, B, C)), AXIS)
+        positive = total > 0
+        return z * spread(1.0 / tl.where(positive, total, 1.0), z, A, B, C, AXIS), positive
+    else:
+        log_p = log2(z) * (exponent + 1.0)
+        total, positive = log2_sum(tl.reshape(log_p, (A, B, C)), AXIS)
+        return exp2(log_p - spread(total, z, A, B, C, AXIS)) / tl.where(z > 0, z, 1.0), positive
+
+
+@triton.jit
+def spread(x, like, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, AXIS: tl.constexpr):
+    """Repeats x, [A, B, C] without ``AXIS``, along it; in the shape of ``like``."""
+    return tl.reshape(tl.broadcast_to(tl.expand_dims(x, AXIS), (A, B, C)), like.shape)
 
 
 @triton.jit

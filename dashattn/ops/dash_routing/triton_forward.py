@@ -21,6 +21,7 @@ from dashattn.ops.dash_routing.triton_entmax import (
     fold,
     hermite_root,
     is_positive,
+    log_mean,
     narrow,
     power,
     probe,
@@ -75,7 +76,7 @@ def _measure(q, summary_desc, kv_head, first_summary, chunk, past, own, slope, p
     x = products(q, summary_desc, kv_head, first_summary, chunk, past, CHUNKS, DIM, MASKED, PRECISION)
     z = above_threshold(x - peak[:, None], slope, tau)
     p, u = power(z, exponent, SQUARE)
-    positive = is_positive(p, SQUARE)
+    positive = is_positive(z)
     sums = (sums[0] + fold(p), sums[1] + fold(u), sums[2] + fold(positive))
     if WORDS:
         column = tl.arange(0, CHUNKS)
@@ -201,9 +202,14 @@ def threshold_kernel(
 
 
 @triton.jit
-def group_sum(x, TOKENS: tl.constexpr, GROUP_P: tl.constexpr, CHUNKS: tl.constexpr):
-    """Sum over the heads of a token: [TOKENS * GROUP_P, CHUNKS] -> [TOKENS, CHUNKS]."""
-    return tl.sum(tl.reshape(x, (TOKENS, GROUP_P, CHUNKS)), 1)
+def _log_prior(q, summary_desc, kv_head, first_summary, chunk, past, peak, tau, slope, exponent, TOKENS: tl.constexpr,
+               GROUP: tl.constexpr, GROUP_P: tl.constexpr, CHUNKS: tl.constexpr, DIM: tl.constexpr,
+               SQUARE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """log of the group's mean probability of CHUNKS chunks, [TOKENS, CHUNKS], and where it is positive."""
+    x = products(q, summary_desc, kv_head, first_summary, chunk, past, CHUNKS, DIM, True, PRECISION)
+    z = above_threshold(x - peak[:, None], slope, tau)
+    exponent = tl.reshape(exponent, (TOKENS, GROUP_P, 1))
+    return log_mean(tl.reshape(z, (TOKENS, GROUP_P, CHUNKS)), exponent, 1, GROUP, SQUARE)
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_documents", "num_blocks"])
@@ -236,18 +242,20 @@ def prior_kernel(
     selected_count = tl.zeros([TOKENS], tl.float32)
     if TEMPERED:
         for chunk in range(0, last, CHUNKS):
-            x = products(q, summary_desc, kv_head, first_summary, chunk, past, CHUNKS, DIM, True, PRECISION)
-            p, _ = power(above_threshold(x - peak[:, None], slope, tau), exponent, SQUARE)
-            p = group_sum(p, TOKENS, GROUP_P, CHUNKS)
-            log_sum += tl.sum(tl.log(tl.where(p > 0, p / GROUP, 1.0)), 1)
-            selected_count += tl.sum((p > 0).to(tl.float32), 1)
+            log_p, selected = _log_prior(
+                q, summary_desc, kv_head, first_summary, chunk, past, peak, tau, slope, exponent, TOKENS, GROUP,
+                GROUP_P, CHUNKS, DIM, SQUARE, PRECISION,
+            )  # fmt: skip
+            log_sum += tl.sum(log_p, 1)
+            selected_count += tl.sum(selected.to(tl.float32), 1)
     mean = log_sum / tl.maximum(selected_count, 1.0)
     for chunk in range(0, last, CHUNKS):
-        x = products(q, summary_desc, kv_head, first_summary, chunk, past, CHUNKS, DIM, True, PRECISION)
-        p, _ = power(above_threshold(x - peak[:, None], slope, tau), exponent, SQUARE)
-        p = group_sum(p, TOKENS, GROUP_P, CHUNKS)
-        log_p = (tl.log(tl.where(p > 0, p / GROUP, 1.0)) - mean[:, None]) * inverse_sigma
-        tl.store(bias_row[:, None] + (chunk + tl.arange(0, CHUNKS))[None, :], log_p, mask=p > 0)
+        log_p, selected = _log_prior(
+            q, summary_desc, kv_head, first_summary, chunk, past, peak, tau, slope, exponent, TOKENS, GROUP, GROUP_P,
+            CHUNKS, DIM, SQUARE, PRECISION,
+        )  # fmt: skip
+        target = bias_row[:, None] + (chunk + tl.arange(0, CHUNKS))[None, :]
+        tl.store(target, (log_p - mean[:, None]) * inverse_sigma, mask=selected)
 
 
 @cache

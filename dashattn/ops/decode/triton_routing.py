@@ -17,6 +17,7 @@ from dashattn.ops.dash_routing.triton_entmax import (
     MAX_PASSES,
     above_threshold,
     is_positive,
+    log_mean,
     power,
     root_step,
     unsolved,
@@ -82,9 +83,10 @@ def _add(a, b, c, d, e, f):
 
 @triton.jit
 def _measure(x, slope, tau, exponent, SQUARE: tl.constexpr):
-    """p, and its sums for ``root_step``: in one reduction, since the warps' exchange is what a pass costs."""
-    p, u = power(above_threshold(x, slope, tau), exponent, SQUARE)
-    return p, tl.reduce((p, u, is_positive(p, SQUARE)), 1, _add)
+    """z, and the sums for ``root_step``: in one reduction, since the warps' exchange is what a pass costs."""
+    z = above_threshold(x, slope, tau)
+    p, u = power(z, exponent, SQUARE)
+    return z, tl.reduce((p, u, is_positive(z)), 1, _add)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_chunks", "num_words"])
@@ -121,16 +123,16 @@ def threshold_kernel(
     # The steps start at the left end of the bracket. No threshold lies right of the one for equal scores.
     highest = -tl.exp2((1.0 - alpha) * tl.log2(tl.maximum(own, 1).to(tl.float32)))
     tau = tl.full([1], -1.0, tl.float32)
-    p, sums = _measure(x, slope, tau, exponent, SQUARE)
+    z, sums = _measure(x, slope, tau, exponent, SQUARE)
     better = root_step(tau, sums, alpha, highest, SQUARE)
     passes = 0
     while (own > 0) & (tl.max(unsolved(tau, better, sums[0], alpha).to(tl.int32), 0) > 0) & (passes < MAX_PASSES):
         tau = better
-        p, sums = _measure(x, slope, tau, exponent, SQUARE)
+        z, sums = _measure(x, slope, tau, exponent, SQUARE)
         better = root_step(tau, sums, alpha, highest, SQUARE)
         passes += 1
 
-    selected = ((p > 0) | (chunk == own)).to(tl.int32)
+    selected = ((z > 0) | (chunk == own)).to(tl.int32)
     words = tl.sum(tl.reshape(selected, (CHUNKS // 32, 32)) << tl.arange(0, 32)[None, :], 1)
     word = tl.arange(0, CHUNKS // 32)
     word_row = ((sequence * HEADS + head).to(tl.int64) * num_tokens + query % num_tokens) * num_words
@@ -140,17 +142,16 @@ def threshold_kernel(
 
 
 @triton.jit
-def _mean_probability(product_ptr, flat_row, in_group, chunk, own, num_chunks, peak, tau, slope, exponent,
-                      GROUP: tl.constexpr, SQUARE: tl.constexpr):  # fmt: skip
-    """The group's mean probability of some chunks; 0 at those that are no candidates."""
+def _log_prior(product_ptr, flat_row, in_group, chunk, own, num_chunks, peak, tau, slope, exponent,
+               GROUP: tl.constexpr, SQUARE: tl.constexpr):  # fmt: skip
+    """log of the group's mean probability of some chunks, and where it is positive."""
     past = chunk < own
     products = tl.load(
         product_ptr + flat_row.to(tl.int64)[:, None] * num_chunks + chunk[None, :],
         mask=in_group[:, None] & past[None, :],
         other=float("-inf"),
     )
-    p, _ = power(above_threshold(products - peak[:, None], slope, tau), exponent[:, None], SQUARE)
-    return tl.sum(p, 0) / GROUP
+    return log_mean(above_threshold(products - peak[:, None], slope, tau), exponent[:, None], 0, GROUP, SQUARE)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_chunks"])
@@ -183,18 +184,18 @@ def prior_kernel(
         log_sum = tl.zeros([CHUNKS], tl.float32)
         count = tl.zeros([CHUNKS], tl.float32)
         for start in range(0, own, CHUNKS):
-            p = _mean_probability(
+            log_p, selected = _log_prior(
                 product_ptr, flat_row, in_group, start + lane, own, num_chunks, peak, tau, slope, exponent, GROUP,
                 SQUARE,
             )  # fmt: skip
-            log_sum += tl.log(tl.where(p > 0, p, 1.0))
-            count += (p > 0).to(tl.float32)
+            log_sum += log_p
+            count += selected.to(tl.float32)
         mean = tl.sum(log_sum, 0) / tl.maximum(tl.sum(count, 0), 1.0)
     chunk = tl.program_id(1) * CHUNKS + lane
-    p = _mean_probability(
+    log_p, selected = _log_prior(
         product_ptr, flat_row, in_group, chunk, own, num_chunks, peak, tau, slope, exponent, GROUP, SQUARE
     )
-    log_p = tl.where(p > 0, (tl.log(tl.where(p > 0, p, 1.0)) - mean) * inverse_sigma, 0.0)
+    log_p = tl.where(selected, (log_p - mean) * inverse_sigma, 0.0)
     row = bias_ptr + (query.to(tl.int64) * KV_HEADS + kv_head) * num_chunks
     tl.store(row + chunk, log_p, mask=chunk <= own)
 

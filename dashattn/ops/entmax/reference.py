@@ -22,8 +22,9 @@ def entmax(scores: Tensor, alpha: float | Tensor, candidates: Tensor | None = No
 
     Returns:
         ``(p, log_p)``, each [..., N]. ``sum p = 1`` to 1e-5 (float32) or 1e-12 (float64); a row without candidates
-        is all 0. ``log_p`` is -inf off the support. Differentiate ``log_p`` rather than ``p.log()``: near the edge
-        of the support ``1 / p`` overflows where the gradient of ``log_p`` does not.
+        is all 0. ``log_p`` is -inf off the support, and nowhere else: ask it rather than p, which underflows on much
+        of the support of a small alpha. Differentiate ``log_p`` rather than ``p.log()`` too: near the edge of the
+        support ``1 / p`` overflows where the gradient of ``log_p`` does not.
     """
     if candidates is not None:
         scores = scores.masked_fill(~candidates, -torch.inf)
@@ -60,8 +61,7 @@ class _Entmax(torch.autograd.Function):
         z = _solve(scores, alpha) if scores.numel() else scores.clone()
         log_p = z.log() / (alpha - 1)
         p = log_p.exp()
-        log_p = log_p.masked_fill(p == 0, -torch.inf)  # where exp underflowed, the chunk is not selected
-        ctx.save_for_backward(z.masked_fill(p == 0, 0), p, log_p, alpha)
+        ctx.save_for_backward(z, p, log_p, alpha)
         return p, log_p
 
     @staticmethod
@@ -71,7 +71,7 @@ class _Entmax(torch.autograd.Function):
         # 1 / z = p ** (1 - alpha) is at most 2 ** 24 * N; 1 / p has no such bound. With u = p ** (2 - alpha) = p / z:
         # ds = u g - u sum(u g) / sum(u).
         z, p, log_p, alpha = ctx.saved_tensors
-        support = p > 0
+        support = z > 0
         reciprocal = torch.where(support, 1 / torch.where(support, z, 1), 0)
         u = p * reciprocal
         u_sum = u.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
