@@ -57,30 +57,32 @@ def load_tile(q_ptr, alpha_ptr, start, end, index, kv_head, score_scale, KV_HEAD
 
 
 @triton.jit
-def products(q, summary_desc, kv_head, first_summary, chunk, past, CHUNKS: tl.constexpr, DIM: tl.constexpr,
-             MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """q . k~ for CHUNKS chunks from ``chunk`` on; MASKED: -inf at chunks that are no candidates."""
+def products(q, summary_desc, kv_head, first_summary, chunk, whole, past, CHUNKS: tl.constexpr, DIM: tl.constexpr,
+             PRECISION: tl.constexpr):  # fmt: skip
+    """q . k~ for CHUNKS chunks from ``chunk`` on; -inf at chunks that are no candidates.
+
+    Those before ``whole``, a multiple of CHUNKS, are candidates of every row. The branch costs less than a second loop.
+    """
     k = summary_desc.load([kv_head, first_summary + chunk, 0]).reshape(CHUNKS, DIM)
     x = tl.dot(q, k.T, input_precision=PRECISION)
-    if MASKED:
+    if chunk >= whole:
         x = tl.where((chunk + tl.arange(0, CHUNKS))[None, :] < past[:, None], x, float("-inf"))
     return x
 
 
 @triton.jit
-def _measure(q, summary_desc, kv_head, first_summary, chunk, past, own, slope, peak, tau, exponent, sums, word_row,
-             in_document, num_words, TOKENS: tl.constexpr, GROUP_P: tl.constexpr, CHUNKS: tl.constexpr,
-             DIM: tl.constexpr, SQUARE: tl.constexpr, MASKED: tl.constexpr, WORDS: tl.constexpr,
-             PRECISION: tl.constexpr):  # fmt: skip
+def _measure(q, summary_desc, kv_head, first_summary, chunk, whole, past, own, slope, peak, tau, exponent, sums,
+             word_row, in_document, num_words, TOKENS: tl.constexpr, GROUP_P: tl.constexpr, CHUNKS: tl.constexpr,
+             DIM: tl.constexpr, SQUARE: tl.constexpr, WORDS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Adds CHUNKS chunks to the folded sums of z ** r, z ** (r - 1) and z > 0; WORDS: writes their selection words."""
-    x = products(q, summary_desc, kv_head, first_summary, chunk, past, CHUNKS, DIM, MASKED, PRECISION)
+    x = products(q, summary_desc, kv_head, first_summary, chunk, whole, past, CHUNKS, DIM, PRECISION)
     z = above_threshold(x - peak[:, None], slope, tau)
     p, u = power(z, exponent, SQUARE)
     positive = is_positive(z)
     sums = (sums[0] + fold(p), sums[1] + fold(u), sums[2] + fold(positive))
     if WORDS:
         column = tl.arange(0, CHUNKS)
-        if MASKED:
+        if chunk >= whole:
             positive = tl.where((chunk + column)[None, :] == own[:, None], 1.0, positive)
         # Sixteen bits as the exact sum of float powers of two, which is cheaper than shifting each.
         weight = (1 << (column % 16)).to(tl.float32)
@@ -117,16 +119,13 @@ def threshold_kernel(
     past = tl.maximum(own, 0)
     last = tl.max(own, 0)
 
-    # Chunks before ``whole`` are candidates of every row. Rows that stand for nothing must not select any.
     whole = index * TOKENS // BLOCK // CHUNKS * CHUNKS
     zero = tl.zeros([ROWS, 8], tl.float32)
     peaks = zero + float("-inf")
-    for chunk in range(0, whole, CHUNKS):
-        x = products(q, summary_desc, kv_head, first_summary, chunk, past, CHUNKS, DIM, False, PRECISION)
+    for chunk in range(0, last, CHUNKS):
+        x = products(q, summary_desc, kv_head, first_summary, chunk, whole, past, CHUNKS, DIM, PRECISION)
         peaks = tl.maximum(peaks, tl.max(tl.reshape(x, (ROWS, CHUNKS // 8, 8)), 1))
-    for chunk in range(whole, last, CHUNKS):
-        x = products(q, summary_desc, kv_head, first_summary, chunk, past, CHUNKS, DIM, True, PRECISION)
-        peaks = tl.maximum(peaks, tl.max(tl.reshape(x, (ROWS, CHUNKS // 8, 8)), 1))
+    # Rows that stand for nothing must not select any.
     peak = tl.where(past > 0, tl.max(peaks, 1), tl.where(valid, 0.0, 1e30))
 
     # One pass at four thresholds at once brackets the root closely enough for cubic interpolation. Relative to a peak
@@ -136,14 +135,8 @@ def threshold_kernel(
     at_2 = (zero, zero)
     at_3 = (zero, zero)
     at_4 = (zero, zero)
-    for chunk in range(0, whole, CHUNKS):
-        x = products(q, summary_desc, kv_head, first_summary, chunk, past, CHUNKS, DIM, False, PRECISION)
-        at_1 = probe(x, slope, level - 1.0, at_1, exponent, SQUARE)
-        at_2 = probe(x, slope, level - 0.75, at_2, exponent, SQUARE)
-        at_3 = probe(x, slope, level - 0.5, at_3, exponent, SQUARE)
-        at_4 = probe(x, slope, level - 0.25, at_4, exponent, SQUARE)
-    for chunk in range(whole, last, CHUNKS):
-        x = products(q, summary_desc, kv_head, first_summary, chunk, past, CHUNKS, DIM, True, PRECISION)
+    for chunk in range(0, last, CHUNKS):
+        x = products(q, summary_desc, kv_head, first_summary, chunk, whole, past, CHUNKS, DIM, PRECISION)
         at_1 = probe(x, slope, level - 1.0, at_1, exponent, SQUARE)
         at_2 = probe(x, slope, level - 0.75, at_2, exponent, SQUARE)
         at_3 = probe(x, slope, level - 0.5, at_3, exponent, SQUARE)
@@ -165,30 +158,20 @@ def threshold_kernel(
     # One step from there nearly always solves it. What follows proves it, and writes the words as it does; the words
     # of a pass whose thresholds prove inexact are overwritten by the next.
     sums = (zero, zero, zero)
-    for chunk in range(0, whole, CHUNKS):
+    for chunk in range(0, last, CHUNKS):
         sums = _measure(
-            q, summary_desc, kv_head, first_summary, chunk, past, own, slope, peak, tau, exponent, sums, word_row,
-            in_document, num_words, TOKENS, GROUP_P, CHUNKS, DIM, SQUARE, False, False, PRECISION,
-        )  # fmt: skip
-    for chunk in range(whole, last, CHUNKS):
-        sums = _measure(
-            q, summary_desc, kv_head, first_summary, chunk, past, own, slope, peak, tau, exponent, sums, word_row,
-            in_document, num_words, TOKENS, GROUP_P, CHUNKS, DIM, SQUARE, True, False, PRECISION,
+            q, summary_desc, kv_head, first_summary, chunk, whole, past, own, slope, peak, tau, exponent, sums,
+            word_row, in_document, num_words, TOKENS, GROUP_P, CHUNKS, DIM, SQUARE, False, PRECISION,
         )  # fmt: skip
     tau = root_step(tau, row_sums(sums), alpha, highest, SQUARE)
     searching = True
     passes = 0
     while searching:
         sums = (zero, zero, zero)
-        for chunk in range(0, whole, CHUNKS):
+        for chunk in range(0, last + 1, CHUNKS):
             sums = _measure(
-                q, summary_desc, kv_head, first_summary, chunk, past, own, slope, peak, tau, exponent, sums, word_row,
-                in_document, num_words, TOKENS, GROUP_P, CHUNKS, DIM, SQUARE, False, True, PRECISION,
-            )  # fmt: skip
-        for chunk in range(whole, last + 1, CHUNKS):
-            sums = _measure(
-                q, summary_desc, kv_head, first_summary, chunk, past, own, slope, peak, tau, exponent, sums, word_row,
-                in_document, num_words, TOKENS, GROUP_P, CHUNKS, DIM, SQUARE, True, True, PRECISION,
+                q, summary_desc, kv_head, first_summary, chunk, whole, past, own, slope, peak, tau, exponent, sums,
+                word_row, in_document, num_words, TOKENS, GROUP_P, CHUNKS, DIM, SQUARE, True, PRECISION,
             )  # fmt: skip
         passes += 1
         totals = row_sums(sums)
@@ -202,11 +185,11 @@ def threshold_kernel(
 
 
 @triton.jit
-def _log_prior(q, summary_desc, kv_head, first_summary, chunk, past, peak, tau, slope, exponent, TOKENS: tl.constexpr,
-               GROUP: tl.constexpr, GROUP_P: tl.constexpr, CHUNKS: tl.constexpr, DIM: tl.constexpr,
-               SQUARE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _log_prior(q, summary_desc, kv_head, first_summary, chunk, whole, past, peak, tau, slope, exponent,
+               TOKENS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, CHUNKS: tl.constexpr,
+               DIM: tl.constexpr, SQUARE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """log of the group's mean probability of CHUNKS chunks, [TOKENS, CHUNKS], and where it is positive."""
-    x = products(q, summary_desc, kv_head, first_summary, chunk, past, CHUNKS, DIM, True, PRECISION)
+    x = products(q, summary_desc, kv_head, first_summary, chunk, whole, past, CHUNKS, DIM, PRECISION)
     z = above_threshold(x - peak[:, None], slope, tau)
     exponent = tl.reshape(exponent, (TOKENS, GROUP_P, 1))
     return log_mean(tl.reshape(z, (TOKENS, GROUP_P, CHUNKS)), exponent, 1, GROUP, SQUARE)
@@ -233,6 +216,7 @@ def prior_kernel(
     )  # fmt: skip
     past = tl.maximum(own, 0)
     last = tl.max(past, 0)
+    whole = index * TOKENS // BLOCK // CHUNKS * CHUNKS
     peak = tl.load(peak_ptr + flat_row, mask=valid, other=0.0)
     tau = tl.load(tau_ptr + flat_row, mask=valid, other=0.0)
 
@@ -243,7 +227,7 @@ def prior_kernel(
     if TEMPERED:
         for chunk in range(0, last, CHUNKS):
             log_p, selected = _log_prior(
-                q, summary_desc, kv_head, first_summary, chunk, past, peak, tau, slope, exponent, TOKENS, GROUP,
+                q, summary_desc, kv_head, first_summary, chunk, whole, past, peak, tau, slope, exponent, TOKENS, GROUP,
                 GROUP_P, CHUNKS, DIM, SQUARE, PRECISION,
             )  # fmt: skip
             log_sum += tl.sum(log_p, 1)
@@ -251,8 +235,8 @@ def prior_kernel(
     mean = log_sum / tl.maximum(selected_count, 1.0)
     for chunk in range(0, last, CHUNKS):
         log_p, selected = _log_prior(
-            q, summary_desc, kv_head, first_summary, chunk, past, peak, tau, slope, exponent, TOKENS, GROUP, GROUP_P,
-            CHUNKS, DIM, SQUARE, PRECISION,
+            q, summary_desc, kv_head, first_summary, chunk, whole, past, peak, tau, slope, exponent, TOKENS, GROUP,
+            GROUP_P, CHUNKS, DIM, SQUARE, PRECISION,
         )  # fmt: skip
         target = bias_row[:, None] + (chunk + tl.arange(0, CHUNKS))[None, :]
         tl.store(target, (log_p - mean[:, None]) * inverse_sigma, mask=selected)
