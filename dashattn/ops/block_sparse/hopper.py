@@ -80,7 +80,8 @@ def _attend_block(acc, total, peak, q, k_ring, v_ring, full, empty, entry, block
         # 32k): the other tile keeps the tensor cores busy, and a running accumulator through a branch costs copies.
         acc = warpgroup_mma(p, v_ring.index(stage), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        _barrier()
+    # No warp may give back a stage that another one has not yet seen full, blocks that are passed over included.
+    _barrier()
     mbarrier.arrive(empty.index(stage), count=1)
     return acc, total, peak
 
