@@ -124,8 +124,8 @@ def select(q: Tensor, summaries: Tensor, router_scale: float, tokens: Tensor, ch
     for head in range(kv_heads):
         q_tGD = q[0, tokens, head * group : (head + 1) * group].float()
         scores = torch.einsum("tgd,nd->tgn", q_tGD, summaries[0, :, head].float()) * (router_scale * head_dim**-0.5)
-        p, _ = entmax(scores, 1.5, past[:, None])
-        mask[:, head, :complete] = (p > 0).any(1)
+        _, log_p = entmax(scores, 1.5, past[:, None])
+        mask[:, head, :complete] = (log_p > -torch.inf).any(1)
     mask[torch.arange(len(tokens), device=q.device), :, own] = True
     return mask
 

@@ -30,12 +30,6 @@ from dashattn.ops.tuning import around, launch
 
 
 @triton.jit
-def _spread(x, TOKENS: tl.constexpr, GROUP_P: tl.constexpr):
-    """[TOKENS] -> [TOKENS * GROUP_P]: a token's number for each head of its group."""
-    return tl.reshape(tl.broadcast_to(x[:, None], (TOKENS, GROUP_P)), (TOKENS * GROUP_P,))
-
-
-@triton.jit
 def _listed_chunks(q, summaries_ptr, block_list, bias_row, entry, num_blocks, kv_head, first_summary, past, peak, tau,
                    slope, exponent, in_document, KV_HEADS: tl.constexpr, TOKENS: tl.constexpr, GROUP_P: tl.constexpr,
                    CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SQUARE: tl.constexpr,
@@ -124,7 +118,7 @@ def query_kernel(
     mean = tl.zeros([TOKENS], tl.float32)
     if TEMPERED:
         mean = tl.sum(b_sum, 1) / tl.maximum(tl.sum(b_count, 1), 1.0)
-    mean_row = _spread(mean, TOKENS, GROUP_P)
+    mean_row = tl.reshape(tl.broadcast_to(mean[:, None], (TOKENS, GROUP_P)), (ROWS,))
     u_total = tl.sum(u_sum, 1)
     row_mean = (tl.sum(ub_sum, 1) - mean_row * tl.sum(u_share, 1)) / tl.where(u_total > 0, u_total, 1.0)
     tl.store(row_mean_ptr + flat_row, row_mean, mask=valid)

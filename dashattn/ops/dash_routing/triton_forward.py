@@ -155,8 +155,8 @@ def threshold_kernel(
     tile_position = index * TOKENS + tl.arange(0, TOKENS)
     in_document = start + tile_position < end
     word_row = words + (kv_head.to(tl.int64) * num_tokens + start + tile_position) * num_words
-    # One step from there nearly always solves it. What follows proves it, and writes the words as it does; the words
-    # of a pass whose thresholds prove inexact are overwritten by the next.
+    # One step from there solves a row, or nearly. What follows proves it, and writes the words as it does; the words of
+    # a pass whose thresholds prove inexact are overwritten by the next.
     sums = (zero, zero, zero)
     for chunk in range(0, last, CHUNKS):
         sums = _measure(
