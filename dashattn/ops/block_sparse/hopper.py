@@ -163,10 +163,10 @@ def forward_kernel(
     kv_head = pid // num_slots
     slot = num_slots - 1 - pid % num_slots
     _, start, end, index = locate_tile(documents, slot, num_documents, TOKENS)
-    count = counts + (kv_head * num_slots + slot) * 2
-    past = gl.load(count)
-    num_blocks = gl.load(count + 1)
-    list_start = (kv_head.to(gl.int64) * num_slots + slot) * list_width
+    list_row = kv_head.to(gl.int64) * num_slots + slot
+    past = gl.load(counts + list_row * 2)
+    num_blocks = gl.load(counts + list_row * 2 + 1)
+    list_start = list_row * list_width
 
     dtype: gl.constexpr = k_desc.dtype
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, DIM], dtype)

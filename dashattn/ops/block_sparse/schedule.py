@@ -27,7 +27,8 @@ def _tile_list_kernel(
     position = index * TOKENS + token
     valid = start + position < end
     own = tl.where(valid, position // BLOCK, -1)
-    row = (kv_head.to(tl.int64) * num_slots + slot) * (num_words * 32)
+    list_row = kv_head.to(tl.int64) * num_slots + slot
+    row = list_row * (num_words * 32)
     past_end = (index * TOKENS) // BLOCK  # blocks before this one lie wholly in the past of every token
     last = tl.max(own, 0)
 
@@ -51,9 +52,15 @@ def _tile_list_kernel(
         tl.store(choices + place, choice, mask=chosen != 0)
         total += tl.sum(chosen, 0)
         past += tl.sum(tl.where(block < past_end, chosen, 0), 0)
-    count = counts + (kv_head * num_slots + slot) * 2
-    tl.store(count, past)
-    tl.store(count + 1, total)
+    tl.store(counts + list_row * 2, past)
+    tl.store(counts + list_row * 2 + 1, total)
+
+
+@triton.jit
+def key_list_start(document_base, kv_head, capacity, block, length, BLOCK: tl.constexpr):
+    """Where the list of a document's block begins: each has room for the tokens from the block's first one on."""
+    block = block.to(tl.int64)
+    return kv_head.to(tl.int64) * capacity + document_base + block * length - BLOCK * (block * (block - 1) // 2)
 
 
 @triton.jit(
@@ -68,20 +75,14 @@ def _key_list_kernel(
     kv_head = tl.program_id(1)
     document, start, end, block = locate_tile(documents, slot, num_documents, BLOCK)
     first = start + block * BLOCK
-    length = (end - start).to(tl.int64)
-    base = (
-        kv_head * capacity
-        + tl.load(bases + document)
-        + block * length
-        - BLOCK * (block.to(tl.int64) * (block - 1) // 2)
-    )
+    base = key_list_start(tl.load(bases + document), kv_head, capacity, block, end - start, BLOCK)
     lane = tl.arange(0, STEP)
     word_ptr = words + kv_head.to(tl.int64) * num_tokens * num_words + block // 32
-    row = kv_head * num_slots + slot
+    row = kv_head.to(tl.int64) * num_slots + slot
     total = 0
     near = 0
     for begin in range(first // STEP * STEP, end, STEP):
-        tl.store(offsets + row.to(tl.int64) * num_windows + begin // window, total, mask=begin % window == 0)
+        tl.store(offsets + row * num_windows + begin // window, total, mask=begin % window == 0)
         token = begin + lane
         valid = (token >= first) & (token < end) & (block // 32 < num_words)
         w = tl.load(word_ptr + token.to(tl.int64) * num_words, mask=valid, other=0)
@@ -116,7 +117,7 @@ class KeyLists:
 
     Attributes:
         tokens: int32 [H, capacity], flat token indices.
-        bases: int64 [D]: where the lists of a document begin; ``key_list_offset`` has the rest.
+        bases: int64 [D]: where the lists of a document begin; ``key_list_start`` has the rest.
         counts: int32 [H, slots, 2]: tokens inside the block itself (they come first), and all tokens.
         offsets: int32 [H, slots, windows]: tokens of the list before each window; undefined up to the block's own.
         window: tokens of a window; windows count from the first token of the batch.

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dashattn.ops.block_sparse.schedule import KeyLists, TileLists
+from dashattn.ops.block_sparse.schedule import KeyLists, TileLists, key_list_start
 from dashattn.ops.block_sparse.triton_forward import key_descriptor, precision, stages_that_fit
 from dashattn.ops.tiles import LOG2E, Geometry, locate_tile, power_of_2_from, query_rows
 from dashattn.ops.tuning import around, launch
@@ -114,8 +114,9 @@ def query_grad_kernel(
         bias_grad = bias_grad_ptr + (tile_token * KV_HEADS + kv_head) * bias_width
 
     dq = tl.zeros([ROWS, DIM], tl.float32)
-    list_start = (kv_head.to(tl.int64) * num_slots + slot) * list_width
-    count = counts + (kv_head * num_slots + slot) * 2
+    list_row = kv_head.to(tl.int64) * num_slots + slot
+    list_start = list_row * list_width
+    count = counts + list_row * 2
     past = tl.load(count)
     num_blocks = tl.load(count + 1)
     for entry in range(0, past):
@@ -212,11 +213,10 @@ def key_grad_kernel(
     dk = tl.zeros([KEYS, DIM], tl.float32)
     dv = tl.zeros([KEYS, DIM], tl.float32)
 
-    length = (end - start).to(tl.int64)
-    base = kv_head * capacity + tl.load(list_bases + document) + block * length
-    list_ptr = list_tokens + base - BLOCK * (block.to(tl.int64) * (block - 1) // 2)
-    row = kv_head * num_slots + slot
-    offset_ptr = offsets + row.to(tl.int64) * num_windows + this_window
+    document_base = tl.load(list_bases + document)
+    list_ptr = list_tokens + key_list_start(document_base, kv_head, capacity, block, end - start, BLOCK)
+    row = kv_head.to(tl.int64) * num_slots + slot
+    offset_ptr = offsets + row * num_windows + this_window
     begin = tl.load(offset_ptr, mask=this_window > first_window, other=0)
     stop = tl.load(counts + row * 2 + 1)
     stop = tl.load(offset_ptr + 1, mask=this_window < last_window, other=stop)

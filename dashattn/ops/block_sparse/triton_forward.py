@@ -85,8 +85,9 @@ def forward_kernel(
     acc = tl.zeros([ROWS, DIM], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     peak = tl.full([ROWS], NO_PEAK, tl.float32)
-    list_start = (kv_head.to(tl.int64) * num_slots + slot) * list_width
-    count = counts + (kv_head * num_slots + slot) * 2
+    list_row = kv_head.to(tl.int64) * num_slots + slot
+    list_start = list_row * list_width
+    count = counts + list_row * 2
     past = tl.load(count)
     num_blocks = tl.load(count + 1)
     for entry in range(0, past):

@@ -81,8 +81,9 @@ def query_kernel(
     tile_token = start + index * TOKENS + tl.arange(0, TOKENS)
     bias_row = bias_grad_ptr + (tile_token.to(tl.int64) * KV_HEADS + kv_head) * num_blocks
     in_document = tile_token < end
-    block_list = blocks + (kv_head.to(tl.int64) * num_slots + slot) * list_width
-    entries = tl.load(counts + (kv_head * num_slots + slot) * 2 + 1)
+    list_row = kv_head.to(tl.int64) * num_slots + slot
+    block_list = blocks + list_row * list_width
+    entries = tl.load(counts + list_row * 2 + 1)
 
     # One pass gives all sums of both terms of dL = b - mean(b); the mean itself is known after it.
     token_zero = tl.zeros([TOKENS, 8], tl.float32)
