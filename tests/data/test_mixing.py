@@ -32,6 +32,8 @@ def test_a_place_depends_on_seed_and_number_alone():
     assert places != [Schedule([2, 1], seed=2).place(number) for number in range(5000)]
     first = [component for component, _ in places[:1024]]
     assert max(len(list(run)) for _, run in itertools.groupby(first)) > 3, "random, not in turn"
+    second = [component for component, _ in places[1024:2048]]
+    assert sum(a == b for a, b in zip(first, second, strict=True)) < 700, "each block has an order of its own"
 
 
 @pytest.fixture
@@ -98,6 +100,25 @@ def test_validation_has_both_corpora_and_ends_before_a_row_repeats(mixture):
     counts = Counter(corpus_of(stream, row) for row in found)
     assert counts["small"] == stream.num_rows[0], "the corpus with fewer rows is used up"
     assert 0 < stream.unigram_entropy() < np.log(300)
+
+
+def test_the_unigram_entropy_weighs_corpora_as_they_are_mixed(mixture):
+    """Counted by hand, over corpora of unlike sizes and weights."""
+    stream = mixture("validation", small=3.0, large=1.0)
+    size = stream.vocab_size
+
+    def mixed(part_of):
+        counts = []
+        for name in ("small", "large"):
+            tokens, ends = part_of(stream.corpora[name]).window(0, len(part_of(stream.corpora[name])))
+            targets = [token for document in np.split(tokens, ends[:-1]) for token in document[1:].tolist()]
+            counts.append(np.array([targets.count(token) for token in range(size)]))
+        assert counts[0].sum() < counts[1].sum() / 3
+        return 0.75 * counts[0] / counts[0].sum() + 0.25 * counts[1] / counts[1].sum(), sum(counts).sum()
+
+    (training, total), (validation, _) = mixed(lambda c: c.training[0]), mixed(lambda c: c.validation)
+    smoothed = (total * training + 1) / (total + size)
+    assert stream.unigram_entropy() == pytest.approx(-(validation * np.log(smoothed)).sum(), rel=1e-9)
 
 
 def test_long_documents_are_read_oftener(mixture):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from data import DamagedShardError, DataSourceError, build_tokenizer
 from data import prepared as prepared_module
 from data.corpora import iterate_documents, split_of
 from data.prepared import prepare
+from data.shards import ShardWriter, TokenizedPart
 from data.tokenizer import TextTokenizer
 
 
@@ -197,6 +199,37 @@ def test_a_damaged_shard_is_found_and_made_again(make, small_shards, tmp_path, c
     make(verify=True)
     assert contents(folder) == whole
     assert damage == "lost" or "shard-00002 is damaged" in capfd.readouterr().err
+
+
+def test_every_block_of_a_large_shard_has_a_check(tmp_path):
+    """Two whole blocks of 64 KiB, and the beginning of a third."""
+    tokens = np.arange(70_000, dtype=np.int64) % 300
+    with ShardWriter(tmp_path, 0, np.dtype(np.uint16), 300) as writer:
+        writer.add("train-0", tokens, np.full(7, 10_000), 1)
+        writer.publish(7)
+    shard = tmp_path / "shard-00000"
+
+    def part():
+        return TokenizedPart([shard], "train-0", np.dtype(np.uint16), 300)
+
+    part().verify()
+    assert np.array_equal(part().window(0, 70_000)[0], tokens)
+    harms = [(65_535, 0, (32_768, 70_000)), (65_536, 65_536, (0, 32_768)), (139_999, 131_072, (0, 65_536))]
+    for byte, block, unharmed in harms:
+        flip(shard / "train-0.tokens", byte)
+        assert np.array_equal(part().window(*unharmed)[0], tokens[slice(*unharmed)])
+        for read in (part().verify, lambda byte=byte: part().window(byte // 2, byte // 2 + 1)):
+            with pytest.raises(DamagedShardError, match=rf"the 64 KiB at byte {block}\)"):
+                read()
+        flip(shard / "train-0.tokens", byte)
+
+
+def test_every_token_is_counted_as_a_target_but_the_first_of_each_document(make, small_shards):
+    prepared = make(length_buckets=[60])
+    for part in (*prepared.training.values(), prepared.validation):
+        tokens, ends = part.window(0, len(part))
+        targets = Counter(token for document in np.split(tokens, ends[:-1]) for token in document[1:].tolist())
+        assert part.target_counts.tolist() == [targets[token] for token in range(len(part.target_counts))]
 
 
 def test_a_damaged_word_that_all_is_there_costs_nothing(make, small_shards, tmp_path):

@@ -120,6 +120,8 @@ def test_the_heat_map_walks_through_its_depths(encoder):
     for sample in samples:
         context = sample.prompt.split("\n")[1]
         assert context.index(sample.evidence[0]) / len(context) == pytest.approx(sample.depth, abs=0.08)
+        assert context.startswith(sample.evidence[0]) == (sample.depth == 0.0)
+        assert context.endswith(sample.evidence[0]) == (sample.depth == 1.0)
 
 
 @pytest.mark.parametrize("values", [1, 2, 4, 8, 16])

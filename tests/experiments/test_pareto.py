@@ -137,6 +137,8 @@ def test_another_form_of_the_task_is_another_panel():
 def test_only_the_newest_checkpoint_counts():
     rows = frontier.newest([make_row(step=100, score=0.1), make_row(step=200, score=0.2), make_row(step=150)])
     assert [row["step"] for row in rows] == [200]
+    again = [make_row(step=200, score=score) for score in (0.3, 0.2)]  # of the same checkpoint, the row written last
+    assert [row["score"] for row in frontier.newest(again)] == [0.2]
 
 
 def test_says_untrained_when_the_control_fails():

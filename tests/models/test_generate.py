@@ -44,6 +44,17 @@ def test_decoded_logits_equal_one_forward(attention):
         torch.testing.assert_close(torch.cat(logits, dim=1), model(input_ids).logits, atol=1e-6, rtol=0)
 
 
+def test_decoding_scales_embeddings_branches_and_logits_as_one_forward_does():
+    model = build(BACKENDS["dash"], embedding_scale=3.0, residual_scale=0.5, logit_scale=0.25).double()
+    input_ids = tokens(2, 20)
+    cache = model.new_cache(2, 20)
+    logits = model.decode(input_ids[:, :19], cache)
+    cache.advance(19)
+    logits = torch.cat([logits, model.decode(input_ids[:, 19:], cache)], dim=1)
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(input_ids).logits, atol=1e-6, rtol=0)
+
+
 @every_backend
 def test_a_step_says_whether_it_waits_for_the_device(attention):
     """A tensor without values refuses to be read, as a CUDA graph under capture would."""

@@ -82,6 +82,24 @@ def test_a_token_that_selects_nothing_gives_zero_and_no_gradient():
     assert all(x.isfinite().all() for x in (dq, dk, dv))
 
 
+def test_a_block_that_a_token_leaves_out_does_not_move_its_softmax():
+    """Its neighbours in the tile choose the block, whose logits exceed the others by 160, base 2."""
+    q, k, v, grad = (torch.randn(1, 48, heads, 16) for heads in (2, 1, 1, 2))
+    q[..., 0] = 4.0
+    k[..., 0] = 0.0
+    k[:, 16:32, :, 0] = 111.0
+    mask = torch.ones(1, 48, 1, 3, dtype=torch.bool)
+    mask[:, ::2, :, 1] = False
+    selection = Selection.from_mask(mask, 16)
+    expected = run(reference.block_sparse_attention, q, k, v, selection, None, grad, None)
+    results = run(kernels.block_sparse_attention, q, k, v, selection, None, grad, None)
+    for result, wanted in zip(results, expected, strict=True):
+        assert relative_error(result, wanted) < 1e-3  # dq: differences of large numbers
+    own = torch.einsum("thd,sd->hts", q[0, ::2], k[0, :16, 0]) / 4  # of the second block's even tokens: block 0 alone
+    alone = torch.einsum("hts,sd->thd", own[:, 8:16].softmax(-1), v[0, :16, 0])
+    assert relative_error(results[0][0, 16:32:2], alone) < 3e-5
+
+
 def test_lists_hold_exactly_the_selected_pairs():
     cu_seqlens = torch.tensor([0, 30, 90], dtype=torch.int32)
     selection = Selection.from_mask(torch.rand(1, 90, 2, 40) < 0.3, 16)

@@ -12,7 +12,11 @@ if torch.cuda.is_available():
     pytest.skip("tests/gpu covers the kernels where there is a GPU", allow_module_level=True)
 
 
-@pytest.mark.parametrize(("length", "cu_seqlens"), [(100, None), (5, None), (100, [0, 20, 20, 21, 75, 100])], ids=str)
+@pytest.mark.parametrize(
+    ("length", "cu_seqlens"),
+    [(100, None), (5, None), (16, None), (48, None), (100, [0, 20, 20, 21, 75, 100]), (96, [0, 16, 48, 48, 96])],
+    ids=str,
+)
 @pytest.mark.parametrize("rotated", [False, True])
 def test_summaries_and_gradients_agree_with_the_reference(length, rotated, cu_seqlens):
     if cu_seqlens is not None:
