@@ -17,7 +17,7 @@ install: .venv/.installed
 # The first frontier: train, evaluate, table and figure. Again: finishes what is missing.
 pareto: install
 	$(PY) -m experiments.sweep sweep=$(SWEEP) output_dir=$(OUTPUT)
-	$(PY) -m experiments.pareto $(OUTPUT)
+	$(PY) -m experiments.figures.pareto $(OUTPUT)
 
 # All figures and tables of evaluated studies, and a page that holds them; from rows alone, without a GPU.
 figures: install
@@ -32,7 +32,7 @@ test-all: install lint
 
 # For the night: a run is killed a hundred times, a preparation thirty times, a sweep five times.
 test-crash: install
-	$(PY) -m pytest -k killed tests/experiments/test_crash.py tests/data/test_prepared.py
+	$(PY) -m pytest -k killed tests/experiments/training/test_crash.py tests/data/test_prepared.py
 
 # The kernels at real sizes, on a machine with a GPU; elsewhere its tests are skipped.
 test-gpu: install

@@ -28,8 +28,11 @@ from torch import Tensor
 
 from dashattn.stats import AttentionStats
 from data import Batch, BatchStream, Prefetched, build_data
-from experiments.anomalies import ANOMALIES, LossWatch
-from experiments.checkpoint import (
+from experiments.config import TrainConfig, accumulation, check, register_configs, to_config
+from experiments.errors import Preempted, Stopped, run_faults, user_errors
+from experiments.signals import StopRequest
+from experiments.training.anomalies import ANOMALIES, LossWatch
+from experiments.training.checkpoint import (
     find_weights,
     load_checkpoint,
     load_weights,
@@ -37,8 +40,7 @@ from experiments.checkpoint import (
     step_name,
     write_checkpoint,
 )
-from experiments.config import TrainConfig, accumulation, check, register_configs, to_config
-from experiments.engine import (
+from experiments.training.engine import (
     Ranks,
     backend_metrics,
     build_engine,
@@ -51,13 +53,11 @@ from experiments.engine import (
     to_host,
     validation_loss,
 )
-from experiments.errors import Preempted, Stopped, run_faults, user_errors
-from experiments.metrics import Clock, MetricsWriter, attention_metrics, peak_memory_mib
-from experiments.optim import build_optimizer, learning_rate
-from experiments.run_dir import RunDir, config_hash, find_run_dir, open_run_dir, verify_checkpoint
-from experiments.signals import StopRequest
-from experiments.tracing import Tracer
-from experiments.utilisation import Utilisation, peak_tflops
+from experiments.training.metrics import Clock, MetricsWriter, attention_metrics, peak_memory_mib
+from experiments.training.optim import build_optimizer, learning_rate
+from experiments.training.run_dir import RunDir, config_hash, find_run_dir, open_run_dir, verify_checkpoint
+from experiments.training.tracing import Tracer
+from experiments.training.utilisation import Utilisation, peak_tflops
 from models import Transformer
 from slurm.submit import submit_run
 

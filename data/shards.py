@@ -33,8 +33,8 @@ class DamagedShardError(ValueError):
     def __init__(self, shard: Path, problem: str) -> None:
         self.problem = problem
         super().__init__(
-            f"{shard} is damaged ({problem}): `python -m experiments.prepare` with the arguments of the run finds "
-            "all damaged shards and makes them again"
+            f"{shard} is damaged ({problem}): `python -m experiments.training.prepare` with the arguments of the "
+            "run finds all damaged shards and makes them again"
         )
 
 

@@ -1,4 +1,5 @@
-"""Files that a crash cannot leave half written: text replaced in one step, rows of JSON, and checksums."""
+"""Where the code lies, and files that a crash cannot leave half written: text replaced in one step, rows of JSON, and
+checksums."""
 
 import csv
 import hashlib
@@ -7,6 +8,10 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# For Hydra, which looks a relative path up beside the module that was started.
+CONFIGS = str(ROOT / "configs")
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -1,8 +1,8 @@
 """Text generation with a decode cache: greedy, temperature, top-p; prompts of different length in one batch.
 
-    python -m models.generate run=outputs/NAME prompt="import os"
+    python -m experiments.evaluation.generate run=outputs/NAME prompt="import os"
 
-The command line itself is ``experiments/generation.py``, which knows run directories; this module does not.
+The command line itself is ``experiments/evaluation/generate.py``, which knows run directories; this module does not.
 """
 
 from collections.abc import Callable, Collection
@@ -137,9 +137,3 @@ def _check(model: Transformer, prompts: list[list[int]], max_new_tokens: int, te
         raise ValueError(f"temperature={temperature} must not be negative: 0 takes the likeliest token")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must lie in (0, 1]: 1 samples from all tokens")
-
-
-if __name__ == "__main__":
-    from experiments.generation import main
-
-    main()

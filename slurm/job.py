@@ -7,9 +7,9 @@ from pathlib import Path
 from submitit import JobEnvironment
 from submitit.helpers import TorchDistributedEnvironment
 
-from experiments.cells import Cell, run_cell
 from experiments.errors import REQUEUE
 from experiments.signals import Children
+from experiments.sweep.cells import Cell, run_cell
 
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

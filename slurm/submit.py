@@ -21,11 +21,11 @@ from pathlib import Path
 from rich.console import Console
 from submitit import SlurmExecutor
 
-from experiments.cells import ROOT, Cell, SweepConfig, cells, write_plan
 from experiments.config import LauncherConfig, TrainConfig, check
 from experiments.errors import REQUEUE
-from experiments.files import write_atomically
-from experiments.run_dir import SNAPSHOT, SUBMITTED, code_state
+from experiments.files import ROOT, write_atomically
+from experiments.sweep.cells import Cell, SweepConfig, cells, write_plan
+from experiments.training.run_dir import SNAPSHOT, SUBMITTED, code_state
 from slurm.job import run_task
 
 JOBS = "jobs.json"
@@ -65,7 +65,7 @@ def submit_sweep(config: SweepConfig, console: Console) -> None:
         waiting |= _submit(list(group), config.launcher, output_dir, output_dir / "logs", after=waiting.get(base))
     console.print(
         f"{config.name}: {len(todo)} cells submitted, {len(waiting) - len(todo)} were queued, "
-        f"{len(found) - len(waiting)} done; python -m slurm.status {config.output_dir} shows how they stand",
+        f"{len(found) - len(waiting)} done; how they stand: python -m experiments.sweep.status {config.output_dir}",
         highlight=False,
     )
 

@@ -11,10 +11,10 @@ from omegaconf import OmegaConf
 import train  # noqa: F401 (registers the schemas)
 from dashattn.backends import Capabilities
 from dashattn.backends.dash import DashBackend
-from experiments.cells import cells, register_sweep_config
 from experiments.config import TrainConfig, accumulation, check, load_config, plain, to_config
-from experiments.evaluation import register_evaluate_config
-from experiments.tasks.config import check_tasks
+from experiments.evaluation.config import check_tasks
+from experiments.evaluation.evaluate import register_evaluate_config
+from experiments.sweep.cells import cells, register_sweep_config
 from models import Transformer
 
 register_sweep_config()

@@ -43,37 +43,41 @@ TESTED = {
     "make pareto",
     "make test",  # this
     "make test-all",  # this, and what is marked slow
-    "make test-crash",  # experiments/test_crash.py, data/test_prepared.py
+    "make test-crash",  # experiments/training/test_crash.py, data/test_prepared.py
     "make test-gpu",  # on a GPU
     "pytest tests/gpu/test_two_gpus.py",  # on two
-    "make figures",  # experiments/test_figures.py
+    "make figures",  # experiments/figures/test_figures.py
     "python train.py experiment=debug attention=dash attention.chunk_size=16",
     "python evaluate.py run=outputs/debug-dash tasks=[loss,position] knobs=[1,10,50]",
-    'python -m models.generate run=outputs/debug-dash prompt="import os"',  # experiments/test_generation.py
+    # experiments/evaluation/test_generate.py
+    'python -m experiments.evaluation.generate run=outputs/debug-dash prompt="import os"',
     "python -m experiments.sweep sweep=smoke",
-    "python -m experiments.pareto outputs/smoke",
+    "python -m experiments.figures.pareto outputs/smoke",
     "python train.py --cfg job",
-    "python -m experiments.speed",  # needs a GPU; refusal without one and all around it: experiments/test_speed.py
-    "python -m experiments.speed_report results/speed_h100",
+    "python -m experiments.speed",  # on a GPU; refusal without one: experiments/speed/test_benchmark.py
+    "python -m experiments.speed.report results/speed_h100",
     "torchrun --standalone --nproc-per-node 8 train.py model=350m data=hub deepspeed=zero2 ...",  # test_train_cli.py
     "deepspeed --no_local_rank --num_gpus 8 train.py ...",  # test_train_cli.py
-    "python -m experiments.throughput",  # experiments/test_throughput.py
-    "python -m experiments.parallel",  # experiments/test_parallel.py
+    "python -m experiments.throughput",  # experiments/throughput/test_steps.py
+    "python -m experiments.throughput.scaling",  # experiments/throughput/test_scaling.py
     "pip install .",
     "python -m data.collect corpora/notes.jsonl ~/notes '*.deb'",  # data/test_collect.py
-    "python -m experiments.prepare data=mixture",  # experiments/test_prepare.py
-    "python -m experiments.export outputs/debug-dash debug-hf",  # models/test_hf.py, experiments/test_train.py
+    "python -m experiments.training.prepare data=mixture",  # experiments/training/test_prepare.py
+    # models/test_hf.py, experiments/training/test_train.py
+    "python -m experiments.evaluation.export outputs/debug-dash debug-hf",
     "python train.py launcher=slurm launcher.partition=gpu ...",  # slurm/
     "python -m experiments.sweep sweep=pareto launcher=slurm",  # slurm/
-    "python -m slurm.status outputs/pareto",  # slurm/
-    # experiments/test_tasks.py
+    "python -m experiments.sweep.status outputs/pareto",  # slurm/
+    # experiments/evaluation/test_tasks.py
     "python evaluate.py run=outputs/debug-dash tasks=[niah_single_1,vt,routing] lengths=[1024] rows=4",
-    # experiments/test_harness.py
-    "python -m experiments.harness --model dashattn --model_args run=outputs/debug-dash --tasks lambada_openai",
-    "python -m experiments.collect outputs/smoke results/smoke",  # experiments/test_figures.py
-    # experiments/test_figures.py, experiments/test_sweep.py
-    "python -m experiments.collect --restore results/frontier_h100 outputs/frontier",
-    "python -m experiments.report outputs/debug-dash outputs/debug-full",  # experiments/test_report.py
+    # experiments/evaluation/test_harness.py
+    "python -m experiments.evaluation.harness --model dashattn --model_args run=outputs/debug-dash "
+    "--tasks lambada_openai",
+    "python -m experiments.sweep.collect outputs/smoke results/smoke",  # experiments/figures/test_figures.py
+    # experiments/figures/test_figures.py, experiments/sweep/test_sweep.py
+    "python -m experiments.sweep.collect --restore results/frontier_h100 outputs/frontier",
+    # experiments/figures/test_run_page.py
+    "python -m experiments.figures.run_page outputs/debug-dash outputs/debug-full",
 }
 
 
@@ -96,7 +100,7 @@ def test_show_the_configuration():
 
 def test_speed_report_from_the_committed_rows(tmp_path):
     shutil.copy(ROOT / "results/speed_h100/speed.jsonl", tmp_path)
-    assert "NVIDIA H100" in python("-m", "experiments.speed_report", str(tmp_path))
+    assert "NVIDIA H100" in python("-m", "experiments.speed.report", str(tmp_path))
     assert (tmp_path / "speed.png").stat().st_size > 10_000
 
 

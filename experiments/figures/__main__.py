@@ -18,9 +18,8 @@ from experiments.figures.curves import (
     make_throughput,
     make_training,
 )
-from experiments.figures.frontiers import make_ablations, make_costs, make_frontiers, make_ruler
+from experiments.figures.page import Section, to_html
 from experiments.figures.published import make_published
-from experiments.figures.report import Section, to_html
 from experiments.figures.routers import (
     make_active_tokens,
     make_adaptivity,
@@ -29,6 +28,7 @@ from experiments.figures.routers import (
     make_recall,
 )
 from experiments.figures.rows import Figure, Study, load_study
+from experiments.figures.scores import make_ablations, make_costs, make_frontiers, make_ruler
 from experiments.files import to_csv, write_atomically
 
 ROUTING = "evaluate.py tasks=[routing]"
@@ -45,10 +45,10 @@ FIGURES = (
     Figure(10, "lengths", "Needles by depth and length, and extrapolation", "evaluate.py lengths=[...]", make_lengths),
     Figure(11, "ruler", "RULER", "evaluate.py tasks=[ruler]", make_ruler),
     Figure(12, "ablations", "Ablations", "runs evaluated with label=FACTOR:VALUE", make_ablations),
-    Figure(13, "numerics", "Error against float64", "python -m experiments.numerics", make_numerics),
+    Figure(13, "numerics", "Error against float64", "python -m experiments.speed.numerics", make_numerics),
     Figure(14, "published", "The paper's numbers and ours", "RULER and speed rows", make_published),
     Figure(15, "throughput", "Training throughput", "python -m experiments.throughput", make_throughput),
-    Figure(16, "parallel", "Several GPUs against one", "python -m experiments.parallel", make_parallel),
+    Figure(16, "parallel", "Several GPUs against one", "python -m experiments.throughput.scaling", make_parallel),
 )
 
 

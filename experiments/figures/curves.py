@@ -5,10 +5,13 @@ from collections import Counter
 from operator import itemgetter
 from pathlib import Path
 
-from experiments import parallel_report, speed_report, speed_rows, throughput_report
+from experiments.figures.frontier import is_ablation, of_frontiers
 from experiments.figures.rows import Drawn, Study, as_trained, averaged, grouped
-from experiments.frontier import is_ablation, of_frontiers
 from experiments.plots import COLOURS, grid, legend_below, pyplot, save, styles
+from experiments.speed import report as speed_report
+from experiments.speed import rows as speed_rows
+from experiments.throughput import report as throughput_report
+from experiments.throughput import scaling_report
 
 # y axis -> column of metrics.jsonl
 TRAINING = {
@@ -39,7 +42,7 @@ THROUGHPUT_COLUMNS = (
     *("causal_sparsity", "peak_memory_mib", "step_time", "data_wait"),
 )
 PARALLEL_COLUMNS = (
-    *("device", *parallel_report.WORK, *parallel_report.WAY, "status", "tokens_per_s", "efficiency"),
+    *("device", *scaling_report.WORK, *scaling_report.WAY, "status", "tokens_per_s", "efficiency"),
     *("step_time", "peak_memory_mib", "loss_difference"),
 )
 
@@ -236,11 +239,11 @@ def make_throughput(study: Study) -> Drawn | None:
 
 
 def make_parallel(study: Study) -> Drawn | None:
-    rows = parallel_report.compared(study.parallel)
+    rows = scaling_report.compared(study.parallel)
     if not rows:
         return None
     table = [{name: row.get(name) for name in PARALLEL_COLUMNS} for row in rows]
     notes = ["Efficiency: tokens per second over as many times those of one device at the same step."]
     is_compared = any(row["efficiency"] is not None for row in rows)
-    draw = (lambda path: parallel_report.draw(rows, path)) if is_compared else None
+    draw = (lambda path: scaling_report.draw(rows, path)) if is_compared else None
     return Drawn(table, draw, notes, rows)

@@ -1,8 +1,8 @@
 """Table 14: what DashAttention's authors report (arXiv 2605.18753), taken from secondary sources, beside ours."""
 
-from experiments.figures.frontiers import GROUPS, MISSING, make_ruler
 from experiments.figures.rows import Drawn, Study
-from experiments.speed_rows import DECODE, FLASH_3, batch, with_ratios
+from experiments.figures.scores import GROUPS, MISSING, make_ruler
+from experiments.speed.rows import DECODE, FLASH_3, batch, with_ratios
 
 # RULER at 16k tokens, 8B models, 75 % sparse as the authors count it; the averages cannot be rebuilt from the groups.
 RULER_16K = {

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
+from experiments.figures.frontier import RESULTS, newest
 from experiments.files import read_rows
-from experiments.frontier import RESULTS, newest
 
 METRICS, SPEED, NUMERICS = "metrics.jsonl", "speed.jsonl", "numerics.jsonl"
 THROUGHPUT, PARALLEL = "throughput.jsonl", "parallel.jsonl"

@@ -2,7 +2,7 @@
 
 import torch
 
-from experiments.engine import to_host
+from experiments.training.engine import to_host
 
 
 def test_reading_a_number_waits_for_nothing_that_came_after_it():

@@ -1,6 +1,6 @@
 """Two GPUs over NCCL do what one does: pytest -n 4 tests/gpu/test_two_gpus.py; -rP also shows how long launches took.
 
-How fast, and at real sizes: experiments/parallel.py.
+How fast, and at real sizes: experiments/throughput/scaling.py.
 """
 
 import os
@@ -14,8 +14,8 @@ import torch
 from filelock import FileLock
 
 from experiments.files import read_rows
-from experiments.metrics import METRICS
-from tests.experiments.test_train_cli import LOST_RANK, deepspeed, torchrun
+from experiments.training.metrics import METRICS
+from tests.experiments.training.test_train_cli import LOST_RANK, deepspeed, torchrun
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from dashattn.backends import DashConfig, FullConfig
-from experiments.checkpoint import find_weights, load_weights
+from experiments.training.checkpoint import find_weights, load_weights
 from models import RopeConfig, Transformer
 from models.hf import is_hf_folder, read_config, write_folder
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from experiments.cells import ArmConfig, StudyConfig, SweepConfig
 from experiments.config import LauncherConfig
 from experiments.files import read_rows
-from experiments.metrics import METRICS
-from slurm.status import status
+from experiments.sweep.cells import ArmConfig, StudyConfig, SweepConfig
+from experiments.sweep.status import status
+from experiments.training.metrics import METRICS
 from slurm.submit import queue, read_jobs, submit_run, submit_sweep
 from train import train
 
@@ -90,7 +90,7 @@ def test_a_sweep_is_preempted_requeued_and_finished_by_a_second_call(slurm, make
     submit_sweep(config, Console(file=io.StringIO()))
     assert [name for name, job in read_jobs(tmp_path / "s").items() if job in queue()] == ["text-lost-seed0"]
     wait_for(lambda: not queue(), "the lost cell")
-    command = [sys.executable, "-m", "slurm.status", str(tmp_path / "s")]
+    command = [sys.executable, "-m", "experiments.sweep.status", str(tmp_path / "s")]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "6 done" in shown
     assert "failed" not in shown

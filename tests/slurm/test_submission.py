@@ -9,8 +9,8 @@ import sys
 import pytest
 from rich.console import Console
 
-from experiments.cells import ArmConfig, StudyConfig, SweepConfig
 from experiments.config import LauncherConfig
+from experiments.sweep.cells import ArmConfig, StudyConfig, SweepConfig
 from slurm.submit import submit_run, submit_sweep
 
 SBATCH = """#!/bin/sh

@@ -1,0 +1,85 @@
+"""What an evaluation can be told, and the tasks it names."""
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from data import MQARDataConfig
+from data.tasks import SUITES, TEMPLATES, TEXT_TASKS
+from experiments.config import TrainConfig
+from experiments.evaluation.tasks.decoding import DECODE
+from experiments.evaluation.tasks.lm_eval import PREFIX
+from experiments.evaluation.tasks.streams import STREAM_TASKS, MQARForm
+
+ROUTING = "routing"
+TASKS = (*STREAM_TASKS, ROUTING, DECODE, *SUITES, *TEXT_TASKS)
+
+
+@dataclass
+class EvaluateConfig:
+    """One evaluation."""
+
+    run: str = MISSING  # run directory (its latest checkpoint), or one of its checkpoints
+    # On the run's validation split: loss | position | recall | sparsity. Generated: ruler (its 13) | niah_single_1 ...
+    # qa_2 | niah (heat map) | niah_values (1 to 16 values of a key) | json_kv. Of the router: routing. Time of a token:
+    # decode. Of lm-evaluation-harness: lm_eval/NAME.
+    tasks: list[str] = field(default_factory=lambda: ["loss"])
+    lengths: list[int] | None = None  # tokens of a row, or of prompt and answer; null = the run's data.seq_len
+    knobs: list[float] | None = None  # values of the sparsity knob; null = the one trained with
+    # Rows of the validation split, or samples of each other task; null = as many as the run validates on, 100 of
+    # generated tasks, 32 for routing, all of lm_eval's.
+    rows: int | None = None
+    rows_per_batch: int = 8
+    label: str | None = None  # name of the line in tables and figures; null = the backend's
+    device: str = "auto"
+    threads: int | None = None
+
+    mqar: MQARForm = field(default_factory=MQARForm)  # MQAR in another form than trained on
+    template: str = "base"  # base | chatml | llama3 | mistral: how a generated task is put to the model
+    samples_seed: int = 0  # of generated tasks
+    haystack: str | None = None  # text file, or RULER's PaulGrahamEssays.json; null = the run's held-out text
+    squad: str | None = None  # SQuAD's dev-v2.0.json, for qa_1
+    hotpotqa: str | None = None  # hotpot_dev_distractor_v1.json, for qa_2
+    harness_path: str | None = None  # directory with task definitions for lm_eval beside its own
+    harness_fewshot: int | None = None  # solved examples before each question; null = as the task says
+    # What routing looks at in a run trained on text; a run trained on MQAR is probed on MQAR.
+    probes: list[str] = field(default_factory=lambda: ["niah_single_2", "niah_multikey_2", "niah_values"])
+
+
+def expand(names: list[str]) -> list[str]:
+    """Suites as their members, each name once."""
+    return list(dict.fromkeys(member for name in names for member in SUITES.get(name, [name])))
+
+
+def check_tasks(config: EvaluateConfig, train: TrainConfig) -> None:
+    """Refuses what this run cannot be asked.
+
+    Raises:
+        ValueError: with the mend.
+    """
+    harness = [name for name in config.tasks if name.startswith(PREFIX)]
+    unknown = sorted(set(config.tasks) - set(TASKS) - set(harness))
+    if unknown or not config.tasks:
+        raise ValueError(f"tasks={list(config.tasks)}: choose from {', '.join(TASKS)}, {PREFIX}NAME")
+    if config.template not in TEMPLATES:
+        raise ValueError(f"template={config.template}: choose one of {', '.join(TEMPLATES)}")
+    if config.lengths is not None and (not config.lengths or min(config.lengths) < 1):
+        raise ValueError(f"lengths={list(config.lengths)}: give at least one, in tokens, or null")
+    is_mqar = isinstance(train.data, MQARDataConfig)
+    generated = [name for name in config.tasks if name in TEXT_TASKS or name in SUITES] + harness
+    if generated and is_mqar:
+        raise ValueError(
+            f"tasks {', '.join(generated)} are in text and need a run trained on text; this one was trained on "
+            f"{train.data.name}: use recall, or routing"
+        )
+    if not is_mqar and "recall" in config.tasks:
+        raise ValueError(f"task recall needs a run trained on MQAR; this one was trained on {train.data.name}")
+    if not is_mqar and config.mqar.given():
+        raise ValueError(f"mqar.* needs a run trained on MQAR; this one was trained on {train.data.name}")
+    if ROUTING in config.tasks and not is_mqar:
+        wrong = [name for name in expand(config.probes) if name not in TEXT_TASKS or name in ("cwe", "fwe")]
+        if wrong or not config.probes:
+            raise ValueError(
+                f"probes={list(config.probes)}: choose generated tasks whose answer stands in one place, such as "
+                "niah_single_2, niah_values or vt"
+            )

@@ -1,0 +1,135 @@
+"""The command line of ``models/generate.py``: a run's model continues a prompt, streaming, or several at once.
+
+``python -m experiments.evaluation.generate run=outputs/NAME prompt="..."``
+"""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import hydra
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig
+
+from data import PackedDataConfig, TextTokenizer, build_tokenizer
+from experiments.config import to_config
+from experiments.errors import user_errors
+from experiments.evaluation.evaluate import build_model, locate
+from experiments.files import CONFIGS
+from models.generate import generate
+
+
+@dataclass
+class GenerateConfig:
+    """One batch of prompts."""
+
+    run: str = MISSING  # run directory (its latest checkpoint), or one of its checkpoints
+    prompt: str | None = None
+    prompts: list[str] = field(default_factory=list)  # in its place: several, of any length, continued at once
+    max_new_tokens: int = 200
+    stop_tokens: list[str] = field(default_factory=list)  # of one token each, beside the one that ends a text
+    temperature: float = 0.0  # 0 = the likeliest token
+    top_p: float = 1.0
+    seed: int = 0
+    knob: float | None = None  # value of the sparsity knob; null = the one trained with
+    compile: bool = False  # torch.compile the layers, which takes a while at the first token
+    device: str = "auto"
+    threads: int | None = None
+
+
+class Printer:
+    """Prints the first prompt's tokens as text as they come, whole characters only; keeps the time of every token."""
+
+    def __init__(self, tokenizer: TextTokenizer, prompt: list[int]) -> None:
+        self.tokenizer = tokenizer
+        self.tokens = list(prompt)
+        self.printed = 0
+        self.times: list[float] = []
+        self._print()
+
+    def __call__(self, row: int, token: int) -> None:
+        self.times.append(time.perf_counter())
+        if row == 0:
+            self.tokens.append(token)
+            self._print()
+
+    def _print(self) -> None:
+        text = self.tokenizer.decode(self.tokens)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            print(text[self.printed :], end="", flush=True)
+            self.printed = len(text)
+
+    def end(self) -> None:
+        """Prints what waited for the rest of a character, which will not come, and ends the line."""
+        print(self.tokenizer.decode(self.tokens)[self.printed :])
+
+
+def run_generation(config: GenerateConfig) -> None:
+    """Prints every prompt with its continuation, and on stderr how fast they came.
+
+    Raises:
+        ValueError: no such run, a run without text, or an impossible setting.
+    """
+    if (config.prompt is None) == (not config.prompts):
+        raise ValueError('give prompt="..." or, for several, prompts=["...","..."]')
+    texts = config.prompts or [config.prompt]
+    target = locate(config.run, config.device)
+    train = target.train
+    if not isinstance(train.data, PackedDataConfig):
+        raise ValueError(f"{config.run} was trained on {train.data.name}, which is no text: give a run trained on text")
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    tokenizer = build_tokenizer(train.data, Path(train.cache_dir).expanduser())
+    model = build_model(target)
+    if config.knob is not None:
+        model.set_knob(config.knob)
+    if config.compile:
+        # Matrices times one row become reductions, fused with what stands around them.
+        model.compile_layers(options={"coordinate_descent_tuning": True})
+    prompts = [tokenizer.encode(text) for text in texts]
+    stop_tokens = {tokenizer.eos_id, *(_stop_token(tokenizer, text) for text in config.stop_tokens)}
+    printer = Printer(tokenizer, prompts[0])
+    start = time.perf_counter()
+    results = generate(
+        model,
+        prompts,
+        max_new_tokens=config.max_new_tokens,
+        stop_tokens=stop_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        seed=config.seed,
+        on_token=printer,
+    )
+    printer.end()
+    for number, (prompt, result) in enumerate(zip(prompts[1:], results[1:], strict=True), start=2):
+        print(f"\n[{number}] {tokenizer.decode(prompt + result)}")
+    if printer.times:
+        first, last, count = printer.times[0], printer.times[-1], len(printer.times)
+        later = count - sum(map(bool, results))  # than the first step's
+        rate = f", then {later / (last - first):.1f} tokens/s" if later else ""
+        read = sum(map(len, prompts))
+        report = f"{read} tokens read, the first new one after {first - start:.2f} s{rate}; {count} in all"
+        print(report, file=sys.stderr)
+
+
+def _stop_token(tokenizer: TextTokenizer, text: str) -> int:
+    """Special tokens may be spelled out."""
+    tokens = tokenizer.encode_markup(text)
+    if len(tokens) != 1:
+        raise ValueError(f"stop_tokens has {text!r}, which is {len(tokens)} tokens: give texts of one token each")
+    return tokens[0]
+
+
+ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
+
+
+@hydra.main(config_path=CONFIGS, config_name="generate", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    with user_errors():
+        run_generation(to_config(cfg))
+
+
+if __name__ == "__main__":
+    main()

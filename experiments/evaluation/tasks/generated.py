@@ -1,0 +1,100 @@
+"""Tasks whose answers are generated: RULER, the needle heat map, recall from JSON (``data/tasks``).
+
+Answers are greedy. Every one is on disk as soon as its batch is done, in predictions/ of the run directory, with its
+score and the sparsity of its prompt; an evaluation that was interrupted goes on from there.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from data.cache import fingerprint
+from data.tasks import PromptEncoder, TaskSet
+from experiments.evaluation.tasks.base import Setting, SparsityTally, Task, mean, row
+from experiments.files import append_rows, read_rows
+from models.generate import generate
+
+PREDICTIONS = "predictions"
+
+
+class GeneratedTask(Task):
+    """One task set at one length. Rows of the heat map have a ``depth``, 0 to 1."""
+
+    def __init__(self, task_set: TaskSet, encoder: PromptEncoder, prompts_per_batch: int) -> None:
+        self.set, self.encoder, self.prompts_per_batch = task_set, encoder, prompts_per_batch
+        self.names = (task_set.task.name,)
+        self.columns = {
+            "length": task_set.length,
+            "rows": len(task_set.samples),
+            "variant": None if encoder.name == "base" else f"template={encoder.name}",
+            "set": task_set.key,
+            "differs": task_set.differs,
+        }
+
+    def run(self, setting: Setting, names: Sequence[str]) -> Iterator[dict]:
+        answers = self.answer(setting)
+        columns = SparsityTally.of(answer["sparsity"] for answer in answers).columns()
+        columns["seconds"] = sum(answer["seconds"] for answer in answers)
+        (name,) = self.names
+        if name != "niah":
+            yield columns | row(name, "match", mean(answer["score"] for answer in answers))
+            return
+        by_depth = defaultdict(list)
+        for sample, answer in zip(self.set.samples, answers, strict=True):
+            by_depth[sample.depth].append(answer["score"])
+        for depth, scores in sorted(by_depth.items()):
+            yield columns | row(name, "match", mean(scores), depth=depth)
+
+    def answer(self, setting: Setting) -> list[dict]:
+        """Every sample's prediction, score, seconds and sparsity, in order; generates those that are missing."""
+        path = self.predictions_path(setting)
+        path.parent.mkdir(exist_ok=True)
+        done = {answer["index"]: answer for answer in read_rows(path)}
+        missing = [i for i in range(len(self.set.samples)) if i not in done]
+        for start in range(0, len(missing), self.prompts_per_batch):
+            indices = missing[start : start + self.prompts_per_batch]
+            answers = self._answer_batch(setting, indices)
+            append_rows(path, answers)
+            done |= {answer["index"]: answer for answer in answers}
+        return [done[i] for i in range(len(self.set.samples))]
+
+    def predictions_path(self, setting: Setting) -> Path:
+        key = fingerprint(setting.checkpoint, setting.knob, self.set.key)
+        return setting.run_dir / PREDICTIONS / f"{self.set.task.name}-{self.set.length}-{key}.jsonl"
+
+    def _answer_batch(self, setting: Setting, indices: list[int]) -> list[dict]:
+        begin = time.perf_counter()
+        prompts = [self.encoder.encode(self.set.samples[i]) for i in indices]
+        sparsity = [_prompt_sparsity(setting, prompt) for prompt in prompts]
+        continuations = generate(
+            setting.model,
+            prompts,
+            max_new_tokens=self.set.task.max_new_tokens,
+            stop_tokens=self.encoder.stop_tokens,
+        )
+        seconds = (time.perf_counter() - begin) / len(indices)
+        answers = []
+        for i, tokens, tally in zip(indices, continuations, sparsity, strict=True):
+            sample = self.set.samples[i]
+            prediction = self.encoder.tokenizer.decode(tokens)
+            answers.append(
+                {
+                    "index": i,
+                    "prediction": prediction,
+                    "references": sample.references,
+                    "score": sample.score(prediction, self.set.task.match),
+                    "seconds": seconds,
+                    "sparsity": tally.record(),
+                }
+            )
+        return answers
+
+
+@torch.inference_mode()
+def _prompt_sparsity(setting: Setting, prompt: list[int]) -> SparsityTally:
+    tally = SparsityTally()
+    tally.add(setting.model(torch.tensor([prompt], device=setting.device), return_stats=True).stats, packed=False)
+    return tally

@@ -1,0 +1,65 @@
+"""Tasks of lm-evaluation-harness, as rows like those of any other task: ``tasks=[lm_eval/hellaswag]``."""
+
+import functools
+from collections.abc import Iterator, Sequence
+
+from data import TextTokenizer
+from experiments.evaluation.tasks.base import Setting, Task, row
+
+PREFIX = "lm_eval/"
+
+
+@functools.cache
+def task_manager(include_path: str | None):
+    """lm_eval's index of tasks; reading it takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path)
+
+
+class HarnessTask(Task):
+    """One of lm_eval's tasks; a row for each of its metrics."""
+
+    def __init__(
+        self,
+        name: str,
+        tokenizer: TextTokenizer,
+        *,
+        length: int,
+        rows: int | None,
+        rows_per_batch: int,
+        fewshot: int | None,
+        include_path: str | None,
+    ) -> None:
+        """Raises ValueError if lm_eval knows no such task."""
+        self.tokenizer, self.rows_per_batch, self.fewshot = tokenizer, rows_per_batch, fewshot
+        self.manager = task_manager(include_path)
+        self.task = name.removeprefix(PREFIX)
+        if self.task not in self.manager.all_tasks:
+            raise ValueError(f"lm_eval has no task {self.task}: `lm_eval ls tasks` lists them; harness_path adds yours")
+        self.names = (name,)
+        variant = None if fewshot is None else f"{fewshot}-shot"
+        self.columns = {"length": length, "rows": rows, "variant": variant}
+
+    def run(self, setting: Setting, names: Sequence[str]) -> Iterator[dict]:
+        import lm_eval
+
+        from experiments.evaluation.harness import HarnessModel
+
+        model = HarnessModel.of(setting.model, self.tokenizer, self.rows_per_batch, self.columns["length"])
+        results = lm_eval.simple_evaluate(
+            model,
+            tasks=[self.task],
+            num_fewshot=self.fewshot,
+            limit=self.columns["rows"],
+            task_manager=self.manager,
+            bootstrap_iters=0,
+            log_samples=False,
+        )["results"]
+        sparsity = model.sparsity.columns()
+        for task, scores in results.items():
+            for name, score in scores.items():
+                metric, _, filtered = name.partition(",")
+                if isinstance(score, float) and not metric.endswith("_stderr"):
+                    metric = metric if filtered in ("", "none") else f"{metric} ({filtered})"
+                    yield sparsity | row(self.names[0], metric, score, part=task if task != self.task else None)

@@ -1,0 +1,221 @@
+"""What the router finds: at the tokens that answer a question, against the blocks that hold the answer and against
+dense attention. Backends without a router give no rows. All blocks counted here lie before the token's own.
+
+Metrics, means over questions; ``per_head`` holds them by layer and KV head:
+
+    recall, precision            of the selection, against the blocks with the evidence
+    mass_recall                  share of dense attention's mass on the blocks that are read, the own one included
+    mass_precision               share of the k selected blocks that are among the k heaviest under dense attention
+    relevant_mass, entropy,      of the router's probabilities: on the evidence's blocks, in nats, and the number of
+    support                      blocks above 0
+    softmax_relevant_mass,       the same for a softmax over the same scores, where the backend has them
+    softmax_entropy
+    topk_recall                  of as many blocks, chosen as the highest of that softmax
+    dense_relevant_mass          of dense attention itself
+    active_blocks                by ``relevant``, the number of blocks that the whole answer needs (MQAR: that hold
+                                 pairs), with p10 and p90
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dashattn.ops.dtypes import upcast
+from dashattn.routing import Routing, past_blocks
+from data import IGNORE, BatchStream, MQARDataConfig
+from data.tasks import PromptEncoder, TaskSet
+from experiments.evaluation.tasks.base import Setting, SparsityTally, Task, quantiles, row
+from experiments.evaluation.tasks.streams import first_queries
+
+Span = tuple[int, int]  # positions [first, last)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A row of tokens, the positions at which answers are predicted, the evidence of each, and all that is needed."""
+
+    input_ids: list[int]
+    queries: list[int]
+    evidence: list[list[Span]]  # one list a query
+    needed: list[Span]
+
+
+def text_probes(task_set: TaskSet, encoder: PromptEncoder) -> Iterator[Probe]:
+    """The samples of a task with its references as the answer; where they pair up with the pieces of evidence, each
+    reference is looked for in its own."""
+    for sample in task_set.samples:
+        ids = encoder.encode(sample)
+        spans = encoder.evidence(sample)
+        references = sample.references if task_set.task.match == "all" else sample.references[:1]
+        paired = len(references) == len(spans)
+        queries, evidence = [], []
+        for i, reference in enumerate(references):
+            answer = encoder.tokenizer.encode((" " if i == 0 else ", ") + reference)
+            queries += range(len(ids) - 1, len(ids) + len(answer) - 1)
+            evidence += [[spans[i]] if paired else spans] * len(answer)
+            ids = [*ids, *answer]
+        yield Probe(ids, queries, evidence, spans)
+
+
+def mqar_probes(stream: BatchStream, data: MQARDataConfig) -> Iterator[Probe]:
+    """Rows of MQAR: the first query of every key, whose evidence is the key's pair."""
+    for batch in stream:
+        first_BT = first_queries(batch.input_ids, batch.labels != IGNORE)
+        for ids, first in zip(batch.input_ids, first_BT, strict=True):
+            queries = first.nonzero().flatten().tolist()
+            pairs = [(ids == ids[t]).nonzero()[0].item() for t in queries]
+            is_key = (ids >= data.num_fillers) & (ids < data.num_fillers + data.num_keys)
+            held = is_key[: len(ids) // 2].nonzero().flatten().tolist()
+            yield Probe(ids.tolist(), queries, [[(s, s + 2)] for s in pairs], [(s, s + 2) for s in held])
+
+
+class RoutingTask(Task):
+    """Diagnostics on probes of one kind and length."""
+
+    names = ("routing",)
+
+    def __init__(self, name: str, probes: Sequence[Probe], columns: dict) -> None:
+        """``name`` and ``columns``: of the task that the probes stem from."""
+        self.probes = probes
+        self.columns = columns | {"rows": len(probes), "probe": name}
+
+    def run(self, setting: Setting, names: Sequence[str]) -> Iterator[dict]:
+        measured = Measured()
+        for probe in self.probes:
+            observe(setting, probe, measured)
+        if not measured.sums:
+            return
+        sparsity = measured.sparsity.columns()
+        for metric, total_LH in measured.sums.items():
+            count_LH = measured.counts[metric]
+            if count_LH.sum() == 0:  # no query for which it is defined
+                continue
+            score = (total_LH.sum() / count_LH.sum()).item()
+            per_head = [
+                [t / n if n else None for t, n in zip(totals, counts, strict=True)]
+                for totals, counts in zip(total_LH.tolist(), count_LH.tolist(), strict=True)
+            ]
+            yield sparsity | row("routing", metric, score, per_head=per_head)
+        for relevant, counts in sorted(measured.active.items()):
+            active = torch.cat(counts).double()
+            low, _, high = quantiles(active)
+            score = active.mean().item()
+            yield sparsity | row("routing", "active_blocks", score, relevant=relevant, p10=low, p90=high)
+
+
+class Measured:
+    """Sums over queries, float64 [L, H] on the CPU."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, Tensor] = {}
+        self.active: dict[int, list[Tensor]] = defaultdict(list)
+        self.sparsity = SparsityTally()
+
+    def add(self, layers: list[dict[str, tuple[Tensor, Tensor]]]) -> None:
+        """One probe: for every layer and metric, sum and count over its queries, each [H]."""
+        for metric in layers[0]:
+            sums, counts = (torch.stack([layer[metric][i] for layer in layers]).double().cpu() for i in (0, 1))
+            self.sums[metric] = self.sums.get(metric, 0) + sums
+            self.counts[metric] = self.counts.get(metric, 0) + counts
+
+
+@torch.inference_mode()
+def observe(setting: Setting, probe: Probe, measured: Measured) -> None:
+    """One forward pass; every layer's router is asked on its inputs as they come by."""
+    layers: list[dict] = []
+    active: list[tuple[int, Tensor]] = []
+
+    def look(backend, args, kwargs):
+        q, k, v = args
+        routing = backend.route(q, k, v, hidden=kwargs["hidden"], rope=kwargs["rope"])
+        if routing is None:
+            return
+        scores, needed, selected_PH = score_routing(routing, q, k, probe)
+        layers.append(scores)
+        active.append((needed, selected_PH.flatten().int().cpu()))
+
+    hooks = [backend.register_forward_pre_hook(look, with_kwargs=True) for backend in setting.model.backends]
+    try:
+        ids = torch.tensor([probe.input_ids], device=setting.device)
+        measured.sparsity.add(setting.model(ids, return_stats=True).stats, packed=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if layers:
+        measured.add(layers)
+    for needed, selected in active:
+        measured.active[needed].append(selected)
+
+
+def block_mask(spans: list[Span], num_blocks: int, block_size: int, device) -> Tensor:
+    """Bool [N]: blocks that hold a token of a span."""
+    mask = torch.zeros(num_blocks, dtype=torch.bool, device=device)
+    for first, last in spans:
+        mask[first // block_size : (last - 1) // block_size + 1] = True
+    return mask
+
+
+def dense_block_mass(q_BTHD: Tensor, k_BTHD: Tensor, queries: Tensor, block_size: int) -> Tensor:
+    """Dense attention's mass on every block, mean over the group: [P, Hkv, N] at the positions ``queries`` [P]."""
+    length, num_kv_heads = k_BTHD.shape[1:3]
+    q_PHGD = upcast(q_BTHD[0, queries]).unflatten(1, (num_kv_heads, -1)) * q_BTHD.shape[-1] ** -0.5
+    logits = torch.einsum("phgd,shd->phgs", q_PHGD, upcast(k_BTHD[0]))
+    future = torch.arange(length, device=queries.device) > queries[:, None]
+    p_PHS = logits.masked_fill(future[:, None, None], -torch.inf).softmax(-1).mean(2)
+    return F.pad(p_PHS, (0, -length % block_size)).unflatten(-1, (-1, block_size)).sum(-1)
+
+
+def score_routing(routing: Routing, q: Tensor, k: Tensor, probe: Probe) -> tuple[dict, int, Tensor]:
+    """(metric -> (sum, count) over the queries, each [Hkv]; blocks needed; selected blocks [P, Hkv])."""
+    queries = torch.tensor(probe.queries, device=q.device)
+    p_PHN = routing.probabilities[0, queries]
+    num_blocks, size = p_PHN.shape[-1], routing.selection.block_size
+    past_PHN = past_blocks(q.shape[1], num_blocks, size, q.device)[queries][:, None].expand_as(p_PHN)
+    selected_PHN = routing.selection.mask()[0, queries][..., :num_blocks] & past_PHN
+    relevant_PN = torch.stack([block_mask(spans, num_blocks, size, q.device) for spans in probe.evidence])
+    relevant_PHN = relevant_PN[:, None] & past_PHN
+    mass_PHN = dense_block_mass(q, k, queries, size)
+
+    k_PH = selected_PHN.sum(-1)
+    found_PH, relevant_PH = (selected_PHN & relevant_PHN).sum(-1), relevant_PHN.sum(-1)
+    is_asked, any_past = relevant_PH > 0, past_PHN.any(-1)
+    entropy_PH = torch.special.entr(p_PHN).sum(-1)
+    heavy_PHN = highest(mass_PHN.masked_fill(~past_PHN, -1), k_PH)
+    read_mass_PH = 1 - mass_PHN.masked_fill(selected_PHN | ~past_PHN, 0).sum(-1)
+    values = {
+        "recall": (found_PH / relevant_PH, is_asked),
+        "precision": (found_PH / k_PH, is_asked & (k_PH > 0)),
+        "mass_recall": (read_mass_PH, any_past),
+        "mass_precision": ((selected_PHN & heavy_PHN).sum(-1) / k_PH, k_PH > 0),
+        "relevant_mass": (p_PHN.masked_fill(~relevant_PHN, 0).sum(-1), is_asked),
+        "entropy": (entropy_PH, any_past),
+        "support": ((p_PHN > 0).sum(-1), any_past),
+        "dense_relevant_mass": (mass_PHN.masked_fill(~relevant_PHN, 0).sum(-1), is_asked),
+    }
+    if routing.logits is not None:
+        logits_PHGN = routing.logits[0, queries].unflatten(1, (p_PHN.shape[1], -1))
+        # Where nothing is a candidate, softmax gives NaN.
+        softmax_PHN = logits_PHGN.softmax(-1).mean(2).masked_fill(~past_PHN, 0)
+        top_PHN = highest(softmax_PHN.masked_fill(~past_PHN, -1), k_PH)
+        values |= {
+            "softmax_relevant_mass": (softmax_PHN.masked_fill(~relevant_PHN, 0).sum(-1), is_asked),
+            "softmax_entropy": (torch.special.entr(softmax_PHN).sum(-1), any_past),
+            "topk_recall": ((top_PHN & relevant_PHN).sum(-1) / relevant_PH, is_asked),
+        }
+    scores = {
+        metric: (value.double().masked_fill(~counts, 0).sum(0), counts.sum(0))
+        for metric, (value, counts) in values.items()
+    }
+    needed = int(block_mask(probe.needed, num_blocks, size, q.device).sum())
+    return scores, needed, k_PH
+
+
+def highest(values_PHN: Tensor, k_PH: Tensor) -> Tensor:
+    """Bool [P, H, N]: the ``k_PH`` highest of each row."""
+    rank = values_PHN.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return rank < k_PH[..., None]

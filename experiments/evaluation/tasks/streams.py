@@ -1,0 +1,154 @@
+"""Tasks on the run's own validation split, in one pass for all of them and every length:
+
+loss       nats per target
+position   nats per target by position in the document, in bins that double: does more context still help?
+recall     share of MQAR queries answered right, of those that ask for their key the first time in the row: the
+           answer to a repeated query also stands near by, after the earlier one
+sparsity   causal sparsity of every layer and KV head, and active tokens by position
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import IGNORE, BatchStream, DataConfig, MQARDataConfig, build_data
+from experiments.evaluation.tasks.base import Setting, SparsityTally, Task, quantiles, row
+
+STREAM_TASKS = ("loss", "position", "recall", "sparsity")
+
+
+@dataclass
+class MQARForm:
+    """Another form of MQAR than the run was trained on; null = as trained. Meanings: data/config.py."""
+
+    pairs_min: int | None = None
+    pairs_max: int | None = None
+    placement: str | None = None
+    query_density: float | None = None
+    show_answers: bool | None = None
+
+    def given(self) -> dict:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def data_at(data: DataConfig, length: int, rows: int | None, form: MQARForm) -> DataConfig:
+    """The run's data in rows of another length, and MQAR in another form. The number of its pairs stays."""
+    changes: dict = {"seq_len": length, "validation_rows": rows}
+    if isinstance(data, MQARDataConfig):
+        changes |= {"curriculum_lengths": [], "curriculum_batches": [], **form.given()}
+    return replace(data, **changes)
+
+
+class StreamTask(Task):
+    """Scores of a validation split at one row length."""
+
+    def __init__(self, names: Sequence[str], data: DataConfig, stream: BatchStream, form: MQARForm) -> None:
+        self.names = tuple(names)
+        self.stream = stream
+        self.columns = {"length": data.seq_len, "rows": data.validation_rows, "variant": None}
+        if isinstance(data, MQARDataConfig):
+            self.columns["variant"] = ", ".join(f"{k}={v}" for k, v in form.given().items()) or None
+
+    def run(self, setting: Setting, names: Sequence[str]) -> Iterator[dict]:
+        tally = measure(setting, self.stream, names)
+        for name in names:
+            for scores in SCORES[name](tally):
+                yield tally.sparsity.columns() | scores
+
+
+def build_stream(data: DataConfig, seed: int, rows_per_batch: int, cache_dir: Path) -> BatchStream:
+    return build_data(data, split="validation", seed=seed, rows=rows_per_batch, cache_dir=cache_dir)
+
+
+def first_queries(input_ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
+    """Of the positions that have a target, those whose input token had none at an earlier position of the row."""
+    length = input_ids_BT.shape[1]
+    position_T = torch.arange(length, device=input_ids_BT.device)
+    first_BV = position_T.new_full((len(input_ids_BT), int(input_ids_BT.max()) + 1), length)
+    first_BV.scatter_reduce_(1, input_ids_BT, position_T.where(targets_BT, length), "amin")
+    return targets_BT & (first_BV.gather(1, input_ids_BT) == position_T)
+
+
+def position_bins(positions: Tensor) -> Tensor:
+    """The bin of each position: 0, 1, 2-3, 4-7, ..., that is, its number of binary digits."""
+    return torch.frexp(positions.double()).exponent
+
+
+def bin_span(index: int) -> list[int]:
+    return [2**index // 2, 2**index - 1]
+
+
+class Tally:
+    """Sums over a validation split, kept in float64 on the CPU."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        self.sparsity = SparsityTally()
+        self.loss = self.targets = self.right = self.queries = 0.0
+        self.bin_loss: dict[int, float] = {}
+        self.bin_targets: dict[int, float] = {}
+        self.bin_active: dict[int, list[Tensor]] = {}  # active tokens of every layer, KV head and token in the bin
+
+    def add(self, batch, logits_BTV, stats) -> None:
+        targets_BT = batch.labels != IGNORE
+        losses = F.cross_entropy(logits_BTV.float().flatten(0, 1), batch.labels.flatten(), reduction="none")
+        losses_BT = losses.view_as(batch.labels).double()
+        self.loss += losses_BT.sum().item()
+        self.targets += targets_BT.sum().item()
+        if "recall" in self.names:
+            first_BT = first_queries(batch.input_ids, targets_BT)
+            self.queries += first_BT.sum().item()
+            self.right += ((logits_BTV.argmax(-1) == batch.labels) & first_BT).sum().item()
+        bins = position_bins(batch.position_ids).expand_as(targets_BT)
+        for index in bins[targets_BT].unique().tolist():
+            inside = (bins == index) & targets_BT
+            self.bin_loss[index] = self.bin_loss.get(index, 0.0) + losses_BT[inside].sum().item()
+            self.bin_targets[index] = self.bin_targets.get(index, 0.0) + inside.sum().item()
+        self.sparsity.add(stats, packed=batch.cu_seqlens is not None)
+        if "sparsity" in self.names:
+            bins = position_bins(stats[0].positions)
+            active_BTLH = torch.stack([layer.active_tokens for layer in stats], dim=2)
+            for index in bins.unique().tolist():
+                self.bin_active.setdefault(index, []).append(active_BTLH[bins == index].flatten().int().cpu())
+
+
+@torch.inference_mode()
+def measure(setting: Setting, stream: BatchStream, names: Sequence[str]) -> Tally:
+    """One pass over a validation stream."""
+    tally = Tally(names)
+    for batch in stream:
+        batch = batch.to(setting.device)
+        output = setting.model(
+            batch.input_ids, position_ids=batch.position_ids, cu_seqlens=batch.cu_seqlens, return_stats=True
+        )
+        tally.add(batch, output.logits, output.stats)
+    return tally
+
+
+def _loss_rows(tally: Tally) -> Iterator[dict]:
+    yield row("loss", "nats", tally.loss / tally.targets)
+
+
+def _position_rows(tally: Tally) -> Iterator[dict]:
+    for index in sorted(tally.bin_loss):
+        yield row("position", "nats", tally.bin_loss[index] / tally.bin_targets[index], position=bin_span(index))
+
+
+def _recall_rows(tally: Tally) -> Iterator[dict]:
+    yield row("recall", "accuracy", tally.right / tally.queries)
+
+
+def _sparsity_rows(tally: Tally) -> Iterator[dict]:
+    per_head = tally.sparsity.per_head()
+    yield row("sparsity", "causal_sparsity", tally.sparsity.columns()["causal_sparsity"], per_head=per_head.tolist())
+    for index in sorted(tally.bin_active):
+        low, median, high = quantiles(torch.cat(tally.bin_active[index]).double())
+        yield row("sparsity", "active_tokens", median, p10=low, p90=high, position=bin_span(index))
+
+
+SCORES = {"loss": _loss_rows, "position": _position_rows, "recall": _recall_rows, "sparsity": _sparsity_rows}

@@ -1,0 +1,265 @@
+"""Report page: report.html in the first of the runs that are given.
+
+    python -m experiments.figures.run_page outputs/run [outputs/other ...]
+
+One file that needs nothing else: the curves of all runs in the same panels, the sparsity of every layer over the
+training, and their configurations. Made from metrics.jsonl and config.yaml alone, so it can be drawn during a run.
+"""
+
+import io
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from experiments.errors import user_errors
+from experiments.files import read_rows, write_atomically
+from experiments.plots import COLOURS
+from experiments.training.metrics import METRICS
+from experiments.training.run_dir import CONFIG, flat
+
+PAGE = "report.html"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Curves of some keys of the rows; a panel whose keys no run has is left out.
+
+    ``keys``: key -> its name in the legend; the first is drawn solid, the others dashed and dotted.
+    """
+
+    title: str
+    keys: dict[str, str]
+    log: bool = False
+
+
+PANELS = (
+    Panel("loss, nats per token", {"loss": "training", "validation/loss": "validation"}),
+    Panel("learning rate", {"lr": ""}),
+    Panel(
+        "gradient norm before clipping",
+        {"grad_norm": "total", "grad_norm_router": "router", "grad_norm_chunk_query": "chunk query"},
+        log=True,
+    ),
+    Panel("causal sparsity, mean over the layers", {"causal_sparsity": ""}),
+    Panel("alpha, mean over the layers", {"alpha": ""}),
+    Panel("tokens per second", {"tokens_per_s": ""}),
+    Panel(
+        "model FLOPs utilisation", {"mfu_causal": "as dense causal attention", "mfu_sparse": "keys read, as measured"}
+    ),
+    Panel("seconds per step", {"step_time": "step", "data_wait": "of it, waiting for data"}),
+    Panel("peak memory, MiB", {"peak_memory_mib": ""}),
+)
+_STYLES = ("-", "--", ":")
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run directory says of itself."""
+
+    name: str
+    config: dict[str, object]  # dotted keys
+    rows: list[dict]
+
+    def curve(self, key: str) -> tuple[list[float], list[float]]:
+        """Tokens and values of a key of the training rows, or of `split/key`."""
+        split, _, name = key.rpartition("/")
+        rows = [row for row in self.rows if row["split"] == (split or "train") and row.get(name) is not None]
+        return [row["tokens"] for row in rows], [row[name] for row in rows]
+
+    def summary(self) -> dict[str, str]:
+        """The figures one looks for first, of the last rows that have them."""
+
+        def last(key: str, form: Callable[[float], str]) -> str:
+            values = self.curve(key)[1]
+            return form(values[-1]) if values else "-"
+
+        train = [row for row in self.rows if row["split"] == "train"]
+        return {
+            "attention": str(self.config.get("attention.name")),
+            "step": f"{train[-1]['step']} of {self.config.get('steps')}",
+            "tokens": last("tokens", _short),
+            "training loss": last("loss", "{:.4f}".format),
+            "validation loss": last("validation/loss", "{:.4f}".format),
+            "causal sparsity": last("causal_sparsity", "{:.1%}".format),
+            "tokens/s": last("tokens_per_s", _short),
+            "MFU causal": last("mfu_causal", "{:.1%}".format),
+            "MFU sparse": last("mfu_sparse", "{:.1%}".format),
+            "waits for data": self._waiting(),
+            "peak memory": last("peak_memory_mib", lambda mib: f"{mib / 1024:.2f} GiB"),
+        }
+
+    def _waiting(self) -> str:
+        waits, steps = self.curve("data_wait")[1], self.curve("step_time")[1]
+        return f"{waits[-1] / steps[-1]:.1%}" if waits else "-"
+
+
+def read_run(path: Path) -> RunData:
+    """Raises ValueError for what is no run directory or has no training rows yet."""
+    if not (path / CONFIG).exists():
+        raise ValueError(f"{path} is no run directory (it has no {CONFIG})")
+    rows = read_rows(path / METRICS)
+    if not any(row["split"] == "train" for row in rows):
+        raise ValueError(f"{path / METRICS} has no training rows yet: wait for the run's first step")
+    config = OmegaConf.to_container(OmegaConf.load(path / CONFIG))
+    return RunData(config.get("name") or path.name, flat(config), rows)
+
+
+def page(runs: Sequence[RunData]) -> str:
+    """The HTML of the report."""
+    title = ", ".join(run.name for run in runs)
+    curves = [_curves(panel, runs) for panel in PANELS if any(run.curve(key)[1] for run in runs for key in panel.keys)]
+    strips = [_strip(run) for run in runs if run.curve("causal_sparsity_per_layer")[1]]
+    summaries = [run.summary() for run in runs]
+    keys = sorted({key for run in runs for key in run.config})
+    differing = [key for key in keys if len({str(run.config.get(key)) for run in runs}) > 1]
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        _table(["", *summaries[0]], [[run.name, *s.values()] for run, s in zip(runs, summaries, strict=True)], runs),
+        f'<div class="panels">{"".join(curves)}</div>',
+    ]
+    if strips:
+        parts += ["<h2>Causal sparsity of every layer</h2>", f'<div class="strips">{"".join(strips)}</div>']
+    if len(runs) > 1:
+        parts += ["<h2>Where the configurations differ</h2>", _config_table(runs, differing)]
+    parts += [f"<details><summary>Configuration, {len(keys)} values</summary>{_config_table(runs, keys)}</details>"]
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title>'
+    return "\n".join(["<!doctype html>", f'<html lang="en">{head}', _STYLE, *parts, "</html>", ""])
+
+
+_STYLE = """<style>
+body { font: 14px/1.45 system-ui, sans-serif; color: #222; max-width: 1280px; margin: 2em auto; padding: 0 1.5em }
+h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { text-align: left; padding: .25em .9em .25em 0; border-bottom: 1px solid #ddd; vertical-align: top }
+th { font-weight: 600; color: #555 } td.key { color: #555; font-family: ui-monospace, monospace; font-size: .9em }
+.swatch { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .5em }
+.wide { overflow-x: auto }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(370px, 1fr)); gap: .5em; margin-top: 1.5em }
+.strips { display: flex; flex-wrap: wrap; gap: 1em } figure { margin: 0 } svg { width: 100%; height: auto }
+.strips figure { flex: 1 1 480px; max-width: 640px } figcaption { color: #555 }
+summary { cursor: pointer; margin-top: 2em; font-weight: 600 }
+</style>"""
+
+
+def _curves(panel: Panel, runs: Sequence[RunData]) -> str:
+    plt = _pyplot()
+    figure, ax = plt.subplots(figsize=(4.6, 3.0), layout="constrained")
+    names = []
+    for run, colour in zip(runs, _colours(runs), strict=True):
+        for (key, name), style in zip(panel.keys.items(), _STYLES, strict=False):
+            tokens, values = run.curve(key)
+            if values:
+                mark = "o" if len(values) == 1 else None
+                ax.plot(tokens, values, style, color=colour, linewidth=1.4, marker=mark, markersize=3)
+                names += [] if (name, style) in names else [(name, style)]
+    if len(names) > 1:
+        handles = [plt.Line2D([], [], color="#555", linestyle=style) for _, style in names]
+        ax.legend(handles, [name for name, _ in names], fontsize=8, frameon=False)
+    if panel.log:
+        ax.set_yscale("log")
+    else:
+        ax.yaxis.set_major_formatter(lambda value, _: _short(value))
+    ax.set_title(panel.title, fontsize=10, loc="left")
+    ax.set_xlabel("tokens", fontsize=8)
+    return f"<figure>{_svg(figure)}</figure>"
+
+
+def _strip(run: RunData) -> str:
+    """Layers upwards, training to the right."""
+    plt = _pyplot()
+    tokens, sparsity = run.curve("causal_sparsity_per_layer")
+    layers = len(sparsity[0])
+    figure, ax = plt.subplots(figsize=(6, min(1.2 + 0.1 * layers, 6)), layout="constrained")
+    # A measurement holds until the next one; the last for as long as the one before.
+    edges = [*tokens, 2 * tokens[-1] - tokens[-2] if len(tokens) > 1 else tokens[-1] + 1]
+    mesh = ax.pcolormesh(
+        edges,
+        [layer - 0.5 for layer in range(layers + 1)],
+        [[row[layer] for row in sparsity] for layer in range(layers)],
+        vmin=0,
+        vmax=1,
+        cmap="viridis",
+        rasterized=True,
+    )
+    ax.yaxis.get_major_locator().set_params(integer=True)
+    ax.set_xlabel("tokens", fontsize=8)
+    ax.set_ylabel("layer", fontsize=8)
+    figure.colorbar(mesh, format=lambda value, _: f"{value:.0%}")
+    return f"<figure>{_svg(figure)}<figcaption>{escape(run.name)}</figcaption></figure>"
+
+
+def _svg(figure) -> str:
+    """The figure as an element of a page, and closed."""
+    plt = _pyplot()
+    figure.axes[0].xaxis.set_major_formatter(lambda value, _: _short(value))
+    for ax in figure.axes:
+        ax.tick_params(labelsize=8)
+        ax.spines[["top", "right"]].set_visible(False)
+    buffer = io.StringIO()
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):
+        figure.savefig(buffer, format="svg", transparent=True, dpi=150, metadata={"Date": None})
+    plt.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _colours(runs: Sequence[RunData]) -> list[str]:
+    return [COLOURS[index % len(COLOURS)] for index in range(len(runs))]
+
+
+def _table(head: Iterable[str], rows: Sequence[Sequence[str]], runs: Sequence[RunData]) -> str:
+    """A table with a row a run, each marked with its colour."""
+    marks = [f'<span class="swatch" style="background:{colour}"></span>' for colour in _colours(runs)]
+    body = [
+        "".join(f"<td>{mark if not column else ''}{escape(cell)}</td>" for column, cell in enumerate(row))
+        for mark, row in zip(marks, rows, strict=True)
+    ]
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    return f'<div class="wide"><table><tr>{head}</tr>{"".join(f"<tr>{row}</tr>" for row in body)}</table></div>'
+
+
+def _config_table(runs: Sequence[RunData], keys: Sequence[str]) -> str:
+    head = "".join(f"<th>{escape(run.name)}</th>" for run in runs)
+    rows = "".join(
+        f'<tr><td class="key">{escape(key)}</td>'
+        + "".join(f"<td>{escape(str(run.config.get(key, '-')))}</td>" for run in runs)
+        + "</tr>"
+        for key in keys
+    )
+    return f'<div class="wide"><table><tr><th></th>{head}</tr>{rows}</table></div>'
+
+
+def _short(value: float) -> str:
+    """Four digits and a letter."""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.4g}{letter}"
+    return f"{value:.4g}"
+
+
+def main(arguments: Sequence[str]) -> None:
+    with user_errors():
+        if not arguments:
+            raise ValueError(
+                "give run directories: python -m experiments.figures.run_page outputs/run [outputs/other ...]"
+            )
+        paths = [Path(argument).expanduser() for argument in arguments]
+        write_atomically(paths[0] / PAGE, page([read_run(path) for path in paths]))
+        print(paths[0] / PAGE)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,226 @@
+"""Figures 1, 2, 11 and 12: scores against what they cost."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from data.tasks import SUITES
+from experiments.evaluation.tasks.decoding import DECODE
+from experiments.figures.frontier import Point, is_ablation, of_frontiers, panels_to_draw, points, untrained
+from experiments.figures.pareto import draw as draw_frontiers
+from experiments.figures.pareto import table as frontier_table
+from experiments.figures.rows import Drawn, Study, averaged, grouped, line_of
+from experiments.plots import grid, legend_below, save, styles
+
+MISSING = "missing"
+# Columns of a RULER table: the groups the paper reports.
+GROUPS = {
+    "SG 1-3": ("niah_single_1", "niah_single_2", "niah_single_3"),
+    "MK 1-3": ("niah_multikey_1", "niah_multikey_2", "niah_multikey_3"),
+    "MV, MQ": ("niah_multivalue", "niah_multiquery"),
+    "VT, CWE, FWE": ("vt", "cwe", "fwe"),
+    "QA 1-2": ("qa_1", "qa_2"),
+}
+FACTORS = ("alpha", "chunk_size", "sigma", "prior", "summary", "group", "router_scale")
+CONTROL = ("prior", "raw")  # of configs/sweep/ablations.yaml
+BESIDE = " ".join(CONTROL)  # as a value of another factor
+MARKED = "Filled: as trained; open: the knob turned. Bars: lowest to highest of the seeds."
+
+
+def make_frontiers(study: Study) -> Drawn | None:
+    rows = [row for row in of_frontiers(study.evaluations) if not is_ablation(row)]
+    if not _has_sparse(rows):
+        return None
+    found = points(rows)
+    notes = [f"{panel.title}: untrained, the dense control does not reach 99 %" for panel in sorted(untrained(found))]
+    notes += _not_drawn(found)
+    return Drawn(frontier_table(found), lambda path: draw_frontiers(found, path), notes, rows)
+
+
+def make_costs(study: Study) -> Drawn | None:
+    """Score against bytes read and, where it was measured, time per decoded token."""
+    decoding = {_model_of(row): row for row in study.of(DECODE, "ms")}
+    rows = [row for row in of_frontiers(study.evaluations) if row.get("bytes_read") is not None]
+    rows = [_with_panel(row) for row in rows if not is_ablation(row)]
+    if not _has_sparse(rows):
+        return None
+    found = points(rows)
+    costs = {"bytes_read": "bytes read per token"}
+    notes = [MARKED]
+    timed = {id(row): decoding[_model_of(row)] for row in rows if _model_of(row) in decoding}
+    if timed:
+        costs["decode_ms"] = "ms per decoded token"
+        devices = sorted({row["device"] for row in timed.values()})
+        notes.append(f"Time per decoded token: of one sequence, on {', '.join(devices)}.")
+        rows = [row | {"decode_ms": timed[id(row)]["score"]} if id(row) in timed else row for row in rows]
+    else:
+        notes.append(f"Time per decoded token: missing, rows come from evaluate.py tasks=[{DECODE}].")
+    notes += _not_drawn(found)
+    table = []
+    for cost in costs:
+        with_cost = [row for row in rows if row.get(cost) is not None]
+        keys = ("panel", "label", "trained_knob", "knob")
+        means, amounts = averaged(with_cost, *keys), averaged(with_cost, *keys, value=cost)
+        table += [{"cost": cost, **score, "amount": amount[cost]} for score, amount in zip(means, amounts, strict=True)]
+
+    def draw(path: Path) -> None:
+        from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
+
+        titles = [panel.title for panel in panels_to_draw(found)]
+        panels = list(dict.fromkeys((row["cost"], row["panel"]) for row in table if row["panel"] in titles))
+        panels.sort(key=lambda panel: (list(costs).index(panel[0]), titles.index(panel[1])))
+        figure, axes = grid(len(panels), width=7.2 if len(panels) == 1 else 5.6, height=4.8)
+        style = styles(row["label"] for row in rows)
+        for ax, (cost, panel) in zip(axes, panels, strict=True):
+            inside = [row for row in table if (row["cost"], row["panel"]) == (cost, panel)]
+            for (label, _), line in _by(inside, lambda row: (row["label"], row["trained_knob"])).items():
+                _line(ax, line, "amount", *style[label], linestyle=":", label=label)
+            ax.set_title(panel, fontsize=10)
+            ax.set_xlabel(costs[cost])
+            ax.set_xscale("log")
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.xaxis.set_major_formatter(EngFormatter() if cost == "bytes_read" else StrMethodFormatter("{x:g}"))
+            ax.xaxis.set_minor_formatter(NullFormatter())
+            ax.grid(alpha=0.25)
+        legend_below(figure, axes)
+        save(figure, path)
+
+    return Drawn(table, draw, notes, rows)
+
+
+def make_ruler(study: Study) -> Drawn | None:
+    """One row a setting and length; columns are the 13 tasks, the paper's groups and the average."""
+    rows = [row for row in study.evaluations if row["task"] in SUITES["ruler"]]
+    if not rows:
+        return None
+    table, differs = [], {}
+    for (line, length), inside in _by(rows, lambda row: (line_of(row), row["length"])).items():
+        scores = {row["task"]: row["score"] for row in averaged(inside, "task")}
+        table.append(
+            {
+                "model": line,
+                "length": length,
+                "causal_sparsity": sum(row["causal_sparsity"] for row in inside) / len(inside),
+                "seeds": len({row["seed"] for row in inside}),
+                **{task: scores.get(task, MISSING) for task in SUITES["ruler"]},
+                **{name: _mean_or_missing(scores, tasks) for name, tasks in GROUPS.items()},
+                "average": _mean_or_missing(scores, SUITES["ruler"]),
+            }
+        )
+        differs |= {row["task"]: row["differs"] for row in inside if row.get("differs")}
+    notes = [f"{task} departs from RULER: {how}." for task, how in sorted(differs.items())]
+    return Drawn(sorted(table, key=lambda row: (row["length"], row["model"])), None, notes, rows)
+
+
+def make_ablations(study: Study) -> Drawn | None:
+    """Rows whose label is FACTOR:VALUE, as in label=sigma:100. Means are over the seeds that have all values of a
+    factor, since other seeds continue from other weights; CONTROL beside them is of the same seeds."""
+    rows = []
+    for row in of_frontiers(study.evaluations):
+        if is_ablation(row):
+            factor, _, value = row["label"].partition(":")
+            rows.append(_with_panel(row) | {"factor": factor, "value": value})
+    if not rows:
+        return None
+    table, notes, seeds = [], [], {}
+    for (factor, panel), arms in _by(rows, lambda row: (row["factor"], row["panel"])).items():
+        have = [{row["seed"] for row in arm} for arm in grouped(arms, "value").values()]
+        shared = set.intersection(*have) or set.union(*have)
+        if left_out := set.union(*have) - shared:
+            notes.append(f"{factor}: without seed {_listed(left_out)}, which has not all values.")
+        elif len(set(map(frozenset, have))) > 1:
+            notes.append(f"{factor}: no seed has all values, so these are means over different seeds.")
+        seeds[factor, panel] = _listed(shared)
+        if factor in FACTORS and factor != CONTROL[0]:
+            control = [row for row in rows if (row["factor"], row["value"], row["panel"]) == (*CONTROL, panel)]
+            arms = arms + [row | {"factor": factor, "value": BESIDE} for row in control]
+        arms = [row for row in arms if row["seed"] in shared]
+        keys = ("factor", "panel", "value", "trained_knob", "knob")
+        for score, sparsity in zip(averaged(arms, *keys), averaged(arms, *keys, value="causal_sparsity"), strict=True):
+            table.append(score | {"causal_sparsity": sparsity["causal_sparsity"]})
+    absent = [factor for factor in FACTORS if factor not in {row["factor"] for row in rows}]
+    notes += [f"Missing: {', '.join(absent)}."] if absent else []
+    panels = _by(table, lambda row: (row["factor"], row["panel"]))
+    # A control alone compares nothing.
+    drawn = {
+        (factor, panel): inside
+        for (factor, panel), inside in sorted(panels.items())
+        if factor in FACTORS and {row["value"] for row in inside} - {CONTROL[1] if factor == CONTROL[0] else BESIDE}
+    }
+    if not drawn:
+        return Drawn(table, None, notes, rows)
+    notes.append(
+        f"{MARKED} Dashed: {BESIDE}, from which the lines beside it differ in one option. Other factors: in the table."
+    )
+
+    def draw(path: Path) -> None:
+        figure, axes = grid(len(drawn), height=3.8)
+        for ax, ((factor, panel), inside) in zip(axes, drawn.items(), strict=True):
+            lines = grouped(inside, "value")
+            control = CONTROL[1] if factor == CONTROL[0] else BESIDE
+            style = styles(lines.keys() - {control}) | {control: ("#444444", ".")}
+            for value, line in sorted(lines.items(), key=lambda item: (item[0] == control, _by_number(item[0]))):
+                label, dashes = (BESIDE, "--") if value == control else (f"{factor} {value}", "-")
+                _line(ax, line, "causal_sparsity", *style[value], linestyle=dashes, label=label)
+            ax.set_title(f"{factor}, seed {seeds[factor, panel]}\n{panel}", fontsize=9)
+            ax.ticklabel_format(useOffset=False)
+            ax.set_xlabel("causal sparsity")
+            ax.grid(alpha=0.25)
+            ax.legend(fontsize=8)
+        save(figure, path)
+
+    return Drawn(table, draw, notes, rows)
+
+
+def _line(ax, line: list[dict], x: str, colour: str, mark: str, **style) -> None:
+    """Scores against ``x`` in the knob's order, marked as MARKED says."""
+    line = sorted(line, key=lambda row: (row["knob"] is not None, row["knob"]))
+    xs, ys = [row[x] for row in line], [row["score"] for row in line]
+    ax.vlines(xs, [row["low"] for row in line], [row["high"] for row in line], color=colour, linewidth=1)
+    ax.plot(xs, ys, color=colour, marker=mark, markerfacecolor="white", linewidth=1.2, **style)
+    as_trained = [row["knob"] == row["trained_knob"] for row in line]
+    ax.plot(xs, ys, color=colour, marker=mark, linestyle="", markevery=as_trained)
+
+
+def _has_sparse(rows: Sequence[dict]) -> bool:
+    """Whether there is more than a dense control, which alone compares nothing."""
+    return any(row["knob"] is not None for row in rows)
+
+
+def _not_drawn(found: Sequence[Point]) -> list[str]:
+    others = len({point.panel for point in found}) - len(panels_to_draw(found))
+    return [f"In the table only: {others} panels in which no curve has several points."] if others else []
+
+
+def _by_number(value: str) -> tuple[float, str]:
+    """Sorts 32 before 128, and words behind numbers."""
+    try:
+        return float(value), value
+    except ValueError:
+        return math.inf, value
+
+
+def _listed(seeds: set[int]) -> str:
+    return ", ".join(map(str, sorted(seeds)))
+
+
+def _model_of(row: dict) -> tuple:
+    """What tells the model and the length that a row is about."""
+    return tuple(row[name] for name in ("data", "label", "config_hash", "seed", "step", "knob", "length"))
+
+
+def _with_panel(row: dict) -> dict:
+    return row | {"panel": points([row])[0].panel.title}
+
+
+def _by(rows: Sequence[dict], key) -> dict:
+    groups: dict = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
+def _mean_or_missing(scores: dict[str, float], tasks: Sequence[str]) -> float | str:
+    if any(task not in scores for task in tasks):
+        return MISSING
+    return sum(scores[task] for task in tasks) / len(tasks)

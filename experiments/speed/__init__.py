@@ -1,0 +1,1 @@
+"""The benchmark of the attention operations alone, on a GPU."""

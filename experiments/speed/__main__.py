@@ -1,0 +1,3 @@
+from experiments.speed.benchmark import main
+
+main()

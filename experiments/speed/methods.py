@@ -1,0 +1,281 @@
+"""What the speed benchmark runs: this library's kernels; those they are compared with are in ``peers``.
+
+A method prepares an ``Operation`` for one set of inputs. Whatever it needs is imported there, so that a missing
+package costs that method only.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dashattn import dash_attention, infllmv2_attention, nsa_attention
+from dashattn.ops.block_scores.reference import topk_selection
+from dashattn.ops.block_sparse import reference as attention_reference
+from dashattn.ops.chunk_summary import reference as summary_reference
+from dashattn.ops.compression.reference import compressed_attention, mean_compress
+from dashattn.ops.dash_routing import reference as routing_reference
+from dashattn.ops.gates.reference import gated_sum
+from dashattn.ops.window.reference import window_attention
+from dashattn.selection import Selection
+from experiments.speed.inputs import Problem, topk_sparsities
+from experiments.speed.rows import ATTENTION, ROUTING, WHOLE
+
+SELECTED_ROWS, SELECTED_BLOCKS = "selected rows", "selected blocks"
+# Share of (token, KV head) rows, or where there are few of them of blocks, that may be selected otherwise than by the
+# reference.
+SELECTION_TOLERANCE = 0.005
+
+
+class UnavailableError(Exception):
+    """A method that cannot run here; ``status`` stands in its row."""
+
+    def __init__(self, status: str, detail: str):
+        super().__init__(detail)
+        self.status = status
+
+
+def explain(error: Exception) -> tuple[str, str]:
+    """(status, detail) of a row that has no time."""
+    if isinstance(error, UnavailableError):
+        return error.status, str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory", ""
+    return "error", f"{type(error).__name__}: {str(error)[:300]}"
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A method on one set of inputs.
+
+    Attributes:
+        forward: the call that is timed.
+        leaves: tensors to differentiate by, by name; empty: there is no backward.
+        reference: what forward and gradients should be, on float32 copies, in the order output, ``leaves``.
+            None: the result is a selection and has no gradient.
+        selections: the kernel's selection and the reference's, where the method selects.
+        causal_sparsity: where it is not that of the problem's selection.
+    """
+
+    forward: Callable[[], Tensor | Selection]
+    leaves: dict[str, Tensor]
+    reference: Callable[[], list[Tensor]] | None = None
+    selections: Callable[[], tuple[Selection, Selection]] | None = None
+    causal_sparsity: float | None = None
+
+    def errors(self, grad: Tensor) -> dict[str, float]:
+        """Relative RMS errors of output and gradients, and the share of rows selected otherwise."""
+        errors = {}
+        if self.selections is not None:
+            kernel, reference = (s.words for s in self.selections())
+            width = min(kernel.shape[-1], reference.shape[-1])
+            differ = (kernel[..., :width] != reference[..., :width]).any(-1)
+            errors[SELECTED_ROWS] = differ.float().mean().item()
+        if self.reference is not None:
+            results = self.results(grad)
+            expected = self.reference()
+            for name, result, wanted in zip(["out", *self.leaves], results, expected, strict=True):
+                errors[name] = relative_error(result, wanted)
+        return errors
+
+    def results(self, grad: Tensor) -> list[Tensor]:
+        """Output and gradients."""
+        if not self.leaves:
+            with torch.no_grad():
+                return [self.forward()]
+        out = self.forward()
+        return [out.detach(), *torch.autograd.grad(out, list(self.leaves.values()), grad)]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A line of the table."""
+
+    name: str
+    stage: str  # attention | routing | whole | dense
+    prepare: Callable[[Problem], Operation]
+
+
+def relative_error(result: Tensor, expected: Tensor) -> float:
+    """RMS of the difference over RMS of what is expected; nan counts as infinite."""
+    error = ((result.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-30)).item()
+    return error if error == error else float("inf")
+
+
+def leaves_of(problem: Problem, **more: Tensor) -> dict[str, Tensor]:
+    tensors = {"q": problem.q, "k": problem.k, "v": problem.v, **more}
+    return {name: x.detach().requires_grad_() for name, x in tensors.items()}
+
+
+def on_copies(problem: Problem, leaves: dict[str, Tensor], attend: Callable[..., Tensor]) -> list[Tensor]:
+    """Output and gradients of ``attend`` on float32 copies of the leaves."""
+    copies = [x.detach().float().requires_grad_() for x in leaves.values()]
+    out = attend(*copies)
+    return [out.detach(), *torch.autograd.grad(out, copies, problem.grad.float())]
+
+
+def _everything(problem: Problem) -> Selection:
+    blocks = -(-problem.length // problem.shape.chunk_size)
+    size = (1, problem.length, problem.shape.kv_heads, blocks)
+    return Selection.from_mask(torch.ones(size, dtype=torch.bool, device=problem.q.device), problem.shape.chunk_size)
+
+
+def given_selection(problem: Problem, attend: Callable[..., Tensor], selection: Selection | None) -> Operation:
+    """``attend(q, k, v)`` against the reference over a selection (None: dense), forward and gradients."""
+    leaves = leaves_of(problem)
+
+    def reference():
+        given = _everything(problem) if selection is None else selection
+        return on_copies(problem, leaves, lambda q, k, v: attention_reference.block_sparse_attention(q, k, v, given))
+
+    return Operation(lambda: attend(*leaves.values()), leaves, reference)
+
+
+def block_sparse(problem: Problem) -> Operation:
+    """The block-sparse attention stage alone, the selection prepared."""
+    from dashattn.ops.block_sparse.triton import block_sparse_attention
+
+    selection = problem.selection
+    return given_selection(problem, lambda q, k, v: block_sparse_attention(q, k, v, selection), selection)
+
+
+def dash_routing(problem: Problem) -> Operation:
+    """Chunk summaries and selection, as a forward with a negligible prior does them."""
+    from dashattn.ops.chunk_summary.triton import chunk_summary
+    from dashattn.ops.dash_routing.triton import dash_routing
+
+    options = {"chunk_size": problem.shape.chunk_size, "router_scale": problem.router_scale, "prior": "none"}
+
+    def summarise():
+        return chunk_summary(problem.k, problem.chunk_query, chunk_size=problem.shape.chunk_size)
+
+    def forward():
+        return dash_routing(problem.q, summarise(), **options)[0]
+
+    def selections():
+        return forward(), routing_reference.dash_routing(problem.q.float(), summarise(), **options)[0]
+
+    return Operation(forward, {}, selections=selections)
+
+
+def dash_whole(problem: Problem) -> Operation:
+    """DashAttention: summaries, routing and attention with the tempered prior."""
+    size = problem.shape.chunk_size
+    options = {"chunk_size": size, "router_scale": problem.router_scale}
+    leaves = leaves_of(problem, chunk_query=problem.chunk_query)
+    route = dash_routing(problem)
+
+    def forward():
+        return dash_attention(*leaves.values(), impl="triton", **options)
+
+    def attend_reference(q, k, v, chunk_query):
+        summaries = summary_reference.chunk_summary(k, chunk_query, chunk_size=size)
+        # rounding the summaries to k's dtype is part of the definition
+        summaries = summaries + (summaries.to(problem.k.dtype).float() - summaries).detach()
+        _, bias = routing_reference.dash_routing(q, summaries, **options)
+        return attention_reference.block_sparse_attention(q, k, v, route.forward(), bias)
+
+    def reference():
+        return on_copies(problem, leaves, attend_reference)
+
+    return Operation(forward, leaves, reference, selections=route.selections)
+
+
+WINDOWS = {"kernel_size": 32, "kernel_stride": 16}
+
+
+def nearest_topk(problem: Problem, forced: int) -> tuple[int, float]:
+    """The top-k whose causal sparsity comes closest to the target, and that sparsity."""
+    choices = [(k, s) for k, s in topk_sparsities(problem.length, problem.shape.chunk_size) if k > forced]
+    if not choices:
+        raise UnavailableError("impossible", f"the {forced} forced blocks are all that the sequence has")
+    return min(choices, key=lambda choice: abs(choice[1] - problem.target))
+
+
+def _top_blocks(problem: Problem, lse: Tensor | None, **blocks) -> tuple[Selection, Selection]:
+    """The kernel's and the reference's selection by the mean-pooled keys."""
+    from dashattn.ops.block_scores.triton import select_blocks
+
+    compressed_k = mean_compress(problem.k, **WINDOWS)
+    options = {**WINDOWS, "scale": problem.shape.head_dim**-0.5, "cu_seqlens": None}
+    select = partial(topk_selection, **WINDOWS, **blocks)
+    _, expected = compressed_attention(problem.q.float(), compressed_k.float(), None, select, **options)
+    return select_blocks(problem.q, compressed_k, lse, **options, **blocks), expected[0]
+
+
+def infllmv2_whole(problem: Problem) -> Operation:
+    """InfLLM v2: stage 1 over mean-pooled keys, top-k and attention."""
+    size = problem.shape.chunk_size
+    window = 1024 // size
+    topk, sparsity = nearest_topk(problem, window + 2)
+    leaves = leaves_of(problem)
+
+    def forward():
+        return infllmv2_attention(
+            *leaves.values(), block_size=size, window_size=window * size, topk=topk, impl="triton"
+        )
+
+    def selections():
+        blocks = {"pooling": "max", "block_size": size, "topk": topk, "init_blocks": 1, "local_blocks": window + 1}
+        return _top_blocks(problem, None, **blocks)
+
+    def reference():
+        selection, _ = selections()
+        return on_copies(
+            problem, leaves, lambda q, k, v: attention_reference.block_sparse_attention(q, k, v, selection)
+        )
+
+    return Operation(forward, leaves, reference, selections, causal_sparsity=sparsity)
+
+
+def nsa_whole(problem: Problem) -> Operation:
+    """NSA's three branches; mean-pooled keys and values stand for the learned compression, gates are one half.
+
+    The sparsity is that of the selected branch: its window of 512 keys is not counted.
+    """
+    size = problem.shape.chunk_size
+    topk, sparsity = nearest_topk(problem, 3)
+    scale = problem.shape.head_dim**-0.5
+    compressed = [mean_compress(x, **WINDOWS) for x in (problem.k, problem.v)]
+    gates = torch.full((*problem.q.shape[:3], 3), 0.5, dtype=problem.q.dtype, device=problem.q.device)
+    leaves = leaves_of(problem, compressed_k=compressed[0], compressed_v=compressed[1], gates=gates)
+    options = {"scale": scale, "cu_seqlens": None}
+
+    def forward():
+        return nsa_attention(*leaves.values(), block_size=size, topk=topk, impl="triton")
+
+    def selections():
+        from dashattn.ops.band import triton as band
+
+        _, lse = band.compressed_attention(problem.q, *compressed, **WINDOWS, **options)
+        blocks = {"pooling": "weighted", "block_size": size, "topk": topk, "init_blocks": 1, "local_blocks": 2}
+        return _top_blocks(problem, lse, **blocks)
+
+    def reference():
+        selection, _ = selections()
+
+        def attend(q, k, v, compressed_k, compressed_v, gates):
+            branches = [
+                compressed_attention(q, compressed_k, compressed_v, lambda p: None, **WINDOWS, **options)[0],
+                attention_reference.block_sparse_attention(q, k, v, selection),
+                window_attention(q, k, v, window_size=512, scale=scale),
+            ]
+            return gated_sum(gates, branches)
+
+        return on_copies(problem, leaves, attend)
+
+    return Operation(forward, leaves, reference, selections, causal_sparsity=sparsity)
+
+
+# The names that the configuration takes.
+BACKENDS = {
+    "dash": [
+        Method("block-sparse", ATTENTION, block_sparse),
+        Method("dash", ROUTING, dash_routing),
+        Method("dash", WHOLE, dash_whole),
+    ],
+    "infllmv2": [Method("infllmv2", WHOLE, infllmv2_whole)],
+    "nsa": [Method("nsa", WHOLE, nsa_whole)],
+}

@@ -1,0 +1,112 @@
+"""Every backend's error against float64, into DIRECTORY/numerics.jsonl.
+
+    python -m experiments.speed.numerics DIRECTORY [LENGTH]
+
+The whole operation, forward and backward, on inputs that the dtype represents exactly; a selection that came out
+another way is part of the error, and ``rows_selected_differently`` says how much of it there is. On a GPU with the
+kernels, elsewhere the reference in lower precision.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dashattn.backends import (
+    AttentionBackend,
+    AttentionConfig,
+    AttentionShape,
+    DashConfig,
+    FullConfig,
+    InfLLMv2Config,
+    NSAConfig,
+    build_backend,
+)
+from experiments.errors import user_errors
+from experiments.files import append_rows, read_rows
+
+ROWS = "numerics.jsonl"
+SHAPE = AttentionShape(hidden_size=512, num_heads=8, num_kv_heads=2, head_dim=64)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Sparse enough at 1000 tokens that selections matter.
+CONFIGS: dict[str, AttentionConfig] = {
+    "full": FullConfig(),
+    "dash, tempered": DashConfig(chunk_size=32, router_scale=4.0),
+    "dash, raw": DashConfig(chunk_size=32, router_scale=4.0, prior="raw"),
+    "infllmv2": InfLLMv2Config(block_size=32, kernel_size=16, kernel_stride=8, topk=8, window_size=64),
+    "nsa": NSAConfig(block_size=32, kernel_size=16, kernel_stride=8, topk=8, window_size=64),
+}
+
+
+def measure(name: str, dtype: str, length: int, device: str) -> Iterator[dict]:
+    """A row for the output and for each gradient of one backend."""
+    torch.manual_seed(0)
+    backend = build_backend(CONFIGS[name], SHAPE)
+    for parameter in backend.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    heads = (SHAPE.num_heads, SHAPE.num_kv_heads, SHAPE.num_kv_heads)
+    q, k, v = (torch.randn(1, length, h, SHAPE.head_dim) for h in heads)
+    inputs = {"q": q, "k": k, "v": v, "hidden": torch.randn(1, length, SHAPE.hidden_size), "out": torch.randn_like(q)}
+    inputs = {key: x.to(DTYPES[dtype]).double() for key, x in inputs.items()}
+    backend = backend.to(DTYPES[dtype]).double()
+    exact, exact_selection = _run(backend, inputs)
+    backend = backend.to(device, DTYPES[dtype])
+    found, selection = _run(backend, {key: x.to(device, DTYPES[dtype]) for key, x in inputs.items()})
+    differing = None
+    if selection is not None:
+        differing = (selection.cpu() != exact_selection).any(-1).double().mean().item()
+    for tensor, value in exact.items():
+        error = (found[tensor].cpu().double() - value).norm() / value.norm()
+        yield {"tensor": tensor, "error": error.item(), "rows_selected_differently": differing}
+
+
+def _run(backend: AttentionBackend, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Output and gradients, and the selected blocks as words."""
+    q, k, v = (inputs[name].requires_grad_() for name in "qkv")
+    out = backend(q, k, v, hidden=inputs["hidden"])
+    gradients = torch.autograd.grad(out, (q, k, v), inputs["out"])
+    with torch.no_grad():
+        routing = backend.route(q, k, v, hidden=inputs["hidden"])
+    tensors = {"out": out.detach()} | dict(zip(("dq", "dk", "dv"), gradients, strict=True))
+    return tensors, None if routing is None else routing.selection.words
+
+
+def write_numerics(root: Path, length: int) -> int:
+    """Measures what is missing in ``root``; returns how many rows were added."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtypes = DTYPES if device == "cuda" else ("fp32", "bf16")
+    root.mkdir(parents=True, exist_ok=True)
+    common = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "impl": "auto" if device == "cuda" else "reference",
+        "length": length,
+        "torch": torch.__version__,
+    }
+    keys = (*common, "backend", "dtype")
+    done = {tuple(row[key] for key in keys) for row in read_rows(root / ROWS)}
+    count = 0
+    for name in CONFIGS:
+        for dtype in dtypes:
+            columns = common | {"backend": name, "dtype": dtype}
+            if tuple(columns[key] for key in keys) not in done:
+                rows = [columns | row for row in measure(name, dtype, length, device)]
+                append_rows(root / ROWS, rows)
+                count += len(rows)
+    return count
+
+
+def main(arguments: Sequence[str]) -> None:
+    with user_errors():
+        if len(arguments) not in (1, 2):
+            raise ValueError("usage: python -m experiments.speed.numerics DIRECTORY [LENGTH]")
+        length = int(arguments[1]) if len(arguments) == 2 else 1000
+        if length < 1:
+            raise ValueError(f"LENGTH is {length}: at least 1 is needed")
+        count = write_numerics(Path(arguments[0]), length)
+    print(f"{count} new rows in {Path(arguments[0]) / ROWS}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

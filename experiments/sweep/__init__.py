@@ -1,0 +1,1 @@
+"""Studies: many runs and their evaluations, here or as jobs of Slurm."""

@@ -1,0 +1,90 @@
+"""Sweeps: every cell of a study is a training run and its evaluation; only what is missing is done.
+
+A cell that fails stops no other; its last words stand in the table at the end and all it said in ``logs/``. A cell that
+missing ones continue from (the study's ``base``) is done first. With ``launcher=slurm`` what is missing is submitted.
+"""
+
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from experiments.config import to_config
+from experiments.errors import REQUEUE, user_errors
+from experiments.files import CONFIGS
+from experiments.signals import Children
+from experiments.sweep.cells import Cell, Outcome, SweepConfig, cells, register_sweep_config, run_cell, write_plan
+from slurm.submit import submit_sweep
+
+
+def run_sweep(config: SweepConfig, console: Console) -> dict[str, Outcome]:
+    """Does what is missing, ``config.jobs`` cells at a time. A signal is passed on to them, and no other one starts."""
+    waiting = cells(config)
+    write_plan(Path(config.output_dir), waiting)
+    outcomes: dict[str, Outcome] = {}
+    for cell in waiting:
+        if cell.is_done():
+            outcomes[cell.name] = Outcome("was done")
+    waiting = [cell for cell in waiting if cell.name not in outcomes]
+    wanted = {cell.base for cell in waiting}
+    waiting = [cell for cell in waiting if cell.evaluate is not None or cell.name in wanted]
+    console.print(f"{config.name}: {len(waiting)} cells to do, {len(outcomes)} done before", highlight=False)
+
+    log_dir = Path(config.output_dir) / "logs"
+    running: dict[Future, Cell] = {}
+    with Children() as children, ThreadPoolExecutor(config.jobs) as pool:
+        while waiting or running:
+            for cell in list(waiting):
+                base = Outcome("done") if cell.base is None else outcomes.get(cell.base)
+                if base is None or len(running) >= config.jobs:
+                    continue
+                waiting.remove(cell)
+                if base.status not in ("done", "was done"):
+                    outcomes[cell.name] = Outcome("skipped", message=f"{cell.base} {base.status}")
+                    continue
+                console.print(f"  start  {cell.name}", highlight=False)
+                running[pool.submit(run_cell, cell, log_dir, children)] = cell
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                cell = running.pop(future)
+                outcome = outcomes[cell.name] = future.result()
+                console.print(
+                    f"  {outcome.status:6} {cell.name}  {outcome.seconds:.0f} s  {outcome.message}",
+                    highlight=False,
+                    markup=False,
+                )
+    return outcomes
+
+
+def print_outcomes(outcomes: dict[str, Outcome], console: Console) -> None:
+    table = Table("cell", "status", "seconds", "why")
+    for name, outcome in outcomes.items():
+        table.add_row(name, outcome.status, f"{outcome.seconds:.0f}" if outcome.seconds else "", outcome.message)
+    console.print(table)
+
+
+register_sweep_config()
+
+
+@hydra.main(config_path=CONFIGS, config_name="sweep", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    with user_errors():
+        config = to_config(cfg)
+        config.output_dir = str(Path(config.output_dir).expanduser())
+        console = Console()
+        if config.launcher is not None:
+            submit_sweep(config, console)
+            return
+        outcomes = run_sweep(config, console)
+    print_outcomes(outcomes, console)
+    statuses = {outcome.status for outcome in outcomes.values()}
+    if "stopped" in statuses:
+        raise SystemExit(REQUEUE)
+    if statuses & {"failed", "skipped"}:
+        raise SystemExit("some cells failed; the others are kept, and the same command tries again what is missing")
+
+
+if __name__ == "__main__":
+    main()

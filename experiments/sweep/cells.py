@@ -1,0 +1,253 @@
+"""The cells of a sweep: which there are, and what one does.
+
+A cell is (study, arm, trained knob, seed): a training run and its evaluation. Its commands are processes of their own.
+
+    DIR/CELL/            run directory
+    DIR/CELL/cell.json   the commands that completed
+    DIR/cells.json       the cells of the sweep and their commands
+    DIR/logs/CELL.log    what they said
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from filelock import FileLock
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from experiments.config import LauncherConfig
+from experiments.errors import REQUEUE
+from experiments.files import ROOT, write_atomically
+from experiments.signals import Children
+
+CELL = "cell.json"
+PLAN = "cells.json"
+
+
+@dataclass
+class ArmConfig:
+    """One line of a frontier: a backend and its options."""
+
+    train: list[str] = MISSING  # overrides of train.py
+    trained_knobs: list[float] = field(default_factory=list)  # a cell for each; empty = one, as `train` says
+    knobs: list[float] | None = None  # evaluated at each; null = the one trained with
+    turned: float | None = None  # of several trained knobs the one whose cell is evaluated at `knobs`; null = each
+    evaluate: list[str] | None = None  # overrides of its only evaluate.py, in place of the study's; null = the study's
+
+
+@dataclass
+class StudyConfig:
+    """A task, and the arms that are compared on it."""
+
+    train: list[str] = MISSING  # overrides of train.py for every cell
+    base: list[str] | None = None  # overrides of one more run per seed, from whose weights all arms continue
+    evaluate: list[str] = MISSING  # overrides of evaluate.py
+    evaluate_turned: list[str] | None = None  # of one more evaluate.py, which takes the arms' knobs; null = that one
+    arms: dict[str, ArmConfig] = MISSING
+
+
+@dataclass
+class SweepConfig:
+    """Studies x arms x trained knobs x seeds."""
+
+    name: str = MISSING
+    output_dir: str = "outputs/${name}"
+    seeds: list[int] = field(default_factory=lambda: [0])
+    jobs: int = 1  # cells at a time
+    threads: int | None = None  # PyTorch's CPU threads of a cell; null = PyTorch's choice
+    launcher: LauncherConfig | None = None  # null = here, slurm = one task of a job array for each cell
+    studies: dict[str, StudyConfig] = MISSING
+
+
+def register_sweep_config() -> None:
+    store = ConfigStore.instance()
+    store.store(name="sweep_schema", node=SweepConfig)
+    store.store(group="launcher", name="launcher_schema", node=LauncherConfig)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run and its evaluation."""
+
+    name: str
+    run_dir: Path
+    train: tuple[str, ...]
+    evaluate: tuple[str, ...] | None  # None: a base, which is only trained
+    base: str | None  # name of the cell it continues from
+    evaluate_turned: tuple[str, ...] | None = None  # one more evaluation, with the knob turned
+
+    @property
+    def commands(self) -> list[list[str]]:
+        commands = [["train.py", *self.train]]
+        if self.evaluate is not None:
+            commands.append(["evaluate.py", *self.evaluate])
+        if self.evaluate_turned is not None:
+            commands.append(["evaluate.py", *self.evaluate_turned])
+        return commands
+
+    def is_done(self) -> bool:
+        """Whether these very commands have completed."""
+        record = self.run_dir / CELL
+        return record.exists() and json.loads(record.read_text())["commands"] == self.commands
+
+
+def record_done(run_dir: Path, commands: list[list[str]]) -> None:
+    """What ``Cell.is_done`` looks for."""
+    write_atomically(run_dir / CELL, json.dumps({"commands": commands}, indent=1) + "\n")
+
+
+def cells(config: SweepConfig) -> list[Cell]:
+    """The cells of a sweep, bases before what continues from them.
+
+    Raises:
+        ValueError: no cells, or values that cannot be.
+    """
+    if not config.studies or not config.seeds or any(not study.arms for study in config.studies.values()):
+        raise ValueError("a sweep needs at least one study, one arm in each and one seed")
+    if len(set(config.seeds)) != len(config.seeds):
+        raise ValueError(f"seeds={list(config.seeds)} names a seed twice")
+    if config.jobs < 1:
+        raise ValueError(f"jobs={config.jobs}: at least 1 is needed")
+    found = [
+        cell
+        for name, study in config.studies.items()
+        for seed in config.seeds
+        for cell in _study_cells(config, name, study, seed)
+    ]
+    names = [cell.name for cell in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"two cells are called {', '.join(twice)}: rename an arm (`base` is taken where a study has a base) or a "
+            "study, or name each of trained_knobs once"
+        )
+    return found
+
+
+def _study_cells(config: SweepConfig, study_name: str, study: StudyConfig, seed: int) -> Iterator[Cell]:
+    threads = [] if config.threads is None else [f"threads={config.threads}"]
+
+    def cell(
+        label: str,
+        train: list[str],
+        knobs: list[str] | None,
+        base: Cell | None,
+        own: list[str] | None = None,
+        suffix: str = "",
+    ) -> Cell:
+        name = f"{study_name}-{label}{suffix}-seed{seed}"
+        run_dir = Path(config.output_dir) / name
+        overrides = [*study.train, *train, f"seed={seed}", f"name={name}", f"run_dir={run_dir}", *threads]
+        if base is not None:
+            overrides.append(f"init_from={base.run_dir}")
+        base_name = None if base is None else base.name
+        if knobs is None:
+            return Cell(name, run_dir, tuple(overrides), None, base_name)
+        common = (f"run={run_dir}", f"label={label}")
+        evaluate, turned = (*common, *(study.evaluate if own is None else own), *knobs, *threads), None
+        if own is None and study.evaluate_turned is not None:
+            evaluate = (*common, *study.evaluate, *threads)
+            turned = (*common, *study.evaluate_turned, *knobs, *threads) if knobs else None
+        return Cell(name, run_dir, tuple(overrides), evaluate, base_name, turned)
+
+    base = None
+    if study.base is not None:
+        base = cell("base", study.base, None, None)
+        yield base
+    for label, arm in study.arms.items():
+        knobs = [] if arm.knobs is None else [f"knobs=[{','.join(f'{knob:g}' for knob in arm.knobs)}]"]
+        if arm.turned is not None and arm.turned not in arm.trained_knobs:
+            raise ValueError(f"turned={arm.turned:g} of arm {label} is none of trained_knobs={list(arm.trained_knobs)}")
+        if not arm.trained_knobs:
+            yield cell(label, arm.train, knobs, base, arm.evaluate)
+        for knob in arm.trained_knobs:
+            # Which field the knob is, the backend's config says.
+            train = [*arm.train, f"{_knob_key(arm.train)}={knob:g}"]
+            evaluated = knobs if arm.turned in (None, knob) else []
+            yield cell(label, train, evaluated, base, arm.evaluate, suffix=f"-knob{knob:g}")
+
+
+def _knob_key(train: list[str]) -> str:
+    from dashattn.backends import BACKENDS
+
+    choice = next((o.removeprefix("attention=") for o in train if o.startswith("attention=")), "")
+    name = choice.partition("_")[0]  # configs/attention: a backend, or backend_variant
+    knob = BACKENDS[name][0].knob if name in BACKENDS else None
+    if knob is None:
+        raise ValueError(f"trained_knobs needs attention=... with a sparsity knob among the arm's overrides {train}")
+    return f"attention.{knob}"
+
+
+def write_plan(output_dir: Path, found: list[Cell]) -> None:
+    """Record which cells a sweep has, for those who only look at its directory. What another call recorded there, which
+    may do another part of it on another GPU, stays."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    path, names = output_dir / PLAN, {cell.name for cell in found}
+    with FileLock(path.with_name(PLAN + ".lock")):
+        others = [cell for cell in read_plan(output_dir) if cell.name not in names] if path.exists() else []
+        plan = [asdict(cell) | {"run_dir": str(cell.run_dir)} for cell in [*others, *found]]
+        write_atomically(path, json.dumps(plan, indent=1) + "\n")
+
+
+def read_plan(output_dir: Path) -> list[Cell]:
+    """The cells that `write_plan` recorded. Raises ValueError if the directory is no sweep's."""
+    path = output_dir / PLAN
+    if not path.exists():
+        raise ValueError(f"{output_dir} is no sweep's directory (it has no {PLAN}): give the sweep's output_dir")
+    return [_from_json(plan) for plan in json.loads(path.read_text())]
+
+
+def _from_json(plan: dict) -> Cell:
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in plan.items()}
+    return Cell(**fields | {"run_dir": Path(plan["run_dir"])})
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a cell ended: ``done``, ``was done``, ``failed``, ``skipped`` or, by a signal and with its work saved,
+    ``stopped``."""
+
+    status: str
+    seconds: float = 0.0
+    message: str = ""
+
+
+def run_cell(cell: Cell, log_dir: Path, children: Children, rank: int = 0) -> Outcome:
+    """Runs the cell's commands. Ranks beside the first only train, and log for themselves."""
+    start = time.perf_counter()
+    log_dir.mkdir(parents=True, exist_ok=True)
+    log_path = log_dir / (f"{cell.name}.log" if rank == 0 else f"{cell.name}.rank{rank}.log")
+    for command in cell.commands if rank == 0 else cell.commands[:1]:
+        with log_path.open("ab") as log:
+            log.write(f"$ {' '.join(command)}\n".encode())
+            log.flush()
+            code = children.run(
+                [sys.executable, str(ROOT / command[0]), *command[1:]],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            )
+        if code != 0:
+            is_stopped = code == REQUEUE or children.received is not None
+            message = f"{last_words(log_path)} (see {log_path})"
+            return Outcome("stopped" if is_stopped else "failed", time.perf_counter() - start, message)
+    if rank == 0:
+        record_done(cell.run_dir, cell.commands)
+    return Outcome("done", time.perf_counter() - start)
+
+
+def last_words(log_path: Path) -> str:
+    """The line that says why a process failed: the last one that names an error since its start, else the last."""
+    lines = [line.strip() for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
+    start = max((index for index, line in enumerate(lines) if line.startswith("$ ")), default=-1)
+    lines = lines[start + 1 :]
+    errors = [line for line in lines if re.search(r"error:|Error\b", line)]
+    return (errors or lines or ["no output"])[-1]

@@ -1,0 +1,79 @@
+"""The rows of a study, to commit, and back.
+
+``python -m experiments.sweep.collect outputs/NAME results/NAME``: the rows of all runs below a directory in three files
+to commit: results.jsonl and metrics.jsonl, and in cells.jsonl the commands of the sweep's cells that completed. Runs of
+earlier calls, on another machine say, stay.
+
+``python -m experiments.sweep.collect --restore results/NAME outputs/NAME``: there the sweep counts these cells as done,
+and continues where only the rows are left.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.errors import user_errors
+from experiments.figures.frontier import RESULTS
+from experiments.files import read_rows, write_atomically
+from experiments.sweep.cells import CELL, record_done
+from experiments.training.metrics import METRICS
+
+CELLS = "cells.jsonl"
+
+
+def collect(source: Path, target: Path) -> dict[str, int]:
+    """Writes the files, in which the runs of ``source`` take the place of what an earlier call wrote of them; returns
+    how many rows each has.
+
+    Raises:
+        ValueError: there is nothing to collect, or the target lies below the source.
+    """
+    if target.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"{target} lies in {source}, whose rows it would count twice: name another directory")
+    found = {
+        name: [{"run": path.parent.name} | row for path in sorted(source.rglob(name)) for row in read_rows(path)]
+        for name in (RESULTS, METRICS)
+    }
+    found[CELLS] = [{"run": path.parent.name} | json.loads(path.read_text()) for path in sorted(source.rglob(CELL))]
+    if not found[RESULTS] and not found[METRICS]:
+        raise ValueError(f"no rows below {source}: name the directory of a sweep or of a run")
+    target.mkdir(parents=True, exist_ok=True)
+    for name, rows in found.items():
+        new = {row["run"] for row in rows}
+        found[name] = [row for row in read_rows(target / name) if row["run"] not in new] + rows
+        write_atomically(target / name, "".join(json.dumps(row) + "\n" for row in found[name]))
+    return {name: len(rows) for name, rows in found.items()}
+
+
+def restore(source: Path, target: Path) -> int:
+    """Marks the cells of ``source``'s cells.jsonl as done in a sweep's directory that knows nothing of them; returns
+    their number. Bases are left out: what is missing needs their weights.
+
+    Raises:
+        ValueError: there are none.
+    """
+    rows = [row for row in read_rows(source / CELLS) if len(row["commands"]) > 1]
+    if not rows:
+        raise ValueError(f"{source / CELLS} names no cell: give the directory that rows were collected in")
+    missing = [row for row in rows if not (target / row["run"]).exists()]
+    for row in missing:
+        (target / row["run"]).mkdir(parents=True)
+        record_done(target / row["run"], row["commands"])
+    return len(missing)
+
+
+def main(arguments: Sequence[str]) -> None:
+    with user_errors():
+        if len(arguments) == 3 and arguments[0] == "--restore":
+            source, target = map(Path, arguments[1:])
+            print(f"{restore(source, target)} cells of {source} count as done in {target}")
+            return
+        if len(arguments) != 2:
+            raise ValueError("usage: python -m experiments.sweep.collect [--restore] FROM TO")
+        counts = collect(*map(Path, arguments))
+    print(", ".join(f"{count} rows in {Path(arguments[1]) / name}" for name, count in counts.items()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,1 @@
+"""The benchmark of training steps, on one GPU and on several."""

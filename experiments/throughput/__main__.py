@@ -1,0 +1,3 @@
+from experiments.throughput.steps import main
+
+main()

@@ -1,0 +1,167 @@
+"""Training on several GPUs against one: as many processes as a launch has measure their steps of train.py.
+
+    python -m experiments.throughput.scaling                                                       one GPU
+    torchrun --standalone --nproc-per-node 2 --max-restarts 3 -m experiments.throughput.scaling    two
+    python -m experiments.throughput.scaling_report outputs/parallel                               the table again
+
+Every backend in every mode; one process alone does each mode at ZeRO stage 1, since there the stages do not differ. A
+row goes to parallel.jsonl as soon as it is measured, and what has a row there, failed or not, is not measured again.
+Where several ranks work and one fails, it writes a row that says so and ends: torchrun starts all of them again.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import hydra
+import torch
+from filelock import FileLock
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig
+
+from dashattn.backends import BACKENDS
+from experiments.config import TrainConfig, check, to_config, world_size
+from experiments.errors import user_errors
+from experiments.files import CONFIGS, append_rows, read_rows
+from experiments.speed.benchmark import provenance
+from experiments.throughput.scaling_report import ROWS, case_of, write_report
+from experiments.throughput.steps import attempt, time_steps
+from experiments.training.engine import Ranks, init_ranks
+
+
+@dataclass
+class Mode:
+    """How the ranks divide the work of a step, which is the same for any number of them."""
+
+    length: int = 8192
+    stage: int = 1
+    shares_rows: bool = False  # each row is of all ranks, as sequence_parallel says; else ranks read different ones
+    compile: bool = True
+    activation_checkpointing: bool = False
+    tokens_per_step: int = 131072
+    tokens_per_micro_batch: int = 32768
+    warmup: int = 2  # steps before the timed ones: compilation
+    steps: int = 5  # timed
+
+
+@dataclass
+class ParallelConfig:
+    """One benchmark, of all processes of a launch."""
+
+    output_dir: str = "outputs/parallel"
+    train: list[str] = MISSING  # overrides of train.py, for all runs
+    backends: list[str] = field(default_factory=lambda: list(BACKENDS))
+    modes: dict[str, Mode] = MISSING
+
+
+def register_parallel_config() -> None:
+    ConfigStore.instance().store(name="parallel_schema", node=ParallelConfig)
+
+
+def cases(config: ParallelConfig, ranks: int) -> list[tuple[str, Mode]]:
+    """(backend, mode) of all that so many ranks measure, first what comes first of every backend."""
+    modes = list(config.modes.values())
+    if ranks == 1:
+        modes = [replace(mode, stage=1, shares_rows=False) for mode in modes]
+        modes = [mode for index, mode in enumerate(modes) if mode not in modes[:index]]
+    return [(backend, mode) for mode in modes for backend in config.backends]
+
+
+def compose_run(config: ParallelConfig, backend: str, mode: Mode, ranks: int, run_dir: Path) -> TrainConfig:
+    """The configuration of train.py for one case.
+
+    Raises:
+        ValueError: what it says cannot be trained.
+    """
+    for whole, part in (("tokens_per_step", "tokens_per_micro_batch"), ("tokens_per_micro_batch", "length")):
+        if getattr(mode, part) < 1 or getattr(mode, whole) % getattr(mode, part):
+            raise ValueError(
+                f"{whole}={getattr(mode, whole)} is no multiple of {part}={getattr(mode, part)}: change one of them"
+            )
+    if mode.warmup < 0 or mode.steps < 1:
+        raise ValueError(f"steps={mode.steps} after warmup={mode.warmup}: one after none at least is needed")
+    rows, micro_batch_rows = mode.tokens_per_step // mode.length, mode.tokens_per_micro_batch // mode.length
+    overrides = [
+        *config.train,
+        *(f"attention={backend}", f"data.seq_len={mode.length}", f"model.max_seq_len={mode.length}"),
+        *(f"rows_per_batch={rows}", f"rows_per_micro_batch={micro_batch_rows}", f"compile={mode.compile}"),
+        *(f"activation_checkpointing={mode.activation_checkpointing}", f"deepspeed.stage={mode.stage}"),
+        *(f"sequence_parallel={ranks if mode.shares_rows else 1}", f"steps={mode.warmup + mode.steps}"),
+        *("optim.warmup_steps=0", f"run_dir={run_dir}"),
+    ]
+    return check(to_config(hydra.compose("train", overrides)), ranks)
+
+
+def check_parallel(config: ParallelConfig, ranks: int) -> None:
+    """Refuses what cannot be measured, before anything is.
+
+    Raises:
+        ValueError: with the mend.
+    """
+    wrong = [backend for backend in config.backends if backend not in BACKENDS]
+    if wrong or not config.backends:
+        raise ValueError(f"backends has {', '.join(wrong) or 'no entry'}: choose from {', '.join(BACKENDS)}")
+    if not config.modes:
+        raise ValueError("modes has no entry: at least one is needed")
+    for backend, mode in cases(config, ranks):
+        compose_run(config, backend, mode, ranks, Path("unused"))
+
+
+def measure(config: ParallelConfig, ranks: Ranks, path: Path) -> Iterator[dict]:
+    """Yields the rows that were missing, the failed ones on the rank that failed.
+
+    Raises:
+        SystemExit: one of several ranks failed. The others wait for it, so that the launcher must end them.
+    """
+    device = ranks.device.type
+    common = provenance(device) | {"train": list(config.train), "ranks": ranks.world_size}
+    known = {case_of(row) for row in read_rows(path)}
+    ranks.barrier()  # every rank knows the same rows before one of them adds to them
+    for backend, mode in cases(config, ranks.world_size):
+        row = common | {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "backend": backend} | asdict(mode)
+        if case_of(row) in known:
+            continue
+        torch.compiler.reset()  # else what was compiled for one case counts against another's limit
+        row |= {"detail": None} | attempt(
+            lambda run_dir, case=(backend, mode): compose_run(config, *case, ranks.world_size, run_dir),
+            device,
+            lambda run, mode=mode: time_steps(run, mode.warmup, mode.steps),
+        )
+        failed = row["status"] != "ok"
+        if ranks.is_main or failed:
+            with locked(path):
+                append_rows(path, [row])
+            yield row
+        if failed and ranks.world_size > 1:
+            raise SystemExit(1)
+
+
+def locked(path: Path) -> FileLock:
+    """Around what writes there: launches may go side by side."""
+    return FileLock(f"{path}.lock")
+
+
+register_parallel_config()
+
+
+@hydra.main(config_path=CONFIGS, config_name="scaling", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    with user_errors():
+        config = to_config(cfg)
+        check_parallel(config, world_size())
+        path = Path(config.output_dir).expanduser() / ROWS
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ranks = init_ranks("cuda" if torch.cuda.is_available() else "cpu")
+        start = time.monotonic()
+        for row in measure(config, ranks, path):
+            rate = f"{row['tokens_per_s']:,.0f} tokens/s" if row["status"] == "ok" else row["detail"]
+            case = f"{row['ranks']} x {row['backend']}  {row['length']}  stage {row['stage']}"
+            print(f"[{time.monotonic() - start:.0f} s] {case}  {row['status']}  {rate}", flush=True)
+        if ranks.is_main:
+            with locked(path):
+                print(write_report(path.parent))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,326 @@
+"""Training throughput: ``python -m experiments.throughput`` measures steps of train.py on one GPU.
+
+First the settings (micro-batch, compilation, activation checkpointing) compete with dense attention at the first
+length; with the fastest one that fits, every backend is then measured at every length. Weights are untrained, so the
+sparsity is set: before its steps a backend's knob is turned to where the measured sparsity, averaged over the layers,
+comes closest to ``sparsity``. Rows go to throughput.jsonl; ``experiments.throughput.report`` makes table and figure.
+"""
+
+import gc
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import hydra
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig
+from torch import Tensor
+
+from dashattn.backends import BACKENDS
+from data import Batch, build_data
+from experiments.config import TrainConfig, check, to_config
+from experiments.errors import user_errors
+from experiments.files import CONFIGS, append_rows
+from experiments.speed.benchmark import explain, provenance
+from experiments.speed.inputs import NEIGHBOURS, PATTERNS
+from experiments.throughput.report import CASE, ROWS, write_report
+from experiments.training.engine import forward, set_learning_rate
+from experiments.training.metrics import Clock, attention_metrics, peak_memory_mib
+from experiments.training.optim import learning_rate
+from train import Run, build, read_batches, update
+
+CLOSE = 0.005  # to the sparsity that is asked for
+LOADER_SECONDS = 2.0
+
+
+@dataclass
+class Setting:
+    """How a step is computed."""
+
+    micro_batch_tokens: int = 32768
+    compile: bool = True
+    activation_checkpointing: bool = False
+
+
+@dataclass
+class ThroughputConfig:
+    """One benchmark, of one process."""
+
+    output_dir: str = "outputs/throughput"
+    train: list[str] = MISSING  # overrides of train.py, for all runs
+    lengths: list[int] = field(default_factory=lambda: [8192, 16384, 32768])
+    backends: list[str] = field(default_factory=lambda: list(BACKENDS))
+    sparsity: float = 0.75  # causal, on average over the layers
+    # Of sparse backends' inputs: shared | clustered | iid. Neighbours in a trained model choose similar chunks, and the
+    # kernels serve neighbours together; untrained, each token would choose for itself, which is iid, the worst case.
+    patterns: list[str] = field(default_factory=lambda: ["clustered", "iid"])
+    settings: list[Setting] = field(
+        default_factory=lambda: [
+            Setting(),
+            Setting(compile=False),
+            Setting(micro_batch_tokens=65536),
+            Setting(micro_batch_tokens=65536, activation_checkpointing=True),
+        ]
+    )
+    tokens_per_step: int = 131072  # over all micro-batches; rounded up to whole ones
+    warmup: int = 1  # steps before the timed ones: compilation
+    steps: int = 3  # timed
+    time_budget: float = 500.0  # seconds; what is left then gets a row that says so
+
+
+def register_throughput_config() -> None:
+    ConfigStore.instance().store(name="throughput_schema", node=ThroughputConfig)
+
+
+def check_throughput(config: ThroughputConfig) -> None:
+    """Refuses what cannot be measured, before anything is.
+
+    Raises:
+        ValueError: with the mend.
+    """
+    for name, known in (("backends", BACKENDS), ("patterns", PATTERNS)):
+        wrong = [value for value in getattr(config, name) if value not in known]
+        if wrong or not getattr(config, name):
+            raise ValueError(f"{name} has {', '.join(wrong) or 'no entry'}: choose from {', '.join(known)}")
+    if not config.lengths or not config.settings:
+        raise ValueError("lengths and settings need one entry at least")
+    if not 0 < config.sparsity < 1:
+        raise ValueError(f"sparsity={config.sparsity} must lie between 0 and 1")
+    for name, least in (("tokens_per_step", 1), ("warmup", 0), ("steps", 1)):
+        if getattr(config, name) < least:
+            raise ValueError(f"{name}={getattr(config, name)}: at least {least} is needed")
+    for setting in config.settings:
+        if setting.micro_batch_tokens < max(config.lengths):
+            raise ValueError(
+                f"micro_batch_tokens={setting.micro_batch_tokens} is less than a row of {max(config.lengths)}: raise it"
+            )
+    for backend in config.backends:
+        compose_run(config, backend, min(config.lengths), config.settings[0], Path("unused"))
+
+
+def compose_run(config: ThroughputConfig, backend: str, length: int, setting: Setting, run_dir: Path) -> TrainConfig:
+    """The configuration of train.py for one case."""
+    rows = setting.micro_batch_tokens // length
+    batches = math.ceil(config.tokens_per_step / (rows * length))
+    overrides = [
+        *config.train,
+        *(f"attention={backend}", f"data.seq_len={length}", f"model.max_seq_len={length}", f"run_dir={run_dir}"),
+        *(f"rows_per_micro_batch={rows}", f"rows_per_batch={rows * batches}", f"compile={setting.compile}"),
+        *(f"activation_checkpointing={setting.activation_checkpointing}", f"steps={config.warmup + config.steps}"),
+        "optim.warmup_steps=0",
+    ]
+    return check(to_config(hydra.compose("train", overrides)))
+
+
+def resemble(pattern: str) -> Callable[..., Tensor]:
+    """Forward hook of an embedding: neighbours get as much in common as the queries of ``speed.inputs`` have."""
+    rho = PATTERNS[pattern]
+
+    def hook(_, inputs: tuple, out_BTE: Tensor) -> Tensor:
+        shared_BTE = out_BTE[:, ::NEIGHBOURS].repeat_interleave(NEIGHBOURS, 1)[:, : out_BTE.shape[1]]
+        return rho * shared_BTE + (1 - rho**2) ** 0.5 * out_BTE
+
+    return hook
+
+
+@torch.no_grad()
+def turn_knob(run: Run, batch: Batch, target: float) -> float:
+    """Set the backend's knob to where the layers' mean causal sparsity is closest to ``target``; returns the knob.
+
+    A top-k has a least value, with which short rows may stay denser than asked for.
+    """
+    attention = run.config.attention
+    counts_blocks = isinstance(getattr(attention, attention.knob), int)
+    dense, sparse = (run.config.data.seq_len, 1) if counts_blocks else (1e-2, 1e5)
+    tried: dict[float, float] = {}
+    with torch.compiler.set_stance("force_eager"):
+        for _ in range(24):
+            knob = math.sqrt(dense * sparse)
+            knob = round(knob) if counts_blocks else knob
+            if knob in tried:
+                break
+            try:
+                run.engine.module.set_knob(knob)
+            except ValueError:  # below what is forced
+                sparse = knob + 1
+                continue
+            stats = forward(run.engine, batch, run.ranks.device, return_stats=True).stats
+            tried[knob] = attention_metrics(stats)["causal_sparsity"]
+            if abs(tried[knob] - target) < CLOSE:
+                break
+            dense, sparse = (knob, sparse) if tried[knob] < target else (dense, knob)
+    knob = min(tried, key=lambda knob: abs(tried[knob] - target))
+    run.engine.module.set_knob(knob)
+    return knob
+
+
+def measure(run: Run, config: ThroughputConfig, pattern: str | None) -> dict:
+    """What the timed steps took, and what the attention read in the last one."""
+    found: dict = {}
+    if pattern is not None:
+        run.engine.module.embedding.register_forward_hook(resemble(pattern))
+        batches, _ = read_batches(run)
+        found["knob"] = turn_knob(run, batches[0], config.sparsity)
+    return found | time_steps(run, config.warmup, config.steps)
+
+
+def time_steps(run: Run, warmup: int, steps: int) -> dict:
+    """The losses of ``warmup + steps`` steps, what the later ones took, and what the attention read in the last one.
+
+    All ranks must call it; what it returns is of all of them, memory of the one that took most.
+    """
+    ranks, losses = run.ranks, []
+    clock = Clock()
+    for step in range(warmup + steps):
+        if step == warmup:
+            wait_for(run)
+            clock.restart()
+        with clock.waiting():
+            batches, error = read_batches(run)
+        if error is not None:
+            raise error
+        counts = ranks.sum(sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches))
+        targets, read = (count / ranks.sequence_parallel for count in counts)  # read by as many ranks
+        run.engine.module.set_step(step)
+        set_learning_rate(run.engine, learning_rate(run.config.optim, step, run.config.steps))
+        done = update(run, batches, targets, with_norms=False, with_stats=False)
+        clock.count(read)
+        losses.append(done.loss)
+        if done.grad_norm is None:
+            raise ValueError(f"the gradient of step {step} is not finite")
+    wait_for(run)
+    found = clock.read() | {"peak_memory_mib": max(ranks.gather(peak_memory_mib(ranks.device)))}
+    found |= {"parameters": parameters_of(run), "loss": losses[-1], "losses": losses}
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        stats = forward(run.engine, batches[0], ranks.device, return_stats=True).stats
+    run.utilisation.measure(stats)
+    return found | run.utilisation.read(batches, found["tokens_per_s"]) | attention_metrics(stats)
+
+
+def parameters_of(run: Run) -> int:
+    """Their number; ZeRO stage 3 leaves an empty tensor of each, which knows what it was."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.module.parameters())
+
+
+def wait_for(run: Run) -> None:
+    if run.ranks.device.type == "cuda":
+        torch.cuda.synchronize(run.ranks.device)
+
+
+def attempt(compose: Callable[[Path], TrainConfig], device: str, work: Callable[[Run], dict]) -> dict:
+    """What ``work`` finds with a run of the configuration that ``compose`` makes for a run directory, and its status;
+    or why it could not. The run is freed in any case."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    run, found = None, {}
+    try:
+        with tempfile.TemporaryDirectory() as directory, ExitStack() as resources:
+            composed = compose(Path(directory) / "run")
+            with torch.device(device):  # draws the weights there: on a CPU that takes longer than the steps
+                run = build(composed, (), resources)
+            found = {"status": "ok"} | work(run)
+    except Exception as error:  # what breaks must not take the others' measurements with it
+        status, detail = explain(error)
+        found = {"status": status, "detail": detail}
+    if run is not None:
+        run.engine.destroy()
+    del run
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return found
+
+
+class Benchmark:
+    """Yields the rows of one configuration."""
+
+    def __init__(self, config: ThroughputConfig, device: str):
+        self.config, self.device = config, device
+        self.deadline = time.monotonic() + config.time_budget
+        self.common = provenance(device) | {"train": list(config.train)}
+
+    def rows(self) -> Iterator[dict]:
+        config = self.config
+        lengths = sorted(set(config.lengths))
+        tried = {}
+        for number, setting in enumerate(config.settings):
+            tried[number] = self.case("full", lengths[0], setting, None)
+            yield tried[number]
+        order = sorted(tried, key=lambda number: -(tried[number]["tokens_per_s"] or 0))
+        ranked = [config.settings[number] for number in order if tried[number]["status"] == "ok"]
+        for backend in config.backends:
+            torch.compiler.reset()  # else what was compiled for one backend counts against another's limit
+            for length in lengths:
+                for pattern in config.patterns if BACKENDS[backend][0].knob else [None]:
+                    if (backend, length) == ("full", lengths[0]):
+                        continue
+                    for setting in ranked:
+                        row = self.case(backend, length, setting, pattern)
+                        yield row
+                        if row["status"] != "out of memory":
+                            break
+        yield self.loader(lengths[0])
+
+    def case(self, backend: str, length: int, setting: Setting, pattern: str | None) -> dict:
+        """A row: measured, or why it was not."""
+        row = self.row(backend=backend, length=length, pattern=pattern, **asdict(setting))
+        if time.monotonic() > self.deadline:
+            return row | {"status": "out of time", "detail": "raise time_budget"}
+        return row | attempt(
+            lambda run_dir: compose_run(self.config, backend, length, setting, run_dir),
+            self.device,
+            lambda run: measure(run, self.config, pattern),
+        )
+
+    def loader(self, length: int) -> dict:
+        """How fast the data alone come, packed documents, in this process and thread."""
+        run = compose_run(self.config, "full", length, self.config.settings[0], Path("unused"))
+        stream = build_data(
+            replace(run.data, pack="documents"),
+            split="train",
+            seed=run.seed,
+            rows=run.rows_per_micro_batch,
+            cache_dir=Path(run.cache_dir).expanduser(),
+        )
+        tokens, start = 0, time.perf_counter()
+        while time.perf_counter() < start + LOADER_SECONDS:
+            tokens += next(stream).num_tokens
+        rate = tokens / (time.perf_counter() - start)
+        return self.row(backend="loader", length=length) | {"status": "ok", "tokens_per_s": rate}
+
+    def row(self, **case) -> dict:
+        empty = dict.fromkeys((*CASE, "knob", "tokens_per_s", "detail"))
+        return self.common | {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z")} | empty | case
+
+
+def run_benchmark(config: ThroughputConfig, device: str, say: Callable[[str], None] = print) -> None:
+    """Measures, and writes every row as soon as it is there."""
+    path = Path(config.output_dir) / ROWS
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for row in Benchmark(config, device).rows():
+        append_rows(path, [row])
+        case = "  ".join(str(row[name]) for name in CASE if row[name] is not None)
+        rate = f"{row['tokens_per_s']:,.0f} tokens/s" if row["tokens_per_s"] else ""
+        say(f"{case}  {row['status']}  {row['detail'] or rate}")
+
+
+register_throughput_config()
+
+
+@hydra.main(config_path=CONFIGS, config_name="throughput", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    with user_errors():
+        config = to_config(cfg)
+        check_throughput(config)
+        config = replace(config, output_dir=str(Path(config.output_dir).expanduser()))
+        run_benchmark(config, "cuda" if torch.cuda.is_available() else "cpu", lambda line: print(line, flush=True))
+        print(write_report(Path(config.output_dir)))
+
+
+if __name__ == "__main__":
+    main()

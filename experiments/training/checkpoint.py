@@ -1,0 +1,283 @@
+"""Checkpoints of a run: complete or absent, never half, and known to be intact when they are read.
+
+checkpoints/step-00000100/deepspeed/          DeepSpeed's state: weights, master weights, optimizer
+checkpoints/step-00000100/model.safetensors   consolidated weights, for evaluation and init_from
+checkpoints/step-00000100/state.json          step, tokens, data position of every rank, hash of the configuration
+checkpoints/step-00000100/manifest.json       size and SHA-256 of each of these files
+checkpoints/latest                            name of the newest complete checkpoint
+checkpoints/damaged-step-*                    did not match its manifest; kept, and never read again
+checkpoints/stopped-step-*                    of a run whose losses were not finite; kept, and read only if asked for
+
+Writing is synchronous. DeepSpeed 0.19.8 writes in the background through its decoupled engine only, which compiles an
+asynchronous-I/O operation, gives up after five minutes, and leaves out a checkpoint whose writer has died unseen.
+"""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Container, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from dashattn.backends import AttentionBackend
+from experiments.errors import Stopped
+from experiments.files import sha256, sync, write_atomically
+from models.hf import is_hf_folder, read_weights
+
+WEIGHTS = "model.safetensors"
+STATE = "state.json"
+MANIFEST = "manifest.json"
+LATEST = "latest"
+_ENGINE_TAG = "deepspeed"
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def latest_checkpoint(checkpoints: Path, damaged: Mapping[str, str] = MappingProxyType({})) -> Path | None:
+    """The newest checkpoint up to the one that `latest` names; None if there was never one.
+
+    Args:
+        damaged: names of those to leave out -> why.
+
+    Raises:
+        ValueError: there are damaged ones only.
+    """
+    pointer = checkpoints / LATEST
+    names = {path.name for path in checkpoints.glob("step-*")}
+    if pointer.exists():  # else a run that stopped before it wrote it; what bears a step's name was complete
+        named = pointer.read_text().strip()
+        names = {name for name in names if name < named} | {named}
+    if not names:
+        return None
+    intact = max((name for name in names if name not in damaged), default=None)
+    if intact is None:
+        causes = "; ".join(f"{name}: {why}" for name, why in damaged.items())
+        raise ValueError(
+            f"no checkpoint in {checkpoints} is intact ({causes}): write the name of a later one, if there is one, "
+            f"into {pointer.name}, or move {checkpoints} away to begin again at step 0"
+        )
+    return checkpoints / intact
+
+
+def damage(checkpoint: Path, *, rank: int = 0, world_size: int = 1, names: Container[str] | None = None) -> list[str]:
+    """What differs from the manifest; empty if intact.
+
+    Args:
+        rank, world_size: checksums are computed for this rank's share of the files; sizes are compared for all.
+        names: of the files to look at, None = all.
+    """
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        return [f"{MANIFEST} cannot be read ({error})"]
+    files = {name: entry for name, entry in files.items() if names is None or name in names}
+    problems = []
+    for index, (name, entry) in enumerate(sorted(files.items())):
+        path = checkpoint / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size != entry["bytes"]:
+            problems.append(f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}")
+        elif index % world_size == rank and sha256(path) != entry["sha256"]:
+            problems.append(f"{name} has another checksum")
+    return problems
+
+
+def read_state(checkpoint: Path) -> dict:
+    """What state.json holds."""
+    return json.loads((checkpoint / STATE).read_text())
+
+
+def save_checkpoint(checkpoints: Path, state: dict, engine, ranks, *, keep: int, keep_every: int) -> Path:
+    """Write checkpoints/step-<state["step"]> and let `latest` name it; all ranks must call it. Returns its path.
+
+    Args:
+        keep: number of newest checkpoints to leave, 0 = all.
+        keep_every: those of a multiple of this many steps stay in any case, 0 = none.
+    """
+    target = checkpoints / step_name(state["step"])
+    write_checkpoint(target, state, engine, ranks)
+    if ranks.is_main:
+        write_atomically(checkpoints / LATEST, target.name + "\n")
+        _remove_old(checkpoints, target.name, keep, keep_every)
+    ranks.barrier()
+    return target
+
+
+def write_checkpoint(target: Path, state: dict, engine, ranks) -> None:
+    """Write a checkpoint under a temporary name, and rename it when it is whole and on disk; all ranks must call it.
+
+    Args:
+        state: JSON-able.
+
+    Raises:
+        Stopped: it could not be written; what was there before is intact.
+    """
+    from experiments.training.engine import consolidated_weights
+
+    temporary = target.with_name(f".{target.name}.tmp")
+    if ranks.is_main:
+        for left in target.parent.glob(".*step-*"):  # by a process that was killed
+            shutil.rmtree(left)
+    try:
+        if ranks.is_main:
+            temporary.mkdir(parents=True)
+        ranks.barrier()
+        engine.save_checkpoint(str(temporary), tag=_ENGINE_TAG, save_latest=False)
+        weights = consolidated_weights(engine, ranks.is_main)
+        if ranks.is_main:
+            save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+            (temporary / STATE).write_text(json.dumps(state, indent=1) + "\n")
+        seal(temporary, ranks)
+        if ranks.is_main:
+            if target.exists():  # of a run that was set back to an earlier one
+                _remove(target)
+            os.replace(temporary, target)
+            sync(target.parent)
+        ranks.barrier()
+    except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch reports a full disk as RuntimeError
+        if ranks.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise Stopped(
+            f"{target} could not be written ({error}): see that {target.parent} is writable and has space. The "
+            "checkpoints before it are intact, and the same command goes on from the latest"
+        ) from error
+
+
+def seal(folder: Path, ranks) -> None:
+    """Force all files of `folder` to disk and write their manifest; all ranks must call it, and share the work."""
+    ranks.barrier()  # every rank has written its files
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    own = {}
+    for path in files[ranks.rank :: ranks.world_size]:
+        sync(path)
+        own[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    manifest = {name: entry for share in ranks.gather(own) for name, entry in share.items()}
+    if ranks.is_main:
+        write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        for directory in {path.parent for path in files}:
+            sync(directory)
+
+
+def _remove_old(checkpoints: Path, newest: str, keep: int, keep_every: int) -> None:
+    if not keep:
+        return
+    # Later ones than `newest` are of a run that was set back to an earlier checkpoint: they do not count.
+    for old in sorted(path for path in checkpoints.glob("step-*") if path.name <= newest)[:-keep]:
+        if not keep_every or int(old.name.removeprefix("step-")) % keep_every:
+            _remove(old)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint so that a crash leaves no half of it under its name."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.old")
+    os.replace(checkpoint, hidden)
+    shutil.rmtree(hidden)
+
+
+def load_checkpoint(checkpoint: Path, engine, ranks, *, reshard: bool = False) -> None:
+    """Put a checkpoint's weights and optimizer state into `engine`; all ranks must call it.
+
+    Args:
+        reshard: the checkpoint is of another number of ranks or ZeRO stage: take the way through DeepSpeed's universal
+            format, which lies beside the checkpoint until it is loaded.
+    """
+    source = checkpoint.with_name(f".{checkpoint.name}.universal") if reshard else checkpoint
+    if reshard and ranks.is_main:
+        _convert_to_universal(checkpoint / _ENGINE_TAG, source / _ENGINE_TAG)
+    ranks.barrier()
+    groups = [
+        {key: value for key, value in group.items() if key != "params"} for group in engine.optimizer.param_groups
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed's bf16 optimizer prints
+        path, _ = engine.load_checkpoint(str(source), tag=_ENGINE_TAG)
+    assert path is not None, f"DeepSpeed found nothing to load in {source}"
+    if reshard:
+        # At stage 3 DeepSpeed gives every group the first one's weight decay and eps, and all states one and the same
+        # step counter, which each of them then counts up; at the others it leaves that on the CPU, where fused AdamW
+        # does not take it.
+        for group, own in zip(engine.optimizer.param_groups, groups, strict=True):
+            group.update(own)
+        for parameter, state in engine.optimizer.optimizer.state.items():
+            state["step"] = state["step"].to(parameter.device, copy=True)
+    ranks.barrier()
+    if reshard and ranks.is_main:
+        shutil.rmtree(source)
+
+
+def _convert_to_universal(source: Path, target: Path) -> None:
+    shutil.rmtree(target.parent, ignore_errors=True)
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    done = subprocess.run(
+        [*command, "--input_folder", str(source), "--output_folder", str(target)], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise Stopped(f"{source} could not be converted for another number of ranks or stage:\n{done.stderr[-2000:]}")
+
+
+def find_weights(source: str | Path) -> Path:
+    """The model.safetensors of a run directory (its latest checkpoint), of a checkpoint, or the file itself; a Hugging
+    Face folder as it is.
+
+    Raises:
+        ValueError: if there are none, or they are damaged.
+    """
+    source = Path(source).expanduser()
+    if source.is_file() or is_hf_folder(source):
+        return source
+    checkpoints = source / "checkpoints"
+    checkpoint = latest_checkpoint(checkpoints) if checkpoints.is_dir() else source
+    problems = ["no checkpoint yet"] if checkpoint is None else damage(checkpoint, names=(WEIGHTS, STATE))
+    if problems:
+        raise ValueError(
+            f"no intact weights in {checkpoint or source} ({'; '.join(problems)}): give a run directory with a "
+            f"checkpoint, a checkpoint, or a {WEIGHTS}"
+        )
+    return checkpoint / WEIGHTS
+
+
+def load_weights(model: nn.Module, path: Path) -> list[str]:
+    """Load what `find_weights` found; returns the names of the parameters that it lacks and that stay as built.
+
+    Only parameters that belong to an attention backend may be lacking: they are what one backend has and another
+    has not (DashAttention's chunk queries over a dense checkpoint).
+
+    Raises:
+        ValueError: for any other difference, naming it.
+    """
+    weights = read_weights(path, model.config) if path.is_dir() else load_file(path)
+    own = model.state_dict()
+    missing = own.keys() - weights.keys()
+    foreign = missing - _backend_state(model)
+    problems = [f"the model's {name} is not in the file" for name in sorted(foreign)]
+    problems += [f"{name} is not in the model" for name in sorted(weights.keys() - own.keys())]
+    problems += [
+        f"{name} is {list(weights[name].shape)}, the model's is {list(own[name].shape)}"
+        for name in sorted(weights.keys() & own.keys())
+        if weights[name].shape != own[name].shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+        raise ValueError(f"{path} does not fit: {shown}. Take the model (and attention) it was trained with")
+    model.load_state_dict(weights, strict=False)
+    return sorted(missing)
+
+
+def _backend_state(model: nn.Module) -> set[str]:
+    """Names of the parameters and buffers that attention backends own."""
+    return {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, AttentionBackend)
+        for name in module.state_dict()
+    }

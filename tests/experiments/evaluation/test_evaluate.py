@@ -1,0 +1,161 @@
+"""Rows of a trained checkpoint against what the model says when asked directly."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+import train
+from data import IGNORE, build_data
+from experiments.config import to_config
+from experiments.evaluation.evaluate import EvaluateConfig, build_model, evaluate, find_target
+from experiments.evaluation.tasks import streams
+from experiments.files import read_rows
+
+MQAR = (
+    *("experiment=pareto_recall", "device=cpu", "threads=1", "steps=2", "optim.warmup_steps=1", "eval_every=0"),
+    *("data.seq_len=64", "data.pairs_max=8", "data.validation_rows=6", "model.hidden_size=32", "model.head_dim=16"),
+)
+DASH = ("attention=dash", "attention.chunk_size=8", "attention.router_scale=2")
+CONFIGS = Path(__file__).parents[3] / "configs"
+
+
+def compose_train(overrides):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return to_config(compose("train", overrides))
+
+
+@pytest.fixture
+def recall_run(tmp_path):
+    """Trains a tiny dash model on MQAR for two steps; returns its run directory."""
+    run_dir = tmp_path / "recall"
+    train.train(compose_train([*MQAR, *DASH, "name=recall", f"run_dir={run_dir}"]))
+    return run_dir
+
+
+def run(config):
+    return list(evaluate(config, find_target(config)))
+
+
+def test_recall_and_loss_equal_the_models_own(recall_run):
+    config = EvaluateConfig(run=str(recall_run), tasks=["recall", "loss"], rows_per_batch=4, device="cpu")
+    recall, loss = run(config)
+    target = find_target(config)
+    (batch,) = build_data(target.train.data, split="validation", seed=0, rows=6)
+    model = build_model(target)
+    with torch.no_grad():
+        output = model(batch.input_ids, position_ids=batch.position_ids, return_stats=True)
+        expected = model(batch.input_ids, labels=batch.labels).loss
+    right = asked = 0
+    for inputs, labels, guesses in zip(batch.input_ids, batch.labels, output.logits.argmax(-1), strict=True):
+        seen = set()
+        for token, label, guess in zip(inputs.tolist(), labels.tolist(), guesses.tolist(), strict=True):
+            if label != IGNORE:
+                asked += token not in seen
+                right += token not in seen and guess == label
+                seen.add(token)
+    assert recall["score"] == pytest.approx(right / asked)
+    assert loss["score"] == pytest.approx(expected.item(), abs=1e-5)
+    sparsity = torch.stack([layer.causal_sparsity() for layer in output.stats])
+    assert loss["causal_sparsity"] == pytest.approx(sparsity.mean().item(), abs=1e-6)
+    assert loss["causal_sparsity_per_layer"] == pytest.approx(sparsity.tolist(), abs=1e-6)
+    assert 0 < loss["causal_sparsity"] < 1
+    assert {"backend", "task", "metric", "score", "length", "seed", "knob", "causal_sparsity", "paper_sparsity"} <= (
+        loss.keys()
+    )
+    assert {"active_tokens", "seconds", "checkpoint", "config_hash", "git_sha", "device", "date"} <= loss.keys()
+
+
+def test_knobs_turn_and_nothing_is_done_twice(recall_run):
+    config = EvaluateConfig(run=str(recall_run), tasks=["loss"], knobs=[0.01, 50.0], device="cpu")
+    dense, sparse = run(config)
+    assert (dense["knob"], sparse["knob"], sparse["trained_knob"]) == (0.01, 50.0, 2.0)
+    assert dense["causal_sparsity"] < sparse["causal_sparsity"]
+    assert run(config) == []
+    config.knobs = [0.01, 50.0, 4.0, 4.0]
+    assert [row["knob"] for row in run(config)] == [4.0]
+    config.tasks = ["loss", "recall"]
+    assert {(row["task"], row["knob"]) for row in run(config)} == {("recall", k) for k in (0.01, 50.0, 4.0)}
+    assert len((recall_run / "results.jsonl").read_text().splitlines()) == 6
+
+
+def test_loss_by_position_averages_to_the_loss(tiny_overrides):
+    overrides, run_dir = tiny_overrides("text", "steps=2", "attention=dash", "attention.chunk_size=8")
+    train.train(compose_train(overrides))
+    rows = run(EvaluateConfig(run=str(run_dir), tasks=["loss", "position"], device="cpu"))
+    bins = [row["position"] for row in rows[1:]]
+    assert bins == [[0, 0], [1, 1], [2, 3], [4, 7], [8, 15], [16, 31], [32, 63]]
+    assert min(r["score"] for r in rows[1:]) <= rows[0]["score"] <= max(r["score"] for r in rows[1:])
+
+
+def test_another_label_is_another_row(recall_run):
+    config = EvaluateConfig(run=str(recall_run), tasks=["loss", "loss"], device="cpu")
+    assert [row["label"] for row in run(config)] == ["dash"]
+    config.label = "dash-raw"
+    assert [row["label"] for row in run(config)] == ["dash-raw"]
+
+
+def test_the_whole_split_and_a_padded_vocabulary(tiny_overrides):
+    overrides, run_dir = tiny_overrides(
+        "run", "steps=2", "data.validation_rows=null", "model.vocab_size=512", "eval_every=2"
+    )
+    train.train(compose_train(overrides))
+    (row,) = run(EvaluateConfig(run=str(run_dir), device="cpu"))
+    assert row["rows"] is None
+    (trained,) = [r["loss"] for r in read_rows(run_dir / "metrics.jsonl") if r["split"] == "validation"]
+    assert row["score"] == pytest.approx(trained, abs=1e-5)
+
+
+def test_a_changed_corpus_is_refused(tiny_overrides):
+    overrides, run_dir = tiny_overrides("run", "steps=2")
+    train.train(compose_train(overrides))
+    start = run_dir / "start.json"
+    start.write_text(start.read_text().replace('"tokens_fingerprint": "', '"tokens_fingerprint": "x'))
+    with pytest.raises(ValueError, match="has changed since"):
+        run(EvaluateConfig(run=str(run_dir), device="cpu"))
+
+
+def test_half_a_row_of_a_crash_makes_way_for_whole_ones(recall_run):
+    config = EvaluateConfig(run=str(recall_run), knobs=[1.0], device="cpu")
+    run(config)
+    path = recall_run / "results.jsonl"
+    before = path.read_text()
+    path.write_text(before + '{"task": "lo')
+    config.knobs = [1.0, 2.0]
+    assert [row["knob"] for row in run(config)] == [2.0]
+    assert path.read_text().startswith(before)
+    assert [json.loads(line)["knob"] for line in path.open()] == [1.0, 2.0]
+
+
+def test_a_failing_evaluation_keeps_the_rows_before_it(recall_run, monkeypatch):
+    config = EvaluateConfig(run=str(recall_run), knobs=[1.0, 2.0], device="cpu")
+    whole, calls = streams.measure, []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    monkeypatch.setattr(streams, "measure", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    assert [json.loads(line)["knob"] for line in (recall_run / "results.jsonl").open()] == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": ["perplexity"]}, "choose from loss, position, recall"),
+        ({"tasks": []}, "choose from"),
+        ({"knobs": [-1.0]}, "router_scale must be a positive"),
+        ({"rows": 0}, "rows=0"),
+        ({"device": "tpu"}, "device=tpu"),
+        ({"run": "/nonexistent"}, "no intact weights in /nonexistent"),
+    ],
+)
+def test_refusals(recall_run, changes, message):
+    with pytest.raises(ValueError, match=message):
+        find_target(EvaluateConfig(**{"run": str(recall_run)} | changes))

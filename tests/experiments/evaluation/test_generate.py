@@ -1,0 +1,85 @@
+"""The command line ``python -m models.generate``, on a run of a few steps."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.evaluation.generate import GenerateConfig, Printer, run_generation
+from train import train
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def run(make_config):
+    return str(train(make_config("generating", "attention=dash", "attention.chunk_size=16", "steps=2")))
+
+
+def test_a_run_continues_a_prompt(run, capsys):
+    run_generation(GenerateConfig(run, "import os", max_new_tokens=8, threads=1))
+    printed = capsys.readouterr()
+    assert printed.out.startswith("import os")
+    assert len(printed.out) > len("import os\n")
+    assert "8 in all" in printed.err
+    assert "tokens/s" in printed.err
+
+
+def test_the_command_line(run):
+    command = [sys.executable, "-m", "models.generate", f"run={run}", "prompt=import os", "max_new_tokens=4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("import os")
+    failed = subprocess.run([*command, "top_p=2"], cwd=ROOT, capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert "error: top_p=2.0 must lie in" in failed.stderr
+
+
+def test_prompts_of_any_length_go_on_at_once(run, capsys):
+    texts = ["import os\nimport sys\n", "x"]
+    options = dict(max_new_tokens=8, threads=1)
+    alone = []
+    for text in texts:
+        run_generation(GenerateConfig(run, text, **options))
+        alone.append(capsys.readouterr().out)
+    run_generation(GenerateConfig(run, prompts=texts, **options))
+    printed = capsys.readouterr()
+    assert printed.out == f"{alone[0]}\n[2] {alone[1]}"
+    assert "16 in all" in printed.err
+
+
+def test_a_stop_token_ends_a_continuation(run, capsys):
+    def continuation(**options):
+        run_generation(GenerateConfig(run, "x", temperature=1.0, threads=1, **options))
+        return capsys.readouterr().out[1:-1]
+
+    firsts = ((seed, continuation(max_new_tokens=1, seed=seed)) for seed in range(50))
+    seed, first = next((seed, text) for seed, text in firsts if len(text) == 1 and text.isascii())
+    assert continuation(max_new_tokens=3, seed=seed).startswith(first)
+    assert continuation(max_new_tokens=3, seed=seed, stop_tokens=[first]) == ""
+
+
+def test_refusals(run, tmp_path, make_config):
+    for prompts in ({}, {"prompt": "a", "prompts": ["b"]}):
+        with pytest.raises(ValueError, match=r"give prompt=.* or, for several, prompts="):
+            run_generation(GenerateConfig(run, **prompts))
+    with pytest.raises(ValueError, match="which is 2 tokens: give texts of one token each"):
+        run_generation(GenerateConfig(run, "a", stop_tokens=["\x00\x01"]))
+    with pytest.raises(ValueError, match="no intact weights in"):
+        run_generation(GenerateConfig(str(tmp_path), "a"))
+    with pytest.raises(ValueError, match="router_scale must be a positive"):
+        run_generation(GenerateConfig(run, "a", knob=-1.0))
+
+
+def test_half_a_character_waits_for_its_other_half(capsys):
+    class Bytes:
+        def decode(self, ids):
+            return bytes(ids).decode(errors="replace")
+
+    printer = Printer(Bytes(), list(b"a"))
+    for byte in "é!".encode():
+        printer(0, byte)
+    printer(0, "é".encode()[0])
+    assert capsys.readouterr().out == "aé!"
+    printer.end()
+    assert capsys.readouterr().out == "\N{REPLACEMENT CHARACTER}\n"

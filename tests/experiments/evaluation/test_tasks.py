@@ -1,0 +1,339 @@
+"""Tasks on a trained checkpoint: what their rows say, against the model and against counting by hand."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+import train
+from dashattn.routing import Routing
+from dashattn.selection import Selection
+from data import build_data
+from experiments.config import to_config
+from experiments.evaluation.config import EvaluateConfig
+from experiments.evaluation.evaluate import build_model, evaluate, find_target, validation_stream
+from experiments.evaluation.tasks import decoding, generated
+from experiments.evaluation.tasks.base import Setting, SparsityTally
+from experiments.evaluation.tasks.decoding import token_ms
+from experiments.evaluation.tasks.routing import Measured, Probe, mqar_probes, observe, score_routing
+from experiments.evaluation.tasks.select import build_tasks
+from experiments.evaluation.tasks.streams import MQARForm, data_at, first_queries
+from experiments.files import read_rows
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+TEXT = (
+    *("steps=1", "optim.warmup_steps=0", "attention=dash", "attention.chunk_size=8", "attention.router_scale=20"),
+    *("data.vocab_size=1200", "data.validation_fraction=0.2"),
+)
+MQAR = (
+    *("experiment=pareto_recall", "device=cpu", "threads=1", "steps=1", "optim.warmup_steps=0", "eval_every=0"),
+    *("data.seq_len=64", "data.pairs_max=8", "data.validation_rows=6", "model.hidden_size=32", "model.head_dim=16"),
+    *("attention=dash", "attention.chunk_size=8", "attention.router_scale=20", "name=recall"),
+)
+
+
+def compose_train(overrides):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return to_config(compose("train", overrides))
+
+
+@pytest.fixture
+def text_run(tiny_overrides):
+    overrides, run_dir = tiny_overrides("text", *TEXT)
+    train.train(compose_train(overrides))
+    return run_dir
+
+
+@pytest.fixture
+def recall_run(tmp_path):
+    run_dir = tmp_path / "recall"
+    train.train(compose_train([*MQAR, f"run_dir={run_dir}"]))
+    return run_dir
+
+
+def run(run_dir, **options):
+    config = EvaluateConfig(run=str(run_dir), device="cpu", **options)
+    return list(evaluate(config, find_target(config)))
+
+
+def setting(run_dir):
+    target = find_target(EvaluateConfig(run=str(run_dir), device="cpu"))
+    return target, Setting(build_model(target), torch.device("cpu"), None, "step", run_dir)
+
+
+def answering(right):
+    """A stand-in for generation that knows the references of the prompts that `right` names by their number."""
+    calls = []
+
+    def generate(model, prompts, *, max_new_tokens, stop_tokens):
+        calls.append(len(prompts))
+        return [right(sum(calls[:-1]) + i) for i in range(len(prompts))]
+
+    return generate, calls
+
+
+def test_a_generated_task_end_to_end(text_run):
+    (row,) = run(text_run, tasks=["vt"], lengths=[512], rows=1)
+    assert (row["task"], row["metric"], row["length"], row["rows"], row["variant"]) == ("vt", "match", 512, 1, None)
+    assert row["differs"] is None or row["differs"].startswith(("example", "no example"))
+    assert 0 <= row["score"] <= 1
+    assert 0 < row["causal_sparsity"] < 1
+    (path,) = (text_run / "predictions").iterdir()
+    (answer,) = read_rows(path)
+    assert len(answer["references"]) == 5
+    # The sparsity is that of the prompt.
+    target, at = setting(text_run)
+    config = EvaluateConfig(run=str(text_run), tasks=["vt"], lengths=[512], rows=1)
+    (task,) = build_tasks(config, target.train, validation_stream(target))
+    ids = task.encoder.encode(task.set.samples[0])
+    tally = SparsityTally()
+    tally.add(at.model(torch.tensor([ids]), return_stats=True).stats, packed=False)
+    assert row["causal_sparsity"] == pytest.approx(tally.columns()["causal_sparsity"])
+    assert row["active_tokens"] == pytest.approx(tally.columns()["active_tokens"])
+    assert run(text_run, tasks=["vt"], lengths=[512], rows=1) == []
+
+
+def test_an_interrupted_task_goes_on_from_the_answers_it_has(text_run, monkeypatch):
+    def failing(index):
+        if index == 4:
+            raise KeyboardInterrupt
+        return []
+
+    generate, calls = answering(failing)
+    monkeypatch.setattr(generated, "generate", generate)
+    options = {"tasks": ["niah_single_1"], "lengths": [512], "rows": 5, "rows_per_batch": 2}
+    with pytest.raises(KeyboardInterrupt):
+        run(text_run, **options)
+    assert calls == [2, 2, 1]
+    (path,) = (text_run / "predictions").iterdir()
+    assert [answer["index"] for answer in read_rows(path)] == [0, 1, 2, 3]
+    generate, calls = answering(lambda index: [])
+    monkeypatch.setattr(generated, "generate", generate)
+    (row,) = run(text_run, **options)
+    assert calls == [1]
+    assert row["score"] == 0
+    # Another knob is another set of answers.
+    assert [row["knob"] for row in run(text_run, **options, knobs=[20.0, 30.0])] == [30.0]
+    assert calls == [1, 2, 2, 1]
+
+
+def test_right_answers_score_and_the_heat_map_has_a_row_for_every_depth(text_run, monkeypatch):
+    target, _ = setting(text_run)
+    options = {"tasks": ["niah"], "lengths": [512], "rows": 22}
+    (task,) = build_tasks(EvaluateConfig(run="", **options), target.train, validation_stream(target))
+    tokenizer, samples = task.encoder.tokenizer, task.set.samples
+    # Right for the first eleven, one of each depth, and at depth 0 for the second, too.
+    generate, _ = answering(
+        lambda index: tokenizer.encode(f"It is {samples[index].references[0]}!") if index < 12 else [0]
+    )
+    monkeypatch.setattr(generated, "generate", generate)
+    rows = run(text_run, **options)
+    assert [(row["depth"], row["score"]) for row in rows] == [(0.0, 1.0), *((i / 10, 0.5) for i in range(1, 11))]
+    assert {row["differs"] for row in rows} == {"haystack: held-out text of python_stdlib"}
+
+
+def test_a_suite_leaves_out_what_cannot_be_and_says_so(text_run, monkeypatch, capsys):
+    generate, _ = answering(lambda index: [])
+    monkeypatch.setattr(generated, "generate", generate)
+    rows = run(text_run, tasks=["ruler"], lengths=[600], rows=1)
+    assert [row["task"] for row in rows][:2] == ["niah_single_1", "niah_single_2"]
+    left_out = capsys.readouterr().err
+    assert "task qa_1 needs squad=FILE" in left_out
+    assert len(rows) + left_out.count("left out") == 13
+    with pytest.raises(ValueError, match="task qa_1 needs squad=FILE"):
+        run(text_run, tasks=["qa_1"], lengths=[600], rows=1)
+
+
+def test_loss_at_another_length_is_the_models_own(text_run):
+    rows = run(text_run, tasks=["loss"], lengths=[32, 128], rows=3)
+    assert [row["length"] for row in rows] == [32, 128]
+    target, at = setting(text_run)
+    for row in rows:
+        data = data_at(target.train.data, row["length"], 3, MQARForm())
+        (batch,) = build_data(data, split="validation", seed=0, rows=3, cache_dir=target.train.cache_dir)
+        with torch.no_grad():
+            output = at.model(
+                batch.input_ids, labels=batch.labels, position_ids=batch.position_ids, cu_seqlens=batch.cu_seqlens
+            )
+        assert row["score"] == pytest.approx(output.loss.item(), abs=1e-5)
+
+
+def test_sparsity_by_layer_head_and_position(text_run):
+    whole, *bins = run(text_run, tasks=["sparsity"])
+    assert len(whole["per_head"]) == 2
+    flat = [value for layer in whole["per_head"] for value in layer]
+    assert sum(flat) / len(flat) == pytest.approx(whole["score"])
+    assert whole["score"] == whole["causal_sparsity"]
+    assert [row["position"] for row in bins] == [[0, 0], [1, 1], [2, 3], [4, 7], [8, 15], [16, 31], [32, 63]]
+    for row in bins:
+        assert row["p10"] <= row["score"] <= row["p90"] <= row["position"][1] + 1
+    assert bins[0]["score"] == 1
+
+
+def test_the_time_of_a_token_is_measured_at_every_length_and_knob(recall_run, text_run, monkeypatch):
+    seen = []
+
+    def timed(model, ids_BT):
+        seen.append(ids_BT.shape[1])
+        return token_ms(model, ids_BT)
+
+    monkeypatch.setattr(decoding, "token_ms", timed)
+    for path, lengths in ((recall_run, [64, 128]), (text_run, [40])):
+        rows = run(path, tasks=["decode"], lengths=lengths, knobs=[1.0, 30.0])
+        assert [(row["knob"], row["length"]) for row in rows] == [(k, n) for k in (1.0, 30.0) for n in lengths]
+        assert all(row["score"] > 0 and row["metric"] == "ms" for row in rows)
+        assert rows[0]["causal_sparsity"] < rows[-1]["causal_sparsity"] or path == text_run
+    assert seen == [64, 128, 64, 128, 40, 40]
+
+
+def test_a_token_takes_the_median_of_steps_that_all_stand_at_the_end_of_the_prompt(recall_run, monkeypatch):
+    """Time goes by in the step alone: 1 s in the first ones, and in the others as much as tokens are in the cache."""
+    _, at = setting(recall_run)
+    clock, inner, steps = [0.0], decoding.decode_step, []
+
+    def decode_step(model, cache):
+        step = inner(model, cache)
+
+        def slow(token_B):
+            steps.append(token_B.tolist())
+            clock[0] += 1 if len(steps) <= decoding.WARM_UP else 1e-3 * cache.host_lengths[0]
+            return step(token_B)
+
+        return slow
+
+    monkeypatch.setattr(decoding, "decode_step", decode_step)
+    monkeypatch.setattr(decoding.time, "perf_counter", lambda: clock[0])
+    assert decoding.token_ms(at.model, torch.arange(48)[None]) == pytest.approx(48)
+    assert steps == [[47]] * (decoding.WARM_UP + decoding.REPETITIONS)
+
+
+def test_forms_of_mqar_are_rows_of_their_own(recall_run):
+    (trained,) = run(recall_run, tasks=["recall"])
+    form = MQARForm(pairs_min=2, pairs_max=4, placement="clustered")
+    (other,) = run(recall_run, tasks=["recall"], mqar=form)
+    assert (trained["variant"], other["variant"]) == (None, "pairs_min=2, pairs_max=4, placement=clustered")
+    assert run(recall_run, tasks=["recall"], mqar=form) == []
+    (longer,) = run(recall_run, tasks=["recall"], lengths=[256])
+    assert (longer["length"], longer["variant"]) == (256, None)
+    data = data_at(find_target(EvaluateConfig(run=str(recall_run))).train.data, 256, 6, MQARForm())
+    assert (data.seq_len, data.pairs_max, data.curriculum_lengths) == (256, 8, [])
+
+
+def test_a_query_is_the_first_where_no_earlier_position_asked_for_its_token():
+    ids = torch.tensor([[5, 3, 5, 5, 0, 3, 3], [1, 1, 1, 1, 1, 1, 1]])
+    asked = torch.tensor([[0, 1, 1, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0, 1]]).bool()
+    assert first_queries(ids, asked).int().tolist() == [[0, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 1]]
+
+
+def test_mqar_probes_point_at_the_pair_of_each_first_query(recall_run):
+    target, _ = setting(recall_run)
+    stream = validation_stream(target)
+    (batch,) = build_data(target.train.data, split="validation", seed=0, rows=6)
+    probes = list(mqar_probes(stream, target.train.data))
+    assert len(probes) == 6
+    for probe, ids, labels in zip(probes, batch.input_ids.tolist(), batch.labels.tolist(), strict=True):
+        assert probe.input_ids == ids
+        assert len({ids[t] for t in probe.queries}) == len(probe.queries)
+        for t, ((first, last),) in zip(probe.queries, probe.evidence, strict=True):
+            assert last == first + 2 <= 32
+            assert ids[first : first + 2] == [ids[t], labels[t]]
+        assert {span for (span,) in probe.evidence} <= set(probe.needed)
+
+
+def test_routing_rows_of_mqar(recall_run):
+    rows = run(recall_run, tasks=["routing"], rows=3)
+    by_metric = {row["metric"]: row for row in rows if row["metric"] != "active_blocks"}
+    assert {row["probe"] for row in rows} == {"mqar"}
+    for metric in ("recall", "precision", "mass_recall", "mass_precision", "relevant_mass", "topk_recall"):
+        assert 0 <= by_metric[metric]["score"] <= 1
+        assert len(by_metric[metric]["per_head"]) == 2
+    assert by_metric["entropy"]["score"] <= by_metric["softmax_entropy"]["score"] + 1e-6
+    for row in rows:
+        if row["metric"] == "active_blocks":
+            assert row["relevant"] >= 1
+            assert row["p10"] <= row["p90"]
+    assert run(recall_run, tasks=["routing"], rows=3) == []
+
+
+def test_routing_scores_by_hand():
+    """Two KV heads of one query head each, four blocks of two tokens; queries at 5 (own block 2) and 7 (own 3)."""
+    p = torch.zeros(1, 8, 2, 4)
+    p[0, 5, 0] = torch.tensor([0.25, 0.75, 0, 0])
+    p[0, 5, 1] = torch.tensor([0, 1.0, 0, 0])
+    p[0, 7, 0] = torch.tensor([0, 0.5, 0.5, 0])
+    p[0, 7, 1] = torch.tensor([1.0, 0, 0, 0])
+    own = torch.nn.functional.one_hot(torch.arange(8) // 2, 4).bool()
+    routing = Routing(Selection.from_mask((p > 0) | own[:, None], 2), p)
+    # Equal keys: dense attention is uniform over the past.
+    q, k = torch.randn(1, 8, 2, 4), torch.ones(1, 8, 2, 4)
+    probe = Probe(list(range(8)), [5, 7], [[(1, 2)], [(0, 2), (4, 6)]], [(0, 2), (4, 6)])
+    scores, needed, active_PH = score_routing(routing, q, k, probe)
+    assert needed == 2
+    assert active_PH.tolist() == [[2, 1], [2, 1]]
+    total = {metric: value.tolist() for metric, (value, _) in scores.items()}
+    assert total["recall"] == [1 + 1 / 2, 0 + 1 / 2]
+    assert total["precision"] == [1 / 2 + 1 / 2, 0 + 1]
+    assert total["relevant_mass"] == [0.25 + 0.5, 0 + 1]
+    assert total["support"] == [4, 2]
+    assert total["entropy"] == pytest.approx([0.5623351 + 0.6931472, 0], abs=1e-6)
+    # Tokens 0-5 and 0-7 weigh alike; block 2's tokens 4, 5 and block 3's 6, 7 are the queries' own.
+    assert total["mass_recall"] == pytest.approx([6 / 6 + 6 / 8, 4 / 6 + 4 / 8], abs=1e-6)
+    assert total["dense_relevant_mass"] == pytest.approx([2 / 6 + 4 / 8] * 2, abs=1e-6)
+    assert all(counts.tolist() == [2, 2] for _, counts in scores.values())
+
+
+def test_evidence_in_the_queries_own_block_is_no_question_to_the_router():
+    p = torch.zeros(1, 4, 1, 2)
+    p[0, 3, 0, 0] = 1
+    own = torch.nn.functional.one_hot(torch.arange(4) // 2, 2).bool()
+    routing = Routing(Selection.from_mask((p > 0) | own[:, None], 2), p)
+    q = torch.randn(1, 4, 1, 4)
+    scores, _, _ = score_routing(routing, q, q, Probe([0] * 4, [3], [[(2, 3)]], [(2, 3)]))
+    assert scores["recall"][1].tolist() == [0]
+    assert scores["mass_recall"][1].tolist() == [1]
+
+
+def test_dense_mass_is_the_models_own_attention(recall_run):
+    """Reading everything, the router's mass recall is 1 at every layer; and hooks are gone afterwards."""
+    _, at = setting(recall_run)
+    at.model.set_knob(1e-4)
+    measured = Measured()
+    probe = Probe(list(range(64)), [40, 63], [[(0, 2)], [(3, 9)]], [(0, 2)])
+    observe(at, probe, measured)
+    mass = measured.sums["mass_recall"] / measured.counts["mass_recall"]
+    assert torch.allclose(mass, torch.ones(2, mass.shape[1]).double(), atol=1e-5)
+    assert measured.sums["recall"].eq(2).all()
+    assert not any(backend._forward_pre_hooks for backend in at.model.backends)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": ["ruler"]}, "are in text and need a run trained on text"),
+        ({"tasks": ["recall"], "lengths": []}, "give at least one"),
+        ({"tasks": ["recall"], "lengths": [30]}, "must be a multiple of 4"),
+        ({"tasks": ["recall"], "lengths": [16]}, "data.pairs_max=8 does not fit"),
+        ({"tasks": ["recall"], "template": "alpaca"}, "choose one of base"),
+        ({"tasks": ["recall"], "mqar": MQARForm(placement="middle")}, "choose one of clustered, spread"),
+    ],
+)
+def test_refusals_of_a_recall_run(recall_run, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(recall_run, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": ["recall"]}, "needs a run trained on MQAR"),
+        ({"mqar": MQARForm(pairs_max=3)}, "needs a run trained on MQAR"),
+        ({"tasks": ["routing"], "probes": ["cwe"]}, "whose answer stands in one place"),
+        ({"tasks": ["vt"], "lengths": [256]}, "needs at least 512 tokens"),
+        ({"tasks": ["vt"], "lengths": [512], "template": "llama3"}, "which the tokenizer lacks"),
+        ({"tasks": ["niah"], "lengths": [512], "haystack": "/none.txt"}, "cannot be read"),
+    ],
+)
+def test_refusals_of_a_text_run(text_run, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(text_run, **changes)

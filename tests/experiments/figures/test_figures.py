@@ -1,0 +1,437 @@
+"""All figures and tables, from rows made by hand and from the committed ones."""
+
+import csv
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from data.tasks import SUITES
+from experiments.figures import curves, routers, scores
+from experiments.figures.__main__ import FIGURES, main, write_figures
+from experiments.figures.published import RULER_16K
+from experiments.figures.rows import load_study
+from experiments.files import read_rows
+from experiments.plots import grid
+from experiments.speed.rows import DECODE, DENSE, FLASH_3, SETUP, WHOLE
+from experiments.sweep import collect
+from experiments.throughput import scaling_report as parallel_report
+from experiments.throughput.report import CASE
+
+RESULTS = Path(__file__).parents[3] / "results"
+COMMON = {
+    "backend": "dash",
+    "label": "dash",
+    "data": "text",
+    "length": 512,
+    "rows": 8,
+    "seed": 0,
+    "step": 100,
+    "tokens": 1_000_000,
+    "parameters": 2_500_000,
+    "knob_name": "router_scale",
+    "knob": 4.0,
+    "trained_knob": 4.0,
+    "config_hash": "x",
+    "causal_sparsity": 0.6,
+    "active_tokens": 100.0,
+    "routing_reads": 10.0,
+    "bytes_read": 5000.0,
+    "position": None,
+}
+
+
+PARALLEL = dict.fromkeys((*parallel_report.WORK, *parallel_report.WAY), 1) | {"device": "GPU", "train": []}
+PARALLEL |= {"backend": "dash", "length": 8192, "status": "ok", "step_time": 1.0, "peak_memory_mib": 1.0}
+ALONE = PARALLEL | {"ranks": 1, "tokens_per_s": 100.0, "losses": [5.0, 4.0]}
+PAIR = PARALLEL | {"ranks": 2, "tokens_per_s": 190.0, "losses": [5.0, 4.5]}
+
+
+def row(task, metric, score, **changes):
+    label = changes.get("label", "dash")
+    return COMMON | {"task": task, "metric": metric, "score": score, "config_hash": label} | changes
+
+
+def rows():
+    for seed, shift in ((0, 0.0), (1, 0.1)):
+        for knob, score in ((2.0, 0.9), (4.0, 0.8), (8.0, 0.3)):
+            sparsity = 0.2 * knob**0.5
+            yield row("recall", "accuracy", score - shift, seed=seed, knob=knob, causal_sparsity=sparsity)
+    yield row("recall", "accuracy", 0.99, label="full", knob=None, trained_knob=None, causal_sparsity=0.0)
+    yield row("sparsity", "causal_sparsity", 0.6, per_head=[[0.5, 0.7], [0.6, 0.6]])
+    yield row("sparsity", "causal_sparsity", 0.4, per_head=[[0.3, 0.5], [0.4, 0.4]], seed=1)
+    for first, last, median in ((0, 0, 1), (1, 1, 2), (2, 3, 3), (4, 7, 4)):
+        yield row("sparsity", "active_tokens", median, position=[first, last], p10=1, p90=last + 1)
+    for length in (512, 1024):
+        for metric in ("recall", "precision", "relevant_mass", "softmax_relevant_mass", "entropy", "support"):
+            yield row("routing", metric, 512 / length, length=length, probe="mqar", per_head=[[0.25, None], [0.75, 1]])
+        for relevant in (1, 2, 4):
+            changes = {"length": length, "probe": f"niah_values_{relevant}", "p10": 1, "p90": 9}
+            yield row("routing", "active_blocks", relevant + 1, relevant=relevant, **changes)
+        for depth in (0.0, 0.5, 1.0):
+            yield row("niah", "match", depth, length=length, depth=depth)
+        yield row("loss", "nats", 3 - length / 4096, length=length)
+    for task in SUITES["ruler"]:
+        yield row(task, "match", 0.5 if task.startswith("niah") else 0.25, length=16384)
+        if task not in ("qa_1", "qa_2"):
+            differs = "haystack: mine" if task == "niah_single_2" else None
+            yield row(task, "match", 1.0, length=16384, label="nsa", differs=differs)
+    for label, score in (("sigma:1", 0.5), ("sigma:1e6", 0.4), ("prior:raw", 0.6)):
+        for knob in (2.0, 4.0):
+            yield row("recall", "accuracy", score, label=label, knob=knob, causal_sparsity=0.2 * knob)
+
+
+def training_rows(run):
+    for step in (1, 2, 4):
+        yield {"run": run, "step": step, "split": "train", "tokens": 100 * step, "loss": 5 / step, "grad_norm": 1.0} | {
+            "step_time": 0.5,
+            "causal_sparsity": 0.1,
+        }
+    yield {"run": run, "step": 4, "split": "validation", "tokens": 400, "loss": 1.5}
+
+
+@pytest.fixture
+def study(tmp_path):
+    root = tmp_path / "study"
+    root.mkdir()
+    numerics = [
+        {"backend": "dash", "tensor": tensor, "dtype": dtype, "impl": "reference", "device": "cpu", "length": 99}
+        | {"error": error}
+        for tensor in ("out", "dq")
+        for dtype, error in (("fp32", 1e-7), ("bf16", 2e-3))
+    ]
+    speed = [json.loads(line) for line in (RESULTS / "speed_h100/speed.jsonl").open()]
+    speed = [r for r in speed if r["sparsity"] in (None, 0.75) and r["pattern"] in (None, "clustered")]
+    speed = [r for r in speed if "decode" not in r["pass"]]
+    throughput = [
+        dict.fromkeys(CASE)
+        | {"backend": backend, "length": length, "device": "GPU", "train": [], "status": "ok"}
+        | {"tokens_per_s": 1e5, "mfu_causal": 0.5}
+        for backend in ("full", "dash")
+        for length in (8192, 16384)
+    ]
+    for name, content in (
+        ("throughput.jsonl", throughput),
+        ("parallel.jsonl", [ALONE, PAIR]),
+        ("results.jsonl", rows()),
+        ("metrics.jsonl", [*training_rows("a"), *training_rows("b")]),
+        ("numerics.jsonl", numerics),
+        ("speed.jsonl", speed),
+    ):
+        (root / name).write_text("".join(json.dumps(line) + "\n" for line in content))
+    return load_study(root)
+
+
+def table(figure, study):
+    (made,) = (f.make(study) for f in FIGURES if f.number == figure)
+    return made.table
+
+
+def test_every_figure_becomes_files_and_a_page(study, tmp_path):
+    # A panel for each of RULER's thirteen would take long to draw.
+    study = replace(study, evaluations=[r for r in study.evaluations if r["task"] not in SUITES["ruler"][2:]])
+    output = tmp_path / "out"
+    assert write_figures(output, [study]) == []
+    page = (output / "index.html").read_text()
+    for figure in FIGURES:
+        stem = f"{figure.stem}-study"
+        shown = list(csv.DictReader((output / f"{stem}.csv").open()))
+        assert len(shown) == len(table(figure.number, study)) > 0
+        assert f'<h2 id="f{figure.number}">' in page
+        if figure.number not in (11, 14):
+            assert (output / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
+            assert (output / f"{stem}.pdf").read_bytes().startswith(b"%PDF")
+    assert page.count("<img ") >= 12
+    assert set(re.findall(r'(?:src|href)="([^#d][^"]*)"', page)) == set()  # all it shows is in it
+
+
+def test_the_committed_rows_draw_and_the_rest_is_listed_as_missing(tmp_path, capsys):
+    main([str(tmp_path), str(RESULTS / "pareto_cpu"), str(RESULTS / "speed_h100")])
+    out = capsys.readouterr().out
+    assert "missing: 11. RULER (rows come from evaluate.py tasks=[ruler])" in out
+    page = (tmp_path / "index.html").read_text()
+    assert "Missing: no rows. They come from evaluate.py tasks=[ruler]" in page
+    assert (tmp_path / "fig01_frontier-pareto_cpu.png").exists()
+    assert (tmp_path / "fig08_speed-speed_h100.png").exists()
+    assert not list(tmp_path.glob("fig11*"))
+
+
+def test_seeds_are_averaged_and_kept_apart(study):
+    point = next(r for r in table(1, study) if r["label"] == "dash" and r["knob"] == 2.0 and r["task"] == "recall")
+    assert (point["score"], point["seed 0"], point["seed 1"]) == (pytest.approx(0.85), 0.9, pytest.approx(0.8))
+    heat = {(r["layer"], r["kv_head"]): r["causal_sparsity"] for r in table(3, study)}
+    assert heat == {(0, 0): pytest.approx(0.4), (0, 1): pytest.approx(0.6), (1, 0): 0.5, (1, 1): 0.5}
+
+
+def test_router_tables(study):
+    recall = next(r for r in table(6, study) if r["metric"] == "recall" and r["length"] == 512)
+    assert (recall["score"], recall["best_head"], recall["causal_sparsity"]) == (1.0, 1, 0.6)
+    assert [(r["relevant"], r["score"]) for r in table(5, study) if r["length"] == 512] == [(1, 2), (2, 3), (4, 5)]
+    assert {(r["metric"], r["length"], r["score"]) for r in table(7, study)} >= {
+        ("entropy", 512, 1),
+        ("entropy", 1024, 0.5),
+    }
+
+
+def test_router_recall_is_drawn_at_the_length_that_has_most_settings(study, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(routers, "save", lambda figure, path: drawn.append(figure))
+    turned = [
+        row("routing", "recall", 0.5, length=512, probe="mqar", knob=knob, per_head=[[0.5]], causal_sparsity=knob / 10)
+        for knob in (2.0, 8.0)
+    ]
+    (figure,) = (f for f in FIGURES if f.number == 6)
+    figure.make(replace(study, evaluations=[*study.evaluations, *turned])).draw(tmp_path / "figure")
+    ax = drawn[0].axes[0]
+    assert "mqar, 512 tokens" in ax.get_title()
+    assert ax.lines[0].get_xdata().tolist() == [0.2, 0.6, 0.8]
+
+
+def test_the_page_says_where_rows_were_measured_and_when(study, tmp_path):
+    first, *others = (r for r in study.evaluations if r["task"] == "sparsity")
+    first |= {"device": "H100", "date": "2026-11-28T01:00:00+0000"}
+    write_figures(tmp_path, [replace(study, evaluations=[first, *others], speed=[], throughput=[])])
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("Rows: H100; seed 0, 1; 2026-11-28.") == 1  # the heat map's: active tokens are of others
+    assert page.count("Rows: seed 0.") == 1
+
+
+def test_a_ruler_table_says_what_is_missing_and_what_departs(study):
+    by_model = {r["model"]: r for r in table(11, study)}
+    dash, nsa = by_model["dash (router_scale 4)"], by_model["nsa (router_scale 4)"]
+    assert (dash["SG 1-3"], dash["VT, CWE, FWE"], dash["QA 1-2"]) == (0.5, 0.25, 0.25)
+    assert dash["average"] == pytest.approx((8 * 0.5 + 5 * 0.25) / 13)
+    assert (nsa["SG 1-3"], nsa["qa_1"], nsa["QA 1-2"], nsa["average"]) == (1.0, *["missing"] * 3)
+    (made,) = (f.make(study) for f in FIGURES if f.number == 11)
+    assert made.notes == ["niah_single_2 departs from RULER: haystack: mine."]
+
+
+def test_the_papers_numbers_stand_beside_ours(study):
+    ruler = [r for r in table(14, study) if r["what"] == "RULER, %"]
+    paper = {r["model"]: r["average"] for r in ruler if r["source"].startswith("paper")}
+    assert paper == {model: scores[-1] for model, scores in RULER_16K.items()}
+    (ours,) = (r for r in ruler if r["model"] == "dash (router_scale 4)")
+    assert ours["SG 1-3"] == 50
+    (decoding,) = (r for r in table(14, study) if r["source"] == "ours")
+    assert decoding["model"] == "missing"
+    (made,) = (f.make(study) for f in FIGURES if f.number == 14)
+    assert any("2.5M parameters and 1.0M training tokens against 8B" in note for note in made.notes)
+
+
+def test_our_decoding_stands_beside_the_papers(study):
+    common = {key: study.speed[0][key] for key in ("run", "device", *SETUP)}
+    common |= {"length": 98304, "pass": DECODE, "status": "ok", "pattern": None, "sparsity": None, "stage": DENSE}
+    sparse = {"method": "dash", "stage": WHOLE, "pattern": "clustered"}
+    rows = [common | {"method": FLASH_3, "ms": 0.06}, common | sparse | {"sparsity": 0.75, "ms": 0.03}]
+    rows += [common | sparse | {"sparsity": 0.875, "ms": 0.02}, common | sparse | {"length": 32768, "ms": 0.01}]
+    rows += [row | {"batch": 16, "ms": 1.0} for row in rows[:2]]
+    what = "decode speed-up over FlashAttention-3"
+    ours = [r for r in table(14, replace(study, speed=rows)) if r["what"] == what and r["source"].startswith("ours")]
+    assert ours == [
+        {"what": what, "model": "dash"}
+        | {"source": f"ours, {common['device']}, 98304 tokens", "75.00% sparse": 2.0, "87.50% sparse": 3.0}
+    ]
+    (made,) = (f.make(replace(study, speed=rows)) for f in FIGURES if f.number == 8)
+    assert made.notes == []
+    assert {row["ratio"] for row in made.table} == {1.0, 2.0, 3.0, None}
+
+
+def test_several_devices_are_drawn_against_one(study, tmp_path, monkeypatch):
+    """Of several rows about the same thing the newest, and none that failed or has nothing beside it."""
+    drawn = []
+    monkeypatch.setattr(parallel_report, "save", lambda figure, path: drawn.append(figure))
+    failed = {"status": "out of memory", "tokens_per_s": None, "losses": None}
+    rows = [ALONE | {"tokens_per_s": 1.0}, ALONE, PAIR, PAIR | {"tokens_per_s": 180.0}, PAIR | {"stage": 2} | failed]
+    rows += [PAIR | {"backend": "nsa"}, PAIR | {"ranks": 4, "tokens_per_s": 300.0}]
+    (figure,) = (f for f in FIGURES if f.number == 16)
+    made = figure.make(replace(study, parallel=rows))
+    assert [(r["backend"], r["ranks"], r["stage"], r["efficiency"], r["loss_difference"]) for r in made.table] == [
+        ("dash", 1, 1, None, None),
+        ("dash", 2, 1, 0.9, 0.5),
+        ("dash", 2, 2, None, None),
+        ("nsa", 2, 1, None, None),
+        ("dash", 4, 1, 0.75, 0.5),
+    ]
+    made.draw(tmp_path / "figure")
+    panels = drawn[0].axes
+    assert [ax.get_title() for ax in panels] == ["2 x GPU", "4 x GPU"]
+    shown = [{line.get_label(): list(line.get_ydata()) for line in ax.lines[:-1]} for ax in panels]
+    assert shown == [{"dash": [0.9]}, {"dash": [0.75]}]
+    assert figure.make(replace(study, parallel=[PAIR])).draw is None
+
+
+def test_training_curves_count_time_by_steps(study):
+    assert [(r["tokens"], r["seconds"]) for r in table(9, study) if r["run"] == "a" and r["split"] == "train"] == [
+        (100, 0.5),
+        (200, 1.0),
+        (400, 2.0),
+    ]
+    (made,) = (f.make(study) for f in FIGURES if f.number == 9)
+    assert "router's gradient norm" in made.notes[0]
+
+
+def test_extrapolation_and_ablations(study):
+    lengths = [(r["length"], r["score"]) for r in table(10, study) if r.get("task") == "loss"]
+    assert lengths == [(512, 2.875), (1024, 2.75)]
+    beside = [
+        *(row("loss", "nats", 2.0, label="sigma:1", length=length) for length in (512, 1024)),
+        row("loss", "nats", 2.0, label="nsa"),
+    ]
+    added = replace(study, evaluations=[*study.evaluations, *beside])
+    assert table(10, added) == table(10, study)  # neither an ablation nor what was measured at one length only
+    shown = [(r["factor"], r["value"], r["score"]) for r in table(12, study) if r["knob"] == 2]
+    assert sorted(shown) == [
+        ("prior", "raw", 0.6),
+        ("sigma", "1", 0.5),
+        ("sigma", "1e6", 0.4),
+        ("sigma", "prior raw", 0.6),
+    ]
+    (made,) = (f.make(study) for f in FIGURES if f.number == 12)
+    assert "chunk_size" in made.notes[0]
+    assert "sigma" not in made.notes[0]
+
+
+def test_an_option_is_drawn_beside_what_it_differs_from(study, tmp_path, monkeypatch):
+    """A line a value, of its points from dense to sparse; the control is dashed, and in every panel beside others.
+    What is none of the paper's options is in the table only."""
+    drawn = []
+    monkeypatch.setattr(scores, "save", lambda figure, path: drawn.append(figure))
+    other = row("recall", "accuracy", 0.3, label="nsa-lr:1e-3")
+    (figure,) = (f for f in FIGURES if f.number == 12)
+    figure.make(replace(study, evaluations=[*study.evaluations, other])).draw(tmp_path / "figure")
+    lines = {
+        ax.get_title().splitlines()[0]: {
+            line.get_label(): (line.get_linestyle(), line.get_xydata().tolist())
+            for line in ax.lines
+            if not line.get_label().startswith("_")
+        }
+        for ax in drawn[0].axes
+    }
+    control = ("--", [[0.4, 0.6], [0.8, 0.6]])
+    assert lines == {
+        "sigma, seed 0": {
+            "sigma 1": ("-", [[0.4, 0.5], [0.8, 0.5]]),
+            "sigma 1e6": ("-", [[0.4, 0.4], [0.8, 0.4]]),
+            "prior raw": control,
+        },
+    }
+    assert list(lines["sigma, seed 0"]) == ["sigma 1", "sigma 1e6", "prior raw"]
+    sizes = [row("recall", "accuracy", 0.5, label=f"chunk_size:{size}") for size in (128, 32)]
+    figure.make(replace(study, evaluations=[*study.evaluations, *sizes])).draw(tmp_path / "figure")
+    named = drawn[1].axes[0].get_legend_handles_labels()[1]
+    assert named == ["chunk_size 32", "chunk_size 128", "prior raw"]
+
+
+def test_an_ablation_compares_arms_of_the_same_seeds_with_their_control(study):
+    arms = (("sigma:1", 0), ("sigma:1", 1), ("sigma:1e6", 1), ("prior:raw", 0), ("prior:raw", 1), ("prior:none", 0))
+    rows = [row("recall", "accuracy", 0.5 + seed / 4, label=label, seed=seed) for label, seed in arms]
+    (made,) = (f.make(replace(study, evaluations=rows)) for f in FIGURES if f.number == 12)
+    assert [(r["factor"], r["value"], r["score"], r["seeds"]) for r in made.table] == [
+        ("sigma", "1", 0.75, 1),
+        ("sigma", "1e6", 0.75, 1),
+        ("sigma", "prior raw", 0.75, 1),
+        ("prior", "none", 0.5, 1),
+        ("prior", "raw", 0.5, 1),
+    ]
+    assert made.notes[:2] == [
+        "sigma: without seed 0, which has not all values.",
+        "prior: without seed 1, which has not all values.",
+    ]
+
+
+def test_many_runs_are_drawn_by_arm(study, tmp_path, monkeypatch):
+    runs = [
+        "recall-dash-raw-knob4-seed0",
+        "recall-dash-raw-knob1-seed1",
+        "recall-dash-lr:1e-3-seed0",
+        "recall-base-seed1",
+    ]
+    drawn = []
+    monkeypatch.setattr(curves, "grid", lambda panels, **sizes: drawn.append(panels) or grid(panels, **sizes))
+    monkeypatch.setattr(curves, "MANY", 3)
+    (made,) = (
+        f.make(replace(study, training={run: list(training_rows(run)) for run in runs}))
+        for f in FIGURES
+        if f.number == 9
+    )
+    made.draw(tmp_path / "training")
+    assert drawn == [3]  # the losses of dash-raw, dash-lr and base; no row has a router's gradient norm
+    assert (tmp_path / "training.png").exists()
+
+
+def test_a_dense_control_alone_is_no_frontier(study):
+    control = replace(study, evaluations=[r for r in study.evaluations if r["knob"] is None])
+    assert control.evaluations
+    assert [f.number for f in FIGURES if f.number in (1, 2) and f.make(control) is not None] == []
+
+
+def test_costs_are_per_panel(study):
+    costs = [r for r in table(2, study) if r["panel"].startswith("text: recall")]
+    assert {r["amount"] for r in costs} == {5000}
+    assert {r["cost"] for r in costs} == {"bytes_read"}
+    (made,) = (f.make(study) for f in FIGURES if f.number == 2)
+    assert made.notes[1:] == [
+        "Time per decoded token: missing, rows come from evaluate.py tasks=[decode].",
+        "In the table only: 16 panels in which no curve has several points.",
+    ]
+
+
+def test_a_score_stands_at_the_time_that_its_own_model_takes_to_decode(study):
+    times = [row("decode", "ms", 10 / knob, knob=knob, device="a GPU") for knob in (2.0, 4.0)]
+    study = replace(study, evaluations=[*study.evaluations, *times, row("decode", "ms", 1.0, length=99, device="x")])
+    (made,) = (f.make(study) for f in FIGURES if f.number == 2)
+    found = {
+        (r["panel"].split(",")[0], r["knob"], r["amount"], r["score"]) for r in made.table if r["cost"] == "decode_ms"
+    }
+    assert ("text: recall", 2.0, 5.0, 0.9) in found  # of the seed that was timed
+    assert ("text: recall", 4.0, 2.5, 0.8) in found
+    assert {knob for _, knob, *_ in found} == {2.0, 4.0}
+    assert made.notes[1] == "Time per decoded token: of one sequence, on a GPU."
+
+
+def test_collected_rows_draw_the_same_figures(tmp_path):
+    for run in ("a", "b"):
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        (tmp_path / "runs" / run / "results.jsonl").write_text(json.dumps(row("recall", "accuracy", 0.5, label=run)))
+        with (tmp_path / "runs" / run / "results.jsonl").open("a") as file:
+            file.write("\n")
+        lines = [{k: v for k, v in line.items() if k != "run"} for line in training_rows(run)]
+        (tmp_path / "runs" / run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert collect.collect(tmp_path / "runs", tmp_path / "kept") == {
+        "results.jsonl": 2,
+        "metrics.jsonl": 8,
+        "cells.jsonl": 0,
+    }
+    collected, direct = load_study(tmp_path / "kept"), load_study(tmp_path / "runs")
+    assert table(1, collected) == table(1, direct)
+    assert collected.training.keys() == direct.training.keys() == {"a", "b"}
+    assert table(9, collected) == table(9, direct)
+    with pytest.raises(ValueError, match="count twice"):
+        collect.collect(tmp_path / "runs", tmp_path / "runs" / "kept")
+
+
+def test_what_is_collected_later_is_added(tmp_path):
+    kept = tmp_path / "kept"
+    for machine, found in (("first", {"a": 0.1, "b": 0.2}), ("second", {"b": 0.3, "c": 0.4})):
+        for run, score in found.items():
+            (tmp_path / machine / run).mkdir(parents=True)
+            line = json.dumps(row("recall", "accuracy", score, label=run)) + "\n"
+            (tmp_path / machine / run / "results.jsonl").write_text(line)
+        collect.collect(tmp_path / machine, kept)
+    assert {row["run"]: row["score"] for row in read_rows(kept / "results.jsonl")} == {"a": 0.1, "b": 0.3, "c": 0.4}
+
+
+def test_refusals(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for arguments, message in (
+        ([str(tmp_path)], "usage"),
+        ([str(tmp_path / "out"), str(tmp_path / "empty")], "no rows in"),
+        ([str(tmp_path / "out"), str(RESULTS / "pareto_cpu"), str(RESULTS / "pareto_cpu")], "the same name"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no rows below"):
+        collect.collect(tmp_path / "empty", tmp_path / "kept")

@@ -1,0 +1,178 @@
+"""Frontiers from rows made by hand."""
+
+import csv
+import json
+
+import pytest
+
+from experiments.figures import frontier, pareto
+
+
+def make_row(label="dash", knob=1.0, sparsity=0.5, score=0.9, **changes):
+    row = {
+        "label": label,
+        "data": "mqar",
+        "task": "recall",
+        "metric": "accuracy",
+        "length": 512,
+        "rows": 8,
+        "seed": 0,
+        "step": 100,
+        "knob": knob,
+        "trained_knob": 1.0 if knob is not None else None,
+        "causal_sparsity": sparsity,
+        "score": score,
+        "position": None,
+        "config_hash": f"{label} {changes.get('trained_knob')}",
+    }
+    return row | changes
+
+
+def scored(*pairs, metric="accuracy"):
+    rows = [make_row(knob=i, sparsity=s, score=v, metric=metric) for i, (s, v) in enumerate(pairs)]
+    return frontier.points(rows)
+
+
+def test_frontier_drops_what_another_point_beats_in_both():
+    edge = frontier.frontier(scored((0.2, 1.0), (0.5, 0.8), (0.6, 0.9), (0.9, 0.3), (0.85, 0.2)))
+    assert [(p.sparsity, p.score) for p in edge] == [(0.2, 1.0), (0.6, 0.9), (0.9, 0.3)]
+
+
+def test_frontier_of_a_loss_prefers_low():
+    edge = frontier.frontier(scored((0.2, 3.0), (0.5, 3.5), (0.6, 3.2), metric="nats"))
+    assert [(p.sparsity, p.score) for p in edge] == [(0.2, 3.0), (0.6, 3.2)]
+
+
+def test_interpolation_never_leaves_the_measured_span():
+    line = frontier.frontier(scored((0.4, 1.0), (0.8, 0.5)))
+    assert frontier.interpolate(line, 0.6) == pytest.approx(0.75)
+    assert frontier.interpolate(line, 0.8) == pytest.approx(0.5)
+    assert frontier.interpolate(line, 0.3) is None
+    assert frontier.interpolate(line, 0.9) is None
+    assert frontier.interpolate(line[:1], 0.4) == 1.0
+    assert frontier.interpolate(line[:1], 0.5) is None
+
+
+def test_a_sparser_point_that_is_no_worse_stands_for_the_denser_ones():
+    line = scored((0.4, 1.0), (0.8, 1.0), (0.9, 0.5))
+    assert [frontier.score_at(line, s) for s in (0.3, 0.4, 0.5, 0.8, 0.95)] == [None, 1.0, 1.0, 1.0, None]
+    assert frontier.score_at(line, 0.85) == pytest.approx(0.75)
+
+
+def test_seeds_are_averaged_and_counted_once():
+    (point,) = frontier.points([make_row(seed=s, score=v, sparsity=v / 2) for s, v in ((0, 0.6), (1, 0.8))])
+    assert (point.score, point.sparsity, point.scores) == (pytest.approx(0.7), pytest.approx(0.35), [0.6, 0.8])
+
+
+def test_each_seed_has_its_own_frontier():
+    def line(seed, *scores):
+        return [make_row(knob=i, seed=seed, sparsity=s, score=v) for i, (s, v) in enumerate(scores)]
+
+    both = frontier.points(line(0, (0.4, 1.0), (0.8, 0.5)) + line(1, (0.5, 0.9), (0.7, 0.7)))
+    assert frontier.scores_at(both, 0.6) == pytest.approx([0.75, 0.8])
+    assert frontier.scores_at(both, 0.75) is None  # seed 1 was not measured there
+    assert "0.7750 (0.750, 0.800)" in pareto.to_markdown(frontier.points(line(0, (0.5, 0.75)) + line(1, (0.5, 0.8))))
+
+
+def test_a_line_joins_only_means_over_the_same_seeds():
+    rows = [make_row(knob=k, trained_knob=k, seed=s, config_hash=f"{k}") for k in (1.0, 2.0) for s in (0, 1)]
+    rows += [make_row(knob=3.0, trained_knob=3.0, config_hash="3")]
+    found = frontier.points(rows)
+    (line,) = (line for (_, _, curve), line in frontier.curves(found).items() if curve == "trained at each")
+    assert [p.knob for p in line] == [1.0, 2.0]
+    assert "| dash | 3 | 3 | 50.0% | 0.9000 | 0.9000 | missing |" in pareto.to_markdown(found)
+
+
+def test_two_runs_are_no_two_seeds():
+    with pytest.raises(ValueError, match="two results of dash"):
+        frontier.points([make_row(), make_row(config_hash="another model", score=0.1)])
+
+
+def test_trained_and_turned_knobs_are_different_curves():
+    turned = [make_row(knob=k, trained_knob=1.0) for k in (1.0, 2.0)]
+    others = [make_row(knob=4.0, trained_knob=4.0, config_hash="another"), make_row("full", None, 0.0, 1.0)]
+    (alone,) = frontier.curves(frontier.points(turned))
+    assert alone[1:] == ("dash", "trained at 1, knob turned")
+    found = {curve: line for (_, _, curve), line in frontier.curves(frontier.points([*turned, *others])).items()}
+    assert {curve: [p.knob for p in line] for curve, line in found.items()} == {
+        "trained at each": [1.0, 4.0],
+        "trained at 1, knob turned": [1.0, 2.0],
+    }
+
+
+def test_panels_without_a_line_are_not_drawn_beside_those_with_one():
+    turned = [make_row(knob=k, length=512) for k in (1.0, 2.0)]
+    others = [make_row(length=length) for length in (1024, 2048)]
+    assert [panel.length for panel in frontier.panels_to_draw(frontier.points([*turned, *others]))] == [512]
+    assert [panel.length for panel in frontier.panels_to_draw(frontier.points(others))] == [1024, 2048]
+
+
+def test_curves_are_compared_over_the_span_they_share():
+    wide, narrow = scored((0.2, 1.0), (0.8, 0.4)), scored((0.5, 0.9), (0.9, 0.5))
+    assert frontier.common_span([wide, narrow]) == (0.5, 0.8)
+    assert frontier.mean_score(wide, 0.5, 0.8) == pytest.approx((0.7 + 0.4) / 2)
+    assert frontier.mean_score(narrow, 0.5, 0.8) == pytest.approx((0.9 + 0.6) / 2)
+    bent = scored((0.2, 1.0), (0.4, 0.8), (0.8, 0.0))
+    assert frontier.mean_score(bent, 0.2, 0.8) == pytest.approx((0.2 * 0.9 + 0.4 * 0.4) / 0.6)
+    assert frontier.common_span([wide, scored((0.85, 1.0), (0.9, 1.0))]) is None
+
+
+def test_rulers_average_is_over_the_tasks_that_all_settings_have():
+    def row(task, score, knob=1.0):
+        return make_row(task=task, metric="match", score=score, knob=knob, active_tokens=1, routing_reads=0)
+
+    rows = [row("vt", 0.2), row("cwe", 0.6), row("vt", 0.4, knob=2.0), make_row()]
+    (average,) = frontier.ruler_averages(rows)
+    assert (average["task"], average["score"], average["knob"]) == ("ruler (2 of 13 tasks)", pytest.approx(0.4), 1.0)
+    assert frontier.ruler_averages(rows[:1]) == []
+    panels = {p.panel.task for p in frontier.points(frontier.of_frontiers(rows))}
+    assert panels == {"vt", "cwe", "recall", "ruler (2 of 13 tasks)"}
+
+
+def test_another_form_of_the_task_is_another_panel():
+    rows = [make_row(), make_row(variant="pairs_max=4", score=0.1)]
+    assert {p.panel.variant: p.score for p in frontier.points(rows)} == {"": 0.9, "pairs_max=4": 0.1}
+
+
+def test_only_the_newest_checkpoint_counts():
+    rows = frontier.newest([make_row(step=100, score=0.1), make_row(step=200, score=0.2), make_row(step=150)])
+    assert [row["step"] for row in rows] == [200]
+    again = [make_row(step=200, score=score) for score in (0.3, 0.2)]  # of the same checkpoint, the row written last
+    assert [row["score"] for row in frontier.newest(again)] == [0.2]
+
+
+def test_says_untrained_when_the_control_fails():
+    sparse = make_row()
+    good, bad = make_row("full", None, 0.0, 0.995), make_row("full", None, 0.0, 0.98)
+    assert "Untrained" not in pareto.to_markdown(frontier.points([good, sparse]))
+    assert "Untrained" in pareto.to_markdown(frontier.points([bad, sparse]))
+    assert "Untrained" in pareto.to_markdown(frontier.points([sparse]))
+    # Rows longer than it was trained at ask for more than training; another task says nothing of this one.
+    assert "Untrained" not in pareto.to_markdown(frontier.points([good, bad | {"length": 4096}, sparse]))
+    assert "Untrained" in pareto.to_markdown(frontier.points([good | {"data": "text"}, bad | {"length": 4096}, sparse]))
+
+
+def test_writes_table_and_figure(tmp_path):
+    rows = [make_row(knob=k, sparsity=s, score=v) for k, s, v in ((1.0, 0.4, 1.0), (2.0, 0.8, 0.6), (3.0, 0.9, 0.7))]
+    rows += [make_row("full", None, 0.0, 1.0), make_row("nsa", 4, 0.8, 0.5, trained_knob=4)]
+    rows += [make_row(position=[0, 0], task="position", metric="nats")]  # not of a frontier
+    for i, row in enumerate(rows):
+        run = tmp_path / f"run{i}"
+        run.mkdir()
+        (run / "results.jsonl").write_text(json.dumps(row) + "\n")
+    pareto.main([str(tmp_path)])
+    table = list(csv.DictReader((tmp_path / "pareto.csv").open()))
+    assert len(table) == 5
+    assert {row["knob"] for row in table if row["label"] == "dash"} == {"1.0", "2.0", "3.0"}
+    assert (
+        "| dash | trained at 1, knob turned | 0.9400 | 0.7900 | 0.7000 | not measured |"
+        in (tmp_path / "pareto.md").read_text()
+    )
+    assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "pareto.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_nothing_to_show(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        pareto.main([str(tmp_path)])
+    assert "run a sweep" in capsys.readouterr().err

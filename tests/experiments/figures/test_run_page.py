@@ -1,0 +1,93 @@
+"""The report page holds what the rows hold, of one run and of several, and nothing from outside."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from experiments.figures import run_page as report
+from experiments.figures.run_page import main
+
+
+def make_run(path, steps=(1, 2, 3), layers=3, config="attention:\n  name: dash\nsteps: 3\n", **columns):
+    path.mkdir()
+    (path / "config.yaml").write_text(f"name: {path.name}\n{config}")
+    with (path / "metrics.jsonl").open("w") as file:
+        for step in steps:
+            row = {"step": step, "split": "train", "tokens": 100 * step, "loss": 4.0 - step, "lr": 1e-3}
+            row |= {"grad_norm": 1.0, "tokens_per_s": 12345.0, "step_time": 0.5, "data_wait": 0.125}
+            row |= {"causal_sparsity": 0.5, "causal_sparsity_per_layer": [0.1 * step] * layers} if layers else {}
+            file.write(json.dumps(row | columns) + "\n")
+    return path
+
+
+class Elements(HTMLParser):
+    """Every tag with its attributes, and the text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.text = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += " " + data
+
+
+def drawn(*runs):
+    main([str(run) for run in runs])
+    return (runs[0] / "report.html").read_text()
+
+
+def test_one_run(tmp_path):
+    text = drawn(make_run(tmp_path / "run"))
+    page = Elements(text)
+    assert {"loss, nats per token", "tokens per second", "causal sparsity, mean over the layers"} <= {
+        piece.strip() for piece in re.findall(r">([^<]+)<", text)
+    }
+    for absent in ("alpha, mean", "utilisation", "Where the configurations differ", "validation</text>"):
+        assert absent not in text
+    for value in ("3 of 3", "1.0000", "50.0%", "12.35k", "25.0%", "attention.name"):
+        assert value in page.text
+    for tag, attributes in page.tags:  # self-contained: no script, nothing fetched
+        assert tag not in ("script", "link", "iframe")
+        for name in ("src", "href", "xlink:href"):
+            assert attributes.get(name, "#").startswith(("#", "data:"))
+
+
+def test_runs_side_by_side(tmp_path):
+    dense = make_run(tmp_path / "dense", layers=0, config="attention:\n  name: full\nsteps: 3\n")
+    sparse = make_run(tmp_path / "dash", alpha=1.5, mfu_causal=0.45, mfu_sparse=0.4, grad_norm_chunk_query=1e-4)
+    text = drawn(dense, sparse)
+    assert not (sparse / "report.html").exists()
+    for piece in ("alpha, mean", "utilisation", "chunk query", "45.0%", "40.0%", "<h1>dense, dash</h1>"):
+        assert piece in text
+    assert text.count("<figcaption>") == 1  # only one of the two has sparsity
+    differing = text[text.index("Where the configurations differ") : text.index("<details>")]
+    assert "attention.name" in differing
+    assert ">steps<" not in differing
+
+
+def test_a_run_of_one_row_and_a_name_that_is_no_html(tmp_path):
+    run = make_run(tmp_path / "a <b> & c", steps=(1,))
+    text = drawn(run)
+    assert "a &lt;b&gt; &amp; c" in text
+    assert "<b>" not in text
+
+
+def test_the_same_rows_give_the_same_page(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert drawn(run) == drawn(run)
+
+
+def test_what_cannot_be_drawn(tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"no run directory .*config\.yaml"):
+        report.read_run(tmp_path)
+    with pytest.raises(ValueError, match="no training rows yet"):
+        report.read_run(make_run(tmp_path / "run", steps=()))
+    with pytest.raises(SystemExit):
+        main([])
+    assert "give run directories" in capsys.readouterr().err

@@ -1,0 +1,441 @@
+"""The speed benchmark without a GPU: its inputs, its correctness gate, and tables and figures from rows."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
+
+from dashattn.ops.block_sparse.reference import block_sparse_attention
+from dashattn.ops.chunk_summary.reference import chunk_summary
+from dashattn.ops.dash_routing.reference import dash_routing
+from dashattn.stats import selection_stats
+from experiments.files import append_rows, read_rows
+from experiments.speed import benchmark as speed
+from experiments.speed import report as speed_report
+from experiments.speed import rows as speed_rows
+from experiments.speed.inputs import (
+    NEIGHBOURS,
+    PATTERNS,
+    Shape,
+    causal_sparsity,
+    make_problem,
+    make_qkv,
+    topk_sparsities,
+)
+from experiments.speed.measure import failed_check
+from experiments.speed.methods import Method, UnavailableError, given_selection
+from experiments.speed.peers import block_lists
+from experiments.speed.rows import ATTENTION, BOTH, CUDNN, DENSE, FLASH_3, FORWARD, WHOLE
+
+ROOT = Path(__file__).parents[3]
+SHAPE = Shape(heads=4, kv_heads=2, head_dim=16, chunk_size=16, dtype=torch.float32)
+
+
+def make_config(tmp_path, **changes):
+    values = {"heads": 4, "kv_heads": 2, "head_dim": 16, "chunk_size": 16, "check_length": 96}
+    values |= {"lengths": [64, 128], "sparsities": [0.5], "patterns": ["clustered"], "backends": ["dash"]}
+    values |= {"decode": [], "decode_model": [], "baselines": [], "output_dir": str(tmp_path)}
+    return speed.SpeedConfig(**values | changes)
+
+
+# inputs
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("length", [256, 200])
+def test_recipes(pattern, length):
+    q, k, v = make_qkv(pattern, length, SHAPE, seed=0, device="cpu")
+    assert q.shape == (1, length, 4, 16)
+    assert k.shape == v.shape == (1, length, 2, 16)
+    assert q.std() == pytest.approx(1, abs=0.1)
+    assert k.std() == pytest.approx((1 + 0.7**2) ** 0.5, abs=0.1)
+    neighbours, strangers = (q[0, 0] * q[0, 1]).mean(), (q[0, 0] * q[0, NEIGHBOURS]).mean()
+    assert neighbours == pytest.approx(PATTERNS[pattern] ** 2, abs=0.45)
+    assert strangers == pytest.approx(0, abs=0.45)
+    same_chunk = torch.nn.functional.cosine_similarity(k[0, :64].flatten(1), k[0, 1:65].flatten(1))
+    assert same_chunk.view(4, 16)[:, :15].mean() == pytest.approx(1 / 1.49, abs=0.15)
+    assert same_chunk.view(4, 16)[:, 15].mean() == pytest.approx(0, abs=0.25)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("target", [0.4, 0.6])
+def test_the_reference_selects_the_sparsity_asked_for(pattern, target):
+    problem = make_problem(pattern, 1000, target, SHAPE, device="cpu")
+    summaries = chunk_summary(problem.k, problem.chunk_query, chunk_size=16)
+    selection, _ = dash_routing(problem.q, summaries, chunk_size=16, router_scale=problem.router_scale)
+    assert (selection.words != problem.selection.words).any(-1).float().mean() < 0.005
+    measured = selection_stats(selection, torch.zeros(1, 1000, dtype=torch.int32), None).causal_sparsity()
+    assert problem.causal_sparsity == pytest.approx(measured.item(), abs=1e-3)
+    assert problem.causal_sparsity == pytest.approx(target, abs=0.02)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_only_shared_neighbours_select_the_same(pattern):
+    shape = Shape(heads=4, kv_heads=2, head_dim=16, chunk_size=64, dtype=torch.float32)
+    problem = make_problem(pattern, 640, 0.5, shape, device="cpu")
+    words = problem.selection.words.unflatten(2, (-1, NEIGHBOURS))
+    same = (words == words[:, :, :, :1]).all(-1).float().mean()
+    assert (same == 1) == (pattern == "shared")
+
+
+def test_a_sparsity_out_of_reach_is_missed_not_hidden():
+    problem = make_problem("iid", 128, 0.95, SHAPE, device="cpu")
+    assert 0.1 < problem.causal_sparsity < 0.95
+
+
+def test_topk_sparsities_count_what_is_read():
+    found = dict(topk_sparsities(100, 16))
+    assert list(found) == [1, 2, 3, 4, 5, 6, 7]
+    assert found[7] == 0
+    tokens = torch.arange(100)
+    block = torch.arange(7)
+    for topk, sparsity in found.items():  # the newest blocks stand for the best ones
+        own = (tokens // 16)[:, None, None]
+        mask = ((block <= own) & (block > own - topk)).expand(100, 1, 7)
+        assert sparsity == pytest.approx(causal_sparsity(mask, tokens, 16))
+
+
+def test_block_lists_hold_the_selection():
+    problem = make_problem("iid", 100, 0.3, SHAPE, device="cpu")
+    counts, blocks = block_lists(problem.selection)
+    mask = problem.selection.mask()
+    for token in (0, 17, 99):
+        for head in range(2):
+            count = counts[0, token, head]
+            assert blocks[0, token, head, :count].tolist() == mask[0, token, head].nonzero().flatten().tolist()
+            assert not blocks[0, token, head, count:].any()
+
+
+# correctness gate
+
+
+def kernel(factor=1.0, gradient=1.0):
+    """A method whose output and gradients are off by these factors."""
+
+    class Kernel(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, out):
+            return out * factor
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * gradient
+
+    def prepare(problem):
+        def attend(q, k, v):
+            return Kernel.apply(block_sparse_attention(q, k, v, problem.selection))
+
+        return given_selection(problem, attend, problem.selection)
+
+    return Method("kernel", WHOLE, prepare)
+
+
+@pytest.fixture
+def rows_of(monkeypatch, tmp_path):
+    """rows_of(method): the rows of a benchmark of that one method, and the number of calls that were timed."""
+
+    def rows(*methods, **changes):
+        timed = []
+        monkeypatch.setitem(speed.BACKENDS, "dash", list(methods))
+        monkeypatch.setattr(speed, "measure", lambda call, *_: [timed.append(call()) or 1.0, 3.0, 2.0])
+        monkeypatch.setattr(speed, "extra_mib", lambda call: 5.0)
+        monkeypatch.setattr(speed, "graph_ms", lambda call, *_: 1.5)
+        lines = []
+        speed.run(make_config(tmp_path, dtype="bf16", **changes), "cpu", lines.append)
+        found = read_rows(tmp_path / speed_rows.ROWS)
+        assert len(lines) == len(found)
+        return found, len(timed)
+
+    return rows
+
+
+def test_what_is_right_is_timed(rows_of):
+    rows, timed = rows_of(kernel())
+    assert [(row["length"], row["pass"], row["status"]) for row in rows] == [
+        (length, name, "ok") for length in (64, 128) for name in (FORWARD, BOTH)
+    ]
+    assert timed == 4
+    assert {(row["ms"], row["graph_ms"]) for row in rows} == {(2.0, 1.5)}
+    assert {row["extra_mib"] for row in rows} == {5.0}
+    assert set(rows[0]["errors"]) == {"out", "q", "k", "v"}
+    assert max(rows[0]["errors"].values()) < 0.005
+    assert 0 < rows[0]["causal_sparsity"] < rows[-1]["causal_sparsity"] < 0.6
+
+
+def test_a_wrong_output_is_not_timed(rows_of):
+    rows, timed = rows_of(kernel(factor=1.02))
+    assert {row["status"] for row in rows} == {"failed check"}
+    assert "out off by 0.02" in rows[0]["detail"]
+    assert timed == 0
+
+
+def test_others_kernels_may_round_more(rows_of, monkeypatch):
+    monkeypatch.setitem(speed.BASELINES, "fla_nsa", [kernel(factor=1.01)])
+    rows, timed = rows_of(kernel(factor=1.01), baselines=["fla_nsa"])
+    assert [row["status"] for row in rows] == [*["ok"] * 2, *["failed check"] * 2] * 2
+    assert timed == 4
+
+
+@pytest.mark.parametrize("gradient", [0.98, float("nan")])
+def test_a_wrong_gradient_keeps_the_backward_from_being_timed(rows_of, gradient):
+    rows, timed = rows_of(kernel(gradient=gradient))
+    assert {(row["pass"], row["status"]) for row in rows} == {(FORWARD, "ok"), (BOTH, "failed check")}
+    assert timed == 2
+
+
+def test_selections_may_differ_in_few_rows():
+    assert not failed_check({"selected rows": 0.004}, FORWARD, 0.005)
+    assert failed_check({"selected rows": 0.006, "out": 0.001}, FORWARD, 0.005)
+
+
+def test_what_cannot_run_has_a_row_and_stops_no_other(rows_of):
+    calls = []
+
+    def absent(problem):
+        raise UnavailableError("not installed", "the package fast is not installed")
+
+    def broken(problem):
+        calls.append(problem)
+        raise RuntimeError("no such instruction")
+
+    def greedy(problem):
+        raise torch.OutOfMemoryError
+
+    others = [Method(prepare.__name__, ATTENTION, prepare) for prepare in (absent, broken, greedy)]
+    rows, timed = rows_of(*others, kernel())
+    statuses = ("not installed", "error", "out of memory", "ok")
+    assert [row["status"] for row in rows] == [status for status in statuses for _ in range(2)] * 2
+    assert rows[2]["detail"] == "RuntimeError: no such instruction"
+    assert timed == 4
+    assert len(calls) == 1  # a check that broke is not tried again at every length
+
+
+def test_what_is_out_of_time_has_a_row(rows_of):
+    rows, timed = rows_of(kernel(), time_budget=0.0)
+    assert {row["status"] for row in rows} == {"out of time"}
+    assert timed == 0
+
+
+def test_baselines_that_are_not_installed_have_rows(rows_of):
+    rows, _ = rows_of(baselines=["flash_attention_3", "fla_nsa", "xunhao_nsa", "released_dash"])
+    assert {row["method"] for row in rows if row["status"] == "not installed"} == {
+        "FlashAttention-3",
+        "fla NSA",
+        "XunhaoLai NSA",
+        "XunhaoLai NSA, no window",
+        "released DashAttention",
+    }
+
+
+def test_flash_attention_3_through_jax(monkeypatch, tmp_path):
+    errors = {"out": 0.002, "q": 0.003, "k": 0.003, "v": 0.2}
+    replies = [{"errors": errors, "jax": "0.8", "package": "0.1"}]
+    replies += [{"length": 64, "pass": name, "ms": 1.0, "ms_min": 0.9, "ms_max": 1.1} for name in (FORWARD, BOTH)]
+    replies += [{"length": 128, "pass": FORWARD, "error": "out of memory"}]
+    monkeypatch.setattr(speed, "find_spec", lambda name: None if name == "flash_attn_interface" else name)
+    monkeypatch.setattr(speed, "run_jax", lambda options, seconds: (replies, "killed"))
+    config = make_config(tmp_path, baselines=["flash_attention_3"], backends=[])
+    rows = list(speed.Benchmark(config, "cpu").rows())
+    assert [(row["length"], row["pass"], row["status"]) for row in rows] == [
+        (64, FORWARD, "ok"),
+        (64, BOTH, "failed check"),
+        (128, FORWARD, "error"),
+        (128, BOTH, "failed check"),
+    ]
+    assert (rows[0]["stage"], rows[0]["ms"], rows[0]["extra_mib"]) == (DENSE, 1.0, None)
+
+
+# configuration
+
+
+def composed(*overrides):
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return OmegaConf.to_object(compose("speed", list(overrides)))
+
+
+def test_the_configuration_composes():
+    config = composed()
+    speed.check(config)
+    assert config.lengths[0] == 1024
+    assert config.lengths[-1] == 131072
+    with pytest.raises(ConfigCompositionException):
+        composed("length=[3]")
+
+
+@pytest.mark.parametrize(
+    ("override", "mend"),
+    [
+        ("patterns=[iid,random]", "shared, clustered, iid"),
+        ("backends=[full]", "dash, infllmv2, nsa"),
+        ("baselines=[fa2]", "flash_attention_3"),
+        ("dtype=fp32", "bf16, fp16"),
+        ("lengths=[1024,0]", "at least 1"),
+        ("decode=[[1024]]", "tokens, sequences"),
+        ("decode_model=[[32,1]]", "at least a chunk"),
+        ("~model", "model=1b"),
+        ("sparsities=[90]", "between 0 and 1"),
+        ("heads=3", "multiple of kv_heads"),
+        ("+length=3", "--cfg job"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(override, mend):
+    with pytest.raises(ValueError, match=mend):
+        speed.check(composed(override))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_it_ends_in_one_message(tmp_path):
+    command = [sys.executable, "-m", "experiments.speed", f"output_dir={tmp_path / 'speed'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "GPU" in done.stderr
+    assert f"experiments.speed.report {tmp_path / 'speed'}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "speed").exists()
+
+
+def test_it_imports_without_what_only_training_needs():
+    absent = ("deepspeed", "datasets", "tokenizers", "safetensors", "wandb", "filelock", "psutil", "rich", "triton")
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); import experiments.speed.benchmark"
+    # PyTorch itself looks for triton; what it finds is not this test's concern
+    code = code.replace("import sys;", "import sys, torch;")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# report
+
+
+def make_row(method, ms, length=1024, name=FORWARD, pattern="clustered", sparsity=0.75, stage=WHOLE, **changes):
+    if stage == DENSE:
+        pattern = sparsity = None
+    return {
+        **{"run": "a", "device": "some GPU", "versions": {"torch": "2"}, "git_sha": "0123456789abcdef", "dirty": False},
+        **{"heads": 32, "kv_heads": 2, "head_dim": 128, "chunk_size": 64, "dtype": "bf16", "seed": 0},
+        **{"date": "2026-01-01T00:00:00+0000", "length": length, "pattern": pattern, "sparsity": sparsity},
+        **{"causal_sparsity": sparsity, "router_scale": 4.0, "stage": stage, "method": method, "pass": name},
+        **{"status": "ok", "detail": "", "ms": ms, "ms_min": ms, "ms_max": ms, "extra_mib": 10.0, "errors": {}},
+        **changes,
+    }
+
+
+def a_run(run="a", flash_3=True):
+    rows = []
+    for name, factor in ((FORWARD, 1), (BOTH, 3)):
+        for length, dense, whole in ((1024, 1.0, 2.0), (4096, 16.0, 8.0), (16384, 256.0, 64.0)):
+            common = {"length": length, "name": name, "run": run}
+            rows.append(make_row(CUDNN, dense * factor * 2, stage=DENSE, **common))
+            if flash_3:
+                rows.append(make_row(FLASH_3, dense * factor, stage=DENSE, **common, extra_mib=None))
+            rows.append(make_row("dash", whole * factor, **common))
+            rows.append(make_row("dash", whole * factor * 100, pattern="iid", **common))
+    return rows
+
+
+def ratios(rows):
+    return {
+        (row["method"], row["length"], row["pass"]): row["ratio"]
+        for row in speed_rows.with_ratios(rows)
+        if row["pattern"] != "iid"
+    }
+
+
+def test_ratios_are_to_flash_attention_3():
+    found = ratios(a_run())
+    assert found["dash", 4096, FORWARD] == pytest.approx(2)
+    assert found["dash", 1024, BOTH] == pytest.approx(0.5)
+    assert found[CUDNN, 1024, FORWARD] == pytest.approx(0.5)
+
+
+def test_without_flash_attention_3_they_are_to_a_share_of_cudnn():
+    rows = a_run(flash_3=False)
+    found = ratios(rows)
+    assert found["dash", 4096, FORWARD] == pytest.approx(4 * 0.95)
+    assert found["dash", 4096, BOTH] == pytest.approx(4 * 0.90)
+    assert "cuDNN x 0.90, cuDNN x 0.95" in speed_report.to_markdown(rows)
+
+
+def test_ratios_are_within_one_run():
+    alone = make_row("dash", 1.0, length=4096, run="b")
+    assert ratios([*a_run(), alone])["dash", 4096, FORWARD] is None
+    assert ratios([alone, *a_run()])["dash", 4096, FORWARD] == pytest.approx(2)
+
+
+def test_a_failed_check_unsays_what_was_measured_and_running_out_of_time_does_not():
+    failed, late = (make_row("dash", None, status=status) for status in ("failed check", "out of time"))
+    rows = [make_row("dash", 1.0)]
+    assert speed_rows.newest([*rows, failed]) == [failed]
+    assert speed_rows.newest([*rows, late]) == rows
+
+
+@pytest.mark.parametrize(
+    ("line", "length"),
+    [
+        ([(1024, 0.5), (4096, 2.0)], "2k"),
+        ([(1024, 0.5), (4096, 1.0)], "4k"),
+        ([(1024, 2.0), (2048, 0.5), (8192, 2.0)], "4k"),
+        ([(1024, 1.5), (4096, 2.0)], "1k or less"),
+        ([(1024, 2.0), (4096, 0.9)], "not reached"),
+        ([(1024, 1.0)], "1k or less"),
+        ([], "not measured"),
+    ],
+)
+def test_break_even(line, length):
+    assert speed_report.break_even(line) == length
+
+
+def test_table():
+    rows = a_run()
+    absent = {"stage": ATTENTION, "status": "not installed", "detail": "no | fla"}
+    rows += [make_row("fla NSA", None, length, name, **absent) for length in (1024, 4096) for name in (FORWARD, BOTH)]
+    rows.append(make_row("fla NSA", None, 4096, pattern="iid", **absent))
+    table = speed_report.to_markdown(rows)
+    assert "| 4k | clustered 75% | 75.0% | whole | dash | 8 (2.00x) | 24 (2.00x) | 10 MiB | 10 MiB |" in table
+    assert "| 4k | any |  | dense | FlashAttention-3 | 16 (1.00x) | 48 (1.00x) |  |  |" in table
+    assert "| dash | clustered 75% | 2k | 2k |" in table
+    assert "| dash | iid 75% | not reached | not reached |" in table
+    why = "| fla NSA | attention | not installed: no / fla |"
+    assert f"{why} forward, forward+backward | clustered 75% | 1k, 4k |" in table
+    assert f"{why} forward | iid 75% | 4k |" in table
+    assert "commit 0123456789," in table
+
+
+def test_short_calls_stand_beside_their_graphs():
+    rows = [make_row(FLASH_3, 2.0, stage=DENSE), make_row("dash", 4.0, graph_ms=1.0)]
+    table = speed_report.to_markdown(rows)
+    assert "4 (0.50x), 1 (2.00x)" in table
+    assert "not reached, 1k or less as a CUDA graph" in table
+
+
+def test_report_from_committed_rows(tmp_path, capsys):
+    rows = [*a_run(), *(row | {"device": "another GPU"} for row in a_run("b"))]
+    append_rows(tmp_path / speed_rows.ROWS, rows)
+    speed_report.main([str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "some GPU" in out
+    assert "another GPU" in out
+    names = {path.name for path in tmp_path.iterdir()}
+    figures = {"speed.png", "speed.pdf", "speed-2.png", "speed-2.pdf"}
+    assert names == {"speed.jsonl", "speed.md", *figures}
+
+
+def test_a_report_without_rows_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        speed_report.main([str(tmp_path)])
+    assert end.value.code == 1
+    assert "no rows" in capsys.readouterr().err
+
+
+def test_rows_are_appended_whole_and_half_a_row_is_dropped(tmp_path):
+    path = tmp_path / speed_rows.ROWS
+    append_rows(path, [{"a": 1}])
+    with path.open("a") as file:
+        file.write('{"a": 2')
+    assert read_rows(path) == [{"a": 1}]
+    append_rows(path, [{"a": 3}])
+    assert read_rows(path) == [{"a": 1}, {"a": 3}]

@@ -1,0 +1,225 @@
+"""What the speed benchmark decodes, at toy size: its gate, its rows, and what they become in tables."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from dashattn.selection import Selection
+from experiments.files import read_rows
+from experiments.speed import benchmark as speed
+from experiments.speed import decode as speed_decode
+from experiments.speed import report as speed_report
+from experiments.speed import rows as speed_rows
+from experiments.speed.decode_steps import DENSE_BASELINES, Step, assess, build, find_knob, make_inputs, new_config
+from experiments.speed.inputs import Shape
+from experiments.speed.measure import failed_check
+from experiments.speed.methods import SELECTED_BLOCKS, UnavailableError
+from experiments.speed.rows import DECODE, DENSE, FLASH_3, FULL, MODEL_DECODE, WHOLE
+from models.config import ModelConfig
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPE = Shape(heads=4, kv_heads=2, head_dim=16, chunk_size=32, dtype=torch.float16)
+MODEL = ModelConfig(
+    hidden_size=32, intermediate_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, max_seq_len=256
+)
+
+
+def make_config(tmp_path, **changes):
+    values = {"heads": 4, "kv_heads": 2, "head_dim": 16, "chunk_size": 32, "check_length": 96, "dtype": "fp16"}
+    values |= {"lengths": [], "sparsities": [0.4], "backends": ["dash"], "baselines": [], "model": MODEL}
+    values |= {"decode": [[128, 2]], "decode_model": [], "output_dir": str(tmp_path)}
+    return speed.SpeedConfig(**values | changes)
+
+
+@pytest.fixture
+def rows_of(monkeypatch, tmp_path):
+    """rows_of(**changes): the rows of a benchmark whose clock says 6 ms."""
+
+    def rows(**changes):
+        monkeypatch.setattr(speed_decode, "LAYERS", (2, 2))
+        monkeypatch.setattr(speed_decode, "CHECK_BATCH", 3)
+        monkeypatch.setattr(speed_decode, "graph_times", lambda call, *_: [call() and 5.0, 7.0, 6.0])
+        monkeypatch.setattr(speed_decode, "measure", lambda call, *_: [call() is not None and 5.0, 7.0, 6.0])
+        config = make_config(tmp_path, **changes)
+        speed.check(config)
+        speed.run(config, DEVICE, lambda line: None)
+        return read_rows(tmp_path / speed_rows.ROWS)
+
+    return rows
+
+
+def test_a_layers_rows(rows_of):
+    rows = rows_of(backends=["dash", "nsa"], baselines=["flash", "released_dash"], decode=[[160, 2]])
+    assert [(row["method"], row["stage"], row["sparsity"], row["status"]) for row in rows] == [
+        (FULL, DENSE, None, "ok"),
+        ("SDPA flash", DENSE, None, "ok"),
+        ("dash", WHOLE, 0.4, "ok"),
+        ("nsa", WHOLE, 0.4, "ok"),
+        ("released DashAttention", WHOLE, 0.4, "not installed"),
+    ]
+    for row in rows[:4]:
+        assert (row["pass"], row["length"], row["batch"], row["layers"]) == (DECODE, 160, 2, 2)
+        assert (row["ms"], row["ms_min"], row["ms_max"]) == (3.0, 2.5, 3.5)  # of one layer
+        assert row["errors"]["out"] < 0.002
+    assert rows[2]["causal_sparsity"] == pytest.approx(0.4, abs=0.1)
+    assert rows[3]["knob"] == 3  # of 5 blocks
+    # its own block, of which half is there, and 2 of 4
+    assert rows[3]["causal_sparsity"] == pytest.approx(1 - (2 * 32 + 17) / (4 * 32 + 17))
+
+
+def test_a_whole_models_rows(rows_of):
+    rows = rows_of(decode=[], decode_model=[[128, 3]])
+    assert [(row["method"], row["pass"], row["status"]) for row in rows] == [
+        (FULL, MODEL_DECODE, "ok"),
+        ("dash", MODEL_DECODE, "ok"),
+    ]
+    assert {row["tokens_per_second"] for row in rows} == {3 / 6e-3}
+    assert {(row["heads"], row["layers"]) for row in rows} == {(4, 2)}
+    assert rows[0]["parameters"] > 2 * speed_decode.VOCABULARY * MODEL.hidden_size
+
+
+def test_backends_and_the_reference_agree_on_infllmv2():
+    inputs = make_inputs(replace(SHAPE, chunk_size=64), 1, 1216, [1000], 0, DEVICE)
+    step, topk = build("infllmv2", inputs, 0.9)
+    errors, sparsity = step.check(inputs.device_lengths)
+    assert topk == 18  # what is forced
+    assert errors[SELECTED_BLOCKS] == 0
+    assert errors["out"] < 0.002
+    assert sparsity == 0  # 16 blocks are there
+
+
+# correctness gate
+
+
+def test_what_is_wrong_is_not_timed(rows_of, monkeypatch):
+    def prepare(inputs, target):
+        step, _ = DENSE_BASELINES["flash"][1](inputs, target)
+        return Step(lambda: [out * 1.03 for out in step.run()], step.expected), None
+
+    monkeypatch.setitem(DENSE_BASELINES, "cudnn", ("off", prepare))
+    rows = rows_of(backends=[], baselines=["cudnn"])
+    (wrong,) = (row for row in rows if row["method"] == "off")
+    assert (wrong["status"], wrong["ms"]) == ("failed check", None)
+    assert "out off by 0.03" in wrong["detail"]
+
+
+def test_a_kernel_that_misses_a_block_is_caught(rows_of, monkeypatch):
+    from dashattn.ops.decode import triton as kernels
+
+    attend = kernels.attend
+
+    def shortened(q, k, v, lengths, words, *rest, **options):
+        return attend(q, k, v, lengths, words if words is None else words & ~1, *rest, **options)
+
+    monkeypatch.setattr(kernels, "attend", shortened)
+    assert {row["method"]: row["status"] for row in rows_of()} == {FULL: "ok", "dash": "failed check"}
+
+
+def test_few_blocks_may_be_selected_otherwise():
+    mask = torch.zeros(1, 1, 2, 300, dtype=torch.bool)
+    mask[..., :150] = True
+    other = mask.clone()
+    other[0, 0, 0, 149] = False
+    made, wanted = (Selection.from_mask(m, 32) for m in (other, mask))
+    ones = [torch.ones(1, 1, 4, 16)]
+    errors, sparsity = assess(ones, ones, [(made, wanted)], torch.tensor([300 * 32 - 1]))
+    assert errors == {"out": 0, SELECTED_BLOCKS: pytest.approx(1 / 300)}
+    assert sparsity == pytest.approx(1 - 149.5 / 300)
+    assert not failed_check(errors, DECODE, 0.005)
+    assert failed_check(errors | {SELECTED_BLOCKS: 0.006}, DECODE, 0.005)
+    assert failed_check(errors | {"out": math.inf}, DECODE, 0.005)
+
+
+def test_knobs_that_cannot_be():
+    inputs = make_inputs(SHAPE, 1, 64, [40], 0, DEVICE)
+    with pytest.raises(UnavailableError, match="forced"):
+        build("nsa", inputs, 0.5)
+    layer = {"k": torch.empty(1, 128 * 32, 2, 16)}
+    assert find_knob(new_config("nsa", 32), [layer], [], 0.75) == 32
+    assert find_knob(new_config("nsa", 32), [layer], [], 0.99) == 3
+
+
+def test_out_of_time(rows_of):
+    rows = rows_of(time_budget=0.0, decode_model=[[128, 1]])
+    assert [(row["pass"], row["status"]) for row in rows] == [
+        (name, "out of time") for name in (DECODE, MODEL_DECODE) for _ in range(2)
+    ]
+
+
+def test_one_case_that_does_not_fit_leaves_the_others(rows_of, monkeypatch):
+    make = speed_decode.make_inputs
+
+    def limited(shape, layers, capacity, *rest):
+        if capacity > 128:
+            raise torch.OutOfMemoryError
+        return make(shape, layers, capacity, *rest)
+
+    monkeypatch.setattr(speed_decode, "make_inputs", limited)
+    rows = rows_of(decode=[[512, 1], [128, 1]], backends=[])
+    assert [(row["length"], row["status"]) for row in rows] == [(512, "out of memory"), (128, "ok")]
+
+
+def test_flash_attention_3_through_jax(rows_of, monkeypatch):
+    asked = []
+
+    def run_jax(options, seconds):
+        asked.append(options)
+        times = {"splits": 8, "ms": 0.5, "ms_min": 0.4, "ms_max": 0.6}
+        replies = [{"errors": {"out": 0.002}, "jax": "0.8", "package": "0.1"}]
+        return [*replies, {"length": 96, "batch": 2} | times, {"length": 96, "batch": 4, "error": "no"}], "killed"
+
+    monkeypatch.setattr(speed_decode, "find_spec", lambda name: name)
+    monkeypatch.setattr(speed_decode, "run_jax", run_jax)
+    cases = [[96, 2], [96, 4], [64, 1]]
+    rows = rows_of(decode=cases, backends=[], baselines=["flash_attention_3"])
+    assert [row["status"] for row in rows if row["method"] == FLASH_3] == ["ok", "error", "error"]
+    assert [row["detail"] for row in rows if row["method"] == FLASH_3][1:] == ["no", "killed"]
+    assert "8 splits" in rows[0]["detail"]
+    assert asked[0]["decode"] == cases
+    ratios = {row["method"]: row["ratio"] for row in speed_rows.with_ratios(rows) if row["batch"] == 2}
+    assert ratios == {FLASH_3: 1, FULL: 0.5 / 3}
+
+
+# tables
+
+
+def make_row(method, ms, batch=1, sparsity=None, **changes):
+    row = {"run": "a", "device": "some GPU", "versions": {}, "git_sha": None, "dirty": False, "date": "2026-01-01"}
+    row |= {"heads": 32, "kv_heads": 2, "head_dim": 128, "chunk_size": 64, "dtype": "bf16", "length": 131072}
+    row |= {"pattern": sparsity and "clustered", "sparsity": sparsity, "causal_sparsity": sparsity, "layers": 6}
+    row |= {"stage": WHOLE if sparsity else DENSE, "method": method, "pass": DECODE, "status": "ok", "detail": ""}
+    return row | {"batch": batch, "ms": ms, "graph_ms": None, "extra_mib": None} | changes
+
+
+def some_rows():
+    rows = [make_row(FULL, 0.06), make_row("dash", 0.03, sparsity=0.75)]
+    rows += [make_row(FULL, 0.9, batch=16), make_row("dash", 0.3, batch=16, sparsity=0.75)]
+    model = {"pass": MODEL_DECODE, "heads": 16, "parameters": 1e9}
+    rows.append(make_row(FULL, 4.0, **model, tokens_per_second=250.0))
+    rows.append(make_row("dash", 2.0, sparsity=0.75, **model, tokens_per_second=500.0))
+    return rows
+
+
+def test_table():
+    table = speed_report.to_markdown([*some_rows(), make_row(FLASH_3, 0.09)])
+    assert "| 128k | 1 | 75.0% | dash | 30.0 | 3.00x | 6 |" in table  # to FlashAttention-3
+    assert "| 128k | 16 | 75.0% | dash | 300.0 | 3.00x | 6 |" in table  # to our own, which alone was measured
+    assert "| 128k | 1 | 75.0% | dash | 2 | 2.00x | 500 |" in table
+    assert "| 128k | 1 |  | full | 60.0 | 1.50x | 6 |" in table
+    assert "forward" not in table
+
+
+def test_what_was_not_decoded_is_listed():
+    rows = [make_row("nsa", None, batch, 0.9, status="out of time", detail="raise time_budget") for batch in (1, 16)]
+    table = speed_report.to_markdown([*some_rows(), *rows])
+    assert "| nsa | whole | out of time: raise time_budget | decode | clustered 90% | 128k, 128k x 16 |" in table
+
+
+def test_figure(tmp_path):
+    speed_report.draw(some_rows(), tmp_path / "speed")
+    assert {path.name for path in tmp_path.iterdir()} == {"speed.png", "speed.pdf"}
+    assert speed_report._columns(some_rows()[:4]) == [(DECODE, 0.75)]

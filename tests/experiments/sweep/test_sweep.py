@@ -1,0 +1,274 @@
+"""Which cells a sweep has, and what it does when some are done and some fail."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+
+import pytest
+from filelock import FileLock
+from rich.console import Console
+
+from experiments.signals import Children
+from experiments.sweep import __main__ as sweep
+from experiments.sweep.__main__ import run_sweep
+from experiments.sweep.cells import CELL, ArmConfig, Outcome, StudyConfig, SweepConfig, cells, read_plan, write_plan
+from experiments.sweep.collect import collect, restore
+from experiments.sweep.status import status
+
+
+def make_config(tmp_path, **changes):
+    arms = {
+        "full": ArmConfig(train=["attention=full"]),
+        "dash": ArmConfig(train=["attention=dash"], trained_knobs=[1.0, 4.0], knobs=[0.5, 8.0]),
+    }
+    study = StudyConfig(train=["experiment=debug"], base=["attention=full"], evaluate=["tasks=[loss]"], arms=arms)
+    values = {"name": "s", "output_dir": str(tmp_path), "studies": {"text": study}, "seeds": [0, 1]} | changes
+    return SweepConfig(**values)
+
+
+def test_cells_are_backends_times_knobs_times_seeds(tmp_path):
+    found = {cell.name: cell for cell in cells(make_config(tmp_path, threads=1))}
+    arms = ["base", "full", "dash-knob1", "dash-knob4"]
+    assert list(found) == [f"text-{arm}-seed{seed}" for seed in (0, 1) for arm in arms]
+    cell = found["text-dash-knob4-seed1"]
+    assert cell.train == (
+        "experiment=debug",
+        "attention=dash",
+        "attention.router_scale=4",
+        "seed=1",
+        "name=text-dash-knob4-seed1",
+        f"run_dir={tmp_path}/text-dash-knob4-seed1",
+        "threads=1",
+        f"init_from={tmp_path}/text-base-seed1",
+    )
+    assert cell.evaluate == (
+        f"run={tmp_path}/text-dash-knob4-seed1",
+        "label=dash",
+        "tasks=[loss]",
+        "knobs=[0.5,8]",
+        "threads=1",
+    )
+    assert found["text-base-seed0"].evaluate is None
+
+
+def test_turned_knobs_may_have_an_evaluation_of_their_own(tmp_path):
+    config = make_config(tmp_path, seeds=[0])
+    config.studies["text"].evaluate_turned = ["tasks=[json_kv]"]
+    found = {cell.name: cell for cell in cells(config)}
+    common = [f"run={tmp_path}/text-dash-knob4-seed0", "label=dash"]
+    assert found["text-dash-knob4-seed0"].commands[1:] == [
+        ["evaluate.py", *common, "tasks=[loss]"],
+        ["evaluate.py", *common, "tasks=[json_kv]", "knobs=[0.5,8]"],
+    ]
+    assert [len(found[f"text-{arm}-seed0"].commands) for arm in ("base", "full")] == [1, 2]
+    write_plan(tmp_path, list(found.values()))
+    assert read_plan(tmp_path) == list(found.values())
+
+
+def test_two_parts_of_a_sweep_share_a_plan(tmp_path):
+    found = cells(make_config(tmp_path, seeds=[0, 1]))
+    write_plan(tmp_path, found[:3])
+    write_plan(tmp_path, found[2:])
+    assert sorted(cell.name for cell in read_plan(tmp_path)) == sorted(cell.name for cell in found)
+
+
+def test_an_arm_may_have_an_evaluation_of_its_own(tmp_path):
+    config = make_config(tmp_path, seeds=[0])
+    config.studies["text"].evaluate_turned = ["tasks=[json_kv]"]
+    config.studies["text"].arms["dash"].evaluate = ["tasks=[niah]"]
+    found = {cell.name: cell for cell in cells(config)}
+    assert found["text-dash-knob4-seed0"].commands[1:] == [
+        ["evaluate.py", f"run={tmp_path}/text-dash-knob4-seed0", "label=dash", "tasks=[niah]", "knobs=[0.5,8]"]
+    ]
+    assert found["text-full-seed0"].evaluate[-1] == "tasks=[loss]"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": [0, 0]}, "names a seed twice"),
+        ({"seeds": []}, "at least one study"),
+        ({"jobs": 0}, "jobs=0"),
+    ],
+)
+def test_refusals(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        cells(make_config(tmp_path, **changes))
+
+
+def test_two_cells_of_one_name_are_refused(tmp_path):
+    config = make_config(tmp_path)
+    arms = config.studies["text"].arms
+    arms["dash"].trained_knobs = [1.0, 1.0]
+    with pytest.raises(ValueError, match="two cells are called text-dash-knob1-seed0"):
+        cells(config)
+    config.studies["text"].arms = {"base": arms["full"]}
+    with pytest.raises(ValueError, match="two cells are called text-base-seed0"):
+        cells(config)
+
+
+def test_trained_knobs_need_a_backend_with_a_knob(tmp_path):
+    config = make_config(tmp_path)
+    config.studies["text"].arms = {"full": ArmConfig(train=["attention=full"], trained_knobs=[1.0])}
+    with pytest.raises(ValueError, match="sparsity knob"):
+        cells(config)
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Cells 'run' by recording their names and failing when told to."""
+    names, failing = [], set()
+
+    def run_cell(cell, log_dir, children):
+        names.append(cell.name)
+        if cell.name in failing:
+            return Outcome("failed", 1.0, "boom")
+        cell.run_dir.mkdir(parents=True, exist_ok=True)
+        (cell.run_dir / CELL).write_text(json.dumps({"commands": cell.commands}))
+        return Outcome("done", 1.0)
+
+    monkeypatch.setattr(sweep, "run_cell", run_cell)
+    return names, failing
+
+
+def run(config):
+    return {name: outcome.status for name, outcome in run_sweep(config, Console(file=io.StringIO())).items()}
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_a_second_call_does_only_what_is_missing(tmp_path, ran, jobs):
+    names, failing = ran
+    config = make_config(tmp_path, jobs=jobs)
+    failing.add("text-dash-knob1-seed0")
+    first = run(config)
+    assert first.pop("text-dash-knob1-seed0") == "failed"
+    assert set(first.values()) == {"done"}
+    assert len(names) == 8
+
+    names.clear()
+    failing.clear()
+    assert run(config)["text-dash-knob1-seed0"] == "done"
+    assert names == ["text-dash-knob1-seed0"]
+
+    names.clear()
+    assert set(run(config).values()) == {"was done"}
+    assert names == []
+
+
+def test_a_study_continues_where_only_its_rows_are_left(tmp_path, ran):
+    names, failing = ran
+    config = make_config(tmp_path / "runs")
+    failing.add("text-dash-knob4-seed1")
+    run(config)
+    for cell in cells(config):
+        if cell.is_done():
+            (cell.run_dir / "metrics.jsonl").write_text("{}\n")
+    collect(tmp_path / "runs", tmp_path / "kept")
+    shutil.rmtree(tmp_path / "runs")
+    assert restore(tmp_path / "kept", tmp_path / "runs") == 5
+    names.clear()
+    failing.clear()
+    assert set(run(config).values()) == {"done", "was done"}
+    assert names == ["text-base-seed1", "text-dash-knob4-seed1"]  # seed 0 is complete, and needs no base
+    assert restore(tmp_path / "kept", tmp_path / "runs") == 0
+    with pytest.raises(ValueError, match="names no cell"):
+        restore(tmp_path, tmp_path / "runs")
+
+
+def test_one_trained_knob_may_be_the_one_that_is_turned(tmp_path):
+    config = make_config(tmp_path)
+    config.studies["text"].arms["dash"].turned = 4.0
+    evaluated = {cell.name: cell.evaluate for cell in cells(config) if cell.name.endswith("seed0")}
+    assert "knobs=[0.5,8]" in evaluated["text-dash-knob4-seed0"]
+    assert not any("knobs" in override for override in evaluated["text-dash-knob1-seed0"])
+    config.studies["text"].arms["dash"].turned = 2.0
+    with pytest.raises(ValueError, match="turned=2"):
+        cells(config)
+
+
+def test_a_failed_base_skips_its_arms_and_no_others(tmp_path, ran):
+    names, failing = ran
+    failing.add("text-base-seed0")
+    statuses = run(make_config(tmp_path))
+    assert statuses["text-full-seed0"] == statuses["text-dash-knob4-seed0"] == "skipped"
+    assert statuses["text-full-seed1"] == "done"
+    assert "text-full-seed0" not in names
+
+
+def test_changed_commands_are_not_taken_for_done(tmp_path, ran):
+    names, _ = ran
+    run(make_config(tmp_path))
+    names.clear()
+    changed = make_config(tmp_path)
+    changed.studies["text"].arms["dash"].knobs = [0.5, 8.0, 16.0]
+    run(changed)
+    assert sorted(names) == sorted(f"text-dash-knob{k}-seed{s}" for k in (1, 4) for s in (0, 1))
+
+
+def test_a_failing_process_is_reported_with_its_last_words(tmp_path):
+    config = make_config(tmp_path, seeds=[0])
+    study = config.studies["text"]
+    study.base = None
+    study.arms = {"dash": ArmConfig(train=["attention=dash", "attention.chunk_size=0"])}
+    (outcome,) = run_sweep(config, Console(file=io.StringIO())).values()
+    assert outcome.status == "failed"
+    assert "chunk_size must be a positive integer; got 0" in outcome.message
+    assert "text-dash-seed0.log" in outcome.message
+
+
+def test_a_signal_reaches_the_running_cell_and_no_other_starts(tmp_path, monkeypatch):
+    """The sweep waits for the cell to save and to exit."""
+    script = (
+        "import pathlib, signal, sys, time\n"
+        "def save(*_):\n"
+        "    time.sleep(0.5)\n"
+        "    pathlib.Path(sys.argv[1], 'saved').touch()\n"
+        "    sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "pathlib.Path(sys.argv[1], 'started').touch()\n"
+        "time.sleep(60)\n"
+    )
+    run = Children.run
+    monkeypatch.setattr(
+        Children, "run", lambda self, command, **options: run(self, [sys.executable, "-c", script, tmp_path], **options)
+    )
+
+    def send():
+        while not (tmp_path / "started").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    outcomes = run_sweep(make_config(tmp_path, seeds=[0]), Console(file=io.StringIO()))
+    sender.join()
+    assert (tmp_path / "saved").exists()
+    statuses = {name.removesuffix("-seed0"): outcome.status for name, outcome in outcomes.items()}
+    arms = ("full", "dash-knob1", "dash-knob4")
+    assert statuses == {"text-base": "stopped"} | {f"text-{arm}": "skipped" for arm in arms}
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_the_status_tells_what_is_done_runs_and_failed(tmp_path, ran):
+    _, failing = ran
+    failing.add("text-full-seed1")
+    run(make_config(tmp_path))
+    (tmp_path / "logs").mkdir()
+    log = "$ train.py\nValueError: of an earlier try\n$ train.py\nerror: boom\nbye\n"
+    (tmp_path / "logs" / "text-full-seed1.log").write_text(log)
+    knob = tmp_path / "text-dash-knob1-seed0"
+    (knob / "cell.json").unlink()
+    (knob / "metrics.jsonl").write_text('{"step": 7}\n')
+    with FileLock(knob / ".lock"):
+        rows = {name: rest for name, *rest in status(tmp_path)}
+    assert rows["text-base-seed0"] == ["done", "", ""]
+    assert rows["text-full-seed1"] == ["failed", "", "error: boom"]
+    assert rows["text-dash-knob1-seed0"] == ["running", "7", ""]
+    assert {name: rest for name, *rest in status(tmp_path)}["text-dash-knob1-seed0"][0] == "missing"
+    with pytest.raises(ValueError, match="no sweep's directory"):
+        status(knob)

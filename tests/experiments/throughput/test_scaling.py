@@ -1,0 +1,161 @@
+"""The benchmark of several ranks at toy size: what is measured, when, against what, and what becomes of failures."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from experiments.config import to_config
+from experiments.files import append_rows, read_rows
+from experiments.throughput import scaling as parallel
+from experiments.throughput import scaling_report as parallel_report
+from experiments.throughput.scaling import Mode, cases, check_parallel, measure
+from experiments.training.engine import init_ranks
+from tests.experiments.conftest import CONFIGS, TINY
+from tests.experiments.training.test_train_cli import command, torchrun
+
+STEP = {"compile": False, "tokens_per_step": 512, "tokens_per_micro_batch": 128, "warmup": 1, "steps": 2}
+MODES = {"zero1": {"length": 64, **STEP}, "shared": {"length": 128, "stage": 3, "shares_rows": True, **STEP}}
+
+
+@pytest.fixture
+def train_overrides(cache_dir):
+    return [*TINY, "data.pack=plain", f"cache_dir={cache_dir}"]
+
+
+@pytest.fixture
+def config(train_overrides):
+    """Of two modes; Hydra stays open, since every case composes its run."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = to_config(compose("scaling", ["backends=[full]"]))
+        config.train, config.modes = train_overrides, {name: Mode(**mode) for name, mode in MODES.items()}
+        yield config
+
+
+def rows_of(config, path):
+    return list(measure(config, init_ranks("cpu"), path))
+
+
+def test_one_rank_measures_what_is_missing(config, tmp_path):
+    check_parallel(config, 1)
+    path = tmp_path / parallel.ROWS
+    first, second = rows_of(config, path)
+    assert read_rows(path) == [first, second]
+    assert (first["length"], second["length"], second["stage"], second["shares_rows"]) == (64, 128, 1, False)
+    for row in (first, second):
+        assert row["status"] == "ok"
+        assert row["tokens_per_s"] == pytest.approx(512 / row["step_time"])
+        assert len(row["losses"]) == 3
+        assert row["losses"][-1] < row["losses"][0]
+    assert rows_of(config, path) == []
+    config.modes["shared"].steps = 1
+    assert [row["steps"] for row in rows_of(config, path)] == [1]
+
+
+def test_a_failure_is_a_row_and_the_others_are_measured(config, tmp_path, monkeypatch):
+    def time_steps(run, warmup, steps):
+        if run.config.data.seq_len == 64:
+            raise RuntimeError("a kernel failed")
+        return {"tokens_per_s": 1.0}
+
+    monkeypatch.setattr(parallel, "time_steps", time_steps)
+    failed, other = rows_of(config, tmp_path / parallel.ROWS)
+    assert (failed["status"], failed["detail"]) == ("error", "RuntimeError: a kernel failed")
+    assert other["status"] == "ok"
+
+
+def test_one_rank_does_once_what_stages_and_sharing_divide_among_several(config):
+    config.backends = ["full", "dash"]
+    config.modes["zero2"] = Mode(stage=2, length=64, **STEP)
+    alone = [(backend, mode.length, mode.stage) for backend, mode in cases(config, 1)]
+    assert alone == [("full", 64, 1), ("dash", 64, 1), ("full", 128, 1), ("dash", 128, 1)]
+    assert [mode.stage for _, mode in cases(config, 2)] == [1, 1, 3, 3, 2, 2]
+
+
+def test_the_settings_that_are_shipped_serve_several_ranks():
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = to_config(compose("scaling"))
+        check_parallel(config, 4)
+        run = parallel.compose_run(config, "full", Mode(), 4, Path("unused"))
+    assert run.data.validation_rows >= 4
+    assert run.eval_every == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "ranks", "message"),
+    [
+        ({"tokens_per_micro_batch": 100}, 1, "tokens_per_step=512 is no multiple of tokens_per_micro_batch=100"),
+        ({"length": 96}, 1, "no multiple of length=96"),
+        ({"steps": 0}, 1, "steps=0"),
+        ({}, 3, "rows_per_batch=8 is no multiple"),
+        ({"compile": True, "stage": 3}, 2, "compile=true does not go with"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(config, change, ranks, message):
+    config.modes = {"zero1": Mode(**MODES["zero1"] | change)}
+    with pytest.raises(ValueError, match=message):
+        check_parallel(config, ranks)
+
+
+def test_unknown_backends_and_no_modes_are_refused(config):
+    config.backends = ["flash"]
+    with pytest.raises(ValueError, match="backends has flash: choose from full"):
+        check_parallel(config, 1)
+    config.backends, config.modes = ["full"], {}
+    with pytest.raises(ValueError, match="modes has no entry"):
+        check_parallel(config, 1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_is_measured_by_default_can_be(ranks):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        check_parallel(to_config(compose("scaling")), ranks)
+
+
+ROW = {"device": "GPU", "train": ["model=350m"], "date": "2026-01-02T", "git_sha": None, "dirty": False, "versions": {}}
+ROW |= {"backend": "dash", "length": 8192, "tokens_per_step": 1, "tokens_per_micro_batch": 1, "compile": True}
+ROW |= {"activation_checkpointing": False, "stage": 1, "shares_rows": False, "warmup": 1, "steps": 1, "status": "ok"}
+ROW |= {"step_time": 0.5, "peak_memory_mib": 2048.0, "detail": None}
+
+
+def test_the_table_compares_with_one_device_at_the_same_work(tmp_path):
+    rows = [
+        ROW | {"ranks": 1, "tokens_per_s": 1.0, "losses": [9.0, 9.0]},
+        ROW | {"ranks": 1, "tokens_per_s": 100.0, "losses": [5.0, 4.0]},  # again: the last one counts
+        ROW | {"ranks": 1, "tokens_per_s": 50.0, "losses": [5.0, 4.0], "compile": False},
+        ROW | {"ranks": 2, "tokens_per_s": 190.0, "losses": [5.0, 4.01]},
+        ROW | {"ranks": 2, "tokens_per_s": 90.0, "losses": [5.0, 4.0], "compile": False, "stage": 3},
+        ROW | {"ranks": 2, "stage": 2, "status": "out of memory", "detail": "a | b"},
+    ]
+    append_rows(tmp_path / parallel.ROWS, rows)
+    table = parallel_report.write_report(tmp_path)
+    assert (tmp_path / "parallel.md").read_text() == table
+    lines = [line for line in table.splitlines() if line.startswith("| 8k")]
+    assert len(lines) == 5
+    assert lines[1] == "| 8k | dash | 2 | 1 | whole | yes | no | 190 | 95.0% | 0.500 s | 2.0 GiB | 1.0e-02 |"
+    assert "out of memory" in lines[2]
+    assert "90.0%" in lines[4]
+    assert all(line.count("|") - line.count(r"\|") == 13 for line in lines)
+
+
+def test_a_report_needs_rows(tmp_path):
+    with pytest.raises(ValueError, match=r"run `python -m experiments\.parallel output_dir="):
+        parallel_report.write_report(tmp_path)
+
+
+@pytest.mark.slow
+def test_two_ranks_have_the_losses_of_one_and_start_again_after_a_failure(config, train_overrides, tmp_path):
+    rows_of(config, tmp_path / parallel.ROWS)
+    long = STEP | {"length": 2**20, "tokens_per_step": 2**21, "tokens_per_micro_batch": 2**20}  # more than the data has
+    modes = {"zero1": long, "zero2": MODES["zero1"] | {"stage": 2}, "zero3": MODES["shared"]}
+    overrides = [f"modes.{name}={mode}".replace("'", "") for name, mode in modes.items()]
+    overrides += ["~modes.rows64k", "~modes.rows128k", f"train={train_overrides}", f"output_dir={tmp_path}"]
+    launcher = torchrun(2, "--max-restarts", "1", "-m")
+    done = command([*overrides, "backends=[full]"], *launcher, script="experiments.throughput.scaling")
+    assert done.returncode == 0, done.stderr
+    alone, shared_alone, *failed, together, shared = read_rows(tmp_path / parallel.ROWS)
+    assert {row["status"] for row in failed} == {"error"}
+    assert (together["ranks"], together["stage"]) == (2, 2)
+    assert together["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    assert (shared["stage"], shared["parameters"]) == (3, alone["parameters"])
+    assert shared["losses"] == pytest.approx(shared_alone["losses"], rel=1e-5)

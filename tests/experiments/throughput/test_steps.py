@@ -1,0 +1,199 @@
+"""The throughput benchmark at toy size: what is measured, with which setting, and what becomes of failures."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from experiments.config import to_config
+from experiments.files import append_rows, read_rows
+from experiments.speed.inputs import NEIGHBOURS
+from experiments.throughput import report as throughput_report
+from experiments.throughput import steps as throughput
+from experiments.throughput.steps import Benchmark, Setting, check_throughput, resemble, run_benchmark
+from tests.experiments.conftest import CONFIGS, TINY
+
+SMALL, LARGE = Setting(512, compile=False, activation_checkpointing=True), Setting(1024, compile=False)
+
+
+@pytest.fixture
+def make_benchmark(tmp_path, cache_dir):
+    """A composed benchmark; Hydra stays open, since every case composes its run."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+
+        def make(*overrides, settings=(SMALL,)):
+            config = to_config(compose("throughput", [f"output_dir={tmp_path}", *overrides]))
+            config.train = [*TINY, "data.pack=plain", f"cache_dir={cache_dir}", "attention.impl=auto"]
+            config.lengths, config.settings = [256, 512], list(settings)
+            config.tokens_per_step, config.steps, config.sparsity = 1024, 1, 0.4
+            return config
+
+        yield make
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(throughput, "LOADER_SECONDS", 0.05)
+
+
+def case(row):
+    return row["backend"], row["length"], row["pattern"], row["micro_batch_tokens"]
+
+
+def test_settings_compete_and_the_fastest_measures_every_backend(make_benchmark, tmp_path):
+    config = make_benchmark("backends=[full,dash]", "patterns=[shared]", settings=[SMALL, LARGE])
+    check_throughput(config)
+    config.lengths, config.sparsity = [128, 256], 0.2
+    run_benchmark(config, "cpu")
+    rows = read_rows(tmp_path / throughput.ROWS)
+    assert all(row["status"] == "ok" for row in rows)
+    trials, others, loader = rows[:2], rows[2:-1], rows[-1]
+    assert [case(row) for row in trials] == [("full", 128, None, 512), ("full", 128, None, 1024)]
+    best = max(trials, key=lambda row: row["tokens_per_s"])["micro_batch_tokens"]
+    lines = [("full", 256, None), ("dash", 128, "shared"), ("dash", 256, "shared")]
+    assert [case(row) for row in others] == [(*line, best) for line in lines]
+    for row in (*trials, *others):
+        assert row["tokens_per_s"] == pytest.approx(1024 / row["step_time"], rel=1e-6)
+        assert 0 < row["data_wait"] < row["step_time"]
+        assert row["loss"] == pytest.approx(5.7, abs=0.5)  # untrained, of 300 tokens
+    assert all(row["causal_sparsity"] == 0 for row in rows[:3])
+    assert others[-1]["causal_sparsity"] == pytest.approx(0.2, abs=0.05)
+    assert loader["backend"] == "loader"
+    assert loader["tokens_per_s"] > 10 * max(row["tokens_per_s"] for row in rows[:-1])
+
+    table = throughput_report.write_report(tmp_path)
+    assert table.count("\n| 128 |") == 3
+    assert table.count("\n| 256 |") == 2
+    assert "times the fastest model" in table
+    assert (tmp_path / "throughput.png").stat().st_size > 10_000
+
+
+def test_a_top_k_is_found_beyond_what_is_forced(make_benchmark):
+    config = make_benchmark()
+    config.train += [f"attention.{size}" for size in ("block_size=16", "kernel_size=8", "kernel_stride=4")]
+    config.train += ["attention.window_size=32", "attention.topk=30"]
+    row = Benchmark(config, "cpu").case("infllmv2", 512, SMALL, "iid")
+    assert (row["status"], row["detail"]) == ("ok", None)
+    assert row["causal_sparsity"] == pytest.approx(0.4, abs=0.1)
+    config.sparsity = 0.99  # the window and the first block stay: 4 of 32 blocks
+    row = Benchmark(config, "cpu").case("infllmv2", 512, SMALL, "iid")
+    assert (row["knob"], row["status"]) == (4, "ok")
+
+
+def test_what_does_not_fit_gives_way_to_the_next_fastest(make_benchmark, monkeypatch):
+    measured = []
+
+    def measure(run, config, pattern):
+        measured.append(run.config.rows_per_micro_batch)
+        if run.config.attention.name == "dash" and run.config.rows_per_micro_batch == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"tokens_per_s": 10.0 * run.config.rows_per_micro_batch}
+
+    monkeypatch.setattr(throughput, "measure", measure)
+    config = make_benchmark("backends=[dash]", "patterns=[iid]", settings=[SMALL, LARGE])
+    config.lengths = [512]
+    rows = list(Benchmark(config, "cpu").rows())
+    assert measured == [1, 2, 2, 1]
+    assert [row["status"] for row in rows] == ["ok", "ok", "out of memory", "ok", "ok"]
+
+
+def test_a_failure_is_a_row_and_frees_the_model(make_benchmark, monkeypatch):
+    models, measure = [], throughput.measure
+
+    def failing(run, config, pattern):
+        measure(run, config, pattern)
+        models.append(weakref.ref(run.engine.module))
+        raise RuntimeError("a kernel | failed")
+
+    monkeypatch.setattr(throughput, "measure", failing)
+    row = Benchmark(make_benchmark(), "cpu").case("full", 256, SMALL, None)
+    gc.collect()
+    assert (row["status"], row["detail"]) == ("error", "RuntimeError: a kernel | failed")
+    assert models[0]() is None
+
+
+def test_what_the_time_does_not_suffice_for_is_said(make_benchmark):
+    rows = list(Benchmark(make_benchmark("time_budget=0", "backends=[full]"), "cpu").rows())
+    assert [row["status"] for row in rows] == ["out of time", "ok"]  # no setting was measured: nothing to go on with
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("backends=[flash]", "backends has flash: choose from full"),
+        ("patterns=[]", "patterns has no entry"),
+        ("sparsity=1.5", "between 0 and 1"),
+        ("steps=0", "at least 1"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(make_benchmark, override, message):
+    config = make_benchmark()
+    name, value = override.split("=")
+    setattr(config, name, {"[flash]": ["flash"], "[]": [], "1.5": 1.5, "0": 0}[value])
+    with pytest.raises(ValueError, match=message):
+        check_throughput(config)
+
+
+def test_a_micro_batch_holds_a_row_and_a_run_is_checked_beforehand(make_benchmark):
+    with pytest.raises(ValueError, match=r"micro_batch_tokens=256 is less than a row of 512"):
+        check_throughput(make_benchmark(settings=[Setting(256)]))
+    config = make_benchmark("backends=[dash]")
+    config.train.append("attention.chunk_size=256")
+    with pytest.raises(ValueError, match="leaves nothing to select"):
+        check_throughput(config)
+
+
+@pytest.mark.usefixtures("make_benchmark")
+def test_what_is_measured_by_default_can_be():
+    check_throughput(to_config(compose("throughput")))
+
+
+def test_neighbours_resemble_each_other_as_the_pattern_says():
+    embedding = torch.nn.Embedding(5000, 64)
+    ids = torch.arange(3 * NEIGHBOURS + 5)[None]
+    for pattern, rho in (("shared", 1.0), ("clustered", 0.97), ("iid", 0.0)):
+        with torch.no_grad():
+            handle = embedding.register_forward_hook(resemble(pattern))
+            x = embedding(ids)[0]
+            handle.remove()
+        similar = torch.nn.functional.cosine_similarity(x[1:], x[:-1])
+        inside = torch.arange(len(similar)) % NEIGHBOURS != NEIGHBOURS - 1
+        inside &= torch.arange(len(similar)) % NEIGHBOURS != 0  # next to the one whose embedding is shared
+        assert similar[inside].mean() == pytest.approx(rho**2, abs=0.05)
+        assert similar[~inside].mean() < max(0.7, rho)
+
+
+def make_row(backend, length, tokens_per_s, **values):
+    row = dict.fromkeys(throughput_report.CASE) | {"device": "GPU", "train": ["model=350m"], "status": "ok"}
+    row |= {"date": "2026-01-01T00:00:00", "git_sha": None, "dirty": False, "versions": {"torch": "2"}, "detail": None}
+    row |= {"micro_batch_tokens": 32768, "compile": True, "activation_checkpointing": False, "causal_sparsity": 0.75}
+    row |= {"peak_memory_mib": 2048.0, "data_wait": 0.01, "step_time": 1.0, "mfu_causal": 0.5, "mfu_sparse": 0.25}
+    return row | {"backend": backend, "length": length, "tokens_per_s": tokens_per_s} | values
+
+
+def test_the_table_compares_with_the_fastest_dense_run_of_the_length(tmp_path):
+    rows = [
+        make_row("full", 8192, 50.0),
+        make_row("full", 8192, 100.0),  # measured again
+        make_row("full", 8192, 80.0, compile=False),
+        make_row("full", 16384, 60.0),
+        make_row("dash", 16384, 90.0, pattern="iid"),
+        make_row("nsa", 16384, None, pattern="iid", status="out of memory"),
+        make_row("dash", 16384, None, pattern="iid", status="out of time", detail="raise time_budget"),
+        make_row("loader", 8192, 2000.0, micro_batch_tokens=None),
+    ]
+    append_rows(tmp_path / throughput_report.ROWS, rows)
+    lines = throughput_report.write_report(tmp_path).splitlines()
+    assert "| 8k | full | 32k | yes | no | 75.0% | 100 | 1.00x | 50.0% | 25.0% | 2.0 GiB | 1.0% |" in lines
+    assert "| 8k | full | 32k | no | no | 75.0% | 80 | 0.80x | 50.0% | 25.0% | 2.0 GiB | 1.0% |" in lines
+    assert "| 16k | dash, iid | 32k | yes | no | 75.0% | 90 | 1.50x | 50.0% | 25.0% | 2.0 GiB | 1.0% |" in lines
+    assert sum(line.startswith("| 8k") for line in lines) == 2
+    assert any("nsa, iid" in line and "out of memory" in line for line in lines)
+    assert any(line.endswith("20 times the fastest model.") for line in lines)
+
+
+def test_no_rows_no_report(tmp_path):
+    with pytest.raises(ValueError, match=r"no measurements in .*python -m experiments.throughput"):
+        throughput_report.write_report(tmp_path)

@@ -1,0 +1,160 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dashattn.backends import DashConfig, FullConfig
+from experiments.files import write_atomically
+from experiments.training.checkpoint import (
+    _remove_old,
+    damage,
+    find_weights,
+    latest_checkpoint,
+    load_weights,
+    seal,
+)
+from experiments.training.engine import Ranks
+from models import ModelConfig, Transformer
+
+
+def model(attention=None, **shape):
+    sizes = dict(hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8)
+    return Transformer(ModelConfig(**sizes | shape, max_seq_len=32, vocab_size=20), attention or FullConfig())
+
+
+@pytest.fixture
+def dense(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file(model().state_dict(), path)
+    return path
+
+
+def test_weights_fit_the_same_model(dense):
+    other = model()
+    assert load_weights(other, dense) == []
+
+
+def test_a_backends_own_parameters_may_be_new(dense):
+    other = model(DashConfig())
+    assert load_weights(other, dense) == ["layers.0.attention.backend.chunk_query"]
+    torch.manual_seed(0)
+    assert torch.equal(other.layers[0].mlp.up_proj.weight, model().layers[0].mlp.up_proj.weight)
+
+
+def test_every_other_difference_is_an_error(dense, tmp_path):
+    with pytest.raises(ValueError, match=r"embedding.weight is \[20, 16\], the model's is \[20, 24\]"):
+        load_weights(model(hidden_size=24), dense)
+    with pytest.raises(ValueError, match=r"the model's layers.1.* is not in the file"):
+        load_weights(model(num_layers=2), dense)
+    with pytest.raises(ValueError, match=r"lm_head.weight is not in the model"):
+        load_weights(model(tie_embeddings=True), dense)
+    sparse = tmp_path / "sparse.safetensors"
+    save_file(model(DashConfig()).state_dict(), sparse)
+    with pytest.raises(ValueError, match=r"chunk_query is not in the model"):
+        load_weights(model(), sparse)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A complete checkpoint as far as its files go."""
+    path = tmp_path / "checkpoints" / "step-00000004"
+    (path / "deepspeed").mkdir(parents=True)
+    (path / "deepspeed" / "optimizer.pt").write_bytes(b"0123")
+    (path / "model.safetensors").write_bytes(b"4567")
+    (path / "state.json").write_text(json.dumps({"step": 4}))
+    seal(path, Ranks(0, 1, torch.device("cpu")))
+    return path
+
+
+def test_weights_are_found_from_a_run_a_checkpoint_or_a_file(tmp_path, checkpoint):
+    weights = checkpoint / "model.safetensors"
+    assert find_weights(tmp_path) == find_weights(checkpoint) == find_weights(weights) == weights
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no intact weights in"):
+        find_weights(tmp_path / "empty")
+    (tmp_path / "new" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match="no checkpoint yet"):
+        find_weights(tmp_path / "new")
+
+
+def test_damaged_weights_are_not_read_nor_older_ones_instead(tmp_path, checkpoint):
+    write_atomically(checkpoint.parent / "latest", "step-00000008\n")
+    with pytest.raises(ValueError, match=r"no intact weights in .*step-00000008 \(manifest.json cannot be read"):
+        find_weights(tmp_path)
+    write_atomically(checkpoint.parent / "latest", "step-00000004\n")
+    (checkpoint / "model.safetensors").write_bytes(b"4566")
+    with pytest.raises(ValueError, match=r"no intact weights .*model.safetensors has another checksum"):
+        find_weights(tmp_path)
+
+
+def test_latest_decides_and_without_it_the_newest_is_taken(tmp_path):
+    for step in (4, 12):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    (tmp_path / ".step-00000016.tmp").mkdir()
+    assert latest_checkpoint(tmp_path).name == "step-00000012"
+    write_atomically(tmp_path / "latest", "step-00000004\n")
+    assert latest_checkpoint(tmp_path).name == "step-00000004"
+
+
+def test_a_damaged_one_makes_way_to_the_one_before(tmp_path):
+    assert latest_checkpoint(tmp_path) is None
+    for step in (4, 8, 12):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    write_atomically(tmp_path / "latest", "step-00000012\n")
+    assert latest_checkpoint(tmp_path, {"step-00000012": "why"}).name == "step-00000008"
+    write_atomically(tmp_path / "latest", "step-00000009\n")
+    with pytest.raises(ValueError, match=r"is intact .*step-00000009: why"):
+        latest_checkpoint(tmp_path, {f"step-{step:08d}": "why" for step in (4, 8, 9)})
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda path: (path / "deepspeed/optimizer.pt").unlink(), "deepspeed/optimizer.pt is missing"),
+        (lambda path: (path / "deepspeed/optimizer.pt").write_bytes(b"01"), "has 2 bytes instead of 4"),
+        (lambda path: flip_a_bit(path / "deepspeed/optimizer.pt"), "deepspeed/optimizer.pt has another checksum"),
+        (lambda path: flip_a_bit(path / "state.json"), "state.json has another checksum"),
+        (lambda path: (path / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+        (lambda path: (path / "manifest.json").unlink(), "manifest.json cannot be read"),
+    ],
+)
+def test_every_damage_is_seen(checkpoint, harm, message):
+    assert damage(checkpoint) == []
+    harm(checkpoint)
+    (problem,) = damage(checkpoint)
+    assert message in problem
+
+
+def test_ranks_share_the_checksums_and_together_see_all(checkpoint):
+    for name in ("deepspeed/optimizer.pt", "model.safetensors", "state.json"):
+        flip_a_bit(checkpoint / name)
+    shares = [damage(checkpoint, rank=rank, world_size=2) for rank in range(2)]
+    assert all(shares)
+    assert sorted(shares[0] + shares[1]) == damage(checkpoint)
+
+
+def kept(path):
+    return sorted(int(p.name.removeprefix("step-")) for p in path.iterdir())
+
+
+def test_a_run_set_back_keeps_what_it_writes(tmp_path):
+    for step in (1, 2, 9):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    _remove_old(tmp_path, "step-00000002", keep=1, keep_every=0)
+    assert kept(tmp_path) == [2, 9]
+
+
+def test_permanent_checkpoints_stay_beside_the_newest(tmp_path):
+    for step in range(1, 10):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    _remove_old(tmp_path, "step-00000009", keep=2, keep_every=3)
+    assert kept(tmp_path) == [3, 6, 8, 9]
+    _remove_old(tmp_path, "step-00000009", keep=0, keep_every=3)
+    assert kept(tmp_path) == [3, 6, 8, 9]

@@ -1,0 +1,68 @@
+import pytest
+from safetensors.torch import load_file
+from torch import nn
+
+from dashattn.backends import AttentionShape, DashConfig, build_backend
+from experiments.config import OptimConfig
+from experiments.training.checkpoint import find_weights
+from experiments.training.optim import learning_rate, parameter_groups
+from train import train
+
+
+def rates(steps=100, **options):
+    config = OptimConfig(lr=1.0, **options)
+    return [learning_rate(config, step, steps) for step in range(steps)]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "wsd"])
+def test_the_warm_up_is_linear_and_ends_at_lr(schedule):
+    values = rates(schedule=schedule, warmup_steps=10)
+    assert values[:11] == pytest.approx([(step + 1) / 11 for step in range(11)])
+    assert max(values) == values[10]
+
+
+def test_cosine_falls_to_the_smallest_rate():
+    values = rates(schedule="cosine", warmup_steps=10, min_lr_ratio=0.1)
+    assert values[55] == pytest.approx(0.55)  # half way: the middle of 1 and 0.1
+    assert values[10:] == sorted(values[10:], reverse=True)
+    assert 0.1 < values[-1] < 0.101
+
+
+def test_wsd_is_stable_then_falls_linearly():
+    values = rates(schedule="wsd", warmup_steps=10, decay_fraction=0.2, min_lr_ratio=0.0)
+    assert values[10:80] == [1.0] * 70
+    assert values[80:] == pytest.approx([k / 21 for k in range(20, 0, -1)])
+
+
+def test_constant_stays():
+    assert rates(schedule="constant") == [1.0] * 100
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(5, 4)
+        self.linear = nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+        self.backend = build_backend(DashConfig(), AttentionShape(4, 2, 1, 2))
+        self.head = nn.Linear(4, 5, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+def test_only_matrices_of_linear_layers_decay():
+    model = Model()
+    decayed, others, routing = parameter_groups(model, OptimConfig(lr=1.0, weight_decay=0.1, routing_eps=1e-15))
+    assert [id(p) for p in decayed["params"]] == [id(model.linear.weight)]
+    assert [id(p) for p in routing["params"]] == [id(model.backend.chunk_query)]
+    assert len(others["params"]) == 4
+    assert [group["weight_decay"] for group in (decayed, others, routing)] == [0.1, 0, 0]
+    assert routing["eps"] == 1e-15
+
+
+def test_a_small_eps_lets_the_chunk_queries_move(make_config):
+    moved = {}
+    for eps in ("null", "1e-15"):
+        options = ["attention=dash", "attention.chunk_size=16", f"optim.routing_eps={eps}", "steps=6"]
+        weights = load_file(find_weights(train(make_config(f"eps-{eps}", *options))))
+        moved[eps] = weights["layers.1.attention.backend.chunk_query"].abs().mean()
+    assert moved["1e-15"] > 1e-3 > 10 * moved["null"] > 0

@@ -1,0 +1,163 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from experiments.config import load_config
+from experiments.files import read_rows, write_atomically
+from experiments.training.checkpoint import seal
+from experiments.training.engine import Ranks
+from experiments.training.metrics import drop_rows_after
+from experiments.training.run_dir import config_hash, find_run_dir, open_run_dir
+
+
+@pytest.fixture
+def config(make_config):
+    return make_config("run", "model.vocab_size=300")
+
+
+def opened(config, start=None):
+    open_run_dir(find_run_dir(config), config, ["steps=4"], start or {})
+    return find_run_dir(config)
+
+
+def test_a_new_directory_explains_itself(config):
+    run = opened(config, {"parameters": 7})
+    assert run.checkpoint is None
+    assert run.step == 0
+    assert load_config(run.path / "config.yaml") == config
+    assert (run.path / "overrides.yaml").read_text() == "- steps=4\n"
+    environment = json.loads((run.path / "environment.json").read_text())
+    assert environment["packages"]["torch"]
+    assert "variables" in environment
+    assert "sha" in json.loads((run.path / "git.json").read_text())
+    assert (run.path / "git.diff").exists()
+    assert json.loads((run.path / "start.json").read_text()) == {"parameters": 7}
+
+
+def test_nothing_secret_is_written(config, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "hunter2")
+    run = opened(config)
+    assert not [path for path in run.path.rglob("*") if path.is_file() and "hunter2" in path.read_text()]
+
+
+def test_another_configuration_is_refused_by_the_names_of_its_keys(config):
+    opened(config)
+    other = replace(config, steps=8, optim=replace(config.optim, lr=1.0))
+    with pytest.raises(ValueError, match=r"optim.lr: 0.003 there, 1.0 now\n  steps: 4 there, 8 now\ngive another name"):
+        find_run_dir(other)
+
+
+def test_what_is_only_logged_may_differ(config):
+    opened(config)
+    find_run_dir(replace(config, log_every=3, logger=replace(config.logger, tags=["a"]), keep_checkpoints=5))
+
+
+def test_a_null_vocabulary_stands_for_the_datas(config):
+    opened(config)
+    find_run_dir(replace(config, model=replace(config.model, vocab_size=None)))
+
+
+def test_a_foreign_directory_is_refused(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="no run directory"):
+        find_run_dir(config)
+
+
+def test_a_file_is_refused(config, tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(ValueError, match="no directory"):
+        find_run_dir(config)
+
+
+def test_a_run_killed_while_its_directory_is_opened_starts_again(config, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("experiments.training.run_dir.code_state", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            opened(config)
+    assert opened(config).step == 0
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def save(run, step, stage):
+    checkpoint = run.checkpoints / f"step-{step:08d}"
+    checkpoint.mkdir()
+    (checkpoint / "state.json").write_text(json.dumps({"step": step, "world_size": 1, "stage": stage}))
+    seal(checkpoint, Ranks(0, 1, torch.device("cpu")))
+    write_atomically(run.checkpoints / "latest", checkpoint.name + "\n")
+    return checkpoint
+
+
+@pytest.mark.parametrize(("old", "new", "mend"), [(1, 3, "stage 1 or 2,"), (3, 2, "stage 3,"), (0, 1, "stage 0,")])
+def test_a_stage_of_another_family_is_refused_with_what_can_be(config, old, new, mend):
+    def at(stage):
+        return replace(config, deepspeed=replace(config.deepspeed, stage=stage))
+
+    save(opened(at(old)), 2, old)
+    with pytest.raises(ValueError, match=f"use {mend} on any number of ranks.*init_from="):
+        find_run_dir(at(new))
+    assert not find_run_dir(at(old)).is_resharded
+
+
+def test_another_number_of_ranks_is_noticed(config, monkeypatch):
+    save(opened(config), 2, stage=1)
+    assert not find_run_dir(config).is_resharded
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert find_run_dir(config).is_resharded
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_latest_names_the_one_before(config):
+    run = opened(config)
+    save(run, 2, stage=1)
+    (save(run, 3, stage=1) / "state.json").write_text("{")
+    run = find_run_dir(config)
+    assert run.step == 2
+    assert "state.json has 1 bytes" in run.damaged["step-00000003"]
+    open_run_dir(run, config, [], {}).release()
+    assert (run.checkpoints / "latest").read_text() == "step-00000002\n"
+    assert [path.name[:22] for path in run.checkpoints.glob("damaged-*")] == ["damaged-step-00000003-"]
+    assert find_run_dir(config).damaged == {}
+
+
+def test_a_directory_that_cannot_be_written_is_refused(config):
+    with pytest.raises(ValueError, match=r"/proc/run cannot be written .*another run_dir"):
+        open_run_dir(find_run_dir(replace(config, run_dir="/proc/run")), config, [], {})
+    with pytest.raises(ValueError, match=r"is not writable"):
+        find_run_dir(replace(config, run_dir=__file__ + "/run"))
+
+
+def test_the_hash_covers_what_is_learned_and_nothing_else(config):
+    assert config_hash(config) == config_hash(replace(config, run_dir="elsewhere", name="x", log_every=7))
+    assert config_hash(config) != config_hash(replace(config, seed=1))
+
+
+def test_rows_that_will_be_written_again_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')  # the last line was cut short by a crash
+    drop_rows_after(path, 2)
+    assert read_rows(path) == [{"step": 1}, {"step": 2}]
+    assert path.read_text().endswith("\n")
+    drop_rows_after(tmp_path / "none.jsonl", 0)
+    assert read_rows(tmp_path / "none.jsonl") == []
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"st{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is damaged"):
+        read_rows(path)
+
+
+def test_a_second_process_on_a_run_directory_is_refused(make_config):
+    config = make_config("locked")
+    run = find_run_dir(config)
+    lock = open_run_dir(run, config, [], {})
+    with pytest.raises(ValueError, match="another process is training"):
+        open_run_dir(run, config, [], {})
+    lock.release()
+    open_run_dir(find_run_dir(config), config, [], {}).release()

@@ -1,0 +1,316 @@
+"""The loop, in this process."""
+
+import gzip
+import json
+import shutil
+from dataclasses import replace
+from functools import partialmethod
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train as train_module
+from data import MQARDataConfig
+from experiments.errors import Stopped
+from experiments.evaluation import export
+from experiments.files import read_rows
+from models import Transformer
+from train import train
+
+ATTENTION = {
+    "full": ["attention=full"],
+    "dash": ["attention=dash", "attention.chunk_size=16"],
+    "infllmv2": [
+        *("attention=infllmv2", "attention.block_size=16", "attention.kernel_size=8", "attention.kernel_stride=4"),
+        *("attention.window_size=16", "attention.topk=3"),
+    ],
+    "nsa": [
+        *("attention=nsa", "attention.block_size=16", "attention.kernel_size=8", "attention.kernel_stride=4"),
+        *("attention.window_size=16", "attention.topk=3"),
+    ],
+}
+
+
+def rows(run_dir: Path, split="train"):
+    return [row for row in read_rows(run_dir / "metrics.jsonl") if row["split"] == split]
+
+
+def losses(run_dir: Path):
+    return [row["loss"] for row in rows(run_dir)]
+
+
+def interrupt_after(run_dir: Path, step: int, target: Path) -> None:
+    """A copy of a run directory as it was when the run had just saved at `step`."""
+    shutil.copytree(run_dir, target)
+    (target / "checkpoints" / "latest").write_text(f"step-{step:08d}\n")
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_every_backend_learns(make_config, attention):
+    config = make_config("run", *ATTENTION[attention], "steps=40", "optim.lr=1e-2", "log_every=20", "stats_every=20")
+    first, *_, last = rows(train(config))
+    assert last["loss"] < first["loss"] - 1
+    assert last["tokens"] == 40 * 4 * 64
+    assert len(last["causal_sparsity_per_layer"]) == 2
+    assert ("alpha" in last) == (attention == "dash")
+
+
+@pytest.fixture(scope="module")
+def reference_losses():
+    """Losses and norms of the tiny run at stage 0, filled by the first test that needs them."""
+    return {}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_stage_changes_nothing_and_resume_is_exact(make_config, tmp_path, reference_losses, stage):
+    options = [f"deepspeed=zero{stage}", *ATTENTION["dash"], "steps=6", "save_every=2", "keep_checkpoints=0"]
+    whole = train(make_config("whole", *options))
+    if not reference_losses:
+        reference = whole if stage == 0 else train(make_config("reference", *options, "deepspeed=zero0"))
+        for key in ("loss", "grad_norm", "grad_norm_router"):
+            reference_losses[key] = [row[key] for row in rows(reference)]
+    assert losses(whole) == reference_losses["loss"]
+    for key in ("grad_norm", "grad_norm_router"):
+        assert [row[key] for row in rows(whole)] == pytest.approx(reference_losses[key], rel=1e-5, abs=0)
+
+    interrupt_after(whole, 2, tmp_path / "resumed")
+    resumed = train(make_config("resumed", *options))
+    assert losses(resumed) == losses(whole)
+    assert [row["step"] for row in rows(resumed)] == [1, 2, 3, 4, 5, 6]
+    states = [json.loads((path / "checkpoints/step-00000006/state.json").read_text()) for path in (whole, resumed)]
+    assert states[0] == states[1]
+    assert (resumed / "resumed/step-00000002/environment.json").exists()
+    weights = [load_file(path / "checkpoints/step-00000006/model.safetensors") for path in (whole, resumed)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_stage_3_gathers_a_layer_at_once(make_config, monkeypatch):
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    fetched, fetch = [], PartitionedParameterCoordinator.fetch_sub_module
+
+    def observed(self, module, forward):
+        fetched.append(type(module).__name__)
+        return fetch(self, module, forward)
+
+    monkeypatch.setattr(PartitionedParameterCoordinator, "fetch_sub_module", observed)
+    train(make_config("run", "deepspeed=zero3", *ATTENTION["nsa"], "steps=1", "optim.warmup_steps=0"))
+    layers, others = 2, ("Transformer", "Embedding", "RMSNorm")
+    assert sorted(fetched) == sorted(2 * [*others, *layers * ["TransformerBlock"]])  # forward and backward
+
+
+@pytest.mark.parametrize("options", [["deepspeed=zero1"], ["deepspeed=zero3", "rows_per_micro_batch=2"]])
+def test_bf16_trains_and_resumes_exactly(make_config, tmp_path, options):
+    options = [*options, "deepspeed.precision=bf16", *ATTENTION["dash"], "save_every=2", "keep_checkpoints=0"]
+    whole = train(make_config("whole", *options))
+    fp32 = train(make_config("fp32", *ATTENTION["dash"]))
+    assert losses(whole) == pytest.approx(losses(fp32), abs=0.01)
+    interrupt_after(whole, 2, tmp_path / "resumed")
+    assert losses(train(make_config("resumed", *options))) == losses(whole)
+
+
+def test_one_rank_sums_gradients_in_float32_and_keeps_no_other(make_config, monkeypatch):
+    from deepspeed.utils import safe_get_full_grad
+
+    sums, optimizer_step = [], train_module.optimizer_step
+
+    def observed(engine, grad_clip):
+        weight = engine.module.embedding.weight
+        assert weight.grad is None
+        sums.append(safe_get_full_grad(weight).clone())
+        return optimizer_step(engine, grad_clip)
+
+    monkeypatch.setattr(train_module, "optimizer_step", observed)
+    train(make_config("run", "deepspeed.precision=bf16", "rows_per_micro_batch=2", "steps=1", "optim.warmup_steps=0"))
+    first, both = sums
+    assert torch.equal(first, first.bfloat16())
+    assert not torch.equal(both, both.bfloat16())
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_accumulation_weighs_every_target_the_same(make_config, stage):
+    # Rows of recall have different numbers of targets.
+    data = MQARDataConfig(name="mqar", seq_len=64, pairs_min=1, pairs_max=8, validation_rows=4)
+
+    def run(name, *overrides):
+        return rows(train(replace(make_config(name, f"deepspeed=zero{stage}", "steps=6", *overrides), data=data)))
+
+    at_once, in_parts = run("at_once"), run("in_parts", "rows_per_micro_batch=1")
+    assert len(at_once) == 6
+    for key in ("loss", "grad_norm"):
+        assert [row[key] for row in in_parts] == pytest.approx([row[key] for row in at_once], rel=1e-4)
+
+
+def test_clipping_bounds_the_update_at_every_stage(make_config):
+    options = ["optim.grad_clip=1e-3", "optim.eps=1", "optim.weight_decay=0"]  # eps=1: updates follow the gradient
+    runs = [losses(train(make_config(f"zero{s}", f"deepspeed=zero{s}", *options))) for s in (0, 1)]
+    assert runs[0] == pytest.approx(runs[1], rel=1e-6)
+    free = losses(train(make_config("free", "deepspeed=zero0", *options, "optim.grad_clip=0")))
+    assert free[-1] < runs[0][-1]
+
+
+def test_a_run_can_begin_with_dense_weights(make_config, tmp_path):
+    dense = train(make_config("dense"))
+    sparse = train(make_config("sparse", *ATTENTION["dash"], f"init_from={dense}"))
+    start = json.loads((sparse / "start.json").read_text())["init_from"]
+    assert start["new_parameters"] == [f"layers.{i}.attention.backend.chunk_query" for i in range(2)]
+    assert [row["step"] for row in rows(sparse)] == [1, 2, 3, 4]
+    assert losses(sparse)[0] < losses(dense)[0] - 0.05
+    with pytest.raises(ValueError, match="no intact weights in"):
+        train(make_config("lost", f"init_from={tmp_path / 'nowhere'}"))
+    assert not (tmp_path / "lost").exists()
+
+
+def test_a_run_can_begin_with_a_hugging_face_folder_and_become_one(make_config, tmp_path, capsys):
+    dense = train(make_config("dense"))
+    export.main([str(dense), str(tmp_path / "folder")])
+    from_run, from_folder = (
+        train(make_config(name, *ATTENTION["dash"], f"init_from={source}"))
+        for name, source in (("from_run", dense), ("from_folder", tmp_path / "folder"))
+    )
+    assert losses(from_folder) == losses(from_run)
+    start = json.loads((from_folder / "start.json").read_text())["init_from"]
+    assert start["new_parameters"] == [f"layers.{i}.attention.backend.chunk_query" for i in range(2)]
+    export.main([str(from_folder), str(tmp_path / "back")])
+    assert "left out: layers.0.attention.backend.chunk_query" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        export.main([str(from_folder), str(tmp_path / "back")])
+    assert "back exists: give a new folder" in capsys.readouterr().err
+
+
+def test_a_complete_run_is_left_alone(make_config, capsys):
+    config = make_config("run", "eval_every=2")
+    run_dir = train(config)
+    assert [row["step"] for row in rows(run_dir, "validation")] == [2, 4]
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    train(make_config("run", "eval_every=2"))
+    assert "is complete: 4 steps" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+    with pytest.raises(ValueError, match="steps: 4 there, 6 now"):
+        train(make_config("run", "eval_every=2", "steps=6"))
+
+
+def test_validation_and_saving_do_not_change_the_training(make_config):
+    plain = train(make_config("plain"))
+    watched = train(make_config("watched", "eval_every=1", "save_every=1", "stats_every=1", *ATTENTION["full"]))
+    assert losses(watched) == losses(plain)
+    assert sorted(p.name for p in (watched / "checkpoints").iterdir()) == ["latest", "step-00000003", "step-00000004"]
+
+
+def test_a_crash_while_saving_leaves_the_checkpoint_before(make_config, monkeypatch):
+    config = make_config("run", "save_every=2")
+
+    def crash(*_, **__):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("experiments.training.checkpoint.save_file", crash)
+        with pytest.raises(Stopped, match=r"could not be written .disk full.*has space"):
+            train(config)
+    assert not list((Path(config.run_dir) / "checkpoints").iterdir())
+    whole = train(make_config("whole", "save_every=2"))
+    assert losses(train(config)) == losses(whole)
+
+
+def test_alpha_follows_its_schedule_across_a_resume(make_config, tmp_path):
+    options = [*ATTENTION["dash"], "attention.alpha_mode=scheduled", "attention.alpha_steps=4", "save_every=2"]
+    options += ["keep_checkpoints=0"]
+    whole = train(make_config("whole", *options))
+    assert [row["alpha"] for row in rows(whole)] == [1.25, 1.3125, 1.375, 1.4375]
+    interrupt_after(whole, 2, tmp_path / "resumed")
+    assert [row["alpha"] for row in rows(train(make_config("resumed", *options)))] == [1.25, 1.3125, 1.375, 1.4375]
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_summaries_are_learned_if_asked_for(make_config, learned):
+    config = make_config("run", *ATTENTION["dash"], "attention.prior=raw", f"attention.learn_summary={learned}")
+    weights = load_file(train(config) / "checkpoints" / "step-00000004" / "model.safetensors")
+    queries = [weight for name, weight in weights.items() if "chunk_query" in name]
+    assert queries
+    assert all(query.any() == learned for query in queries)
+    assert all(("grad_norm_router" in row) == learned for row in rows(Path(config.run_dir)))
+
+
+def test_a_vocabulary_smaller_than_the_datas_is_refused(make_config, tmp_path):
+    with pytest.raises(ValueError, match=r"model\.vocab_size=null"):
+        train(make_config("run", "model.vocab_size=100"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_shows_a_resumed_run_as_one(make_config, tmp_path, monkeypatch):
+    import wandb
+
+    logged, log = [], wandb.Run.log
+    monkeypatch.setattr(wandb.Run, "log", lambda run, row, **options: (logged.append(row), log(run, row, **options))[1])
+    options = ["logger=offline", "save_every=2", "keep_checkpoints=0"]
+    whole = train(make_config("whole", *options))
+    interrupt_after(whole, 2, tmp_path / "resumed")
+    resumed = train(make_config("resumed", *options))
+    identity = (whole / "wandb_id").read_text()
+    files = list(resumed.glob("wandb/offline-run-*/*.wandb"))
+    assert [file.name for file in files] == [f"run-{identity}.wandb"] * len(files)
+    assert len(files) in (1, 2)  # one directory when both launches began in the same second
+    # The steps that were done again stand on an axis of their own, which may go back.
+    assert [row["step"] for row in logged] == [1, 2, 3, 4, 3, 4]
+    assert [row["train/loss"] for row in logged] == [*losses(whole), *losses(whole)[2:]]
+
+
+def test_a_row_says_what_the_step_cost(make_config):
+    row = rows(train(make_config("run", *ATTENTION["dash"], "attention.prior=raw", "stats_every=1")))[-1]
+    assert 0 <= row["data_wait"] < row["step_time"]
+    assert 0 < row["grad_norm_router"] == row["grad_norm_chunk_query"] < row["grad_norm"]
+    assert not {"mfu_causal", "mfu_sparse"} & row.keys()  # on a CPU there is nothing to compare with
+
+
+def test_the_norms_of_the_routers_gradient_are_autograds(make_config, monkeypatch):
+    seen, measure = [], train_module.gradient_norms
+
+    def spy(engine):
+        grads = [p.grad.flatten() for backend in engine.module.backends for p in backend.parameters()]
+        seen.append((measure(engine), torch.cat(grads).norm().item()))
+        return seen[-1][0]
+
+    monkeypatch.setattr(train_module, "gradient_norms", spy)
+    train(make_config("run", *ATTENTION["nsa"], "deepspeed=zero0", "steps=2"))
+    assert len(seen) == 2
+    for norms, expected in seen:
+        assert norms["grad_norm_router"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_profiling_writes_one_trace_of_the_main_rank(make_config):
+    run_dir = train(make_config("run", "steps=7", "profile_steps=2"))
+    (trace,) = (run_dir / "traces").iterdir()
+    assert trace.name == "step-00000005.json.gz"
+    with gzip.open(trace) as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"ProfilerStep#4", "ProfilerStep#5"} <= names
+    assert "ProfilerStep#6" not in names
+
+
+def test_activation_checkpointing_changes_no_loss(make_config):
+    plain = losses(train(make_config("plain", *ATTENTION["dash"])))
+    for stage in (1, 3):
+        options = [*ATTENTION["dash"], "activation_checkpointing=true", f"deepspeed=zero{stage}", "stats_every=2"]
+        run_dir = train(make_config(f"zero{stage}", *options))
+        assert losses(run_dir) == pytest.approx(plain, rel=1e-6)
+
+
+def test_compiled_layers_train_alike(make_config, monkeypatch):
+    # Without Inductor, which needs a compiler.
+    monkeypatch.setattr(Transformer, "compile_layers", partialmethod(Transformer.compile_layers, backend="aot_eager"))
+    compiled = train(make_config("compiled", "compile=true"))
+    monkeypatch.undo()
+    assert losses(compiled) == pytest.approx(losses(train(make_config("plain"))), rel=1e-4)
+
+
+def test_the_entry_point_prints_one_message(make_config, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", "steps=3", "optim.warmup_steps=5"])
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    with pytest.raises(SystemExit) as exit_info:
+        train_module.main()
+    assert exit_info.value.code == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: optim.warmup_steps=5")
+    assert "Traceback" not in message
