@@ -6,8 +6,8 @@ FIND_LINKS = $(addprefix --find-links ,$(or $(PIP_FIND_LINKS),$(shell $(PYTHON) 
 SWEEP ?= pareto
 OUTPUT ?= outputs/$(SWEEP)
 
-# Directories with rows, and where their figures go.
-STUDIES ?= $(wildcard results/*/)
+# Directories with rows, and where their figures go (results/engineering has notes only).
+STUDIES ?= $(sort $(dir $(wildcard results/*/*.jsonl)))
 FIGURES ?= outputs/figures
 
 .PHONY: install pareto figures test test-all test-crash test-gpu lint lock

@@ -85,6 +85,29 @@ def test_every_command_is_tested():
     assert readme_commands() == TESTED
 
 
+def test_the_notebook_is_an_index():
+    """Short, and a line leads to every folder's notes."""
+    log = (ROOT / "LOG.md").read_text()
+    assert len(log.splitlines()) <= 150
+    notes = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("results/*/NOTES.md")}
+    assert set(re.findall(r"\]\((.*?)\)", log)) == notes
+
+
+@pytest.mark.parametrize(
+    "page", [*ROOT.glob("*.md"), *ROOT.glob("results/*/NOTES.md")], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(((?!https?:)[^)#]+)\)", page.read_text())
+    mentioned = re.findall(r"`(\.\./[\w/.]+)`", page.read_text())
+    assert [link for link in (*links, *mentioned) if not (page.parent / link).exists()] == []
+
+
+def test_figures_are_made_of_folders_with_rows():
+    command = run("make", "--dry-run", "--old-file=.venv/.installed", "figures").splitlines()[-1]
+    studies = set(re.findall(r"results/\w+", command))
+    assert studies == {path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob("results/*/*.jsonl")}
+
+
 def test_train_then_evaluate(tmp_path):
     small = ("steps=6", "data.seq_len=128", "data.max_bytes=2000000", "threads=1", f"run_dir={tmp_path}/debug-dash")
     python("train.py", "experiment=debug", "attention=dash", "attention.chunk_size=16", *small)
