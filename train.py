@@ -98,7 +98,7 @@ def train(config: TrainConfig, overrides: Sequence[str] = ()) -> Path:
 
 def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -> Run | None:
     """Everything the loop needs, restored to where the run stands; None if the run is complete. What has to be closed
-    is left to `resources`."""
+    is left to ``resources``."""
     run_dir = find_run_dir(config)
     if run_dir.step >= config.steps:
         if os.environ.get("RANK", "0") == "0":
@@ -273,7 +273,7 @@ class Update(NamedTuple):
 
 
 def update(run: Run, batches: list[Batch], targets: float, *, with_norms: bool, with_stats: bool) -> Update:
-    """One optimizer step on `batches`, which on all ranks together have `targets` targets."""
+    """One optimizer step on ``batches``, which on all ranks together have ``targets`` targets."""
     engine, device = run.engine, run.ranks.device
     loss, norms, stats = torch.zeros((), device=device), {}, None
     for index, batch in enumerate(batches):
@@ -303,7 +303,7 @@ def read_batches(run: Run) -> tuple[list[Batch], Exception | None]:
 
 
 def state_of(run: Run, step: int, position: dict) -> dict:
-    """state.json of a checkpoint after `step`, with the data of this rank at `position`; all ranks must call it."""
+    """state.json of a checkpoint after ``step``, with the data of this rank at ``position``; all ranks must call it."""
     return {
         "step": step,
         "tokens": run.tokens,
@@ -331,6 +331,6 @@ def main(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     main()
-    # After the last of several jobs (`-m`): DeepSpeed keeps the process group for the next one.
+    # After the last of several jobs (``-m``): DeepSpeed keeps the process group for the next one.
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -5,8 +5,8 @@ reads KV head ``h // (Hq // Hkv)``. Attention is causal. ``cu_seqlens`` (int32 [
 its own sequence, with its own grid of chunks and blocks.
 
 ``impl``: ``auto`` (on a GPU the Triton kernels, where they take the arguments; the reference elsewhere), ``triton``
-(the kernels, or a ValueError that says what they do not take), ``reference``.
-With ``return_stats=True`` a function returns ``(out, AttentionStats)``.
+(the kernels, or a ValueError that says what they do not take), ``reference``. With ``return_stats=True`` a function
+returns ``(out, AttentionStats)``.
 """
 
 import os

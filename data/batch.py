@@ -14,8 +14,7 @@ IGNORE = -100  # label of a position that is no target
 
 @dataclass
 class Batch:
-    """Labels are already shifted: labels[b, t] is the target of position t, IGNORE (-100) where there is
-    none."""
+    """Labels are already shifted: labels[b, t] is the target of position t, IGNORE (-100) where there is none."""
 
     input_ids: Tensor  # int64 [B, T]
     labels: Tensor  # int64 [B, T]
@@ -31,7 +30,7 @@ class Batch:
         )
 
     def pin_memory(self) -> "Batch":
-        """In page-locked memory, from which `to` copies while the GPU computes."""
+        """In page-locked memory, from which ``to`` copies while the GPU computes."""
         cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.pin_memory()
         return Batch(self.input_ids.pin_memory(), self.labels.pin_memory(), self.position_ids.pin_memory(), cu_seqlens)
 
@@ -45,10 +44,10 @@ class Batch:
 
 
 class BatchStream(ABC):
-    """Batches of one rank. Training is infinite; validation is finite and starts over at each `iter()`.
+    """Batches of one rank. Training is infinite; validation is finite and starts over at each ``iter()``.
 
-    `state_dict()` between two batches describes what has been handed out; a stream built alike continues
-    after `load_state_dict()` with exactly the batches that would have followed. The state is the rank's own.
+    ``state_dict()`` between two batches describes what has been handed out; a stream built alike continues after
+    ``load_state_dict()`` with exactly the batches that would have followed. The state is the rank's own.
     """
 
     split: str
@@ -73,20 +72,19 @@ class BatchStream(ABC):
 
     @abstractmethod
     def load_state_dict(self, state: dict) -> None:
-        """Raises ValueError when `state` is of a stream with other data, seed or row length."""
+        """Raises ValueError when ``state`` is of a stream with other data, seed or row length."""
 
     @abstractmethod
     def describe(self) -> dict:
         """What the stream reads, as plain JSON values, for the run directory."""
 
     def unigram_entropy(self) -> float | None:
-        """Nats per target that the best context-free guess reaches on validation; None where it is not
-        known."""
+        """Nats per target that the best context-free guess reaches on validation; None where it is not known."""
         return None
 
 
 def check_state(state: dict, expected: dict) -> None:
-    """Raise ValueError naming every key of `expected` whose value in a loaded `state` is another."""
+    """Raise ValueError naming every key of ``expected`` whose value in a loaded ``state`` is another."""
     wrong = [
         f"{key} is {value!r}, the checkpoint's {state.get(key)!r}"
         for key, value in expected.items()

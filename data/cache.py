@@ -1,5 +1,4 @@
-"""A directory of results that is built once, appears whole, and may be asked for by many processes at a
-time."""
+"""A directory of results that is built once, appears whole, and may be asked for by many processes at a time."""
 
 import hashlib
 import json
@@ -13,17 +12,16 @@ from filelock import FileLock
 
 
 def fingerprint(*parts: object) -> str:
-    """16 hex digits that depend on the JSON text of `parts`."""
+    """16 hex digits that depend on the JSON text of ``parts``."""
     text = json.dumps(parts, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def build_once(directory: Path, build: Callable[[Path], None]) -> Path:
-    """Return `directory`, filled by `build(folder)` unless it exists.
+    """Return ``directory``, filled by ``build(folder)`` unless it exists.
 
-    The lock lets one process build while the others wait. Where a file system ignores locks, two may build:
-    each does so in a folder of its own and the first rename wins, so a reader never sees a half-written
-    result.
+    The lock lets one process build while the others wait. Where a file system ignores locks, two may build: each does
+    so in a folder of its own and the first rename wins, so a reader never sees a half-written result.
     """
     if directory.exists():
         return directory

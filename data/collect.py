@@ -6,7 +6,7 @@
 
 A source is a file, a folder with all that is below it, a glob, a tar archive, or a Debian package (`apt-get download
 NAME` fetches one without installing it; reading it needs dpkg-deb). Archives inside archives are opened, .gz files
-unpacked, HTML is reduced to its text. The result is a corpus for `data.source=files`.
+unpacked, HTML is reduced to its text. The result is a corpus for ``data.source=files``.
 """
 
 import argparse
@@ -148,7 +148,7 @@ def html_text(page: str) -> str:
 
 
 def collect(output: Path, sources: Iterable[str], patterns: list[str]) -> Counter:
-    """Write `output` in one step; returns how many files became documents, were dropped, or were there before."""
+    """Write ``output`` in one step; returns how many files became documents, were dropped, or were there before."""
     counts: Counter = Counter()
     seen: set[bytes] = set()
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a user can say about the data. Fields without a default are mandatory (`???` in a composed config).
+"""What a user can say about the data. Fields without a default are mandatory (``???`` in a composed config).
 
 Validation happens in __post_init__, so a bad value fails when the config is built, before any work starts.
 """
@@ -25,7 +25,7 @@ def _at_least(name: str, value: int | None, least: int) -> None:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """Base of all data configs. `name` labels result rows; `seq_len` is the tokens per row."""
+    """Base of all data configs. ``name`` labels result rows; ``seq_len`` is the tokens per row."""
 
     name: str
     seq_len: int
@@ -190,8 +190,7 @@ class MixtureDataConfig(PackedDataConfig):
 class MQARDataConfig(DataConfig):
     """Multi-query associative recall (Zoology, arXiv 2312.04927), generated on the fly; see data/mqar.py."""
 
-    # Key-value pairs of a sample, uniform between the two at seq_len; in proportion at the curriculum's
-    # lengths.
+    # Key-value pairs of a sample, uniform between the two at seq_len; in proportion at the curriculum's lengths.
     pairs_min: int
     pairs_max: int
     placement: str = "spread"  # of the pairs in the first half: spread | clustered (contiguous at the beginning)
@@ -205,8 +204,7 @@ class MQARDataConfig(DataConfig):
     # asked for twice can be answered only from its pair, never from the earlier answer near by.
     show_answers: bool = True
 
-    # Micro-batches spent at each shorter length before seq_len, e.g. lengths [64, 128, 256], batches [200,
-    # 200, 200].
+    # Micro-batches spent at each shorter length before seq_len, e.g. lengths [64, 128, 256], batches [200, 200, 200].
     curriculum_lengths: list[int] = field(default_factory=list)
     curriculum_batches: list[int] = field(default_factory=list)
 

@@ -35,7 +35,7 @@ def digest(text: str) -> bytes:
 
 
 def split_of(text: str, validation_fraction: float) -> str:
-    """`train` or `validation`, from the content alone: no copy of a document can be in both, in any order or
+    """``train`` or ``validation``, from the content alone: no copy of a document can be in both, in any order or
     corpus."""
     share = int.from_bytes(digest(text), "big") / 2**64
     return "validation" if share < validation_fraction else "train"
@@ -89,8 +89,7 @@ def _recall_rows(corpus: CorpusConfig) -> Iterator[dict]:
 
 
 def data_files(corpus: CorpusConfig) -> list[str]:
-    """Absolute paths of all files that data.files names, sorted. ValueError when a pattern matches
-    nothing."""
+    """Absolute paths of all files that data.files names, sorted. ValueError when a pattern matches nothing."""
     paths: set[str] = set()
     for pattern in corpus.files:
         matches = [path for path in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(path)]
@@ -101,7 +100,7 @@ def data_files(corpus: CorpusConfig) -> list[str]:
 
 
 def _builder(paths: list[str]) -> str:
-    """The `datasets` builder for files of one kind."""
+    """The ``datasets`` builder for files of one kind."""
     kinds = set()
     for path in paths:
         stem, suffix = os.path.splitext(path)
@@ -113,7 +112,7 @@ def _builder(paths: list[str]) -> str:
 
 
 def open_dataset(corpus: CorpusConfig, streaming: bool = True):
-    """The `datasets` object behind a corpus that can stream.
+    """The ``datasets`` object behind a corpus that can stream.
 
     Raises:
         ValueError: it has no column data.text_column.
@@ -164,9 +163,8 @@ def row_text(row: dict, corpus: CorpusConfig) -> str:
 
 
 def _dataset_documents(corpus: CorpusConfig) -> Iterator[Document]:
-    # Local files need no second copy as Arrow tables, and of a capped hub corpus only the head is downloaded.
-    # A hub corpus that is read whole is downloaded as usual, so that a copy already on this machine serves
-    # offline.
+    # Local files need no second copy as Arrow tables, and of a capped hub corpus only the head is downloaded. A hub
+    # corpus that is read whole is downloaded as usual, so that a copy already on this machine serves offline.
     rows = iter(open_dataset(corpus, streaming=corpus.source == "files" or corpus.capped))
     for index in itertools.count():
         with source_errors(corpus):
@@ -182,8 +180,8 @@ def _dataset_documents(corpus: CorpusConfig) -> Iterator[Document]:
 
 @functools.cache
 def _list_python_sources() -> list[tuple[Path, str, int]]:
-    """(path, name, bytes) of the .py files of the standard library and of site-packages, in the order of a
-    hash of the name, so that the head of the list samples all packages alike."""
+    """(path, name, bytes) of the .py files of the standard library and of site-packages, in the order of a hash of the
+    name, so that the head of the list samples all packages alike."""
     paths = sysconfig.get_paths()
     sources = {}
     for root in (paths["stdlib"], paths["purelib"], paths["platlib"]):

@@ -20,9 +20,9 @@ def build_data(
     world_size: int = 1,
     cache_dir: str | Path | None = None,
 ) -> BatchStream:
-    """Batches of `rows` rows of config.seq_len tokens for one rank.
+    """Batches of ``rows`` rows of config.seq_len tokens for one rank.
 
-    split: "train" (infinite; its order depends on `seed`) or "validation" (finite, the same for every seed).
+    split: "train" (infinite; its order depends on ``seed``) or "validation" (finite, the same for every seed).
     cache_dir: holds trained tokenizers and tokenised corpora; text needs it. All ranks may call this at once.
     Raises ValueError for what the configuration or the corpus cannot serve.
     """

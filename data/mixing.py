@@ -24,11 +24,11 @@ class Schedule:
         self._cached: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def counts(self, blocks: int) -> np.ndarray:
-        """int64 [components]: rows of each component in the first `blocks` blocks."""
+        """int64 [components]: rows of each component in the first ``blocks`` blocks."""
         return np.diff(np.floor(blocks * self.block * self._bounds).astype(np.int64), prepend=0)
 
     def place(self, number: int) -> tuple[int, int]:
-        """Of row `number`: its component, and how many rows of that component come before it."""
+        """Of row ``number``: its component, and how many rows of that component come before it."""
         if len(self.shares) == 1:
             return 0, number
         block, offset = divmod(number, self.block)
@@ -44,7 +44,7 @@ class Schedule:
         return int(self._cached[1][offset]), int(self._cached[2][offset])
 
     def rows_served(self, available: Sequence[int], most: int) -> int:
-        """How many rows, up to `most`, can be handed out before a component's `available` rows are used up."""
+        """How many rows, up to ``most``, can be handed out before a component's ``available`` rows are used up."""
         for number in range(most):
             component, index = self.place(number)
             if index >= available[component]:

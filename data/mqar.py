@@ -1,9 +1,8 @@
 """Multi-query associative recall (Zoology, arXiv 2312.04927), generated on the fly.
 
-A sample of length T: the first half holds key-value pairs, one pair to a slot of two tokens, among filler;
-the second half asks for them, a query being a key at an even position t whose label is the key's value,
-followed by that value (or by filler: show_answers=False). Every query's key is among the sample's pairs; keys
-and values occur nowhere else.
+A sample of length T: the first half holds key-value pairs, one pair to a slot of two tokens, among filler; the second
+half asks for them, a query being a key at an even position t whose label is the key's value, followed by that value (or
+by filler: show_answers=False). Every query's key is among the sample's pairs; keys and values occur nowhere else.
 
     token ids:  [0, F) filler,  [F, F + K) keys,  [F + K, F + K + V) values
 
@@ -21,7 +20,7 @@ SPLITS = ("train", "validation")
 
 
 def pairs_at(config: MQARDataConfig, length: int) -> tuple[int, int]:
-    """Fewest and most pairs of a sample of `length` tokens: in proportion to seq_len's, at least one."""
+    """Fewest and most pairs of a sample of ``length`` tokens: in proportion to seq_len's, at least one."""
     return tuple(max(1, pairs * length // config.seq_len) for pairs in (config.pairs_min, config.pairs_max))
 
 
@@ -56,7 +55,7 @@ def generate(
     values = config.num_fillers + config.num_keys + (value * config.num_values).astype(np.int64)
 
     pair = np.arange(most)[None, :]
-    if config.placement == "spread":  # one pair in each of `pairs` equal stretches of the first half
+    if config.placement == "spread":  # one pair in each of ``pairs`` equal stretches of the first half
         left = pair * slots // pairs
         right = (pair + 1) * slots // pairs
         pair_slots = left + (place * (right - left)).astype(np.int64)
@@ -77,8 +76,8 @@ def generate(
 
 
 class MQARStream(BatchStream):
-    """Batches of fresh samples; B = rows at seq_len, and more at the curriculum's shorter lengths, so that
-    the tokens of a batch stay the same. Validation is always at seq_len."""
+    """Batches of fresh samples; B = rows at seq_len, and more at the curriculum's shorter lengths, so that the tokens
+    of a batch stay the same. Validation is always at seq_len."""
 
     def __init__(
         self, config: MQARDataConfig, *, split: str, seed: int, rows: int, rank: int = 0, world_size: int = 1

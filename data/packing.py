@@ -1,11 +1,10 @@
 """Documents packed into rows of equal length.
 
-The documents of a split, each closed by the end-of-document token, form one stream of tokens; row i is its
-tokens [i * seq_len, (i + 1) * seq_len). A document that does not fit continues in the next row, as a segment
-of its own: attention and positions start afresh there. The target of a row's last token is still the
-document's next token, so every token but the first of each document is a target exactly once. The last token
-of a document has no target. The last row of a split is filled up with end-of-document tokens that are no
-targets.
+The documents of a split, each closed by the end-of-document token, form one stream of tokens; row i is its tokens
+``[i * seq_len, (i + 1) * seq_len)``. A document that does not fit continues in the next row, as a segment of its own:
+attention and positions start afresh there. The target of a row's last token is still the document's next token, so
+every token but the first of each document is a target exactly once. The last token of a document has no target. The
+last row of a split is filled up with end-of-document tokens that are no targets.
 """
 
 from typing import NamedTuple
@@ -48,7 +47,7 @@ def positions(starts: np.ndarray, length: int) -> np.ndarray:
 
 
 def collate(rows: list[Row], pack: str) -> Batch:
-    """`documents`: one packed row of B = 1, T = rows * seq_len with cu_seqlens. `plain`: B = rows, no
+    """``documents``: one packed row of B = 1, T = rows * seq_len with cu_seqlens. ``plain``: B = rows, no
     boundaries."""
     seq_len = len(rows[0].tokens)
     tokens = np.stack([row.tokens for row in rows])

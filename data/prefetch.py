@@ -7,15 +7,15 @@ from data.batch import Batch, BatchStream
 
 
 class Prefetched(BatchStream):
-    """`stream` read ahead by a thread of its own, in the same order.
+    """``stream`` read ahead by a thread of its own, in the same order.
 
-    `state_dict()` describes what has been handed out, not what has been read ahead: a run resumed from it continues
-    with the batches that wait here. An error of the stream is raised where its batch would have come. `close()` ends
+    ``state_dict()`` describes what has been handed out, not what has been read ahead: a run resumed from it continues
+    with the batches that wait here. An error of the stream is raised where its batch would have come. ``close()`` ends
     the thread.
     """
 
     def __init__(self, stream: BatchStream, depth: int, *, pin_memory: bool = False) -> None:
-        """`depth`: batches kept ready. `pin_memory`: in pages that a GPU copies from while it computes."""
+        """``depth``: batches kept ready. ``pin_memory``: in pages that a GPU copies from while it computes."""
         self.stream, self.depth, self.pin_memory = stream, depth, pin_memory
         self.split, self.vocab_size, self.tokenizer = stream.split, stream.vocab_size, stream.tokenizer
         self._thread: threading.Thread | None = None

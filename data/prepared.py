@@ -87,7 +87,7 @@ def prepare(
     workers: int | None = None,
     verify: bool = False,
 ) -> PreparedCorpus:
-    """Tokenise `splits` of the corpus, or find them in the cache. Many processes may ask for it at once.
+    """Tokenise ``splits`` of the corpus, or find them in the cache. Many processes may ask for it at once.
 
     Args:
         max_tokens: stop once the splits hold as many.
@@ -201,7 +201,7 @@ def _write_shards(folder: Path, corpus: CorpusConfig, recipe: Recipe, workers: i
 
 
 def _write_run(folder: Path, index: int, results: Iterator[Result], recipe: Recipe, progress: "_Progress") -> bool:
-    """Write shards from `index` on, up to one that exists. Returns whether the results ended, or suffice."""
+    """Write shards from ``index`` on, up to one that exists. Returns whether the results ended, or suffice."""
     ended = False
     while not ended and not (folder / shard_name(index)).exists():
         covered = 0

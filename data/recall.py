@@ -31,7 +31,7 @@ REPEATS = 4  # of a pair
 
 
 def recall_document(seed: int, index: int, facts_min: int, facts_max: int, hay_max: int) -> str:
-    """Document `index` of `seed`, which asks for facts_min to facts_max facts (uniform) among at most `hay_max`
+    """Document ``index`` of ``seed``, which asks for facts_min to facts_max facts (uniform) among at most ``hay_max``
     sentences that are not asked for (few as often as many: log-uniform)."""
     rng = random.Random(f"recall {seed} {index}")
     (form,) = rng.choices(list(FORMS), FORMS.values())
@@ -122,7 +122,7 @@ def _once(number: int, prompt: str, context: str) -> str:
 
 
 def _counts(rng: random.Random, facts: int, hay: int) -> str:
-    """A list of up to `hay` words beside the common ones, or a coded text of ten times as many."""
+    """A list of up to ``hay`` words beside the common ones, or a coded text of ten times as many."""
     task, length, size = rng.choice(((COMMON_WORDS, 512, hay), (FREQUENT_WORDS, 1024, 100 + 10 * hay)))
     (form, *_) = task.forms(length)
     draw = next(form.draws(Material(), rng.getrandbits(32)))

@@ -75,7 +75,7 @@ class _PartWriter:
 
 
 class ShardWriter:
-    """Writes one shard into a temporary folder of `folder`; `publish` gives it its name in one step.
+    """Writes one shard into a temporary folder of ``folder``; ``publish`` gives it its name in one step.
 
     Use as a context manager: what is not published by the end is removed.
     """

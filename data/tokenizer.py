@@ -59,7 +59,7 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, name: str, eos_token: str) -> "TextTokenizer":
-        """From a tokenizer.json or a hub name. ValueError when there is none, or it lacks `eos_token`."""
+        """From a tokenizer.json or a hub name. ValueError when there is none, or it lacks ``eos_token``."""
         if Path(name).is_file():
             return cls(Tokenizer.from_file(name), eos_token)
         if name.endswith(".json"):
@@ -73,8 +73,7 @@ class TextTokenizer:
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int, eos_token: str) -> Tokenizer:
-    """A byte-level BPE (as GPT-2's): all 256 bytes are tokens, so any text survives encode and decode
-    unchanged."""
+    """A byte-level BPE (as GPT-2's): all 256 bytes are tokens, so any text survives encode and decode unchanged."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,6 +1,6 @@
 """The schema of a training run, and the checks that refuse an impossible one before anything is built.
 
-The dataclasses are the schema: `register_configs` hands them to Hydra, so that an unknown key or a wrong type stops
+The dataclasses are the schema: ``register_configs`` hands them to Hydra, so that an unknown key or a wrong type stops
 at composition. The YAML groups under configs/ hold values only.
 """
 
@@ -129,7 +129,7 @@ class TrainConfig:
 
 
 def register_configs() -> None:
-    """Put the schemas into Hydra's store, where the `defaults` lists of configs/ name them."""
+    """Put the schemas into Hydra's store, where the ``defaults`` lists of configs/ name them."""
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
     store.store(group="model", name="model_schema", node=ModelConfig)
@@ -148,7 +148,7 @@ def to_config(cfg: DictConfig) -> Any:
     """The dataclasses of a composed configuration, of whichever schema it has.
 
     Raises:
-        ValueError: that names values left open, or keys that a `+key=value` forced in.
+        ValueError: that names values left open, or keys that a ``+key=value`` forced in.
     """
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
@@ -162,7 +162,7 @@ def to_config(cfg: DictConfig) -> Any:
 
 
 def _unknown_keys(node: object, prefix: str = "") -> list[str]:
-    """Dotted names of attributes that are no fields of their dataclass, in `node` and below it."""
+    """Dotted names of attributes that are no fields of their dataclass, in ``node`` and below it."""
     if isinstance(node, dict):
         children, unknown = node, []
     elif is_dataclass(node):
@@ -193,7 +193,7 @@ def load_config(path: Path) -> TrainConfig:
 
 
 def plain(config: TrainConfig) -> dict:
-    """`config` as nested dictionaries of plain values."""
+    """``config`` as nested dictionaries of plain values."""
     return OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
 
 
@@ -203,7 +203,7 @@ def world_size() -> int:
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
-    """`config` with every `auto` replaced by what it means on this machine, so that a resume elsewhere notices."""
+    """``config`` with every ``auto`` replaced by what it means on this machine, so that a resume elsewhere notices."""
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -15,7 +15,7 @@ CONFIGS = str(ROOT / "configs")
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace `path`, so that a reader sees the old text or the new, and a crash leaves one of them."""
+    """Replace ``path``, so that a reader sees the old text or the new, and a crash leaves one of them."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)

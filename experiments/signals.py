@@ -14,7 +14,7 @@ _ONE_REQUEST_S = 1.0
 
 
 class _Handlers:
-    """Context in which STOP_SIGNALS go to `_hear`; for the main thread."""
+    """Context in which STOP_SIGNALS go to ``_hear``; for the main thread."""
 
     received: signal.Signals | None = None  # the first one that arrived
 
@@ -49,7 +49,7 @@ class Children(_Handlers):
         self._lock = threading.RLock()
 
     def run(self, command: list[str], **options) -> int | None:
-        """Exit code of `command`, None if it was not started. Options: of subprocess.Popen. Any thread may call it."""
+        """Exit code of ``command``, None if it was not started. Options as of ``Popen``. Any thread may call it."""
         with self._lock:
             if self.received is not None:
                 return None

@@ -1,4 +1,4 @@
-"""Decoder-only language models around the attention backends of `dashattn`."""
+"""Decoder-only language models around the attention backends of ``dashattn``."""
 
 from models.config import ModelConfig, RopeConfig
 from models.transformer import ModelOutput, Transformer

@@ -67,8 +67,8 @@ _ROPE_PARAMETERS = [name for name in RopeConfig.__dataclass_fields__ if name not
 class ModelConfig:
     """Decoder-only transformer: RMSNorm, SwiGLU, RoPE, grouped-query attention.
 
-    The three ``*_scale`` multipliers are MiniCPM's: embedding_scale = scale_emb, residual_scale =
-    scale_depth / sqrt(num_layers), logit_scale = dim_model_base / hidden_size. 1 turns each off.
+    The three ``*_scale`` multipliers are MiniCPM's: embedding_scale = scale_emb, residual_scale = scale_depth /
+    sqrt(num_layers), logit_scale = dim_model_base / hidden_size. 1 turns each off.
 
     Raises ValueError for shapes that cannot be built.
     """

@@ -30,7 +30,7 @@ _NAMES = (
     (".mlp_norm.", ".post_attention_layernorm."),
     (".attention.", ".self_attn."),
 )
-# Our name of a RoPE parameter -> theirs, for each scaling besides `none`; `factor` has one name.
+# Our name of a RoPE parameter -> theirs, for each scaling besides ``none``; ``factor`` has one name.
 _ROPE = {
     "linear": {},
     "llama3": {
@@ -106,7 +106,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def _read_rope(theirs: dict) -> RopeConfig:
-    """From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
+    """From ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (before)."""
     given = dict(theirs.get("rope_parameters") or theirs.get("rope_scaling") or {})
     theta = given.pop("rope_theta", theirs.get("rope_theta", 10000.0))
     kinds = {given.pop(key) for key in ("rope_type", "type") if key in given} or {"default"}

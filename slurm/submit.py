@@ -38,7 +38,7 @@ def submit_run(config: TrainConfig, overrides: Sequence[str]) -> str:
     """Submit a run, and the evaluation after it if the launcher names one. Returns the job's id.
 
     Args:
-        overrides: of the command line that composed `config`; the job repeats them, but for the launcher's.
+        overrides: of the command line that composed ``config``; the job repeats them, but for the launcher's.
 
     Raises:
         ValueError: the run cannot work, or Slurm will not take it.
@@ -89,7 +89,7 @@ def queue() -> dict[str, str]:
 def _submit(
     group: Sequence[Cell], launcher: LauncherConfig, output_dir: Path, log_dir: Path, after: str | None = None
 ) -> dict[str, str]:
-    """Submit cells as one array, to start when the job `after` has succeeded. Returns cell -> job, and records it."""
+    """Submit cells as one array, to start when the job ``after`` has succeeded. Returns cell -> job, and records it."""
     folder = output_dir / SUBMITTED
     try:
         executor = SlurmExecutor(folder, python=launcher.python)
@@ -103,7 +103,7 @@ def _submit(
 
 
 def _parameters(launcher: LauncherConfig, code: Path, name: str, after: str | None) -> dict:
-    """submitit's, for a job of `launcher` that runs `code`."""
+    """submitit's, for a job of ``launcher`` that runs ``code``."""
     more = {"requeue": True, **launcher.sbatch_args}
     if after is not None:
         more |= {"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"}
@@ -131,7 +131,7 @@ def _parameters(launcher: LauncherConfig, code: Path, name: str, after: str | No
 
 
 def snapshot(folder: Path) -> Path:
-    """Copy the code into `folder`, once for all jobs that it is the same for, with its git state. Returns the copy."""
+    """Copy the code into ``folder``, once for all jobs that it is the same for, with its git state; returns it."""
     folder.mkdir(parents=True, exist_ok=True)
     copy = Path(tempfile.mkdtemp(prefix=".code-", dir=folder))
     for name in _CODE:

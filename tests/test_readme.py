@@ -38,7 +38,7 @@ def python(*arguments, **options):
     return run(sys.executable, *arguments, **options)
 
 
-# What a test below stands for; the README's `...` are its own.
+# What a test below stands for; the README's ``...`` are its own.
 TESTED = {
     "make pareto",
     "make test",  # this

@@ -2,8 +2,8 @@
 
 The batch is flattened: [B, T, H, D] is [n, H, D] with n = B * T tokens, and every sequence (or packed document) is a
 range ``documents[d] .. documents[d + 1]`` of them. A tile never crosses a document. Tile ``i`` of document ``d`` has
-the slot ``documents[d] // size + d + i``: a closed form, with room for every tile, so that the grid
-``n // size + D`` needs no synchronisation with the device (slots past a document's last tile stay idle).
+the slot ``documents[d] // size + d + i``: a closed form, with room for every tile, so that the grid ``n // size + D``
+needs no synchronisation with the device (slots past a document's last tile stay idle).
 
 The rows of a query tile are (token, head of the group), the group padded to a power of two.
 """

@@ -2,7 +2,7 @@
 
     python -m experiments.evaluation.harness --model dashattn --model_args run=outputs/NAME,knob=4 --tasks hellaswag
 
-is lm_eval's own command line with this model registered; lm_eval looks for no plug-ins, so `lm_eval` alone does not
+is lm_eval's own command line with this model registered; lm_eval looks for no plug-ins, so ``lm_eval`` alone does not
 know it. From evaluate.py: ``tasks=[lm_eval/hellaswag]``, which makes rows like any other task.
 """
 

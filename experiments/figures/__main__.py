@@ -1,8 +1,8 @@
 """``python -m experiments.figures OUTPUT STUDY...``: all figures and tables of studies, and a page that holds them.
 
-A study is a directory with rows (results.jsonl, metrics.jsonl, speed.jsonl ...) in it or below. Each
-figure of each study becomes OUTPUT/figNN_NAME-STUDY.{png,pdf,csv}, and OUTPUT/index.html shows them all. Figures that
-no study has rows for are listed as missing.
+A study is a directory with rows (results.jsonl, metrics.jsonl, speed.jsonl ...) in it or below. Each figure of each
+study becomes OUTPUT/figNN_NAME-STUDY.{png,pdf,csv}, and OUTPUT/index.html shows them all. Figures that no study has
+rows for are listed as missing.
 """
 
 import sys

@@ -65,7 +65,7 @@ class RunData:
     rows: list[dict]
 
     def curve(self, key: str) -> tuple[list[float], list[float]]:
-        """Tokens and values of a key of the training rows, or of `split/key`."""
+        """Tokens and values of a key of the training rows, or of ``split/key``."""
         split, _, name = key.rpartition("/")
         rows = [row for row in self.rows if row["split"] == (split or "train") and row.get(name) is not None]
         return [row["tokens"] for row in rows], [row[name] for row in rows]

@@ -36,9 +36,9 @@ class ArmConfig:
     """One line of a frontier: a backend and its options."""
 
     train: list[str] = MISSING  # overrides of train.py
-    trained_knobs: list[float] = field(default_factory=list)  # a cell for each; empty = one, as `train` says
+    trained_knobs: list[float] = field(default_factory=list)  # a cell for each; empty = one, as ``train`` says
     knobs: list[float] | None = None  # evaluated at each; null = the one trained with
-    turned: float | None = None  # of several trained knobs the one whose cell is evaluated at `knobs`; null = each
+    turned: float | None = None  # of several trained knobs the one whose cell is evaluated at ``knobs``; null = each
     evaluate: list[str] | None = None  # overrides of its only evaluate.py, in place of the study's; null = the study's
 
 
@@ -197,7 +197,7 @@ def write_plan(output_dir: Path, found: list[Cell]) -> None:
 
 
 def read_plan(output_dir: Path) -> list[Cell]:
-    """The cells that `write_plan` recorded. Raises ValueError if the directory is no sweep's."""
+    """The cells that ``write_plan`` recorded. Raises ValueError if the directory is no sweep's."""
     path = output_dir / PLAN
     if not path.exists():
         raise ValueError(f"{output_dir} is no sweep's directory (it has no {PLAN}): give the sweep's output_dir")

@@ -17,7 +17,7 @@ from slurm.submit import queue, read_jobs
 
 
 def status(output_dir: Path) -> list[tuple[str, str, str, str]]:
-    """(cell, `done` | `running` | `pending` | `failed` | `missing`, last step in metrics.jsonl, why it failed)."""
+    """(cell, done | running | pending | failed | missing, last step in metrics.jsonl, why it failed), one a cell."""
     jobs = read_jobs(output_dir)
     queued = queue() if jobs else {}
     return [_cell_status(cell, output_dir, queued.get(jobs.get(cell.name))) for cell in read_plan(output_dir)]

@@ -30,7 +30,7 @@ class LossWatch:
         self._recent: deque[float] = deque(maxlen=_WINDOW)
 
     def judge(self, loss: float, *, is_finite: bool) -> str | None:
-        """`skipped`, `spike` or None. is_finite: of the gradient."""
+        """``skipped``, ``spike`` or None. is_finite: of the gradient."""
         if not (math.isfinite(loss) and is_finite):
             self.skipped += 1
             self._in_a_row += 1

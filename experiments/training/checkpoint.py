@@ -44,7 +44,7 @@ def step_name(step: int) -> str:
 
 
 def latest_checkpoint(checkpoints: Path, damaged: Mapping[str, str] = MappingProxyType({})) -> Path | None:
-    """The newest checkpoint up to the one that `latest` names; None if there was never one.
+    """The newest checkpoint up to the one that ``latest`` names; None if there was never one.
 
     Args:
         damaged: names of those to leave out -> why.
@@ -99,7 +99,7 @@ def read_state(checkpoint: Path) -> dict:
 
 
 def save_checkpoint(checkpoints: Path, state: dict, engine, ranks, *, keep: int, keep_every: int) -> Path:
-    """Write checkpoints/step-<state["step"]> and let `latest` name it; all ranks must call it. Returns its path.
+    """Write checkpoints/step-<state["step"]> and let ``latest`` name it; all ranks must call it. Returns its path.
 
     Args:
         keep: number of newest checkpoints to leave, 0 = all.
@@ -155,7 +155,7 @@ def write_checkpoint(target: Path, state: dict, engine, ranks) -> None:
 
 
 def seal(folder: Path, ranks) -> None:
-    """Force all files of `folder` to disk and write their manifest; all ranks must call it, and share the work."""
+    """Force all files of ``folder`` to disk and write their manifest; all ranks must call it, and share the work."""
     ranks.barrier()  # every rank has written its files
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     own = {}
@@ -172,7 +172,7 @@ def seal(folder: Path, ranks) -> None:
 def _remove_old(checkpoints: Path, newest: str, keep: int, keep_every: int) -> None:
     if not keep:
         return
-    # Later ones than `newest` are of a run that was set back to an earlier checkpoint: they do not count.
+    # Later ones than ``newest`` are of a run that was set back to an earlier checkpoint: they do not count.
     for old in sorted(path for path in checkpoints.glob("step-*") if path.name <= newest)[:-keep]:
         if not keep_every or int(old.name.removeprefix("step-")) % keep_every:
             _remove(old)
@@ -186,7 +186,7 @@ def _remove(checkpoint: Path) -> None:
 
 
 def load_checkpoint(checkpoint: Path, engine, ranks, *, reshard: bool = False) -> None:
-    """Put a checkpoint's weights and optimizer state into `engine`; all ranks must call it.
+    """Put a checkpoint's weights and optimizer state into ``engine``; all ranks must call it.
 
     Args:
         reshard: the checkpoint is of another number of ranks or ZeRO stage: take the way through DeepSpeed's universal
@@ -247,7 +247,7 @@ def find_weights(source: str | Path) -> Path:
 
 
 def load_weights(model: nn.Module, path: Path) -> list[str]:
-    """Load what `find_weights` found; returns the names of the parameters that it lacks and that stay as built.
+    """Load what ``find_weights`` found; returns the names of the parameters that it lacks and that stay as built.
 
     Only parameters that belong to an attention backend may be lacking: they are what one backend has and another
     has not (DashAttention's chunk queries over a dense checkpoint).

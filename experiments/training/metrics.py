@@ -25,7 +25,7 @@ _SHOWN = (
 
 
 def drop_rows_after(path: Path, step: int) -> None:
-    """Keep the rows up to `step`: those after it will be written again by the resumed run."""
+    """Keep the rows up to ``step``: those after it will be written again by the resumed run."""
     rows = [row for row in read_rows(path) if row["step"] <= step]
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
@@ -68,7 +68,7 @@ class Clock:
         self._waited += time.perf_counter() - start
 
     def count(self, tokens: float) -> None:
-        """A step has read `tokens`."""
+        """A step has read ``tokens``."""
         self._steps += 1
         self._tokens += tokens
 
@@ -82,7 +82,7 @@ class Clock:
 
 
 class MetricsWriter:
-    """Writes rows to metrics.jsonl, to the terminal and to Weights & Biases; silent unless `main`."""
+    """Writes rows to metrics.jsonl, to the terminal and to Weights & Biases; silent unless ``main``."""
 
     def __init__(self, run_dir: Path, config: TrainConfig, *, main: bool):
         self._main = main
@@ -108,7 +108,7 @@ class MetricsWriter:
             self._progress.start()
 
     def write(self, row: dict) -> None:
-        """Add a row; `step` and `split` say what it is about."""
+        """Add a row; ``step`` and ``split`` say what it is about."""
         if not self._main:
             return
         self._file.write(json.dumps(row) + "\n")

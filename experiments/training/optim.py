@@ -10,11 +10,11 @@ from experiments.config import OptimConfig
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """Learning rate of optimizer step `step` (from 0) of `steps`.
+    """Learning rate of optimizer step ``step`` (from 0) of ``steps``.
 
-    A linear warm-up reaches `lr` at step `warmup_steps`. Then `constant` stays there, `cosine` falls along half a
-    cosine, and `wsd` stays and falls linearly over the last `decay_fraction` of the steps. Both falls end at
-    `min_lr_ratio * lr` after the last step. Nothing but the step enters, so a resumed run has the same rates.
+    A linear warm-up reaches ``lr`` at step ``warmup_steps``. Then ``constant`` stays there, ``cosine`` falls along half
+    a cosine, and ``wsd`` stays and falls linearly over the last ``decay_fraction`` of the steps. Both falls end at
+    ``min_lr_ratio * lr`` after the last step. Nothing but the step enters, so a resumed run has the same rates.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)

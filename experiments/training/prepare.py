@@ -22,7 +22,7 @@ register_configs()
 
 
 def prepare(config: TrainConfig) -> None:
-    """Fill the cache for `config.data` and print what it holds."""
+    """Fill the cache for ``config.data`` and print what it holds."""
     if not isinstance(config.data, PackedDataConfig):
         raise ValueError(f"data={config.data.name} is generated while training: there is nothing to prepare")
     cache_dir = Path(config.cache_dir).expanduser()

@@ -93,7 +93,7 @@ def config_hash(config: TrainConfig) -> str:
 
 
 def find_run_dir(config: TrainConfig, damaged: Mapping[str, str] | None = None) -> RunDir:
-    """Look at `config.run_dir` without changing it.
+    """Look at ``config.run_dir`` without changing it.
 
     Args:
         damaged: checkpoints known not to be intact -> why.
@@ -141,7 +141,7 @@ def find_run_dir(config: TrainConfig, damaged: Mapping[str, str] | None = None) 
 
 
 def verify_checkpoint(run: RunDir, config: TrainConfig, ranks) -> RunDir:
-    """`run` with a checkpoint whose every checksum is right; all ranks must call it, and share the work."""
+    """``run`` with a checkpoint whose every checksum is right; all ranks must call it, and share the work."""
     while run.checkpoint is not None:
         own = damage(run.checkpoint, rank=ranks.rank, world_size=ranks.world_size)
         problems = sorted({problem for share in ranks.gather(own) for problem in share})

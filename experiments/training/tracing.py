@@ -9,10 +9,10 @@ WAIT, WARMUP = 3, 1  # steps of a launch before the first traced one: compilatio
 
 
 class Tracer:
-    """Traces `steps` steps of this launch after the first few; none of them when `steps` is 0."""
+    """Traces ``steps`` steps of this launch after the first few; none of them when ``steps`` is 0."""
 
     def __init__(self, run_dir: Path, steps: int, first_step: int, device: torch.device):
-        """`first_step`: number of the launch's first step."""
+        """``first_step``: number of the launch's first step."""
         self._profile = None
         if steps == 0:
             return

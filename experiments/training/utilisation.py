@@ -37,11 +37,11 @@ def peak_tflops(config: TrainConfig, device_name: str) -> float | None:
 
 
 class Utilisation:
-    """MFU of a run, counted twice: `mfu_causal` as if attention were dense and causal, the usual figure, which makes
-    backends comparable; `mfu_sparse` with the keys and summaries that the attention was last measured to read."""
+    """MFU of a run, counted twice: ``mfu_causal`` as if attention were dense and causal, the usual figure, which makes
+    backends comparable; ``mfu_sparse`` with the keys and summaries that the attention was last measured to read."""
 
     def __init__(self, config: TrainConfig, peak: float | None):
-        """`peak`: TFLOP/s of all devices together; None = there is nothing to report."""
+        """``peak``: TFLOP/s of all devices together; None = there is nothing to report."""
         self._peak = peak
         if peak is not None:
             with torch.device("meta"):  # shapes are all it takes, and the run's own may lie in parts on many devices
@@ -55,7 +55,7 @@ class Utilisation:
             self._reads = mean_reads(stats)
 
     def read(self, batches: Sequence[Batch], tokens_per_s: float) -> dict[str, float]:
-        """MFU of a step on `batches`; `mfu_sparse` once there was a measurement. Recomputation counts as waste."""
+        """MFU of a step on ``batches``; ``mfu_sparse`` once there was a measurement. Recomputation counts as waste."""
         if self._peak is None:
             return {}
         tokens = sum(batch.num_tokens for batch in batches)

@@ -17,8 +17,7 @@ from data.prepared import unigram_cross_entropy
 
 @pytest.fixture
 def make_stream(text_config, tmp_path):
-    """Builds streams over the toy corpus with a shared cache; keyword arguments of the config go in
-    `config`."""
+    """Builds streams over the toy corpus with a shared cache; keyword arguments of the config go in ``config``."""
 
     def make(split="train", seed=0, rows=3, rank=0, world_size=1, **config):
         return build_data(

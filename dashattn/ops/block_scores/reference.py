@@ -47,9 +47,9 @@ def topk_selection(
 ) -> Selection:
     """Scores blocks with the probabilities [B, H, G, T, J] of one document's windows and selects ``topk`` of them.
 
-    Forced, and counted in ``topk``, are the first ``init_blocks`` and the last ``local_blocks`` (the token's own
-    among them). Ties go to the lower index. The group shares the selection; no gradient passes.
-    ``positions`` (int [B, T]) and ``num_blocks`` are those of the T tokens of one document unless given.
+    Forced, and counted in ``topk``, are the first ``init_blocks`` and the last ``local_blocks`` (the token's own among
+    them). Ties go to the lower index. The group shares the selection; no gradient passes. ``positions`` (int [B, T])
+    and ``num_blocks`` are those of the T tokens of one document unless given.
     """
     if positions is None:
         length = p_BHGTJ.shape[-2]

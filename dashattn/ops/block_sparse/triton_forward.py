@@ -1,9 +1,9 @@
 """Triton kernel of the block-sparse forward.
 
 A program owns a tile: TOKENS neighbouring tokens x the heads of one KV group (padded to GROUP_P), ROWS rows in all. It
-walks the union of the blocks its tokens chose, so that K and V are read once a tile and not once a token.
-A block wholly in the past is taken or left by a row as a whole. Such a row is masked by the number subtracted in the
-exponent (infinity gives probability 0), which costs nothing per key; only the last blocks need a causal mask.
+walks the union of the blocks its tokens chose, so that K and V are read once a tile and not once a token. A block
+wholly in the past is taken or left by a row as a whole. Such a row is masked by the number subtracted in the exponent
+(infinity gives probability 0), which costs nothing per key; only the last blocks need a causal mask.
 """
 
 from functools import cache

@@ -2,8 +2,8 @@
 
 One query row (sequence, new token) and KV head has few heads to multiply with but many keys to read, so its active
 blocks are split evenly over several programs, whichever blocks they are: each program counts the bits of the selection,
-and lists the blocks that are its share of the ranks. Their partial sums meet in a second kernel.
-Launch shapes depend on capacities only; lengths stay on the device.
+and lists the blocks that are its share of the ranks. Their partial sums meet in a second kernel. Launch shapes depend
+on capacities only; lengths stay on the device.
 """
 
 from functools import cache
@@ -290,8 +290,8 @@ def append(
 ) -> None:  # fmt: skip
     """Writes one token [B, 1, H, D] behind every length, and the pooled key of a window that it completes.
 
-    ``window``: (size, stride) of what ``pooled`` [B, S / stride, H, D] holds; ``chunk_query``
-    [H, D] pools as in ``chunk_summary``, where the size is a power of two; None is the mean.
+    ``window``: (size, stride) of what ``pooled`` [B, S / stride, H, D] holds; ``chunk_query`` [H, D] pools as in
+    ``chunk_summary``, where the size is a power of two; None is the mean.
     """
     batch, _, kv_heads, head_dim = k.shape
     append_kernel[(batch, kv_heads)](

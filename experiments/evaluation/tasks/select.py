@@ -14,7 +14,7 @@ from experiments.evaluation.tasks.lm_eval import PREFIX, HarnessTask
 from experiments.evaluation.tasks.routing import RoutingTask, mqar_probes, text_probes
 from experiments.evaluation.tasks.streams import STREAM_TASKS, StreamTask, build_stream, data_at
 
-SAMPLES, PROBES = 100, 32  # where `rows` is null
+SAMPLES, PROBES = 100, 32  # where ``rows`` is null
 
 
 def build_tasks(config: EvaluateConfig, train: TrainConfig, stream: BatchStream) -> list[Task]:

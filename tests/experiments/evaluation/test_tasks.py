@@ -63,7 +63,7 @@ def setting(run_dir):
 
 
 def answering(right):
-    """A stand-in for generation that knows the references of the prompts that `right` names by their number."""
+    """A stand-in for generation that knows the references of the prompts that ``right`` names by their number."""
     calls = []
 
     def generate(model, prompts, *, max_new_tokens, stop_tokens):

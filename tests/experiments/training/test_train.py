@@ -42,7 +42,7 @@ def losses(run_dir: Path):
 
 
 def interrupt_after(run_dir: Path, step: int, target: Path) -> None:
-    """A copy of a run directory as it was when the run had just saved at `step`."""
+    """A copy of a run directory as it was when the run had just saved at ``step``."""
     shutil.copytree(run_dir, target)
     (target / "checkpoints" / "latest").write_text(f"step-{step:08d}\n")
 
