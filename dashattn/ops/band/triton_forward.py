@@ -34,8 +34,9 @@ class Band:
     span: int | None = None
 
     def limit(self, geo: Geometry) -> int:
-        """``span`` as a number that kernels can multiply by the stride."""
-        return geo.tokens if self.span is None else min(self.span, geo.tokens)
+        """``span`` as a number that kernels can multiply by the stride: no more keys than there are."""
+        keys = geo.tokens // self.stride + 1
+        return keys if self.span is None else min(self.span, keys)
 
     def starts(self, geo: Geometry) -> Tensor:
         """First key of every document and their total, int32 [D + 1]."""

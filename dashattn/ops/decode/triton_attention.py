@@ -98,7 +98,7 @@ def attention_kernel(
         head = tl.arange(0, WORD_HEADS_P)
         word = tl.arange(0, WORDS)
         row = (sequence * KV_HEADS + kv_head).to(tl.int64) * WORD_HEADS * num_tokens + token
-        place = (head * num_tokens * num_words)[:, None] + word[None, :]
+        place = (head.to(tl.int64) * num_tokens * num_words)[:, None] + word[None, :]
         in_words = (head < WORD_HEADS)[:, None] & (word < num_words)[None, :]
         words = tl.load(words_ptr + row * num_words + place, mask=in_words, other=0)
         half = tl.arange(0, 2 * WORDS)
@@ -264,6 +264,7 @@ def attend(
     grid, list_width = (batch * num_tokens, kv_heads, splits), -(-blocks // splits)
     lists = None if words is None else torch.empty(*grid, list_width, dtype=torch.int32, device=q.device)
     tile_bytes = block_size * dim * q.itemsize
+    assert block_size * k.stride(1) < 2**31  # offsets in a block are 32-bit numbers
     attention_kernel[grid](
         q.contiguous(), k, v, partial, peak, total, lengths, words, lists, bias, scale * LOG2E, *k.stride()[:3],
         num_tokens, num_words, list_width, blocks, capacity if window is None else window, splits,

@@ -35,7 +35,8 @@ def _compress(
     mean = tl.zeros([DIM], tl.float32)
     hidden = tl.zeros([DIM], tl.float32)
     for token in range(SIZE):
-        x = tl.load(cache_ptr + token * token_stride + dim, mask=in_dim, other=0.0).to(tl.float32)
+        x = tl.load(cache_ptr + dim, mask=in_dim, other=0.0).to(tl.float32)
+        cache_ptr += token_stride
         mean += x
         x += tl.load(position_ptr + token * HEAD_DIM + dim, mask=in_dim, other=0.0).to(tl.float32)
         hidden += _matrix_vector(up_ptr + token * HEAD_DIM, SIZE * HEAD_DIM, x.to(dtype), in_dim, DIM)

@@ -147,7 +147,7 @@ def _log_prior(product_ptr, flat_row, in_group, chunk, own, num_chunks, peak, ta
     """log of the group's mean probability of some chunks, and where it is positive."""
     past = chunk < own
     products = tl.load(
-        product_ptr + flat_row.to(tl.int64)[:, None] * num_chunks + chunk[None, :],
+        product_ptr + flat_row[:, None] * num_chunks + chunk[None, :],
         mask=in_group[:, None] & past[None, :],
         other=float("-inf"),
     )
@@ -170,7 +170,7 @@ def prior_kernel(
         return
     member = tl.arange(0, GROUP_P)
     in_group = member < GROUP
-    flat_row = query * (KV_HEADS * GROUP) + kv_head * GROUP + member
+    flat_row = query.to(tl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP + member
     alpha = tl.full([GROUP_P], 1.5, tl.float32)
     if not SQUARE:
         alpha = tl.load(alpha_ptr + kv_head * GROUP + member, mask=in_group, other=1.5)

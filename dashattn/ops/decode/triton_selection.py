@@ -52,7 +52,7 @@ def score_kernel(
     visible = visible_count(position, SIZE, STRIDE)
     member = tl.arange(0, GROUP_P)
     in_group = member < GROUP
-    flat_row = query * (KV_HEADS * GROUP) + kv_head * GROUP + member
+    flat_row = query.to(tl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP + member
     normaliser = tl.load(normaliser_ptr + flat_row, mask=in_group, other=0.0)
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     score = tl.zeros([BLOCKS], tl.float32)
@@ -60,7 +60,7 @@ def score_kernel(
         window = block * (BLOCK // STRIDE) + offset
         seen = (window >= 0) & (window < visible)
         product = tl.load(
-            product_ptr + flat_row.to(tl.int64)[:, None] * num_windows + window[None, :],
+            product_ptr + flat_row[:, None] * num_windows + window[None, :],
             mask=in_group[:, None] & seen[None, :],
             other=float("-inf"),
         )
