@@ -63,6 +63,9 @@ class RopeConfig:
 _ROPE_PARAMETERS = [name for name in RopeConfig.__dataclass_fields__ if name not in ("theta", "scaling")]
 
 
+_CHOICES = {"norm_position": ("pre", "post"), "qk_norm": ("none", "head", "width")}
+
+
 @dataclass
 class ModelConfig:
     """Decoder-only transformer: RMSNorm, SwiGLU, RoPE, grouped-query attention.
@@ -82,8 +85,11 @@ class ModelConfig:
     max_seq_len: int  # tokens the model is meant for; longer inputs run and measure extrapolation
     vocab_size: int | None = None  # null = the data's; set before the model is built
     rope: RopeConfig = field(default_factory=RopeConfig)
+    no_rope_layers: list[int] = field(default_factory=list)  # indices, from 0, of layers whose q and k are not turned
     norm_eps: float = 1e-5
-    qk_norm: bool = False  # RMSNorm over each query and key head, before RoPE
+    norm_position: str = "pre"  # pre | post: of a block's input, or of what it adds to the residual stream
+    qk_norm: str = "none"  # none | head | width: RMSNorm before RoPE, over each head, or over all heads at once
+    qkv_bias: bool = False
     tie_embeddings: bool = False
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
@@ -92,6 +98,11 @@ class ModelConfig:
     embedding_init_std: float | None = None  # null = init_std
 
     def __post_init__(self):
+        # What runs were configured with when one kind of QK-norm was all there was.
+        self.qk_norm = {"True": "head", "False": "none"}.get(str(self.qk_norm), self.qk_norm)
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"model.{name}={getattr(self, name)!r} is unknown: use one of {', '.join(choices)}")
         positive = (
             *("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
             *("max_seq_len", "vocab_size", "norm_eps", "embedding_scale", "residual_scale", "logit_scale"),
@@ -107,6 +118,9 @@ class ModelConfig:
                 f"model.num_heads={self.num_heads} is not a multiple of "
                 f"model.num_kv_heads={self.num_kv_heads}: choose num_kv_heads among {divisors}"
             )
+        for layer in self.no_rope_layers:
+            if not 0 <= layer < self.num_layers:
+                raise ValueError(f"model.no_rope_layers has {layer}: layers are 0 to {self.num_layers - 1}")
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim={self.head_dim} must be even: RoPE rotates pairs of channels")
         for name in ("short_factor", "long_factor"):

@@ -34,6 +34,12 @@ def rope_tables(config: ModelConfig, position_ids: Tensor, cu_seqlens: Tensor | 
     return angles.cos() * scale, angles.sin() * scale
 
 
+def no_rotation(rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Tables of the same shape as ``rope`` that leave q and k as they are."""
+    cos, sin = rope
+    return torch.ones_like(cos), torch.zeros_like(sin)
+
+
 def inverse_frequencies(config: ModelConfig, *, long: bool = False, device=None) -> Tensor:
     """Radians per token of each channel pair, float32 [D/2]. ``long``: longrope's second list."""
     rope, head_dim = config.rope, config.head_dim

@@ -20,7 +20,7 @@ from dashattn.rope import apply_rope
 from dashattn.stats import AttentionStats
 from models.config import ModelConfig
 from models.loss import IGNORE, chunk_loss, cross_entropy
-from models.rope import rope_tables
+from models.rope import no_rotation, rope_tables
 from models.sequence_parallel import SequenceParallel
 
 
@@ -50,7 +50,7 @@ class Transformer(nn.Module):
         self.checkpoint_activations = False  # keep each layer's input only, and run the layer again in the backward
         self.sequence: SequenceParallel | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(TransformerBlock(config, index) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.lm_head = None
         if not config.tie_embeddings:
@@ -72,6 +72,8 @@ class Transformer(nn.Module):
                 into_residual = name.endswith(("o_proj", "down_proj"))
                 depth = math.sqrt(2 * self.config.num_layers) if into_residual else 1.0
                 nn.init.normal_(module.weight, std=std / depth)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def forward(
         self,
@@ -219,51 +221,70 @@ class ModelCache(DecodeCache):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm attention and SwiGLU, each added to the residual stream after ``residual_scale``."""
+    """Attention and SwiGLU, each added to the residual stream after ``residual_scale``.
 
-    def __init__(self, config: ModelConfig):
+    The norm of each is before it, or after it and before the addition (``norm_position: post``, OLMo 2, arXiv
+    2501.00656, section 2.1).
+    """
+
+    def __init__(self, config: ModelConfig, index: int):
         super().__init__()
         self.residual_scale = config.residual_scale
+        self.post_norm = config.norm_position == "post"
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config, index)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(
         self, x_BTE, rope, cu_seqlens, return_stats, cache: LayerCache | None = None
     ) -> tuple[Tensor, AttentionStats | None]:
-        out_BTE, stats = self.attention(self.attention_norm(x_BTE), rope, cu_seqlens, return_stats, cache)
+        into_BTE = x_BTE if self.post_norm else self.attention_norm(x_BTE)
+        out_BTE, stats = self.attention(into_BTE, rope, cu_seqlens, return_stats, cache)
+        if self.post_norm:
+            out_BTE = self.attention_norm(out_BTE)
         x_BTE = torch.add(x_BTE, out_BTE, alpha=self.residual_scale)
-        return torch.add(x_BTE, self.mlp(self.mlp_norm(x_BTE)), alpha=self.residual_scale), stats
+        out_BTE = self.mlp_norm(self.mlp(x_BTE)) if self.post_norm else self.mlp(self.mlp_norm(x_BTE))
+        return torch.add(x_BTE, out_BTE, alpha=self.residual_scale), stats
 
 
 class Attention(nn.Module):
-    """Projections, optional QK-norm and RoPE around an attention backend, which ``Transformer`` sets."""
+    """Projections, optional QK-norm and RoPE around an attention backend, which ``Transformer`` sets.
+
+    A layer without RoPE takes tables that turn nothing, so that a backend which rotates keys or summaries of its own
+    does not turn those either.
+    """
 
     backend: AttentionBackend
     sequence: SequenceParallel | None = None
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, index: int):
         super().__init__()
         self.head_dim = config.head_dim
+        self.qk_norm = config.qk_norm
+        self.turns = index not in config.no_rope_layers
         query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        if self.qk_norm != "none":
+            sizes = (query_size, kv_size) if self.qk_norm == "width" else (config.head_dim, config.head_dim)
+            self.q_norm, self.k_norm = (RMSNorm(size, config.norm_eps) for size in sizes)
 
     def forward(
         self, x_BTE, rope, cu_seqlens, return_stats, cache: LayerCache | None = None
     ) -> tuple[Tensor, AttentionStats | None]:
-        q_BTHD = self.q_proj(x_BTE).unflatten(-1, (-1, self.head_dim))
-        k_BTHD = self.k_proj(x_BTE).unflatten(-1, (-1, self.head_dim))
-        v_BTHD = self.v_proj(x_BTE).unflatten(-1, (-1, self.head_dim))
+        q, k, v = self.q_proj(x_BTE), self.k_proj(x_BTE), self.v_proj(x_BTE)
+        if self.qk_norm == "width":  # here, where a process that shares the sequence has all heads of its tokens
+            q, k = self.q_norm(q), self.k_norm(k)
         share = self.sequence or ALL_HEADS
-        q_BTHD, k_BTHD, v_BTHD = (share.gather(x_BTHD) for x_BTHD in (q_BTHD, k_BTHD, v_BTHD))
-        q_BTHD = apply_rope(self.q_norm(q_BTHD), *rope)
-        k_BTHD = apply_rope(self.k_norm(k_BTHD), *rope)
+        q_BTHD, k_BTHD, v_BTHD = (share.gather(x.unflatten(-1, (-1, self.head_dim))) for x in (q, k, v))
+        if self.qk_norm == "head":
+            q_BTHD, k_BTHD = self.q_norm(q_BTHD), self.k_norm(k_BTHD)
+        if not self.turns:
+            rope = no_rotation(rope)
+        q_BTHD, k_BTHD = apply_rope(q_BTHD, *rope), apply_rope(k_BTHD, *rope)
         if cache is not None:
             out_BTHD = self.backend.decode(q_BTHD, k_BTHD, v_BTHD, cache, hidden=x_BTE, rope=rope)
             return self.o_proj(out_BTHD.flatten(-2)), None

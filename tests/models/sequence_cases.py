@@ -22,7 +22,7 @@ SHAPE = ModelConfig(
     head_dim=16,
     max_seq_len=128,
     init_std=0.1,
-    qk_norm=True,
+    qk_norm="head",
 )
 SIZES = dict(block_size=8, kernel_size=4, kernel_stride=2)
 BACKENDS = {
@@ -40,7 +40,7 @@ BACKENDS = {
 class Case:
     attention: AttentionConfig
     size: int  # ranks that share a row
-    heads: dict[str, int] = field(default_factory=dict)
+    shape: dict = field(default_factory=dict)
     packed: bool = False
     checkpointed: bool = False
     compiled: bool = False
@@ -55,6 +55,7 @@ CASES = {
         for name in ("full", "dash", "nsa-own-kv")
     },
     "full-no-groups": Case(FullConfig(), 2, {"num_kv_heads": 4}),
+    "full-wide-norm": Case(FullConfig(), 2, {"qk_norm": "width", "norm_position": "post", "no_rope_layers": [1]}),
     "dash-checkpointed": Case(BACKENDS["dash"], 2, checkpointed=True),
     "full-compiled": Case(FullConfig(), 2, compiled=True),
 }
@@ -64,7 +65,7 @@ def compute(case: Case, group: torch.distributed.ProcessGroup | None = None) -> 
     """Loss, token losses, gradients and active tokens of a model on two rows, or on one of packed documents; without a
     group on one rank alone, with one what this rank has of them."""
     torch.manual_seed(0)
-    model = Transformer(replace(SHAPE, **case.heads), case.attention)
+    model = Transformer(replace(SHAPE, **case.shape), case.attention)
     with torch.no_grad():
         for backend in model.backends:
             for parameter in backend.parameters():  # some begin with zeros, and would stay unseen

@@ -55,6 +55,20 @@ def test_decoding_scales_embeddings_branches_and_logits_as_one_forward_does():
         torch.testing.assert_close(logits, model(input_ids).logits, atol=1e-6, rtol=0)
 
 
+def test_decoding_knows_every_option_of_the_model():
+    options = dict(norm_position="post", qk_norm="width", qkv_bias=True, no_rope_layers=[1])
+    model, input_ids = build(BACKENDS["nsa, own k and v"], **options).double(), tokens(1, 30)
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.attention.q_proj.bias.normal_()
+        cache = model.new_cache(1, 30)
+        logits = []
+        for piece in input_ids.split([11, 1, 18], dim=1):
+            logits.append(model.decode(piece, cache))
+            cache.advance(piece.shape[1])
+        torch.testing.assert_close(torch.cat(logits, dim=1), model(input_ids).logits, atol=1e-6, rtol=0)
+
+
 @every_backend
 def test_a_step_says_whether_it_waits_for_the_device(attention):
     """A tensor without values refuses to be read, as a CUDA graph under capture would."""

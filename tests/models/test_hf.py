@@ -1,6 +1,8 @@
 """Hugging Face folders, with transformers as the other side."""
 
+import contextlib
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,14 +14,21 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from dashattn.backends import DashConfig, FullConfig
 from experiments.training.checkpoint import find_weights, load_weights
 from models import RopeConfig, Transformer
 from models.hf import is_hf_folder, read_config, write_folder
+from models.hf.families import FAMILIES
 
 SHAPE = dict(
     vocab_size=61,
@@ -28,11 +37,11 @@ SHAPE = dict(
     num_hidden_layers=2,
     num_attention_heads=6,
     num_key_value_heads=2,
-    head_dim=32,
     max_position_embeddings=128,
     initializer_range=0.1,
     rms_norm_eps=1e-2,  # far from transformers' default, so that a lost one shows
 )
+OWN_IDS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=None)  # transformers' defaults lie outside the vocabulary
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 5e4}
 LLAMA3 = {
     **{"rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 5e5},
@@ -42,33 +51,49 @@ LONGROPE = {
     **{"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4},
     **{"short_factor": [1.0 + 0.1 * i for i in range(16)], "long_factor": [2.0 + 0.2 * i for i in range(16)]},
 }
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+LLAMA, QWEN3 = (LlamaConfig, LlamaForCausalLM), (Qwen3Config, Qwen3ForCausalLM)
+SMOLLM3 = (SmolLM3Config, SmolLM3ForCausalLM)
+HEADS = {"head_dim": 32}
+# Configuration, model, changes, and the family it is written back as where that is another.
 KINDS = {
-    "llama": (LlamaConfig, LlamaForCausalLM, {}),
-    "llama, tied": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),
-    "llama, linear": (
-        *(LlamaConfig, LlamaForCausalLM),
-        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
-    ),
-    "llama 3": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": LLAMA3}),
-    "llama, longrope": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": LONGROPE}),
-    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
-    "qwen3, tied, yarn": (
-        *(Qwen3Config, Qwen3ForCausalLM),
+    "llama": (*LLAMA, HEADS, None),
+    "llama, tied": (*LLAMA, HEADS | {"tie_word_embeddings": True}, None),
+    "llama, linear": (*LLAMA, HEADS | {"rope_parameters": LINEAR}, None),
+    "llama 3": (*LLAMA, HEADS | {"rope_parameters": LLAMA3}, None),
+    "llama, longrope": (*LLAMA, HEADS | {"rope_parameters": LONGROPE}, None),
+    "mistral": (MistralConfig, MistralForCausalLM, HEADS | {"sliding_window": None}, "llama"),
+    "mistral, window": (MistralConfig, MistralForCausalLM, HEADS | {"sliding_window": 128}, "llama"),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}, None),
+    "qwen2, tied, yarn": (
+        *(Qwen2Config, Qwen2ForCausalLM),
         {"tie_word_embeddings": True, "rope_parameters": YARN},
+        None,
+    ),
+    "qwen3": (*QWEN3, HEADS, None),
+    "qwen3, tied, yarn": (*QWEN3, HEADS | {"tie_word_embeddings": True, "rope_parameters": YARN}, None),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM, {}, None),
+    "smollm3": (*SMOLLM3, {"num_hidden_layers": 4, "no_rope_layer_interval": 2}, None),
+    "smollm3, one list": (
+        *SMOLLM3,
+        {"no_rope_layers": [0, 1], "tie_word_embeddings": False, "rope_parameters": YARN},
+        None,
     ),
 }
 INPUT_IDS = torch.arange(2 * 70).view(2, 70) % 61
 
 
 def save(folder, kind="llama", **options):
-    """A random model of transformers, with norms that are not all 1, and its folder."""
-    config_class, model_class, changes = KINDS[kind]
-    model = model_class(config_class(**SHAPE | changes)).eval()
+    """A random model of transformers, with norms that are not all 1 and biases that are not 0, and its folder."""
+    config_class, model_class, changes, _ = KINDS[kind]
+    torch.manual_seed(0)
+    model = model_class(config_class(**SHAPE | OWN_IDS | changes)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
+            if name.endswith("bias"):
+                parameter.uniform_(-0.5, 0.5)
     model.save_pretrained(folder, **options)
     return model
 
@@ -79,13 +104,17 @@ def read(folder, attention=None, config=None):
 
 
 def edit(folder, **values):
+    """Change values of config.json; ``...`` takes one out."""
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    changed = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({key: value for key, value in changed.items() if value is not ...}))
 
 
 @torch.no_grad()
 def assert_same_logits(ours, theirs):
-    torch.testing.assert_close(ours(INPUT_IDS).logits, theirs(INPUT_IDS).logits, atol=2e-5, rtol=1e-4)
+    expected = theirs(INPUT_IDS).logits
+    scale = max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(ours(INPUT_IDS).logits, expected, atol=1e-5 * scale, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -96,9 +125,88 @@ def test_logits_are_those_of_transformers_there_and_back(tmp_path, kind):
     assert_same_logits(ours, theirs)
     assert write_folder(tmp_path / "back", ours.config, ours.state_dict()) == []
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "back", local_files_only=True)
-    assert isinstance(back, Qwen3ForCausalLM if kind.startswith("qwen3") else LlamaForCausalLM)
+    assert back.config.model_type == (KINDS[kind][3] or theirs.config.model_type)
+    assert back.config.rms_norm_eps == 1e-2
     assert_same_logits(ours, back)
     assert read_config(tmp_path / "back") == ours.config
+
+
+def test_every_family_has_a_row_above():
+    transformers_has = {KINDS[kind][0].model_type for kind in KINDS}
+    assert FAMILIES.keys() - transformers_has == {"minicpm"}
+
+
+def minicpm(folder, **values):
+    """A folder as MiniCPM's, and transformers' Llama that computes the same: its multipliers moved into the weights."""
+    scales = {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16}
+    theirs = save(folder, "llama, longrope")
+    edit(folder, model_type="minicpm", architectures=["MiniCPMForCausalLM"], **scales | values)
+    with torch.no_grad():
+        theirs.model.embed_tokens.weight *= scales["scale_emb"]
+        theirs.lm_head.weight *= scales["dim_model_base"] / SHAPE["hidden_size"]
+        for layer in theirs.model.layers:
+            for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                projection.weight *= scales["scale_depth"] / math.sqrt(SHAPE["num_hidden_layers"])
+    return theirs
+
+
+def test_minicpm_scales_embeddings_branches_and_logits(tmp_path):
+    theirs = minicpm(tmp_path / "theirs", tie_word_embeddings=False)
+    ours, _ = read(tmp_path / "theirs")
+    assert_same_logits(ours, theirs)
+    write_folder(tmp_path / "back", ours.config, ours.state_dict())
+    assert_same_logits(read(tmp_path / "back")[0], theirs)
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (written["model_type"], written["scale_emb"], written["dim_model_base"]) == ("minicpm", 12, 16)
+    assert written["scale_depth"] == pytest.approx(1.4, rel=1e-12)
+    edit(tmp_path / "theirs", scale_depth=...)
+    with pytest.raises(ValueError, match="has no 'scale_depth'"):
+        read_config(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "field", "value"),
+    [
+        ("qwen3", "head_dim", "head_dim", 128),
+        ("mistral", "num_key_value_heads", "num_kv_heads", 8),
+        ("olmo2", "rms_norm_eps", "norm_eps", 1e-5),
+        ("qwen2", "rms_norm_eps", "norm_eps", 1e-6),
+        ("smollm3", "tie_word_embeddings", "tie_embeddings", True),
+        ("llama", "num_key_value_heads", "num_kv_heads", 8),
+    ],
+)
+def test_what_config_json_does_not_say_is_the_architectures_default(tmp_path, kind, key, field, value):
+    save(tmp_path, kind)
+    edit(tmp_path, **{key: ..., "num_attention_heads": 8})
+    assert getattr(read_config(tmp_path), field) == value
+
+
+def test_a_window_counts_above_its_length_only(tmp_path):
+    theirs = save(tmp_path, "mistral")
+    edit(tmp_path, sliding_window=80)
+    config = read_config(tmp_path)
+    assert config.max_seq_len == 80
+    assert_same_logits(read(tmp_path)[0], theirs)
+    with pytest.raises(ValueError, match=r"sliding_window 80.*set model\.max_seq_len=80"):
+        read(tmp_path, config=replace(config, max_seq_len=81))
+    edit(tmp_path, sliding_window=..., max_position_embeddings=32768)
+    assert read_config(tmp_path).max_seq_len == 4096  # Mistral's own default
+    save(tmp_path / "qwen2", "qwen2")
+    edit(tmp_path / "qwen2", sliding_window=64, use_sliding_window=False)
+    assert read_config(tmp_path / "qwen2").max_seq_len == 128
+    edit(tmp_path / "qwen2", use_sliding_window=True, layer_types=...)
+    assert read_config(tmp_path / "qwen2").max_seq_len == 64
+
+
+def test_floats_that_are_rounded_to_float32_are_equal(tmp_path):
+    save(tmp_path, "llama, longrope")
+    config = read_config(tmp_path)
+    rounded = [torch.tensor(value).item() for value in config.rope.long_factor]
+    assert rounded != config.rope.long_factor
+    edit(tmp_path, rms_norm_eps=torch.tensor(1e-2).item(), rope_parameters=LONGROPE | {"long_factor": rounded})
+    assert read(tmp_path, config=config)[1] == []
+    with pytest.raises(ValueError, match=r"set model\.norm_eps=0\.00999999977"):
+        read(tmp_path, config=replace(config, norm_eps=1.001e-2))
 
 
 def test_a_folder_of_several_files_and_the_old_names_of_rope(tmp_path):
@@ -109,6 +217,112 @@ def test_a_folder_of_several_files_and_the_old_names_of_rope(tmp_path):
     next(tmp_path.glob("model-00002*")).unlink()
     with pytest.raises(ValueError, match=r"has no model-00002.*safetensors only"):
         read(tmp_path)
+
+
+def test_the_index_says_which_file_a_tensor_is_read_from(tmp_path):
+    theirs = save(tmp_path, max_shard_size="40KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    name = "model.norm.weight"
+    files = sorted(set(index["weight_map"].values()))
+    for file in files:  # others hold a stale copy
+        if file != index["weight_map"][name]:
+            tensors = load_file(tmp_path / file)
+            save_file(tensors | {name: torch.zeros(SHAPE["hidden_size"])}, tmp_path / file)
+    assert_same_logits(read(tmp_path)[0], theirs)
+    other = next(file for file in files if file != index["weight_map"]["lm_head.weight"])
+    index["weight_map"]["lm_head.weight"] = other
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"has no tensor lm_head\.weight"):
+        read(tmp_path)
+    for damaged in ("[]", "{}", '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "../b"}}', "\xff", "{"):
+        (tmp_path / "model.safetensors.index.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"index\.json"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_read_and_written(tmp_path, dtype):
+    save(tmp_path / "theirs").to(dtype).save_pretrained(tmp_path / "theirs")
+    ours, _ = read(tmp_path / "theirs")
+    assert_same_logits(ours, AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", dtype=torch.float32))
+    write_folder(tmp_path / "back", ours.config, {name: x.to(dtype) for name, x in ours.state_dict().items()})
+    assert {x.dtype for x in load_file(tmp_path / "back" / "model.safetensors").values()} == {dtype}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype="auto").dtype == dtype
+
+
+def rewrite(folder, **tensors):
+    path = folder / "model.safetensors"
+    merged = load_file(path) | {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+    save_file({name: tensor for name, tensor in merged.items() if tensor is not None}, path)
+
+
+def test_harmless_variations_load(tmp_path):
+    theirs = save(tmp_path / "buffers")
+    buffers = {f"model__layers__{i}__self_attn__rotary_emb__inv_freq": torch.ones(16) for i in range(2)}
+    rewrite(tmp_path / "buffers", **buffers, model__rotary_emb__inv_freq=torch.ones(16))
+    assert_same_logits(read(tmp_path / "buffers")[0], theirs)
+
+    tied = save(tmp_path / "tied", "llama, tied")
+    table = tied.lm_head.weight.detach()
+    rewrite(tmp_path / "tied", model__embed_tokens__weight=None, lm_head__weight=table.clone())
+    assert_same_logits(read(tmp_path / "tied")[0], tied)
+
+    yarn = save(tmp_path / "yarn", "qwen3, tied, yarn")
+    edit(tmp_path / "yarn", rope_parameters=YARN | {"finetuned": True, "truncate": True})
+    assert_same_logits(read(tmp_path / "yarn")[0], yarn)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.ones(48, dtype=torch.int8), "norm.weight is int8"),
+        (torch.ones(48).to(torch.float8_e4m3fn), "norm.weight is float8_e4m3fn"),
+        (torch.ones(48, dtype=torch.complex64), "norm.weight is complex64"),
+        (torch.full((48,), torch.nan), "norm.weight has values that are not finite"),
+        (torch.full((48,), torch.inf, dtype=torch.float16), "norm.weight has values that are not finite"),
+    ],
+    ids=["int8", "float8", "complex", "nan", "inf"],
+)
+def test_weights_that_are_no_finite_floats_are_named(tmp_path, tensor, message):
+    save(tmp_path)
+    rewrite(tmp_path, model__norm__weight=tensor)
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path)
+
+
+def test_pointers_and_truncated_files_are_named_with_their_size(tmp_path):
+    save(tmp_path)
+    path = tmp_path / "model.safetensors"
+    whole = path.read_bytes()
+    for size in (0, 4, 100, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=rf"model\.safetensors is .*{size} bytes"):
+            read(tmp_path)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 538090408\n"
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / name).write_text(pointer)
+        with pytest.raises(ValueError, match=rf"{name} is the pointer of Git LFS \(\d+ bytes\).*538090408 bytes"):
+            read(tmp_path)
+
+
+JUNK = (None, True, -1, 0, 2.5, math.nan, math.inf, 10**30, "x", [], [1], {}, {"a": None})
+
+
+@pytest.mark.parametrize("kind", ["llama, longrope", "smollm3", "mistral, window"])
+def test_a_malformed_config_gets_one_line(tmp_path, kind):
+    save(tmp_path, kind)
+    whole = json.loads((tmp_path / "config.json").read_text())
+    rope = whole["rope_parameters"]
+    cases = [{key: junk} for key in whole for junk in JUNK]
+    cases += [{"rope_parameters": rope | {key: junk}} for key in rope for junk in JUNK]
+    for case in cases:
+        edit(tmp_path, **whole | case)
+        with contextlib.suppress(ValueError):  # what can be, and a key that does not matter, are no errors
+            assert 0 < read_config(tmp_path).norm_eps < math.inf, case
+    for text in ("", "{", "[]", "3", "\xff\xfe", "[" * 100_000):
+        (tmp_path / "config.json").write_text(text, encoding="latin-1")
+        with pytest.raises(ValueError, match=r"config\.json"):
+            read_config(tmp_path)
 
 
 def test_new_parameters_are_reported_and_the_export_leaves_them_out(tmp_path):
@@ -126,10 +340,8 @@ def test_new_parameters_are_reported_and_the_export_leaves_them_out(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "qwen2"}, "model_type 'qwen2' cannot be mapped: only llama, mistral, qwen3"),
-        ({"model_type": "mistral", "sliding_window": 64}, "sliding_window 64"),
-        ({"use_sliding_window": True, "sliding_window": 64}, "sliding_window 64"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"model_type": "gemma3_text"}, "model_type 'gemma3_text' has no counterpart here: llama, mistral"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types linear_attention"),
         ({"attention_bias": True, "hidden_act": "gelu"}, "hidden_act 'gelu'.*attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -137,7 +349,9 @@ def test_new_parameters_are_reported_and_the_export_leaves_them_out(tmp_path):
         ({"rope_parameters": YARN | {"mscale": 0.7}}, "rope parameters mscale of type yarn"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope.factor"),
+        ({"rope_parameters": {"full_attention": LINEAR}}, "rope parameters full_attention"),
         ({"vocab_size": None}, "vocab_size"),
+        ({"vocab_size": ...}, "has no 'vocab_size'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -177,8 +391,8 @@ def test_tied_tables_that_differ_are_refused(tmp_path):
 def test_the_model_must_be_the_folders_and_the_message_says_how(tmp_path):
     save(tmp_path, "qwen3")
     theirs = read_config(tmp_path)
-    other = replace(theirs, qk_norm=False, rope=RopeConfig(theta=5.0))
-    with pytest.raises(ValueError, match=r"set model\.qk_norm=true model\.rope\.theta=10000\.0"):
+    other = replace(theirs, qk_norm="none", rope=RopeConfig(theta=5.0))
+    with pytest.raises(ValueError, match=r"set model\.qk_norm=\"head\" model\.rope\.theta=10000\.0"):
         read(tmp_path, config=other)
     longer = replace(theirs, max_seq_len=512, rope=RopeConfig(scaling="yarn", factor=4.0, original_max_seq_len=128))
     assert read(tmp_path, config=longer)[1] == []  # extending the context is the user's choice
@@ -187,9 +401,9 @@ def test_the_model_must_be_the_folders_and_the_message_says_how(tmp_path):
         read(tmp_path / "yarn", config=replace(read_config(tmp_path / "yarn"), rope=RopeConfig(theta=5e4)))
 
 
-def test_scales_have_no_counterpart(tmp_path):
-    save(tmp_path / "theirs")
+def test_a_model_of_no_family_is_not_exported(tmp_path):
+    save(tmp_path / "theirs", "qwen2")
     model, _ = read(tmp_path / "theirs")
-    with pytest.raises(ValueError, match="logit_scale"):
+    with pytest.raises(ValueError, match=r"has model\.qkv_bias=True and model\.logit_scale=0\.5"):
         write_folder(tmp_path / "back", replace(model.config, logit_scale=0.5), model.state_dict())
     assert not is_hf_folder(tmp_path / "back")

@@ -78,6 +78,15 @@ def test_minicpm4_multipliers():
     assert config.logit_scale == 256 / config.hidden_size
 
 
+def test_qk_norm_of_older_configurations_is_that_of_each_head():
+    assert [small(qk_norm=value).qk_norm for value in (True, False, "True", "width")] == [
+        "head",
+        "none",
+        "head",
+        "width",
+    ]
+
+
 def test_schema_stops_typos_and_missing_values():
     with pytest.raises(ConfigKeyError):
         OmegaConf.merge(OmegaConf.structured(ModelConfig), {"hiden_size": 64})
@@ -92,6 +101,9 @@ def test_schema_stops_typos_and_missing_values():
         ({"head_dim": 7}, "must be even"),
         ({"num_layers": 0}, "num_layers=0 must be positive"),
         ({"vocab_size": -1}, "vocab_size=-1 must be positive"),
+        ({"qk_norm": "all"}, "use one of none, head, width"),
+        ({"norm_position": "both"}, "use one of pre, post"),
+        ({"no_rope_layers": [2]}, "no_rope_layers has 2: layers are 0 to 1"),
         ({"rope": {"scaling": "ntk"}}, "use one of none, linear"),
         ({"rope": {"scaling": "linear"}}, "needs rope.factor"),
         ({"rope": {"factor": 4.0}}, "set rope.factor=null or change rope.scaling"),

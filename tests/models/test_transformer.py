@@ -161,6 +161,16 @@ def test_scales_multiply_embeddings_branches_and_logits():
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_layer_without_rope_hands_its_backend_tables_that_turn_nothing():
+    model, input_ids, given = build(BACKENDS["nsa, own k and v"], no_rope_layers=[1]), tokens(1, 20), []
+    for backend in model.backends:
+        backend.register_forward_pre_hook(lambda _, args, options: given.append(options["rope"]), with_kwargs=True)
+    model(input_ids)
+    assert (given[0][0] != 1).any()
+    assert (given[1][0] == 1).all()
+    assert (given[1][1] == 0).all()
+
+
 @every_backend
 def test_statistics_come_from_every_layer(attention):
     model = build(attention)

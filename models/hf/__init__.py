@@ -1,0 +1,11 @@
+"""Hugging Face checkpoints: folders of config.json and safetensors, read into a ``Transformer``'s weights and written.
+
+Nothing else is read: no pickle, no code. What this project's model does not compute is refused, not approximated. The
+architectures are the rows of ``models.hf.families``.
+"""
+
+from models.hf.config import check_same_model, is_hf_folder, read_config
+from models.hf.export import write_folder
+from models.hf.weights import read_weights
+
+__all__ = ["check_same_model", "is_hf_folder", "read_config", "read_weights", "write_folder"]

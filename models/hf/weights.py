@@ -1,0 +1,121 @@
+"""Tensors of a Hugging Face folder under our names, and back: safetensors only, no pickle and no code."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from models.config import ModelConfig
+from models.hf.config import check_same_model, read_theirs
+from models.hf.families import Family
+from models.hf.files import CONFIG, INDEX, WEIGHTS, check_whole, read_json
+
+# Buffers that older checkpoints hold and that follow from the configuration.
+_BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_HEAD, _TABLE = "lm_head.weight", "embedding.weight"
+
+
+def read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """A folder's tensors under our names, in the dtype they are stored in; one that has no name here keeps its own.
+
+    Raises:
+        ValueError: the model of ``config`` is another one, files are missing, cut short or not safetensors, or tensors
+            are no finite floats.
+    """
+    check_same_model(config, folder)
+    _, family = read_theirs(folder)
+    weights = {}
+    for name, names in _files(folder).items():
+        weights |= {our_name(key, family): tensor for key, tensor in _read_file(folder / name, names).items()}
+    if config.tie_embeddings:
+        head = weights.pop(_HEAD, None)  # some folders hold the tied table twice, or under this name only
+        if head is not None and not torch.equal(head, weights.setdefault(_TABLE, head)):
+            raise ValueError(
+                f"{folder} ties its embeddings, but {_HEAD} is another table: untie them (tie_word_embeddings in its "
+                f"{CONFIG})"
+            )
+    for name in weights:
+        if name.endswith(".chunk_query"):  # [Hkv * D] there, [Hkv, D] here
+            weights[name] = weights[name].reshape(-1, config.head_dim)
+    return weights
+
+
+def _files(folder: Path) -> dict[str, set[str] | None]:
+    """Names of the files to read -> those of the tensors to take from each, None = all."""
+    if not (folder / INDEX).exists():
+        if not (folder / WEIGHTS).exists():
+            raise ValueError(f"{folder} has no {WEIGHTS}: weights are read from safetensors only")
+        return {WEIGHTS: None}
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{folder / INDEX} has no weight_map: copy the file again")
+    files: dict[str, set[str]] = {}
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"{folder / INDEX} says that {tensor} is in {name!r}, which is no file name")
+        files.setdefault(name, set()).add(tensor)
+    missing = sorted(name for name in files if not (folder / name).exists())
+    if missing:
+        raise ValueError(f"{folder} has no {', '.join(missing)}: copy the missing files, weights are safetensors only")
+    return files
+
+
+def _read_file(path: Path, names: set[str] | None) -> dict[str, Tensor]:
+    check_whole(path)
+    tensors = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            held = set(file.keys())
+            missing = sorted((names or set()) - held)
+            if missing:
+                raise ValueError(
+                    f"{path} has no tensor {missing[0]} ({len(missing)} missing), which {INDEX} says it has"
+                )
+            for name in sorted(held if names is None else names):
+                if not name.endswith(_BUFFERS):
+                    tensors[name] = _checked(path, name, file.get_tensor(name))
+    except (SafetensorError, OSError) as error:
+        size = path.stat().st_size
+        raise ValueError(f"{path} is cut short or no safetensors file ({size} bytes; {error}): copy it again") from None
+    return tensors
+
+
+def _checked(path: Path, name: str, tensor: Tensor) -> Tensor:
+    if tensor.dtype not in _DTYPES:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(f"{path}: {name} is {kind}, weights must be 16 or 32 bit floats: export the model unquantised")
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{path}: {name} has values that are not finite: take another checkpoint")
+    return tensor
+
+
+def their_weights(weights: dict[str, Tensor], family: Family) -> dict[str, Tensor]:
+    """Tensors of a ``Transformer`` under the names of a family."""
+    result = {their_name(name, family): tensor for name, tensor in weights.items()}
+    for name in result:
+        if name.endswith(".indexer_q"):
+            result[name] = result[name].flatten()
+    return result
+
+
+def their_name(name: str, family: Family) -> str:
+    return _rename(name, family.names)
+
+
+def our_name(name: str, family: Family) -> str:
+    return _rename(name, [(theirs, ours) for ours, theirs in family.names])
+
+
+def _rename(name: str, table: Iterable[tuple[str, str]]) -> str:
+    """Replace a prefix, and of the parts that begin with a dot the first that stands in the name."""
+    inner = False
+    for old, new in table:
+        if not old.startswith("."):
+            name = re.sub("^" + re.escape(old), new, name, count=1)
+        elif not inner and old in name:
+            name, inner = name.replace(old, new, 1), True
+    return name
