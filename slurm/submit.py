@@ -21,10 +21,11 @@ from pathlib import Path
 from rich.console import Console
 from submitit import SlurmExecutor
 
-from experiments.config import LauncherConfig, TrainConfig, check
+from experiments.config import LauncherConfig, TrainConfig
 from experiments.errors import REQUEUE
 from experiments.files import ROOT, write_atomically
 from experiments.sweep.cells import Cell, SweepConfig, cells, write_plan
+from experiments.training.check import check
 from experiments.training.run_dir import SNAPSHOT, SUBMITTED, code_state
 from slurm.job import run_task
 

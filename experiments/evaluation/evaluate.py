@@ -13,14 +13,16 @@ import torch
 from hydra.core.config_store import ConfigStore
 
 from data import BatchStream
-from experiments.config import DEVICES, TrainConfig, load_config, resolve
+from experiments.config import TrainConfig, load_config
 from experiments.evaluation.config import EvaluateConfig, check_tasks
 from experiments.evaluation.tasks.base import Setting, Task
 from experiments.evaluation.tasks.select import build_tasks
 from experiments.evaluation.tasks.streams import build_stream
 from experiments.files import append_rows, read_rows
-from experiments.training.checkpoint import find_weights, load_weights, read_state
+from experiments.training.check import DEVICES, resolve
+from experiments.training.checkpoint import read_state
 from experiments.training.run_dir import CONFIG, START, config_hash
+from experiments.training.weights import find_weights, load_weights
 from models import Transformer
 
 RESULTS = "results.jsonl"

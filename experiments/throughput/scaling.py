@@ -21,13 +21,14 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
 from dashattn.backends import BACKENDS
-from experiments.config import TrainConfig, check, to_config, world_size
+from experiments.config import TrainConfig, to_config
 from experiments.errors import user_errors
 from experiments.files import CONFIGS, append_rows, read_rows
 from experiments.speed.benchmark import provenance
 from experiments.throughput.scaling_report import ROWS, case_of, write_report
 from experiments.throughput.steps import attempt, time_steps
-from experiments.training.engine import Ranks, init_ranks
+from experiments.training.check import check
+from experiments.training.ranks import Ranks, init_ranks, world_size
 
 
 @dataclass

@@ -23,16 +23,16 @@ from torch import Tensor
 
 from dashattn.backends import BACKENDS
 from data import Batch, build_data
-from experiments.config import TrainConfig, check, to_config
+from experiments.config import TrainConfig, to_config
 from experiments.errors import user_errors
 from experiments.files import CONFIGS, append_rows
 from experiments.speed.benchmark import explain, provenance
 from experiments.speed.inputs import NEIGHBOURS, PATTERNS
 from experiments.throughput.report import CASE, ROWS, write_report
-from experiments.training.engine import forward, set_learning_rate
-from experiments.training.metrics import Clock, attention_metrics, peak_memory_mib
-from experiments.training.optim import learning_rate
-from train import Run, build, read_batches, update
+from experiments.training.check import check
+from experiments.training.engine import forward
+from experiments.training.metrics import attention_metrics, peak_memory_mib
+from experiments.training.run import Run, build, read_step, take_step
 
 CLOSE = 0.005  # to the sparsity that is asked for
 LOADER_SECONDS = 2.0
@@ -164,8 +164,7 @@ def measure(run: Run, config: ThroughputConfig, pattern: str | None) -> dict:
     found: dict = {}
     if pattern is not None:
         run.engine.module.embedding.register_forward_hook(resemble(pattern))
-        batches, _ = read_batches(run)
-        found["knob"] = turn_knob(run, batches[0], config.sparsity)
+        found["knob"] = turn_knob(run, read_step(run).batches[0], config.sparsity)
     return found | time_steps(run, config.warmup, config.steps)
 
 
@@ -175,31 +174,24 @@ def time_steps(run: Run, warmup: int, steps: int) -> dict:
     All ranks must call it; what it returns is of all of them, memory of the one that took most.
     """
     ranks, losses = run.ranks, []
-    clock = Clock()
-    for step in range(warmup + steps):
-        if step == warmup:
+    for step in range(1, warmup + steps + 1):
+        if step == warmup + 1:
             wait_for(run)
-            clock.restart()
-        with clock.waiting():
-            batches, error = read_batches(run)
-        if error is not None:
-            raise error
-        counts = ranks.sum(sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches))
-        targets, read = (count / ranks.sequence_parallel for count in counts)  # read by as many ranks
-        run.engine.module.set_step(step)
-        set_learning_rate(run.engine, learning_rate(run.config.optim, step, run.config.steps))
-        done = update(run, batches, targets, with_norms=False, with_stats=False)
-        clock.count(read)
+            run.clock.restart()
+        read = read_step(run)
+        if read.error is not None:
+            raise read.error
+        done = take_step(run, step, read)
         losses.append(done.loss)
         if done.grad_norm is None:
             raise ValueError(f"the gradient of step {step} is not finite")
     wait_for(run)
-    found = clock.read() | {"peak_memory_mib": max(ranks.gather(peak_memory_mib(ranks.device)))}
+    found = run.clock.read() | {"peak_memory_mib": max(ranks.gather(peak_memory_mib(ranks.device)))}
     found |= {"parameters": parameters_of(run), "loss": losses[-1], "losses": losses}
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        stats = forward(run.engine, batches[0], ranks.device, return_stats=True).stats
+        stats = forward(run.engine, read.batches[0], ranks.device, return_stats=True).stats
     run.utilisation.measure(stats)
-    return found | run.utilisation.read(batches, found["tokens_per_s"]) | attention_metrics(stats)
+    return found | run.utilisation.read(read.batches, found["tokens_per_s"]) | attention_metrics(stats)
 
 
 def parameters_of(run: Run) -> int:

@@ -24,13 +24,11 @@ from pathlib import Path
 from types import MappingProxyType
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import save_file
 
-from dashattn.backends import AttentionBackend
 from experiments.errors import Stopped
 from experiments.files import sha256, sync, write_atomically
-from models.hf import is_hf_folder, read_weights
+from experiments.training.engine import consolidated_weights
 
 WEIGHTS = "model.safetensors"
 STATE = "state.json"
@@ -44,7 +42,7 @@ def step_name(step: int) -> str:
 
 
 def latest_checkpoint(checkpoints: Path, damaged: Mapping[str, str] = MappingProxyType({})) -> Path | None:
-    """The newest checkpoint up to the one that ``latest`` names; None if there was never one.
+    """The newest checkpoint up to the one that `latest` names; None if there was never one.
 
     Args:
         damaged: names of those to leave out -> why.
@@ -99,7 +97,7 @@ def read_state(checkpoint: Path) -> dict:
 
 
 def save_checkpoint(checkpoints: Path, state: dict, engine, ranks, *, keep: int, keep_every: int) -> Path:
-    """Write checkpoints/step-<state["step"]> and let ``latest`` name it; all ranks must call it. Returns its path.
+    """Write checkpoints/step-<state["step"]> and let `latest` name it; all ranks must call it. Returns its path.
 
     Args:
         keep: number of newest checkpoints to leave, 0 = all.
@@ -123,8 +121,6 @@ def write_checkpoint(target: Path, state: dict, engine, ranks) -> None:
     Raises:
         Stopped: it could not be written; what was there before is intact.
     """
-    from experiments.training.engine import consolidated_weights
-
     temporary = target.with_name(f".{target.name}.tmp")
     if ranks.is_main:
         for left in target.parent.glob(".*step-*"):  # by a process that was killed
@@ -155,7 +151,7 @@ def write_checkpoint(target: Path, state: dict, engine, ranks) -> None:
 
 
 def seal(folder: Path, ranks) -> None:
-    """Force all files of ``folder`` to disk and write their manifest; all ranks must call it, and share the work."""
+    """Force all files of `folder` to disk and write their manifest; all ranks must call it, and share the work."""
     ranks.barrier()  # every rank has written its files
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     own = {}
@@ -172,7 +168,7 @@ def seal(folder: Path, ranks) -> None:
 def _remove_old(checkpoints: Path, newest: str, keep: int, keep_every: int) -> None:
     if not keep:
         return
-    # Later ones than ``newest`` are of a run that was set back to an earlier checkpoint: they do not count.
+    # Later ones than `newest` are of a run that was set back to an earlier checkpoint: they do not count.
     for old in sorted(path for path in checkpoints.glob("step-*") if path.name <= newest)[:-keep]:
         if not keep_every or int(old.name.removeprefix("step-")) % keep_every:
             _remove(old)
@@ -186,7 +182,7 @@ def _remove(checkpoint: Path) -> None:
 
 
 def load_checkpoint(checkpoint: Path, engine, ranks, *, reshard: bool = False) -> None:
-    """Put a checkpoint's weights and optimizer state into ``engine``; all ranks must call it.
+    """Put a checkpoint's weights and optimizer state into `engine`; all ranks must call it.
 
     Args:
         reshard: the checkpoint is of another number of ranks or ZeRO stage: take the way through DeepSpeed's universal
@@ -223,61 +219,3 @@ def _convert_to_universal(source: Path, target: Path) -> None:
     )
     if done.returncode:
         raise Stopped(f"{source} could not be converted for another number of ranks or stage:\n{done.stderr[-2000:]}")
-
-
-def find_weights(source: str | Path) -> Path:
-    """The model.safetensors of a run directory (its latest checkpoint), of a checkpoint, or the file itself; a Hugging
-    Face folder as it is.
-
-    Raises:
-        ValueError: if there are none, or they are damaged.
-    """
-    source = Path(source).expanduser()
-    if source.is_file() or is_hf_folder(source):
-        return source
-    checkpoints = source / "checkpoints"
-    checkpoint = latest_checkpoint(checkpoints) if checkpoints.is_dir() else source
-    problems = ["no checkpoint yet"] if checkpoint is None else damage(checkpoint, names=(WEIGHTS, STATE))
-    if problems:
-        raise ValueError(
-            f"no intact weights in {checkpoint or source} ({'; '.join(problems)}): give a run directory with a "
-            f"checkpoint, a checkpoint, or a {WEIGHTS}"
-        )
-    return checkpoint / WEIGHTS
-
-
-def load_weights(model: nn.Module, path: Path) -> list[str]:
-    """Load what ``find_weights`` found; returns the names of the parameters that it lacks and that stay as built.
-
-    Only parameters that belong to an attention backend may be lacking: they are what one backend has and another
-    has not (DashAttention's chunk queries over a dense checkpoint).
-
-    Raises:
-        ValueError: for any other difference, naming it.
-    """
-    weights = read_weights(path, model.config) if path.is_dir() else load_file(path)
-    own = model.state_dict()
-    missing = own.keys() - weights.keys()
-    foreign = missing - _backend_state(model)
-    problems = [f"the model's {name} is not in the file" for name in sorted(foreign)]
-    problems += [f"{name} is not in the model" for name in sorted(weights.keys() - own.keys())]
-    problems += [
-        f"{name} is {list(weights[name].shape)}, the model's is {list(own[name].shape)}"
-        for name in sorted(weights.keys() & own.keys())
-        if weights[name].shape != own[name].shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
-        raise ValueError(f"{path} does not fit: {shown}. Take the model (and attention) it was trained with")
-    model.load_state_dict(weights, strict=False)
-    return sorted(missing)
-
-
-def _backend_state(model: nn.Module) -> set[str]:
-    """Names of the parameters and buffers that attention backends own."""
-    return {
-        f"{prefix}.{name}"
-        for prefix, module in model.named_modules()
-        if isinstance(module, AttentionBackend)
-        for name in module.state_dict()
-    }

@@ -29,11 +29,12 @@ import torch
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
-from experiments.config import TrainConfig, plain, world_size
+from experiments.config import TrainConfig, plain
 from experiments.files import ROOT, write_atomically
 from experiments.training.anomalies import ANOMALIES
 from experiments.training.checkpoint import LATEST, STATE, damage, latest_checkpoint, read_state
 from experiments.training.metrics import METRICS, drop_rows_after
+from experiments.training.ranks import world_size
 
 CONFIG = "config.yaml"
 SUBMITTED = "slurm"  # folder of what Slurm was given, and its logs; written before the run begins

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from dashattn.backends import DashConfig, FullConfig
-from experiments.training.checkpoint import find_weights, load_weights
+from experiments.training.weights import find_weights, load_weights
 from models import RopeConfig, Transformer
 from models.hf import is_hf_folder, read_config, write_folder
 from models.hf.families import FAMILIES

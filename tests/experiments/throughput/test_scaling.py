@@ -10,7 +10,7 @@ from experiments.files import append_rows, read_rows
 from experiments.throughput import scaling as parallel
 from experiments.throughput import scaling_report as parallel_report
 from experiments.throughput.scaling import Mode, cases, check_parallel, measure
-from experiments.training.engine import init_ranks
+from experiments.training.ranks import init_ranks
 from tests.experiments.conftest import CONFIGS, TINY
 from tests.experiments.training.test_train_cli import command, torchrun
 

@@ -4,8 +4,9 @@ import os
 import signal
 
 import train
+from experiments.training import run as steps
 
-read_batches, reads = train.read_batches, []
+read_batches, reads = steps.read_batches, []
 
 
 def read_or_die(run):
@@ -17,5 +18,5 @@ def read_or_die(run):
     return read_batches(run)
 
 
-train.read_batches = read_or_die
+steps.read_batches = read_or_die
 train.main()

@@ -6,15 +6,9 @@ from safetensors.torch import save_file
 
 from dashattn.backends import DashConfig, FullConfig
 from experiments.files import write_atomically
-from experiments.training.checkpoint import (
-    _remove_old,
-    damage,
-    find_weights,
-    latest_checkpoint,
-    load_weights,
-    seal,
-)
-from experiments.training.engine import Ranks
+from experiments.training.checkpoint import _remove_old, damage, latest_checkpoint, seal
+from experiments.training.ranks import Ranks
+from experiments.training.weights import find_weights, load_weights
 from models import ModelConfig, Transformer
 
 

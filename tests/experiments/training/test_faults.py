@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train as train_module
 from data.text import PreparedTextStream
 from experiments.errors import Preempted, Stopped, run_faults
 from experiments.files import read_rows
 from experiments.signals import STOP_SIGNALS
+from experiments.training import run as run_module
 from experiments.training.anomalies import LossWatch
 from train import train
 
@@ -40,13 +40,13 @@ def state(run_dir, step):
 @pytest.fixture
 def at_step(monkeypatch):
     """at_step[k] = function(output) -> output: applied to the forward pass of the k-th step of this process."""
-    actions, forward, count = {}, train_module.forward, iter(range(1, 1000))
+    actions, forward, count = {}, run_module.forward, iter(range(1, 1000))
 
     def disturbed(engine, *args, **kwargs):
         output = forward(engine, *args, **kwargs)
         return actions.get(next(count), lambda output: output)(output) if engine.module.training else output
 
-    monkeypatch.setattr(train_module, "forward", disturbed)
+    monkeypatch.setattr(run_module, "forward", disturbed)
     return actions
 
 
@@ -197,7 +197,7 @@ def test_a_run_that_fails_before_its_first_step_leaves_nothing_open(make_config,
 
     config = make_config("run")
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "build_engine", exhausted)
+        patch.setattr(run_module, "build_engine", exhausted)
         with pytest.raises(torch.OutOfMemoryError) as failure:
             train(config)
     train(config)  # while the failure holds all that was built

@@ -4,8 +4,8 @@ from torch import nn
 
 from dashattn.backends import AttentionShape, DashConfig, build_backend
 from experiments.config import OptimConfig
-from experiments.training.checkpoint import find_weights
 from experiments.training.optim import learning_rate, parameter_groups
+from experiments.training.weights import find_weights
 from train import train
 
 

@@ -7,8 +7,8 @@ import torch
 from experiments.config import load_config
 from experiments.files import read_rows, write_atomically
 from experiments.training.checkpoint import seal
-from experiments.training.engine import Ranks
 from experiments.training.metrics import drop_rows_after
+from experiments.training.ranks import Ranks
 from experiments.training.run_dir import config_hash, find_run_dir, open_run_dir
 
 

@@ -16,6 +16,7 @@ from data import MQARDataConfig
 from experiments.errors import Stopped
 from experiments.evaluation import export
 from experiments.files import read_rows
+from experiments.training import run as run_module
 from models import Transformer
 from train import train
 
@@ -114,7 +115,7 @@ def test_bf16_trains_and_resumes_exactly(make_config, tmp_path, options):
 def test_one_rank_sums_gradients_in_float32_and_keeps_no_other(make_config, monkeypatch):
     from deepspeed.utils import safe_get_full_grad
 
-    sums, optimizer_step = [], train_module.optimizer_step
+    sums, optimizer_step = [], run_module.optimizer_step
 
     def observed(engine, grad_clip):
         weight = engine.module.embedding.weight
@@ -122,7 +123,7 @@ def test_one_rank_sums_gradients_in_float32_and_keeps_no_other(make_config, monk
         sums.append(safe_get_full_grad(weight).clone())
         return optimizer_step(engine, grad_clip)
 
-    monkeypatch.setattr(train_module, "optimizer_step", observed)
+    monkeypatch.setattr(run_module, "optimizer_step", observed)
     train(make_config("run", "deepspeed.precision=bf16", "rows_per_micro_batch=2", "steps=1", "optim.warmup_steps=0"))
     first, both = sums
     assert torch.equal(first, first.bfloat16())
@@ -265,14 +266,14 @@ def test_a_row_says_what_the_step_cost(make_config):
 
 
 def test_the_norms_of_the_routers_gradient_are_autograds(make_config, monkeypatch):
-    seen, measure = [], train_module.gradient_norms
+    seen, measure = [], run_module.gradient_norms
 
     def spy(engine):
         grads = [p.grad.flatten() for backend in engine.module.backends for p in backend.parameters()]
         seen.append((measure(engine), torch.cat(grads).norm().item()))
         return seen[-1][0]
 
-    monkeypatch.setattr(train_module, "gradient_norms", spy)
+    monkeypatch.setattr(run_module, "gradient_norms", spy)
     train(make_config("run", *ATTENTION["nsa"], "deepspeed=zero0", "steps=2"))
     assert len(seen) == 2
     for norms, expected in seen:

@@ -7,7 +7,7 @@ import torch
 
 from dashattn.stats import AttentionStats
 from data import Batch
-from experiments.config import check
+from experiments.training.check import check
 from experiments.training.utilisation import Utilisation, peak_tflops
 from models import Transformer
 from models.flops import matmul_parameters

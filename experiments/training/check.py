@@ -1,0 +1,187 @@
+"""What refuses an impossible training run, before anything is built."""
+
+from dataclasses import replace
+
+import torch
+
+from dashattn.backends import AttentionShape, build_backend
+from experiments.config import TrainConfig
+from experiments.training.ranks import world_size
+
+SCHEDULES = ("constant", "cosine", "wsd")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+DEVICES = ("auto", "cpu", "cuda")
+LOGGER_MODES = ("off", "offline", "online")
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """`config` with every `auto` replaced by what it means on this machine, so that a resume elsewhere notices."""
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    precision = config.deepspeed.precision
+    if precision == "auto":
+        precision = "bf16" if device == "cuda" else "fp32"
+    return replace(config, device=device, deepspeed=replace(config.deepspeed, precision=precision))
+
+
+def accumulation(config: TrainConfig, ranks: int) -> tuple[int, int]:
+    """(rows of a micro-batch of one rank, micro-batches a step). Raises ValueError if the batch does not divide."""
+    shared = config.sequence_parallel
+    if ranks % shared:
+        raise ValueError(
+            f"sequence_parallel={shared} does not divide the number of ranks, {ranks}: start a multiple of {shared} "
+            "ranks (torchrun --nproc-per-node), or lower sequence_parallel"
+        )
+    groups = ranks // shared
+    among = f"{ranks} ranks" if shared == 1 else f"{groups} groups of {shared} ranks"
+    rows = config.rows_per_micro_batch
+    if rows is None:
+        if config.rows_per_batch % groups:
+            raise ValueError(
+                f"rows_per_batch={config.rows_per_batch} does not divide among {among}: take a multiple of {groups}"
+            )
+        return config.rows_per_batch // groups, 1
+    if rows < 1 or config.rows_per_batch % (rows * groups):
+        raise ValueError(
+            f"rows_per_batch={config.rows_per_batch} is no multiple of rows_per_micro_batch={rows} x {among}: "
+            f"change one, for instance rows_per_batch={max(rows, 1) * groups}"
+        )
+    return rows, config.rows_per_batch // (rows * groups)
+
+
+def check(config: TrainConfig, ranks: int | None = None) -> TrainConfig:
+    """Refuse what cannot work, before anything is built; return the resolved configuration.
+
+    Args:
+        ranks: how many the run will have; None = as this launch.
+
+    Raises:
+        ValueError: with what to change.
+    """
+    for key, value, choices in (
+        ("device", config.device, DEVICES),
+        ("deepspeed.precision", config.deepspeed.precision, PRECISIONS),
+        ("deepspeed.stage", config.deepspeed.stage, (0, 1, 2, 3)),
+        ("optim.schedule", config.optim.schedule, SCHEDULES),
+        ("logger.mode", config.logger.mode, LOGGER_MODES),
+    ):
+        if value not in choices:
+            raise ValueError(f"{key}={value}: choose one of {', '.join(map(str, choices))}")
+    config = resolve(config)
+    _check_counts(config)
+    _check_optim(config)
+    _check_precision(config)
+    accumulation(config, world_size() if ranks is None else ranks)
+    _check_model(config)
+    _check_sequences(config)
+    return config
+
+
+def _check_counts(config: TrainConfig) -> None:
+    for key, least in (
+        ("steps", 1),
+        ("rows_per_batch", 1),
+        ("sequence_parallel", 1),
+        ("log_every", 1),
+        ("stats_every", 0),
+        ("eval_every", 0),
+        ("save_every", 0),
+        ("keep_checkpoints", 0),
+        ("keep_every", 0),
+        ("max_skipped_steps", 1),
+        ("profile_steps", 0),
+    ):
+        if getattr(config, key) < least:
+            raise ValueError(f"{key}={getattr(config, key)}: at least {least} is needed")
+    if config.keep_every and (config.save_every == 0 or config.keep_every % config.save_every):
+        raise ValueError(
+            f"keep_every={config.keep_every} is no multiple of save_every={config.save_every}: nothing is saved there"
+        )
+    if config.peak_tflops is not None and config.peak_tflops <= 0:
+        raise ValueError(f"peak_tflops={config.peak_tflops}: a positive rate is needed, or null")
+    if config.threads is not None and config.threads < 1:
+        raise ValueError(f"threads={config.threads}: at least 1 is needed, or null")
+
+
+def _check_optim(config: TrainConfig) -> None:
+    optim = config.optim
+    if optim.lr <= 0:
+        raise ValueError(f"optim.lr={optim.lr}: a positive learning rate is needed")
+    if not 0 <= optim.warmup_steps < config.steps:
+        raise ValueError(
+            f"optim.warmup_steps={optim.warmup_steps} leaves no step of steps={config.steps} after the warm-up: "
+            f"raise steps or lower optim.warmup_steps"
+        )
+    if not 0 <= optim.min_lr_ratio <= 1:
+        raise ValueError(f"optim.min_lr_ratio={optim.min_lr_ratio}: a share of lr between 0 and 1 is needed")
+    if optim.schedule == "wsd":
+        if not 0 <= optim.decay_fraction <= 1:
+            raise ValueError(f"optim.decay_fraction={optim.decay_fraction}: a share between 0 and 1 is needed")
+        if optim.warmup_steps + round(optim.decay_fraction * config.steps) > config.steps:
+            raise ValueError(
+                f"optim.warmup_steps={optim.warmup_steps} and optim.decay_fraction={optim.decay_fraction} overlap "
+                f"within steps={config.steps}: lower one of them"
+            )
+    if optim.grad_clip < 0:
+        raise ValueError(f"optim.grad_clip={optim.grad_clip}: a positive norm is needed, or 0 for no clipping")
+
+
+def _check_precision(config: TrainConfig) -> None:
+    stage, precision = config.deepspeed.stage, config.deepspeed.precision
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but PyTorch sees no GPU: use device=cpu, or install a CUDA build of PyTorch")
+    if precision == "fp16" and config.device == "cpu":
+        raise ValueError("deepspeed.precision=fp16 does not run on a CPU: use fp32 or bf16 there")
+    if config.compile and stage == 3:
+        raise ValueError(
+            "compile=true does not go with deepspeed.stage=3, which fetches weights inside the layers: use 2"
+        )
+    if precision != "fp32" and stage == 0:
+        # DeepSpeed's stage 0 keeps no fp32 master weights in bf16 the way stages 1-3 do, and trains differently.
+        raise ValueError(
+            f"deepspeed.stage=0 trains in fp32 only, not {precision}: use deepspeed.stage=1 "
+            "(the same memory on one device) or deepspeed.precision=fp32"
+        )
+
+
+def _check_model(config: TrainConfig) -> None:
+    model, seq_len = config.model, config.data.seq_len
+    if seq_len > model.max_seq_len:
+        raise ValueError(
+            f"data.seq_len={seq_len} exceeds model.max_seq_len={model.max_seq_len}: "
+            f"lower data.seq_len or set model.max_seq_len={seq_len}"
+        )
+    for key in ("chunk_size", "block_size"):
+        size = getattr(config.attention, key, None)
+        if size is not None and size >= seq_len:
+            raise ValueError(
+                f"attention.{key}={size} leaves nothing to select in rows of data.seq_len={seq_len}: "
+                f"lower attention.{key} or raise data.seq_len"
+            )
+    # The backend itself says what it cannot do; on the meta device asking costs no memory.
+    with torch.device("meta"):
+        backend = build_backend(
+            config.attention,
+            AttentionShape(model.hidden_size, model.num_heads, model.num_kv_heads, model.head_dim),
+        )
+    if getattr(config.data, "pack", None) == "documents" and not backend.capabilities.packed:
+        raise ValueError(
+            f"attention={config.attention.name} takes no packed documents: use data.pack=plain, or another attention"
+        )
+
+
+def _check_sequences(config: TrainConfig) -> None:
+    """Ranks share a row by its tokens, and in attention by its query heads."""
+    shared = config.sequence_parallel
+    if config.model.num_heads % shared:
+        raise ValueError(
+            f"sequence_parallel={shared} ranks cannot share model.num_heads={config.model.num_heads} query heads "
+            "equally: take a divisor of it"
+        )
+    for length in (config.data.seq_len, *getattr(config.data, "curriculum_lengths", ())):
+        if length % shared:
+            raise ValueError(
+                f"sequence_parallel={shared} ranks cannot share rows of {length} tokens equally: change data.seq_len "
+                "(and data.curriculum_lengths, if there are any) to multiples of it"
+            )

@@ -1,0 +1,352 @@
+"""A run in memory: built from its configuration, restored to where its directory stands, and moved step by step.
+
+Step k, in rows and names, is the one after which k optimizer steps are done. Every function here is called by all ranks
+of a run, which agree in what they return; what belongs to one rank alone is named so.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dashattn.stats import AttentionStats
+from data import Batch, BatchStream, Prefetched, build_data
+from experiments.config import TrainConfig
+from experiments.errors import Stopped
+from experiments.training.anomalies import ANOMALIES, LossWatch
+from experiments.training.check import accumulation
+from experiments.training.checkpoint import load_checkpoint, save_checkpoint, step_name, write_checkpoint
+from experiments.training.engine import (
+    backend_metrics,
+    build_engine,
+    deepspeed_json,
+    forward,
+    gradient_norms,
+    optimizer_step,
+    set_learning_rate,
+    to_host,
+    validation_loss,
+)
+from experiments.training.metrics import Clock, MetricsWriter, attention_metrics, peak_memory_mib
+from experiments.training.optim import build_optimizer, learning_rate
+from experiments.training.ranks import Ranks, init_ranks
+from experiments.training.run_dir import RunDir, config_hash, find_run_dir, open_run_dir, verify_checkpoint
+from experiments.training.tracing import Tracer
+from experiments.training.utilisation import Utilisation, peak_tflops
+from experiments.training.weights import find_weights, load_weights
+from models import Transformer
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What a step works with, as it changes; `build` makes it."""
+
+    config: TrainConfig  # resolved, with the data's vocabulary
+    run_dir: RunDir  # as it was when the run was built
+    ranks: Ranks
+    engine: object  # DeepSpeed's
+    train_data: Prefetched
+    validation_data: BatchStream
+    micro_batches: int  # a step and rank
+    tokens: int  # read so far, over all ranks
+    saved: int  # step of the newest checkpoint
+    watch: LossWatch
+    metrics: MetricsWriter
+    clock: Clock
+    utilisation: Utilisation
+    tracer: Tracer
+
+
+def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -> Run | None:
+    """Everything a step needs, restored to where the run stands; None if the run is complete.
+
+    Nothing is written before every rank has looked at the run directory and everything that can be refused was.
+
+    Args:
+        config: as `training.check.check` returns it.
+        overrides: of the command line, for the record.
+        resources: takes what has to be closed when the run ends.
+
+    Raises:
+        ValueError: the run directory, the data or the weights do not fit the configuration.
+    """
+    run_dir = find_run_dir(config)
+    if run_dir.step >= config.steps:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{run_dir.path} is complete: {run_dir.step} steps")
+        return None
+    weights = None
+    if config.init_from is not None and run_dir.checkpoint is None:
+        weights = find_weights(config.init_from)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    ranks = init_ranks(config.device, config.sequence_parallel)
+    run_dir = verify_checkpoint(run_dir, config, ranks)
+    rows, micro_batches = accumulation(config, ranks.world_size)
+
+    train_data, validation_data = _open_data(config, ranks, rows)
+    config = _with_vocabulary(config, train_data.vocab_size)
+    torch.manual_seed(config.seed)  # the weights; nothing after this draws from PyTorch's global generators
+    model = Transformer(config.model, config.attention)
+    start = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "data": train_data.describe(),
+        "unigram_entropy": validation_data.unigram_entropy(),  # a loss must be well below; null = not known
+    }
+    if weights is not None:
+        start["init_from"] = {"weights": str(weights.resolve()), "new_parameters": load_weights(model, weights)}
+    if run_dir.damaged:
+        start["damaged_checkpoints"] = dict(run_dir.damaged)
+    if run_dir.checkpoint is not None:
+        positions = run_dir.state["data"]
+        # Of another number of readers: the state of a stream that counts over all of them is the same for each.
+        train_data.load_state_dict(positions[ranks.reader if len(positions) == ranks.readers else 0])
+    # From here on the stream is read ahead, so that it must stand where the run does.
+    train_data = resources.enter_context(
+        closing(Prefetched(train_data, depth=micro_batches, pin_memory=config.device == "cuda"))
+    )
+    ranks.barrier()  # every rank has looked at the run directory before one changes it
+    if ranks.is_main:
+        resources.callback(open_run_dir(run_dir, config, overrides, start).release)
+
+    json = deepspeed_json(
+        config,
+        parameters=start["parameters"],
+        rows=rows,
+        micro_batches=micro_batches,
+        universal=run_dir.is_resharded,
+    )
+    engine = _build_engine(model, config, ranks, json)
+    if run_dir.checkpoint is not None:
+        load_checkpoint(run_dir.checkpoint, engine, ranks, reshard=run_dir.is_resharded)
+    metrics = resources.enter_context(closing(MetricsWriter(run_dir.path, config, main=ranks.is_main)))
+    peak = peak_tflops(config, torch.cuda.get_device_name() if config.device == "cuda" else "")
+    _print_start(metrics, run_dir, ranks, start, knows_peak=peak is not None or config.device == "cpu")
+    traced = config.profile_steps if ranks.is_main else 0
+    return Run(
+        config=config,
+        run_dir=run_dir,
+        ranks=ranks,
+        engine=engine,
+        train_data=train_data,
+        validation_data=validation_data,
+        micro_batches=micro_batches,
+        tokens=run_dir.state.get("tokens", 0),
+        saved=run_dir.step,
+        watch=LossWatch(
+            run_dir.path / ANOMALIES, skipped=run_dir.state.get("skipped_steps", 0), limit=config.max_skipped_steps
+        ),
+        metrics=metrics,
+        clock=Clock(),
+        utilisation=Utilisation(config, peak and peak * ranks.world_size),
+        tracer=resources.enter_context(closing(Tracer(run_dir.path, traced, run_dir.step + 1, ranks.device))),
+    )
+
+
+def _open_data(config: TrainConfig, ranks: Ranks, rows: int) -> tuple[BatchStream, BatchStream]:
+    """This rank's training and validation streams, in batches of `rows` rows."""
+    train, validation = (
+        build_data(
+            config.data,
+            split=split,
+            cache_dir=Path(config.cache_dir).expanduser(),
+            seed=config.seed,
+            rows=rows,
+            rank=ranks.reader,
+            world_size=ranks.readers,
+        )
+        for split in ("train", "validation")
+    )
+    return train, validation
+
+
+def _with_vocabulary(config: TrainConfig, vocab_size: int) -> TrainConfig:
+    """`config` with a vocabulary that holds the data's `vocab_size` tokens."""
+    own = config.model.vocab_size or vocab_size
+    if own < vocab_size:
+        raise ValueError(
+            f"model.vocab_size={own} is below the data's {vocab_size}: set model.vocab_size=null to take the data's"
+        )
+    return replace(config, model=replace(config.model, vocab_size=own))
+
+
+def _build_engine(model: Transformer, config: TrainConfig, ranks: Ranks, json: dict):
+    """`model` on its device, as DeepSpeed trains it."""
+    model.to(ranks.device)
+    model.checkpoint_activations = config.activation_checkpointing
+    if ranks.sequence is not None:
+        model.share_sequences(ranks.sequence)
+    if config.compile:
+        model.compile_layers()
+    return build_engine(model, build_optimizer(model, config.optim, ranks.device), json)
+
+
+def _print_start(metrics: MetricsWriter, run_dir: RunDir, ranks: Ranks, start: dict, *, knows_peak: bool) -> None:
+    """What a reader of the terminal should know before the first step."""
+    metrics.print(f"{run_dir.path}: {start['parameters']:,} parameters, {ranks.world_size} x {ranks.device.type}")
+    if "init_from" in start:
+        metrics.print("weights of {weights}; new: {new_parameters}".format(**start["init_from"]))
+    for name, problem in run_dir.damaged.items():
+        metrics.print(f"WARNING: {name} is damaged ({problem}) and was set aside")
+    if run_dir.checkpoint is not None:
+        metrics.print(f"resumed from {run_dir.checkpoint} at step {run_dir.step}")
+    if not knows_peak:
+        metrics.print("no MFU: the peak of this device and precision is not known, set peak_tflops=...")
+
+
+class Read(NamedTuple):
+    """The batches of a step."""
+
+    batches: list[Batch]  # this rank's, one a micro-batch
+    position: dict  # of this rank's data before them
+    targets: float  # over all ranks
+    tokens: float  # over all ranks
+    error: Exception | None  # that ended this rank's source, which then has fewer batches
+    failures: int  # ranks whose source ended so
+    stops: int  # ranks that were asked to stop
+
+
+def read_step(run: Run, *, is_to_stop: bool = False) -> Read:
+    """Read a step's batches, and agree on what befell one of the ranks, as when this one `is_to_stop`."""
+    position = run.train_data.state_dict()
+    with run.clock.waiting():
+        batches, error = read_batches(run)
+    counts = (sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches))
+    targets, tokens, failures, stops = run.ranks.sum(*counts, error is not None, is_to_stop)
+    shared = run.ranks.sequence_parallel  # ranks that have read the same rows, and counted them
+    return Read(batches, position, targets / shared, tokens / shared, error, int(failures), int(stops))
+
+
+def read_batches(run: Run) -> tuple[list[Batch], Exception | None]:
+    """A step's micro-batches; with an error, whatever its kind, if the source fails: what was learned must be saved."""
+    batches = []
+    try:
+        for _ in range(run.micro_batches):
+            batches.append(next(run.train_data))
+    except Exception as error:
+        return batches, error
+    return batches, None
+
+
+class Update(NamedTuple):
+    """What an optimizer step tells."""
+
+    loss: float  # in nats, on average over the targets of all ranks
+    rate: float  # learning rate
+    grad_norm: Tensor | None  # L2, before clipping; None = not finite, and the weights are as they were
+    norms: dict[str, float]  # of parts of the gradient, if asked for
+    stats: list[AttentionStats] | None  # of the first micro-batch, if asked for
+
+
+def take_step(run: Run, step: int, read: Read, *, with_norms: bool = False, with_stats: bool = False) -> Update:
+    """Optimizer step `step`, on what was read for it.
+
+    The host waits for the device at one place, where it must know that the gradient is finite; while the weights are
+    updated it is ahead, with the next step's data.
+    """
+    engine, device = run.engine, run.ranks.device
+    rate = learning_rate(run.config.optim, step - 1, run.config.steps)
+    engine.module.set_step(step - 1)
+    set_learning_rate(engine, rate)
+    loss, norms, stats = torch.zeros((), device=device), {}, None
+    for index, batch in enumerate(read.batches):
+        output = forward(engine, batch, device, return_stats=with_stats and index == 0)
+        # Every target of the step counts the same, whichever micro-batch and rank it is in. DeepSpeed averages over
+        # both, hence the factor. Of ranks that share rows each has its share of their loss: it is no different there.
+        share = batch.num_targets / read.targets
+        engine.backward(output.loss * (share * run.micro_batches * run.ranks.world_size))
+        loss += output.loss.detach() * share
+        stats = stats or output.stats
+        if index == len(read.batches) - 1:
+            read_loss = to_host(loss)
+            norms = gradient_norms(engine) if with_norms else {}
+        grad_norm = optimizer_step(engine, run.config.optim.grad_clip)
+    (mean_loss,) = run.ranks.sum(read_loss())
+    run.tokens += int(read.tokens)
+    run.clock.count(read.tokens)
+    return Update(mean_loss, rate, grad_norm, norms, stats)
+
+
+def judge(run: Run, step: int, read: Read, done: Update) -> str | None:
+    """`skipped`, `spike` or None; what went wrong is recorded with the place in the data that it happened at.
+
+    Raises:
+        Stopped: too many steps in a row were skipped.
+    """
+    # With fp16 an infinite gradient is a step that loss scaling skips.
+    is_finite = done.grad_norm is not None or run.config.deepspeed.precision == "fp16"
+    anomaly = run.watch.judge(done.loss, is_finite=is_finite)
+    if anomaly is not None:
+        norm, positions = _host_norm(done), run.ranks.gather_readers(read.position)
+        if run.ranks.is_main:
+            run.watch.record(anomaly, step, done.loss, norm, positions)
+        run.metrics.print(f"WARNING: step {step} {anomaly}: loss {done.loss:.4g}, grad_norm {norm:.4g}")
+    if run.watch.is_hopeless():
+        kept = run.run_dir.checkpoints / f"stopped-{step_name(step)}"
+        write_checkpoint(kept, _state(run, step, run.train_data.state_dict()), run.engine, run.ranks)
+        raise run.watch.stop(step, kept)
+    return anomaly
+
+
+def log(run: Run, step: int, read: Read, done: Update) -> None:
+    """Write a step's row to metrics.jsonl. The host waits for the step to end."""
+    row = {"step": step, "split": "train", "tokens": run.tokens, "loss": done.loss, "lr": done.rate}
+    row |= {"grad_norm": _host_norm(done), "skipped_steps": run.watch.skipped, **done.norms, **run.clock.read()}
+    row |= {**backend_metrics(run.engine), "peak_memory_mib": peak_memory_mib(run.ranks.device)}
+    if done.stats:
+        run.utilisation.measure(done.stats)
+    row |= run.utilisation.read(read.batches, row["tokens_per_s"])
+    run.metrics.write(row | (attention_metrics(done.stats) if done.stats else {}))
+
+
+def _host_norm(done: Update) -> float:
+    return math.inf if done.grad_norm is None else float(done.grad_norm)
+
+
+def validate(run: Run, step: int) -> None:
+    """Write the validation loss after `step` to metrics.jsonl."""
+    loss = validation_loss(run.engine, run.validation_data, run.ranks)
+    run.metrics.write({"step": step, "split": "validation", "tokens": run.tokens, "loss": loss})
+    run.clock.restart()
+
+
+def save(run: Run, step: int, position: dict | None = None) -> None:
+    """Write a checkpoint of the run after `step`.
+
+    Args:
+        position: of this rank's data there; None = where they are now.
+    """
+    state = _state(run, step, run.train_data.state_dict() if position is None else position)
+    keep = {"keep": run.config.keep_checkpoints, "keep_every": run.config.keep_every}
+    save_checkpoint(run.run_dir.checkpoints, state, run.engine, run.ranks, **keep)
+    run.saved = step
+    run.clock.restart()
+
+
+def stop_without_data(run: Run, step: int, read: Read) -> Stopped:
+    """Save the steps before `step`, whose data did not come. Returns what to raise."""
+    if run.saved < step - 1:
+        save(run, step - 1, read.position)
+    return Stopped(
+        f"the data source failed at step {step} ({read.error or 'on another rank'}). All steps before it are "
+        "saved: when the source answers again, the same command goes on"
+    )
+
+
+def _state(run: Run, step: int, position: dict) -> dict:
+    """state.json of a checkpoint after `step`, with the data of this rank at `position`."""
+    return {
+        "step": step,
+        "tokens": run.tokens,
+        "skipped_steps": run.watch.skipped,
+        "data": run.ranks.gather_readers(position),
+        "world_size": run.ranks.world_size,
+        "stage": run.config.deepspeed.stage,
+        "config_hash": config_hash(run.config),
+    }
