@@ -9,7 +9,8 @@ from omegaconf import DictConfig
 
 from experiments.config import to_config
 from experiments.errors import user_errors
-from experiments.evaluation.evaluate import evaluate, find_target, register_evaluate_config
+from experiments.evaluation.config import register_evaluate_config
+from experiments.evaluation.evaluate import evaluate, find_target
 
 register_evaluate_config()
 

@@ -59,7 +59,7 @@ def loop(run: Run, request: StopRequest) -> None:
     """Train from the step the run stands at to its last one. Step k in rows and names: k optimizer steps are done.
 
     A step is read, taken and judged; then come, where they are due, its row, the validation, a checkpoint. All ranks go
-    through the same branches: what decides them is the same in every rank, or agreed upon in `read_step`. Only a step
+    through the same branches: what decides them is the same in every rank, or agreed upon in ``read_step``. Only a step
     that is logged is waited for to its end; in others the host goes on while the device updates the weights.
 
     Raises:
@@ -106,6 +106,6 @@ def main(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     main()
-    # After the last of several jobs (`-m`): DeepSpeed keeps the process group for the next one.
+    # After the last of several jobs (``-m``): DeepSpeed keeps the process group for the next one.
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -1,6 +1,6 @@
-"""The schema of a training run. What cannot work is refused by `training.check`.
+"""The schema of a training run. What cannot work is refused by ``training.check``.
 
-The dataclasses are the schema: `register_configs` hands them to Hydra, so that an unknown key or a wrong type stops
+The dataclasses are the schema: ``register_configs`` hands them to Hydra, so that an unknown key or a wrong type stops
 at composition. The YAML groups under configs/ hold values only.
 """
 
@@ -8,12 +8,16 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from dashattn.backends import BACKENDS, AttentionConfig
 from data import DataConfig, MixtureDataConfig, MQARDataConfig, TextDataConfig
 from models import ModelConfig
+
+# By the names that configurations and rows have for them.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -122,7 +126,7 @@ class TrainConfig:
 
 
 def register_configs() -> None:
-    """Put the schemas into Hydra's store, where the `defaults` lists of configs/ name them."""
+    """Put the schemas into Hydra's store, where the ``defaults`` lists of configs/ name them."""
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
     store.store(group="model", name="model_schema", node=ModelConfig)
@@ -141,7 +145,7 @@ def to_config(cfg: DictConfig) -> Any:
     """The dataclasses of a composed configuration, of whichever schema it has.
 
     Raises:
-        ValueError: that names values left open, or keys that a `+key=value` forced in.
+        ValueError: that names values left open, or keys that a ``+key=value`` forced in.
     """
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
@@ -155,7 +159,7 @@ def to_config(cfg: DictConfig) -> Any:
 
 
 def _unknown_keys(node: object, prefix: str = "") -> list[str]:
-    """Dotted names of attributes that are no fields of their dataclass, in `node` and below it."""
+    """Dotted names of attributes that are no fields of their dataclass, in ``node`` and below it."""
     if isinstance(node, dict):
         children, unknown = node, []
     elif is_dataclass(node):
@@ -186,5 +190,5 @@ def load_config(path: Path) -> TrainConfig:
 
 
 def plain(config: TrainConfig) -> dict:
-    """`config` as nested dictionaries of plain values."""
+    """``config`` as nested dictionaries of plain values."""
     return OmegaConf.to_container(OmegaConf.structured(config), resolve=True)

@@ -13,6 +13,26 @@ ROOT = Path(__file__).resolve().parents[1]
 # For Hydra, which looks a relative path up beside the module that was started.
 CONFIGS = str(ROOT / "configs")
 
+# What more than one module writes or reads, by its name in its directory. Of a run:
+CONFIG = "config.yaml"
+START = "start.json"  # facts that the configuration alone does not tell
+GIT = "git.json"
+LOCK = ".lock"
+SUBMITTED = "slurm"  # folder of what Slurm was given, and its logs; written before the run begins
+METRICS = "metrics.jsonl"
+ANOMALIES = "anomalies.jsonl"
+RESULTS = "results.jsonl"
+WEIGHTS = "model.safetensors"  # of a checkpoint
+# Of a sweep:
+CELL = "cell.json"  # in a run directory: the commands that completed
+PLAN = "cells.json"
+CELLS = "cells.jsonl"  # collected: a row for each cell
+# Of a benchmark:
+SPEED = "speed.jsonl"
+NUMERICS = "numerics.jsonl"
+THROUGHPUT = "throughput.jsonl"
+SCALING = "parallel.jsonl"
+
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace ``path``, so that a reader sees the old text or the new, and a crash leaves one of them."""

@@ -23,10 +23,10 @@ from submitit import SlurmExecutor
 
 from experiments.config import LauncherConfig, TrainConfig
 from experiments.errors import REQUEUE
-from experiments.files import ROOT, write_atomically
+from experiments.files import ROOT, SUBMITTED, write_atomically
 from experiments.sweep.cells import Cell, SweepConfig, cells, write_plan
 from experiments.training.check import check
-from experiments.training.run_dir import SNAPSHOT, SUBMITTED, code_state
+from experiments.training.run_dir import SNAPSHOT, code_state
 from slurm.job import run_task
 
 JOBS = "jobs.json"

@@ -12,8 +12,7 @@ import train  # noqa: F401 (registers the schemas)
 from dashattn.backends import Capabilities
 from dashattn.backends.dash import DashBackend
 from experiments.config import TrainConfig, load_config, plain, to_config
-from experiments.evaluation.config import check_tasks
-from experiments.evaluation.evaluate import register_evaluate_config
+from experiments.evaluation.config import check_tasks, register_evaluate_config
 from experiments.sweep.cells import cells, register_sweep_config
 from experiments.training.check import accumulation, check
 from models import Transformer

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from data import MQARDataConfig
@@ -44,6 +45,10 @@ class EvaluateConfig:
     harness_fewshot: int | None = None  # solved examples before each question; null = as the task says
     # What routing looks at in a run trained on text; a run trained on MQAR is probed on MQAR.
     probes: list[str] = field(default_factory=lambda: ["niah_single_2", "niah_multikey_2", "niah_values"])
+
+
+def register_evaluate_config() -> None:
+    ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
 
 
 def expand(names: list[str]) -> list[str]:

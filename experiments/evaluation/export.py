@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from experiments.config import load_config
 from experiments.errors import user_errors
-from experiments.training.run_dir import CONFIG
+from experiments.files import CONFIG
 from experiments.training.weights import find_weights
 from models.hf import write_folder
 

@@ -16,7 +16,7 @@ from omegaconf import MISSING, DictConfig
 from data import PackedDataConfig, TextTokenizer, build_tokenizer
 from experiments.config import to_config
 from experiments.errors import user_errors
-from experiments.evaluation.evaluate import build_model, locate
+from experiments.evaluation.target import build_model, locate
 from experiments.files import CONFIGS
 from models.generate import generate
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dashattn.stats import AttentionStats
 from data import TextTokenizer
-from experiments.evaluation.evaluate import build_model, locate, validation_stream
+from experiments.evaluation.target import build_model, locate, validation_stream
 from experiments.evaluation.tasks.base import SparsityTally
 from models import Transformer
 from models.generate import generate

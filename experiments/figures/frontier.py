@@ -14,9 +14,8 @@ from statistics import mean
 from typing import NamedTuple
 
 from data.tasks import SUITES
-from experiments.files import read_rows
+from experiments.files import RESULTS, read_rows
 
-RESULTS = "results.jsonl"
 HIGHER_IS_BETTER = {
     **dict.fromkeys(("accuracy", "match", "acc", "acc_norm", "exact_match"), True),
     **dict.fromkeys(("nats", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"), False),

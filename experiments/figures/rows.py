@@ -6,11 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from experiments.figures.frontier import RESULTS, newest
-from experiments.files import read_rows
-
-METRICS, SPEED, NUMERICS = "metrics.jsonl", "speed.jsonl", "numerics.jsonl"
-THROUGHPUT, PARALLEL = "throughput.jsonl", "parallel.jsonl"
+from experiments.figures.frontier import newest
+from experiments.files import METRICS, NUMERICS, RESULTS, SCALING, SPEED, THROUGHPUT, read_rows
 
 
 @dataclass(frozen=True)
@@ -43,11 +40,11 @@ def load_study(root: Path) -> Study:
             training.setdefault(row.get("run") or path.parent.name, []).append(row)
     found = {
         name: [row for path in sorted(root.rglob(name)) for row in read_rows(path)]
-        for name in (RESULTS, SPEED, NUMERICS, THROUGHPUT, PARALLEL)
+        for name in (RESULTS, SPEED, NUMERICS, THROUGHPUT, SCALING)
     }
     if not training and not any(found.values()):
         raise ValueError(f"no rows in {root}: name directories of runs, of studies or of measurements")
-    measured = (found[name] for name in (SPEED, NUMERICS, THROUGHPUT, PARALLEL))
+    measured = (found[name] for name in (SPEED, NUMERICS, THROUGHPUT, SCALING))
     return Study(root.resolve().name, newest(found[RESULTS]), training, *measured)
 
 

@@ -16,10 +16,9 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from experiments.errors import user_errors
-from experiments.files import read_rows, write_atomically
+from experiments.files import CONFIG, METRICS, read_rows, write_atomically
 from experiments.plots import COLOURS
-from experiments.training.metrics import METRICS
-from experiments.training.run_dir import CONFIG, flat
+from experiments.training.run_dir import flat
 
 PAGE = "report.html"
 

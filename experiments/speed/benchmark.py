@@ -24,14 +24,14 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.errors import user_errors
-from experiments.files import CONFIGS, ROOT, append_rows
+from experiments.files import CONFIGS, ROOT, SPEED, append_rows
 from experiments.speed.decode import Decoding, Result
 from experiments.speed.inputs import PATTERNS, Problem, Shape, make_problem
 from experiments.speed.measure import extra_mib, failed_check, graph_ms, measure, passes, run_jax, summary
 from experiments.speed.methods import BACKENDS, Method, UnavailableError, explain
 from experiments.speed.peers import BASELINES
 from experiments.speed.report import write_report
-from experiments.speed.rows import DENSE, FLASH_3, PASSES, ROWS
+from experiments.speed.rows import DENSE, FLASH_3, PASSES
 from models.config import ModelConfig
 
 # Longer calls hide what the host does for the next one: they are not measured as CUDA graphs.
@@ -291,7 +291,7 @@ def provenance(device: str) -> dict:
 
 def run(config: SpeedConfig, device: str, say: Callable[[str], None] = print) -> None:
     """Measures, and writes every row as soon as it is there."""
-    path = Path(config.output_dir) / ROWS
+    path = Path(config.output_dir) / SPEED
     path.parent.mkdir(parents=True, exist_ok=True)
     for row in Benchmark(config, device).rows():
         # JSON has no NaN, which is what a broken kernel's error can be; the check has already failed it.

@@ -24,12 +24,11 @@ from dashattn.backends import (
     NSAConfig,
     build_backend,
 )
+from experiments.config import DTYPES
 from experiments.errors import user_errors
-from experiments.files import append_rows, read_rows
+from experiments.files import NUMERICS, append_rows, read_rows
 
-ROWS = "numerics.jsonl"
 SHAPE = AttentionShape(hidden_size=512, num_heads=8, num_kv_heads=2, head_dim=64)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Sparse enough at 1000 tokens that selections matter.
 CONFIGS: dict[str, AttentionConfig] = {
     "full": FullConfig(),
@@ -85,14 +84,14 @@ def write_numerics(root: Path, length: int) -> int:
         "torch": torch.__version__,
     }
     keys = (*common, "backend", "dtype")
-    done = {tuple(row[key] for key in keys) for row in read_rows(root / ROWS)}
+    done = {tuple(row[key] for key in keys) for row in read_rows(root / NUMERICS)}
     count = 0
     for name in CONFIGS:
         for dtype in dtypes:
             columns = common | {"backend": name, "dtype": dtype}
             if tuple(columns[key] for key in keys) not in done:
                 rows = [columns | row for row in measure(name, dtype, length, device)]
-                append_rows(root / ROWS, rows)
+                append_rows(root / NUMERICS, rows)
                 count += len(rows)
     return count
 
@@ -105,7 +104,7 @@ def main(arguments: Sequence[str]) -> None:
         if length < 1:
             raise ValueError(f"LENGTH is {length}: at least 1 is needed")
         count = write_numerics(Path(arguments[0]), length)
-    print(f"{count} new rows in {Path(arguments[0]) / ROWS}")
+    print(f"{count} new rows in {Path(arguments[0]) / NUMERICS}")
 
 
 if __name__ == "__main__":

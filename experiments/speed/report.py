@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from experiments.errors import user_errors
-from experiments.files import read_rows, write_atomically
+from experiments.files import SPEED, read_rows, write_atomically
 from experiments.plots import COLOURS, pyplot, save
 from experiments.speed.rows import (
     CASE,
@@ -22,7 +22,6 @@ from experiments.speed.rows import (
     MARKS,
     MODEL_DECODE,
     PASSES,
-    ROWS,
     STAGES,
     batch,
     curves,
@@ -303,10 +302,10 @@ def write_report(root: Path) -> str:
     Raises:
         ValueError: there are no rows.
     """
-    rows = read_rows(root / ROWS)
+    rows = read_rows(root / SPEED)
     if not rows:
         raise ValueError(
-            f"no rows in {root / ROWS}: run `python -m experiments.speed output_dir={root}` on a GPU first"
+            f"no rows in {root / SPEED}: run `python -m experiments.speed output_dir={root}` on a GPU first"
         )
     table = to_markdown(rows)
     write_atomically(root / "speed.md", table)

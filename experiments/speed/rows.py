@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-ROWS = "speed.jsonl"
 FORWARD, BOTH = PASSES = ("forward", "forward+backward")
 # One token against a cache: a layer's attention, whose row has the time of one layer, and a whole model.
 DECODE, MODEL_DECODE = DECODE_PASSES = ("decode", "decode, whole model")

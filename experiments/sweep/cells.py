@@ -24,11 +24,8 @@ from omegaconf import MISSING
 
 from experiments.config import LauncherConfig
 from experiments.errors import REQUEUE
-from experiments.files import ROOT, write_atomically
+from experiments.files import CELL, PLAN, ROOT, write_atomically
 from experiments.signals import Children
-
-CELL = "cell.json"
-PLAN = "cells.json"
 
 
 @dataclass

@@ -14,12 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.errors import user_errors
-from experiments.figures.frontier import RESULTS
-from experiments.files import read_rows, write_atomically
-from experiments.sweep.cells import CELL, record_done
-from experiments.training.metrics import METRICS
-
-CELLS = "cells.jsonl"
+from experiments.files import CELL, CELLS, METRICS, RESULTS, read_rows, write_atomically
+from experiments.sweep.cells import record_done
 
 
 def collect(source: Path, target: Path) -> dict[str, int]:

@@ -9,10 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.errors import user_errors
-from experiments.files import read_rows
+from experiments.files import LOCK, METRICS, read_rows
 from experiments.sweep.cells import Cell, last_words, read_plan
-from experiments.training.metrics import METRICS
-from experiments.training.run_dir import LOCK
 from slurm.submit import queue, read_jobs
 
 

@@ -7,11 +7,10 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from experiments.files import read_rows, write_atomically
+from experiments.files import THROUGHPUT, read_rows, write_atomically
 from experiments.plots import grid, save, styles
 from experiments.speed.report import in_a_cell, print_report, provenance_lines, tokens
 
-ROWS = "throughput.jsonl"
 CASE = ("backend", "length", "pattern", "micro_batch_tokens", "compile", "activation_checkpointing")
 PANELS = {
     "tokens_per_s": "tokens per second",
@@ -129,9 +128,11 @@ def write_report(root: Path) -> str:
     Raises:
         ValueError: there are no measurements.
     """
-    rows = read_rows(root / ROWS)
+    rows = read_rows(root / THROUGHPUT)
     if not any(row["status"] == "ok" for row in rows):
-        raise ValueError(f"no measurements in {root / ROWS}: run `python -m experiments.throughput output_dir={root}`")
+        raise ValueError(
+            f"no measurements in {root / THROUGHPUT}: run `python -m experiments.throughput output_dir={root}`"
+        )
     table = to_markdown(rows)
     write_atomically(root / "throughput.md", table)
     draw(rows, root / "throughput")

@@ -23,9 +23,9 @@ from omegaconf import MISSING, DictConfig
 from dashattn.backends import BACKENDS
 from experiments.config import TrainConfig, to_config
 from experiments.errors import user_errors
-from experiments.files import CONFIGS, append_rows, read_rows
+from experiments.files import CONFIGS, SCALING, append_rows, read_rows
 from experiments.speed.benchmark import provenance
-from experiments.throughput.scaling_report import ROWS, case_of, write_report
+from experiments.throughput.scaling_report import case_of, write_report
 from experiments.throughput.steps import attempt, time_steps
 from experiments.training.check import check
 from experiments.training.ranks import Ranks, init_ranks, world_size
@@ -151,7 +151,7 @@ def main(cfg: DictConfig) -> None:
     with user_errors():
         config = to_config(cfg)
         check_parallel(config, world_size())
-        path = Path(config.output_dir).expanduser() / ROWS
+        path = Path(config.output_dir).expanduser() / SCALING
         path.parent.mkdir(parents=True, exist_ok=True)
         ranks = init_ranks("cuda" if torch.cuda.is_available() else "cpu")
         start = time.monotonic()

@@ -7,12 +7,11 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from experiments.files import read_rows, write_atomically
+from experiments.files import SCALING, read_rows, write_atomically
 from experiments.plots import grid, save, styles
 from experiments.speed.report import in_a_cell, print_report, tokens
 from experiments.throughput.report import sections
 
-ROWS = "parallel.jsonl"
 # What the ranks compute together, and how: rows that agree in the first are compared.
 WORK = ("backend", "length", "tokens_per_step", "tokens_per_micro_batch", "compile", "activation_checkpointing")
 WAY = ("ranks", "stage", "shares_rows", "warmup", "steps")
@@ -141,9 +140,11 @@ def write_report(root: Path) -> str:
     Raises:
         ValueError: there are no rows.
     """
-    rows = read_rows(root / ROWS)
+    rows = read_rows(root / SCALING)
     if not rows:
-        raise ValueError(f"no rows in {root / ROWS}: run `python -m experiments.throughput.scaling output_dir={root}`")
+        raise ValueError(
+            f"no rows in {root / SCALING}: run `python -m experiments.throughput.scaling output_dir={root}`"
+        )
     table = to_markdown(rows)
     write_atomically(root / "parallel.md", table)
     return table

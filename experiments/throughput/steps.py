@@ -25,10 +25,10 @@ from dashattn.backends import BACKENDS
 from data import Batch, build_data
 from experiments.config import TrainConfig, to_config
 from experiments.errors import user_errors
-from experiments.files import CONFIGS, append_rows
+from experiments.files import CONFIGS, THROUGHPUT, append_rows
 from experiments.speed.benchmark import explain, provenance
 from experiments.speed.inputs import NEIGHBOURS, PATTERNS
-from experiments.throughput.report import CASE, ROWS, write_report
+from experiments.throughput.report import CASE, write_report
 from experiments.training.check import check
 from experiments.training.engine import forward
 from experiments.training.metrics import attention_metrics, peak_memory_mib
@@ -292,7 +292,7 @@ class Benchmark:
 
 def run_benchmark(config: ThroughputConfig, device: str, say: Callable[[str], None] = print) -> None:
     """Measures, and writes every row as soon as it is there."""
-    path = Path(config.output_dir) / ROWS
+    path = Path(config.output_dir) / THROUGHPUT
     path.parent.mkdir(parents=True, exist_ok=True)
     for row in Benchmark(config, device).rows():
         append_rows(path, [row])

@@ -13,7 +13,6 @@ from pathlib import Path
 from experiments.errors import Stopped
 from experiments.files import append_rows
 
-ANOMALIES = "anomalies.jsonl"
 _WINDOW = 64  # losses that a spike is seen against
 _LEAST = 16  # of them, before which nothing is a spike
 _SIGMAS = 6.0

@@ -5,17 +5,17 @@ from dataclasses import replace
 import torch
 
 from dashattn.backends import AttentionShape, build_backend
-from experiments.config import TrainConfig
+from experiments.config import DTYPES, TrainConfig
 from experiments.training.ranks import world_size
 
 SCHEDULES = ("constant", "cosine", "wsd")
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+PRECISIONS = ("auto", *DTYPES)
 DEVICES = ("auto", "cpu", "cuda")
 LOGGER_MODES = ("off", "offline", "online")
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
-    """`config` with every `auto` replaced by what it means on this machine, so that a resume elsewhere notices."""
+    """``config`` with every ``auto`` replaced by what it means on this machine, so that a resume elsewhere notices."""
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -27,10 +27,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from experiments.errors import Stopped
-from experiments.files import sha256, sync, write_atomically
+from experiments.files import WEIGHTS, sha256, sync, write_atomically
 from experiments.training.engine import consolidated_weights
 
-WEIGHTS = "model.safetensors"
 STATE = "state.json"
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -42,7 +41,7 @@ def step_name(step: int) -> str:
 
 
 def latest_checkpoint(checkpoints: Path, damaged: Mapping[str, str] = MappingProxyType({})) -> Path | None:
-    """The newest checkpoint up to the one that `latest` names; None if there was never one.
+    """The newest checkpoint up to the one that ``latest`` names; None if there was never one.
 
     Args:
         damaged: names of those to leave out -> why.
@@ -97,7 +96,7 @@ def read_state(checkpoint: Path) -> dict:
 
 
 def save_checkpoint(checkpoints: Path, state: dict, engine, ranks, *, keep: int, keep_every: int) -> Path:
-    """Write checkpoints/step-<state["step"]> and let `latest` name it; all ranks must call it. Returns its path.
+    """Write checkpoints/step-<state["step"]> and let ``latest`` name it; all ranks must call it. Returns its path.
 
     Args:
         keep: number of newest checkpoints to leave, 0 = all.
@@ -151,7 +150,7 @@ def write_checkpoint(target: Path, state: dict, engine, ranks) -> None:
 
 
 def seal(folder: Path, ranks) -> None:
-    """Force all files of `folder` to disk and write their manifest; all ranks must call it, and share the work."""
+    """Force all files of ``folder`` to disk and write their manifest; all ranks must call it, and share the work."""
     ranks.barrier()  # every rank has written its files
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     own = {}
@@ -168,7 +167,7 @@ def seal(folder: Path, ranks) -> None:
 def _remove_old(checkpoints: Path, newest: str, keep: int, keep_every: int) -> None:
     if not keep:
         return
-    # Later ones than `newest` are of a run that was set back to an earlier checkpoint: they do not count.
+    # Later ones than ``newest`` are of a run that was set back to an earlier checkpoint: they do not count.
     for old in sorted(path for path in checkpoints.glob("step-*") if path.name <= newest)[:-keep]:
         if not keep_every or int(old.name.removeprefix("step-")) % keep_every:
             _remove(old)
@@ -182,7 +181,7 @@ def _remove(checkpoint: Path) -> None:
 
 
 def load_checkpoint(checkpoint: Path, engine, ranks, *, reshard: bool = False) -> None:
-    """Put a checkpoint's weights and optimizer state into `engine`; all ranks must call it.
+    """Put a checkpoint's weights and optimizer state into ``engine``; all ranks must call it.
 
     Args:
         reshard: the checkpoint is of another number of ranks or ZeRO stage: take the way through DeepSpeed's universal

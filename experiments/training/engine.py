@@ -33,7 +33,7 @@ def deepspeed_json(
     result = {
         "train_micro_batch_size_per_gpu": rows,
         "gradient_accumulation_steps": micro_batches,
-        # At stage 0 `optimizer_step` clips, because DeepSpeed would not tell the norm.
+        # At stage 0 ``optimizer_step`` clips, because DeepSpeed would not tell the norm.
         "gradient_clipping": 0.0 if stage == 0 else config.optim.grad_clip,
         # Buckets of 5e8 elements, DeepSpeed's default, would take gigabytes beside a small model.
         "zero_optimization": {
@@ -55,7 +55,7 @@ def deepspeed_json(
 
 
 def build_engine(model: Transformer, optimizer: torch.optim.Optimizer, json: dict):
-    """`model` and `optimizer` under DeepSpeed, which moves them to the device and broadcasts rank 0's weights."""
+    """``model`` and ``optimizer`` under DeepSpeed, which moves them to the device and broadcasts rank 0's weights."""
     import deepspeed
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
@@ -133,9 +133,9 @@ def optimizer_step(engine, grad_clip: float) -> Tensor | None:
 
 def gradient_norms(engine) -> dict[str, float]:
     """L2 norms of a step's gradient, before clipping, over all layers: of each vector that the attention backends hold
-    themselves (`grad_norm_chunk_query`, say), and of all parameters of theirs, the router (`grad_norm_router`).
+    themselves (``grad_norm_chunk_query``, say), and of all parameters of theirs, the router (``grad_norm_router``).
 
-    To be called between the step's last backward pass and `optimizer_step`; all ranks must call it.
+    To be called between the step's last backward pass and ``optimizer_step``; all ranks must call it.
     """
     from deepspeed.utils import safe_get_full_grad
 
@@ -180,7 +180,7 @@ def validation_loss(engine, stream: BatchStream, ranks: Ranks) -> float:
 
 
 def consolidated_weights(engine, main: bool) -> dict[str, Tensor]:
-    """Full weights and persistent buffers on the CPU, in the dtype the forward pass uses; empty unless `main`.
+    """Full weights and persistent buffers on the CPU, in the dtype the forward pass uses; empty unless ``main``.
 
     All ranks must call it: at stage 3 each parameter is gathered from all of them, one at a time.
     """

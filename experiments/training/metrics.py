@@ -15,9 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dashattn.stats import AttentionStats
 from experiments.config import TrainConfig, plain
-from experiments.files import read_rows, write_atomically
+from experiments.files import METRICS, read_rows, write_atomically
 
-METRICS = "metrics.jsonl"
 _SHOWN = (
     *("split", "loss", "lr", "grad_norm", "tokens_per_s", "data_wait", "mfu_causal", "mfu_sparse"),
     *("causal_sparsity", "alpha"),

@@ -59,7 +59,7 @@ class Ranks:
         return total.tolist()
 
     def gather(self, value: Any) -> list[Any]:
-        """`value` of every rank, in the order of ranks."""
+        """``value`` of every rank, in the order of ranks."""
         if self.world_size == 1:
             return [value]
         gathered: list[Any] = [None] * self.world_size
@@ -67,7 +67,7 @@ class Ranks:
         return gathered
 
     def gather_readers(self, value: Any) -> list[Any]:
-        """`value` of every reader, which is the same on all ranks that share its rows."""
+        """``value`` of every reader, which is the same on all ranks that share its rows."""
         return self.gather(value)[:: self.sequence_parallel]
 
     def barrier(self) -> None:
@@ -79,8 +79,8 @@ def init_ranks(device: str, sequence_parallel: int = 1) -> Ranks:
     """Start the process group, once per process; a process without a launcher is a group of its own.
 
     Args:
-        device: `cpu` or `cuda`; a rank takes the GPU of its LOCAL_RANK.
-        sequence_parallel: as in `Ranks`; divides the number of ranks.
+        device: ``cpu`` or ``cuda``; a rank takes the GPU of its LOCAL_RANK.
+        sequence_parallel: as in ``Ranks``; divides the number of ranks.
     """
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed insists on it
     os.environ["DS_ACCELERATOR"] = device

@@ -19,7 +19,8 @@ from dashattn.stats import AttentionStats
 from data import Batch, BatchStream, Prefetched, build_data
 from experiments.config import TrainConfig
 from experiments.errors import Stopped
-from experiments.training.anomalies import ANOMALIES, LossWatch
+from experiments.files import ANOMALIES
+from experiments.training.anomalies import LossWatch
 from experiments.training.check import accumulation
 from experiments.training.checkpoint import load_checkpoint, save_checkpoint, step_name, write_checkpoint
 from experiments.training.engine import (
@@ -45,7 +46,7 @@ from models import Transformer
 
 @dataclass(kw_only=True)
 class Run:
-    """What a step works with, as it changes; `build` makes it."""
+    """What a step works with, as it changes; ``build`` makes it."""
 
     config: TrainConfig  # resolved, with the data's vocabulary
     run_dir: RunDir  # as it was when the run was built
@@ -69,7 +70,7 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
     Nothing is written before every rank has looked at the run directory and everything that can be refused was.
 
     Args:
-        config: as `training.check.check` returns it.
+        config: as ``training.check.check`` returns it.
         overrides: of the command line, for the record.
         resources: takes what has to be closed when the run ends.
 
@@ -150,7 +151,7 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
 
 
 def _open_data(config: TrainConfig, ranks: Ranks, rows: int) -> tuple[BatchStream, BatchStream]:
-    """This rank's training and validation streams, in batches of `rows` rows."""
+    """This rank's training and validation streams, in batches of ``rows`` rows."""
     train, validation = (
         build_data(
             config.data,
@@ -167,7 +168,7 @@ def _open_data(config: TrainConfig, ranks: Ranks, rows: int) -> tuple[BatchStrea
 
 
 def _with_vocabulary(config: TrainConfig, vocab_size: int) -> TrainConfig:
-    """`config` with a vocabulary that holds the data's `vocab_size` tokens."""
+    """``config`` with a vocabulary that holds the data's ``vocab_size`` tokens."""
     own = config.model.vocab_size or vocab_size
     if own < vocab_size:
         raise ValueError(
@@ -177,7 +178,7 @@ def _with_vocabulary(config: TrainConfig, vocab_size: int) -> TrainConfig:
 
 
 def _build_engine(model: Transformer, config: TrainConfig, ranks: Ranks, json: dict):
-    """`model` on its device, as DeepSpeed trains it."""
+    """``model`` on its device, as DeepSpeed trains it."""
     model.to(ranks.device)
     model.checkpoint_activations = config.activation_checkpointing
     if ranks.sequence is not None:
@@ -213,7 +214,7 @@ class Read(NamedTuple):
 
 
 def read_step(run: Run, *, is_to_stop: bool = False) -> Read:
-    """Read a step's batches, and agree on what befell one of the ranks, as when this one `is_to_stop`."""
+    """Read a step's batches, and agree on what befell one of the ranks, as when this one ``is_to_stop``."""
     position = run.train_data.state_dict()
     with run.clock.waiting():
         batches, error = read_batches(run)
@@ -245,7 +246,7 @@ class Update(NamedTuple):
 
 
 def take_step(run: Run, step: int, read: Read, *, with_norms: bool = False, with_stats: bool = False) -> Update:
-    """Optimizer step `step`, on what was read for it.
+    """Optimizer step ``step``, on what was read for it.
 
     The host waits for the device at one place, where it must know that the gradient is finite; while the weights are
     updated it is ahead, with the next step's data.
@@ -274,7 +275,7 @@ def take_step(run: Run, step: int, read: Read, *, with_norms: bool = False, with
 
 
 def judge(run: Run, step: int, read: Read, done: Update) -> str | None:
-    """`skipped`, `spike` or None; what went wrong is recorded with the place in the data that it happened at.
+    """``skipped``, ``spike`` or None; what went wrong is recorded with the place in the data that it happened at.
 
     Raises:
         Stopped: too many steps in a row were skipped.
@@ -310,14 +311,14 @@ def _host_norm(done: Update) -> float:
 
 
 def validate(run: Run, step: int) -> None:
-    """Write the validation loss after `step` to metrics.jsonl."""
+    """Write the validation loss after ``step`` to metrics.jsonl."""
     loss = validation_loss(run.engine, run.validation_data, run.ranks)
     run.metrics.write({"step": step, "split": "validation", "tokens": run.tokens, "loss": loss})
     run.clock.restart()
 
 
 def save(run: Run, step: int, position: dict | None = None) -> None:
-    """Write a checkpoint of the run after `step`.
+    """Write a checkpoint of the run after ``step``.
 
     Args:
         position: of this rank's data there; None = where they are now.
@@ -330,7 +331,7 @@ def save(run: Run, step: int, position: dict | None = None) -> None:
 
 
 def stop_without_data(run: Run, step: int, read: Read) -> Stopped:
-    """Save the steps before `step`, whose data did not come. Returns what to raise."""
+    """Save the steps before ``step``, whose data did not come. Returns what to raise."""
     if run.saved < step - 1:
         save(run, step - 1, read.position)
     return Stopped(
@@ -340,7 +341,7 @@ def stop_without_data(run: Run, step: int, read: Read) -> Stopped:
 
 
 def _state(run: Run, step: int, position: dict) -> dict:
-    """state.json of a checkpoint after `step`, with the data of this rank at `position`."""
+    """state.json of a checkpoint after ``step``, with the data of this rank at ``position``."""
     return {
         "step": step,
         "tokens": run.tokens,

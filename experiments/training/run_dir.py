@@ -30,16 +30,11 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from experiments.config import TrainConfig, plain
-from experiments.files import ROOT, write_atomically
-from experiments.training.anomalies import ANOMALIES
+from experiments.files import ANOMALIES, CONFIG, LOCK, METRICS, ROOT, START, SUBMITTED, write_atomically
 from experiments.training.checkpoint import LATEST, STATE, damage, latest_checkpoint, read_state
-from experiments.training.metrics import METRICS, drop_rows_after
+from experiments.training.metrics import drop_rows_after
 from experiments.training.ranks import world_size
 
-CONFIG = "config.yaml"
-SUBMITTED = "slurm"  # folder of what Slurm was given, and its logs; written before the run begins
-LOCK = ".lock"
-START = "start.json"
 SNAPSHOT = "snapshot.json"  # in a copy of the code: the state of the checkout it was made from
 # A resumed run may say these otherwise: they change what is written and kept, or, like the number of ranks, how the
 # work is divided, but not what is learned beyond rounding.

@@ -6,7 +6,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dashattn.backends import AttentionBackend
-from experiments.training.checkpoint import STATE, WEIGHTS, damage, latest_checkpoint
+from experiments.files import WEIGHTS
+from experiments.training.checkpoint import STATE, damage, latest_checkpoint
 from models.hf import is_hf_folder, read_weights
 
 
@@ -32,7 +33,7 @@ def find_weights(source: str | Path) -> Path:
 
 
 def load_weights(model: nn.Module, path: Path) -> list[str]:
-    """Load what `find_weights` found; returns the names of the parameters that it lacks and that stay as built.
+    """Load what ``find_weights`` found; returns the names of the parameters that it lacks and that stay as built.
 
     Only parameters that belong to an attention backend may be lacking: they are what one backend has and another
     has not (DashAttention's chunk queries over a dense checkpoint).

@@ -13,8 +13,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from experiments.files import read_rows
-from experiments.training.metrics import METRICS
+from experiments.files import METRICS, read_rows
 from tests.experiments.training.test_train_cli import LOST_RANK, deepspeed, torchrun
 
 ROOT = Path(__file__).parents[2]

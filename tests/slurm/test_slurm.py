@@ -14,10 +14,9 @@ import pytest
 from rich.console import Console
 
 from experiments.config import LauncherConfig
-from experiments.files import read_rows
+from experiments.files import METRICS, read_rows
 from experiments.sweep.cells import ArmConfig, StudyConfig, SweepConfig
 from experiments.sweep.status import status
-from experiments.training.metrics import METRICS
 from slurm.submit import queue, read_jobs, submit_run, submit_sweep
 from train import train
 

@@ -9,13 +9,12 @@ sparsity   causal sparsity of every layer and KV head, and active tokens by posi
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import IGNORE, BatchStream, DataConfig, MQARDataConfig, build_data
+from data import IGNORE, BatchStream, DataConfig, MQARDataConfig
 from experiments.evaluation.tasks.base import Setting, SparsityTally, Task, quantiles, row
 
 STREAM_TASKS = ("loss", "position", "recall", "sparsity")
@@ -59,10 +58,6 @@ class StreamTask(Task):
         for name in names:
             for scores in SCORES[name](tally):
                 yield tally.sparsity.columns() | scores
-
-
-def build_stream(data: DataConfig, seed: int, rows_per_batch: int, cache_dir: Path) -> BatchStream:
-    return build_data(data, split="validation", seed=seed, rows=rows_per_batch, cache_dir=cache_dir)
 
 
 def first_queries(input_ids_BT: Tensor, targets_BT: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ from hydra import compose, initialize_config_dir
 import train
 from data import IGNORE, build_data
 from experiments.config import to_config
-from experiments.evaluation.evaluate import EvaluateConfig, build_model, evaluate, find_target
+from experiments.evaluation.config import EvaluateConfig
+from experiments.evaluation.evaluate import evaluate, find_target
+from experiments.evaluation.target import build_model
 from experiments.evaluation.tasks import streams
 from experiments.files import read_rows
 

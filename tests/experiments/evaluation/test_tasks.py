@@ -12,12 +12,13 @@ from dashattn.selection import Selection
 from data import build_data
 from experiments.config import to_config
 from experiments.evaluation.config import EvaluateConfig
-from experiments.evaluation.evaluate import build_model, evaluate, find_target, validation_stream
+from experiments.evaluation.evaluate import evaluate, find_target
+from experiments.evaluation.select import build_tasks
+from experiments.evaluation.target import build_model, validation_stream
 from experiments.evaluation.tasks import decoding, generated
 from experiments.evaluation.tasks.base import Setting, SparsityTally
 from experiments.evaluation.tasks.decoding import token_ms
 from experiments.evaluation.tasks.routing import Measured, Probe, mqar_probes, observe, score_routing
-from experiments.evaluation.tasks.select import build_tasks
 from experiments.evaluation.tasks.streams import MQARForm, data_at, first_queries
 from experiments.files import read_rows
 

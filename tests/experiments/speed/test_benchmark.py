@@ -14,7 +14,7 @@ from dashattn.ops.block_sparse.reference import block_sparse_attention
 from dashattn.ops.chunk_summary.reference import chunk_summary
 from dashattn.ops.dash_routing.reference import dash_routing
 from dashattn.stats import selection_stats
-from experiments.files import append_rows, read_rows
+from experiments.files import SPEED, append_rows, read_rows
 from experiments.speed import benchmark as speed
 from experiments.speed import report as speed_report
 from experiments.speed import rows as speed_rows
@@ -147,7 +147,7 @@ def rows_of(monkeypatch, tmp_path):
         monkeypatch.setattr(speed, "graph_ms", lambda call, *_: 1.5)
         lines = []
         speed.run(make_config(tmp_path, dtype="bf16", **changes), "cpu", lines.append)
-        found = read_rows(tmp_path / speed_rows.ROWS)
+        found = read_rows(tmp_path / SPEED)
         assert len(lines) == len(found)
         return found, len(timed)
 
@@ -414,7 +414,7 @@ def test_short_calls_stand_beside_their_graphs():
 
 def test_report_from_committed_rows(tmp_path, capsys):
     rows = [*a_run(), *(row | {"device": "another GPU"} for row in a_run("b"))]
-    append_rows(tmp_path / speed_rows.ROWS, rows)
+    append_rows(tmp_path / SPEED, rows)
     speed_report.main([str(tmp_path)])
     out = capsys.readouterr().out
     assert "some GPU" in out
@@ -432,7 +432,7 @@ def test_a_report_without_rows_is_refused(tmp_path, capsys):
 
 
 def test_rows_are_appended_whole_and_half_a_row_is_dropped(tmp_path):
-    path = tmp_path / speed_rows.ROWS
+    path = tmp_path / SPEED
     append_rows(path, [{"a": 1}])
     with path.open("a") as file:
         file.write('{"a": 2')

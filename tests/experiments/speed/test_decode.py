@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 from dashattn.selection import Selection
-from experiments.files import read_rows
+from experiments.files import SPEED, read_rows
 from experiments.speed import benchmark as speed
 from experiments.speed import decode as speed_decode
 from experiments.speed import report as speed_report
@@ -47,7 +47,7 @@ def rows_of(monkeypatch, tmp_path):
         config = make_config(tmp_path, **changes)
         speed.check(config)
         speed.run(config, DEVICE, lambda line: None)
-        return read_rows(tmp_path / speed_rows.ROWS)
+        return read_rows(tmp_path / SPEED)
 
     return rows
 

@@ -13,10 +13,11 @@ import pytest
 from filelock import FileLock
 from rich.console import Console
 
+from experiments.files import CELL
 from experiments.signals import Children
 from experiments.sweep import __main__ as sweep
 from experiments.sweep.__main__ import run_sweep
-from experiments.sweep.cells import CELL, ArmConfig, Outcome, StudyConfig, SweepConfig, cells, read_plan, write_plan
+from experiments.sweep.cells import ArmConfig, Outcome, StudyConfig, SweepConfig, cells, read_plan, write_plan
 from experiments.sweep.collect import collect, restore
 from experiments.sweep.status import status
 

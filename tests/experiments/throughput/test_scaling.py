@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from experiments.config import to_config
-from experiments.files import append_rows, read_rows
+from experiments.files import SCALING, append_rows, read_rows
 from experiments.throughput import scaling as parallel
 from experiments.throughput import scaling_report as parallel_report
 from experiments.throughput.scaling import Mode, cases, check_parallel, measure
@@ -38,7 +38,7 @@ def rows_of(config, path):
 
 def test_one_rank_measures_what_is_missing(config, tmp_path):
     check_parallel(config, 1)
-    path = tmp_path / parallel.ROWS
+    path = tmp_path / SCALING
     first, second = rows_of(config, path)
     assert read_rows(path) == [first, second]
     assert (first["length"], second["length"], second["stage"], second["shares_rows"]) == (64, 128, 1, False)
@@ -59,7 +59,7 @@ def test_a_failure_is_a_row_and_the_others_are_measured(config, tmp_path, monkey
         return {"tokens_per_s": 1.0}
 
     monkeypatch.setattr(parallel, "time_steps", time_steps)
-    failed, other = rows_of(config, tmp_path / parallel.ROWS)
+    failed, other = rows_of(config, tmp_path / SCALING)
     assert (failed["status"], failed["detail"]) == ("error", "RuntimeError: a kernel failed")
     assert other["status"] == "ok"
 
@@ -127,7 +127,7 @@ def test_the_table_compares_with_one_device_at_the_same_work(tmp_path):
         ROW | {"ranks": 2, "tokens_per_s": 90.0, "losses": [5.0, 4.0], "compile": False, "stage": 3},
         ROW | {"ranks": 2, "stage": 2, "status": "out of memory", "detail": "a | b"},
     ]
-    append_rows(tmp_path / parallel.ROWS, rows)
+    append_rows(tmp_path / SCALING, rows)
     table = parallel_report.write_report(tmp_path)
     assert (tmp_path / "parallel.md").read_text() == table
     lines = [line for line in table.splitlines() if line.startswith("| 8k")]
@@ -145,7 +145,7 @@ def test_a_report_needs_rows(tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_have_the_losses_of_one_and_start_again_after_a_failure(config, train_overrides, tmp_path):
-    rows_of(config, tmp_path / parallel.ROWS)
+    rows_of(config, tmp_path / SCALING)
     long = STEP | {"length": 2**20, "tokens_per_step": 2**21, "tokens_per_micro_batch": 2**20}  # more than the data has
     modes = {"zero1": long, "zero2": MODES["zero1"] | {"stage": 2}, "zero3": MODES["shared"]}
     overrides = [f"modes.{name}={mode}".replace("'", "") for name, mode in modes.items()]
@@ -153,7 +153,7 @@ def test_two_ranks_have_the_losses_of_one_and_start_again_after_a_failure(config
     launcher = torchrun(2, "--max-restarts", "1", "-m")
     done = command([*overrides, "backends=[full]"], *launcher, script="experiments.throughput.scaling")
     assert done.returncode == 0, done.stderr
-    alone, shared_alone, *failed, together, shared = read_rows(tmp_path / parallel.ROWS)
+    alone, shared_alone, *failed, together, shared = read_rows(tmp_path / SCALING)
     assert {row["status"] for row in failed} == {"error"}
     assert (together["ranks"], together["stage"]) == (2, 2)
     assert together["losses"] == pytest.approx(alone["losses"], rel=1e-5)

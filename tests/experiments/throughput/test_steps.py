@@ -8,7 +8,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from experiments.config import to_config
-from experiments.files import append_rows, read_rows
+from experiments.files import THROUGHPUT, append_rows, read_rows
 from experiments.speed.inputs import NEIGHBOURS
 from experiments.throughput import report as throughput_report
 from experiments.throughput import steps as throughput
@@ -47,7 +47,7 @@ def test_settings_compete_and_the_fastest_measures_every_backend(make_benchmark,
     check_throughput(config)
     config.lengths, config.sparsity = [128, 256], 0.2
     run_benchmark(config, "cpu")
-    rows = read_rows(tmp_path / throughput.ROWS)
+    rows = read_rows(tmp_path / THROUGHPUT)
     assert all(row["status"] == "ok" for row in rows)
     trials, others, loader = rows[:2], rows[2:-1], rows[-1]
     assert [case(row) for row in trials] == [("full", 128, None, 512), ("full", 128, None, 1024)]
@@ -184,7 +184,7 @@ def test_the_table_compares_with_the_fastest_dense_run_of_the_length(tmp_path):
         make_row("dash", 16384, None, pattern="iid", status="out of time", detail="raise time_budget"),
         make_row("loader", 8192, 2000.0, micro_batch_tokens=None),
     ]
-    append_rows(tmp_path / throughput_report.ROWS, rows)
+    append_rows(tmp_path / THROUGHPUT, rows)
     lines = throughput_report.write_report(tmp_path).splitlines()
     assert "| 8k | full | 32k | yes | no | 75.0% | 100 | 1.00x | 50.0% | 25.0% | 2.0 GiB | 1.0% |" in lines
     assert "| 8k | full | 32k | no | no | 75.0% | 80 | 0.80x | 50.0% | 25.0% | 2.0 GiB | 1.0% |" in lines

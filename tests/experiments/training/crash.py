@@ -22,8 +22,7 @@ from hydra import compose, initialize_config_dir
 
 from data import build_data
 from experiments.config import to_config
-from experiments.files import read_rows
-from experiments.training.metrics import METRICS
+from experiments.files import METRICS, read_rows
 from train import train
 
 ROOT = Path(__file__).parents[3]

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.files import read_rows
-from experiments.training.metrics import METRICS
+from experiments.files import METRICS, read_rows
 from train import train
 
 ROOT = Path(__file__).parents[3]

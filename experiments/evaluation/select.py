@@ -7,12 +7,13 @@ from data import BatchStream, MQARDataConfig
 from data.tasks import SUITES, TEXT_TASKS, Material, PromptEncoder, TaskSet, build_set, held_out_text, read_haystack
 from experiments.config import TrainConfig
 from experiments.evaluation.config import ROUTING, EvaluateConfig, expand
+from experiments.evaluation.target import build_stream
 from experiments.evaluation.tasks.base import Task
 from experiments.evaluation.tasks.decoding import DECODE, DecodingTask
 from experiments.evaluation.tasks.generated import GeneratedTask
 from experiments.evaluation.tasks.lm_eval import PREFIX, HarnessTask
 from experiments.evaluation.tasks.routing import RoutingTask, mqar_probes, text_probes
-from experiments.evaluation.tasks.streams import STREAM_TASKS, StreamTask, build_stream, data_at
+from experiments.evaluation.tasks.streams import STREAM_TASKS, StreamTask, data_at
 
 SAMPLES, PROBES = 100, 32  # where ``rows`` is null
 

@@ -1,0 +1,75 @@
+"""What is evaluated: a checkpoint, its model, and the data it was trained on."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from data import BatchStream, DataConfig, build_data
+from experiments.config import DTYPES, TrainConfig, load_config
+from experiments.files import CONFIG, START, WEIGHTS
+from experiments.training.check import DEVICES, resolve
+from experiments.training.checkpoint import read_state
+from experiments.training.weights import find_weights, load_weights
+from models import Transformer
+
+
+@dataclass(frozen=True)
+class Target:
+    """A checkpoint with the configuration it was trained with."""
+
+    run_dir: Path
+    checkpoint: Path
+    train: TrainConfig
+
+
+def locate(run: str, device: str) -> Target:
+    """The checkpoint that ``run`` names (a run directory's latest, or one of its checkpoints), for a device.
+
+    Raises:
+        ValueError: no such run, or no such device.
+    """
+    checkpoint = find_weights(run).parent
+    run_dir = checkpoint.parent.parent
+    if not (run_dir / CONFIG).exists():
+        raise ValueError(f"{checkpoint} does not lie in a run directory: {run_dir} has no {CONFIG}")
+    if device not in DEVICES:
+        raise ValueError(f"device={device}: choose one of {', '.join(DEVICES)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but PyTorch sees no GPU: use device=cpu")
+    train = load_config(run_dir / CONFIG)
+    return Target(run_dir, checkpoint, resolve(replace(train, device=device)))
+
+
+def trained_knob(train: TrainConfig) -> float | None:
+    return None if train.attention.knob is None else getattr(train.attention, train.attention.knob)
+
+
+def build_model(target: Target) -> Transformer:
+    """The checkpoint's model in evaluation mode, at the step (schedules) it was saved at."""
+    train = target.train
+    model = Transformer(train.model, train.attention)
+    new = load_weights(model, target.checkpoint / WEIGHTS)
+    if new:
+        raise ValueError(f"{target.checkpoint} lacks {', '.join(new)}: it is not a checkpoint of this configuration")
+    model.set_step(read_state(target.checkpoint)["step"])
+    return model.to(train.device, DTYPES[train.deepspeed.precision]).eval()
+
+
+def build_stream(data: DataConfig, seed: int, rows_per_batch: int, cache_dir: Path) -> BatchStream:
+    return build_data(data, split="validation", seed=seed, rows=rows_per_batch, cache_dir=cache_dir)
+
+
+def validation_stream(target: Target) -> BatchStream:
+    """The run's validation batches. Raises ValueError if the corpus or its tokenizer is another than it was trained
+    on."""
+    train = target.train
+    stream = build_stream(train.data, train.seed, 1, Path(train.cache_dir).expanduser())
+    trained = json.loads((target.run_dir / START).read_text())["data"].get("tokens_fingerprint")
+    if trained is not None and stream.describe()["tokens_fingerprint"] != trained:
+        raise ValueError(
+            f"the corpus of data.name={train.data.name} has changed since {target.run_dir} was trained (its "
+            "fingerprint is another), and with it the tokens: restore it, or train again"
+        )
+    return stream
