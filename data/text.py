@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,6 +29,7 @@ class TextStream(BatchStream):
         self,
         config: PackedDataConfig,
         tokenizer: TextTokenizer,
+        names: Sequence[str],  # of the components: the corpus each belongs to
         weights: Sequence[float],
         *,
         split: str,
@@ -41,6 +43,7 @@ class TextStream(BatchStream):
         self.seed = seed if split == "train" else 0  # validation reads the same rows for every seed
         self.rows, self.rank, self.world_size = rows, rank, world_size
         self.vocab_size = tokenizer.vocab_size
+        self.names = tuple(names)
         self.schedule = Schedule(weights, self.seed)
         self.consumed = 0  # rows handed out by all ranks
 
@@ -48,6 +51,7 @@ class TextStream(BatchStream):
         """This rank's part of the next world_size * rows rows."""
         first = self.consumed + self.rank * rows
         batch = collate(list(self._read(first, rows)), self.config.pack)
+        batch.sources = tuple(self.names[self.schedule.place(number)[0]] for number in range(first, first + rows))
         self.consumed += rows * self.world_size
         return batch
 
@@ -84,8 +88,9 @@ class PreparedTextStream(TextStream):
     ) -> None:
         self.corpora = corpora
         self.components = _training(config, corpora) if split == "train" else _validation(config, corpora)
-        super().__init__(config, tokenizer, [weight for _, weight in self.components], split=split, **placement)
-        self.num_rows = [-(-len(part) // config.seq_len) for part, _ in self.components]  # the last one filled up
+        names, weights = [c.corpus for c in self.components], [c.weight for c in self.components]
+        super().__init__(config, tokenizer, names, weights, split=split, **placement)
+        self.num_rows = [-(-len(c.part) // config.seq_len) for c in self.components]  # the last one filled up
         self.fingerprint = _combined([corpus.fingerprint for corpus in corpora.values()], config)
         if split == "validation":
             self.validation_rows = self.schedule.rows_served(
@@ -110,7 +115,7 @@ class PreparedTextStream(TextStream):
         seq_len = self.config.seq_len
         for number in range(first, first + rows):
             component, index = self.schedule.place(number)
-            part = self.components[component][0]
+            part = self.components[component].part
             start = self._row_index(component, index) * seq_len
             tokens, ends = part.window(start, min(start + seq_len + 1, len(part)))
             yield cut_row(tokens, ends, seq_len, self.tokenizer.eos_id)
@@ -134,7 +139,7 @@ class PreparedTextStream(TextStream):
         self.consumed = state["rows"]
 
     def describe(self) -> dict:
-        parts = [part for part, _ in self.components]
+        parts = [component.part for component in self.components]
         return super().describe() | {
             "tokens_fingerprint": self.fingerprint,
             "documents": sum(part.num_documents for part in parts),
@@ -151,7 +156,15 @@ class PreparedTextStream(TextStream):
         return unigram_cross_entropy(_target_counts(training), _target_counts(validation))
 
 
-def _training(config: PackedDataConfig, corpora: dict[str, PreparedCorpus]) -> list[tuple[TokenizedPart, float]]:
+class Component(NamedTuple):
+    """What rows are drawn from: a corpus, or a length bucket of one."""
+
+    corpus: str
+    part: TokenizedPart
+    weight: float
+
+
+def _training(config: PackedDataConfig, corpora: dict[str, PreparedCorpus]) -> list[Component]:
     """The length buckets of all corpora, each with its weight. Empty if only the validation split is prepared."""
     components = []
     bucket_weights = list(config.length_weights) or [1.0] * (len(config.length_buckets) + 1)
@@ -160,20 +173,20 @@ def _training(config: PackedDataConfig, corpora: dict[str, PreparedCorpus]) -> l
         total = sum(weight for _, weight in buckets)
         if buckets and not total:
             raise ValueError(f"data.length_weights={bucket_weights} leave nothing of corpus {name} to read")
-        components += [(part, corpus_weight * weight / total) for part, weight in buckets if weight]
+        components += [Component(name, part, corpus_weight * weight / total) for part, weight in buckets if weight]
     return components
 
 
-def _validation(config: PackedDataConfig, corpora: dict[str, PreparedCorpus]) -> list[tuple[TokenizedPart, float]]:
-    return [(corpora[name].validation, weight) for name, (_, weight) in config.parts.items()]
+def _validation(config: PackedDataConfig, corpora: dict[str, PreparedCorpus]) -> list[Component]:
+    return [Component(name, corpora[name].validation, weight) for name, (_, weight) in config.parts.items()]
 
 
-def _target_counts(components: list[tuple[TokenizedPart, float]]) -> np.ndarray:
+def _target_counts(components: list[Component]) -> np.ndarray:
     """How often each token is a target, the components weighted as they are mixed; the total is the tokens'."""
-    counts = [part.target_counts for part, _ in components]
+    counts = [component.part.target_counts for component in components]
     if len(counts) == 1:
         return counts[0]
-    weights = np.array([weight for _, weight in components])
+    weights = np.array([component.weight for component in components])
     shares = [count / count.sum() * weight for count, weight in zip(counts, weights / weights.sum(), strict=True)]
     return sum(shares) * sum(count.sum() for count in counts)
 
@@ -194,7 +207,7 @@ class StreamedTextStream(TextStream):
 
     def __init__(self, config: PackedDataConfig, tokenizer: TextTokenizer, **placement: int) -> None:
         weights = [weight for _, weight in config.parts.values()]
-        super().__init__(config, tokenizer, weights, split="train", **placement)
+        super().__init__(config, tokenizer, list(config.parts), weights, split="train", **placement)
         self.fingerprint = _combined(
             [
                 fingerprint(corpus_fingerprint(corpus), config.validation_fraction, tokenizer.fingerprint())

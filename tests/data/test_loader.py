@@ -48,7 +48,7 @@ def take(stream, count):
 
 def tokens_of(stream):
     """All tokens of a prepared stream's only component."""
-    ((part, _),) = stream.components
+    ((_, part, _),) = stream.components
     return part.window(0, len(part))[0]
 
 
@@ -128,7 +128,7 @@ def test_validation_is_bounded_repeats_and_ignores_the_seed(make_stream):
     assert rows_of(list(stream)) == rows_of(first)
     everything = make_stream("validation", rows=4, validation_rows=None)
     targets = sum(batch.num_targets for batch in everything)
-    ((split, _),) = everything.components
+    ((_, split, _),) = everything.components
     assert targets == len(split) - split.num_documents, "all tokens but each document's first"
 
 
@@ -198,7 +198,7 @@ def test_a_checkpoint_of_other_data_is_refused(make_stream):
 
 def test_unigram_entropy(make_stream):
     stream = make_stream("validation")
-    ((training, _),) = make_stream().components
+    ((_, training, _),) = make_stream().components
     assert training.target_counts.sum() == len(training) - training.num_documents
     assert 1 < stream.unigram_entropy() < np.log(stream.vocab_size)
     uniform = np.full(8, 1000)

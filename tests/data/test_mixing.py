@@ -71,6 +71,18 @@ def test_corpora_come_in_proportion_to_their_weights_not_their_size(mixture, str
     assert found == {"small": 768, "large": 256}
 
 
+@pytest.mark.parametrize(("split", "streaming"), [("train", False), ("train", True), ("validation", False)])
+@pytest.mark.parametrize("pack", ["plain", "documents"])
+def test_a_batch_names_the_corpus_of_each_row(mixture, split, streaming, pack):
+    lengths = {} if streaming else {"length_buckets": [20], "length_weights": [1.0, 2.0]}
+    stream = mixture(split, rows=4, rank=1, world_size=2, streaming=streaming, pack=pack, **lengths)
+    batches = list(itertools.islice(stream, 3))
+    assert len({name for batch in batches for name in batch.sources}) == 2
+    for batch in batches:
+        assert list(batch.sources) == [corpus_of(stream, row) for row in batch.input_ids.view(-1, 32)]
+        assert batch.to("cpu").sources == batch.sources
+
+
 def test_each_corpus_has_epochs_of_its_own(mixture):
     stream = mixture(small=3.0, large=1.0, rows=1)
     of_small = [tuple(row.tolist()) for row in rows(stream, 300) if corpus_of(stream, row) == "small"]
@@ -125,7 +137,7 @@ def test_long_documents_are_read_oftener(mixture):
     """Weight 3 of the long bucket: its share of the rows is three times its share of the tokens, before scaling."""
     plain = mixture(length_buckets=[12])
     upsampled = mixture(length_buckets=[12], length_weights=[1.0, 3.0])
-    sizes = [len(part) for part, _ in plain.components]
+    sizes = [len(part) for _, part, _ in plain.components]
     shares, long = upsampled.schedule.shares, sizes[3] / (sizes[2] + sizes[3])
     assert len(sizes) == 4, "two buckets of two corpora"
     assert plain.schedule.shares[3] == pytest.approx(long / 2)
