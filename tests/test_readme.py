@@ -97,9 +97,13 @@ def test_the_notebook_is_an_index():
     "page", [*ROOT.glob("*.md"), *ROOT.glob("results/*/NOTES.md")], ids=lambda p: str(p.relative_to(ROOT))
 )
 def test_links_lead_somewhere(page):
-    links = re.findall(r"\]\(((?!https?:)[^)#]+)\)", page.read_text())
-    mentioned = re.findall(r"`(\.\./[\w/.]+)`", page.read_text())
-    assert [link for link in (*links, *mentioned) if not (page.parent / link).exists()] == []
+    text = page.read_text()
+    links = re.findall(r"\]\(((?!https?:)[^)#]+)\)", text) + re.findall(r"`(\.\./[\w/.]+)`", text)
+    assert [link for link in links if not (page.parent / link).exists()] == []
+    modules = [ROOT / name.replace(".", "/") for name in re.findall(r"python -m (experiments[\w.]*)", text)]
+    assert [
+        path for path in modules if not (path / "__main__.py").exists() and not path.with_suffix(".py").exists()
+    ] == []
 
 
 def test_figures_are_made_of_folders_with_rows():
