@@ -23,7 +23,8 @@ def blocks(language):
 def readme_commands():
     lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
     inline = re.findall(r"`((?:python|torchrun|deepspeed|pytest|pip|make) [^`]*)`", README)
-    return {line for line in [*lines, *inline] if line and not line.startswith("source ")}
+    commands = {" ".join(line.split()) for line in [*lines, *inline]}
+    return {command for command in commands if command and not command.startswith("source ")}
 
 
 def run(*command, env=None, timeout=600):
@@ -38,6 +39,9 @@ def python(*arguments, **options):
     return run(sys.executable, *arguments, **options)
 
 
+TRAIN = "python train.py experiment=debug attention=dash attention.chunk_size=8 attention.router_scale=100"
+EVALUATE = "python evaluate.py run=outputs/debug-dash tasks=[loss,position] knobs=[10,100,1000]"
+
 # What a test below stands for; the README's ``...`` are its own.
 TESTED = {
     "make pareto",
@@ -47,8 +51,8 @@ TESTED = {
     "make test-gpu",  # on a GPU
     "pytest tests/gpu/test_two_gpus.py",  # on two
     "make figures",  # experiments/figures/test_figures.py
-    "python train.py experiment=debug attention=dash attention.chunk_size=16",
-    "python evaluate.py run=outputs/debug-dash tasks=[loss,position] knobs=[1,10,50]",
+    TRAIN,
+    EVALUATE,
     # experiments/evaluation/test_generate.py
     'python -m experiments.evaluation.generate run=outputs/debug-dash prompt="import os"',
     "python -m experiments.sweep sweep=smoke",
@@ -113,11 +117,12 @@ def test_figures_are_made_of_folders_with_rows():
 
 
 def test_train_then_evaluate(tmp_path):
-    small = ("steps=6", "data.seq_len=128", "data.max_bytes=2000000", "threads=1", f"run_dir={tmp_path}/debug-dash")
-    python("train.py", "experiment=debug", "attention=dash", "attention.chunk_size=16", *small)
-    out = python("evaluate.py", f"run={tmp_path}/debug-dash", "tasks=[loss,position]", "knobs=[1,10,50]", "threads=1")
-    assert out.count("loss ") == 3
-    assert "causal sparsity" in out
+    small = ("steps=6", "data.max_bytes=2000000", "threads=1", f"run_dir={tmp_path}/debug-dash")
+    python(*TRAIN.split()[1:], *small)
+    out = python(*EVALUATE.replace("outputs", str(tmp_path)).split()[1:], "threads=1")
+    sparsities = re.findall(r"loss .* router_scale (\w+) .*causal sparsity ([\d.]+)%", out)
+    assert [knob for knob, _ in sparsities] == ["10", "100", "1000"]
+    assert 60 < float(sparsities[1][1]) < 90  # as the README says: visibly sparse
 
 
 def test_show_the_configuration():
@@ -168,4 +173,6 @@ def test_the_library_installs_alone(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{snippet}\nassert 'models' not in sys.modules\n"
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "torch.Size([1, 1000, 8, 64])" in done.stdout
+    size, share = re.search(r"(torch.Size.*\)) ([\d.]+)% of the causal keys not read", done.stdout).groups()
+    assert size == "torch.Size([1, 1000, 8, 64])"
+    assert 70 < float(share) < 80  # as the README says

@@ -16,7 +16,7 @@ _KEYS = {
     **{"head_dim": "head_dim", "max_seq_len": "max_position_embeddings", "norm_eps": "rms_norm_eps"},
     "tie_embeddings": "tie_word_embeddings",
 }
-# Our name of a RoPE parameter -> theirs, for each scaling besides `none`; `factor` has one name.
+# Our name of a RoPE parameter -> theirs, for each scaling besides ``none``; ``factor`` has one name.
 _ORIGINAL = {"original_max_seq_len": "original_max_position_embeddings"}
 _ROPE = {
     "linear": {},
@@ -24,7 +24,7 @@ _ROPE = {
     "yarn": {name: name for name in ("beta_fast", "beta_slow", "attention_factor")} | _ORIGINAL,
     "longrope": {name: name for name in ("short_factor", "long_factor", "attention_factor")} | _ORIGINAL,
 }
-# Values of RoPE parameters that change nothing: `finetuned` tells how yarn's weights came to be.
+# Values of RoPE parameters that change nothing: ``finetuned`` tells how yarn's weights came to be.
 _ROPE_HARMLESS = {"finetuned": (True, False), "truncate": (True,)}
 # Of a ModelConfig, what a run that starts from a checkpoint is free to choose.
 _FREE = ("max_seq_len", "init_std", "embedding_init_std")
