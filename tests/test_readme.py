@@ -22,7 +22,7 @@ def blocks(language):
 
 def readme_commands():
     lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
-    inline = re.findall(r"`((?:python|torchrun|deepspeed|pytest|pip|make) [^`]*)`", README)
+    inline = re.findall(r"`((?:python|torchrun|deepspeed|pytest|pip|make)\s[^`]*)`", README)
     commands = {" ".join(line.split()) for line in [*lines, *inline]}
     return {command for command in commands if command and not command.startswith("source ")}
 
