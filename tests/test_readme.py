@@ -22,7 +22,8 @@ def blocks(language):
 
 def readme_commands():
     lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
-    inline = re.findall(r"`((?:python|torchrun|deepspeed|pytest|pip|make)\s[^`]*)`", README)
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    inline = re.findall(r"`((?:python|torchrun|deepspeed|pytest|pip|make)\s[^`]*)`", prose)
     commands = {" ".join(line.split()) for line in [*lines, *inline]}
     return {command for command in commands if command and not command.startswith("source ")}
 
