@@ -31,6 +31,8 @@ class OptimConfig:
     # eps of the routing vectors that attention backends hold, null = eps. DashAttention's tempered prior scales the
     # gradient of its chunk queries by 1 / sigma: far below an eps of 1e-8, where Adam hardly moves them.
     routing_eps: float | None = None
+    # Peak rate of all parameters that attention backends own, which a dense checkpoint does not bring; null = lr.
+    backend_lr: float | None = None
     weight_decay: float = 0.1  # of the weights of linear layers only
     grad_clip: float = 1.0  # largest global L2 norm of the gradient; 0 = no clipping
     schedule: str = "cosine"  # constant | cosine | wsd (warm-up, stable, decay), each after a linear warm-up

@@ -1,5 +1,6 @@
 """What refuses an impossible training run, before anything is built."""
 
+import math
 from dataclasses import replace
 
 import torch
@@ -106,8 +107,10 @@ def _check_counts(config: TrainConfig) -> None:
 
 def _check_optim(config: TrainConfig) -> None:
     optim = config.optim
-    if optim.lr <= 0:
-        raise ValueError(f"optim.lr={optim.lr}: a positive learning rate is needed")
+    for name in ("lr", "backend_lr"):
+        rate = getattr(optim, name)
+        if rate is not None and not 0 < rate < math.inf:
+            raise ValueError(f"optim.{name}={rate}: a positive learning rate is needed")
     if not 0 <= optim.warmup_steps < config.steps:
         raise ValueError(
             f"optim.warmup_steps={optim.warmup_steps} leaves no step of steps={config.steps} after the warm-up: "

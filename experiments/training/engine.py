@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from data import Batch, BatchStream
 from experiments.config import TrainConfig
+from experiments.training.optim import LR_FACTOR
 from experiments.training.ranks import Ranks
 from models import ModelOutput, Transformer
 from models.transformer import TransformerBlock
@@ -77,9 +78,9 @@ def build_engine(model: Transformer, optimizer: torch.optim.Optimizer, json: dic
 
 
 def set_learning_rate(engine, rate: float) -> None:
-    """Give every parameter group the rate of the coming step."""
+    """Give every parameter group its share of the coming step's rate."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get(LR_FACTOR, 1.0)  # a checkpoint of an older version has none
 
 
 def forward(engine, batch: Batch, device: torch.device, *, return_stats: bool = False) -> ModelOutput:

@@ -1,12 +1,15 @@
 """Parameter groups of AdamW and the learning rate as a pure function of the step."""
 
 import math
+from itertools import product
 
 import torch
 from torch import nn
 
 from dashattn.backends import AttentionBackend
 from experiments.config import OptimConfig
+
+LR_FACTOR = "lr_factor"  # of a parameter group: its learning rate over the schedule's
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
@@ -33,19 +36,28 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     """Weight decay for the matrices of linear layers; none for embeddings, norms, biases and routing vectors.
 
     A matrix that a linear layer shares with an embedding (tied embeddings) counts as an embedding. Routing vectors
-    are the parameters an attention backend holds itself, outside linear layers.
+    are the parameters an attention backend holds itself, outside linear layers. ``backend_lr`` gives all parameters of
+    the backends groups of their own.
     """
     modules = list(model.modules())
     embeddings = {m.weight for m in modules if isinstance(m, nn.Embedding)}
     matrices = {m.weight for m in modules if isinstance(m, nn.Linear)} - embeddings
-    routing = {p for m in modules if isinstance(m, AttentionBackend) for p in m.parameters(recurse=False)}
+    backends = [m for m in modules if isinstance(m, AttentionBackend)]
+    routing = {p for backend in backends for p in backend.parameters(recurse=False)}
+    owned = {p for backend in backends for p in backend.parameters()}
     routing_eps = config.eps if config.routing_eps is None else config.routing_eps
+    factor = 1.0 if config.backend_lr is None else config.backend_lr / config.lr
 
     parameters = [p for p in model.parameters() if p.requires_grad]
+    kinds = [
+        (matrices, {"weight_decay": config.weight_decay}),
+        (set(parameters) - matrices - routing, {"weight_decay": 0.0}),
+        (routing, {"weight_decay": 0.0, "eps": routing_eps}),
+    ]
+    factors = [(set(parameters) - owned, 1.0), (owned, factor)] if factor != 1.0 else [(set(parameters), 1.0)]
     groups = [
-        {"params": [p for p in parameters if p in matrices], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p not in matrices | routing], "weight_decay": 0.0},
-        {"params": [p for p in parameters if p in routing], "weight_decay": 0.0, "eps": routing_eps},
+        {"params": [p for p in parameters if p in kind & part], LR_FACTOR: scale, **options}
+        for (kind, options), (part, scale) in product(kinds, factors)
     ]
     return [group for group in groups if group["params"]]
 

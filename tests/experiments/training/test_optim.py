@@ -4,7 +4,7 @@ from torch import nn
 
 from dashattn.backends import AttentionShape, DashConfig, build_backend
 from experiments.config import OptimConfig
-from experiments.training.optim import learning_rate, parameter_groups
+from experiments.training.optim import LR_FACTOR, learning_rate, parameter_groups
 from experiments.training.weights import find_weights
 from train import train
 
@@ -57,6 +57,27 @@ def test_only_matrices_of_linear_layers_decay():
     assert len(others["params"]) == 4
     assert [group["weight_decay"] for group in (decayed, others, routing)] == [0.1, 0, 0]
     assert routing["eps"] == 1e-15
+
+
+def test_what_backends_own_may_have_a_rate_of_its_own():
+    model = Model()
+    model.backend.gate = nn.Linear(4, 2)  # as NSA's: a matrix and a bias that belong to a backend
+    groups = parameter_groups(model, OptimConfig(lr=1.0, weight_decay=0.1, routing_eps=1e-15, backend_lr=5.0))
+    found = [(len(g["params"]), g[LR_FACTOR], g["weight_decay"], g.get("eps")) for g in groups]
+    others = (4, 1.0, 0.0, None)
+    assert found == [(1, 1.0, 0.1, None), (1, 5.0, 0.1, None), others, (1, 5.0, 0.0, None), (1, 5.0, 0.0, 1e-15)]
+    assert [id(p) for p in groups[-1]["params"]] == [id(model.backend.chunk_query)]
+
+
+def test_the_backends_rate_is_the_one_they_move_by(make_config):
+    """Adam's first step is the rate itself, whatever the gradient."""
+    moved = {}
+    for rate in ("null", "3e-4"):
+        options = ["attention=dash", "attention.chunk_size=16", "attention.prior=raw", "steps=1", "optim.lr=1e-2"]
+        fixed = ["optim.schedule=constant", "optim.warmup_steps=0", "optim.eps=1e-20", f"optim.backend_lr={rate}"]
+        weights = load_file(find_weights(train(make_config(f"rate-{rate}", *options, *fixed))))
+        moved[rate] = weights["layers.1.attention.backend.chunk_query"].abs().median().item()
+    assert moved == pytest.approx({"null": 1e-2, "3e-4": 3e-4}, rel=1e-3)
 
 
 def test_a_small_eps_lets_the_chunk_queries_move(make_config):
