@@ -24,6 +24,7 @@ from experiments.config import TrainConfig, register_configs, to_config
 from experiments.errors import Preempted, run_faults, user_errors
 from experiments.files import CONFIGS
 from experiments.signals import StopRequest
+from experiments.sweep.submit import submit_run
 from experiments.training.check import check
 from experiments.training.run import (
     Run,
@@ -36,7 +37,6 @@ from experiments.training.run import (
     take_step,
     validate,
 )
-from slurm.submit import submit_run
 
 register_configs()
 

@@ -1,1 +1,1 @@
-"""Jobs of Slurm: submitting runs and sweeps, what a job does, and how a sweep stands."""
+"""Jobs of Slurm: arrays, what a task of a job does, and queueing again. Imports nothing of the project."""

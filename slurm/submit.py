@@ -1,80 +1,51 @@
-"""Submits runs and sweeps to Slurm, with the code as it is now.
+"""Submits a function's calls to Slurm, one task of an array for each, to run from a copy of the code."""
 
-DIR/slurm/code-*/     copies of the code, by content: what changes here later does not reach a job that waits
-DIR/slurm/jobs.json   cell -> its latest job
-DIR/slurm/*.out .err  what Slurm and submitit say; what the programs say is in DIR/logs/
-"""
-
-import hashlib
-import json
 import math
-import os
 import shlex
-import shutil
 import subprocess
-import tempfile
-from collections.abc import Sequence
-from dataclasses import replace
-from itertools import groupby
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rich.console import Console
 from submitit import SlurmExecutor
 
-from experiments.config import LauncherConfig, TrainConfig
-from experiments.errors import REQUEUE
-from experiments.files import ROOT, SUBMITTED, write_atomically
-from experiments.sweep.cells import Cell, SweepConfig, cells, write_plan
-from experiments.training.check import check
-from experiments.training.run_dir import SNAPSHOT, code_state
 from slurm.job import run_task
+from slurm.launcher import LauncherConfig
 
-JOBS = "jobs.json"
 # Of the task alone: an array has the id of one of its tasks.
 _TASK = '"${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"'
-_CODE = ("dashattn", "data", "models", "experiments", "slurm", "configs", "train.py", "evaluate.py")
 
 
-def submit_run(config: TrainConfig, overrides: Sequence[str]) -> str:
-    """Submit a run, and the evaluation after it if the launcher names one. Returns the job's id.
+def submit(
+    work: Callable[..., int],
+    calls: Sequence[tuple],
+    launcher: LauncherConfig,
+    *,
+    name: str,
+    folder: Path,
+    code: Path,
+    again: int,
+    after: str | None = None,
+) -> list[str]:
+    """Submit ``work(*call, rank)`` for every call, as one array. Returns the ids of its tasks.
 
     Args:
-        overrides: of the command line that composed ``config``; the job repeats them, but for the launcher's.
+        work: a module's function, which every rank calls; its result is the exit code, see ``job.run_task``.
+        name: of the job.
+        folder: for what Slurm and submitit say.
+        code: folder of the modules that the job imports, in place of what lies in the directory of the command.
+        again: exit code of ``work`` that asks for the task to be queued again.
+        after: id of a job that must have succeeded before.
 
     Raises:
-        ValueError: the run cannot work, or Slurm will not take it.
+        ValueError: Slurm will not take the job.
     """
-    launcher = config.launcher
-    # What runs there need not run here: of device and precision the job itself judges.
-    check(replace(config, device="cpu", deepspeed=replace(config.deepspeed, precision="fp32")), launcher.ranks)
-    run_dir = Path(config.run_dir).expanduser().absolute()
-    train = tuple(o for o in overrides if not o.lstrip("+~").startswith(("launcher", "run_dir=")))
-    evaluate = None if launcher.evaluate is None else (f"run={run_dir}", *launcher.evaluate)
-    cell = Cell(config.name, run_dir, (*train, f"run_dir={run_dir}"), evaluate, base=None)
-    return _submit([cell], launcher, run_dir, run_dir / SUBMITTED)[cell.name]
-
-
-def submit_sweep(config: SweepConfig, console: Console) -> None:
-    """Submit the cells of a sweep that are neither done nor queued, as one array for each base they continue from."""
-    output_dir = Path(config.output_dir).absolute()
-    found = cells(replace(config, output_dir=str(output_dir)))
-    write_plan(output_dir, found)
-    submitted, queued = read_jobs(output_dir), queue()
-    waiting = {name: job for name, job in submitted.items() if job in queued}
-    todo = [cell for cell in found if not cell.is_done() and cell.name not in waiting]
-    for base, group in groupby(sorted(todo, key=lambda cell: cell.base or ""), key=lambda cell: cell.base):
-        waiting |= _submit(list(group), config.launcher, output_dir, output_dir / "logs", after=waiting.get(base))
-    console.print(
-        f"{config.name}: {len(todo)} cells submitted, {len(waiting) - len(todo)} were queued, "
-        f"{len(found) - len(waiting)} done; how they stand: python -m experiments.sweep.status {config.output_dir}",
-        highlight=False,
-    )
-
-
-def read_jobs(output_dir: Path) -> dict[str, str]:
-    """Cell -> id of its latest job."""
-    path = output_dir / SUBMITTED / JOBS
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        executor = SlurmExecutor(folder, python=launcher.python)
+        executor.update_parameters(**_parameters(launcher, name, code, again, after))
+        jobs = executor.map_array(run_task, [work] * len(calls), *zip(*calls, strict=True))
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        raise ValueError(f"Slurm does not take the job ({error}): see the launcher's values") from error
+    return [job.job_id for job in jobs]
 
 
 def queue() -> dict[str, str]:
@@ -87,23 +58,7 @@ def queue() -> dict[str, str]:
     return dict(line.split() for line in lines)
 
 
-def _submit(
-    group: Sequence[Cell], launcher: LauncherConfig, output_dir: Path, log_dir: Path, after: str | None = None
-) -> dict[str, str]:
-    """Submit cells as one array, to start when the job ``after`` has succeeded. Returns cell -> job, and records it."""
-    folder = output_dir / SUBMITTED
-    try:
-        executor = SlurmExecutor(folder, python=launcher.python)
-        executor.update_parameters(**_parameters(launcher, snapshot(folder), output_dir.name, after))
-        jobs = executor.map_array(run_task, group, [log_dir] * len(group))
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        raise ValueError(f"Slurm does not take the job ({error}): see the launcher's values") from error
-    submitted = {cell.name: job.job_id for cell, job in zip(group, jobs, strict=True)}
-    write_atomically(folder / JOBS, json.dumps(read_jobs(output_dir) | submitted, indent=1) + "\n")
-    return submitted
-
-
-def _parameters(launcher: LauncherConfig, code: Path, name: str, after: str | None) -> dict:
+def _parameters(launcher: LauncherConfig, name: str, code: Path, again: int, after: str | None) -> dict:
     """submitit's, for a job of ``launcher`` that runs ``code``."""
     more = {"requeue": True, **launcher.sbatch_args}
     if after is not None:
@@ -126,29 +81,6 @@ def _parameters(launcher: LauncherConfig, code: Path, name: str, after: str | No
         "srun_args": ["--kill-on-bad-exit=1", *launcher.srun_args],
         # The copy of the code, and not what lies in the directory where the command was given.
         "setup": [*launcher.setup, f"export PYTHONPATH={shlex.quote(str(code))}", "export PYTHONSAFEPATH=1"],
-        "teardown": ["code=$?", f"[ $code != {REQUEUE} ] || scontrol requeue {_TASK}", "exit $code"],
+        "teardown": ["code=$?", f"[ $code != {again} ] || scontrol requeue {_TASK}", "exit $code"],
     }
     return {key: value for key, value in parameters.items() if value is not None}
-
-
-def snapshot(folder: Path) -> Path:
-    """Copy the code into ``folder``, once for all jobs that it is the same for, with its git state; returns it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    copy = Path(tempfile.mkdtemp(prefix=".code-", dir=folder))
-    for name in _CODE:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-        else:
-            shutil.copy(ROOT / name, copy)
-    git, diff = code_state()
-    (copy / SNAPSHOT).write_text(json.dumps({"git": git, "diff": diff}, indent=1) + "\n")
-    digest = hashlib.sha256()
-    for path in sorted(path for path in copy.rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(copy)}\0".encode() + path.read_bytes())
-    target = folder / f"code-{digest.hexdigest()[:12]}"
-    if target.exists():
-        shutil.rmtree(copy)
-    else:
-        os.chmod(copy, 0o755)
-        os.replace(copy, target)
-    return target

@@ -14,6 +14,7 @@ from experiments.evaluation.select import build_tasks
 from experiments.evaluation.target import Target, build_model, locate, trained_knob, validation_stream
 from experiments.evaluation.tasks.base import Setting, Task
 from experiments.files import GIT, RESULTS, START, append_rows, read_rows
+from experiments.provenance import device_name
 from experiments.training.checkpoint import read_state
 from experiments.training.run_dir import config_hash
 from models import Transformer
@@ -98,5 +99,5 @@ def describe(target: Target) -> dict:
         "parameters": start["parameters"],
         "config_hash": config_hash(train),
         "git_sha": git["sha"],
-        "device": torch.cuda.get_device_name() if train.device == "cuda" else "cpu",
+        "device": device_name(train.device),
     }

@@ -7,14 +7,10 @@ which also works without a GPU.
 """
 
 import math
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,7 +20,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.errors import user_errors
-from experiments.files import CONFIGS, ROOT, SPEED, append_rows
+from experiments.files import CONFIGS, SPEED, append_rows
+from experiments.provenance import provenance
 from experiments.speed.decode import Decoding, Result
 from experiments.speed.inputs import PATTERNS, Problem, Shape, make_problem
 from experiments.speed.measure import extra_mib, failed_check, graph_ms, measure, passes, run_jax, summary
@@ -37,7 +34,6 @@ from models.config import ModelConfig
 # Longer calls hide what the host does for the next one: they are not measured as CUDA graphs.
 GRAPHS_BELOW_MS = 5.0
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-PACKAGES = ("torch", "triton", "jax", "flash-attn3-jax", "flash-attn-3", "flash-linear-attention")
 
 
 @dataclass
@@ -260,33 +256,6 @@ class Benchmark:
     def free(self) -> None:
         if self.device == "cuda":
             torch.cuda.empty_cache()
-
-
-def provenance(device: str) -> dict:
-    """What every row says about where it comes from."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=30)
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    def installed(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
-    changes = git("status", "--porcelain")
-    return {
-        "run": time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()) + f"-{os.getpid()}",
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
-        "versions": {name: installed(name) for name in PACKAGES}
-        | {"python": platform.python_version(), "cuda": torch.version.cuda},
-        "git_sha": git("rev-parse", "--verify", "HEAD"),
-        "dirty": bool(changes),
-    }
 
 
 def run(config: SpeedConfig, device: str, say: Callable[[str], None] = print) -> None:

@@ -27,6 +27,7 @@ from dashattn.backends import (
 from experiments.config import DTYPES
 from experiments.errors import user_errors
 from experiments.files import NUMERICS, append_rows, read_rows
+from experiments.provenance import device_name
 
 SHAPE = AttentionShape(hidden_size=512, num_heads=8, num_kv_heads=2, head_dim=64)
 # Sparse enough at 1000 tokens that selections matter.
@@ -78,7 +79,7 @@ def write_numerics(root: Path, length: int) -> int:
     dtypes = DTYPES if device == "cuda" else ("fp32", "bf16")
     root.mkdir(parents=True, exist_ok=True)
     common = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "device": device_name(device),
         "impl": "auto" if device == "cuda" else "reference",
         "length": length,
         "torch": torch.__version__,

@@ -16,8 +16,9 @@ from experiments.config import to_config
 from experiments.errors import REQUEUE, user_errors
 from experiments.files import CONFIGS
 from experiments.signals import Children
-from experiments.sweep.cells import Cell, Outcome, SweepConfig, cells, register_sweep_config, run_cell, write_plan
-from slurm.submit import submit_sweep
+from experiments.sweep.cells import Cell, SweepConfig, cells, register_sweep_config, write_plan
+from experiments.sweep.run_cell import Outcome, run_cell
+from experiments.sweep.submit import submit_sweep
 
 
 def run_sweep(config: SweepConfig, console: Console) -> dict[str, Outcome]:

@@ -1,4 +1,4 @@
-"""The cells of a sweep: which there are, and what one does.
+"""The cells of a sweep: which there are, and which are done.
 
 A cell is (study, arm, trained knob, seed): a training run and its evaluation. Its commands are processes of their own.
 
@@ -9,11 +9,6 @@ A cell is (study, arm, trained knob, seed): a training run and its evaluation. I
 """
 
 import json
-import os
-import re
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,10 +17,8 @@ from filelock import FileLock
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from experiments.config import LauncherConfig
-from experiments.errors import REQUEUE
-from experiments.files import CELL, PLAN, ROOT, write_atomically
-from experiments.signals import Children
+from experiments.files import CELL, PLAN, write_atomically
+from slurm.launcher import LauncherConfig
 
 
 @dataclass
@@ -204,47 +197,3 @@ def read_plan(output_dir: Path) -> list[Cell]:
 def _from_json(plan: dict) -> Cell:
     fields = {key: tuple(value) if isinstance(value, list) else value for key, value in plan.items()}
     return Cell(**fields | {"run_dir": Path(plan["run_dir"])})
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a cell ended: ``done``, ``was done``, ``failed``, ``skipped`` or, by a signal and with its work saved,
-    ``stopped``."""
-
-    status: str
-    seconds: float = 0.0
-    message: str = ""
-
-
-def run_cell(cell: Cell, log_dir: Path, children: Children, rank: int = 0) -> Outcome:
-    """Runs the cell's commands. Ranks beside the first only train, and log for themselves."""
-    start = time.perf_counter()
-    log_dir.mkdir(parents=True, exist_ok=True)
-    log_path = log_dir / (f"{cell.name}.log" if rank == 0 else f"{cell.name}.rank{rank}.log")
-    for command in cell.commands if rank == 0 else cell.commands[:1]:
-        with log_path.open("ab") as log:
-            log.write(f"$ {' '.join(command)}\n".encode())
-            log.flush()
-            code = children.run(
-                [sys.executable, str(ROOT / command[0]), *command[1:]],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"},
-            )
-        if code != 0:
-            is_stopped = code == REQUEUE or children.received is not None
-            message = f"{last_words(log_path)} (see {log_path})"
-            return Outcome("stopped" if is_stopped else "failed", time.perf_counter() - start, message)
-    if rank == 0:
-        record_done(cell.run_dir, cell.commands)
-    return Outcome("done", time.perf_counter() - start)
-
-
-def last_words(log_path: Path) -> str:
-    """The line that says why a process failed: the last one that names an error since its start, else the last."""
-    lines = [line.strip() for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
-    start = max((index for index, line in enumerate(lines) if line.startswith("$ ")), default=-1)
-    lines = lines[start + 1 :]
-    errors = [line for line in lines if re.search(r"error:|Error\b", line)]
-    return (errors or lines or ["no output"])[-1]

@@ -10,8 +10,10 @@ from rich.table import Table
 
 from experiments.errors import user_errors
 from experiments.files import LOCK, METRICS, read_rows
-from experiments.sweep.cells import Cell, last_words, read_plan
-from slurm.submit import queue, read_jobs
+from experiments.sweep.cells import Cell, read_plan
+from experiments.sweep.run_cell import last_words
+from experiments.sweep.submit import read_jobs
+from slurm.submit import queue
 
 
 def status(output_dir: Path) -> list[tuple[str, str, str, str]]:

@@ -24,7 +24,7 @@ from dashattn.backends import BACKENDS
 from experiments.config import TrainConfig, to_config
 from experiments.errors import user_errors
 from experiments.files import CONFIGS, SCALING, append_rows, read_rows
-from experiments.speed.benchmark import provenance
+from experiments.provenance import provenance
 from experiments.throughput.scaling_report import case_of, write_report
 from experiments.throughput.steps import attempt, time_steps
 from experiments.training.check import check

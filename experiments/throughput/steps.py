@@ -26,8 +26,9 @@ from data import Batch, build_data
 from experiments.config import TrainConfig, to_config
 from experiments.errors import user_errors
 from experiments.files import CONFIGS, THROUGHPUT, append_rows
-from experiments.speed.benchmark import explain, provenance
+from experiments.provenance import provenance
 from experiments.speed.inputs import NEIGHBOURS, PATTERNS
+from experiments.speed.methods import explain
 from experiments.throughput.report import CASE, write_report
 from experiments.training.check import check
 from experiments.training.engine import forward

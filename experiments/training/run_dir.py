@@ -8,7 +8,7 @@ start.json         number of parameters, what the data are, which weights the ru
 resumed/step-N/    all but config.yaml again, of each resumed launch
 metrics.jsonl      see experiments.training.metrics
 anomalies.jsonl    see experiments.training.anomalies
-slurm/             of a run that was submitted, see slurm.submit
+slurm/             of a run that was submitted, see experiments.sweep.submit
 traces/            see experiments.training.tracing
 checkpoints/       see experiments.training.checkpoint
 """
@@ -16,26 +16,21 @@ checkpoints/       see experiments.training.checkpoint
 import hashlib
 import json
 import os
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from experiments.config import TrainConfig, plain
-from experiments.files import ANOMALIES, CONFIG, LOCK, METRICS, ROOT, START, SUBMITTED, write_atomically
+from experiments.files import ANOMALIES, CONFIG, GIT, LOCK, METRICS, START, SUBMITTED, write_atomically
+from experiments.provenance import environment, git_state
 from experiments.training.checkpoint import LATEST, STATE, damage, latest_checkpoint, read_state
 from experiments.training.metrics import drop_rows_after
 from experiments.training.ranks import world_size
 
-SNAPSHOT = "snapshot.json"  # in a copy of the code: the state of the checkout it was made from
 # A resumed run may say these otherwise: they change what is written and kept, or, like the number of ranks, how the
 # work is divided, but not what is learned beyond rounding.
 _MAY_DIFFER = (
@@ -46,12 +41,6 @@ _MAY_DIFFER = (
 )
 # ZeRO stage of a checkpoint -> stages that DeepSpeed can turn it into, on any number of ranks.
 _CONVERTIBLE = {0: (0,), 1: (1, 2), 2: (1, 2), 3: (3,)}
-_PACKAGES = (
-    *("torch", "triton", "deepspeed", "hydra-core", "omegaconf", "numpy"),
-    *("datasets", "tokenizers", "safetensors", "wandb", "transformers", "dashattn"),
-)
-# Of the environment only what shapes a run, by name: the rest may hold secrets.
-_VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "WORLD_SIZE", "SLURM_JOB_ID", "TRITON_INTERPRET")
 
 
 @dataclass(frozen=True)
@@ -184,10 +173,10 @@ def open_run_dir(run: RunDir, config: TrainConfig, overrides: Sequence[str], sta
     if run.damaged:
         write_atomically(run.checkpoints / LATEST, run.checkpoint.name + "\n")
     write_atomically(record / "overrides.yaml", OmegaConf.to_yaml(list(overrides)))
-    git, diff = code_state()
-    write_atomically(record / "git.json", json.dumps(git, indent=1) + "\n")
+    git, diff = git_state()
+    write_atomically(record / GIT, json.dumps(git, indent=1) + "\n")
     write_atomically(record / "git.diff", diff)
-    write_atomically(record / "environment.json", json.dumps(_environment(config), indent=1) + "\n")
+    write_atomically(record / "environment.json", json.dumps(environment(config.device), indent=1) + "\n")
     write_atomically(record / START, json.dumps(start, indent=1) + "\n")
     for rows in (run.path / METRICS, run.path / ANOMALIES):
         if rows.exists():
@@ -217,54 +206,3 @@ def flat(values: dict, prefix: str = "") -> dict:
     for key, value in values.items():
         result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return result
-
-
-def code_state() -> tuple[dict, str]:
-    """(commit, branch and untracked files of the checkout this file lies in, difference from the commit)."""
-    if (ROOT / SNAPSHOT).exists():
-        copied = json.loads((ROOT / SNAPSHOT).read_text())
-        return copied["git"], copied["diff"]
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=30, check=True
-            )
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return done.stdout
-
-    if git("rev-parse", "--is-inside-work-tree") is None:
-        return {"sha": None}, ""
-    sha, branch = git("rev-parse", "--verify", "HEAD"), git("symbolic-ref", "--short", "HEAD")
-    untracked = (git("ls-files", "--others", "--exclude-standard") or "").splitlines()
-    diff = (git("diff", "HEAD") if sha else None) or ""
-    state = {
-        "sha": sha and sha.strip(),
-        "branch": branch and branch.strip(),
-        "dirty": bool(diff or untracked),
-        "untracked": untracked,
-    }
-    return state, diff
-
-
-def _environment(config: TrainConfig) -> dict:
-    packages = {}
-    for name in _PACKAGES:
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = None
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": sys.argv,
-        "host": platform.node(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "packages": packages,
-        "device": torch.cuda.get_device_name() if config.device == "cuda" else platform.machine(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "cuda": torch.version.cuda if config.device == "cuda" else None,
-        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
-    }

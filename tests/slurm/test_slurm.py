@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from experiments.config import LauncherConfig
 from experiments.files import METRICS, read_rows
 from experiments.sweep.cells import ArmConfig, StudyConfig, SweepConfig
 from experiments.sweep.status import status
-from slurm.submit import queue, read_jobs, submit_run, submit_sweep
+from experiments.sweep.submit import read_jobs, submit_run, submit_sweep
+from slurm.launcher import LauncherConfig
+from slurm.submit import queue
 from train import train
 
 ROOT = Path(__file__).parents[2]

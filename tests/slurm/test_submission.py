@@ -9,9 +9,9 @@ import sys
 import pytest
 from rich.console import Console
 
-from experiments.config import LauncherConfig
 from experiments.sweep.cells import ArmConfig, StudyConfig, SweepConfig
-from slurm.submit import submit_run, submit_sweep
+from experiments.sweep.submit import submit_run, submit_sweep
+from slurm.launcher import LauncherConfig
 
 SBATCH = """#!/bin/sh
 number=$(($(ls "$SCRIPTS" | wc -l) + 7))

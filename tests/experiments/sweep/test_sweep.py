@@ -17,8 +17,9 @@ from experiments.files import CELL
 from experiments.signals import Children
 from experiments.sweep import __main__ as sweep
 from experiments.sweep.__main__ import run_sweep
-from experiments.sweep.cells import ArmConfig, Outcome, StudyConfig, SweepConfig, cells, read_plan, write_plan
+from experiments.sweep.cells import ArmConfig, StudyConfig, SweepConfig, cells, read_plan, write_plan
 from experiments.sweep.collect import collect, restore
+from experiments.sweep.run_cell import Outcome
 from experiments.sweep.status import status
 
 

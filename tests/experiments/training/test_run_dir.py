@@ -74,7 +74,7 @@ def test_a_file_is_refused(config, tmp_path):
 
 def test_a_run_killed_while_its_directory_is_opened_starts_again(config, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("experiments.training.run_dir.code_state", interrupt)
+        patch.setattr("experiments.training.run_dir.git_state", interrupt)
         with pytest.raises(KeyboardInterrupt):
             opened(config)
     assert opened(config).step == 0

@@ -1,0 +1,126 @@
+"""Where results come from: the code and its git state, the environment, the device; and copies of the code for jobs."""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from experiments.files import ROOT
+
+# What a job runs; all else, corpora and runs among it, stays where it is.
+_CODE = ("dashattn", "data", "models", "experiments", "slurm", "configs", "train.py", "evaluate.py")
+_SNAPSHOT = "snapshot.json"  # in a copy of the code: the state of the checkout it was made from
+# What a run's numbers may depend on, and what a kernel's time may.
+_OF_RUNS = (
+    *("torch", "triton", "deepspeed", "hydra-core", "omegaconf", "numpy"),
+    *("datasets", "tokenizers", "safetensors", "wandb", "transformers", "dashattn"),
+)
+_OF_KERNELS = ("torch", "triton", "jax", "flash-attn3-jax", "flash-attn-3", "flash-linear-attention")
+# Of the environment only what shapes a run, by name: the rest may hold secrets.
+_VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "WORLD_SIZE", "SLURM_JOB_ID", "TRITON_INTERPRET")
+
+
+def git_state() -> tuple[dict, str]:
+    """(commit, branch and untracked files of the checkout this file lies in, difference from the commit)."""
+    if (ROOT / _SNAPSHOT).exists():
+        copied = json.loads((ROOT / _SNAPSHOT).read_text())
+        return copied["git"], copied["diff"]
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(ROOT), *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout
+
+    if git("rev-parse", "--is-inside-work-tree") is None:
+        return {"sha": None}, ""
+    sha, branch = git("rev-parse", "--verify", "HEAD"), git("symbolic-ref", "--short", "HEAD")
+    untracked = (git("ls-files", "--others", "--exclude-standard") or "").splitlines()
+    diff = (git("diff", "HEAD") if sha else None) or ""
+    state = {
+        "sha": sha and sha.strip(),
+        "branch": branch and branch.strip(),
+        "dirty": bool(diff or untracked),
+        "untracked": untracked,
+    }
+    return state, diff
+
+
+def device_name(device: str) -> str:
+    """The GPU's, or ``cpu``."""
+    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
+
+
+def _versions(names: Sequence[str]) -> dict[str, str | None]:
+    """None = not installed."""
+    found: dict[str, str | None] = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def environment(device: str) -> dict:
+    """What a run directory says about the process that works in it."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": _versions(_OF_RUNS),
+        "device": device_name(device),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda if device == "cuda" else None,
+        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+    }
+
+
+def provenance(device: str) -> dict:
+    """What every row of a benchmark says about where it comes from."""
+    git, _ = git_state()
+    return {
+        "run": time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()) + f"-{os.getpid()}",
+        "device": device_name(device),
+        "versions": _versions(_OF_KERNELS) | {"python": platform.python_version(), "cuda": torch.version.cuda},
+        "git_sha": git["sha"],
+        "dirty": git.get("dirty", False),
+    }
+
+
+def snapshot(folder: Path) -> Path:
+    """Copy the code into ``folder``, once for all jobs with the same one, with its git state; returns the copy."""
+    folder.mkdir(parents=True, exist_ok=True)
+    copy = Path(tempfile.mkdtemp(prefix=".code-", dir=folder))
+    for name in _CODE:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+        else:
+            shutil.copy(ROOT / name, copy)
+    git, diff = git_state()
+    (copy / _SNAPSHOT).write_text(json.dumps({"git": git, "diff": diff}, indent=1) + "\n")
+    digest = hashlib.sha256()
+    for path in sorted(path for path in copy.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(copy)}\0".encode() + path.read_bytes())
+    target = folder / f"code-{digest.hexdigest()[:12]}"
+    if target.exists():
+        shutil.rmtree(copy)
+    else:
+        os.chmod(copy, 0o755)
+        os.replace(copy, target)
+    return target

@@ -1,0 +1,77 @@
+"""What is done for a cell: its commands, here or as a task of a job."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments.errors import REQUEUE
+from experiments.files import ROOT
+from experiments.signals import Children
+from experiments.sweep.cells import Cell, record_done
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a cell ended: ``done``, ``was done``, ``failed``, ``skipped`` or, by a signal and with its work saved,
+    ``stopped``."""
+
+    status: str
+    seconds: float = 0.0
+    message: str = ""
+
+
+def run_cell(cell: Cell, log_dir: Path, children: Children, rank: int = 0) -> Outcome:
+    """Runs the cell's commands. Ranks beside the first only train, and log for themselves."""
+    start = time.perf_counter()
+    log_dir.mkdir(parents=True, exist_ok=True)
+    log_path = log_dir / (f"{cell.name}.log" if rank == 0 else f"{cell.name}.rank{rank}.log")
+    for command in cell.commands if rank == 0 else cell.commands[:1]:
+        with log_path.open("ab") as log:
+            log.write(f"$ {' '.join(command)}\n".encode())
+            log.flush()
+            code = children.run(
+                [sys.executable, str(ROOT / command[0]), *command[1:]],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            )
+        if code != 0:
+            is_stopped = code == REQUEUE or children.received is not None
+            message = f"{last_words(log_path)} (see {log_path})"
+            return Outcome("stopped" if is_stopped else "failed", time.perf_counter() - start, message)
+    if rank == 0:
+        record_done(cell.run_dir, cell.commands)
+    return Outcome("done", time.perf_counter() - start)
+
+
+def last_words(log_path: Path) -> str:
+    """The line that says why a process failed: the last one that names an error since its start, else the last."""
+    lines = [line.strip() for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
+    start = max((index for index, line in enumerate(lines) if line.startswith("$ ")), default=-1)
+    lines = lines[start + 1 :]
+    errors = [line for line in lines if re.search(r"error:|Error\b", line)]
+    return (errors or lines or ["no output"])[-1]
+
+
+def run_in_job(cell: Cell, log_dir: Path, rank: int) -> int:
+    """Train as this rank of a job; the first rank evaluates then. Returns the exit code.
+
+    Slurm sends SIGUSR2 before the time is up: the run saves, and the code asks the batch script, outside of any
+    container, to queue the job again. SIGTERM saves too, but a job that is preempted or cancelled is Slurm's to queue.
+
+    Raises:
+        SystemExit: the cell did not get done.
+    """
+    with Children() as children:
+        outcome = run_cell(cell, log_dir, children, rank=rank)
+    if outcome.status == "stopped":
+        return REQUEUE if children.received in (signal.SIGUSR1, signal.SIGUSR2) else 128 + signal.SIGTERM
+    if outcome.status != "done":
+        raise SystemExit(outcome.message)
+    return 0
