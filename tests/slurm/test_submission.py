@@ -54,7 +54,7 @@ def test_every_value_of_the_launcher_reaches_the_batch_script(scripts, make_conf
         cpus_per_task=6,
         mem_gb=100.5,
         hours=1.5,
-        signal_s=90,
+        signal_s=200,
         setup=["module load cuda/13", "export NCCL_DEBUG=INFO"],
         python="apptainer exec --nv image.sif python",
         srun_args=["--container-image=image.sqsh"],
@@ -67,7 +67,7 @@ def test_every_value_of_the_launcher_reaches_the_batch_script(scripts, make_conf
     asked = {
         **{"partition": "big", "account": "us", "qos": "high", "constraint": "h100", "job-name": "run"},
         **{"nodes": "2", "ntasks-per-node": "4", "gpus-per-node": "4", "cpus-per-task": "6"},
-        **{"mem": "102912M", "time": "90", "signal": "USR2@90", "requeue": "", "open-mode": "append"},
+        **{"mem": "102912M", "time": "90", "signal": "USR2@200", "requeue": "", "open-mode": "append"},
     }
     assert {key: flags(script).get(key) for key in asked} == asked
 

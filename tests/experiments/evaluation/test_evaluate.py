@@ -8,13 +8,15 @@ import torch
 from hydra import compose, initialize_config_dir
 
 import train
+from dashattn.backends import DashConfig, NSAConfig
 from data import IGNORE, build_data
 from experiments.config import to_config
 from experiments.evaluation.config import EvaluateConfig
-from experiments.evaluation.evaluate import evaluate, find_target
+from experiments.evaluation.evaluate import bytes_read, evaluate, find_target
 from experiments.evaluation.target import build_model
 from experiments.evaluation.tasks import streams
 from experiments.files import read_rows
+from models import ModelConfig, Transformer
 
 MQAR = (
     *("experiment=pareto_recall", "device=cpu", "threads=1", "steps=2", "optim.warmup_steps=1", "eval_every=0"),
@@ -81,6 +83,28 @@ def test_knobs_turn_and_nothing_is_done_twice(recall_run):
     config.tasks = ["loss", "recall"]
     assert {(row["task"], row["knob"]) for row in run(config)} == {("recall", k) for k in (0.01, 50.0, 4.0)}
     assert len((recall_run / "results.jsonl").read_text().splitlines()) == 6
+
+
+def test_a_checkpoint_is_evaluated_at_its_own_step_beside_the_others(tmp_path):
+    schedule = ["attention.alpha_mode=scheduled", "attention.alpha_start=1.2", "attention.alpha_steps=4"]
+    run_dir = tmp_path / "recall"
+    options = [*MQAR, *DASH, *schedule, "save_every=1", "keep_checkpoints=0", f"run_dir={run_dir}"]
+    train.train(compose_train(options))
+    for step, alpha in ((1, 1.275), (2, 1.35)):  # of the way from 1.2 to 1.5, a quarter and a half
+        config = EvaluateConfig(run=str(run_dir / "checkpoints" / f"step-0000000{step}"), tasks=["loss"], device="cpu")
+        model = build_model(find_target(config))
+        assert [backend.metrics()["alpha"] for backend in model.backends] == pytest.approx([alpha] * 2)
+        (row,) = run(config)
+        assert (row["checkpoint"], row["step"], row["tokens"]) == (f"step-0000000{step}", step, step * 8 * 64)
+        assert run(config) == []
+
+
+@pytest.mark.parametrize(("attention", "routing"), [(DashConfig(), 1), (NSAConfig(), 2)])
+def test_bytes_read_count_what_the_heads_of_a_group_share_once(attention, routing):
+    """A token reads 10 keys and values and scores 3 summaries, or keys and values of windows, in each KV head."""
+    shape = ModelConfig(16, 16, num_layers=3, num_heads=8, num_kv_heads=2, head_dim=4, max_seq_len=32, vocab_size=20)
+    read = bytes_read(Transformer(shape, attention), {"active_tokens": 10.0, "routing_reads": 3.0})
+    assert read == 2 * 3 * 2 * 4 * (2 * 10 + routing * 3)
 
 
 def test_loss_by_position_averages_to_the_loss(tiny_overrides):

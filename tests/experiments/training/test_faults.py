@@ -160,22 +160,29 @@ def test_a_spike_is_seen_and_a_noisy_slope_is_not(tmp_path):
     assert read_rows(tmp_path / "anomalies.jsonl") == [expected]
 
 
-def test_a_dead_data_source_loses_no_step(make_config, monkeypatch):
-    whole = train(make_config("whole"))
-    config = make_config("run")
+@pytest.mark.parametrize(
+    ("options", "rows", "step"),
+    [
+        ([], 2 * 4, 3),
+        (["save_every=2", "rows_per_micro_batch=2"], 3 * 4 + 2, 4),  # the second micro-batch, one step after a save
+    ],
+)
+def test_a_dead_data_source_loses_no_step(make_config, monkeypatch, options, rows, step):
+    whole = train(make_config("whole", *options))
+    config = make_config("run", *options)
     read = PreparedTextStream.__next__
 
     def failing(stream):
-        if stream.split == "train" and stream.consumed >= 2 * config.rows_per_batch:
+        if stream.split == "train" and stream.consumed >= rows:
             raise ConnectionError("the corpus is gone")
         return read(stream)
 
     with monkeypatch.context() as patch:
         patch.setattr(PreparedTextStream, "__next__", failing)
         for _ in range(2):  # the second time nothing was learned, and nothing is written
-            with pytest.raises(Stopped, match=r"failed at step 3 \(the corpus is gone\).*are saved"):
+            with pytest.raises(Stopped, match=rf"failed at step {step} \(the corpus is gone\).*are saved"):
                 train(config)
-    assert (checkpoint(Path(config.run_dir), 2).parent / "latest").read_text() == "step-00000002\n"
+    assert (Path(config.run_dir) / "checkpoints" / "latest").read_text() == f"step-{step - 1:08d}\n"
     assert losses(train(config)) == losses(whole)
 
 

@@ -161,3 +161,16 @@ def test_a_second_process_on_a_run_directory_is_refused(make_config):
         open_run_dir(run, config, [], {})
     lock.release()
     open_run_dir(find_run_dir(config), config, [], {}).release()
+
+
+def test_a_run_that_another_process_took_further_meanwhile_is_refused(config):
+    save(opened(config), 2, stage=1)
+    found = find_run_dir(config)
+    save(found, 3, stage=1)
+    metrics = found.path / "metrics.jsonl"
+    metrics.write_text('{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"another process has just trained .* start again to go on"):
+        open_run_dir(found, config, [], {})
+    assert read_rows(metrics) == [{"step": 3}]
+    assert not (found.path / "resumed").exists()
+    open_run_dir(find_run_dir(config), config, [], {}).release()

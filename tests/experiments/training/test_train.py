@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 import train as train_module
-from data import MQARDataConfig
 from experiments.errors import Stopped
 from experiments.evaluation import export
 from experiments.files import read_rows
 from experiments.training import run as run_module
+from experiments.training.checkpoint import find_weights
 from models import Transformer
 from train import train
 
@@ -131,15 +131,19 @@ def test_one_rank_sums_gradients_in_float32_and_keeps_no_other(make_config, monk
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_accumulation_weighs_every_target_the_same(make_config, stage):
-    # Rows of recall have different numbers of targets.
-    data = MQARDataConfig(name="mqar", seq_len=64, pairs_min=1, pairs_max=8, validation_rows=4)
+def test_accumulation_weighs_every_target_the_same(make_config, tmp_path, stage):
+    # The first token of a document is no target: of documents of two tokens, every other token.
+    texts = [f"{index} words that a document goes on with" * 9 for index in range(50)] + ["x", "y"] * 2000
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    options = [f"deepspeed=zero{stage}", "data=local", f"data.files=[{corpus}]", "data.seq_len=64"]
+    options += ["data.vocab_size=300", "data.validation_rows=4"]
 
     def run(name, *overrides):
-        return rows(train(replace(make_config(name, f"deepspeed=zero{stage}", "steps=6", *overrides), data=data)))
+        return rows(train(make_config(name, *options, *overrides)))
 
     at_once, in_parts = run("at_once"), run("in_parts", "rows_per_micro_batch=1")
-    assert len(at_once) == 6
+    assert len(at_once) == 4
     for key in ("loss", "grad_norm"):
         assert [row[key] for row in in_parts] == pytest.approx([row[key] for row in at_once], rel=1e-4)
 
@@ -150,6 +154,19 @@ def test_clipping_bounds_the_update_at_every_stage(make_config):
     assert runs[0] == pytest.approx(runs[1], rel=1e-6)
     free = losses(train(make_config("free", "deepspeed=zero0", *options, "optim.grad_clip=0")))
     assert free[-1] < runs[0][-1]
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_clipped_update_is_as_long_as_the_bound_times_the_rate(make_config, stage):
+    """AdamW's first update is lr g / (|g| + eps): with eps = 1 and a small gradient, lr g."""
+    options = ["optim.grad_clip=1e-3", "optim.eps=1", "optim.weight_decay=0", "optim.warmup_steps=0", "optim.lr=0.5"]
+    config = make_config("run", f"deepspeed=zero{stage}", *options, "steps=1")
+    weights = load_file(find_weights(train(config)))
+    torch.manual_seed(config.seed)
+    initial = Transformer(replace(config.model, vocab_size=300), config.attention).state_dict()
+    moved = torch.cat([(weights[name] - initial[name]).flatten() for name in initial]).norm()
+    assert moved.item() == pytest.approx(0.5 * 1e-3, rel=0.01)
+    assert rows(Path(config.run_dir))[0]["grad_norm"] > 0.1
 
 
 def test_a_run_can_begin_with_dense_weights(make_config, tmp_path):
