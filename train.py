@@ -69,6 +69,7 @@ def loop(run: Run, request: StopRequest) -> None:
     for step in range(run.run_dir.step + 1, config.steps + 1):
         is_last = step == config.steps
         read = read_step(run, is_to_stop=request.received is not None)
+        # Every rank leaves here if one has no data: those that went on would wait for it in the next collective.
         if read.failures:
             raise stop_without_data(run, step, read) from read.error
         # What is saved is logged, too: saving restarts the clock, which would forget the steps since the last row.
@@ -78,6 +79,9 @@ def loop(run: Run, request: StopRequest) -> None:
 
         done = take_step(run, step, read, with_norms=is_logged, with_stats=with_stats)
         anomaly = judge(run, step, read, done)
+        # A resumed run begins after its checkpoint and drops the rows behind it. So what belongs to this step is
+        # written before the step is saved: nobody would make up for it. A skipped step stands in anomalies.jsonl; its
+        # row here would hold a loss or a norm that is no number.
         if is_logged and anomaly != "skipped":
             log(run, step, read, done)
         if config.eval_every and (is_last or step % config.eval_every == 0):
@@ -85,6 +89,7 @@ def loop(run: Run, request: StopRequest) -> None:
         if is_saved:
             save(run, step)
         run.tracer.step()
+        # A run that was asked to stop in its last step is complete, and must not ask to be started again.
         if read.stops and not is_last:
             by = request.received.name if request.received else "a signal to another rank"
             raise Preempted(f"stopped by {by} and saved at step {step}: the same command goes on from there")
@@ -94,6 +99,8 @@ def loop(run: Run, request: StopRequest) -> None:
 def main(cfg: DictConfig) -> None:
     overrides = HydraConfig.get().overrides.task
     with run_faults(), StopRequest() as request, ExitStack() as resources:
+        # Until the run is built a ValueError is the user's to mend and ends in one line; in the loop it is a fault of
+        # ours, whose traceback is needed.
         with user_errors():
             config = to_config(cfg)
             if config.launcher is not None:

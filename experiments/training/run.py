@@ -78,11 +78,13 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
         ValueError: the run directory, the data or the weights do not fit the configuration.
     """
     run_dir = find_run_dir(config)
+    # What needs no other rank, device or data comes first: a complete run, a cell of a sweep say, ends here at once,
+    # and wrong weights are refused before the data are prepared.
     if run_dir.step >= config.steps:
         if os.environ.get("RANK", "0") == "0":
             print(f"{run_dir.path} is complete: {run_dir.step} steps")
         return None
-    weights = None
+    weights = None  # a run that resumes has its own, and the folder it began with may be gone
     if config.init_from is not None and run_dir.checkpoint is None:
         weights = find_weights(config.init_from)
     if config.threads is not None:
@@ -116,6 +118,8 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
     if ranks.is_main:
         resources.callback(open_run_dir(run_dir, config, overrides, start).release)
 
+    # The checkpoint is loaded into the engine, not into the model: it holds the optimizer's state, too, and DeepSpeed's
+    # master weights, which the model's rounded ones would not give back.
     json = deepspeed_json(
         config,
         parameters=start["parameters"],
@@ -215,10 +219,12 @@ class Read(NamedTuple):
 
 def read_step(run: Run, *, is_to_stop: bool = False) -> Read:
     """Read a step's batches, and agree on what befell one of the ranks, as when this one ``is_to_stop``."""
-    position = run.train_data.state_dict()
+    position = run.train_data.state_dict()  # before: if the source fails, the steps up to here are saved with it
     with run.clock.waiting():
         batches, error = read_batches(run)
     counts = (sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches))
+    # One exchange of the hosts for all that ranks must agree on. A signal reaches ranks at different steps: only what
+    # is summed here may decide a branch.
     targets, tokens, failures, stops = run.ranks.sum(*counts, error is not None, is_to_stop)
     shared = run.ranks.sequence_parallel  # ranks that have read the same rows, and counted them
     return Read(batches, position, targets / shared, tokens / shared, error, int(failures), int(stops))
@@ -252,6 +258,7 @@ def take_step(run: Run, step: int, read: Read, *, with_norms: bool = False, with
     updated it is ahead, with the next step's data.
     """
     engine, device = run.engine, run.ranks.device
+    # Rate and schedules are functions of the steps done before, and of nothing else: a resumed run has the same ones.
     rate = learning_rate(run.config.optim, step - 1, run.config.steps)
     engine.module.set_step(step - 1)
     set_learning_rate(engine, rate)
@@ -265,6 +272,8 @@ def take_step(run: Run, step: int, read: Read, *, with_norms: bool = False, with
         loss += output.loss.detach() * share
         stats = stats or output.stats
         if index == len(read.batches) - 1:
+            # Between the last backward pass and the update: the copy of the loss must not wait for the update, and the
+            # update clears the gradients that the norms are of.
             read_loss = to_host(loss)
             norms = gradient_norms(engine) if with_norms else {}
         grad_norm = optimizer_step(engine, run.config.optim.grad_clip)
@@ -284,11 +293,12 @@ def judge(run: Run, step: int, read: Read, done: Update) -> str | None:
     is_finite = done.grad_norm is not None or run.config.deepspeed.precision == "fp16"
     anomaly = run.watch.judge(done.loss, is_finite=is_finite)
     if anomaly is not None:
-        norm, positions = _host_norm(done), run.ranks.gather_readers(read.position)
+        norm, positions = _host_norm(done), run.ranks.gather_readers(read.position)  # all ranks must gather
         if run.ranks.is_main:
             run.watch.record(anomaly, step, done.loss, norm, positions)
         run.metrics.print(f"WARNING: step {step} {anomaly}: loss {done.loss:.4g}, grad_norm {norm:.4g}")
     if run.watch.is_hopeless():
+        # To be looked at, under a name that no resume takes: from this state no step has been finite.
         kept = run.run_dir.checkpoints / f"stopped-{step_name(step)}"
         write_checkpoint(kept, _state(run, step, run.train_data.state_dict()), run.engine, run.ranks)
         raise run.watch.stop(step, kept)
