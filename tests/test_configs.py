@@ -27,6 +27,7 @@ COMPANIONS = {
     "data=local": ["data.files=[a.txt]", "model=60m"],
     "data=hub": ["model=60m"],
     "data=mixture_debian": ["model=60m"],
+    "data=real_text": ["model=smollm2_135m"],
 }
 
 
