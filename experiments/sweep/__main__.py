@@ -30,6 +30,8 @@ def run_sweep(config: SweepConfig, console: Console) -> dict[str, Outcome]:
         if cell.is_done():
             outcomes[cell.name] = Outcome("was done")
     waiting = [cell for cell in waiting if cell.name not in outcomes]
+    # A base is only there for others to continue from: where they are all done (their rows restored, say, without any
+    # weights) nobody trains it again.
     wanted = {cell.base for cell in waiting}
     waiting = [cell for cell in waiting if cell.evaluate is not None or cell.name in wanted]
     console.print(f"{config.name}: {len(waiting)} cells to do, {len(outcomes)} done before", highlight=False)
@@ -37,6 +39,8 @@ def run_sweep(config: SweepConfig, console: Console) -> dict[str, Outcome]:
     log_dir = Path(config.output_dir) / "logs"
     running: dict[Future, Cell] = {}
     with Children() as children, ThreadPoolExecutor(config.jobs) as pool:
+        # In the order of the configuration, so that what it names first is there first; a cell whose base is still
+        # being trained lets those behind it pass.
         while waiting or running:
             for cell in list(waiting):
                 base = Outcome("done") if cell.base is None else outcomes.get(cell.base)

@@ -1,6 +1,9 @@
 """The cells of a sweep: which there are, and which are done.
 
-A cell is (study, arm, trained knob, seed): a training run and its evaluation. Its commands are processes of their own.
+A cell is (study, arm, trained knob, seed): a training run and its evaluation. Its commands are processes of their own:
+one that dies, of a full GPU say, takes no other with it, and each is a command that a person can repeat. The cells
+follow from the sweep's configuration alone, so that every call, on any machine, finds the same ones under the same
+names; which are done is read off their directories.
 
     DIR/CELL/            run directory
     DIR/CELL/cell.json   the commands that completed
@@ -84,6 +87,8 @@ class Cell:
 
     def is_done(self) -> bool:
         """Whether these very commands have completed."""
+        # A sweep that has changed since asks for other commands, and what it changed is done again. Where that is the
+        # evaluation alone, train.py finds its run complete and ends at once.
         record = self.run_dir / CELL
         return record.exists() and json.loads(record.read_text())["commands"] == self.commands
 
@@ -134,14 +139,18 @@ def _study_cells(config: SweepConfig, study_name: str, study: StudyConfig, seed:
     ) -> Cell:
         name = f"{study_name}-{label}{suffix}-seed{seed}"
         run_dir = Path(config.output_dir) / name
+        # Of two values for one key the later holds: an arm may differ from its study, but no cell from its own name.
         overrides = [*study.train, *train, f"seed={seed}", f"name={name}", f"run_dir={run_dir}", *threads]
         if base is not None:
             overrides.append(f"init_from={base.run_dir}")
         base_name = None if base is None else base.name
         if knobs is None:
             return Cell(name, run_dir, tuple(overrides), None, base_name)
+        # The label is the arm's, not the cell's: the rows of all its seeds and knobs make one line of a figure.
         common = (f"run={run_dir}", f"label={label}")
         evaluate, turned = (*common, *(study.evaluate if own is None else own), *knobs, *threads), None
+        # With a second evaluation the first one asks for everything, dear tasks too, at the knob trained with; the
+        # second turns the knob for the few tasks that a frontier is drawn from.
         if own is None and study.evaluate_turned is not None:
             evaluate = (*common, *study.evaluate, *threads)
             turned = (*common, *study.evaluate_turned, *knobs, *threads) if knobs else None
@@ -158,7 +167,8 @@ def _study_cells(config: SweepConfig, study_name: str, study: StudyConfig, seed:
         if not arm.trained_knobs:
             yield cell(label, arm.train, knobs, base, arm.evaluate)
         for knob in arm.trained_knobs:
-            # Which field the knob is, the backend's config says.
+            # Which field the knob is, the backend's config says. Where the arm names one of its checkpoints to be
+            # turned, the others are evaluated as trained: one point each.
             train = [*arm.train, f"{_knob_key(arm.train)}={knob:g}"]
             evaluated = knobs if arm.turned in (None, knob) else []
             yield cell(label, train, evaluated, base, arm.evaluate, suffix=f"-knob{knob:g}")

@@ -30,6 +30,7 @@ def run_cell(cell: Cell, log_dir: Path, children: Children, rank: int = 0) -> Ou
     start = time.perf_counter()
     log_dir.mkdir(parents=True, exist_ok=True)
     log_path = log_dir / (f"{cell.name}.log" if rank == 0 else f"{cell.name}.rank{rank}.log")
+    # The first command is the training, which all ranks of a job do together; an evaluation is one process.
     for command in cell.commands if rank == 0 else cell.commands[:1]:
         with log_path.open("ab") as log:
             log.write(f"$ {' '.join(command)}\n".encode())
@@ -42,6 +43,7 @@ def run_cell(cell: Cell, log_dir: Path, children: Children, rank: int = 0) -> Ou
                 env=os.environ | {"PYTHONUNBUFFERED": "1"},
             )
         if code != 0:
+            # Asked to stop, by a signal of its own or by one passed on to it: no failure, and its work is saved.
             is_stopped = code == REQUEUE or children.received is not None
             message = f"{last_words(log_path)} (see {log_path})"
             return Outcome("stopped" if is_stopped else "failed", time.perf_counter() - start, message)
