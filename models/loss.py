@@ -40,8 +40,9 @@ def cross_entropy(
     targets: Tensor | None = None,
     *,
     chunk_loss: Callable = chunk_loss,
-) -> tuple[Tensor, Tensor]:
-    """Mean loss over the labels that are not -100 (0 when there is none), and the loss of every token.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Mean loss over the labels that are not -100 (0 when there is none), the loss of every token, and whether its
+    label is the likeliest token.
 
     Args:
         hidden_BTE: what the output head reads.
@@ -52,20 +53,24 @@ def cross_entropy(
 
     Returns:
         Scalar, differentiable; [B, T] in nats without gradient, 0 where ignored. Both float32, float64 for float64.
+        Bool [B, T], False where ignored; None where gradients are taken, which nobody asks this.
     """
+    is_likeliest = None
     if not torch.is_grad_enabled():  # which the function below cannot tell
         hidden_BTE, weight_VE = hidden_BTE.detach(), weight_VE.detach()
-    total, token_losses = _SumOfLosses.apply(hidden_BTE.flatten(0, 1), weight_VE, labels_BT.flatten(), chunk_loss)
+        is_likeliest = torch.zeros(labels_BT.shape, dtype=torch.bool, device=labels_BT.device)
+    inputs = (hidden_BTE.flatten(0, 1), weight_VE, labels_BT.flatten())
+    total, token_losses = _SumOfLosses.apply(*inputs, chunk_loss, is_likeliest)
     if targets is None:
         targets = (labels_BT != IGNORE).sum()
-    return total / targets.clamp(min=1), token_losses.view_as(labels_BT)
+    return total / targets.clamp(min=1), token_losses.view_as(labels_BT), is_likeliest
 
 
 class _SumOfLosses(torch.autograd.Function):
     """The gradient of the sum is the same for every scale of the loss, so the forward pass can take it."""
 
     @staticmethod
-    def forward(ctx, hidden_NE, weight_VE, labels_N, chunk_loss):
+    def forward(ctx, hidden_NE, weight_VE, labels_N, chunk_loss, is_likeliest):
         chunks = range(0, len(hidden_NE), max(1, CHUNK_LOGITS // len(weight_VE)))
         size = chunks.step
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
@@ -77,6 +82,8 @@ class _SumOfLosses(torch.autograd.Function):
             part = slice(start, start + size)
             hidden, labels = hidden_NE[part], labels_N[part]
             logits = F.linear(hidden, weight_VE)
+            if is_likeliest is not None:
+                is_likeliest.view(-1)[part] = logits.argmax(-1) == labels
             token_losses[part], grad = chunk_loss(logits, labels, with_grad=needs_hidden or needs_weight)
             ignored = (labels == IGNORE)[:, None]  # masks what is multiplied with, which is narrower
             if needs_hidden:
@@ -97,4 +104,4 @@ class _SumOfLosses(torch.autograd.Function):
             grad_hidden = (grad_hidden * grad_total).to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None

@@ -39,7 +39,7 @@ def test_value_and_gradients_are_those_of_the_plain_loss(dtype, tolerance):
     hidden, weight, labels = make(dtype)
     results = []
     for function in (cross_entropy, plain):
-        value, losses = function(hidden, weight, labels)
+        value, losses, *_ = function(hidden, weight, labels)
         results.append([value, losses, *torch.autograd.grad(3 * value, (hidden, weight))])
     for ours, expected in zip(*results, strict=True):
         assert ours.dtype == expected.dtype
@@ -51,7 +51,7 @@ def test_float16_gradients_survive_a_loss_scale():
     """Scaled losses keep float16 gradients above its smallest number: the scale must reach them unrounded."""
     hidden, weight, labels = make(torch.float16)
     scale = 2.0**16
-    value, _ = cross_entropy(hidden, weight, labels)
+    value, *_ = cross_entropy(hidden, weight, labels)
     ours = torch.autograd.grad(value * scale, (hidden, weight))
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     expected = torch.autograd.grad(plain(*exact, labels)[0] * scale, exact)
@@ -60,12 +60,25 @@ def test_float16_gradients_survive_a_loss_scale():
 
 def test_a_weight_that_is_frozen_and_no_grad():
     hidden, weight, labels = make()
-    value, losses = cross_entropy(hidden, weight.detach(), labels)
+    value, losses, is_likeliest = cross_entropy(hidden, weight.detach(), labels)
     value.backward()
+    assert is_likeliest is None
     assert hidden.grad is not None
     assert not losses.requires_grad
     with torch.no_grad():
         assert torch.equal(cross_entropy(hidden, weight, labels)[0], value)
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_whether_the_label_is_the_likeliest_token(dtype):
+    hidden, weight, labels = make(dtype)
+    with torch.no_grad():
+        likeliest = F.linear(hidden, weight).argmax(-1)
+        labels[:, 1::3] = likeliest[:, 1::3]
+        _, _, found = cross_entropy(hidden, weight, labels)
+    assert torch.equal(found, likeliest == labels)
+    assert TOKENS / 3 <= found.sum() < (labels != -100).sum()
 
 
 class LargestTensor(TorchDispatchMode):
