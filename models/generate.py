@@ -1,16 +1,52 @@
-"""Text generation with a decode cache: greedy, temperature, top-p; prompts of different length in one batch.
+"""Text generation with a decode cache: greedy or sampled; prompts of different length in one batch.
 
     python -m experiments.evaluation.generate run=outputs/NAME prompt="import os"
 
 The command line itself is ``experiments/evaluation/generate.py``, which knows run directories; this module does not.
 """
 
-from collections.abc import Callable, Collection
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from models.transformer import ModelCache, Transformer
+from models.cache import ModelCache
+from models.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. Meanings and order are transformers': penalty, temperature, top-k, top-p.
+
+    Attributes:
+        temperature: 0 takes the likeliest token.
+        top_p: samples from the fewest likeliest tokens whose probability reaches it.
+        top_k: samples from that many likeliest tokens; 0 = from all.
+        repetition_penalty: divides the positive logits, and multiplies the negative ones, of tokens that the prompt or
+            the continuation holds already (arXiv 1909.05858, section 4.1); 1 = none.
+
+    Raises ValueError for impossible values.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature} must not be negative: 0 takes the likeliest token")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must lie in (0, 1]: 1 samples from all tokens")
+        if not isinstance(self.top_k, int) or self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must be a number of tokens: 0 samples from all tokens")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be positive: 1 is none")
+
+
+GREEDY = Sampling()
 
 
 @torch.inference_mode()
@@ -20,22 +56,21 @@ def generate(
     *,
     max_new_tokens: int,
     stop_tokens: Collection[int] = (),
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    sampling: Sampling = GREEDY,
+    seeds: Sequence[int] | None = None,
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
     """Continues every prompt until a stop token or ``max_new_tokens``.
 
     The prompts are one batch, each at its own length: nothing is put before a prompt, so that chunks begin where
-    they would if it stood alone. On a GPU the step is captured once in a CUDA graph and replayed.
+    they would if it stood alone. What continues a prompt is the same in any batch, up to rounding, and the same as
+    without a cache: where longrope changes its factors, the sequences are read again. On a GPU the step is captured
+    once in a CUDA graph and replayed.
 
     Args:
         model: its parameters decide dtype and device.
         prompts: token ids, at least one each.
-        temperature: 0 takes the likeliest token.
-        top_p: samples from the fewest likeliest tokens whose probability reaches it.
-        seed: the same seed and the same batch give the same tokens.
+        seeds: one a prompt, of what is drawn for it alone; None = 0, 1, 2, ...
         on_token: called with (index of the prompt, token) as soon as a token is there.
 
     Returns:
@@ -44,25 +79,19 @@ def generate(
     Raises:
         ValueError: an empty prompt, a token outside the vocabulary, or an impossible setting.
     """
-    _check(model, prompts, max_new_tokens, temperature, top_p)
+    seeds = range(len(prompts)) if seeds is None else seeds
+    _check(model, prompts, max_new_tokens, seeds)
     if not prompts:
         return []
     device = model.embedding.weight.device
-    generator = torch.Generator(device).manual_seed(seed)
-    lengths = [len(prompt) for prompt in prompts]
-    cache = model.new_cache(len(prompts), max(lengths) + max_new_tokens)
-
-    # Padding lies behind a prompt, where causal attention does not look.
-    padded = [prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts]
-    last = torch.tensor(lengths, device=device) - 1
-    logits_BV = model.decode(torch.tensor(padded, device=device), cache, at=last)[:, -1]
-    cache.advance(lengths)
-
+    sampler = Sampler(sampling, prompts, seeds, model.config.vocab_size, device)
+    cache = model.new_cache(len(prompts), max(map(len, prompts)) + max_new_tokens)
+    logits_BV = _read(model, cache, prompts)
     step = None
     results: list[list[int]] = [[] for _ in prompts]
     going = set(range(len(prompts)))
     for produced in range(1, max_new_tokens + 1):
-        token_B = sample(logits_BV, temperature, top_p, generator)
+        token_B = sampler(logits_BV)
         for row, token in enumerate(token_B.tolist()):
             if row not in going:
                 continue
@@ -74,22 +103,70 @@ def generate(
                 on_token(row, token)
         if not going or produced == max_new_tokens:
             break
+        if cache.outgrows_rotation():
+            cache.reset()  # rows that have ended stay as short as can be
+            pairs = enumerate(zip(prompts, results, strict=True))
+            sequences = [prompt + new if row in going else prompt[:1] for row, (prompt, new) in pairs]
+            logits_BV = _read(model, cache, sequences)
+            continue
         step = step or decode_step(model, cache)
         logits_BV = step(token_B)
         cache.advance()
     return results
 
 
-def sample(logits_BV: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """One token per row, int64 [B], without waiting for the device."""
-    if temperature == 0:
-        return logits_BV.argmax(-1)
-    p_BV, order_BV = (logits_BV.float() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
-    before = p_BV.cumsum(-1) - p_BV
-    p_BV = p_BV.masked_fill(before >= top_p, 0)
-    # The first of exponential clocks of rates p rings with probability p / sum p.
-    clock = torch.zeros_like(p_BV).exponential_(generator=generator).clamp_min_(torch.finfo(torch.float32).tiny)
-    return order_BV.gather(-1, (p_BV / clock).argmax(-1, keepdim=True))[:, 0]
+def _read(model: Transformer, cache: ModelCache, sequences: list[list[int]]) -> Tensor:
+    """Puts sequences into an empty cache; the logits behind each, [B, V]."""
+    lengths = [len(sequence) for sequence in sequences]
+    # Padding lies behind a sequence, where causal attention does not look.
+    padded = [sequence + [0] * (max(lengths) - len(sequence)) for sequence in sequences]
+    ids_BT = torch.tensor(padded, device=model.embedding.weight.device)
+    logits_BV = model.decode(ids_BT, cache, new_tokens=lengths)[:, -1]
+    cache.advance(lengths)
+    return logits_BV
+
+
+class Sampler:
+    """Chooses a token for each row, without waiting for the device; no row's draws depend on the others."""
+
+    def __init__(
+        self, sampling: Sampling, prompts: list[list[int]], seeds: Sequence[int], vocab_size: int, device
+    ) -> None:
+        self.sampling = sampling
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self.seen_BV = None
+        if sampling.repetition_penalty != 1:
+            self.seen_BV = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
+            for row, prompt in enumerate(prompts):
+                self.seen_BV[row, prompt] = True
+
+    def __call__(self, logits_BV: Tensor) -> Tensor:
+        """int64 [B]."""
+        if self.seen_BV is not None:
+            penalty = self.sampling.repetition_penalty
+            penalised_BV = torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+            logits_BV = penalised_BV.where(self.seen_BV, logits_BV)
+        token_B = self._choose(logits_BV)
+        if self.seen_BV is not None:
+            self.seen_BV.scatter_(1, token_B[:, None], True)
+        return token_B
+
+    def _choose(self, logits_BV: Tensor) -> Tensor:
+        sampling = self.sampling
+        if sampling.temperature == 0:
+            return logits_BV.argmax(-1)
+        logits_BV, order_BV = (logits_BV.float() / sampling.temperature).sort(dim=-1, descending=True, stable=True)
+        if sampling.top_k:
+            logits_BV[:, sampling.top_k :] = -torch.inf
+        p_BV = logits_BV.softmax(-1)
+        before = p_BV.cumsum(-1) - p_BV
+        p_BV = p_BV.masked_fill(before >= sampling.top_p, 0)
+        # The first of exponential clocks of rates p rings with probability p / sum p.
+        clock = torch.empty_like(p_BV)
+        for row, generator in zip(clock, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        clock.clamp_min_(torch.finfo(torch.float32).tiny)
+        return order_BV.gather(-1, (p_BV / clock).argmax(-1, keepdim=True))[:, 0]
 
 
 def decode_step(model: Transformer, cache: ModelCache) -> Callable[[Tensor], Tensor]:
@@ -113,6 +190,7 @@ def decode_step(model: Transformer, cache: ModelCache) -> Callable[[Tensor], Ten
 
     def replay(new_B: Tensor) -> Tensor:
         cache.check_room(1)
+        cache.check_rotation()
         token_B.copy_(new_B)
         graph.replay()
         return logits_BV
@@ -120,7 +198,7 @@ def decode_step(model: Transformer, cache: ModelCache) -> Callable[[Tensor], Ten
     return replay
 
 
-def _check(model: Transformer, prompts: list[list[int]], max_new_tokens: int, temperature: float, top_p: float) -> None:
+def _check(model: Transformer, prompts: list[list[int]], max_new_tokens: int, seeds: Sequence[int]) -> None:
     vocab_size = model.config.vocab_size
     for index, prompt in enumerate(prompts):
         if not prompt:
@@ -133,7 +211,5 @@ def _check(model: Transformer, prompts: list[list[int]], max_new_tokens: int, te
             )
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: at least 1 is needed")
-    if not temperature >= 0:
-        raise ValueError(f"temperature={temperature} must not be negative: 0 takes the likeliest token")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must lie in (0, 1]: 1 samples from all tokens")
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one each")

@@ -13,20 +13,28 @@ from torch import Tensor
 from models.config import ModelConfig
 
 
-def rope_tables(config: ModelConfig, position_ids: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def rope_tables(
+    config: ModelConfig, position_ids: Tensor, cu_seqlens: Tensor | None = None, *, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(cos, sin), float32, each [..., T, D] for integer ``position_ids`` [..., T].
 
-    ``cu_seqlens`` (int32 [N + 1]) matters to longrope only, whose factors depend on the length of the sequence a
-    token belongs to: each document chooses for itself, as it would alone. Without it each row is a sequence.
+    ``cu_seqlens`` and ``lengths`` matter to longrope only, whose factors depend on the length of the sequence a token
+    belongs to: each sequence chooses for itself, as it would alone.
+
+    Args:
+        cu_seqlens: int32 [N + 1], boundaries of packed documents; None = each row is a sequence.
+        lengths: integer [B], tokens of each row without the padding at its end; None = rows have none.
     """
     positions = position_ids[..., None].float()
     angles = positions * inverse_frequencies(config, device=position_ids.device)
     if config.rope.scaling == "longrope":
-        if cu_seqlens is None:
-            lengths = position_ids.amax(-1, keepdim=True) + 1
-        else:
+        if cu_seqlens is not None:
             document_lengths = cu_seqlens.diff()
             lengths = document_lengths.repeat_interleave(document_lengths, output_size=position_ids.shape[-1])
+        elif lengths is not None:
+            lengths = lengths[:, None]
+        else:
+            lengths = position_ids.amax(-1, keepdim=True) + 1
         long_angles = positions * inverse_frequencies(config, long=True, device=position_ids.device)
         angles = torch.where((lengths > config.rope.original_max_seq_len)[..., None], long_angles, angles)
     angles = torch.cat((angles, angles), dim=-1)

@@ -4,6 +4,7 @@ Shape suffixes: B batch, T tokens, E hidden size, H query or KV heads, D head si
 """
 
 import math
+from collections.abc import Sequence
 from types import MethodType
 from typing import NamedTuple
 
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dashattn.backends import ALL_HEADS, AttentionBackend, AttentionConfig, AttentionShape, build_backend
-from dashattn.cache import DecodeCache, LayerCache
+from dashattn.cache import LayerCache
+from dashattn.checks import check
 from dashattn.documents import document_positions
-from dashattn.ops.decode.reference import new_positions
 from dashattn.rope import apply_rope
 from dashattn.stats import AttentionStats
+from models.cache import ModelCache
 from models.config import ModelConfig
 from models.loss import IGNORE, chunk_loss, cross_entropy
 from models.rope import no_rotation, rope_tables
@@ -30,6 +32,7 @@ class ModelOutput(NamedTuple):
     logits: Tensor | None  # [B, T, V], None when labels are given
     loss: Tensor | None  # float32 scalar, the mean over valid labels (0 when there is none)
     token_losses: Tensor | None  # float32 [B, T] in nats without gradient, 0 where the label is -100
+    is_likeliest: Tensor | None  # bool [B, T], whether the label is; without labels, or where gradients are taken: None
     stats: list[AttentionStats] | None  # one a layer
 
 
@@ -82,9 +85,10 @@ class Transformer(nn.Module):
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
         return_stats: bool = False,
     ) -> ModelOutput:
-        """Logits, or with ``labels`` the loss.
+        """Logits, or with ``labels`` the loss, for which only a chunk of the logits is held at a time.
 
         After ``share_sequences`` every process of the group must be given the same rows, whole. Logits and token
         losses are then those of its own tokens, and its loss is its share: the shares' sum is the mean.
@@ -94,15 +98,37 @@ class Transformer(nn.Module):
             labels: int64 [B, T], the target of each position (already shifted); -100 is ignored.
             position_ids: integer [T] or [B, T], position in the document; by default counted from ``cu_seqlens``.
             cu_seqlens: int32 [N + 1], boundaries of packed documents, with B = 1; None = every row is one document.
+            lengths: integer [B], tokens of each row where rows are padded at their end with any token. What stands at a
+                row's own tokens is then what it would be alone.
             return_stats: fill ``ModelOutput.stats``.
         """
+        options = {"position_ids": position_ids, "cu_seqlens": cu_seqlens, "lengths": lengths}
+        hidden_BTE, stats = self.hidden_states(input_ids_BT, **options, return_stats=return_stats)
+        head = self.embedding.weight if self.lm_head is None else self.lm_head.weight
+        if labels is None:
+            return ModelOutput(F.linear(hidden_BTE, head), None, None, None, stats)
+        targets = (labels != IGNORE).sum()
+        losses = cross_entropy(hidden_BTE, head, self._own(labels), targets, chunk_loss=self.chunk_loss)
+        return ModelOutput(None, *losses, stats)
+
+    def hidden_states(
+        self,
+        input_ids_BT: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
+        return_stats: bool = False,
+    ) -> tuple[Tensor, list[AttentionStats] | None]:
+        """What the output head reads, [B, T, E], and the stats. Arguments as in ``forward``, which adds the head: for
+        what needs no logits, whose size is that of the vocabulary."""
         if cu_seqlens is not None and input_ids_BT.shape[0] != 1:
             raise ValueError(
                 f"cu_seqlens needs a batch of one row, got {input_ids_BT.shape[0]}: flatten the documents into one row"
             )
         if position_ids is None:
             position_ids = document_positions(cu_seqlens, 1, input_ids_BT.shape[1], input_ids_BT.device)[0]
-        rope = rope_tables(self.config, position_ids, cu_seqlens)
+        rope = rope_tables(self.config, position_ids, cu_seqlens, lengths=lengths)
         hidden_BTE = self.embedding(self._own(input_ids_BT)) * self.config.embedding_scale
         stats = [] if return_stats else None
         for layer in self.layers:
@@ -114,13 +140,7 @@ class Transformer(nn.Module):
                 hidden_BTE, layer_stats = layer(*inputs)
             if return_stats:
                 stats.append(layer_stats)
-        hidden_BTE = self.norm(hidden_BTE) * self.config.logit_scale
-        head = self.embedding.weight if self.lm_head is None else self.lm_head.weight
-        if labels is None:
-            return ModelOutput(F.linear(hidden_BTE, head), None, None, stats)
-        targets = (labels != IGNORE).sum()
-        losses = cross_entropy(hidden_BTE, head, self._own(labels), targets, chunk_loss=self.chunk_loss)
-        return ModelOutput(None, *losses, stats)
+        return self.norm(hidden_BTE) * self.config.logit_scale, stats
 
     def share_sequences(self, group: torch.distributed.ProcessGroup) -> None:
         """Let each process of ``group`` hold its part of every row; see models.sequence_parallel. For training.
@@ -136,7 +156,7 @@ class Transformer(nn.Module):
         """Of whole rows, what this process holds."""
         return x_BT if self.sequence is None else self.sequence.part(x_BT)
 
-    def new_cache(self, batch: int, capacity: int) -> "ModelCache":
+    def new_cache(self, batch: int, capacity: int) -> ModelCache:
         """An empty cache for ``batch`` sequences of up to ``capacity`` tokens, in the model's dtype, on its device.
 
         Raises:
@@ -150,27 +170,34 @@ class Transformer(nn.Module):
         return ModelCache(self.config, layouts, batch, capacity, dtype=weight.dtype, device=weight.device)
 
     @torch.no_grad()
-    def decode(self, input_ids_BT: Tensor, cache: "ModelCache", *, at: Tensor | None = None) -> Tensor:
+    def decode(self, input_ids_BT: Tensor, cache: ModelCache, *, new_tokens: Sequence[int] | None = None) -> Tensor:
         """Logits [B, T, V] of new tokens behind the sequences of ``cache``; the same as ``forward``'s over the whole.
 
         Writes into the cache and leaves its lengths: ``cache.advance`` makes the tokens part of the sequences. Shapes
         do not depend on the lengths and nothing waits for the device, so that a step can be captured in a CUDA graph.
 
         Args:
-            input_ids_BT: int64; rows with fewer than T new tokens are padded at their end with any token.
-            at: int64 [B], the one token of each row whose logits are wanted; the result is then [B, 1, V].
+            input_ids_BT: int64.
+            new_tokens: how many tokens, 1 to T, each row has, where rows are padded at their end with any token. The
+                result is then [B, 1, V], behind the last of them.
 
         Raises:
-            ValueError: the cache has no room.
+            ValueError: the cache has no room, or a sequence would outgrow its rotation; see ``ModelCache``.
         """
-        cache.check_room(input_ids_BT.shape[1])
-        positions_BT = new_positions(cache.lengths, input_ids_BT.shape[1])
-        rope = tuple(table[positions_BT] for table in cache.rope)
+        num_tokens = input_ids_BT.shape[1]
+        counts = [num_tokens] if new_tokens is None else new_tokens
+        check(1 <= min(counts) <= max(counts) <= num_tokens, f"new_tokens must lie in 1 .. {num_tokens}: {counts}")
+        cache.check_room(num_tokens)
+        cache.check_rotation(num_tokens if new_tokens is None else new_tokens)
+        counts_B = None
+        if new_tokens is not None:
+            counts_B = torch.tensor(list(new_tokens), dtype=torch.int32, device=input_ids_BT.device)
+        rope = cache.rope(num_tokens, counts_B)
         hidden_BTE = self.embedding(input_ids_BT) * self.config.embedding_scale
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             hidden_BTE, _ = layer(hidden_BTE, rope, None, False, layer_cache)
-        if at is not None:
-            hidden_BTE = hidden_BTE.take_along_dim(at[:, None, None], 1)
+        if counts_B is not None:
+            hidden_BTE = hidden_BTE.take_along_dim(counts_B.long()[:, None, None] - 1, 1)
         head = self.embedding.weight if self.lm_head is None else self.lm_head.weight
         return F.linear(self.norm(hidden_BTE) * self.config.logit_scale, head)
 
@@ -206,18 +233,6 @@ class Transformer(nn.Module):
         """Turn every backend's sparsity knob. Raises ValueError where there is none or the value is impossible."""
         for backend in self.backends:
             backend.set_knob(value)
-
-
-class ModelCache(DecodeCache):
-    """A ``DecodeCache`` of all layers, with the rotary tables of every position.
-
-    Longrope, whose factors depend on a sequence's length, takes those of the capacity, since keys that are cached
-    cannot be turned again: the sequences are what a prefill of ``capacity`` tokens would begin with.
-    """
-
-    def __init__(self, config: ModelConfig, layouts, batch: int, capacity: int, *, dtype: torch.dtype, device):
-        super().__init__(layouts, batch, capacity, dtype=dtype, device=device)
-        self.rope = rope_tables(config, torch.arange(capacity, device=device))
 
 
 class TransformerBlock(nn.Module):

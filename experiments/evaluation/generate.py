@@ -14,11 +14,12 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
 from data import PackedDataConfig, TextTokenizer, build_tokenizer
+from data.cache import fingerprint
 from experiments.config import to_config
 from experiments.errors import user_errors
 from experiments.evaluation.target import build_model, locate
 from experiments.files import CONFIGS
-from models.generate import generate
+from models.generate import Sampling, generate
 
 
 @dataclass
@@ -32,7 +33,9 @@ class GenerateConfig:
     stop_tokens: list[str] = field(default_factory=list)  # of one token each, beside the one that ends a text
     temperature: float = 0.0  # 0 = the likeliest token
     top_p: float = 1.0
-    seed: int = 0
+    top_k: int = 0  # 0 = all tokens
+    repetition_penalty: float = 1.0
+    seed: int = 0  # each prompt draws for itself, whatever stands beside it
     knob: float | None = None  # value of the sparsity knob; null = the one trained with
     compile: bool = False  # torch.compile the layers, which takes a while at the first token
     device: str = "auto"
@@ -75,6 +78,7 @@ def run_generation(config: GenerateConfig) -> None:
     if (config.prompt is None) == (not config.prompts):
         raise ValueError('give prompt="..." or, for several, prompts=["...","..."]')
     texts = config.prompts or [config.prompt]
+    sampling = Sampling(config.temperature, config.top_p, config.top_k, config.repetition_penalty)
     target = locate(config.run, config.device)
     train = target.train
     if not isinstance(train.data, PackedDataConfig):
@@ -97,9 +101,8 @@ def run_generation(config: GenerateConfig) -> None:
         prompts,
         max_new_tokens=config.max_new_tokens,
         stop_tokens=stop_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        seed=config.seed,
+        sampling=sampling,
+        seeds=[int(fingerprint(config.seed, index), 16) for index in range(len(prompts))],
         on_token=printer,
     )
     printer.end()

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from dashattn.backends import Capabilities, DashConfig, FullConfig
 from dashattn.backends.full import FullBackend
 from models import RopeConfig
-from models.generate import generate, sample
+from models.generate import Sampler, Sampling, generate
 
 PROMPTS = [tokens(1, length, seed=length)[0].tolist() for length in (1, 30, 7, 17)]
 
@@ -87,8 +87,10 @@ def test_a_step_says_whether_it_waits_for_the_device(attention):
 def test_only_the_logits_asked_for():
     model, input_ids = build(BACKENDS["dash"]), tokens(2, 9)
     whole = model.decode(input_ids, model.new_cache(2, 9))
-    some = model.decode(input_ids, model.new_cache(2, 9), at=torch.tensor([3, 8]))
+    some = model.decode(input_ids, model.new_cache(2, 9), new_tokens=[4, 9])
     torch.testing.assert_close(some, whole[[0, 1], [3, 8]][:, None])
+    with pytest.raises(ValueError, match=r"new_tokens must lie in 1 \.\. 9"):
+        model.decode(input_ids, model.new_cache(2, 9), new_tokens=[4, 0])
 
 
 def test_stop_tokens_end_their_own_row_and_are_left_out():
@@ -109,44 +111,108 @@ def test_tokens_stream_as_they_come():
 
 
 def test_sampling_repeats_under_its_seed_and_differs_under_another():
-    model = build()
-    options = dict(max_new_tokens=20, temperature=1.5)
-    assert generate(model, PROMPTS, **options) == generate(model, PROMPTS, **options)
-    assert generate(model, PROMPTS, **options) != generate(model, PROMPTS, **options, seed=1)
+    model, sampling = build(), Sampling(temperature=1.5)
+    first, again, other = (
+        generate(model, PROMPTS, max_new_tokens=20, sampling=sampling, seeds=[seed] * 4) for seed in (0, 0, 2**64 - 1)
+    )
+    assert first == again
+    assert all(a != b for a, b in zip(first, other, strict=True))
+
+
+def test_what_is_drawn_for_a_prompt_does_not_depend_on_its_neighbours():
+    model, sampling = build().double(), Sampling(temperature=1.5, top_k=40, top_p=0.9, repetition_penalty=1.2)
+    together = generate(model, PROMPTS, max_new_tokens=20, sampling=sampling, seeds=[5, 6, 7, 8])
+    for prompt, seed, expected in zip(PROMPTS, (5, 6, 7, 8), together, strict=True):
+        assert generate(model, [prompt], max_new_tokens=20, sampling=sampling, seeds=[seed]) == [expected]
+    same = generate(model, PROMPTS[2:3] * 8, max_new_tokens=20, sampling=sampling)
+    assert len(set(map(tuple, same))) == 8
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_p", "expected"),
+    ("sampling", "expected"),
     [
-        (1.0, 1.0, [0.5, 0.3, 0.15, 0.05]),
-        (1.0, 0.81, [10 / 19, 6 / 19, 3 / 19, 0]),
-        (1.0, 0.79, [0.625, 0.375, 0, 0]),
-        (1.0, 0.01, [1, 0, 0, 0]),
-        (0.5, 1.0, [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365]),
-        (0.0, 1.0, [1, 0, 0, 0]),
+        (Sampling(1.0), [0.5, 0.3, 0.15, 0.05]),
+        (Sampling(1.0, top_p=0.81), [10 / 19, 6 / 19, 3 / 19, 0]),
+        (Sampling(1.0, top_p=0.79), [0.625, 0.375, 0, 0]),
+        (Sampling(1.0, top_p=0.01), [1, 0, 0, 0]),
+        (Sampling(1.0, top_k=3), [10 / 19, 6 / 19, 3 / 19, 0]),
+        (Sampling(1.0, top_k=3, top_p=0.83), [0.625, 0.375, 0, 0]),  # of what top-k leaves, the first two are 0.842
+        (Sampling(1.0, top_k=9), [0.5, 0.3, 0.15, 0.05]),
+        (Sampling(0.5), [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365]),
+        (Sampling(0.0), [1, 0, 0, 0]),
+        (Sampling(), [1, 0, 0, 0]),
     ],
 )
-def test_samples_have_the_distribution_asked_for(temperature, top_p, expected):
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(40_000, 4)
-    chosen = sample(logits, temperature, top_p, torch.Generator().manual_seed(0))
+def test_samples_have_the_distribution_asked_for(sampling, expected):
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(4, 4)
+    sampler = Sampler(sampling, [[0]] * 4, range(4), 4, "cpu")
+    chosen = torch.cat([sampler(logits) for _ in range(5000)])
     shares = chosen.bincount(minlength=4) / len(chosen)
-    torch.testing.assert_close(shares, torch.tensor(expected, dtype=torch.float32), atol=0.01, rtol=0)
+    torch.testing.assert_close(shares, torch.tensor(expected, dtype=torch.float32), atol=0.015, rtol=0)
     assert all(share == 0 for share, p in zip(shares, expected, strict=True) if p == 0)
 
 
-def test_longrope_keeps_the_factors_of_the_capacity():
-    """A cached key cannot be turned again, so a sequence that may grow long starts with the long factors."""
-    rope = RopeConfig(scaling="longrope", short_factor=[1.0] * 16, long_factor=[4.0] * 16, original_max_seq_len=16)
-    model, input_ids = build(rope=rope).double(), tokens(1, 24)
-    cache = model.new_cache(1, 24)
-    logits = []
-    for token in input_ids.split(1, dim=1):
-        logits.append(model.decode(token, cache))
-        cache.advance()
+def test_a_repetition_penalty_is_transformers_own():
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    model, penalty = build().double(), 1.7
+    processor = RepetitionPenaltyLogitsProcessor(penalty)
+    for prompt, new in zip(
+        PROMPTS, generate(model, PROMPTS, max_new_tokens=20, sampling=Sampling(repetition_penalty=penalty)), strict=True
+    ):
+        for position, token in enumerate(new):
+            sequence = torch.tensor([prompt + new[:position]])
+            with torch.no_grad():
+                logits = model(sequence).logits[:, -1]
+            assert processor(sequence, logits.clone()).argmax(-1).item() == token
+
+
+LONGROPE = RopeConfig(
+    scaling="longrope", short_factor=[1.0] * 16, long_factor=[4.0] * 16, original_max_seq_len=16, factor=4.0
+)
+
+
+@every_backend
+def test_longrope_turns_each_row_by_its_own_length(attention):
+    """Neither the row beside it nor the room in the cache has a say, before and after it passes the short length."""
+    model = build(attention, rope=LONGROPE).double()
+    prompts = [PROMPTS[2], PROMPTS[1], PROMPTS[2][:5], PROMPTS[3][:16]]  # 7, 30, 5 and 16 tokens; 16 are still short
+    expected = [greedy_without_cache(model, prompt, 14) for prompt in prompts]
+    assert generate(model, prompts, max_new_tokens=14) == expected
+    for prompt, tokens_ in zip(prompts, expected, strict=True):
+        assert generate(model, [prompt], max_new_tokens=3) == [tokens_[:3]]
+    stop = expected[0][2]  # a row that has ended stays out of the way
+    stopped = generate(model, prompts, max_new_tokens=14, stop_tokens=[stop])
+    assert stopped == [row[: row.index(stop)] if stop in row else row for row in expected]
+
+
+@every_backend
+def test_longrope_padding_behind_a_row_does_not_count(attention):
+    model, input_ids = build(attention, rope=LONGROPE).double(), tokens(3, 40)
+    lengths = torch.tensor([12, 40, 17])
     with torch.no_grad():
-        expected = model(input_ids).logits
-        torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=1e-6, rtol=0)
-        assert (model(input_ids[:, :8]).logits - expected[:, :8]).abs().max() > 1e-3
+        together = model(input_ids, lengths=lengths).logits
+        assert (model(input_ids).logits[0, :12] - together[0, :12]).abs().max() > 1e-3
+        for row, length in enumerate(lengths.tolist()):
+            alone = model(input_ids[row : row + 1, :length]).logits
+            torch.testing.assert_close(together[row, :length], alone[0], atol=1e-9, rtol=0)
+
+
+def test_longrope_refuses_what_cached_keys_cannot_give():
+    model, input_ids = build(rope=LONGROPE), tokens(2, 24)
+    cache = model.new_cache(2, 40)
+    model.decode(input_ids, cache, new_tokens=[10, 20])
+    cache.advance([10, 20])
+    with pytest.raises(ValueError, match=r"more than 16 tokens.*reset"):
+        model.decode(input_ids[:, :7], cache)
+    with pytest.raises(ValueError, match=r"up to 16 tokens.*reset"):
+        cache.truncate([10, 16])
+    cache.truncate([4, 17])
+    assert cache.host_lengths == [4, 17]
+    logits = model.decode(input_ids[:, :12], cache)
+    assert logits.shape == (2, 12, VOCAB)
+    cache.reset([0])
+    model.decode(input_ids[:, :20], cache)
 
 
 @pytest.mark.parametrize(
@@ -155,14 +221,32 @@ def test_longrope_keeps_the_factors_of_the_capacity():
         ([[1], []], {}, "prompt 1 is empty"),
         ([[1, VOCAB]], {}, "outside 0 .. 60"),
         ([[1]], {"max_new_tokens": 0}, "at least 1"),
-        ([[1]], {"temperature": -1.0}, "must not be negative"),
-        ([[1]], {"temperature": float("nan")}, "must not be negative"),
-        ([[1]], {"top_p": 0.0}, r"lie in \(0, 1\]"),
+        ([[1]], {"seeds": [1, 2]}, "2 seeds for 1 prompts"),
     ],
 )
 def test_refusals(prompts, options, message):
     with pytest.raises(ValueError, match=message):
         generate(build(), prompts, **{"max_new_tokens": 3} | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1.0}, "must not be negative"),
+        ({"temperature": float("nan")}, "must not be negative"),
+        ({"temperature": float("inf")}, "must not be negative"),
+        ({"top_p": 0.0}, r"lie in \(0, 1\]"),
+        ({"top_p": float("nan")}, r"lie in \(0, 1\]"),
+        ({"top_k": -1}, "top_k=-1"),
+        ({"top_k": 1.5}, "top_k=1.5"),
+        ({"top_k": float("nan")}, "top_k=nan"),
+        ({"repetition_penalty": 0.0}, "must be positive"),
+        ({"repetition_penalty": float("inf")}, "must be positive"),
+    ],
+)
+def test_refused_sampling(options, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**options)
 
 
 def test_no_prompts_no_tokens():

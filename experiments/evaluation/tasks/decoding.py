@@ -37,7 +37,7 @@ def token_ms(model: Transformer, ids_BT: Tensor) -> float:
     takes it. ``ids_BT``: one sequence, which is in the cache by then."""
     length = ids_BT.shape[1]
     cache = model.new_cache(1, length + 1)
-    model.decode(ids_BT, cache, at=torch.tensor([length - 1], device=ids_BT.device))
+    model.decode(ids_BT, cache, new_tokens=[length])
     cache.advance([length])
     step, token_B = decode_step(model, cache), ids_BT[:, -1]
     times = []
