@@ -14,9 +14,13 @@ TRAINER_VERSION = 1  # raise it when train_bpe gives other tokenizers than befor
 
 
 class TextTokenizer:
-    """Text to token ids and back. Special tokens spelled out in a text are encoded as the text they are."""
+    """Text to token ids and back. Special tokens spelled out in a text are encoded as the text they are.
 
-    def __init__(self, backend: Tokenizer, eos_token: str) -> None:
+    Attributes:
+        name: the tokenizer.json, or the name on the hub, that it was loaded from.
+    """
+
+    def __init__(self, backend: Tokenizer, eos_token: str, name: str | None = None) -> None:
         eos_id = backend.token_to_id(eos_token)
         if eos_id is None:
             raise ValueError(
@@ -26,6 +30,7 @@ class TextTokenizer:
         backend.no_truncation()
         backend.encode_special_tokens = True
         self.backend = backend
+        self.name = name
         self.eos_token = eos_token
         self.eos_id: int = eos_id
         # Ids may have gaps, so the largest one counts, not the number of tokens.
@@ -61,11 +66,11 @@ class TextTokenizer:
     def load(cls, name: str, eos_token: str) -> "TextTokenizer":
         """From a tokenizer.json or a hub name. ValueError when there is none, or it lacks ``eos_token``."""
         if Path(name).is_file():
-            return cls(Tokenizer.from_file(name), eos_token)
+            return cls(Tokenizer.from_file(name), eos_token, name)
         if name.endswith(".json"):
             raise ValueError(f"data.tokenizer={name!r} is no file")
         try:
-            return cls(Tokenizer.from_pretrained(name), eos_token)
+            return cls(Tokenizer.from_pretrained(name), eos_token, name)
         except ValueError:
             raise
         except Exception as error:  # the Rust side raises bare Exceptions

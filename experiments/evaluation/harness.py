@@ -6,8 +6,12 @@ is lm_eval's own command line with this model registered; lm_eval looks for no p
 know it. From evaluate.py: ``tasks=[lm_eval/hellaswag]``, which makes rows like any other task.
 """
 
+import functools
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
-import torch.nn.functional as F
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -16,13 +20,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dashattn.stats import AttentionStats
-from data import TextTokenizer
+from data import IGNORE, TextTokenizer
+from data.cache import fingerprint
+from experiments.evaluation.lm_eval_options import read_options
 from experiments.evaluation.target import build_model, locate, validation_stream
-from experiments.evaluation.tasks.base import SparsityTally
+from experiments.evaluation.tasks.base import SparsityTally, in_parts
 from models import Transformer
 from models.generate import generate
-
-MAX_NEW_TOKENS = 256  # where a task does not say
 
 
 @register_model("dashattn")
@@ -72,6 +76,7 @@ class HarnessModel(TemplateLM):
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.max_length = max_length or model.config.max_seq_len
         self._device = next(model.parameters()).device
+        self._template: str | None = None  # the chat template, once it is asked for
         self.sparsity = SparsityTally()  # of all that was scored, and of the prompts
 
     @property
@@ -83,7 +88,54 @@ class HarnessModel(TemplateLM):
         return self.tokenizer.fingerprint()
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        return self.tokenizer.encode(string)
+        """Special tokens spelled out in a text are those tokens, as with every tokenizer under lm_eval: chat templates
+        are texts."""
+        return self.tokenizer.encode_markup(string)
+
+    @functools.cached_property
+    def chat_tokenizer(self):
+        """transformers' tokenizer of the same files, for its chat template and the token that ends a turn."""
+        return chat_tokenizer(self.tokenizer)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The tokenizer's template, or the one it calls so; lm_eval asks for it before the first prompt.
+
+        Raises:
+            ValueError: it has none, or none of that name.
+        """
+        if not chat_template:
+            return None
+        templates = self.chat_tokenizer.chat_template
+        names = sorted(templates) if isinstance(templates, dict) else []
+        if chat_template is not True and chat_template not in names:
+            raise ValueError(f"the tokenizer has no chat template {chat_template!r}, its names are {names}: give none")
+        self._template = self.chat_tokenizer.get_chat_template(None if chat_template is True else chat_template)
+        return self._template
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The history as the text that the tokenizer's template makes of it.
+
+        Raises:
+            ValueError: there is no template, or it refuses the history.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            return self.chat_tokenizer.apply_chat_template(
+                chat_history,
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        except TemplateError as error:
+            raise ValueError(f"the tokenizer's chat template refuses this history: {error}") from error
+
+    @property
+    def stop_tokens(self) -> list[int]:
+        """What ends a text and, once the chat template is in use, a turn."""
+        turn_end = self.chat_tokenizer.eos_token_id if self._template is not None else None
+        return [self.eot_token_id] + ([turn_end] if turn_end not in (None, self.eot_token_id) else [])
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
         """(log-probability of the continuation in nats, whether it is the greedy one) of each (key, context,
@@ -95,32 +147,41 @@ class HarnessModel(TemplateLM):
         ]
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
         results: list[tuple[float, bool] | None] = [None] * len(rows)
-        for start in tqdm(range(0, len(order), self.batch_size), disable=disable_tqdm, desc="log-likelihoods"):
-            indices = order[start : start + self.batch_size]
-            logits_BTV = self._logits([rows[i][0] for i in indices])
-            for i, logits_TV in zip(indices, logits_BTV, strict=True):
-                inputs, continuation = rows[i]
-                logits_TV = logits_TV[len(inputs) - len(continuation) : len(inputs)].float()
-                targets = torch.tensor(continuation, device=self._device)
-                log_p = -F.cross_entropy(logits_TV, targets, reduction="sum").item()
-                results[i] = (log_p, bool((logits_TV.argmax(-1) == targets).all()))
+        bar = tqdm(total=len(rows), disable=disable_tqdm, desc="log-likelihoods")
+        parts = in_parts(order, self.batch_size, lambda indices: self._score([rows[i] for i in indices]))
+        for indices, (scores, sparsity) in parts:
+            self.sparsity.merge(sparsity)
+            for i, score in zip(indices, scores, strict=True):
+                results[i] = score
                 key = requests[i][0]
                 if key is not None:
-                    self.cache_hook.add_partial("loglikelihood", key, results[i])
+                    self.cache_hook.add_partial("loglikelihood", key, score)
+            bar.update(len(indices))
         return results
 
     @torch.inference_mode()
-    def _logits(self, rows: list[list[int]]) -> Tensor:
+    def _score(self, rows: list[tuple[list[int], list[int]]]) -> tuple[list[tuple[float, bool]], SparsityTally]:
+        """Of (inputs, the targets of the last of them): the targets' log-probability, and whether all are greedy."""
+        inputs = [row for row, _ in rows]
+        targets = [[IGNORE] * (len(row) - len(last)) + last for row, last in rows]
+        labels_BT = self._padded(targets, IGNORE)
+        lengths = torch.tensor([len(row) for row in inputs], device=self._device)
+        ids_BT = self._padded(inputs, self.eot_token_id)
+        output = self.model(ids_BT, labels=labels_BT, lengths=lengths, return_stats=True)
+        log_p = (-output.token_losses.double().sum(1)).tolist()
+        is_greedy = (output.is_likeliest | (labels_BT == IGNORE)).all(1).tolist()
+        return list(zip(log_p, is_greedy, strict=True)), _sparsity(output.stats, inputs)
+
+    @torch.inference_mode()
+    def _prompt_sparsity(self, prompts: list[list[int]]) -> SparsityTally:
+        ids_BT = self._padded(prompts, self.eot_token_id)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self._device)
+        _, stats = self.model.hidden_states(ids_BT, lengths=lengths, return_stats=True)
+        return _sparsity(stats, prompts)
+
+    def _padded(self, rows: list[list[int]], filler: int) -> Tensor:
         longest = max(map(len, rows))
-        ids = torch.tensor([row + [self.eot_token_id] * (longest - len(row)) for row in rows], device=self._device)
-        output = self.model(ids, return_stats=True)
-        for i, row in enumerate(rows):
-            own = [
-                AttentionStats(*(x[i : i + 1, : len(row)] for x in (s.active_tokens, s.positions, s.routing_reads)))
-                for s in output.stats
-            ]
-            self.sparsity.add(own, packed=False)
-        return output.logits
+        return torch.tensor([row + [filler] * (longest - len(row)) for row in rows], device=self._device)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of whole texts, read in windows of max_length tokens, each token predicted once."""
@@ -139,41 +200,90 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations, cut before the first of their stop strings."""
-        texts: list[str | None] = [None] * len(requests)
+        """Continuations, cut before the first of their stop strings.
+
+        What is sampled depends on the seed, the prompt and how often that was asked for before: samples of one prompt
+        differ, and neither the batch nor the other requests matter.
+        """
+        options = [read_options(request.args[1]) for request in requests]
+        for option in options:
+            if option.max_new_tokens >= self.max_length:
+                raise ValueError(
+                    f"max_gen_toks={option.max_new_tokens} leaves no room for a context within {self.max_length}"
+                )
+        prompts = [
+            (self.tok_encode(request.args[0]) or [self.eot_token_id])[-(self.max_length - option.max_new_tokens) :]
+            for request, option in zip(requests, options, strict=True)
+        ]
+        seeds, asked = [], Counter()
+        for prompt, option in zip(prompts, options, strict=True):
+            key = (option.seed, *prompt)
+            seeds.append(int(fingerprint(*key, asked[key]), 16))
+            asked[key] += 1
         groups: dict[tuple, list[int]] = {}  # what is generated alike
-        for i, request in enumerate(requests):
-            options = request.args[1]
-            new_tokens = int(options.get("max_gen_toks", MAX_NEW_TOKENS))
-            temperature = float(options.get("temperature", 0.0)) if options.get("do_sample", False) else 0.0
-            if new_tokens >= self.max_length:
-                raise ValueError(f"max_gen_toks={new_tokens} leaves no room for a context within {self.max_length}")
-            groups.setdefault((new_tokens, temperature, float(options.get("top_p", 1.0))), []).append(i)
+        for i, option in enumerate(options):
+            groups.setdefault((option.max_new_tokens, option.sampling), []).append(i)
+        texts: list[str | None] = [None] * len(requests)
         bar = tqdm(total=len(requests), disable=disable_tqdm, desc="generating")
-        for (new_tokens, temperature, top_p), group in groups.items():
-            for start in range(0, len(group), self.batch_size):
-                indices = group[start : start + self.batch_size]
-                room = self.max_length - new_tokens
-                prompts = [(self.tok_encode(requests[i].args[0]) or [self.eot_token_id])[-room:] for i in indices]
-                self._logits(prompts)
+        for (max_new_tokens, sampling), group in groups.items():
+
+            def answer(indices: list[int], max_new_tokens=max_new_tokens, sampling=sampling):
+                batch = [prompts[i] for i in indices]
                 continuations = generate(
                     self.model,
-                    prompts,
-                    max_new_tokens=new_tokens,
-                    stop_tokens=[self.eot_token_id],
-                    temperature=temperature,
-                    top_p=top_p,
+                    batch,
+                    max_new_tokens=max_new_tokens,
+                    stop_tokens=self.stop_tokens,
+                    sampling=sampling,
+                    seeds=[seeds[i] for i in indices],
                 )
+                return continuations, self._prompt_sparsity(batch)
+
+            for indices, (continuations, sparsity) in in_parts(group, self.batch_size, answer):
+                self.sparsity.merge(sparsity)
                 for i, tokens in zip(indices, continuations, strict=True):
-                    until = requests[i].args[1].get("until") or []
-                    texts[i] = _cut(self.tokenizer.decode(tokens), [until] if isinstance(until, str) else until)
+                    texts[i] = _cut(self.tokenizer.decode(tokens), options[i].stops)
                     self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
                 bar.update(len(indices))
         return texts
 
 
-def _cut(text: str, stops: list[str]) -> str:
-    ends = [text.index(stop) for stop in stops if stop and stop in text]
+def chat_tokenizer(tokenizer: TextTokenizer):
+    """transformers' tokenizer from the files beside a tokenizer.json, or of the same name on the hub. Of what it can
+    do, only the chat template and the end of a turn are used.
+
+    Raises:
+        ValueError: those files have no chat template.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    path = Path(tokenizer.name or "")
+    is_alone = path.is_file() and path.name != "tokenizer.json"
+    found = None
+    if tokenizer.name and not is_alone:
+        found = PreTrainedTokenizerFast.from_pretrained(path.parent if path.is_file() else tokenizer.name)
+    if found is None or not found.chat_template:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name} has no chat template: set data.tokenizer to a tokenizer.json beside which "
+            "tokenizer_config.json or chat_template.jinja holds one, or leave out --apply_chat_template"
+        )
+    return found
+
+
+def _sparsity(stats: list[AttentionStats], rows: list[list[int]]) -> SparsityTally:
+    """Of rows that were padded at their ends."""
+    tally = SparsityTally()
+    for i, row in enumerate(rows):
+        own = [
+            AttentionStats(*(x[i : i + 1, : len(row)] for x in (s.active_tokens, s.positions, s.routing_reads)))
+            for s in stats
+        ]
+        tally.add(own, packed=False)
+    return tally
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    ends = [text.index(stop) for stop in stops if stop in text]
     return text[: min(ends)] if ends else text
 
 

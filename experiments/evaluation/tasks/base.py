@@ -1,14 +1,19 @@
 """The interface of everything that is measured on a checkpoint."""
 
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models import Transformer
+
+T, R = TypeVar("T"), TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -48,21 +53,28 @@ class SparsityTally:
         self.paper: list[float] = []
 
     def add(self, stats: Sequence, packed: bool) -> None:
-        """One forward pass's ``AttentionStats``, one a layer. ``packed``: its rows hold several documents."""
-        self.tokens += stats[0].positions.numel()
-        dense = (stats[0].positions.double() + 1).sum()
-        sums = (
-            torch.stack([layer.active_tokens.double().sum((0, 1)) for layer in stats]).cpu(),
-            dense.expand(len(stats), stats[0].active_tokens.shape[-1]).cpu(),
-            torch.stack([layer.routing_reads.double().sum() for layer in stats]).cpu(),
-        )
-        if self.active_LH is not None:
-            sums = [old + new for old, new in zip((self.active_LH, self.dense_LH, self.reads_L), sums, strict=True)]
-        self.active_LH, self.dense_LH, self.reads_L = sums
+        """One forward pass's ``AttentionStats``, one a layer. ``packed``: its rows hold several documents. Whole or,
+        where memory does not suffice, not at all."""
+        new = SparsityTally()
+        new.tokens = stats[0].positions.numel()
+        new.active_LH = torch.stack([layer.active_tokens.double().sum((0, 1)) for layer in stats]).cpu()
+        new.dense_LH = (stats[0].positions.double() + 1).sum().cpu().expand_as(new.active_LH)
+        new.reads_L = torch.stack([layer.routing_reads.double().sum() for layer in stats]).cpu()
         if not packed:
             paper = torch.stack([layer.paper_sparsity() for layer in stats]).mean()
-            if not paper.isnan():
-                self.paper.append(float(paper))
+            new.paper = [] if paper.isnan() else [float(paper)]
+        self.merge(new)
+
+    def merge(self, other: "SparsityTally") -> None:
+        """Adds what another has seen."""
+        if self.active_LH is None:
+            self.active_LH, self.dense_LH, self.reads_L = other.active_LH, other.dense_LH, other.reads_L
+        else:
+            self.active_LH = self.active_LH + other.active_LH
+            self.dense_LH = self.dense_LH + other.dense_LH
+            self.reads_L = self.reads_L + other.reads_L
+        self.tokens += other.tokens
+        self.paper = self.paper + other.paper
 
     def record(self) -> dict:
         """The sums as plain JSON."""
@@ -107,8 +119,53 @@ def mean(values: Iterable[float]) -> float:
     return sum(values) / len(values)
 
 
-def quantiles(values: Tensor) -> tuple[float, float, float]:
-    """10th percentile, median and 90th percentile; torch.quantile refuses more than 2**24 values."""
-    ordered = values.flatten().sort().values
-    low, median, high = (ordered[round(share * (len(ordered) - 1))].item() for share in (0.1, 0.5, 0.9))
+def halving(work: Callable[[int], R], rows: int) -> tuple[R, int]:
+    """``work(rows)``, or where the GPU's memory does not suffice, of half as many, and so on, which stderr says.
+
+    ``work`` begins anew each time: what it returns is as if the smaller number had been asked for.
+
+    Returns:
+        The result, and for how many rows there was memory.
+
+    Raises:
+        ValueError: there is not even for one.
+    """
+    while True:
+        try:
+            return work(rows), rows
+        except torch.OutOfMemoryError as error:
+            if rows == 1:
+                message = str(error).splitlines()[0]
+                raise ValueError(f"{message} One row at once is too much: lower lengths, or free the GPU") from error
+        # The error is gone here, and with it the tensors that its frames held.
+        torch.cuda.empty_cache()
+        rows //= 2
+        print(f"out of memory: going on with {rows} rows at once", file=sys.stderr)
+
+
+def in_parts(items: Sequence[T], size: int, work: Callable[[Sequence[T]], R]) -> Iterator[tuple[Sequence[T], R]]:
+    """Each part of ``size`` items with ``work`` of it; ``halving`` the size from there on where memory ends."""
+    start = 0
+    while start < len(items):
+        result, size = halving(lambda n: work(items[start : start + n]), min(size, len(items) - start))  # noqa: B023
+        yield items[start : start + size], result
+        start += size
+
+
+def count(values: Tensor, counts: Tensor | None = None) -> Tensor:
+    """How often each number from 0 up occurs, int64 on the CPU, added to ``counts``; ``values`` are whole numbers."""
+    new = values.flatten().long().bincount().cpu()
+    if counts is None:
+        return new
+    longer, shorter = (new, counts) if len(new) > len(counts) else (counts, new)
+    return longer + F.pad(shorter, (0, len(longer) - len(shorter)))
+
+
+def quantiles(counts: Tensor) -> tuple[float, float, float]:
+    """10th percentile, median and 90th percentile of the numbers that ``count`` has counted."""
+    ranks = counts.cumsum(0)
+    total = int(ranks[-1])
+    low, median, high = (
+        float(torch.searchsorted(ranks, round(share * (total - 1)), right=True)) for share in (0.1, 0.5, 0.9)
+    )
     return low, median, high

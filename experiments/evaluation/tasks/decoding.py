@@ -28,7 +28,7 @@ class DecodingTask(Task):
     def run(self, setting: Setting, names: Sequence[str]) -> Iterator[dict]:
         ids_BT = torch.tensor([self.prompt], device=setting.device)
         sparsity = SparsityTally()
-        sparsity.add(setting.model(ids_BT, return_stats=True).stats, packed=False)
+        sparsity.add(setting.model.hidden_states(ids_BT, return_stats=True)[1], packed=False)
         yield sparsity.columns() | row(DECODE, "ms", token_ms(setting.model, ids_BT))
 
 

@@ -7,13 +7,14 @@ score and the sparsity of its prompt; an evaluation that was interrupted goes on
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from data.cache import fingerprint
 from data.tasks import PromptEncoder, TaskSet
-from experiments.evaluation.tasks.base import Setting, SparsityTally, Task, mean, row
+from experiments.evaluation.tasks.base import Setting, SparsityTally, Task, in_parts, mean, row
 from experiments.files import append_rows, read_rows
 from models.generate import generate
 
@@ -54,9 +55,7 @@ class GeneratedTask(Task):
         path.parent.mkdir(exist_ok=True)
         done = {answer["index"]: answer for answer in read_rows(path)}
         missing = [i for i in range(len(self.set.samples)) if i not in done]
-        for start in range(0, len(missing), self.prompts_per_batch):
-            indices = missing[start : start + self.prompts_per_batch]
-            answers = self._answer_batch(setting, indices)
+        for _, answers in in_parts(missing, self.prompts_per_batch, partial(self._answer_batch, setting)):
             append_rows(path, answers)
             done |= {answer["index"]: answer for answer in answers}
         return [done[i] for i in range(len(self.set.samples))]
@@ -65,7 +64,7 @@ class GeneratedTask(Task):
         key = fingerprint(setting.checkpoint, setting.knob, self.set.key)
         return setting.run_dir / PREDICTIONS / f"{self.set.task.name}-{self.set.length}-{key}.jsonl"
 
-    def _answer_batch(self, setting: Setting, indices: list[int]) -> list[dict]:
+    def _answer_batch(self, setting: Setting, indices: Sequence[int]) -> list[dict]:
         begin = time.perf_counter()
         prompts = [self.encoder.encode(self.set.samples[i]) for i in indices]
         sparsity = [_prompt_sparsity(setting, prompt) for prompt in prompts]
@@ -96,5 +95,6 @@ class GeneratedTask(Task):
 @torch.inference_mode()
 def _prompt_sparsity(setting: Setting, prompt: list[int]) -> SparsityTally:
     tally = SparsityTally()
-    tally.add(setting.model(torch.tensor([prompt], device=setting.device), return_stats=True).stats, packed=False)
+    ids_BT = torch.tensor([prompt], device=setting.device)
+    tally.add(setting.model.hidden_states(ids_BT, return_stats=True)[1], packed=False)
     return tally

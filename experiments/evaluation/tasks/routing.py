@@ -16,7 +16,6 @@ Metrics, means over questions; ``per_head`` holds them by layer and KV head:
                                  pairs), with p10 and p90
 """
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -28,8 +27,10 @@ from dashattn.ops.dtypes import upcast
 from dashattn.routing import Routing, past_blocks
 from data import IGNORE, BatchStream, MQARDataConfig
 from data.tasks import PromptEncoder, TaskSet
-from experiments.evaluation.tasks.base import Setting, SparsityTally, Task, quantiles, row
+from experiments.evaluation.tasks.base import Setting, SparsityTally, Task, count, halving, quantiles, row
 from experiments.evaluation.tasks.streams import first_queries
+
+CHUNK_LOGITS = 2**27  # of attention, held at once
 
 Span = tuple[int, int]  # positions [first, last)
 
@@ -86,7 +87,7 @@ class RoutingTask(Task):
     def run(self, setting: Setting, names: Sequence[str]) -> Iterator[dict]:
         measured = Measured()
         for probe in self.probes:
-            observe(setting, probe, measured)
+            halving(lambda _: observe(setting, probe, measured), 1)  # noqa: B023
         if not measured.sums:
             return
         sparsity = measured.sparsity.columns()
@@ -101,9 +102,8 @@ class RoutingTask(Task):
             ]
             yield sparsity | row("routing", metric, score, per_head=per_head)
         for relevant, counts in sorted(measured.active.items()):
-            active = torch.cat(counts).double()
-            low, _, high = quantiles(active)
-            score = active.mean().item()
+            low, _, high = quantiles(counts)
+            score = (counts * torch.arange(len(counts))).sum().item() / counts.sum().item()
             yield sparsity | row("routing", "active_blocks", score, relevant=relevant, p10=low, p90=high)
 
 
@@ -113,7 +113,7 @@ class Measured:
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, Tensor] = {}
-        self.active: dict[int, list[Tensor]] = defaultdict(list)
+        self.active: dict[int, Tensor] = {}  # by the number of blocks needed, counts of selected ones
         self.sparsity = SparsityTally()
 
     def add(self, layers: list[dict[str, tuple[Tensor, Tensor]]]) -> None:
@@ -142,14 +142,14 @@ def observe(setting: Setting, probe: Probe, measured: Measured) -> None:
     hooks = [backend.register_forward_pre_hook(look, with_kwargs=True) for backend in setting.model.backends]
     try:
         ids = torch.tensor([probe.input_ids], device=setting.device)
-        measured.sparsity.add(setting.model(ids, return_stats=True).stats, packed=False)
+        measured.sparsity.add(setting.model.hidden_states(ids, return_stats=True)[1], packed=False)
     finally:
         for hook in hooks:
             hook.remove()
     if layers:
         measured.add(layers)
     for needed, selected in active:
-        measured.active[needed].append(selected)
+        measured.active[needed] = count(selected, measured.active.get(needed))
 
 
 def block_mask(spans: list[Span], num_blocks: int, block_size: int, device) -> Tensor:
@@ -163,11 +163,17 @@ def block_mask(spans: list[Span], num_blocks: int, block_size: int, device) -> T
 def dense_block_mass(q_BTHD: Tensor, k_BTHD: Tensor, queries: Tensor, block_size: int) -> Tensor:
     """Dense attention's mass on every block, mean over the group: [P, Hkv, N] at the positions ``queries`` [P]."""
     length, num_kv_heads = k_BTHD.shape[1:3]
-    q_PHGD = upcast(q_BTHD[0, queries]).unflatten(1, (num_kv_heads, -1)) * q_BTHD.shape[-1] ** -0.5
-    logits = torch.einsum("phgd,shd->phgs", q_PHGD, upcast(k_BTHD[0]))
-    future = torch.arange(length, device=queries.device) > queries[:, None]
-    p_PHS = logits.masked_fill(future[:, None, None], -torch.inf).softmax(-1).mean(2)
-    return F.pad(p_PHS, (0, -length % block_size)).unflatten(-1, (-1, block_size)).sum(-1)
+    k_SHD = upcast(k_BTHD[0])
+
+    def of_some(queries_P: Tensor) -> Tensor:
+        q_PHGD = upcast(q_BTHD[0, queries_P]).unflatten(1, (num_kv_heads, -1)) * q_BTHD.shape[-1] ** -0.5
+        logits = torch.einsum("phgd,shd->phgs", q_PHGD, k_SHD)
+        future = torch.arange(length, device=queries_P.device) > queries_P[:, None]
+        p_PHS = logits.masked_fill(future[:, None, None], -torch.inf).softmax(-1).mean(2)
+        return F.pad(p_PHS, (0, -length % block_size)).unflatten(-1, (-1, block_size)).sum(-1)
+
+    at_once = max(1, CHUNK_LOGITS // (q_BTHD.shape[2] * length))
+    return torch.cat([of_some(part) for part in queries.split(at_once)])
 
 
 def score_routing(routing: Routing, q: Tensor, k: Tensor, probe: Probe) -> tuple[dict, int, Tensor]:

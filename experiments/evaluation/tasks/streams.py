@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from data import IGNORE, BatchStream, DataConfig, MQARDataConfig
-from experiments.evaluation.tasks.base import Setting, SparsityTally, Task, quantiles, row
+from data import IGNORE, Batch, BatchStream, DataConfig, MQARDataConfig
+from experiments.evaluation.tasks.base import Setting, SparsityTally, Task, count, halving, quantiles, row
+from models import ModelOutput
 
 STREAM_TASKS = ("loss", "position", "recall", "sparsity")
 
@@ -87,18 +87,17 @@ class Tally:
         self.loss = self.targets = self.right = self.queries = 0.0
         self.bin_loss: dict[int, float] = {}
         self.bin_targets: dict[int, float] = {}
-        self.bin_active: dict[int, list[Tensor]] = {}  # active tokens of every layer, KV head and token in the bin
+        self.bin_active: dict[int, Tensor] = {}  # counts of active tokens of every layer, KV head and token in the bin
 
-    def add(self, batch, logits_BTV, stats) -> None:
-        targets_BT = batch.labels != IGNORE
-        losses = F.cross_entropy(logits_BTV.float().flatten(0, 1), batch.labels.flatten(), reduction="none")
-        losses_BT = losses.view_as(batch.labels).double()
+    def add(self, batch: Batch, output: ModelOutput) -> None:
+        targets_BT, stats = batch.labels != IGNORE, output.stats
+        losses_BT = output.token_losses.double()
         self.loss += losses_BT.sum().item()
         self.targets += targets_BT.sum().item()
         if "recall" in self.names:
             first_BT = first_queries(batch.input_ids, targets_BT)
             self.queries += first_BT.sum().item()
-            self.right += ((logits_BTV.argmax(-1) == batch.labels) & first_BT).sum().item()
+            self.right += (output.is_likeliest & first_BT).sum().item()
         bins = position_bins(batch.position_ids).expand_as(targets_BT)
         for index in bins[targets_BT].unique().tolist():
             inside = (bins == index) & targets_BT
@@ -109,19 +108,26 @@ class Tally:
             bins = position_bins(stats[0].positions)
             active_BTLH = torch.stack([layer.active_tokens for layer in stats], dim=2)
             for index in bins.unique().tolist():
-                self.bin_active.setdefault(index, []).append(active_BTLH[bins == index].flatten().int().cpu())
+                self.bin_active[index] = count(active_BTLH[bins == index], self.bin_active.get(index))
+
+
+def measure(setting: Setting, stream: BatchStream, names: Sequence[str]) -> Tally:
+    """One pass over a validation stream; where memory does not suffice, again with half its rows at once."""
+
+    def one_pass(rows: int) -> Tally:
+        stream.rows = rows
+        return _measure(setting, stream, names)
+
+    return halving(one_pass, stream.rows)[0]
 
 
 @torch.inference_mode()
-def measure(setting: Setting, stream: BatchStream, names: Sequence[str]) -> Tally:
-    """One pass over a validation stream."""
+def _measure(setting: Setting, stream: BatchStream, names: Sequence[str]) -> Tally:
     tally = Tally(names)
     for batch in stream:
         batch = batch.to(setting.device)
-        output = setting.model(
-            batch.input_ids, position_ids=batch.position_ids, cu_seqlens=batch.cu_seqlens, return_stats=True
-        )
-        tally.add(batch, output.logits, output.stats)
+        options = {"position_ids": batch.position_ids, "cu_seqlens": batch.cu_seqlens, "return_stats": True}
+        tally.add(batch, setting.model(batch.input_ids, labels=batch.labels, **options))
     return tally
 
 
@@ -142,7 +148,7 @@ def _sparsity_rows(tally: Tally) -> Iterator[dict]:
     per_head = tally.sparsity.per_head()
     yield row("sparsity", "causal_sparsity", tally.sparsity.columns()["causal_sparsity"], per_head=per_head.tolist())
     for index in sorted(tally.bin_active):
-        low, median, high = quantiles(torch.cat(tally.bin_active[index]).double())
+        low, median, high = quantiles(tally.bin_active[index])
         yield row("sparsity", "active_tokens", median, p10=low, p90=high, position=bin_span(index))
 
 

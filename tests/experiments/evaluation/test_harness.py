@@ -3,19 +3,28 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from tokenizers import Tokenizer
 
 import train
+from dashattn.backends import DashConfig
+from data import TextTokenizer
 from experiments.config import to_config
 from experiments.evaluation.config import EvaluateConfig
 from experiments.evaluation.evaluate import evaluate, find_target
+from experiments.evaluation.lm_eval_options import GenerationOptions, read_options
+from models import Transformer
+from models.generate import Sampling
 
 pytest.importorskip("lm_eval")
+import lm_eval
 from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
 
 from experiments.evaluation import harness
 from experiments.evaluation.harness import HarnessModel
@@ -123,28 +132,152 @@ def test_generation_stops_at_the_first_stop_string(run_dir, monkeypatch):
     lm = HarnessModel(str(run_dir), device="cpu", max_length=40, batch_size=2)
     seen = []
 
-    def generate(model, prompts, *, max_new_tokens, stop_tokens, temperature, top_p):
-        seen.append((len(prompts), max(map(len, prompts)), max_new_tokens, stop_tokens, temperature))
+    def generate(model, prompts, *, max_new_tokens, stop_tokens, sampling, seeds):
+        seen.append((len(prompts), max(map(len, prompts)), max_new_tokens, stop_tokens, sampling.temperature))
         return [lm.tok_encode("one\ntwo; three") for _ in prompts]
 
     monkeypatch.setattr(harness, "generate", generate)
-    options = [{"until": ["\n"]}, {"until": [";", "tw"]}, {"until": []}, {"until": "three", "do_sample": True}]
-    arguments = [("x = 1 " * 60, {**o, "max_gen_toks": 9, "temperature": 0.7}) for o in options]
+    options = [{"until": ["\n"]}, {"until": [";", "tw"]}, {"until": [], "stop": ["three", ""]}, {"until": "three"}]
+    options[3] |= {"do_sample": True, "temperature": 0.7}
+    arguments = [("x = 1 " * 60, {**o, "max_gen_toks": 9}) for o in options]
     texts = lm.generate_until(requests("generate_until", *arguments), disable_tqdm=True)
-    assert texts == ["one", "one\n", "one\ntwo; three", "one\ntwo; "]
-    assert seen == [
-        (2, 31, 9, [lm.eot_token_id], 0.0),
-        (1, 31, 9, [lm.eot_token_id], 0.0),
-        (
-            1,
-            31,
-            9,
-            [lm.eot_token_id],
-            0.7,
-        ),
-    ]
+    assert texts == ["one", "one\n", "one\ntwo; ", "one\ntwo; "]
+    assert seen == [(rows, 31, 9, [lm.eot_token_id], temperature) for rows, temperature in ((2, 0), (1, 0), (1, 0.7))]
     with pytest.raises(ValueError, match="leaves no room"):
         lm.generate_until(requests("generate_until", ("x", {"max_gen_toks": 40})), disable_tqdm=True)
+
+
+def test_samples_differ_and_depend_on_nothing_but_seed_prompt_and_repetition(run_dir):
+    lm = HarnessModel(str(run_dir), device="cpu", batch_size=3)
+    lm.model.double()
+    sampled = {"do_sample": True, "temperature": 1.5, "max_gen_toks": 12}
+
+    def texts(*arguments):
+        return lm.generate_until(requests("generate_until", *arguments), disable_tqdm=True)
+
+    eight = texts(*[("import os", sampled)] * 8)
+    assert len(set(eight)) == 8
+    lm.batch_size = 2
+    among_others = texts(("x", sampled), ("import os", sampled), ("def f(", sampled), ("import os", sampled))
+    assert [among_others[1], among_others[3]] == eight[:2]
+    assert texts(("import os", sampled | {"seed": 1}))[0] not in eight
+    assert texts(("import os", sampled | {"top_k": 1})) == texts(("import os", {"max_new_tokens": 12}))
+    assert texts(("import os", sampled | {"repetition_penalty": 3.0}))[0] != eight[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, (256, (), Sampling(), 0)),
+        ({"until": "a", "stop": ["b"], "seed": 7, "temperature": 0.0}, (256, ("a", "b"), Sampling(), 7)),
+        ({"max_new_tokens": 5, "do_sample": False, "temperature": 1.0, "num_beams": 1}, (5, (), Sampling(), 0)),
+        ({"max_gen_toks": 5.0, "max_tokens": 5, "temperature": 0.8}, (5, (), Sampling(0.8), 0)),
+        ({"max_completion_tokens": 5, "do_sample": True, "top_k": None}, (5, (), Sampling(1.0), 0)),
+        (
+            {"do_sample": True, "temperature": 0.2, "top_p": 0.95, "top_k": 40, "repetition_penalty": 1.2},
+            (256, (), Sampling(0.2, 0.95, 40, 1.2), 0),
+        ),
+        ({"repetition_penalty": 1.2}, (256, (), Sampling(repetition_penalty=1.2), 0)),
+    ],
+)
+def test_generation_options_are_honoured(given, expected):
+    assert read_options(given) == GenerationOptions(*expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"min_p": 0.1, "untill": []}, "no generation option min_p, untill"),
+        ({"num_beams": 4}, "no beam search"),
+        ({"max_gen_toks": 5, "max_new_tokens": 6}, "max_gen_toks=5, max_new_tokens=6 contradict"),
+        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"max_gen_toks": float("nan")}, "max_gen_toks=nan"),
+        ({"temperature": 0.7, "do_sample": False}, "temperature=0.7 would have no effect: add do_sample=True"),
+        ({"top_p": 0.9}, "top_p=0.9 would have no effect"),
+        ({"top_k": 5, "temperature": 0}, "top_k=5 would have no effect"),
+        ({"do_sample": True, "temperature": 0.0}, "temperature=0.0"),
+        ({"do_sample": True, "temperature": float("inf")}, "temperature=inf"),
+        ({"do_sample": True, "top_p": float("nan")}, "top_p=nan"),
+        ({"do_sample": True, "top_k": 2.5}, "top_k=2.5"),
+        ({"do_sample": "maybe"}, "do_sample='maybe'"),
+        ({"temperature": "hot"}, "temperature='hot'"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"seed": -1}, "seed=-1"),
+        ({"until": [3]}, "must be texts"),
+    ],
+)
+def test_other_generation_options_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        read_options(given)
+
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def chat_model(run_dir, tmp_path):
+    """The run's model with room for two more tokens, and a tokenizer with the template CHAT."""
+    lm = HarnessModel(str(run_dir), device="cpu")
+    folder = tmp_path / "chat"
+    folder.mkdir()
+    lm.tokenizer.save(folder / "tokenizer.json")
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "chat_template": CHAT}))
+    tokenizer = TextTokenizer.load(str(folder / "tokenizer.json"), lm.tokenizer.eos_token)
+    model = Transformer(replace(lm.model.config, vocab_size=tokenizer.vocab_size), DashConfig(chunk_size=2)).eval()
+    return HarnessModel.of(model, tokenizer, 2, 60)
+
+
+def test_chats_are_put_by_the_tokenizers_own_template(chat_model, monkeypatch):
+    lm, ends = chat_model, chat_model.tokenizer.backend.token_to_id("<|im_end|>")
+    assert lm.stop_tokens == [lm.eot_token_id]
+    assert lm.chat_template(True) == CHAT
+    history = [{"role": "user", "content": "x = 1"}]
+    text = lm.apply_chat_template(history)
+    assert text == "<|im_start|>user\nx = 1<|im_end|>\n<|im_start|>assistant\n"
+    begun = [*history, {"role": "assistant", "content": "The"}]
+    assert lm.apply_chat_template(begun, add_generation_prompt=False) == f"{text}The"
+    assert lm.tok_encode(text).count(ends) == 1
+    assert lm.tokenizer.decode(lm.tok_encode(text)) == text
+    assert lm.stop_tokens == [lm.eot_token_id, ends]
+    with pytest.raises(ValueError, match="no chat template 'other'"):
+        lm.chat_template("other")
+    monkeypatch.setattr(lm.chat_tokenizer, "chat_template", "{{ raise_exception('no system') }}")
+    lm.chat_template(True)
+    with pytest.raises(ValueError, match="refuses this history: no system"):
+        lm.apply_chat_template(history)
+
+
+def test_a_task_in_chats(chat_model, task_dir, monkeypatch):
+    prompts = []
+    whole = harness.generate
+
+    def generate(model, batch, **options):
+        prompts.extend(batch)
+        return whole(model, batch, **options)
+
+    monkeypatch.setattr(harness, "generate", generate)
+    lm_eval.simple_evaluate(
+        chat_model,
+        tasks=["tiny_generate"],
+        limit=2,
+        task_manager=TaskManager(include_path=str(task_dir)),
+        apply_chat_template=True,
+        bootstrap_iters=0,
+    )
+    assert sorted(chat_model.tokenizer.decode(prompt) for prompt in prompts) == [
+        f"<|im_start|>user\n{document['text']}<|im_end|>\n<|im_start|>assistant\n" for document in DOCUMENTS[:2]
+    ]
+
+
+def test_a_tokenizer_without_a_template_is_refused(run_dir):
+    with pytest.raises(ValueError, match=r"has no chat template: set data\.tokenizer"):
+        HarnessModel(str(run_dir), device="cpu").chat_template(True)
 
 
 def test_rows_from_evaluate(run_dir, task_dir):
