@@ -16,7 +16,7 @@ from experiments.errors import Stopped
 from experiments.evaluation import export
 from experiments.files import read_rows
 from experiments.training import run as run_module
-from experiments.training.checkpoint import find_weights
+from experiments.training.weights import find_weights
 from models import Transformer
 from train import train
 
