@@ -26,7 +26,7 @@ def _seed():
 
 @pytest.fixture(autouse=True)
 def _poisoned_empty(monkeypatch):
-    """Fills ``torch.empty`` with NaN, so that an element nobody wrote shows."""
+    """Fills ``torch.empty`` and its kin with NaN, so that an element nobody wrote shows."""
 
     def poison(make):
         def poisoned(*args, **kwargs):
@@ -39,3 +39,4 @@ def _poisoned_empty(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))

@@ -6,10 +6,14 @@ import torch
 pytest.importorskip("triton")
 
 from dashattn.ops.block_sparse.reference import block_sparse_attention
+from dashattn.ops.block_sparse.triton import attend
 from dashattn.ops.chunk_summary.reference import chunk_summary
-from dashattn.ops.dash_attention.triton import dash_attention
+from dashattn.ops.chunk_summary.triton import summary_starts
+from dashattn.ops.dash_attention.triton import _backward_op, _forward_op, dash_attention
 from dashattn.ops.dash_routing import reference
 from dashattn.ops.dash_routing import triton as kernels
+from dashattn.ops.dash_routing.triton_forward import prior_bias, router_options
+from dashattn.ops.tiles import geometry
 
 if torch.cuda.is_available():
     pytest.skip("tests/gpu covers the kernels where there is a GPU", allow_module_level=True)
@@ -94,6 +98,35 @@ def test_a_sequence_shorter_than_a_chunk_attends_to_itself():
     assert selection.words.eq(1).all()
     expected = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
     torch.testing.assert_close(out, expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("alpha", [None, 1.7])
+def test_the_words_alone_say_what_is_selected(alpha):
+    """z is formed again wherever it is needed, and its last bit may differ: at the edge of the support from the words.
+
+    Here words lack a chunk that z has (whose bias gradient nobody wrote), and have one that z lacks.
+    """
+    length, scale, score_scale = 90, 0.25, 4.0
+    q, k, v, grad = (torch.randn(1, length, heads, 16) for heads in (2, 1, 1, 2))
+    alpha = None if alpha is None else torch.full((2,), alpha)
+    settings = (CHUNK, score_scale, scale, "raw", 1.0)
+    out, words, lse, peak, tau, summaries = _forward_op(q, k, v, torch.zeros(1, 1, 16), alpha, None, *settings)
+    own = torch.arange(length)[:, None] // CHUNK
+    fewer = torch.where(words & (words - 1) != 0, words & (words - 1), words)  # without the first chunk selected
+    more = words | ((2 << own) - 1).int()  # every chunk up to the own one
+    assert (fewer != words).any()
+    assert (more != words).any()
+    for changed in (fewer, more):
+        saved = (torch.zeros(1, 1, 16), alpha, None, out, changed, lse, peak, tau, summaries)
+        grads = _backward_op(grad, q, k, v, *saved, *settings, True)
+        assert all(x.isfinite().all() for x in grads)
+
+    geo = geometry(q, 1, None)
+    blocks, router = -(-length // CHUNK), router_options(geo.padded_dim, q.itemsize)
+    starts = summary_starts(geo, CHUNK)
+    bias = prior_bias(q[0], summaries, alpha, starts, peak[0], tau[0], geo, CHUNK, blocks, score_scale, None, router)
+    with_more, _ = attend(q[0], k[0], v[0], more[0], bias, geo, CHUNK, scale)
+    assert relative_error(with_more, out[0]) < 1e-6
 
 
 def test_priors_per_head_are_refused():

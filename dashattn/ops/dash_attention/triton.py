@@ -116,8 +116,8 @@ def _backward_op(
         if lists.tokens != router_tokens:
             lists = tile_lists(flat_words, geo, chunk_size, router_tokens)
         dsummaries, dalpha = route_backward(
-            q_nHD, summaries, alpha, starts, peak, tau, bias_grad, dq, lists, geo, chunk_size, score_scale,
-            temperature(prior, sigma), alpha_grad, router,
+            q_nHD, summaries, alpha, starts, peak, tau, bias_grad, dq, flat_words, lists, geo, chunk_size,
+            score_scale, temperature(prior, sigma), alpha_grad, router,
         )  # fmt: skip
         dqueries = summarise_backward(
             dsummaries, k_nHD, queries, dk, starts, geo, chunk_size, _num_summaries(k, chunk_size)

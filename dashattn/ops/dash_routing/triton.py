@@ -82,7 +82,8 @@ def _prior_op(
         tau.flatten(0, 1), geo, chunk_size, num_blocks(q, chunk_size), score_scale, sigma,
         router_options(geo.padded_dim, q.itemsize),
     )  # fmt: skip
-    return bias.unflatten(0, q.shape[:2])
+    selected = Selection(words, chunk_size).mask()[..., : bias.shape[-1]]
+    return bias.unflatten(0, q.shape[:2]).masked_fill(~selected, 0)
 
 
 @_prior_op.register_fake
@@ -99,11 +100,12 @@ def _prior_backward_op(
     geo = geometry(q, summaries.shape[2], cu_seqlens)
     dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
     router = router_options(geo.padded_dim, q.itemsize)
-    lists = tile_lists(flatten_words(words), geo, chunk_size, geo.tile_tokens(router["rows"]))
+    flat_words = flatten_words(words)
+    lists = tile_lists(flat_words, geo, chunk_size, geo.tile_tokens(router["rows"]))
     dsummaries, dalpha = route_backward(
         flatten_tokens(q), _flat_summaries(summaries), alpha, summary_starts(geo, chunk_size), peak.flatten(0, 1),
-        tau.flatten(0, 1), grad.flatten(0, 1).float().contiguous(), dq.flatten(0, 1), lists, geo, chunk_size,
-        score_scale, sigma, alpha_grad, router,
+        tau.flatten(0, 1), grad.flatten(0, 1).float().contiguous(), dq.flatten(0, 1), flat_words, lists, geo,
+        chunk_size, score_scale, sigma, alpha_grad, router,
     )  # fmt: skip
     return dq, _like_summaries(dsummaries, summaries), q.new_empty(0) if dalpha is None else dalpha
 

@@ -30,13 +30,17 @@ from dashattn.ops.tuning import around, launch
 
 
 @triton.jit
-def _listed_chunks(q, summaries_ptr, block_list, bias_row, entry, num_blocks, kv_head, first_summary, past, peak, tau,
-                   slope, exponent, in_document, KV_HEADS: tl.constexpr, TOKENS: tl.constexpr, GROUP_P: tl.constexpr,
-                   CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SQUARE: tl.constexpr,
-                   PRECISION: tl.constexpr):  # fmt: skip
+def _listed_chunks(q, summaries_ptr, block_list, choice_list, bias_row, entry, num_blocks, kv_head, first_summary,
+                   past, token_past, peak, tau, slope, exponent, KV_HEADS: tl.constexpr, TOKENS: tl.constexpr,
+                   GROUP_P: tl.constexpr, CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
+                   SQUARE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """CHUNKS entries of the tile's list: their summaries, z, u, u / P, and of each token what is selected and b."""
     place = entry + tl.arange(0, CHUNKS)
     chunk = tl.load(block_list + place, mask=place < num_blocks, other=2147483647)
+    choice = tl.load(choice_list + place, mask=place < num_blocks, other=0)
+    token = tl.arange(0, TOKENS).to(choice.dtype)
+    selected = ((choice[None, :] >> token[:, None]) & 1) != 0
+    selected &= chunk[None, :] < token_past[:, None]
     is_past = chunk < tl.max(past, 0)
     dim = tl.arange(0, DIM)
     offset = ((first_summary + chunk).to(tl.int64)[:, None] * KV_HEADS + kv_head) * HEAD_DIM + dim[None, :]
@@ -45,17 +49,16 @@ def _listed_chunks(q, summaries_ptr, block_list, bias_row, entry, num_blocks, kv
     x = tl.where(chunk[None, :] < past[:, None], x, float("-inf"))
     z = above_threshold(x - peak[:, None], slope, tau)
     _, u = power(z, exponent, SQUARE)
-    share, selected = share_of_group(z, exponent, TOKENS, GROUP_P, CHUNKS, 1, SQUARE)
-    b = tl.load(bias_row[:, None] + chunk[None, :], mask=in_document[:, None] & is_past[None, :], other=0.0)
-    b = tl.where(selected, b, 0.0)  # what is not selected was never written
+    share = share_of_group(z, exponent, selected, TOKENS, GROUP_P, CHUNKS, 1, SQUARE)
+    b = tl.load(bias_row[:, None] + chunk[None, :], mask=selected, other=0.0)
     return k, z, u, share, selected, b
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_documents", "num_blocks", "list_width"])
 def query_kernel(
     q_ptr, summaries_ptr, alpha_ptr, peak_ptr, tau_ptr, bias_grad_ptr, dq_ptr, row_mean_ptr, bias_mean_ptr, dalpha_ptr,
-    documents, summary_starts, blocks, counts, score_scale, inverse_sigma, num_slots, num_documents, num_blocks,
-    list_width,
+    documents, summary_starts, blocks, choices, counts, score_scale, inverse_sigma, num_slots, num_documents,
+    num_blocks, list_width,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SQUARE: tl.constexpr, TEMPERED: tl.constexpr,
     ALPHA_GRAD: tl.constexpr, PRECISION: tl.constexpr,
@@ -81,8 +84,10 @@ def query_kernel(
     tile_token = start + index * TOKENS + tl.arange(0, TOKENS)
     bias_row = bias_grad_ptr + (tile_token.to(tl.int64) * KV_HEADS + kv_head) * num_blocks
     in_document = tile_token < end
+    token_past = tl.where(in_document, (index * TOKENS + tl.arange(0, TOKENS)) // BLOCK, 0)
     list_row = kv_head.to(tl.int64) * num_slots + slot
     block_list = blocks + list_row * list_width
+    choice_list = choices + list_row * list_width
     entries = tl.load(counts + list_row * 2 + 1)
 
     # One pass gives all sums of both terms of dL = b - mean(b); the mean itself is known after it.
@@ -100,8 +105,8 @@ def query_kernel(
     p_log = zero
     for entry in range(0, entries, CHUNKS):
         _k, z, u, share, selected, b = _listed_chunks(
-            q, summaries_ptr, block_list, bias_row, entry, entries, kv_head, first_summary, past, peak, tau, slope,
-            exponent, in_document, KV_HEADS, TOKENS, GROUP_P, CHUNKS, HEAD_DIM, DIM, SQUARE, PRECISION,
+            q, summaries_ptr, block_list, choice_list, bias_row, entry, entries, kv_head, first_summary, past,
+            token_past, peak, tau, slope, exponent, KV_HEADS, TOKENS, GROUP_P, CHUNKS, HEAD_DIM, DIM, SQUARE, PRECISION,
         )  # fmt: skip
         b_sum += fold(b)
         b_count += fold(tl.where(selected, 1.0, 0.0))
@@ -135,8 +140,8 @@ def query_kernel(
     acc = tl.zeros([ROWS, DIM], tl.float32)
     for entry in range(0, entries, CHUNKS):
         k, _z, u, share, selected, b = _listed_chunks(
-            q, summaries_ptr, block_list, bias_row, entry, entries, kv_head, first_summary, past, peak, tau, slope,
-            exponent, in_document, KV_HEADS, TOKENS, GROUP_P, CHUNKS, HEAD_DIM, DIM, SQUARE, PRECISION,
+            q, summaries_ptr, block_list, choice_list, bias_row, entry, entries, kv_head, first_summary, past,
+            token_past, peak, tau, slope, exponent, KV_HEADS, TOKENS, GROUP_P, CHUNKS, HEAD_DIM, DIM, SQUARE, PRECISION,
         )  # fmt: skip
         ds = share * spread(b - mean[:, None], share, TOKENS, GROUP_P, CHUNKS, 1) - u * row_mean[:, None]
         if q.dtype == tl.bfloat16:
@@ -150,10 +155,11 @@ def query_kernel(
     tl.store(dq_ptr + offset, dq.to(dq_ptr.dtype.element_ty), mask=in_tile)
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_summaries", "num_documents", "num_blocks", "splits"])
+@triton.jit(do_not_specialize=["num_tokens", "num_words", "num_summaries", "num_documents", "num_blocks", "splits"])
 def summary_kernel(
     q_ptr, summaries_ptr, alpha_ptr, peak_ptr, tau_ptr, bias_grad_ptr, row_mean_ptr, bias_mean_ptr, partial_ptr,
-    documents, summary_starts, score_scale, num_slots, num_summaries, num_documents, num_blocks, splits,
+    words, documents, summary_starts, score_scale, num_tokens, num_words, num_summaries, num_documents, num_blocks,
+    splits,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SQUARE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -200,12 +206,16 @@ def summary_kernel(
         x = tl.where(chunk[:, None] < past[None, :], x, float("-inf"))
         z = saturated(x, slope, -tau[None, :])
         _, u = power(z, exponent, SQUARE)
-        share, selected = share_of_group(z, exponent, CHUNKS, TOKENS, GROUP_P, 2, SQUARE)
         token = start + first + tile_lane
+        word_row = words + (kv_head.to(tl.int64) * num_tokens + token) * num_words
+        in_words = (token < end)[None, :] & (chunk // 32 < num_words)[:, None]
+        word = tl.load(word_row[None, :] + (chunk // 32)[:, None], mask=in_words, other=0)
+        selected = ((word >> (chunk % 32)[:, None]) & 1) != 0
+        share = share_of_group(z, exponent, selected, CHUNKS, TOKENS, GROUP_P, 2, SQUARE)
         bias_row = bias_grad_ptr + (token.to(tl.int64) * KV_HEADS + kv_head) * num_blocks
         in_bias = (token < end)[None, :] & (chunk < num_blocks)[:, None]
         b = tl.load(bias_row[None, :] + chunk[:, None], mask=in_bias, other=0.0)
-        b = tl.where(selected, b, 0.0)
+        b = tl.where(selected, b, 0.0)  # what is not selected was never written
         mean = tl.load(bias_mean_ptr + token.to(tl.int64) * KV_HEADS + kv_head, mask=token < end, other=0.0)
         ds = share * spread(b - mean[None, :], share, CHUNKS, TOKENS, GROUP_P, 2) - u * row_mean[None, :]
         if q.dtype == tl.bfloat16:
@@ -222,14 +232,15 @@ LISTED_CHUNKS = 32
 
 def route_backward(
     q: Tensor, summaries: Tensor, alpha: Tensor | None, starts: Tensor, peak: Tensor, tau: Tensor, bias_grad: Tensor,
-    dq: Tensor, lists: TileLists, geo: Geometry, chunk_size: int, score_scale: float, sigma: float | None,
-    alpha_grad: bool, options: dict[str, int],
+    dq: Tensor, words: Tensor, lists: TileLists, geo: Geometry, chunk_size: int, score_scale: float,
+    sigma: float | None, alpha_grad: bool, options: dict[str, int],
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Gradients of the summaries [n', H, D] and of alpha, float32 [Hq]; adds the router's part to ``dq`` in place.
 
     Args:
-        bias_grad: float32 [n, H, N]; entries that are not selected are not read.
-        lists: for the router's tiles.
+        bias_grad: float32 [n, H, N]; entries that are not selected do not count.
+        words: int32 [H, n, W]; what they select, and nothing else, has a gradient.
+        lists: of the words, for the router's tiles.
         sigma: None for the raw prior.
     """
     rows = (geo.tokens, geo.heads)
@@ -246,7 +257,8 @@ def route_backward(
     launch(
         query_kernel, (slots * geo.kv_heads,),
         q, summaries, alpha, peak, tau, bias_grad, dq, row_mean, bias_mean, dalpha, geo.documents, starts, lists.blocks,
-        lists.counts, score_scale, inverse_sigma, slots, geo.num_documents, num_blocks, lists.blocks.shape[-1],
+        lists.choices, lists.counts, score_scale, inverse_sigma, slots, geo.num_documents, num_blocks,
+        lists.blocks.shape[-1],
         TEMPERED=sigma is not None, ALPHA_GRAD=alpha_grad, options=listed_launch, tokens=geo.tokens, restore=[dq],
         **listed,
     )  # fmt: skip
@@ -257,8 +269,8 @@ def route_backward(
     partial = torch.zeros(splits, *summaries.shape, dtype=torch.float32, device=q.device)
     launch(
         summary_kernel, (chunk_slots * geo.kv_heads, splits),
-        q, summaries, alpha, peak, tau, bias_grad, row_mean, bias_mean, partial, geo.documents, starts, score_scale,
-        slots, summaries.shape[0], geo.num_documents, num_blocks, splits,
+        q, summaries, alpha, peak, tau, bias_grad, row_mean, bias_mean, partial, words, geo.documents, starts,
+        score_scale, geo.tokens, words.shape[-1], summaries.shape[0], geo.num_documents, num_blocks, splits,
         options=LAUNCH, tokens=geo.tokens, **constants,
     )  # fmt: skip
     dsummaries = (partial.sum(0) * (score_scale * inverse_sigma)).to(summaries.dtype)

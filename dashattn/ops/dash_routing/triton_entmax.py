@@ -15,6 +15,8 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 SMALLEST_EXPONENT = tl.constexpr(1e-7)
 MAX_PASSES = tl.constexpr(40)
 LN_2 = tl.constexpr(0.6931471805599453)
+# log p of what was selected although z, formed anew, is 0: at the support's edge the last bit of a product decides.
+EDGE_LOG_P = tl.constexpr(-35.0)
 
 
 @triton.jit
@@ -104,20 +106,23 @@ def log_mean(z, exponent, AXIS: tl.constexpr, GROUP: tl.constexpr, SQUARE: tl.co
 
 
 @triton.jit
-def share_of_group(z, exponent, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, AXIS: tl.constexpr,
+def share_of_group(z, exponent, selected, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, AXIS: tl.constexpr,
                    SQUARE: tl.constexpr):  # fmt: skip
-    """u / P with u = p ** (2 - alpha) = p / z and P the sum of p over the group's heads, and where P > 0.
+    """u / P with u = p ** (2 - alpha) = p / z and P the sum of p over the group's heads; 0 off ``selected``.
 
-    The heads are dimension ``AXIS`` of z when it is reshaped to [A, B, C]; ``exponent`` broadcasts against z as it is.
+    The heads are dimension ``AXIS`` of z when it is reshaped to [A, B, C], which ``selected`` lacks; ``exponent``
+    broadcasts against z as it is. z is formed anew, perhaps by other instructions: at the edge of the support, where
+    u / P has no bound, it cannot tell what was selected.
     """
     if SQUARE:
         total = tl.sum(tl.reshape(z * z, (A, B, C)), AXIS)
-        positive = total > 0
-        return z * spread(1.0 / tl.where(positive, total, 1.0), z, A, B, C, AXIS), positive
+        reciprocal = tl.where(selected, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
+        return z * spread(reciprocal, z, A, B, C, AXIS)
     else:
         log_p = log2(z) * (exponent + 1.0)
-        total, positive = log2_sum(tl.reshape(log_p, (A, B, C)), AXIS)
-        return exp2(log_p - spread(total, z, A, B, C, AXIS)) / tl.where(z > 0, z, 1.0), positive
+        total, _ = log2_sum(tl.reshape(log_p, (A, B, C)), AXIS)
+        total = tl.where(selected, total, float("inf"))
+        return exp2(log_p - spread(total, z, A, B, C, AXIS)) / tl.where(z > 0, z, 1.0)
 
 
 @triton.jit

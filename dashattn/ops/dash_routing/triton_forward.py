@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dashattn.ops.block_sparse.triton_forward import key_descriptor, precision
 from dashattn.ops.dash_routing.triton_entmax import (
+    EDGE_LOG_P,
     MAX_PASSES,
     above_threshold,
     fold,
@@ -203,7 +204,10 @@ def prior_kernel(
     CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SQUARE: tl.constexpr, TEMPERED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes the group's prior of the selected past chunks; all other entries of the bias stay as they are."""
+    """Writes the group's prior of past chunks; all other entries of the bias stay as they are.
+
+    Of those that were not selected too, for which of them that are the words say alone: they are not to be read.
+    """
     kv_head = tl.program_id(0) % KV_HEADS
     slot = num_slots - 1 - tl.program_id(0) // KV_HEADS
     document, start, end, index = locate_tile(documents, slot, num_documents, TOKENS)
@@ -220,7 +224,9 @@ def prior_kernel(
     peak = tl.load(peak_ptr + flat_row, mask=valid, other=0.0)
     tau = tl.load(tau_ptr + flat_row, mask=valid, other=0.0)
 
-    token = start + index * TOKENS + tl.arange(0, TOKENS)
+    position = index * TOKENS + tl.arange(0, TOKENS)
+    token = start + position
+    token_past = tl.where(token < end, position // BLOCK, 0)
     bias_row = bias_ptr + (token.to(tl.int64) * KV_HEADS + kv_head) * num_blocks
     log_sum = tl.zeros([TOKENS], tl.float32)
     selected_count = tl.zeros([TOKENS], tl.float32)
@@ -238,8 +244,10 @@ def prior_kernel(
             q, summary_desc, kv_head, first_summary, chunk, whole, past, peak, tau, slope, exponent, TOKENS, GROUP,
             GROUP_P, CHUNKS, DIM, SQUARE, PRECISION,
         )  # fmt: skip
-        target = bias_row[:, None] + (chunk + tl.arange(0, CHUNKS))[None, :]
-        tl.store(target, (log_p - mean[:, None]) * inverse_sigma, mask=selected)
+        log_p = tl.where(selected, log_p, EDGE_LOG_P)
+        column = (chunk + tl.arange(0, CHUNKS))[None, :]
+        is_past = column < token_past[:, None]
+        tl.store(bias_row[:, None] + column, (log_p - mean[:, None]) * inverse_sigma, mask=is_past)
 
 
 @cache
@@ -286,7 +294,7 @@ def prior_bias(
     q: Tensor, summaries: Tensor, alpha: Tensor | None, starts: Tensor, peak: Tensor, tau: Tensor, geo: Geometry,
     chunk_size: int, num_blocks: int, score_scale: float, sigma: float | None, options: dict[str, int],
 ) -> Tensor:  # fmt: skip
-    """The prior as a bias, float32 [n, H, N]; 0 where not selected. ``sigma``: None for the raw prior."""
+    """The prior as a bias, float32 [n, H, N]; of no meaning where not selected. ``sigma``: None for the raw prior."""
     bias = torch.zeros(geo.tokens, geo.kv_heads, num_blocks, dtype=torch.float32, device=q.device)
     constants = router_constants(geo, chunk_size, alpha is None, q.dtype, options)
     slots = geo.slots(constants["TOKENS"])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dashattn.ops.block_sparse.triton_forward import precision
 from dashattn.ops.dash_routing.triton_entmax import (
+    EDGE_LOG_P,
     MAX_PASSES,
     above_threshold,
     is_positive,
@@ -161,7 +162,7 @@ def prior_kernel(
     SQUARE: tl.constexpr, TEMPERED: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """The group's prior of CHUNKS chunks up to the query's own, whose prior is 0."""
+    """The group's prior of CHUNKS chunks up to the query's own, whose prior is 0; of use where they are selected."""
     wait_for_kernel_before(PDL)
     kv_head = tl.program_id(0) % KV_HEADS
     query = tl.program_id(0) // KV_HEADS
@@ -195,7 +196,7 @@ def prior_kernel(
     log_p, selected = _log_prior(
         product_ptr, flat_row, in_group, chunk, own, num_chunks, peak, tau, slope, exponent, GROUP, SQUARE
     )
-    log_p = tl.where(selected, (log_p - mean) * inverse_sigma, 0.0)
+    log_p = tl.where(chunk < own, (tl.where(selected, log_p, EDGE_LOG_P) - mean) * inverse_sigma, 0.0)
     row = bias_ptr + (query.to(tl.int64) * KV_HEADS + kv_head) * num_chunks
     tl.store(row + chunk, log_p, mask=chunk <= own)
 
