@@ -1,8 +1,10 @@
 """Decode caches: keys, values and what a method derives from them, for a batch of sequences of different lengths.
 
-Everything is allocated once. A step writes behind each sequence's length, which lies on the device; what lies past a
-length is never read, so that sequences are shortened and restarted without touching the tensors. The host keeps a copy
-of the lengths and refuses what does not fit before anything is written.
+Everything is allocated once, at addresses that stay: a CUDA graph of a step can be replayed as long as the cache lives.
+A step writes behind each sequence's length, which lies on the device, so that one graph and one compiled kernel serve
+every length. What lies past a length is never read: sequences are shortened and restarted without touching the tensors,
+and rows padded at their end write what the next step writes over. The host keeps a copy of the lengths, because to read
+them would be to wait for the device, and refuses what does not fit before anything is written.
 
 Shapes: B sequences, S tokens of capacity, T new tokens, H KV heads, D head size.
 """
@@ -42,7 +44,8 @@ class CacheLayout:
 class DecodeCache:
     """The sequences of a batch, in all layers.
 
-    ``decode`` writes new tokens behind the lengths; ``advance`` then makes them part of the sequences.
+    ``decode`` writes new tokens behind the lengths; ``advance`` then makes them part of the sequences. The two are
+    apart because all layers of a model write at the same lengths.
 
     Attributes:
         lengths: int32 [B] on the device, tokens of each sequence.
@@ -89,7 +92,7 @@ class DecodeCache:
             f"new_tokens must not be negative, nor lead past the capacity of {self.capacity}; got {counts} "
             f"for lengths {self.host_lengths}",
         )
-        if isinstance(new_tokens, int):
+        if isinstance(new_tokens, int):  # the step of every token: nothing is copied to the device
             self.lengths += new_tokens
             self.host_lengths = lengths
         else:
@@ -115,6 +118,7 @@ class DecodeCache:
         """Row i becomes the sequence that row ``rows[i]`` was; in place, as beam search wants it."""
         self._check_rows("rows", rows)
         index = self._check_indices(rows)
+        # Whole capacities are copied: to copy up to the lengths, which differ, would take a launch for each sequence.
         for layer in self.layers:
             for tensor in layer.tensors.values():
                 tensor.copy_(tensor[index])
@@ -124,6 +128,8 @@ class DecodeCache:
         """A new cache of copies of ``rows``, in any number: drops sequences, or lets several share a prefix."""
         check(len(rows) > 0, "rows must name at least one sequence")
         index = self._check_indices(rows)
+        # Without __init__, which would allocate; what a subclass adds (a model's rotary tables) belongs to no sequence
+        # and is shared.
         selected = object.__new__(type(self))
         selected.__dict__.update(self.__dict__)
         selected.layers = [
@@ -185,16 +191,20 @@ class LayerCache:
     ) -> None:
         """Computes the windows of tokens that ``num_tokens`` tokens just written may have completed.
 
-        Their number is the most there can be, so that shapes never depend on the lengths; windows that are still
-        incomplete hold nothing of use and are written again when they are complete.
+        A window is computed when its last token comes, from keys and values that never change again: a step costs the
+        windows that it completes, however long the sequence. Their number is taken to be the most there can be, so that
+        shapes never depend on the lengths. Those that are still incomplete hold nothing of use: nobody sees them, and
+        they are written again when they are complete.
 
         Args:
             compute: takes the tokens of n windows, one [B, (n - 1) * stride + size, heads, dim] tensor per entry of
                 ``sources``, and returns one [B, n, heads, dim] tensor per entry of ``targets``.
         """
+        # The windows complete before the new tokens; the lengths do not count those yet. [B, 1]
         first = visible_windows(self.lengths.long() - 1, kernel_size, kernel_stride)[:, None]
         count = -(-num_tokens // kernel_stride)
         span = torch.arange((count - 1) * kernel_stride + kernel_size, device=self.lengths.device)
+        # An incomplete window may reach past the capacity; whatever it reads there instead, nobody sees.
         token = (first * kernel_stride + span).clamp(max=self.tensors[sources[0]].shape[1] - 1)
         row = torch.arange(token.shape[0], device=token.device)[:, None]
         results = compute(*(self.tensors[name][row, token] for name in sources))

@@ -172,6 +172,9 @@ class NSABackend(AttentionBackend):
         return self.config.block_size
 
     def cache_layout(self):
+        # Beside keys and values: for every window, a row each stride of tokens, what the compressed branch attends to
+        # and what scores the blocks; and, where branches have projections of their own, their keys and values, those of
+        # the compressed branch too: a window is compressed when its last token comes, from tokens of earlier steps.
         config, shape = self.config, self.shape
         tokens = CacheField(shape.num_kv_heads, shape.head_dim)
         windows = CacheField(shape.num_kv_heads, shape.head_dim, tokens_per_row=config.kernel_stride)
@@ -181,6 +184,7 @@ class NSABackend(AttentionBackend):
         return self._layout(**fields)
 
     def _write(self, k, v, cache, hidden, rope):
+        # What windows are made of must lie in the cache before they are made.
         sources = ("k", "v")
         if self.branch_kv is not None:
             sources = ("k_compress", "v_compress")
@@ -188,6 +192,8 @@ class NSABackend(AttentionBackend):
             cache.write(**dict(zip((*sources, "k_window", "v_window"), (*own[0], *own[1]), strict=True)))
         one_token = self._append(k, v, cache)
         windows, targets = (self.config.kernel_size, self.config.kernel_stride), ("compressed_k", "compressed_v")
+        # One token completes at most one window, often none: a kernel that looks whether it does, instead of some forty
+        # of PyTorch at every step. It computes the paper's MLP, with weights in the type of the cache.
         if one_token and self.config.variant == "paper" and self.compress_k.position.dtype == k.dtype:
             caches, outs = ([cache[name] for name in names] for names in (sources, targets))
             compressions = (self.compress_k, self.compress_v)
