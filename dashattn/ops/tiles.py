@@ -123,6 +123,11 @@ class Geometry:
 
 def geometry(q: Tensor, kv_heads: int, cu_seqlens: Tensor | None) -> Geometry:
     batch, length, heads, head_dim = q.shape
+    if batch * length * heads >= 2**31:  # positions and numbers of tiles are 32-bit numbers
+        raise ValueError(
+            f"the Triton kernels take fewer than 2**31 tokens times query heads, not {batch} x {length} x {heads}: "
+            "split the batch or the heads"
+        )
     if cu_seqlens is not None:
         return Geometry(cu_seqlens.to(torch.int32), None, batch * length, heads, kv_heads, head_dim)
     return Geometry(multiples(length, batch, q.device), length, batch * length, heads, kv_heads, head_dim)

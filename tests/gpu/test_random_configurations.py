@@ -10,6 +10,8 @@ much as adding up their products in float32 does; for DashAttention with changes
 The backward gets delta = do . o from the output as it was rounded. Where a sharp softmax leaves a small gradient, that
 error is a large part of it: DashAttention's gradients are compared with those for the kernel's own output, those of the
 other methods to within the tolerance of the gradient and a tenth of what delta can add.
+
+Memory that PyTorch hands out holds NaN (tests/conftest.py): what a kernel reads and none wrote shows.
 """
 
 import random
@@ -46,12 +48,18 @@ PERTURBATIONS = 3
 SELECTED_ROWS = 0.005
 
 
+@pytest.fixture(autouse=True)
+def _memory_is_poisoned():
+    like = torch.zeros(1, device="cuda")
+    assert all(x.isnan() for x in (torch.empty(1, device="cuda"), torch.empty_like(like), like.new_empty(1)))
+
+
 def relative_error(x, truth):
     return ((x.double() - truth).norm() / truth.norm().clamp_min(1e-12)).item()
 
 
 def draw_specialisation(rng):
-    head_dim = rng.choice([32, 64, 64, 96, 128, 128, 256])
+    head_dim = rng.choice([32, 64, 64, 96, 128, 128, 160, 256])
     dtype = rng.choice([torch.bfloat16, torch.bfloat16, torch.float16, torch.float32])
     chunk = rng.choice([16, 32, 64, 64, 128])
     group = rng.choice([1, 2, 3, 4, 7, 8, 16, 32])

@@ -5,7 +5,9 @@ Key side (backward of k and v): for every block the tokens that chose it, so tha
 that did not.
 """
 
+import sys
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -130,12 +132,73 @@ class KeyLists:
     window: int
 
 
+def words_bytes(geo: Geometry, num_words: int) -> int:
+    """Of the selection, [H, n, W]."""
+    return 4 * geo.kv_heads * geo.tokens * num_words
+
+
+def bias_bytes(geo: Geometry, heads: int, num_blocks: int) -> int:
+    """Of a bias or its gradient, float32 [n, H or Hq, N]."""
+    return 4 * geo.tokens * heads * num_blocks
+
+
+def tile_list_bytes(geo: Geometry, num_words: int, tile_tokens: int) -> int:
+    """What ``tile_lists`` allocates."""
+    lists = geo.kv_heads * geo.slots(tile_tokens)
+    return lists * num_words * 32 * (4 + _choice_dtype(tile_tokens).itemsize) + 8 * lists
+
+
+def key_list_bytes(geo: Geometry, block_size: int, window: int) -> int:
+    """What ``key_lists`` allocates, the few bytes a document apart."""
+    lists = geo.kv_heads * geo.slots(block_size)
+    return 4 * (geo.kv_heads * max(1, _key_capacity(geo, block_size)) + lists * (2 + -(-geo.tokens // window)))
+
+
+def check_room(num_bytes: int, geo: Geometry, device: torch.device) -> None:
+    """Raises ValueError where a device can never hold what grows with the square of the length.
+
+    Where it only holds too much else, PyTorch's allocator says so.
+    """
+    room = device_bytes(device)
+    if num_bytes > room:
+        raise ValueError(
+            f"the selected blocks of {geo.tokens} tokens and {geo.kv_heads} KV heads take {num_bytes} bytes, the device"
+            f" has {room}: take larger blocks, shorter sequences, or fewer sequences or KV heads on a device"
+        )
+
+
+@cache
+def device_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else sys.maxsize
+
+
+def _choice_dtype(tile_tokens: int) -> torch.dtype:
+    """One bit a token."""
+    return torch.int32 if tile_tokens <= 32 else torch.int64
+
+
+def _room(length, block_size: int):
+    """Of a document's key lists: the tokens from each block's first one on, a sum of an arithmetic series."""
+    blocks = (length + block_size - 1) // block_size
+    return blocks * length - block_size * (blocks * (blocks - 1) // 2)
+
+
+def _key_capacity(geo: Geometry, block_size: int) -> int:
+    """Room for the key lists of one head.
+
+    Lengths of packed documents stay on the device; no split of the tokens needs more room than a single document.
+    """
+    if geo.uniform is None:
+        return _room(geo.tokens, block_size)
+    return _room(geo.uniform, block_size) * geo.num_documents
+
+
 def tile_lists(words: Tensor, geo: Geometry, block_size: int, tile_tokens: int) -> TileLists:
     """``words``: int32 [H, n, W]. Bits above a token's own block are ignored."""
     slots, width = geo.slots(tile_tokens), words.shape[-1]
     shape = (geo.kv_heads, slots, width * 32)
     blocks = torch.empty(shape, dtype=torch.int32, device=words.device)
-    choices = torch.empty(shape, dtype=torch.int32 if tile_tokens <= 32 else torch.int64, device=words.device)
+    choices = torch.empty(shape, dtype=_choice_dtype(tile_tokens), device=words.device)
     counts = torch.empty(geo.kv_heads, slots, 2, dtype=torch.int32, device=words.device)
     _tile_list_kernel[(slots, geo.kv_heads)](
         words, geo.documents, blocks, choices, counts, geo.tokens, width, slots, geo.num_documents,
@@ -147,20 +210,12 @@ def tile_lists(words: Tensor, geo: Geometry, block_size: int, tile_tokens: int) 
 def key_lists(words: Tensor, geo: Geometry, block_size: int, window: int) -> KeyLists:
     """``window``: a power of two."""
     slots = geo.slots(block_size)
-
-    def room(length):  # for the tokens from each block's first one on: a sum of an arithmetic series
-        blocks = (length + block_size - 1) // block_size
-        return blocks * length - block_size * (blocks * (blocks - 1) // 2)
-
     if geo.uniform is not None:
-        capacity = room(geo.uniform) * geo.num_documents
-        bases = torch.arange(geo.num_documents, device=words.device) * room(geo.uniform)
+        bases = torch.arange(geo.num_documents, device=words.device) * _room(geo.uniform, block_size)
     else:
-        needed = room(geo.documents.diff().long())
+        needed = _room(geo.documents.diff().long(), block_size)
         bases = needed.cumsum(0) - needed
-        # Lengths stay on the device; no split of the tokens into documents needs more room than a single document.
-        capacity = room(geo.tokens)
-    tokens = torch.empty(geo.kv_heads, max(1, capacity), dtype=torch.int32, device=words.device)
+    tokens = torch.empty(geo.kv_heads, max(1, _key_capacity(geo, block_size)), dtype=torch.int32, device=words.device)
     counts = torch.empty(geo.kv_heads, slots, 2, dtype=torch.int32, device=words.device)
     offsets = torch.empty(geo.kv_heads, slots, -(-geo.tokens // window), dtype=torch.int32, device=words.device)
     _key_list_kernel[(slots, geo.kv_heads)](

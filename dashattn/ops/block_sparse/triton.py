@@ -1,9 +1,19 @@
 """Block-sparse attention on the GPU: ``reference.py``'s function with Triton kernels, as PyTorch custom operators."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from dashattn.ops.block_sparse.schedule import key_lists, tile_lists
+from dashattn.ops.block_sparse.schedule import (
+    bias_bytes,
+    check_room,
+    key_list_bytes,
+    key_lists,
+    tile_list_bytes,
+    tile_lists,
+    words_bytes,
+)
 from dashattn.ops.block_sparse.triton_backward import (
     delta,
     key_grad,
@@ -26,15 +36,47 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, words: Tensor, bias: Tensor | None, geo: Geometry, block_size: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The forward on flat, contiguous tensors with the fastest kernel there is for them."""
-    if q.is_cuda:
-        from dashattn.ops.block_sparse import hopper  # Gluon has no interpreter and asks for a GPU
-
-        if hopper.supported(q, geo, block_size):
-            lists = tile_lists(words, geo, block_size, geo.tile_tokens(128))
-            return hopper.forward(q, k, v, bias, lists, geo, block_size, scale)
+    hopper = _hopper(q, geo, block_size)
+    lists = tile_lists(words, geo, block_size, _forward_tile(hopper, q, geo, block_size))
+    if hopper is not None:
+        return hopper.forward(q, k, v, bias, lists, geo, block_size, scale)
     options = forward_options(geo.padded_dim, block_size, q.itemsize)
-    lists = tile_lists(words, geo, block_size, geo.tile_tokens(options["rows"]))
     return forward(q, k, v, bias, lists, geo, block_size, scale, options)
+
+
+def _hopper(q: Tensor, geo: Geometry, block_size: int) -> ModuleType | None:
+    """The kernel for Hopper, where it takes the call."""
+    if not q.is_cuda:
+        return None
+    from dashattn.ops.block_sparse import hopper  # Gluon has no interpreter and asks for a GPU
+
+    return hopper if hopper.supported(q, geo, block_size) else None
+
+
+def _forward_tile(hopper: ModuleType | None, q: Tensor, geo: Geometry, block_size: int) -> int:
+    """Tokens of a query tile."""
+    if hopper is not None:
+        return geo.tile_tokens(128)
+    return geo.tile_tokens(forward_options(geo.padded_dim, block_size, q.itemsize)["rows"])
+
+
+def check_forward_room(q: Tensor, geo: Geometry, block_size: int, num_words: int, bias_blocks: int) -> None:
+    """Raises ValueError where lists and biases can never fit. ``bias_blocks``: of a bias of the forward's own, or 0."""
+    needed = words_bytes(geo, num_words) + bias_bytes(geo, geo.kv_heads, bias_blocks)
+    tile = _forward_tile(_hopper(q, geo, block_size), q, geo, block_size)
+    check_room(needed + tile_list_bytes(geo, num_words, tile), geo, q.device)
+
+
+def check_backward_room(
+    q: Tensor, geo: Geometry, block_size: int, num_words: int, bias_blocks: int, grad_heads: int, grad_blocks: int
+) -> None:
+    """As ``check_forward_room``; the gradient of the bias is [n, ``grad_heads``, ``grad_blocks``]."""
+    by_key = key_grad_options(geo.padded_dim, block_size, q.itemsize)
+    window = key_grad_window(geo, block_size, q.itemsize, by_key["keys"])
+    tile = geo.tile_tokens(query_grad_options(geo.padded_dim, block_size, q.itemsize)["rows"])
+    by_query = tile_list_bytes(geo, num_words, tile) + bias_bytes(geo, grad_heads, grad_blocks)
+    needed = words_bytes(geo, num_words) + bias_bytes(geo, geo.kv_heads, bias_blocks)
+    check_room(needed + max(by_query, key_list_bytes(geo, block_size, window)), geo, q.device)
 
 
 def check_kernels_fit(q: Tensor, block_size: int) -> None:
@@ -60,6 +102,7 @@ def _forward_op(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     geo = geometry(q, k.shape[2], cu_seqlens)
+    check_forward_room(q, geo, block_size, words.shape[-1], 0)
     bias = None if block_bias is None else block_bias.flatten(0, 1).contiguous()
     out, lse = attend(*map(flatten_tokens, (q, k, v)), flatten_words(words), bias, geo, block_size, scale)
     return out.view(q.shape), lse.view(q.shape[:3])
@@ -88,6 +131,7 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and the bias gradient, float32 [B, T, bias_heads, bias_blocks] (0 where not selected)."""
     geo = geometry(q, k.shape[2], cu_seqlens)
+    check_backward_room(q, geo, block_size, words.shape[-1], 0, bias_heads, bias_blocks)
     q_nHD, k_nHD, v_nHD, do_nHD, out_nHD = (flatten_tokens(x) for x in (q, k, v, grad, out))
     bias = None if block_bias is None else block_bias.flatten(0, 1).contiguous()
     flat = flatten_words(words)

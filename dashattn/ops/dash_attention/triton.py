@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from dashattn.ops.block_sparse.schedule import key_lists, tile_lists
-from dashattn.ops.block_sparse.triton import attend, check_kernels_fit, flatten_words
+from dashattn.ops.block_sparse.triton import (
+    attend,
+    check_backward_room,
+    check_forward_room,
+    check_kernels_fit,
+    flatten_words,
+)
 from dashattn.ops.block_sparse.triton_backward import (
     delta,
     key_grad,
@@ -52,9 +58,11 @@ def _forward_op(
     That is per row the log-normaliser, the highest product q . k~ and the threshold, and the summaries.
     """
     geo = geometry(q, k.shape[2], cu_seqlens)
+    blocks = num_blocks(q, chunk_size)
+    bias_blocks = blocks if has_forward_bias(prior, sigma, q.dtype) else 0
+    check_forward_room(q, geo, chunk_size, -(-blocks // 32), bias_blocks)
     q_nHD, k_nHD, v_nHD = (flatten_tokens(x) for x in (q, k, v))
     starts = summary_starts(geo, chunk_size)
-    blocks = num_blocks(q, chunk_size)
     router = router_options(geo.padded_dim, q.itemsize)
     summaries = summarise(k_nHD, queries, starts, geo, chunk_size, _num_summaries(k, chunk_size))
     words, peak, tau = route(q_nHD, summaries, alpha, starts, geo, chunk_size, blocks, score_scale, router)
@@ -89,11 +97,14 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, the gradient of the queries in float32, and dalpha (empty unless asked for)."""
     geo = geometry(q, k.shape[2], cu_seqlens)
+    blocks = num_blocks(q, chunk_size)
+    bias_blocks = blocks if has_forward_bias(prior, sigma, q.dtype) else 0
+    grad_heads = 0 if prior == "none" else geo.kv_heads
+    check_backward_room(q, geo, chunk_size, words.shape[-1], bias_blocks, grad_heads, blocks)
     q_nHD, k_nHD, v_nHD, do_nHD, out_nHD = (flatten_tokens(x) for x in (q, k, v, grad, out))
     lse, peak, tau = (x.flatten(0, 1).contiguous() for x in (lse, peak, tau))
     flat_words = flatten_words(words)
     starts = summary_starts(geo, chunk_size)
-    blocks = num_blocks(q, chunk_size)
     router = router_options(geo.padded_dim, q.itemsize)
     bias = _forward_bias(
         q_nHD, summaries, alpha, starts, peak, tau, geo, chunk_size, blocks, score_scale, prior, sigma, router
