@@ -1,6 +1,7 @@
 """Tasks on the run's own validation split, in one pass for all of them and every length:
 
-loss       nats per target
+loss       nats per target; beside the mean those of each corpus of a mixture, and the sums of each row, so that two
+           evaluations of the same rows can be compared row by row
 position   nats per target by position in the document, in bins that double: does more context still help?
 recall     share of MQAR queries answered right, of those that ask for their key the first time in the row: the
            answer to a repeated query also stands near by, after the earlier one
@@ -85,6 +86,7 @@ class Tally:
         self.names = names
         self.sparsity = SparsityTally()
         self.loss = self.targets = self.right = self.queries = 0.0
+        self.by_row: list[tuple[str | None, float, int]] = []  # corpus, nats and targets of each row
         self.bin_loss: dict[int, float] = {}
         self.bin_targets: dict[int, float] = {}
         self.bin_active: dict[int, Tensor] = {}  # counts of active tokens of every layer, KV head and token in the bin
@@ -94,6 +96,9 @@ class Tally:
         losses_BT = output.token_losses.double()
         self.loss += losses_BT.sum().item()
         self.targets += targets_BT.sum().item()
+        rows = len(batch.sources) or len(targets_BT)  # text may be packed into one long row
+        sums = (losses_BT.view(rows, -1).sum(1).tolist(), targets_BT.view(rows, -1).sum(1).tolist())
+        self.by_row += zip(batch.sources or [None] * rows, *sums, strict=True)
         if "recall" in self.names:
             first_BT = first_queries(batch.input_ids, targets_BT)
             self.queries += first_BT.sum().item()
@@ -132,7 +137,13 @@ def _measure(setting: Setting, stream: BatchStream, names: Sequence[str]) -> Tal
 
 
 def _loss_rows(tally: Tally) -> Iterator[dict]:
-    yield row("loss", "nats", tally.loss / tally.targets)
+    corpora, nats, targets = (list(column) for column in zip(*tally.by_row, strict=True))
+    by_corpus = {}
+    for name in sorted({name for name in corpora if name is not None}):
+        own = [index for index, corpus in enumerate(corpora) if corpus == name]
+        by_corpus[name] = sum(nats[index] for index in own) / sum(targets[index] for index in own)
+    by_row = {"corpus": corpora, "nats": nats, "targets": targets}
+    yield row("loss", "nats", tally.loss / tally.targets, by_corpus=by_corpus, by_row=by_row)
 
 
 def _position_rows(tally: Tally) -> Iterator[dict]:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hydra import compose, initialize_config_dir
 
 import train
 from dashattn.backends import DashConfig, NSAConfig
-from data import IGNORE, build_data
+from data import IGNORE, Batch, build_data
 from experiments.config import to_config
 from experiments.evaluation.config import EvaluateConfig
 from experiments.evaluation.evaluate import bytes_read, evaluate, find_target
@@ -105,6 +106,23 @@ def test_bytes_read_count_what_the_heads_of_a_group_share_once(attention, routin
     shape = ModelConfig(16, 16, num_layers=3, num_heads=8, num_kv_heads=2, head_dim=4, max_seq_len=32, vocab_size=20)
     read = bytes_read(Transformer(shape, attention), {"active_tokens": 10.0, "routing_reads": 3.0})
     assert read == 2 * 3 * 2 * 4 * (2 * 10 + routing * 3)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_loss_is_told_by_row_and_by_corpus(packed):
+    tally = streams.Tally(["loss"])
+    tally.sparsity = SimpleNamespace(add=lambda stats, packed: None)
+    losses = torch.tensor([[1.0, 0.0, 2.0], [0.0, 0.0, 3.0], [4.0, 4.0, 4.0]])
+    labels = torch.tensor([[5, IGNORE, 5], [IGNORE, IGNORE, 5], [5, 5, 5]])
+    for rows, sources in ((slice(0, 2), ("prose", "code")), (slice(2, 3), ("prose",))):
+        shape = (1, -1) if packed else (len(sources), -1)
+        tokens = labels[rows].reshape(shape)
+        batch = Batch(tokens, tokens, torch.zeros_like(tokens), sources=sources)
+        tally.add(batch, SimpleNamespace(token_losses=losses[rows].reshape(shape), stats=None))
+    (row,) = streams.SCORES["loss"](tally)
+    assert row["score"] == pytest.approx(18 / 6)
+    assert row["by_corpus"] == {"code": 3.0, "prose": 15 / 5}
+    assert row["by_row"] == {"corpus": ["prose", "code", "prose"], "nats": [3, 3, 12], "targets": [2, 1, 3]}
 
 
 def test_loss_by_position_averages_to_the_loss(tiny_overrides):

@@ -27,7 +27,14 @@ def test_a_run_continues_a_prompt(run, capsys):
 
 
 def test_the_command_line(run):
-    command = [sys.executable, "-m", "experiments.evaluation.generate", f"run={run}", "prompt=import os", "max_new_tokens=4"]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.evaluation.generate",
+        f"run={run}",
+        "prompt=import os",
+        "max_new_tokens=4",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("import os")
     failed = subprocess.run([*command, "top_p=2"], cwd=ROOT, capture_output=True, text=True)
