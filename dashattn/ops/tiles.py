@@ -2,10 +2,13 @@
 
 The batch is flattened: [B, T, H, D] is [n, H, D] with n = B * T tokens, and every sequence (or packed document) is a
 range ``documents[d] .. documents[d + 1]`` of them. A tile never crosses a document. Tile ``i`` of document ``d`` has
-the slot ``documents[d] // size + d + i``: a closed form, with room for every tile, so that the grid ``n // size + D``
+the slot ``documents[d] // size + d + i``: a closed form, with room for every tile, so that the grid ``n // size + M``
 needs no synchronisation with the device (slots past a document's last tile stay idle).
 
 The rows of a query tile are (token, head of the group), the group padded to a power of two.
+
+Shapes: B batch, T tokens, n = B T, M documents, Hq query heads, H KV heads, D head size. In kernels GROUP = Hq / H and
+GROUP_P is that padded, HEAD_DIM = D and DIM is that padded; a name in capitals is a constant of the compiled kernel.
 """
 
 from dataclasses import dataclass
@@ -86,7 +89,7 @@ def power_of_2_from(x: int) -> int:
 class Geometry:
     """Sizes of a call, after flattening.
 
-    ``documents`` is int32 [D + 1] on the device; ``uniform``: their common length, where the host knows one.
+    ``documents`` is int32 [M + 1] on the device; ``uniform``: their common length, where the host knows one.
     """
 
     documents: Tensor

@@ -1,4 +1,7 @@
-"""Attention over a band of keys on the GPU: NSA's compressed and window branches, as PyTorch custom operators."""
+"""Attention over a band of keys on the GPU: NSA's compressed and window branches, as PyTorch custom operators.
+
+Shapes: B batch, T tokens, J keys, Hq query heads, H KV heads, D head size.
+"""
 
 import torch
 from torch import Tensor

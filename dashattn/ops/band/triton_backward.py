@@ -2,6 +2,9 @@
 
 dq by query tile, dk and dv by tile of keys over the query tiles that see it. There are few compressed keys and many
 queries: their tiles are dealt out to several programs, and the parts added in a fixed order.
+
+Shapes as in ``triton_forward``: do like out; dq like q; delta float32 [n, Hq]; dk and dv [splits, J, H, D], float32
+where there are several splits.
 """
 
 import torch

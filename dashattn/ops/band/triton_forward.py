@@ -6,6 +6,10 @@ position ``stride * j + size - 1``: tokens are keys of size 1 at stride 1, compr
 A program owns neighbouring tokens x the heads of one KV group, as in the block-sparse core. Keys that all its tokens
 see need no mask; a first or last few do. At 32k tokens, 32 heads of 128 and a stride of 16 the compressed branch costs
 0.55 TFLOP forward and 1.9 backward, a window of 512 half as much; without values, for the normalisers alone, 0.27.
+
+Shapes: n = B T tokens laid out flat, M documents, J keys (those of the documents follow one another), Hq query heads, H
+KV heads, D head size. q and out [n, Hq, D]; k and v [J, H, D]; lse float32 [n, Hq], to base 2; key_starts
+int32 [M + 1].
 """
 
 from dataclasses import dataclass
@@ -39,7 +43,7 @@ class Band:
         return keys if self.span is None else min(self.span, keys)
 
     def starts(self, geo: Geometry) -> Tensor:
-        """First key of every document and their total, int32 [D + 1]."""
+        """First key of every document and their total, int32 [M + 1]."""
         if geo.uniform is not None:
             complete = max(0, (geo.uniform - self.size) // self.stride + 1)
             return multiples(complete, geo.num_documents, geo.documents.device)

@@ -1,4 +1,7 @@
-"""Block selection by attention over compressed keys on the GPU (InfLLM v2, NSA), as a PyTorch custom operator."""
+"""Block selection by attention over compressed keys on the GPU (InfLLM v2, NSA), as a PyTorch custom operator.
+
+Shapes: B batch, T tokens, J windows, Hq query heads, H KV heads, D head size, W words of 32 blocks.
+"""
 
 import torch
 from torch import Tensor

@@ -10,6 +10,10 @@ first pass. Their pooled scores are a 64th of that, so a search that reads those
 narrows, in the float32 bit patterns (scores are not negative, so they are ordered as integers), an interval that holds
 the k-th score, 9-fold a step, until what it holds is exactly what is wanted of it, or a single value: the blocks of
 that value tie, and the lowest win. Max-pooling makes such ties common: neighbouring blocks share a window.
+
+Shapes as in ``band/triton_forward``, with N blocks of BLOCK tokens and W words of 32 blocks: words int32 [H, n, W];
+scratch float32 [programs, 2, tokens of a tile, row_stride >= N]. The windows that begin in a block give to it, in the
+first plane, and to the block after it, in the second.
 """
 
 from functools import cache

@@ -4,6 +4,9 @@ A tile of 64 rows reads 32 KiB of keys and values per 2 MFLOP: at half the chip'
 its L2 cache has. Here three groups of warps share one program: one fetches the blocks that any token of two
 neighbouring tiles chose, once for both; two multiply, each for its own tile, and pass over blocks that none of its
 tokens chose. While one of them is at its softmax the other has the tensor cores.
+
+Shapes as in ``triton_forward``, D 64 or 128. In shared memory: q_tiles [2, 64, D], the rings k_ring and v_ring
+[STAGES, BLOCK, D], and for each stage of these the barriers full and empty.
 """
 
 import torch

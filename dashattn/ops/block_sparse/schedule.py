@@ -1,8 +1,17 @@
 """Work lists of the block-sparse kernels, built on the device from the bit masks.
 
-Query side: for every tile of neighbouring tokens the union of their blocks, and per block one bit a token.
-Key side (backward of k and v): for every block the tokens that chose it, so that no tile of that kernel holds a row
-that did not.
+Query side (forward, and backward of q): for every tile of neighbouring tokens the union of their blocks, and per block
+one bit a token. Key side (backward of k and v): for every block the tokens that chose it, so that no tile of that
+kernel holds a row that did not.
+
+Both are made without a word to the host: every list has a place of its own, at an offset in closed form, with room for
+all that it could hold. To count first and pack the lists would make the launch wait for the device, at every call. Both
+are ascending, which costs a prefix sum a step and puts the entries that need a causal mask at one end: the kernels that
+walk them have one loop with the mask and one without.
+
+Shapes: n = B T tokens laid out flat, M documents, H KV heads, N blocks of BLOCK keys, W words of 32 blocks. words
+int32 [H, n, W], as in ``Selection`` but flat; a slot is the place of a tile of tokens, or of a block, among those of
+all documents (``tiles``); documents int32 [M + 1].
 """
 
 import sys
@@ -28,7 +37,7 @@ def _tile_list_kernel(
     token = tl.arange(0, TOKENS)
     position = index * TOKENS + token
     valid = start + position < end
-    own = tl.where(valid, position // BLOCK, -1)
+    own = tl.where(valid, position // BLOCK, -1)  # a token past the document's end has no block, and so none before it
     list_row = kv_head.to(tl.int64) * num_slots + slot
     row = list_row * (num_words * 32)
     past_end = (index * TOKENS) // BLOCK  # blocks before this one lie wholly in the past of every token
@@ -38,6 +47,7 @@ def _tile_list_kernel(
     lane = tl.arange(0, WORDS * 32)
     total = 0
     past = 0
+    # Words up to the last token's own block: what a selection says of the future is not looked at.
     for word in range(0, last // 32 + 1, WORDS):
         block = word * 32 + lane
         w = tl.load(
@@ -47,6 +57,7 @@ def _tile_list_kernel(
         )
         bit = ((w >> (lane % 32)[None, :]) & 1).to(choices.dtype.element_ty)
         bit = tl.where(block[None, :] <= own[:, None], bit, 0)
+        # Turned around: from a word a token, with a bit a block, to a word a block, with a bit a token of the tile.
         choice = tl.reduce(bit << token.to(bit.dtype)[:, None], 0, bitwise_or)
         chosen = (choice != 0).to(tl.int32)
         place = row + total + tl.cumsum(chosen, 0) - 1
@@ -83,6 +94,8 @@ def _key_list_kernel(
     row = kv_head.to(tl.int64) * num_slots + slot
     total = 0
     near = 0
+    # In steps that begin at multiples of STEP, which divides a window: so a window's first token is a step's first one,
+    # and the number of tokens listed before it is known there. Tokens before the block cannot have chosen it.
     for begin in range(first // STEP * STEP, end, STEP):
         tl.store(offsets + row * num_windows + begin // window, total, mask=begin % window == 0)
         token = begin + lane
@@ -119,7 +132,7 @@ class KeyLists:
 
     Attributes:
         tokens: int32 [H, capacity], flat token indices.
-        bases: int64 [D]: where the lists of a document begin; ``key_list_start`` has the rest.
+        bases: int64 [M]: where the lists of a document begin; ``key_list_start`` has the rest.
         counts: int32 [H, slots, 2]: tokens inside the block itself (they come first), and all tokens.
         offsets: int32 [H, slots, windows]: tokens of the list before each window; undefined up to the block's own.
         window: tokens of a window; windows count from the first token of the batch.
@@ -178,7 +191,8 @@ def _choice_dtype(tile_tokens: int) -> torch.dtype:
 
 
 def _room(length, block_size: int):
-    """Of a document's key lists: the tokens from each block's first one on, a sum of an arithmetic series."""
+    """Of a document's key lists: the tokens from each block's first one on. Their sum over blocks is an arithmetic
+    series, T ** 2 / (2 BLOCK) entries for a long document."""
     blocks = (length + block_size - 1) // block_size
     return blocks * length - block_size * (blocks * (blocks - 1) // 2)
 

@@ -1,4 +1,8 @@
-"""Block-sparse attention on the GPU: ``reference.py``'s function with Triton kernels, as PyTorch custom operators."""
+"""Block-sparse attention on the GPU: ``reference.py``'s function with Triton kernels, as PyTorch custom operators.
+
+Shapes: B batch, T tokens, Hq query heads, H KV heads, D head size, N blocks, W words of 32 blocks. A suffix ``_nHD``
+stands for a tensor laid out flat, n = B T.
+"""
 
 from types import ModuleType
 

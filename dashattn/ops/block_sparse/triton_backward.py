@@ -5,6 +5,10 @@ dk = scale sum dl q;  dv = sum p do;  the gradient of a block's bias is the sum 
 
 dq (and the bias) by query tile, as in the forward. dk and dv by key block over the tokens that chose it, gathered, so
 that no row of this kernel is idle and nothing is added atomically.
+
+Shapes as in ``triton_forward``: do like out; dq, dk and dv like q, k and v; delta float32 [n, Hq]; the gradient of the
+bias float32 [n, H or Hq, N]; sums, dk and dv of a block's windows so far, float32 [2, n, H, D]; turns
+int32 [H, slots, parts of a block]; lists of tokens as in ``schedule.KeyLists``.
 """
 
 from functools import cache

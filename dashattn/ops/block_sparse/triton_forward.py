@@ -4,6 +4,9 @@ A program owns a tile: TOKENS neighbouring tokens x the heads of one KV group (p
 walks the union of the blocks its tokens chose, so that K and V are read once a tile and not once a token. A block
 wholly in the past is taken or left by a row as a whole. Such a row is masked by the number subtracted in the exponent
 (infinity gives probability 0), which costs nothing per key; only the last blocks need a causal mask.
+
+Shapes: n = B T tokens laid out flat, Hq query heads, H KV heads, D head size, N blocks of BLOCK keys. q and out
+[n, Hq, D]; k and v [n, H, D]; bias [n, H or Hq, N]; lse float32 [n, Hq], to base 2; lists as in ``schedule.TileLists``.
 """
 
 from functools import cache

@@ -1,6 +1,9 @@
 """Chunk summaries on the GPU: ``reference.py``'s function with Triton kernels, as a PyTorch custom operator.
 
 A program owns one complete chunk of one KV head; forward and backward read the keys once.
+
+Shapes: n = B T tokens laid out flat, M documents, H KV heads, D head size, N summaries of chunks of BLOCK tokens. k
+[n, H, D]; queries [1 or N, H, D]; summaries [N, H, D]; starts int32 [M + 1].
 """
 
 import torch
@@ -78,7 +81,7 @@ def summary_grad_kernel(
 
 
 def summary_starts(geo: Geometry, chunk_size: int) -> Tensor:
-    """First summary of every document and their total, int32 [D + 1]: only complete chunks have one."""
+    """First summary of every document and their total, int32 [M + 1]: only complete chunks have one."""
     if geo.uniform is not None:
         return multiples(geo.uniform // chunk_size, geo.num_documents, geo.documents.device)
     complete = geo.documents.diff() // chunk_size

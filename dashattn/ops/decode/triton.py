@@ -1,4 +1,7 @@
-"""Decoding on the GPU: ``reference.py``'s functions with Triton kernels. Nothing here waits for the device."""
+"""Decoding on the GPU: ``reference.py``'s functions with Triton kernels. Nothing here waits for the device.
+
+Shapes: B sequences, T new tokens, S tokens of capacity, Hq query heads, H KV heads, D head size, as in ``reference``.
+"""
 
 from collections.abc import Iterator
 

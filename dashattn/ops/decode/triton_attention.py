@@ -4,6 +4,11 @@ One query row (sequence, new token) and KV head has few heads to multiply with b
 blocks are split evenly over several programs, whichever blocks they are: each program counts the bits of the selection,
 and lists the blocks that are its share of the ranks. Their partial sums meet in a second kernel. Launch shapes depend
 on capacities only; lengths stay on the device.
+
+Shapes: B sequences, T new tokens, S tokens of capacity, Hq query heads, H KV heads, D head size, N blocks of BLOCK
+keys, W words of 32 blocks. q and out [B, T, Hq, D]; k and v [B, S, H, D], in the strides of ``DecodeCache``; lengths
+int32 [B], tokens before the new ones; words int32 [B, H or Hq, T, W]; bias float32 [B, T, H, N]; with several splits
+float32 sums [B, T, Hq, splits, D], peak and total [B, T, Hq, splits]; lists int32 [B T, H, splits, list_width].
 """
 
 from functools import cache

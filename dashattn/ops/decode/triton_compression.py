@@ -2,6 +2,9 @@
 
 With the operations of ``nsa.MeanMLP`` a step launches some forty kernels a layer, in all but one of ``kernel_stride``
 steps for nothing. Here programs whose sequence completes no window return; those of the others read the weights once.
+
+Shapes: B sequences, S tokens of capacity, H KV heads, D head size. caches [B, S, H, D]; outs [B, S / STRIDE, H, D]; of
+the MLP: position [SIZE, D], up [D, SIZE D], down [D, D].
 """
 
 from collections.abc import Sequence

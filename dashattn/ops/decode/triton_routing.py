@@ -3,6 +3,10 @@
 With few queries the summaries are what costs, so that unlike in prefill (``dash_routing``) the scores are written:
 once, by programs that share the chunks. Then a program per query head holds all of its scores in registers and solves
 for the threshold. Definitions and names are those of ``dash_routing/triton_entmax.py``.
+
+Shapes: B sequences, T new tokens, Hq query heads, H KV heads, D head size, N chunks, W words of 32 chunks. q
+[B, T, Hq, D]; summaries [B, N, H, D]; products float32 [B, T, Hq, N], unwritten where a chunk is not visible; peak and
+tau float32 [B, T, Hq]; words int32 [B, Hq, T, W]; bias float32 [B, T, H, N].
 """
 
 from dataclasses import dataclass

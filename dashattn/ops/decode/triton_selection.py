@@ -2,6 +2,10 @@
 
 A program per query head normalises its softmax, programs that share the blocks pool the group's probabilities, and a
 program per query and KV head holds all block scores in registers and takes the highest.
+
+Shapes: B sequences, T new tokens, Hq query heads, H KV heads, D head size, J windows, N blocks, W words of 32 blocks. q
+[B, T, Hq, D]; compressed keys [B, J, H, D]; products float32 [B, T, Hq, J]; normalisers float32 [B, T, Hq]; scores
+float32 [B, T, H, N]; words int32 [B, H, T, W].
 """
 
 import torch

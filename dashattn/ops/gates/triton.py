@@ -1,4 +1,8 @@
-"""The gated sum of NSA's branches on the GPU: every tensor is read or written once, forward and backward."""
+"""The gated sum of NSA's branches on the GPU: every tensor is read or written once, forward and backward.
+
+Shapes: B batch, T tokens, Hq query heads, D head size. gates [B, T, Hq, 2 or 3]; branches and out [B, T, Hq, D]. A row
+is one head of one token.
+"""
 
 import torch
 import triton
