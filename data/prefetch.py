@@ -44,6 +44,7 @@ class Prefetched(BatchStream):
         while True:
             try:
                 batch = next(self.stream)
+                # The state goes along with its batch: when that is handed out the stream has gone on.
                 item = (batch.pin_memory() if self.pin_memory else batch, self.stream.state_dict())
             except Exception as error:
                 item = (error, None)

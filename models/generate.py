@@ -189,6 +189,7 @@ def decode_step(model: Transformer, cache: ModelCache) -> Callable[[Tensor], Ten
         logits_BV = step(token_B)
 
     def replay(new_B: Tensor) -> Tensor:
+        # A replayed step runs no line of Python: what its checks would refuse is refused here.
         cache.check_room(1)
         cache.check_rotation()
         token_B.copy_(new_B)

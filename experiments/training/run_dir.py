@@ -93,6 +93,7 @@ def find_run_dir(config: TrainConfig, damaged: Mapping[str, str] | None = None) 
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"{path} cannot be written: {existing} is not writable; give another run_dir=...")
+    # A lock or a submission alone is the trace of a run that did not come to begin.
     if not path.exists() or {entry.name for entry in path.iterdir()} <= {LOCK, SUBMITTED}:
         return RunDir(path)
     if not (path / CONFIG).exists():
@@ -104,6 +105,8 @@ def find_run_dir(config: TrainConfig, damaged: Mapping[str, str] | None = None) 
             f"{path} holds a run of another configuration:{lines}\n"
             "give another name=... or run_dir=... for a new run, or the old values to resume that one"
         )
+    # state.json alone, which says where the run stands: every rank looks, and knows nothing of the others yet. The sums
+    # of the large files are shared out among them, in ``verify_checkpoint``.
     damaged = dict(damaged or {})
     while (checkpoint := latest_checkpoint(path / "checkpoints", damaged)) is not None:
         problems = damage(checkpoint, names=(STATE,))
@@ -159,6 +162,7 @@ def open_run_dir(run: RunDir, config: TrainConfig, overrides: Sequence[str], sta
         ) from None
     except OSError as error:
         raise ValueError(f"{run.path} cannot be written ({error}): give another run_dir=...") from None
+    # Between the first look and the lock another process may have trained here, and left.
     if find_run_dir(config, run.damaged).step != run.step:
         raise ValueError(f"another process has just trained in {run.path}: start again to go on from where it stopped")
     record = run.path if run.step == 0 else run.path / "resumed" / f"step-{run.step:08d}"
