@@ -22,6 +22,7 @@ register_evaluate_config()
 CONFIGS = Path(__file__).parents[1] / "configs"
 GROUPS = ("attention", "model", "data", "optim", "deepspeed", "logger", "launcher", "experiment")
 CHOICES = [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))]
+EVALUATED_ONLY = "attention=oracle"
 # What a choice needs before it is a run.
 COMPANIONS = {
     "data=local": ["data.files=[a.txt]", "model=60m"],
@@ -38,6 +39,10 @@ def composed(*overrides: str) -> TrainConfig:
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_makes_a_run(choice):
+    if choice == EVALUATED_ONLY:
+        with pytest.raises(ValueError, match="for evaluation only"):
+            check(composed(choice, "device=cpu"))
+        return
     config = check(composed(choice, "device=cpu", *COMPANIONS.get(choice, [])))
     assert config.device == "cpu"
     assert config.deepspeed.precision == "fp32"

@@ -9,6 +9,7 @@ from dashattn.backends.base import (
     HeadShare,
     check_model_shape,
 )
+from dashattn.backends.controls import OracleBackend, OracleConfig, SinkWindowBackend, SinkWindowConfig
 from dashattn.backends.dash import DashBackend, DashConfig
 from dashattn.backends.full import FullBackend, FullConfig
 from dashattn.backends.infllmv2 import InfLLMv2Backend, InfLLMv2Config
@@ -19,6 +20,8 @@ BACKENDS: dict[str, tuple[type[AttentionConfig], type[AttentionBackend]]] = {
     "nsa": (NSAConfig, NSABackend),
     "infllmv2": (InfLLMv2Config, InfLLMv2Backend),
     "dash": (DashConfig, DashBackend),
+    "sink_window": (SinkWindowConfig, SinkWindowBackend),
+    "oracle": (OracleConfig, OracleBackend),
 }
 
 
@@ -50,5 +53,7 @@ __all__ = [
     "HeadShare",
     "InfLLMv2Config",
     "NSAConfig",
+    "OracleConfig",
+    "SinkWindowConfig",
     "build_backend",
 ]

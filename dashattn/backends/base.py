@@ -36,12 +36,14 @@ class Capabilities:
     Attributes:
         packed: documents packed with cu_seqlens.
         decode: new tokens against a cache.
+        train: more than evaluation.
         max_head_dim: largest head size.
         max_group_size: most query heads per KV head.
     """
 
     packed: bool = True
     decode: bool = True
+    train: bool = True
     max_head_dim: int = 256
     max_group_size: int = 32
 

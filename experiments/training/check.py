@@ -168,6 +168,11 @@ def _check_model(config: TrainConfig) -> None:
             config.attention,
             AttentionShape(model.hidden_size, model.num_heads, model.num_kv_heads, model.head_dim),
         )
+    if not backend.capabilities.train:
+        raise ValueError(
+            f"attention={config.attention.name} is for evaluation only: train another one, or evaluate a checkpoint of "
+            f"attention=full with it"
+        )
     if getattr(config.data, "pack", None) == "documents" and not backend.capabilities.packed:
         raise ValueError(
             f"attention={config.attention.name} takes no packed documents: use data.pack=plain, or another attention"

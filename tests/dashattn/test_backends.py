@@ -18,6 +18,8 @@ from dashattn.backends import (
     HeadShare,
     InfLLMv2Config,
     NSAConfig,
+    OracleConfig,
+    SinkWindowConfig,
     build_backend,
 )
 from dashattn.rope import apply_rope
@@ -32,6 +34,9 @@ CONFIGS = {
     "nsa": NSAConfig(**SMALL, topk=4, window_size=12),
     "nsa own kv": NSAConfig(**SMALL, topk=4, window_size=12, shared_kv=False),
     "nsa minicpm": NSAConfig(**SMALL, topk=4, window_size=0, local_blocks=2, variant="minicpm"),
+    "sink window": SinkWindowConfig(block_size=8, init_blocks=1, local_blocks=2),
+    "oracle topk": OracleConfig(block_size=8, topk=4, init_blocks=1, local_blocks=1),
+    "oracle top_p": OracleConfig(block_size=8, select="top_p", top_p=0.7, init_blocks=1, local_blocks=1),
 }
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 

@@ -1,0 +1,96 @@
+"""Backends without a router of their own: the sink and a window, and the oracle."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dashattn.backends.base import ALL_HEADS, AttentionBackend, AttentionConfig, Capabilities
+from dashattn.controls import (
+    check_forced,
+    check_oracle,
+    mass_bound,
+    oracle_attention,
+    sink_window_attention,
+    window_selection,
+)
+from dashattn.ops.decode.reference import new_positions
+from dashattn.ops.true_mass.reference import mass_selection
+
+
+@dataclass
+class SinkWindowConfig(AttentionConfig):
+    """Options of ``sink_window_attention``."""
+
+    name: str = "sink_window"
+    block_size: int = 64
+    init_blocks: int = 1
+    local_blocks: int = 16
+
+    knob: ClassVar[str | None] = "local_blocks"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_forced(**forced_sizes(self))
+
+
+class SinkWindowBackend(AttentionBackend):
+    """No parameters, no routing."""
+
+    def forward(self, q, k, v, *, hidden=None, rope=None, cu_seqlens=None, return_stats=False, share=ALL_HEADS):
+        call = {"cu_seqlens": cu_seqlens, "impl": self.config.impl, "return_stats": return_stats}
+        return sink_window_attention(q, k, v, **forced_sizes(self.config), **call)
+
+    @property
+    def block_size(self):
+        return self.config.block_size
+
+    def _attend(self, q, cache, hidden):
+        keys, positions = cache["k"], new_positions(cache.lengths, q.shape[1])
+        selection = window_selection(positions, keys.shape, **forced_sizes(self.config))
+        return self._decode_operations(q).cached_attention(q, keys, cache["v"], cache.lengths, selection)
+
+
+@dataclass
+class OracleConfig(AttentionConfig):
+    """Options of ``oracle_attention``; the knob is the bound that ``select`` names."""
+
+    name: str = "oracle"
+    block_size: int = 64
+    select: str = "topk"
+    topk: int = 16
+    top_p: float = 0.9
+    init_blocks: int = 1
+    local_blocks: int = 4
+
+    @property
+    def knob(self) -> str:
+        return self.select
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_oracle(self.select, self.topk, self.top_p, **forced_sizes(self))
+
+
+class OracleBackend(AttentionBackend):
+    """For evaluation: it reads all keys to know which ones to read."""
+
+    capabilities = Capabilities(train=False)
+
+    def forward(self, q, k, v, *, hidden=None, rope=None, cu_seqlens=None, return_stats=False, share=ALL_HEADS):
+        config = self.config
+        bounds = {"select": config.select, "topk": config.topk, "top_p": config.top_p}
+        call = {"cu_seqlens": cu_seqlens, "impl": config.impl, "return_stats": return_stats}
+        return oracle_attention(q, k, v, **forced_sizes(config), **bounds, **call)
+
+    @property
+    def block_size(self):
+        return self.config.block_size
+
+    def _attend(self, q, cache, hidden):
+        config, keys, positions = self.config, cache["k"], new_positions(cache.lengths, q.shape[1])
+        bound = mass_bound(config.select, config.topk, config.top_p)
+        selection = mass_selection(q, keys, positions, **forced_sizes(config), **bound)
+        return self._decode_operations(q).cached_attention(q, keys, cache["v"], cache.lengths, selection)
+
+
+def forced_sizes(config: SinkWindowConfig | OracleConfig) -> dict[str, int]:
+    return {name: getattr(config, name) for name in ("block_size", "init_blocks", "local_blocks")}
