@@ -321,3 +321,26 @@ def test_refusals(run_dir):
         HarnessModel(str(run_dir), batch_size="auto", device="cpu")
     with pytest.raises(ValueError, match="no intact weights in"):
         HarnessModel("/nonexistent")
+
+
+def test_requests_go_on_in_smaller_batches_where_memory_ends(run_dir, monkeypatch, capsys):
+    pairs = [(document["text"], " = 1") for document in DOCUMENTS]
+    arguments = [(document["text"], {"max_gen_toks": 4}) for document in DOCUMENTS]
+
+    def answers(batch_size):
+        lm = HarnessModel(str(run_dir), device="cpu", batch_size=batch_size)
+        scores = lm.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
+        texts = lm.generate_until(requests("generate_until", *arguments), disable_tqdm=True)
+        return scores, texts, lm.sparsity.columns()
+
+    expected = answers(2)
+    hidden_states = Transformer.hidden_states
+
+    def failing(self, input_ids, **options):
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return hidden_states(self, input_ids, **options)
+
+    monkeypatch.setattr(Transformer, "hidden_states", failing)
+    assert answers(5) == expected
+    assert capsys.readouterr().err.count("out of memory: going on with 2 rows at once") == 2
