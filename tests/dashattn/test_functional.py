@@ -10,6 +10,7 @@ import torch
 from dashattn import dash_attention, full_attention, infllmv2_attention, nsa_attention
 from dashattn.ops.block_scores.reference import topk_selection
 from dashattn.ops.compression.reference import num_windows
+from dashattn.ops.full.reference import pays_for_a_plan
 
 D = 8
 BLOCKS = {"block_size": 8, "kernel_size": 4, "kernel_stride": 2}
@@ -384,3 +385,20 @@ REFUSALS = {
 def test_refusals_say_what_is_allowed(attention, changes, message):
     with pytest.raises(ValueError, match=message):
         attention(**small(**changes))
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((16, 8192, 9, 64), True),  # rows of a data set
+        ((1, 1024, 9, 64), True),
+        ((1, 8000, 9, 64), False),  # a prompt
+        ((8, 8000, 9, 64), False),
+        ((8, 16_300, 9, 64), True),  # so much that one pass pays
+        ((1, 16_300, 32, 128), True),
+    ],
+)
+def test_where_a_plan_for_dense_attention_pays(shape, expected):
+    assert pays_for_a_plan(torch.Size(shape))
+    with torch.no_grad():
+        assert pays_for_a_plan(torch.Size(shape)) == expected

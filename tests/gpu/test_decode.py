@@ -14,6 +14,7 @@ from dashattn.ops.chunk_summary.reference import chunk_summary
 from dashattn.ops.decode import reference
 from dashattn.ops.decode import triton as kernels
 from dashattn.selection import Selection
+from models import RopeConfig
 from models.generate import generate
 
 SIZES = dict(block_size=16, kernel_size=8, kernel_stride=4, topk=4)
@@ -150,6 +151,17 @@ def test_generation_in_a_cuda_graph_equals_generation_without_a_cache(attention)
     model = build(attention).cuda()
     expected = [greedy_without_cache(model, prompt, 40) for prompt in PROMPTS]
     assert generate(model, PROMPTS, max_new_tokens=40) == expected
+
+
+@pytest.mark.parametrize(
+    "attention", [FullConfig(), DashConfig(chunk_size=16, summary_rope="mean")], ids=["full", "dash"]
+)
+def test_longrope_turns_each_row_by_its_own_length_in_a_cuda_graph(attention):
+    factors = {"short_factor": [1.0] * 16, "long_factor": [4.0] * 16, "original_max_seq_len": 24, "factor": 4.0}
+    model = build(attention, rope=RopeConfig(scaling="longrope", **factors)).cuda()
+    expected = [greedy_without_cache(model, prompt, 40) for prompt in PROMPTS]
+    assert generate(model, PROMPTS, max_new_tokens=40) == expected
+    assert generate(model, PROMPTS[:1], max_new_tokens=5) == [expected[0][:5]]
 
 
 @pytest.mark.parametrize("pooling", ["max", "weighted"])

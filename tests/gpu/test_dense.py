@@ -44,3 +44,19 @@ def test_output_and_gradients(heads, kv_heads, head_dim, lengths, compiled):
     )
     for ours, theirs in zip(found, expected, strict=True):
         assert ((ours.double() - theirs).norm() / theirs.norm()).item() < 1e-2
+
+
+@pytest.mark.parametrize(("length", "takes_cudnn"), [(1280, True), (1272, False)], ids=["a row", "a prompt"])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (8, 8, 128)])
+def test_output_without_gradients(heads, kv_heads, head_dim, length, takes_cudnn):
+    q, k, v = (torch.randn(3, length, h, head_dim, device="cuda", dtype=BF16) for h in (heads, kv_heads, kv_heads))
+    with torch.inference_mode(), torch.profiler.profile() as profile:
+        out = full_attention(q, k, v)
+    kernels = " ".join(event.key for event in profile.key_averages() if event.self_device_time_total)
+    assert ("cudnn" in kernels) == takes_cudnn, kernels
+    expected = exact(q.double(), k.double(), v.double())
+    assert ((out.double() - expected).norm() / expected.norm()).item() < 1e-2
+    group = heads // kv_heads
+    with torch.inference_mode():
+        last = full_attention(q[2:, :, -group:], k[2:, :, -1:], v[2:, :, -1:])
+    assert ((out[2:, :, -group:] - last).norm() / last.norm()).item() < 1e-2

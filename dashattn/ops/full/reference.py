@@ -11,12 +11,13 @@ from torch.nn.attention.varlen import varlen_attn
 
 from dashattn.documents import per_document
 
-# cuDNN's kernels are the fastest on Hopper, and PyTorch's last choice. They are built anew for every length, which pays
-# in training, whose rows are alike.
-FOR_TRAINING = [
+# cuDNN's kernels are the fastest on Hopper, and PyTorch's last choice.
+CUDNN_FIRST = [
     *(SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION),
     *(SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH),
 ]
+ROW_UNIT = 128  # tokens; rows of a data set have a multiple of it
+LARGE = 2**39  # query-key pairs times channels, over all heads and rows
 HALVES = (torch.bfloat16, torch.float16)
 # PyTorch 2.11 takes grouped heads without being told.
 GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
@@ -37,11 +38,24 @@ def sdpa_attention(
 
     def attend(*qkv_BTHD):
         q_BHTD, k_BHTD, v_BHTD = (x.transpose(1, 2) for x in qkv_BTHD)
-        with sdpa_kernel(FOR_TRAINING, set_priority=True) if prefers_cudnn else nullcontext():
+        with sdpa_kernel(CUDNN_FIRST, set_priority=True) if prefers_cudnn else nullcontext():
             out = F.scaled_dot_product_attention(
                 q_BHTD, k_BHTD, v_BHTD, is_causal=True, scale=scale, enable_gqa=q.shape[2] != k.shape[2]
             )
         return out.transpose(1, 2)
 
-    prefers_cudnn = q.is_cuda and cu_seqlens is None and torch.is_grad_enabled()
+    prefers_cudnn = q.is_cuda and cu_seqlens is None and pays_for_a_plan(q.shape)
     return torch.cat(per_document(attend, cu_seqlens, q, k, v), dim=1)
+
+
+def pays_for_a_plan(shape_BTHD: torch.Size) -> bool:
+    """Whether cuDNN's kernels are worth the plan of about 50 ms that they take for every new shape of the queries.
+
+    In training they are, and for the rows of a data set: those are alike, and their length is a multiple of
+    ``ROW_UNIT``. A prompt's length mostly is not, and comes once: there they are where a pass or two through the layers
+    of a model gain what the plan takes. Only the shape and the mode decide, so that equal inputs give equal outputs.
+    """
+    if torch.is_grad_enabled():
+        return True
+    batch, length, heads, dim = shape_BTHD
+    return length % ROW_UNIT == 0 or batch * heads * length * length * dim >= LARGE
