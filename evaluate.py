@@ -7,10 +7,10 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from experiments.config import to_config
 from experiments.errors import user_errors
 from experiments.evaluation.config import register_evaluate_config
 from experiments.evaluation.evaluate import evaluate, find_target
+from experiments.schema import to_config
 
 register_evaluate_config()
 

@@ -20,9 +20,10 @@ import torch.distributed
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from experiments.config import TrainConfig, register_configs, to_config
+from experiments.config import TrainConfig, register_configs
 from experiments.errors import Preempted, run_faults, user_errors
 from experiments.files import CONFIGS
+from experiments.schema import to_config
 from experiments.signals import StopRequest
 from experiments.sweep.submit import submit_run
 from experiments.training.check import check

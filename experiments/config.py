@@ -4,21 +4,17 @@ The dataclasses are the schema: ``register_configs`` hands them to Hydra, so tha
 at composition. The YAML groups under configs/ hold values only.
 """
 
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, OmegaConf
 
 from dashattn.backends import BACKENDS, AttentionConfig
 from data import DataConfig, MixtureDataConfig, MQARDataConfig, TextDataConfig
+from experiments.schema import to_config
 from models import ModelConfig
 from slurm.launcher import LauncherConfig
-
-# By the names that configurations and rows have for them.
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -117,37 +113,6 @@ def register_configs() -> None:
     store.store(group="deepspeed", name="deepspeed_schema", node=DeepSpeedConfig)
     store.store(group="logger", name="logger_schema", node=LoggerConfig)
     store.store(group="launcher", name="launcher_schema", node=LauncherConfig)
-
-
-def to_config(cfg: DictConfig) -> Any:
-    """The dataclasses of a composed configuration, of whichever schema it has.
-
-    Raises:
-        ValueError: that names values left open, or keys that a ``+key=value`` forced in.
-    """
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise ValueError(f"no value for {', '.join(missing)}: give one, as in {missing[0]}=...")
-    config = OmegaConf.to_object(cfg)
-    assert is_dataclass(config)
-    unknown = _unknown_keys(config)
-    if unknown:
-        raise ValueError(f"unknown key {', '.join(unknown)}: `--cfg job` shows the known ones")
-    return config
-
-
-def _unknown_keys(node: object, prefix: str = "") -> list[str]:
-    """Dotted names of attributes that are no fields of their dataclass, in ``node`` and below it."""
-    if isinstance(node, dict):
-        children, unknown = node, []
-    elif is_dataclass(node):
-        children = {f.name: getattr(node, f.name) for f in fields(node)}
-        unknown = [prefix + key for key in vars(node) if key not in children]
-    else:
-        return []
-    for key, child in children.items():
-        unknown += _unknown_keys(child, f"{prefix}{key}.")
-    return unknown
 
 
 def load_config(path: Path) -> TrainConfig:

@@ -8,15 +8,16 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-import train  # noqa: F401 (registers the schemas)
 from dashattn.backends import Capabilities
 from dashattn.backends.dash import DashBackend
-from experiments.config import TrainConfig, load_config, plain, to_config
+from experiments.config import TrainConfig, load_config, plain, register_configs
 from experiments.evaluation.config import check_tasks, register_evaluate_config
+from experiments.schema import to_config
 from experiments.sweep.cells import cells, register_sweep_config
 from experiments.training.check import accumulation, check
 from models import Transformer
 
+register_configs()
 register_sweep_config()
 register_evaluate_config()
 CONFIGS = Path(__file__).parents[1] / "configs"

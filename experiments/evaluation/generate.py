@@ -15,10 +15,10 @@ from omegaconf import MISSING, DictConfig
 
 from data import PackedDataConfig, TextTokenizer, build_tokenizer
 from data.cache import fingerprint
-from experiments.config import to_config
 from experiments.errors import user_errors
 from experiments.evaluation.target import build_model, locate
 from experiments.files import CONFIGS
+from experiments.schema import to_config
 from models.generate import Sampling, generate
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from data import BatchStream, DataConfig, build_data
-from experiments.config import DTYPES, TrainConfig, load_config
+from experiments.config import TrainConfig, load_config
 from experiments.files import CONFIG, START, WEIGHTS
+from experiments.schema import DTYPES
 from experiments.training.check import DEVICES, resolve
 from experiments.training.checkpoint import read_state
 from experiments.training.weights import find_weights, load_weights

@@ -10,97 +10,24 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-import hydra
 import torch
-from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
 
-from experiments.errors import user_errors
-from experiments.files import CONFIGS, SPEED, append_rows
+from experiments.files import SPEED, append_rows
 from experiments.provenance import provenance
+from experiments.schema import DTYPES
+from experiments.speed.config import SpeedConfig
 from experiments.speed.decode import Decoding, Result
-from experiments.speed.inputs import PATTERNS, Problem, Shape, make_problem
+from experiments.speed.inputs import Problem, Shape, make_problem
 from experiments.speed.measure import extra_mib, failed_check, graph_ms, measure, passes, run_jax, summary
 from experiments.speed.methods import BACKENDS, Method, UnavailableError, explain
 from experiments.speed.peers import BASELINES
-from experiments.speed.report import write_report
 from experiments.speed.rows import DENSE, FLASH_3, PASSES
-from models.config import ModelConfig
 
 # Longer calls hide what the host does for the next one: they are not measured as CUDA graphs.
 GRAPHS_BELOW_MS = 5.0
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass
-class SpeedConfig:
-    """One benchmark; causal, batch 1 except where sequences are decoded."""
-
-    output_dir: str = "outputs/speed"
-    lengths: list[int] = field(default_factory=lambda: [2**i for i in range(10, 18)])
-    sparsities: list[float] = field(default_factory=lambda: [0.75, 0.9])  # causal
-    patterns: list[str] = field(default_factory=lambda: list(PATTERNS))  # shared | clustered | iid
-    backends: list[str] = field(default_factory=lambda: list(BACKENDS))
-    baselines: list[str] = field(default_factory=lambda: list(BASELINES))
-    heads: int = 32
-    kv_heads: int = 2
-    head_dim: int = 128
-    chunk_size: int = 64
-    dtype: str = "bf16"  # bf16 | fp16
-    seed: int = 0
-    check_length: int = 2500  # of the comparison with the reference, whose memory grows with its square
-    tolerance: float = 0.005  # relative RMS error of output and gradients
-    baseline_tolerance: float = 0.02  # of others' kernels: some sum a group's gradients in 16 bits
-    warmup: int = 3  # calls before the timed ones
-    repetitions: int = 12  # timed calls; their median counts
-    # [tokens, sequences] of one token's step in a layer, and in a whole model with random weights; [] leaves it out
-    decode: list[list[int]] = field(default_factory=lambda: [[2**15, 1], [2**17, 1], [2**19, 1], [2**15, 16]])
-    decode_model: list[list[int]] = field(default_factory=lambda: [[2**15, 1], [2**17, 1]])
-    model: ModelConfig | None = None  # of decode_model
-    time_budget: float = 1500.0  # seconds; what is left then gets a row that says so
-
-
-def register_speed_config() -> None:
-    store = ConfigStore.instance()
-    store.store(name="speed_schema", node=SpeedConfig)
-    store.store(group="model", name="model_schema", node=ModelConfig)
-
-
-def check(config: SpeedConfig) -> None:
-    """Refuses what cannot be measured, before anything is.
-
-    Raises:
-        ValueError: with the mend.
-    """
-    unknown = sorted(set(vars(config)) - {f.name for f in fields(config)})
-    if unknown:
-        raise ValueError(f"unknown key {', '.join(unknown)}: `--cfg job` shows the known ones")
-    for name, known in (("patterns", PATTERNS), ("backends", BACKENDS), ("baselines", BASELINES)):
-        wrong = [value for value in getattr(config, name) if value not in known]
-        if wrong:
-            raise ValueError(f"{name} has {', '.join(wrong)}: choose from {', '.join(known)}")
-    if config.dtype not in DTYPES:
-        raise ValueError(f"dtype={config.dtype}: choose one of {', '.join(DTYPES)}")
-    sizes = ("heads", "kv_heads", "head_dim", "chunk_size", "check_length", "warmup", "repetitions")
-    for name, value in [*((n, getattr(config, n)) for n in sizes), *(("lengths", n) for n in config.lengths)]:
-        if value < 1:
-            raise ValueError(f"{name} has {value}: at least 1 is needed")
-    if not all(0 < s < 1 for s in config.sparsities):
-        raise ValueError(f"sparsities lie between 0 and 1; got {config.sparsities}")
-    if not (config.lengths or config.decode or config.decode_model):
-        raise ValueError("nothing to measure: lengths, decode or decode_model needs an entry")
-    for name in ("decode", "decode_model"):
-        for case in getattr(config, name):
-            if len(case) != 2 or case[0] < config.chunk_size or case[1] < 1:
-                raise ValueError(f"{name} has {case}: [tokens, sequences] are needed, with at least a chunk of tokens")
-    if config.decode_model and config.model is None:
-        raise ValueError("decode_model needs a model: name one, as in model=1b, or set decode_model=[]")
-    if config.heads % config.kv_heads:
-        raise ValueError(f"heads={config.heads} is no multiple of kv_heads={config.kv_heads}")
 
 
 class Benchmark:
@@ -270,25 +197,3 @@ def run(config: SpeedConfig, device: str, say: Callable[[str], None] = print) ->
         what = f"{row['ms']:.4g} ms" if row["status"] == "ok" else f"{row['status']} {row['detail']}"
         what += f" x {row['batch']}" if row.get("batch", 1) > 1 else ""
         say(f"{row['length']:7d}  {inputs:14}  {row['stage']:9}  {row['method']:22}  {row['pass']:16}  {what}")
-
-
-register_speed_config()
-
-
-@hydra.main(config_path=CONFIGS, config_name="speed", version_base="1.3")
-def main(cfg: DictConfig) -> None:
-    with user_errors():
-        config = OmegaConf.to_object(cfg)
-        check(config)
-        if not torch.cuda.is_available():
-            raise ValueError(
-                "speed is measured on a CUDA GPU and PyTorch sees none; table and figure of rows that are there: "
-                f"python -m experiments.speed.report {config.output_dir}"
-            )
-        config = replace(config, output_dir=str(Path(config.output_dir).expanduser()))
-        run(config, "cuda", lambda line: print(line, flush=True))
-        print(write_report(Path(config.output_dir)))
-
-
-if __name__ == "__main__":
-    main()

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 import torch
 
 from dashattn.cache import DecodeCache
+from experiments.speed.config import SpeedConfig
 from experiments.speed.decode_steps import (
     DENSE_BASELINES,
     SPARSE_BASELINES,
@@ -38,9 +38,6 @@ from experiments.speed.methods import explain
 from experiments.speed.rows import DECODE, DENSE, FLASH_3, FULL, MODEL_DECODE, WHOLE
 from models.generate import decode_step
 from models.transformer import Transformer
-
-if TYPE_CHECKING:
-    from experiments.speed.benchmark import SpeedConfig
 
 CHECK_BATCH = 8
 REPLAYS = 40  # at least: one takes about a millisecond
@@ -72,7 +69,7 @@ class Result:
 class Decoding:
     """Yields the results of one configuration."""
 
-    def __init__(self, config: "SpeedConfig", shape: Shape, device: str, deadline: float):
+    def __init__(self, config: SpeedConfig, shape: Shape, device: str, deadline: float):
         self.config = config
         self.shape = shape
         self.device = device

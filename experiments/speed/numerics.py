@@ -24,10 +24,10 @@ from dashattn.backends import (
     NSAConfig,
     build_backend,
 )
-from experiments.config import DTYPES
 from experiments.errors import user_errors
 from experiments.files import NUMERICS, append_rows, read_rows
 from experiments.provenance import device_name
+from experiments.schema import DTYPES
 
 SHAPE = AttentionShape(hidden_size=512, num_heads=8, num_kv_heads=2, head_dim=64)
 # Sparse enough at 1000 tokens that selections matter.

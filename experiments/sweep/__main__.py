@@ -12,9 +12,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from experiments.config import to_config
 from experiments.errors import REQUEUE, user_errors
 from experiments.files import CONFIGS
+from experiments.schema import to_config
 from experiments.signals import Children
 from experiments.sweep.cells import Cell, SweepConfig, cells, register_sweep_config, write_plan
 from experiments.sweep.run_cell import Outcome, run_cell

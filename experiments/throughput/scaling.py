@@ -21,10 +21,11 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
 from dashattn.backends import BACKENDS
-from experiments.config import TrainConfig, to_config
+from experiments.config import TrainConfig
 from experiments.errors import user_errors
 from experiments.files import CONFIGS, SCALING, append_rows, read_rows
 from experiments.provenance import provenance
+from experiments.schema import to_config
 from experiments.throughput.scaling_report import case_of, write_report
 from experiments.throughput.steps import attempt, time_steps
 from experiments.training.check import check

@@ -18,18 +18,18 @@ from pathlib import Path
 import hydra
 import torch
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig
+from omegaconf import MISSING
 from torch import Tensor
 
 from dashattn.backends import BACKENDS
 from data import Batch, build_data
-from experiments.config import TrainConfig, to_config
-from experiments.errors import user_errors
-from experiments.files import CONFIGS, THROUGHPUT, append_rows
+from experiments.config import TrainConfig
+from experiments.files import THROUGHPUT, append_rows
 from experiments.provenance import provenance
+from experiments.schema import to_config
 from experiments.speed.inputs import NEIGHBOURS, PATTERNS
 from experiments.speed.methods import explain
-from experiments.throughput.report import CASE, write_report
+from experiments.throughput.report import CASE
 from experiments.training.check import check
 from experiments.training.engine import forward
 from experiments.training.metrics import attention_metrics, peak_memory_mib
@@ -300,20 +300,3 @@ def run_benchmark(config: ThroughputConfig, device: str, say: Callable[[str], No
         case = "  ".join(str(row[name]) for name in CASE if row[name] is not None)
         rate = f"{row['tokens_per_s']:,.0f} tokens/s" if row["tokens_per_s"] else ""
         say(f"{case}  {row['status']}  {row['detail'] or rate}")
-
-
-register_throughput_config()
-
-
-@hydra.main(config_path=CONFIGS, config_name="throughput", version_base="1.3")
-def main(cfg: DictConfig) -> None:
-    with user_errors():
-        config = to_config(cfg)
-        check_throughput(config)
-        config = replace(config, output_dir=str(Path(config.output_dir).expanduser()))
-        run_benchmark(config, "cuda" if torch.cuda.is_available() else "cpu", lambda line: print(line, flush=True))
-        print(write_report(Path(config.output_dir)))
-
-
-if __name__ == "__main__":
-    main()

@@ -6,7 +6,8 @@ from dataclasses import replace
 import torch
 
 from dashattn.backends import AttentionShape, build_backend
-from experiments.config import DTYPES, TrainConfig
+from experiments.config import TrainConfig
+from experiments.schema import DTYPES
 from experiments.training.ranks import world_size
 
 SCHEDULES = ("constant", "cosine", "wsd")

@@ -14,9 +14,10 @@ import hydra
 from omegaconf import DictConfig
 
 from data import BatchStream, PackedDataConfig, build_data, build_tokenizer, prepare_all
-from experiments.config import TrainConfig, register_configs, to_config
+from experiments.config import TrainConfig, register_configs
 from experiments.errors import user_errors
 from experiments.files import CONFIGS
+from experiments.schema import to_config
 
 register_configs()
 

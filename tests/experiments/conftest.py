@@ -3,8 +3,14 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-import train  # noqa: F401 (registers the schemas)
-from experiments.config import to_config
+from experiments.config import register_configs
+from experiments.schema import to_config
+from experiments.speed.config import register_speed_config
+from experiments.throughput.steps import register_throughput_config
+
+register_configs()
+register_speed_config()
+register_throughput_config()
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

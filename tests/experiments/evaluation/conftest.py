@@ -4,7 +4,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 import train
-from experiments.config import to_config
+from experiments.schema import to_config
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 TEXT = (

@@ -11,12 +11,12 @@ from hydra import compose, initialize_config_dir
 import train
 from dashattn.backends import DashConfig, NSAConfig
 from data import IGNORE, Batch, build_data
-from experiments.config import to_config
 from experiments.evaluation.config import EvaluateConfig
 from experiments.evaluation.evaluate import bytes_read, evaluate, find_target
 from experiments.evaluation.target import build_model
 from experiments.evaluation.tasks import streams
 from experiments.files import read_rows
+from experiments.schema import to_config
 from models import ModelConfig, Transformer
 
 MQAR = (

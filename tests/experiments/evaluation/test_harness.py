@@ -14,10 +14,10 @@ from tokenizers import Tokenizer
 import train
 from dashattn.backends import DashConfig
 from data import TextTokenizer
-from experiments.config import to_config
 from experiments.evaluation.config import EvaluateConfig
 from experiments.evaluation.evaluate import evaluate, find_target
 from experiments.evaluation.lm_eval_options import GenerationOptions, read_options
+from experiments.schema import to_config
 from models import Transformer
 from models.generate import Sampling
 

@@ -8,16 +8,17 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
-from omegaconf import OmegaConf
 
 from dashattn.ops.block_sparse.reference import block_sparse_attention
 from dashattn.ops.chunk_summary.reference import chunk_summary
 from dashattn.ops.dash_routing.reference import dash_routing
 from dashattn.stats import selection_stats
 from experiments.files import SPEED, append_rows, read_rows
+from experiments.schema import to_config
 from experiments.speed import benchmark as speed
 from experiments.speed import report as speed_report
 from experiments.speed import rows as speed_rows
+from experiments.speed.config import SpeedConfig, check
 from experiments.speed.inputs import (
     NEIGHBOURS,
     PATTERNS,
@@ -40,7 +41,7 @@ def make_config(tmp_path, **changes):
     values = {"heads": 4, "kv_heads": 2, "head_dim": 16, "chunk_size": 16, "check_length": 96}
     values |= {"lengths": [64, 128], "sparsities": [0.5], "patterns": ["clustered"], "backends": ["dash"]}
     values |= {"decode": [], "decode_model": [], "baselines": [], "output_dir": str(tmp_path)}
-    return speed.SpeedConfig(**values | changes)
+    return SpeedConfig(**values | changes)
 
 
 # inputs
@@ -255,12 +256,12 @@ def test_flash_attention_3_through_jax(monkeypatch, tmp_path):
 
 def composed(*overrides):
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return OmegaConf.to_object(compose("speed", list(overrides)))
+        return to_config(compose("speed", list(overrides)))
 
 
 def test_the_configuration_composes():
     config = composed()
-    speed.check(config)
+    check(config)
     assert config.lengths[0] == 1024
     assert config.lengths[-1] == 131072
     with pytest.raises(ConfigCompositionException):
@@ -285,7 +286,7 @@ def test_the_configuration_composes():
 )
 def test_what_cannot_be_measured_is_refused(override, mend):
     with pytest.raises(ValueError, match=mend):
-        speed.check(composed(override))
+        check(composed(override))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

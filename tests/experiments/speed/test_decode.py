@@ -14,6 +14,7 @@ from experiments.speed import benchmark as speed
 from experiments.speed import decode as speed_decode
 from experiments.speed import report as speed_report
 from experiments.speed import rows as speed_rows
+from experiments.speed.config import SpeedConfig, check
 from experiments.speed.decode_steps import DENSE_BASELINES, Step, assess, build, find_knob, make_inputs, new_config
 from experiments.speed.inputs import Shape
 from experiments.speed.measure import failed_check
@@ -32,7 +33,7 @@ def make_config(tmp_path, **changes):
     values = {"heads": 4, "kv_heads": 2, "head_dim": 16, "chunk_size": 32, "check_length": 96, "dtype": "fp16"}
     values |= {"lengths": [], "sparsities": [0.4], "backends": ["dash"], "baselines": [], "model": MODEL}
     values |= {"decode": [[128, 2]], "decode_model": [], "output_dir": str(tmp_path)}
-    return speed.SpeedConfig(**values | changes)
+    return SpeedConfig(**values | changes)
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def rows_of(monkeypatch, tmp_path):
         monkeypatch.setattr(speed_decode, "graph_times", lambda call, *_: [call() and 5.0, 7.0, 6.0])
         monkeypatch.setattr(speed_decode, "measure", lambda call, *_: [call() is not None and 5.0, 7.0, 6.0])
         config = make_config(tmp_path, **changes)
-        speed.check(config)
+        check(config)
         speed.run(config, DEVICE, lambda line: None)
         return read_rows(tmp_path / SPEED)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from experiments.config import to_config
 from experiments.files import SCALING, append_rows, read_rows
+from experiments.schema import to_config
 from experiments.throughput import scaling as parallel
 from experiments.throughput import scaling_report as parallel_report
 from experiments.throughput.scaling import Mode, cases, check_parallel, measure

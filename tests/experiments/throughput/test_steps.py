@@ -7,8 +7,8 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from experiments.config import to_config
 from experiments.files import THROUGHPUT, append_rows, read_rows
+from experiments.schema import to_config
 from experiments.speed.inputs import NEIGHBOURS
 from experiments.throughput import report as throughput_report
 from experiments.throughput import steps as throughput

@@ -21,8 +21,8 @@ import torch.distributed.fsdp  # noqa: F401
 from hydra import compose, initialize_config_dir
 
 from data import build_data
-from experiments.config import to_config
 from experiments.files import METRICS, read_rows
+from experiments.schema import to_config
 from train import train
 
 ROOT = Path(__file__).parents[3]

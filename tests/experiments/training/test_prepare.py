@@ -10,7 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from data import build_data
-from experiments.config import to_config
+from experiments.schema import to_config
 from experiments.training.prepare import prepare
 
 ROOT = Path(__file__).parents[3]

@@ -1,0 +1,41 @@
+"""From what Hydra composed to dataclasses, whichever they are; and values that all of them spell alike."""
+
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+# By the names that configurations and rows have for them.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def to_config(cfg: DictConfig) -> Any:
+    """The dataclasses of a composed configuration, of whichever schema it has.
+
+    Raises:
+        ValueError: that names values left open, or keys that a ``+key=value`` forced in.
+    """
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ValueError(f"no value for {', '.join(missing)}: give one, as in {missing[0]}=...")
+    config = OmegaConf.to_object(cfg)
+    assert is_dataclass(config)
+    unknown = _unknown_keys(config)
+    if unknown:
+        raise ValueError(f"unknown key {', '.join(unknown)}: `--cfg job` shows the known ones")
+    return config
+
+
+def _unknown_keys(node: object, prefix: str = "") -> list[str]:
+    """Dotted names of attributes that are no fields of their dataclass, in ``node`` and below it."""
+    if isinstance(node, dict):
+        children, unknown = node, []
+    elif is_dataclass(node):
+        children = {f.name: getattr(node, f.name) for f in fields(node)}
+        unknown = [prefix + key for key in vars(node) if key not in children]
+    else:
+        return []
+    for key, child in children.items():
+        unknown += _unknown_keys(child, f"{prefix}{key}.")
+    return unknown
