@@ -174,6 +174,8 @@ def _read_rope(theirs: dict) -> RopeConfig:
     ignored = sorted(key for key, value in given.items() if value not in _ROPE_HARMLESS.get(key, ()))
     if ignored:
         raise ValueError(f"rope parameters {', '.join(ignored)} of type {kind}")
+    if kind == "longrope" and "factor" not in values:  # of their context length, whatever length a run chooses
+        values["factor"] = _integer(theirs, "max_position_embeddings") / values["original_max_seq_len"]
     return RopeConfig(theta=theta, scaling="none" if kind == "default" else kind, **values)
 
 
@@ -193,7 +195,10 @@ def check_same_model(config: ModelConfig, folder: Path) -> None:
             f"{folder} has sliding_window {window}, and every layer sees the whole context here: set "
             f"model.max_seq_len={window}, within which that is the same"
         )
-    ours = replace(config, **{name: getattr(theirs, name) for name in _FREE})
+    rope = config.rope
+    if rope.scaling == "longrope" and rope.factor is None:
+        rope = replace(rope, factor=config.max_seq_len / rope.original_max_seq_len)
+    ours = replace(config, rope=rope, **{name: getattr(theirs, name) for name in _FREE})
     if theirs.rope.scaling == "none" and _same(ours.rope.theta, theirs.rope.theta):
         ours = replace(ours, rope=theirs.rope)
     different = [

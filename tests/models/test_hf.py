@@ -198,6 +198,20 @@ def test_a_window_counts_above_its_length_only(tmp_path):
     assert read_config(tmp_path / "qwen2").max_seq_len == 64
 
 
+def test_the_temperature_of_longrope_does_not_follow_the_length_a_run_chooses(tmp_path):
+    """Where the file has no factor, it is their context length over the original one."""
+    theirs = save(tmp_path, "llama, longrope")
+    edit(tmp_path, rope_parameters={key: value for key, value in LONGROPE.items() if key != "factor"})
+    config = read_config(tmp_path)
+    assert config.rope.factor == 4.0
+    for length in (128, 512, 96):
+        assert_same_logits(read(tmp_path, config=replace(config, max_seq_len=length))[0], theirs)
+    implied = replace(config, rope=replace(config.rope, factor=None))
+    assert_same_logits(read(tmp_path, config=implied)[0], theirs)
+    with pytest.raises(ValueError, match=r"set model\.rope\.factor=4\.0"):
+        read(tmp_path, config=replace(implied, max_seq_len=512))
+
+
 def test_floats_that_are_rounded_to_float32_are_equal(tmp_path):
     save(tmp_path, "llama, longrope")
     config = read_config(tmp_path)
