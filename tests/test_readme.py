@@ -1,5 +1,6 @@
 """Every command of the README runs, the long ones at smoke size; a command without a test here fails."""
 
+import importlib
 import os
 import random
 import re
@@ -8,9 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -88,6 +92,28 @@ TESTED = {
 
 def test_every_command_is_tested():
     assert readme_commands() == TESTED
+
+
+def test_every_setting_exists():
+    """A recipe's settings compose with one of the entry points."""
+    entries = {"train": "train", "evaluate": "evaluate"}
+    entries |= {"generate": "experiments.evaluation.generate", "sweep": "experiments.sweep.__main__"}
+    for module in entries.values():
+        importlib.import_module(module)  # registers its schema
+
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    codes = [code.strip("'") for code in re.findall(r"`([^`]*)`", prose)]
+    words = {word for code in codes for word in ([code] if '"' in code else code.split())}
+    settings = {word for word in words if re.fullmatch(r"[a-z_][a-z_.]*=[^\s].*", word)}
+    settings -= {'impl="reference"', 'impl="auto"'}  # arguments of functions
+    assert len(settings) > 10
+
+    def composes(setting, entry):
+        backend = ["attention=dash"] if setting.startswith("attention.") else []
+        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"), suppress(HydraException):
+            return compose(entry, [*backend, setting]) is not None
+
+    assert [setting for setting in settings if not any(composes(setting, entry) for entry in entries)] == []
 
 
 def test_the_notebook_is_an_index():
