@@ -35,11 +35,18 @@ def check_positive(**values: float) -> None:
 
 
 def check_alpha(alpha: float | Tensor, num_heads: int | None = None) -> None:
-    if isinstance(alpha, Tensor):  # values of a tensor stay unread: that would wait for the device
+    """Values of a tensor on a GPU are checked there, and nobody waits: outside the range CUDA stops with an error."""
+    if isinstance(alpha, Tensor):
         check(
             alpha.ndim == 0 or (alpha.ndim == 1 and alpha.shape[0] == num_heads),
             f"alpha must be a float or have one entry per query head ({num_heads}); got shape {tuple(alpha.shape)}",
         )
+        values = alpha.detach().float()  # the float32 next to 1.01 lies below it
+        inside = (values.clamp(MIN_ALPHA, MAX_ALPHA) == values).all()
+        if alpha.device.type == "cpu" and not torch.compiler.is_compiling():
+            check(bool(inside), f"alpha must lie in [{MIN_ALPHA}, {MAX_ALPHA}]; got {alpha.tolist()}")
+        else:
+            torch._assert_async(inside, f"alpha must lie in [{MIN_ALPHA}, {MAX_ALPHA}]")
     elif not MIN_ALPHA <= alpha <= MAX_ALPHA:
         raise ValueError(f"alpha must lie in [{MIN_ALPHA}, {MAX_ALPHA}]; got {alpha}")
 

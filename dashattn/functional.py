@@ -126,7 +126,8 @@ def dash_attention(
     Args:
         chunk_query: r [Hkv, D], the query that pools each chunk's keys; zeros give mean pooling.
         chunk_size: tokens per chunk.
-        alpha: in [1.01, 2]; a float, or a tensor [Hq] (differentiable).
+        alpha: in [1.01, 2]; a float, or a tensor [Hq] or [] (differentiable). A tensor on a GPU is checked there, so
+            that nobody waits for it: values outside stop the process with a CUDA assertion that names the range.
         router_scale: gamma, the sparsity knob; larger is sparser.
         prior: ``raw``, ``tempered`` or ``none``; see ``dash_routing``.
         sigma: temperature of the tempered prior.

@@ -367,6 +367,8 @@ REFUSALS = {
     "chunk size": (dash_attention, {"chunk_query": R, "chunk_size": 0}, "chunk_size must be a positive integer"),
     "chunk_query": (dash_attention, {"chunk_query": R[:1]}, r"chunk_query must have shape \(2, 8\)"),
     "alpha": (dash_attention, {"chunk_query": R, "alpha": 1.0}, r"\[1.01, 2.0\]"),
+    "alphas": (dash_attention, {"chunk_query": R, "alpha": torch.tensor([1.5, 1.5, 0.9, 2.0])}, r"\[1.01, 2.0\]; got"),
+    "no alpha": (dash_attention, {"chunk_query": R, "alpha": torch.tensor(torch.nan)}, r"\[1.01, 2.0\]; got nan"),
     "alpha heads": (dash_attention, {"chunk_query": R, "alpha": torch.full((3,), 1.5)}, "one entry per query head"),
     "prior": (dash_attention, {"chunk_query": R, "prior": "log"}, "raw, tempered, none"),
     "prior_heads": (dash_attention, {"chunk_query": R, "prior_heads": "all"}, "group, head"),
@@ -379,6 +381,15 @@ REFUSALS = {
     "nsa forced": (nsa_attention, NSA_R | {"topk": 2}, "topk 2 < 3"),
     "nsa compressed": (nsa_attention, NSA_R, r"compressed_k must have shape \(1, 0, 2, 8\)"),
 }  # fmt: skip
+
+
+def test_alpha_is_checked_in_compiled_functions_too():
+    attend = torch.compile(dash_attention, backend="aot_eager", fullgraph=True)
+    for alpha in (1.01, 2.0):
+        attend(**small(chunk_query=R, alpha=torch.full((4,), alpha)))
+    for alpha in (0.9, torch.nan):
+        with pytest.raises(RuntimeError, match=r"alpha must lie in \[1.01, 2.0\]"):
+            attend(**small(chunk_query=R, alpha=torch.full((4,), alpha)))
 
 
 @pytest.mark.parametrize(("attention", "changes", "message"), REFUSALS.values(), ids=REFUSALS.keys())

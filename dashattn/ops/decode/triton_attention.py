@@ -115,6 +115,8 @@ def attention_kernel(
         first = tl.maximum(position - window + 1, 0) // BLOCK
         count = position // BLOCK - first + 1
     share = (count + splits - 1) // splits
+    if WORD_HEADS > 0:
+        share = tl.minimum(share, list_width)  # whatever bits the words have behind the last block
     begin = tl.minimum(split * share, count)
     end = tl.minimum(begin + share, count)
     if WORD_HEADS > 0:

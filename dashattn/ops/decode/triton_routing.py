@@ -137,7 +137,7 @@ def threshold_kernel(
         better = root_step(tau, sums, alpha, highest, SQUARE)
         passes += 1
 
-    selected = ((z > 0) | (chunk == own)).to(tl.int32)
+    selected = (((z > 0) & (chunk < own)) | (chunk == own)).to(tl.int32)
     words = tl.sum(tl.reshape(selected, (CHUNKS // 32, 32)) << tl.arange(0, 32)[None, :], 1)
     word = tl.arange(0, CHUNKS // 32)
     word_row = ((sequence * HEADS + head).to(tl.int64) * num_tokens + query % num_tokens) * num_words
