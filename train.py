@@ -20,10 +20,9 @@ import torch.distributed
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from experiments.config import TrainConfig, register_configs
+from experiments.config import TrainConfig, register_configs, to_train_config
 from experiments.errors import Preempted, run_faults, user_errors
 from experiments.files import CONFIGS
-from experiments.schema import to_config
 from experiments.signals import StopRequest
 from experiments.sweep.submit import submit_run
 from experiments.training.check import check
@@ -103,7 +102,7 @@ def main(cfg: DictConfig) -> None:
         # Until the run is built a ValueError is the user's to mend and ends in one line; in the loop it is a fault of
         # ours, whose traceback is needed.
         with user_errors():
-            config = to_config(cfg)
+            config = to_train_config(cfg)
             if config.launcher is not None:
                 print(f"submitted job {submit_run(config, overrides)}")
                 return

@@ -104,10 +104,12 @@ class PackedDataConfig(DataConfig):
     validation_fraction: float = 0.02  # share of the documents, chosen by a hash of their content
     validation_rows: int | None = 64  # rows of one evaluation, the same for every seed; null = all
 
-    tokenizer: str | None = None  # tokenizer.json or hub name; null = train a byte-level BPE
+    # A tokenizer.json, a folder that holds one, or a hub name; null = the one of init_from, or without it a byte-level
+    # BPE that is trained on the corpora.
+    tokenizer: str | None = None
     vocab_size: int = 2048  # of a trained tokenizer
     tokenizer_bytes: int = 4_000_000  # it is trained on at most this much of the training split
-    eos_token: str = "<|endoftext|>"
+    eos_token: str | None = None  # ends a document; null = what the tokenizer names, <|endoftext|> where it names none
 
     pack: str = "documents"  # documents: attention stays inside a document; plain: it runs across the whole row
     # Training documents packed with others of like length: [1024, 8192] are three buckets, of up to 1023 tokens, of

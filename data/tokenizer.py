@@ -1,6 +1,8 @@
 """Tokenizers: a byte-level BPE trained on the corpus, a tokenizer.json, or one from the Hugging Face hub."""
 
+import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,10 @@ from data.cache import build_once, fingerprint
 from data.config import PackedDataConfig
 from data.corpora import corpus_fingerprint, iterate_documents, split_of
 
+DEFAULT_EOS = "<|endoftext|>"
+TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+# Of a folder's settings, what is kept beside the tokenizer.
+_KEPT = ("bos_token", "eos_token", "add_bos_token", "add_eos_token", "chat_template")
 TRAINER_VERSION = 1  # raise it when train_bpe gives other tokenizers than before
 
 
@@ -17,10 +23,13 @@ class TextTokenizer:
     """Text to token ids and back. Special tokens spelled out in a text are encoded as the text they are.
 
     Attributes:
-        name: the tokenizer.json, or the name on the hub, that it was loaded from.
+        name: the file, the folder or the name on the hub that it was loaded from.
+        settings: what its folder says besides: ``bos_token`` and ``chat_template``, where there are any.
     """
 
-    def __init__(self, backend: Tokenizer, eos_token: str, name: str | None = None) -> None:
+    def __init__(
+        self, backend: Tokenizer, eos_token: str, name: str | None = None, settings: dict | None = None
+    ) -> None:
         eos_id = backend.token_to_id(eos_token)
         if eos_id is None:
             raise ValueError(
@@ -32,9 +41,16 @@ class TextTokenizer:
         self.backend = backend
         self.name = name
         self.eos_token = eos_token
+        self.settings = settings or {}
         self.eos_id: int = eos_id
         # Ids may have gaps, so the largest one counts, not the number of tokens.
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def bos_id(self) -> int | None:
+        """The token that begins a text, if the tokenizer names one."""
+        token = self.settings.get("bos_token")
+        return None if token is None else self.backend.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
@@ -62,19 +78,104 @@ class TextTokenizer:
         self.backend.save(partial)
         os.replace(partial, path)
 
+    def save_folder(self, folder: Path) -> None:
+        """Write what ``load`` and transformers read, a tokenizer.json and its settings; the folder appears whole."""
+        partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        self.write_files(partial)
+        os.replace(partial, folder)
+
+    def write_files(self, folder: Path) -> None:
+        """The files of ``save_folder``, into a folder that exists."""
+        self.backend.save(str(folder / TOKENIZER))
+        # What the folder called its end may be that of a turn in a chat, not of a document: it stays.
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos_token, **self.settings}
+        (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+
     @classmethod
-    def load(cls, name: str, eos_token: str) -> "TextTokenizer":
-        """From a tokenizer.json or a hub name. ValueError when there is none, or it lacks ``eos_token``."""
-        if Path(name).is_file():
-            return cls(Tokenizer.from_file(name), eos_token, name)
-        if name.endswith(".json"):
-            raise ValueError(f"data.tokenizer={name!r} is no file")
-        try:
-            return cls(Tokenizer.from_pretrained(name), eos_token, name)
-        except ValueError:
+    def load(cls, name: str, eos_token: str | None = None) -> "TextTokenizer":
+        """From a tokenizer.json, a folder that holds one, or a hub name.
+
+        Args:
+            eos_token: None = what the folder names, else ``DEFAULT_EOS``.
+
+        Raises:
+            ValueError: there is none, it is damaged, or it lacks the token that ends a document.
+        """
+        path = Path(name).expanduser()
+        if path.is_dir():
+            path = path / TOKENIZER
+            if not path.exists():
+                raise ValueError(
+                    f"{name} has no {TOKENIZER}: let transformers make it, AutoTokenizer.from_pretrained(...)"
+                    ".save_pretrained(...), or name another in data.tokenizer"
+                )
+        elif not path.exists():
+            if name.endswith(".json"):
+                raise ValueError(f"data.tokenizer={name!r} is no file")
+            return cls(_from_hub(name), eos_token or DEFAULT_EOS, name)
+        backend, settings = _read_tokenizer(path), _read_settings(path.parent)
+        eos_token = eos_token or settings.get("eos_token") or _eos_by_id(path.parent, backend) or DEFAULT_EOS
+        return cls(backend, eos_token, name, settings)
+
+
+def _from_hub(name: str) -> Tokenizer:
+    try:
+        return Tokenizer.from_pretrained(name)
+    except Exception as error:  # the Rust side raises bare Exceptions
+        raise ValueError(f"data.tokenizer={name!r} is neither a file nor on the hub: {error}") from error
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): copy the file again") from None
+    if content.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is the pointer of Git LFS ({len(content)} bytes): fetch the file with `git lfs pull`")
+    try:
+        return Tokenizer.from_str(content.decode())
+    except BaseException as error:  # the Rust side raises bare Exceptions, and panics past them
+        if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        except Exception as error:  # the Rust side raises bare Exceptions
-            raise ValueError(f"data.tokenizer={name!r} is neither a file nor on the hub: {error}") from error
+        raise ValueError(f"{path} is no tokenizer ({len(content)} bytes; {error}): copy the file again") from None
+
+
+def _read_settings(folder: Path) -> dict:
+    """What a folder's files say of special tokens and chats; where they differ, tokenizer_config.json counts."""
+    settings = {}
+    for name in ("special_tokens_map.json", SETTINGS):
+        given = _read_object(folder / name)
+        for key in _KEPT:
+            value = given.get(key)
+            if isinstance(value, dict):  # a token with options of how it is matched
+                value = value.get("content")
+            if isinstance(value, str | bool) or (key == "chat_template" and isinstance(value, list)):
+                settings[key] = value
+    if (folder / "chat_template.jinja").is_file():
+        settings["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    return settings
+
+
+def _eos_by_id(folder: Path, backend: Tokenizer) -> str | None:
+    """The token whose number a checkpoint's configuration gives."""
+    eos_id = _read_object(folder / "config.json").get("eos_token_id")
+    if isinstance(eos_id, list):
+        eos_id = next(iter(eos_id), None)
+    return backend.id_to_token(eos_id) if isinstance(eos_id, int) and eos_id >= 0 else None
+
+
+def _read_object(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON ({error}): copy the file again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object: copy the file again")
+    return value
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int, eos_token: str) -> Tokenizer:
@@ -96,16 +197,17 @@ def build_tokenizer(config: PackedDataConfig, cache_dir: str | Path) -> TextToke
     """The corpora's tokenizer; a trained one comes from the cache when corpora and settings are the same."""
     if config.tokenizer is not None:
         return TextTokenizer.load(config.tokenizer, config.eos_token)
+    eos_token = config.eos_token or DEFAULT_EOS
 
     def build(folder: Path) -> None:
         texts = _training_texts(config)
-        train_bpe(texts, config.vocab_size, config.eos_token).save(str(folder / "tokenizer.json"))
+        train_bpe(texts, config.vocab_size, eos_token).save(str(folder / TOKENIZER))
 
-    settings = [config.vocab_size, config.tokenizer_bytes, config.eos_token, config.validation_fraction]
+    settings = [config.vocab_size, config.tokenizer_bytes, eos_token, config.validation_fraction]
     corpora = [(corpus_fingerprint(corpus), weight) for corpus, weight in config.parts.values()]
     key = fingerprint(TRAINER_VERSION, corpora, settings)
     folder = build_once(Path(cache_dir) / "tokenizers" / key, build)
-    return TextTokenizer.load(str(folder / "tokenizer.json"), config.eos_token)
+    return TextTokenizer.load(str(folder), eos_token)
 
 
 def _training_texts(config: PackedDataConfig) -> Iterator[str]:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from dashattn.backends import BACKENDS, AttentionConfig
 from data import DataConfig, MixtureDataConfig, MQARDataConfig, TextDataConfig
+from experiments.origin import take_from_origin
 from experiments.schema import to_config
 from models import ModelConfig
 from slurm.launcher import LauncherConfig
@@ -80,7 +81,9 @@ class TrainConfig:
     # Ranks that share each row they read: its tokens, and in attention its heads (DeepSpeed-Ulysses). Where it does not
     # divide model.num_kv_heads, some heads are computed more than once. For training; an evaluation does without.
     sequence_parallel: int = 1
-    init_from: str | None = None  # run directory, checkpoint or Hugging Face folder whose weights are loaded at step 0
+    # Run directory, checkpoint or Hugging Face folder whose weights are loaded at step 0; its shape with
+    # model=checkpoint, and its tokenizer where data.tokenizer is null.
+    init_from: str | None = None
 
     log_every: int = 10
     stats_every: int = 50  # attention statistics (sparsity) of a logged step that is a multiple of this; 0 = never
@@ -113,6 +116,15 @@ def register_configs() -> None:
     store.store(group="deepspeed", name="deepspeed_schema", node=DeepSpeedConfig)
     store.store(group="logger", name="logger_schema", node=LoggerConfig)
     store.store(group="launcher", name="launcher_schema", node=LauncherConfig)
+
+
+def to_train_config(cfg: DictConfig) -> TrainConfig:
+    """As ``to_config``, with what a composed configuration leaves to the weights it starts from.
+
+    Raises:
+        ValueError: as ``to_config``, or these weights cannot be had.
+    """
+    return to_config(take_from_origin(cfg))
 
 
 def load_config(path: Path) -> TrainConfig:

@@ -16,6 +16,7 @@ CONFIGS = str(ROOT / "configs")
 # What more than one module writes or reads, by its name in its directory. Of a run:
 CONFIG = "config.yaml"
 START = "start.json"  # facts that the configuration alone does not tell
+TOKENIZER = "tokenizer"  # folder: the tokenizer.json that the tokens were made with, and its settings
 GIT = "git.json"
 LOCK = ".lock"
 SUBMITTED = "slurm"  # folder of what Slurm was given, and its logs; written before the run begins

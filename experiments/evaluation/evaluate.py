@@ -16,7 +16,6 @@ from experiments.evaluation.tasks.base import Setting, Task
 from experiments.files import GIT, RESULTS, START, append_rows, read_rows
 from experiments.provenance import device_name
 from experiments.training.checkpoint import read_state
-from experiments.training.run_dir import config_hash
 from models import Transformer
 
 
@@ -97,7 +96,7 @@ def describe(target: Target) -> dict:
         "step": state["step"],
         "tokens": state["tokens"],
         "parameters": start["parameters"],
-        "config_hash": config_hash(train),
+        "config_hash": state["config_hash"],
         "git_sha": git["sha"],
         "device": device_name(train.device),
     }

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
+from data import TextTokenizer
 from experiments.config import load_config
 from experiments.errors import user_errors
-from experiments.files import CONFIG
+from experiments.files import CONFIG, TOKENIZER
 from experiments.training.weights import find_weights
 from models.hf import write_folder
 
@@ -27,7 +28,12 @@ def export(run_dir: Path, folder: Path) -> list[str]:
     if not (run_dir / CONFIG).exists():
         raise ValueError(f"{run_dir} is no run directory (it has no {CONFIG})")
     config = load_config(run_dir / CONFIG)
-    return write_folder(folder, config.model, load_file(find_weights(run_dir)))
+    weights = load_file(find_weights(run_dir))
+    if not (run_dir / TOKENIZER).is_dir():  # data that are no text, or a run of before tokenizers were kept
+        return write_folder(folder, config.model, weights)
+    tokenizer = TextTokenizer.load(str(run_dir / TOKENIZER), config.data.eos_token)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    return write_folder(folder, config.model, weights, token_ids=ids, write_more=tokenizer.write_files)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ import torch
 from data import BatchStream, DataConfig, build_data
 from experiments.config import TrainConfig, load_config
 from experiments.files import CONFIG, START, WEIGHTS
+from experiments.origin import with_own_tokenizer
 from experiments.schema import DTYPES
 from experiments.training.check import DEVICES, resolve
 from experiments.training.checkpoint import read_state
@@ -40,7 +41,8 @@ def locate(run: str, device: str) -> Target:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but PyTorch sees no GPU: use device=cpu")
     train = load_config(run_dir / CONFIG)
-    return Target(run_dir, checkpoint, resolve(replace(train, device=device)))
+    train = replace(train, device=device, data=with_own_tokenizer(train.data, run_dir))
+    return Target(run_dir, checkpoint, resolve(train))
 
 
 def trained_knob(train: TrainConfig) -> float | None:

@@ -21,7 +21,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
 from dashattn.backends import BACKENDS
-from experiments.config import TrainConfig
+from experiments.config import TrainConfig, to_train_config
 from experiments.errors import user_errors
 from experiments.files import CONFIGS, SCALING, append_rows, read_rows
 from experiments.provenance import provenance
@@ -92,7 +92,7 @@ def compose_run(config: ParallelConfig, backend: str, mode: Mode, ranks: int, ru
         *(f"sequence_parallel={ranks if mode.shares_rows else 1}", f"steps={mode.warmup + mode.steps}"),
         *("optim.warmup_steps=0", f"run_dir={run_dir}"),
     ]
-    return check(to_config(hydra.compose("train", overrides)), ranks)
+    return check(to_train_config(hydra.compose("train", overrides)), ranks)
 
 
 def check_parallel(config: ParallelConfig, ranks: int) -> None:

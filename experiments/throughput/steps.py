@@ -23,10 +23,9 @@ from torch import Tensor
 
 from dashattn.backends import BACKENDS
 from data import Batch, build_data
-from experiments.config import TrainConfig
+from experiments.config import TrainConfig, to_train_config
 from experiments.files import THROUGHPUT, append_rows
 from experiments.provenance import provenance
-from experiments.schema import to_config
 from experiments.speed.inputs import NEIGHBOURS, PATTERNS
 from experiments.speed.methods import explain
 from experiments.throughput.report import CASE
@@ -115,7 +114,7 @@ def compose_run(config: ThroughputConfig, backend: str, length: int, setting: Se
         *(f"activation_checkpointing={setting.activation_checkpointing}", f"steps={config.warmup + config.steps}"),
         "optim.warmup_steps=0",
     ]
-    return check(to_config(hydra.compose("train", overrides)))
+    return check(to_train_config(hydra.compose("train", overrides)))
 
 
 def resemble(pattern: str) -> Callable[..., Tensor]:

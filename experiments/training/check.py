@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from dashattn.backends import AttentionShape, build_backend
+from data import PackedDataConfig, TextTokenizer
 from experiments.config import TrainConfig
 from experiments.schema import DTYPES
 from experiments.training.ranks import world_size
@@ -76,6 +78,7 @@ def check(config: TrainConfig, ranks: int | None = None) -> TrainConfig:
     _check_precision(config)
     accumulation(config, world_size() if ranks is None else ranks)
     _check_model(config)
+    _check_vocabulary(config)
     _check_sequences(config)
     return config
 
@@ -178,6 +181,20 @@ def _check_model(config: TrainConfig) -> None:
         raise ValueError(
             f"attention={config.attention.name} takes no packed documents: use data.pack=plain, or another attention"
         )
+
+
+def _check_vocabulary(config: TrainConfig) -> None:
+    """Of a tokenizer that is at hand; another's is compared when it has been trained."""
+    model, data = config.model, config.data
+    if not isinstance(data, PackedDataConfig) or data.tokenizer is None or model.vocab_size is None:
+        return
+    if Path(data.tokenizer).expanduser().exists():
+        vocab_size = TextTokenizer.load(data.tokenizer, data.eos_token).vocab_size
+        if vocab_size > model.vocab_size:
+            raise ValueError(
+                f"model.vocab_size={model.vocab_size} is below the {vocab_size} of data.tokenizer={data.tokenizer}: "
+                "name the tokenizer that the weights were trained with, or take model.vocab_size=null for new weights"
+            )
 
 
 def _check_sequences(config: TrainConfig) -> None:

@@ -14,10 +14,9 @@ import hydra
 from omegaconf import DictConfig
 
 from data import BatchStream, PackedDataConfig, build_data, build_tokenizer, prepare_all
-from experiments.config import TrainConfig, register_configs
+from experiments.config import TrainConfig, register_configs, to_train_config
 from experiments.errors import user_errors
 from experiments.files import CONFIGS
-from experiments.schema import to_config
 
 register_configs()
 
@@ -52,7 +51,7 @@ def loader_speed(stream: BatchStream, seconds: float = 3.0) -> float:
 @hydra.main(version_base="1.3", config_path=CONFIGS, config_name="train")
 def main(cfg: DictConfig) -> None:
     with user_errors():
-        prepare(to_config(cfg))
+        prepare(to_train_config(cfg))
 
 
 if __name__ == "__main__":

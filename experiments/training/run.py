@@ -20,6 +20,7 @@ from data import Batch, BatchStream, Prefetched, build_data
 from experiments.config import TrainConfig
 from experiments.errors import Stopped
 from experiments.files import ANOMALIES
+from experiments.origin import with_own_tokenizer
 from experiments.training.anomalies import LossWatch
 from experiments.training.check import accumulation
 from experiments.training.checkpoint import load_checkpoint, save_checkpoint, step_name, write_checkpoint
@@ -93,13 +94,14 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
     run_dir = verify_checkpoint(run_dir, config, ranks)
     rows, micro_batches = accumulation(config, ranks.world_size)
 
-    train_data, validation_data = _open_data(config, ranks, rows)
+    train_data, validation_data = _open_data(config, run_dir, ranks, rows)
     config = _with_vocabulary(config, train_data.vocab_size)
     torch.manual_seed(config.seed)  # the weights; nothing after this draws from PyTorch's global generators
     model = Transformer(config.model, config.attention)
     start = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "data": train_data.describe(),
+        "tokenizer": train_data.tokenizer and train_data.tokenizer.fingerprint(),
         "unigram_entropy": validation_data.unigram_entropy(),  # a loss must be well below; null = not known
     }
     if weights is not None:
@@ -116,7 +118,7 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
     )
     ranks.barrier()  # every rank has looked at the run directory before one changes it
     if ranks.is_main:
-        resources.callback(open_run_dir(run_dir, config, overrides, start).release)
+        resources.callback(open_run_dir(run_dir, config, overrides, start, train_data.tokenizer).release)
 
     # The checkpoint is loaded into the engine, not into the model: it holds the optimizer's state, too, and DeepSpeed's
     # master weights, which the model's rounded ones would not give back.
@@ -154,11 +156,12 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
     )
 
 
-def _open_data(config: TrainConfig, ranks: Ranks, rows: int) -> tuple[BatchStream, BatchStream]:
+def _open_data(config: TrainConfig, run_dir: RunDir, ranks: Ranks, rows: int) -> tuple[BatchStream, BatchStream]:
     """This rank's training and validation streams, in batches of ``rows`` rows."""
+    data = with_own_tokenizer(config.data, run_dir.path)
     train, validation = (
         build_data(
-            config.data,
+            data,
             split=split,
             cache_dir=Path(config.cache_dir).expanduser(),
             seed=config.seed,

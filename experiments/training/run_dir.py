@@ -4,6 +4,7 @@ config.yaml        the composed configuration, every interpolation resolved
 overrides.yaml     what the command line changed
 git.json git.diff  commit, branch, and what differed from it
 environment.json   command line, versions, device
+tokenizer/         of a run on text: the tokenizer.json its tokens were made with, and its settings
 start.json         number of parameters, what the data are, which weights the run began with
 resumed/step-N/    all but config.yaml again, of each resumed launch
 metrics.jsonl      see experiments.training.metrics
@@ -24,8 +25,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
+from data import TextTokenizer
 from experiments.config import TrainConfig, plain
-from experiments.files import ANOMALIES, CONFIG, GIT, LOCK, METRICS, START, SUBMITTED, write_atomically
+from experiments.files import ANOMALIES, CONFIG, GIT, LOCK, METRICS, START, SUBMITTED, TOKENIZER, write_atomically
 from experiments.provenance import environment, git_state
 from experiments.training.checkpoint import LATEST, STATE, damage, latest_checkpoint, read_state
 from experiments.training.metrics import drop_rows_after
@@ -139,12 +141,19 @@ def verify_checkpoint(run: RunDir, config: TrainConfig, ranks) -> RunDir:
     return run
 
 
-def open_run_dir(run: RunDir, config: TrainConfig, overrides: Sequence[str], start: dict) -> FileLock:
+def open_run_dir(
+    run: RunDir,
+    config: TrainConfig,
+    overrides: Sequence[str],
+    start: dict,
+    tokenizer: TextTokenizer | None = None,
+) -> FileLock:
     """Write what explains this launch; on a resume also drop the metrics that will be written again.
 
     Args:
         overrides: of the command line.
         start: JSON-able facts that the configuration alone does not tell.
+        tokenizer: of the data, which the run keeps.
 
     Returns:
         The lock on the directory, to be released when the run ends; it goes with the process in any case.
@@ -170,6 +179,8 @@ def open_run_dir(run: RunDir, config: TrainConfig, overrides: Sequence[str], sta
     if run.step == 0:
         # First: with this file the directory is a run directory, so that one that is killed here can start again.
         write_atomically(run.path / CONFIG, OmegaConf.to_yaml(plain(config)))
+    if tokenizer is not None and not (run.path / TOKENIZER).exists():
+        tokenizer.save_folder(run.path / TOKENIZER)
     run.checkpoints.mkdir(exist_ok=True)
     for name in run.damaged:
         if (run.checkpoints / name).exists():

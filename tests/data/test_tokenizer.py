@@ -1,4 +1,7 @@
+import json
+
 import pytest
+from tokenizers import Tokenizer
 
 from data.corpora import iterate_documents
 from data.tokenizer import TextTokenizer, build_tokenizer
@@ -51,3 +54,37 @@ def test_bad_tokenizers_are_named(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "tokenizer.json")
     with pytest.raises(ValueError, match=r"data\.eos_token"):
         TextTokenizer.load(str(tmp_path / "tokenizer.json"), "</s>")
+
+
+def test_a_folder_says_which_token_ends_a_document(tokenizer, tmp_path):
+    backend = Tokenizer.from_str(tokenizer.backend.to_str())
+    backend.add_special_tokens(["<s>", "</s>", "<end>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert TextTokenizer.load(str(tmp_path)).eos_token == "<|endoftext|>"  # nothing says otherwise
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [backend.token_to_id("<end>"), 0]}))
+    assert TextTokenizer.load(str(tmp_path)).eos_token == "<end>"
+    settings = {"eos_token": {"content": "</s>", "lstrip": False}, "bos_token": "<s>", "auto_map": {"x": "y.py"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    loaded = TextTokenizer.load(str(tmp_path))
+    assert (loaded.eos_token, loaded.bos_id) == ("</s>", backend.token_to_id("<s>"))
+    other_end = TextTokenizer.load(str(tmp_path), "<end>")
+    other_end.save_folder(tmp_path / "other")
+    assert (other_end.eos_token, TextTokenizer.load(str(tmp_path / "other")).eos_token) == ("<end>", "</s>")
+    loaded.save_folder(tmp_path / "kept" / "tokenizer")
+    kept = TextTokenizer.load(str(tmp_path / "kept" / "tokenizer"))
+    assert kept.fingerprint() == loaded.fingerprint()
+    assert (kept.bos_id, kept.settings.get("auto_map")) == (loaded.bos_id, None)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model": 3}', '{"model": {"type": "BPE"}}', "\xff"])
+def test_damaged_files_are_named_with_their_size(tokenizer, tmp_path, content):
+    (tmp_path / "tokenizer.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"tokenizer\.json is no tokenizer \({len(content)} bytes"):
+        TextTokenizer.load(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
+    with pytest.raises(ValueError, match="pointer of Git LFS"):
+        TextTokenizer.load(str(tmp_path))
+    tokenizer.save(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_bytes(b"[]")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json holds no JSON object"):
+        TextTokenizer.load(str(tmp_path))

@@ -3,8 +3,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from experiments.config import register_configs
-from experiments.schema import to_config
+from experiments.config import register_configs, to_train_config
 from experiments.speed.config import register_speed_config
 from experiments.throughput.steps import register_throughput_config
 
@@ -48,6 +47,6 @@ def make_config(tiny_overrides):
 
     def make(name, *overrides):
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return to_config(compose("train", tiny_overrides(name, *overrides)[0]))
+            return to_train_config(compose("train", tiny_overrides(name, *overrides)[0]))
 
     return make

@@ -1,0 +1,143 @@
+"""What a run takes from the checkpoint it starts from, and keeps."""
+
+import json
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from data.tokenizer import TextTokenizer, train_bpe
+from experiments.config import load_config, to_train_config
+from experiments.evaluation import export, target
+from experiments.origin import LEFT_OPEN
+from experiments.training.check import check
+from models import ModelConfig, RopeConfig
+from models.hf import read_config
+from train import train
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RUN = (
+    *("device=cpu", "threads=1", "logger=off", "steps=2", "rows_per_batch=2", "log_every=1", "stats_every=0"),
+    *("eval_every=0", "save_every=0", "optim.lr=1e-3", "optim.warmup_steps=0"),
+)
+TEXT = ("data.seq_len=64", "data.max_bytes=200000", "data.validation_rows=2", "data.validation_fraction=0.2")
+LLAMA3 = {
+    **{"rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 5e5},
+    **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny checkpoint whose tokenizer ends texts with a token of its own."""
+    return make_folder(tmp_path / "checkpoint")
+
+
+def make_folder(path, classes=(LlamaConfig, LlamaForCausalLM), vocab_size=310, **values):
+    torch.manual_seed(0)
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    ids = dict(bos_token_id=0, eos_token_id=1, pad_token_id=None)
+    config = classes[0](**shape, **ids, num_key_value_heads=2, vocab_size=vocab_size, **values)
+    classes[1](config).save_pretrained(path)
+    backend = train_bpe(iter(["def f(x):\n    return x\n" * 20]), 280, "</s>")
+    backend.add_special_tokens(["<s>"])
+    backend.save(str(path / "tokenizer.json"))
+    settings = {"eos_token": "</s>", "bos_token": {"content": "<s>"}, "chat_template": "{{ messages }}"}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return path
+
+
+def configure(tmp_path, *overrides, data=TEXT):
+    places = (f"run_dir={tmp_path / 'run'}", f"cache_dir={tmp_path / 'cache'}")
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return to_train_config(compose("train", [*RUN, "model=checkpoint", *places, *data, *overrides]))
+
+
+def test_the_file_leaves_every_value_of_the_model_open():
+    values = OmegaConf.to_container(OmegaConf.load(CONFIGS / "model" / "checkpoint.yaml"), resolve=False)
+    rope = values.pop("rope")
+    assert rope == {"theta": LEFT_OPEN, "scaling": LEFT_OPEN}
+    assert all(item.default is None for item in fields(RopeConfig) if item.name not in rope)
+    names = {item.name for item in fields(ModelConfig)} - {"rope"}
+    assert values == {name: LEFT_OPEN for name in names} | {"defaults": ["model_schema", "_self_"]}
+
+
+def test_a_model_is_the_checkpoints_but_for_what_is_given(folder, tmp_path):
+    config = configure(tmp_path, f"init_from={folder}")
+    assert config.model == read_config(folder)
+    assert config.data.tokenizer == str(folder)
+    config = configure(tmp_path, f"init_from={folder}", "model.max_seq_len=512", "data.tokenizer=elsewhere.json")
+    assert (config.model.max_seq_len, config.model.hidden_size) == (512, 32)
+    assert config.data.tokenizer == "elsewhere.json"
+    with pytest.raises(ValueError, match="model=checkpoint is the model of init_from"):
+        configure(tmp_path)
+
+
+def test_a_scaling_that_is_given_replaces_the_checkpoints_with_its_parameters(tmp_path):
+    folder = make_folder(tmp_path / "llama3", rope_parameters=LLAMA3, max_position_embeddings=128)
+    rope = configure(tmp_path, f"init_from={folder}").model.rope
+    assert (rope.scaling, rope.factor, rope.theta) == ("llama3", 4.0, 5e5)
+    rope = configure(tmp_path, f"init_from={folder}", "model.rope.scaling=none").model.rope
+    assert (rope.scaling, rope.factor, rope.low_freq_factor, rope.theta) == ("none", None, None, 5e5)
+
+
+def test_a_vocabulary_below_the_tokenizers_is_refused_before_anything_is_built(tmp_path):
+    folder = make_folder(tmp_path / "small", vocab_size=270)
+    config = configure(tmp_path, f"init_from={folder}")
+    with pytest.raises(ValueError, match=r"model\.vocab_size=270 is below the 272 of data\.tokenizer"):
+        check(config)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused(folder, tmp_path):
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json.*data\.tokenizer"):
+        configure(tmp_path, f"init_from={folder}")
+    assert configure(tmp_path, f"init_from={folder}", data=["data=mqar"]).model.vocab_size == 310  # no text
+
+
+def test_a_run_keeps_its_tokenizer_and_needs_its_origin_no_more(folder, tmp_path):
+    overrides = (f"init_from={folder}", "attention=dash", "attention.chunk_size=16", "save_every=1")
+    run = train(configure(tmp_path, *overrides))
+    kept = TextTokenizer.load(str(run / "tokenizer"))
+    assert json.loads((run / "start.json").read_text())["tokenizer"] == kept.fingerprint()
+    assert (kept.eos_token, kept.settings["bos_token"]) == ("</s>", "<s>")
+    weights = load_file(run / "checkpoints" / "step-00000002" / "model.safetensors")
+    shutil.rmtree(folder)
+    stream = target.validation_stream(target.locate(str(run), "cpu"))
+    assert stream.tokenizer.fingerprint() == kept.fingerprint()
+    shutil.rmtree(run / "checkpoints" / "step-00000002")
+    (run / "checkpoints" / "latest").write_text("step-00000001\n")
+    resumed = load_file(train(configure(tmp_path, *overrides)) / "checkpoints" / "step-00000002" / "model.safetensors")
+    assert all(torch.equal(resumed[name], weights[name]) for name in weights)
+
+
+def test_a_run_that_continues_another_reads_text_as_it_does(folder, tmp_path):
+    first = train(configure(tmp_path, f"init_from={folder}"))
+    second = configure(tmp_path, f"init_from={first}", f"run_dir={tmp_path / 'second'}", "data.max_bytes=300000")
+    assert second.model == load_config(first / "config.yaml").model
+    assert second.data.tokenizer == str(first / "tokenizer")
+    checkpoint = first / "checkpoints" / "step-00000002"
+    assert configure(tmp_path, f"init_from={checkpoint}", f"run_dir={tmp_path / 'second'}").model == second.model
+    start = json.loads((train(second) / "start.json").read_text())
+    assert start["tokenizer"] == json.loads((first / "start.json").read_text())["tokenizer"]
+
+
+def test_an_export_has_the_tokenizer_and_its_ids(tmp_path):
+    folder = make_folder(tmp_path / "checkpoint", (Qwen2Config, Qwen2ForCausalLM))
+    run = train(configure(tmp_path, f"init_from={folder}"))
+    export.export(run, tmp_path / "back")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "back", local_files_only=True)
+    ours = TextTokenizer.load(str(folder))
+    assert tokenizer("def f(x)", add_special_tokens=False)["input_ids"] == ours.encode("def f(x)")
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template) == ("<s>", "</s>", "{{ messages }}")
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (ours.bos_id, ours.eos_id)
+    assert config["model_type"] == "qwen2"
+    assert read_config(tmp_path / "back") == read_config(folder)
