@@ -13,7 +13,8 @@ from torch import Tensor
 from dashattn import checks
 from dashattn.checks import check
 from dashattn.documents import document_positions, per_document
-from dashattn.functional import Output, _use_kernels, _without_autocast
+from dashattn.functional import Output
+from dashattn.implementation import use_kernels, without_autocast
 from dashattn.ops.block_sparse.reference import block_sparse_attention
 from dashattn.ops.true_mass.reference import forced_blocks, mass_selection
 from dashattn.selection import Selection
@@ -22,7 +23,7 @@ from dashattn.stats import selection_stats
 SELECTS = ("topk", "top_p")
 
 
-@_without_autocast
+@without_autocast
 def sink_window_attention(
     q: Tensor,
     k: Tensor,
@@ -56,7 +57,7 @@ def sink_window_attention(
     return _attend(q, k, v, select, reads, block_size, scale, cu_seqlens, impl, return_stats)
 
 
-@_without_autocast
+@without_autocast
 def oracle_attention(
     q: Tensor,
     k: Tensor,
@@ -127,7 +128,7 @@ def _attend(
 ) -> Output:
     selection = Selection.concatenate(per_document(select, cu_seqlens, q, k))
     attend = block_sparse_attention
-    if _use_kernels(impl, q, block_size):
+    if use_kernels(impl, q, block_size):
         from dashattn.ops.block_sparse.triton import block_sparse_attention as attend
     out = attend(q, k, v, selection, scale=scale, cu_seqlens=cu_seqlens)
     return (out, selection_stats(selection, routing_reads, cu_seqlens)) if return_stats else out

@@ -9,17 +9,14 @@ its own sequence, with its own grid of chunks and blocks.
 returns ``(out, AttentionStats)``.
 """
 
-import os
-from collections.abc import Callable
-from functools import partial, wraps
-from importlib.util import find_spec
+from functools import partial
 
-import torch
 from torch import Tensor
 
 from dashattn import checks
 from dashattn.checks import check
 from dashattn.documents import document_positions
+from dashattn.implementation import IMPLS, use_kernels, without_autocast
 from dashattn.ops.block_scores.reference import POOLINGS, topk_selection
 from dashattn.ops.block_sparse.reference import block_sparse_attention
 from dashattn.ops.chunk_summary.reference import chunk_summary
@@ -36,48 +33,10 @@ from dashattn.ops.window.reference import window_attention
 from dashattn.selection import Selection
 from dashattn.stats import AttentionStats, dense_stats, selection_stats
 
-IMPLS = ("auto", "triton", "reference")
-HAS_TRITON = find_spec("triton") is not None  # here: torch.compile does not trace a search for modules
-
 Output = Tensor | tuple[Tensor, AttentionStats]
 
 
-def _without_autocast(attention: Callable[..., Output]) -> Callable[..., Output]:
-    """Inputs decide the precision: autocast would take the float32 sums inside to 16 bits."""
-
-    @wraps(attention)
-    def wrapped(q: Tensor, *args, **kwargs) -> Output:
-        with torch.autocast(q.device.type, enabled=False):
-            return attention(q, *args, **kwargs)
-
-    return wrapped
-
-
-def _use_kernels(impl: str, q: Tensor, block_size: int, unsupported: str | None = None) -> bool:
-    """Whether the Triton kernels run: ``auto`` takes them where they fit, ``triton`` insists and says what does not.
-
-    Args:
-        unsupported: why they cannot, if the operation already knows.
-    """
-    checks.check_choice("impl", impl, IMPLS)
-    if impl == "reference" or (impl == "auto" and not q.is_cuda):
-        return False
-    on_gpu = q.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    try:
-        check(on_gpu, f"impl='triton' needs tensors on a GPU, q is on {q.device}: use impl='auto' or 'reference'")
-        check(HAS_TRITON, "impl='triton' needs Triton: pip install triton, or use impl='reference'")
-        check(unsupported is None, f"impl='triton': {unsupported}; use impl='auto' or 'reference'")
-        from dashattn.ops.block_sparse.triton import check_kernels_fit
-
-        check_kernels_fit(q, block_size)
-    except ValueError:
-        if impl == "triton":
-            raise
-        return False
-    return True
-
-
-@_without_autocast
+@without_autocast
 def full_attention(
     q: Tensor,
     k: Tensor,
@@ -102,7 +61,7 @@ def full_attention(
     return out, dense_stats(*k.shape[:3], k.device, cu_seqlens)
 
 
-@_without_autocast
+@without_autocast
 def dash_attention(
     q: Tensor,
     k: Tensor,
@@ -154,7 +113,7 @@ def dash_attention(
                 f"summary_rope {name} must be [T, D] or [B, T, D]; got {tuple(table.shape)} for q {tuple(q.shape)}",
             )
     route = {"alpha": alpha, "router_scale": router_scale, "prior": prior, "sigma": sigma, "cu_seqlens": cu_seqlens}
-    if _use_kernels(impl, q, chunk_size, unsupported_priors(prior_heads)):
+    if use_kernels(impl, q, chunk_size, unsupported_priors(prior_heads)):
         from dashattn.ops.dash_attention.triton import dash_attention as attend
 
         sizes = {"chunk_size": chunk_size, "scale": scale}
@@ -169,7 +128,7 @@ def dash_attention(
     return out, selection_stats(selection, candidates, cu_seqlens)
 
 
-@_without_autocast
+@without_autocast
 def infllmv2_attention(
     q: Tensor,
     k: Tensor,
@@ -202,7 +161,7 @@ def infllmv2_attention(
     checks.check_qkv(q, k, v, cu_seqlens)
     check_infllmv2(block_size, kernel_size, kernel_stride, topk, init_blocks, window_size)
     windows = {"kernel_size": kernel_size, "kernel_stride": kernel_stride}
-    use_kernels = _use_kernels(impl, q, block_size, _unsupported_windows(**windows, block_size=block_size))
+    is_kernel = use_kernels(impl, q, block_size, _unsupported_windows(**windows, block_size=block_size))
 
     options = {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "cu_seqlens": cu_seqlens}
     blocks = {
@@ -213,7 +172,7 @@ def infllmv2_attention(
         "local_blocks": window_size // block_size + 1,
     }
     compressed_k = mean_compress(k.detach(), **windows, cu_seqlens=cu_seqlens)
-    if use_kernels:
+    if is_kernel:
         from dashattn.ops.block_scores.triton import select_blocks
         from dashattn.ops.block_sparse.triton import block_sparse_attention as attend
 
@@ -227,7 +186,7 @@ def infllmv2_attention(
     return out, _stats_with_windows(q, selection, windows, cu_seqlens)
 
 
-@_without_autocast
+@without_autocast
 def nsa_attention(
     q: Tensor,
     k: Tensor,
@@ -282,7 +241,7 @@ def nsa_attention(
             checks.check_shape(name, x, tuple(k.shape))
             checks.check_like(name, x, q)
     windows = {"kernel_size": kernel_size, "kernel_stride": kernel_stride}
-    use_kernels = _use_kernels(impl, q, block_size, _unsupported_windows(**windows, block_size=block_size))
+    is_kernel = use_kernels(impl, q, block_size, _unsupported_windows(**windows, block_size=block_size))
 
     options = {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "cu_seqlens": cu_seqlens}
     blocks = {
@@ -292,7 +251,7 @@ def nsa_attention(
         "init_blocks": init_blocks,
         "local_blocks": local_blocks,
     }
-    if use_kernels:
+    if is_kernel:
         from dashattn.ops.band.triton import compressed_attention as attend_compressed
         from dashattn.ops.band.triton import window_attention as attend_window
         from dashattn.ops.block_scores.triton import select_blocks

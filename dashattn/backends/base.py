@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from dashattn import checks
 from dashattn.cache import CacheField, CacheLayout, DecodeCache, LayerCache
 from dashattn.checks import check
-from dashattn.functional import IMPLS, Output, _use_kernels
+from dashattn.functional import Output
+from dashattn.implementation import IMPLS, use_kernels
 from dashattn.ops.decode import reference as decode_reference
 from dashattn.routing import Routing
 
@@ -243,7 +244,7 @@ class AttentionBackend(nn.Module):
 
     def _decode_kernels(self, x: Tensor, unsupported: str | None = None):
         """The module of the decode kernels where they take tensors like ``x``, else None."""
-        if not _use_kernels(self.config.impl, x, self.block_size, unsupported):
+        if not use_kernels(self.config.impl, x, self.block_size, unsupported):
             return None
         from dashattn.ops.decode import triton
 

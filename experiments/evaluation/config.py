@@ -6,7 +6,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from data import MQARDataConfig
-from data.tasks import SUITES, TEMPLATES, TEXT_TASKS
+from data.prompts import TEMPLATES
+from data.task_sets import SUITES, TEXT_TASKS
 from experiments.config import TrainConfig
 from experiments.evaluation.tasks.decoding import DECODE
 from experiments.evaluation.tasks.lm_eval import PREFIX

@@ -4,7 +4,9 @@ import sys
 from pathlib import Path
 
 from data import BatchStream, MQARDataConfig
-from data.tasks import SUITES, TEXT_TASKS, Material, PromptEncoder, TaskSet, build_set, held_out_text, read_haystack
+from data.prompts import PromptEncoder
+from data.task_sets import SUITES, TEXT_TASKS, TaskSet, build_set, held_out_text
+from data.tasks.material import Material, read_haystack
 from experiments.config import TrainConfig
 from experiments.evaluation.config import ROUTING, EvaluateConfig, expand
 from experiments.evaluation.target import build_stream

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
-from data.tasks import SUITES
+from data.task_sets import SUITES
 from experiments.files import RESULTS, read_rows
 
 HIGHER_IS_BETTER = {

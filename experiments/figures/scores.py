@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.tasks import SUITES
+from data.task_sets import SUITES
 from experiments.evaluation.tasks.decoding import DECODE
 from experiments.figures.frontier import Point, is_ablation, of_frontiers, panels_to_draw, points, untrained
 from experiments.figures.pareto import draw as draw_frontiers

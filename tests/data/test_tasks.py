@@ -10,22 +10,12 @@ import pytest
 from data import MixtureDataConfig
 from data.config import MixedCorpusConfig
 from data.corpora import split_of
-from data.tasks import (
-    SUITES,
-    TEXT_TASKS,
-    Material,
-    PromptEncoder,
-    Sample,
-    TaskSet,
-    build_set,
-    held_out_text,
-    read_haystack,
-)
+from data.prompts import PromptEncoder
+from data.task_sets import SUITES, TEXT_TASKS, TaskSet, build_set, generate, held_out_text
 from data.tasks.aggregation import frequencies
-from data.tasks.build import generate
-from data.tasks.material import all_words, sentences, word_list
+from data.tasks.material import Material, all_words, read_haystack, sentences, word_list
 from data.tasks.niah import DEPTHS, HEAT_DEPTHS, NOISE
-from data.tasks.sample import Sized, fit
+from data.tasks.sample import Sample, Sized, fit
 from data.tokenizer import TextTokenizer, train_bpe
 
 NEEDLE = re.compile(r"One of the special magic (\w+) for (\S+) is: (\S+)\.")
@@ -343,7 +333,7 @@ def test_sets_are_made_once_and_again_for_another_seed(encoder, tmp_path, monkey
     assert isinstance(made, TaskSet)
     other = build_set("niah_single_2", encoder, seed=1, **options)
     assert made.samples != other.samples
-    monkeypatch.setattr("data.tasks.build.generate", None)
+    monkeypatch.setattr("data.task_sets.generate", None)
     assert build_set("niah_single_2", encoder, seed=0, **options) == made
     options["material"] = Material(haystack=MATERIAL.haystack[1:])
     with pytest.raises(TypeError):  # other material, so it would be made anew

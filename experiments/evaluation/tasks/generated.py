@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from data.cache import fingerprint
-from data.tasks import PromptEncoder, TaskSet
+from data.prompts import PromptEncoder
+from data.task_sets import TaskSet
 from experiments.evaluation.tasks.base import Setting, SparsityTally, Task, in_parts, mean, row
 from experiments.files import append_rows, read_rows
 from models.generate import generate

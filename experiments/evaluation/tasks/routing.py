@@ -26,7 +26,8 @@ from torch import Tensor
 from dashattn.ops.dtypes import upcast
 from dashattn.routing import Routing, past_blocks
 from data import IGNORE, BatchStream, MQARDataConfig
-from data.tasks import PromptEncoder, TaskSet
+from data.prompts import PromptEncoder
+from data.task_sets import TaskSet
 from experiments.evaluation.tasks.base import Setting, SparsityTally, Task, count, halving, quantiles, row
 from experiments.evaluation.tasks.streams import first_queries
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data.tasks import SUITES
+from data.task_sets import SUITES
 from experiments.figures import curves, routers, scores
 from experiments.figures.__main__ import FIGURES, main, write_figures
 from experiments.figures.published import RULER_16K

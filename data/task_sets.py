@@ -9,11 +9,11 @@ from pathlib import Path
 from data.cache import build_once, fingerprint
 from data.config import PackedDataConfig
 from data.corpora import iterate_documents, split_of
+from data.prompts import PromptEncoder
 from data.tasks.aggregation import COMMON_WORDS, FREQUENT_WORDS
 from data.tasks.json_kv import JSON_KV
 from data.tasks.material import Material, all_words
 from data.tasks.niah import HEAT_MAP, NIAH, NIAH_VALUES
-from data.tasks.prompts import PromptEncoder
 from data.tasks.question_answering import QUESTION_ANSWERING
 from data.tasks.sample import Form, Sample, TextTask, fit
 from data.tasks.tracing import TRACKING

@@ -1,0 +1,158 @@
+"""Which module may import which. Every import counts, also one inside a function or for type checkers alone."""
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# What each package may import beside itself; all else at the top level are scripts, which nobody imports.
+MAY_IMPORT = {
+    "dashattn": set(),
+    "data": set(),
+    "slurm": set(),
+    "models": {"dashattn"},
+    "experiments": {"dashattn", "data", "models", "slurm"},
+}
+
+
+class Import(NamedTuple):
+    importer: str
+    imported: str  # a module of this project
+    name: str | None  # what is taken out of it; None = the module itself
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.importer}:{self.line} imports {self.imported}" + (f".{self.name}" if self.name else "")
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Dotted name -> file, of all but the tests."""
+    files = [*ROOT.glob("*.py"), *(file for package in MAY_IMPORT for file in (ROOT / package).rglob("*.py"))]
+    return {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
+
+
+def imports_of(importer: str, source: str, known: set[str]) -> Iterator[Import]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] in {name.split(".")[0] for name in known}:
+                    yield Import(importer, alias.name, None, node.lineno)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{importer}:{node.lineno} imports by a relative name"
+            for alias in node.names:
+                if f"{node.module}.{alias.name}" in known:
+                    yield Import(importer, f"{node.module}.{alias.name}", None, node.lineno)
+                elif node.module in known:
+                    yield Import(importer, node.module, alias.name, node.lineno)
+
+
+@cache
+def imports() -> list[Import]:
+    known = set(modules())
+    return [found for name, file in modules().items() for found in imports_of(name, file.read_text(), known)]
+
+
+def package(module: str) -> str:
+    return module.split(".")[0]
+
+
+def circle(arrows: dict[str, set[str]]) -> list[str]:
+    """One, as the modules in it; empty if there is none."""
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_every_way_to_import_is_seen():
+    source = """
+import a.b
+from a import b, X
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    from c import Y
+def f():
+    import train
+    from a.b import _private
+"""
+    found = {(i.imported, i.name) for i in imports_of("here", source, {"a", "a.b", "c", "train"})}
+    assert found == {("a.b", None), ("a", "X"), ("c", "Y"), ("train", None), ("a.b", "_private")}
+
+
+def test_circles_are_seen():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+    assert set(circle({"a": {"b"}, "b": {"c"}, "c": {"a"}})) == {"a", "b", "c"}
+
+
+def test_arrows_between_packages_point_one_way():
+    wrong = [
+        str(found)
+        for found in imports()
+        if package(found.imported) != package(found.importer)
+        and package(found.imported) not in MAY_IMPORT.get(package(found.importer), MAY_IMPORT)
+    ]
+    assert not wrong
+
+
+def test_no_module_is_part_of_a_circle():
+    arrows = {module: set() for module in modules()}
+    for found in imports():
+        arrows[found.importer].add(found.imported)
+    assert circle(arrows) == []
+
+
+@pytest.mark.parametrize("parent", ["experiments", "data", "models", "dashattn"])
+def test_no_folder_is_part_of_a_circle(parent):
+    """A folder counts as one beside the files and folders that lie around it."""
+    arrows: dict[str, set[str]] = {}
+    for found in imports():
+        if found.importer.startswith(f"{parent}.") and found.imported.startswith(f"{parent}."):
+            importer, imported = (name.split(".")[1] for name in (found.importer, found.imported))
+            if importer != imported:
+                arrows.setdefault(importer, set()).add(imported)
+    assert circle(arrows) == []
+
+
+def private_uses(importer: str, source: str, known: set[str]) -> Iterator[str]:
+    """Names with a leading underscore that are taken out of another module, by an import or as ``module._name``."""
+    tree, modules_here = ast.parse(source), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if f"{node.module}.{alias.name}" in known:
+                    modules_here[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+                elif node.module in known and alias.name.startswith("_"):
+                    yield f"{importer}:{node.lineno} imports {node.module}.{alias.name}"
+        elif isinstance(node, ast.Import):
+            modules_here |= {alias.asname: alias.name for alias in node.names if alias.asname and alias.name in known}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module = modules_here.get(node.value.id)
+            if module is not None and node.attr.startswith("_"):
+                yield f"{importer}:{node.lineno} uses {module}.{node.attr}"
+
+
+def test_private_uses_are_seen():
+    source = "from a import b, _x\nimport a.b as c\nb._y(); c._z; b.open"
+    assert sorted(private_uses("here", source, {"a", "a.b"})) == [
+        "here:1 imports a._x",
+        "here:3 uses a.b._y",
+        "here:3 uses a.b._z",
+    ]
+
+
+def test_private_names_stay_in_their_module():
+    known = set(modules())
+    wrong = [use for name, file in modules().items() for use in private_uses(name, file.read_text(), known)]
+    assert wrong == []
+
+
+def test_generators_of_tasks_are_had_without_the_rest_of_data():
+    assert [str(found) for found in imports() if found.importer == "data.tasks"] == []
