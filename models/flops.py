@@ -59,20 +59,26 @@ def matmul_parameters(config: ModelConfig) -> int:
 
 
 def flops_per_token(
-    model: Transformer, seq_len: int, *, active_tokens: float | None = None, routing_reads: float = 0.0
+    model: Transformer,
+    seq_len: int,
+    *,
+    active_tokens: float | Sequence[float] | None = None,
+    routing_reads: float | Sequence[float] = 0.0,
 ) -> FlopsPerToken:
     """Operations per token, averaged over a sequence of ``seq_len`` tokens.
 
     Args:
         model: may lie on the meta device.
         active_tokens: keys a token reads per KV head (every query head of the group reads them), averaged over
-            tokens, KV heads and layers; None = dense causal attention, (seq_len + 1) / 2.
-        routing_reads: summaries or compressed keys a token scores per KV head, averaged alike. ``mean_reads`` takes
+            tokens and KV heads, of each layer or alike in all; None = dense causal attention, (seq_len + 1) / 2.
+        routing_reads: summaries or compressed keys a token scores per KV head, averaged alike. ``layer_reads`` takes
             both from a measured model.
     """
     if active_tokens is None:
         active_tokens = (seq_len + 1) / 2
-    layers = [backend.flops(active_tokens, routing_reads) for backend in model.backends]
+    count = len(model.backends)
+    reads = [[x] * count if isinstance(x, int | float) else x for x in (active_tokens, routing_reads)]
+    layers = [backend.flops(*read) for backend, *read in zip(model.backends, *reads, strict=True)]
     matmul = 2 * matmul_parameters(model.config)
     return FlopsPerToken(
         matmul=matmul + sum(layer.projections for layer in layers),
@@ -82,11 +88,10 @@ def flops_per_token(
     )
 
 
-def mean_reads(stats: Sequence[AttentionStats]) -> tuple[float, float]:
-    """(active tokens, routing reads) per token and KV head, averaged over the layers of ``ModelOutput.stats``.
+def layer_reads(stats: Sequence[AttentionStats]) -> tuple[list[float], list[float]]:
+    """(active tokens, routing reads) per token and KV head of each layer, from ``ModelOutput.stats``.
 
     Synchronises with the device.
     """
-    active_tokens = sum(layer.active_tokens.double().mean().item() for layer in stats)
-    routing_reads = sum(layer.routing_reads.double().mean().item() for layer in stats)
-    return active_tokens / len(stats), routing_reads / len(stats)
+    active_tokens = [layer.active_tokens.double().mean().item() for layer in stats]
+    return active_tokens, [layer.routing_reads.double().mean().item() for layer in stats]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dashattn.backends import ALL_HEADS, AttentionBackend, AttentionConfig, AttentionShape, build_backend
+from dashattn.backends import ALL_HEADS, AttentionBackend, AttentionConfig, AttentionShape, build_backends
 from dashattn.cache import LayerCache
 from dashattn.checks import check
 from dashattn.documents import document_positions
@@ -37,7 +37,7 @@ class ModelOutput(NamedTuple):
 
 
 class Transformer(nn.Module):
-    """Language model of the shape ``config``, whose attention in every layer is built from ``attention``.
+    """Language model of the shape ``config``, its attention as ``attention`` and its ``layers`` say.
 
     Under one seed, parameters outside the backends get the same initial values whichever backend is chosen.
     Raises ValueError when the vocabulary is not set or the backend cannot be built for this shape.
@@ -50,6 +50,7 @@ class Transformer(nn.Module):
         if config.vocab_size is None:
             raise ValueError("model.vocab_size is null: set it to the vocabulary size of the data's tokenizer")
         self.config = config
+        self.attention = attention
         self.checkpoint_activations = False  # keep each layer's input only, and run the layer again in the backward
         self.sequence: SequenceParallel | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -61,8 +62,9 @@ class Transformer(nn.Module):
         self._init_parameters()
         # Backends draw their own initial values, so they come after all that is shared between them.
         shape = AttentionShape(config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim)
-        for layer in self.layers:
-            layer.attention.backend = build_backend(attention, shape)
+        backends = build_backends(attention, shape, config.num_layers)
+        for layer, backend in zip(self.layers, backends, strict=True):
+            layer.attention.backend = backend
 
     @torch.no_grad()
     def _init_parameters(self) -> None:
@@ -164,7 +166,8 @@ class Transformer(nn.Module):
         """
         assert self.sequence is None, "a cache holds whole sequences"
         if not all(backend.capabilities.decode for backend in self.backends):
-            raise ValueError(f"attention={self.backends[0].config.name} cannot decode: it has no cache")
+            names = {backend.config.name for backend in self.backends if not backend.capabilities.decode}
+            raise ValueError(f"attention={', '.join(sorted(names))} cannot decode: it has no cache")
         layouts = [backend.cache_layout() for backend in self.backends]
         weight = self.embedding.weight
         return ModelCache(self.config, layouts, batch, capacity, dtype=weight.dtype, device=weight.device)
@@ -229,9 +232,17 @@ class Transformer(nn.Module):
         for backend in self.backends:
             backend.set_step(step)
 
+    @property
+    def turned(self) -> list[AttentionBackend]:
+        """The backends that the sparsity knob turns: those of the chosen attention, not what ``layers`` puts between.
+        Of an attention without a knob there are none."""
+        chosen = self.attention
+        return [b for b in self.backends if b.config.name == chosen.name and chosen.knob is not None]
+
     def set_knob(self, value) -> None:
-        """Turn every backend's sparsity knob. Raises ValueError where there is none or the value is impossible."""
-        for backend in self.backends:
+        """Turn the sparsity knob. Raises ValueError where there is none or the value is impossible."""
+        self.attention.with_knob(value)
+        for backend in self.turned:
             backend.set_knob(value)
 
 

@@ -13,6 +13,7 @@ from dashattn.backends.controls import OracleBackend, OracleConfig, SinkWindowBa
 from dashattn.backends.dash import DashBackend, DashConfig
 from dashattn.backends.full import FullBackend, FullConfig
 from dashattn.backends.infllmv2 import InfLLMv2Backend, InfLLMv2Config
+from dashattn.backends.layers import layer_configs
 from dashattn.backends.nsa import NSABackend, NSAConfig
 
 BACKENDS: dict[str, tuple[type[AttentionConfig], type[AttentionBackend]]] = {
@@ -41,6 +42,16 @@ def build_backend(config: AttentionConfig, shape: AttentionShape) -> AttentionBa
     return backend(config, shape)
 
 
+def build_backends(config: AttentionConfig, shape: AttentionShape, num_layers: int) -> list[AttentionBackend]:
+    """A backend for each of ``num_layers`` layers, as ``config`` and its ``layers`` say.
+
+    Raises:
+        ValueError: as ``build_backend``, or ``layers`` that cannot be read.
+    """
+    known = {name: kind for name, (kind, _) in BACKENDS.items()}
+    return [build_backend(own, shape) for own in layer_configs(config, num_layers, known)]
+
+
 __all__ = [
     "ALL_HEADS",
     "BACKENDS",
@@ -56,4 +67,5 @@ __all__ = [
     "OracleConfig",
     "SinkWindowConfig",
     "build_backend",
+    "build_backends",
 ]

@@ -1,8 +1,8 @@
 """The protocol every attention backend follows. The transformer knows this and never a backend's name."""
 
 import dataclasses
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -98,10 +98,12 @@ class AttentionConfig:
     Attributes:
         name: the backend's key in the registry; stands in every result row.
         impl: auto | triton | reference.
+        layers: layers with another backend or other options; the notation is that of ``dashattn.backends.layers``.
     """
 
     name: str = "???"
     impl: str = "auto"
+    layers: dict[str, Any] = field(default_factory=dict)
 
     knob: ClassVar[str | None] = None
     """The field that sets the sparsity, if there is one."""

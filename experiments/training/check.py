@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from dashattn.backends import AttentionShape, build_backend
+from dashattn.backends import AttentionBackend, AttentionShape, build_backends
 from data import PackedDataConfig, TextTokenizer
 from experiments.config import TrainConfig
 from experiments.schema import DTYPES
@@ -159,27 +159,31 @@ def _check_model(config: TrainConfig) -> None:
             f"data.seq_len={seq_len} exceeds model.max_seq_len={model.max_seq_len}: "
             f"lower data.seq_len or set model.max_seq_len={seq_len}"
         )
+    # The backend itself says what it cannot do; on the meta device asking costs no memory.
+    shape = AttentionShape(model.hidden_size, model.num_heads, model.num_kv_heads, model.head_dim)
+    with torch.device("meta"):
+        backends = build_backends(config.attention, shape, model.num_layers)
+    for backend in backends:
+        _check_backend(backend, config)
+
+
+def _check_backend(backend: AttentionBackend, config: TrainConfig) -> None:
+    attention, seq_len = backend.config, config.data.seq_len
     for key in ("chunk_size", "block_size"):
-        size = getattr(config.attention, key, None)
+        size = getattr(attention, key, None)
         if size is not None and size >= seq_len:
             raise ValueError(
                 f"attention.{key}={size} leaves nothing to select in rows of data.seq_len={seq_len}: "
                 f"lower attention.{key} or raise data.seq_len"
             )
-    # The backend itself says what it cannot do; on the meta device asking costs no memory.
-    with torch.device("meta"):
-        backend = build_backend(
-            config.attention,
-            AttentionShape(model.hidden_size, model.num_heads, model.num_kv_heads, model.head_dim),
-        )
     if not backend.capabilities.train:
         raise ValueError(
-            f"attention={config.attention.name} is for evaluation only: train another one, or evaluate a checkpoint of "
+            f"attention={attention.name} is for evaluation only: train another one, or evaluate a checkpoint of "
             f"attention=full with it"
         )
     if getattr(config.data, "pack", None) == "documents" and not backend.capabilities.packed:
         raise ValueError(
-            f"attention={config.attention.name} takes no packed documents: use data.pack=plain, or another attention"
+            f"attention={attention.name} takes no packed documents: use data.pack=plain, or another attention"
         )
 
 

@@ -8,7 +8,7 @@ from dashattn.stats import AttentionStats
 from data import Batch
 from experiments.config import TrainConfig
 from models import Transformer
-from models.flops import flops_per_token, mean_reads
+from models.flops import flops_per_token, layer_reads
 
 # Dense 16-bit tensor-core TFLOP/s with float32 accumulation, from NVIDIA's data sheets, whose own figures are with 2:4
 # sparsity and twice these from the A100 on; the first name that fits. They are multiprocessors x operations a cycle x
@@ -47,12 +47,12 @@ class Utilisation:
             with torch.device("meta"):  # shapes are all it takes, and the run's own may lie in parts on many devices
                 self._model = Transformer(config.model, config.attention)
         self._seq_len = config.data.seq_len
-        self._reads: tuple[float, float] | None = None
+        self._reads: tuple[list[float], list[float]] | None = None
 
     def measure(self, stats: Sequence[AttentionStats]) -> None:
         """What a forward pass has read."""
         if self._peak is not None:
-            self._reads = mean_reads(stats)
+            self._reads = layer_reads(stats)
 
     def read(self, batches: Sequence[Batch], tokens_per_s: float) -> dict[str, float]:
         """MFU of a step on ``batches``; ``mfu_sparse`` once there was a measurement. Recomputation counts as waste."""

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dashattn.backends import DashConfig, FullConfig, InfLLMv2Config, NSAConfig
 from models import ModelConfig, Transformer
-from models.flops import count_parameters, flops_per_token, matmul_parameters, mean_reads
+from models.flops import count_parameters, flops_per_token, layer_reads, matmul_parameters
 
 # Small numbers, so that every count can be checked by eye; backends take no head size below 32.
 CONFIG = ModelConfig(
@@ -108,8 +108,8 @@ def test_a_whole_training_step_equals_the_counter_of_torch():
 def test_measured_reads_of_dense_attention_give_the_dense_count():
     model, length = Transformer(CONFIG, FullConfig()), 16
     input_ids = torch.arange(length)[None] % 10
-    active_tokens, routing_reads = mean_reads(model(input_ids, return_stats=True).stats)
-    assert (active_tokens, routing_reads) == ((length + 1) / 2, 0)
+    active_tokens, routing_reads = layer_reads(model(input_ids, return_stats=True).stats)
+    assert (set(active_tokens), set(routing_reads)) == ({(length + 1) / 2}, {0})
     measured = flops_per_token(model, length, active_tokens=active_tokens, routing_reads=routing_reads)
     assert measured == flops_per_token(model, length)
 
@@ -118,15 +118,26 @@ def test_measured_reads_of_packed_documents():
     model = Transformer(CONFIG, FullConfig())
     cu_seqlens = torch.tensor([0, 2, 6], dtype=torch.int32)
     stats = model(torch.zeros(1, 6, dtype=torch.long), cu_seqlens=cu_seqlens, return_stats=True).stats
-    assert mean_reads(stats) == pytest.approx(((1 + 2 + 1 + 2 + 3 + 4) / 6, 0))
+    active_tokens, routing_reads = layer_reads(stats)
+    assert active_tokens == pytest.approx([(1 + 2 + 1 + 2 + 3 + 4) / 6] * CONFIG.num_layers)
+    assert routing_reads == [0] * CONFIG.num_layers
 
 
 def test_measured_reads_of_sparse_attention_cost_less():
     torch.manual_seed(0)
     model = Transformer(replace(CONFIG, init_std=1.0), DashConfig(chunk_size=8, router_scale=1000.0))
     input_ids = torch.randint(10, (1, 64))
-    active_tokens, routing_reads = mean_reads(model(input_ids, return_stats=True).stats)
+    active_tokens, routing_reads = layer_reads(model(input_ids, return_stats=True).stats)
     # Token t scores the t // 8 complete chunks before its own.
-    assert routing_reads == pytest.approx(sum(t // 8 for t in range(64)) / 64)
+    assert routing_reads == pytest.approx([sum(t // 8 for t in range(64)) / 64] * CONFIG.num_layers)
     sparse = flops_per_token(model, 64, active_tokens=active_tokens, routing_reads=routing_reads)
     assert sparse.attention < flops_per_token(model, 64).attention
+
+
+def test_every_layer_counts_what_it_is():
+    """The first layer dense, the others scoring summaries: by layer, and in the sum."""
+    model = Transformer(CONFIG, DashConfig(layers={"0": "full"}))
+    flops = flops_per_token(model, 64, active_tokens=[30.0, 10.0, 20.0], routing_reads=[0.0, 3.0, 4.0])
+    channels = HEADS / CONFIG.num_layers
+    assert flops.attention == 4 * channels * 60
+    assert flops.routing == 2 * channels * 7

@@ -105,7 +105,9 @@ class SparsityTally:
             "causal_sparsity_per_layer": self.per_head().mean(1).tolist(),
             "paper_sparsity": sum(self.paper) / len(self.paper) if self.paper else None,
             "active_tokens": float(self.active_LH.mean() / self.tokens),
+            "active_tokens_per_layer": (self.active_LH.mean(1) / self.tokens).tolist(),
             "routing_reads": float(self.reads_L.mean() / self.tokens),
+            "routing_reads_per_layer": (self.reads_L / self.tokens).tolist(),
         }
 
 

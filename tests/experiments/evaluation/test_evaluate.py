@@ -104,7 +104,9 @@ def test_a_checkpoint_is_evaluated_at_its_own_step_beside_the_others(tmp_path):
 def test_bytes_read_count_what_the_heads_of_a_group_share_once(attention, routing):
     """A token reads 10 keys and values and scores 3 summaries, or keys and values of windows, in each KV head."""
     shape = ModelConfig(16, 16, num_layers=3, num_heads=8, num_kv_heads=2, head_dim=4, max_seq_len=32, vocab_size=20)
-    read = bytes_read(Transformer(shape, attention), {"active_tokens": 10.0, "routing_reads": 3.0})
+    read = bytes_read(
+        Transformer(shape, attention), {"active_tokens_per_layer": [10.0] * 3, "routing_reads_per_layer": [3.0] * 3}
+    )
     assert read == 2 * 3 * 2 * 4 * (2 * 10 + routing * 3)
 
 

@@ -1,0 +1,114 @@
+"""Attention by layer: its notation, and a model that mixes backends."""
+
+import pytest
+import torch
+
+from dashattn.backends import BACKENDS, DashConfig, FullConfig, InfLLMv2Config
+from dashattn.backends.layers import layer_configs
+from models import ModelConfig, Transformer
+
+KNOWN = {name: kind for name, (kind, _) in BACKENDS.items()}
+SHAPE = ModelConfig(
+    hidden_size=24, intermediate_size=32, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8, max_seq_len=64,
+    vocab_size=50,
+)  # fmt: skip
+DASH = DashConfig(chunk_size=4, router_scale=1e4, prior="raw")
+
+
+def names(layers, count=6, chosen=DASH):
+    config = type(chosen)(**{**vars(chosen), "layers": layers})
+    return [own.name for own in layer_configs(config, count, KNOWN)]
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ({}, "dddddd"),
+        ({"0-1": "full"}, "ffdddd"),
+        ({"*/3": "full"}, "fddfdd"),
+        ({"1-5/2": "full"}, "dfdfdf"),
+        ({"0 5": "full"}, "fddddf"),
+        ({"0-1": "full", "*": "dash"}, "ffdddd"),
+        ({2: "full"}, "ddfddd"),
+        ({"0": "full", "0-2": "sink_window"}, "fssddd"),
+    ],
+)
+def test_the_notation(layers, expected):
+    assert "".join(name[0] for name in names(layers)) == expected
+
+
+def test_options_change_the_chosen_backend_or_name_another():
+    config = DashConfig(
+        impl="reference", layers={"0": {"chunk_size": 32}, "1": {"name": "sink_window", "local_blocks": 2}}
+    )
+    first, second, third = layer_configs(config, 3, KNOWN)
+    assert (first.name, first.chunk_size, third.chunk_size) == ("dash", 32, 64)
+    assert (second.local_blocks, second.impl) == (2, "reference")
+    assert not first.layers
+    assert not third.layers
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({"6": "full"}, "the model's layers are 0 to 5"),
+        ({"4-2": "full"}, "layers are 0 to 5"),
+        ({"first": "full"}, "give layers as 3, 0-1"),
+        ({"*/0": "full"}, "a step is at least 1"),
+        ({"": "full"}, "empty key"),
+        ({"0": "dense"}, "no backend is called 'dense'; choose one of full"),
+        ({"0": {"topk": 3}}, "dash has no option topk"),
+        ({"0": {"layers": {}}}, "has no option layers"),
+        ({"0": {"chunk_size": "big"}}, "is no int"),
+        ({"0": {"chunk_size": True}}, "is no int"),
+        ({"0": {"router_scale": -1.0}}, "router_scale must be a positive"),
+        ({"0": 3}, "a backend's name or a mapping"),
+    ],
+)
+def test_what_cannot_be_is_named(layers, message):
+    with pytest.raises(ValueError, match=message):
+        names(layers)
+
+
+def build(layers, chosen=DASH):
+    torch.manual_seed(0)
+    return Transformer(SHAPE, type(chosen)(**{**vars(chosen), "layers": layers})).double()
+
+
+def test_a_layer_has_the_parameters_and_the_reads_of_its_backend():
+    model = build({"0 2": "full"})
+    own = {name.split(".")[1] for name, _ in model.named_parameters() if "chunk_query" in name}
+    assert own == {"1", "3"}
+    stats = model(torch.arange(40)[None], return_stats=True).stats
+    sparsities = [float(layer.causal_sparsity()) for layer in stats]
+    assert sparsities[0] == sparsities[2] == 0
+    assert min(sparsities[1], sparsities[3]) > 0.1
+    assert [int(layer.routing_reads.sum()) > 0 for layer in stats] == [False, True, False, True]
+
+
+def test_layers_all_alike_are_the_backend_itself():
+    mixed, dense = build({"*": "full"}), build({}, FullConfig())
+    ids = torch.arange(30)[None]
+    torch.testing.assert_close(mixed(ids).logits, dense(ids).logits, rtol=0, atol=0)
+
+
+def test_the_knob_turns_the_chosen_layers_alone():
+    window = {"name": "sink_window", "block_size": 4, "local_blocks": 2}
+    infllm = InfLLMv2Config(block_size=4, kernel_size=2, kernel_stride=1, topk=8, window_size=4)
+    model = build({"0": "full", "1": window, "2": {"topk": 9}}, infllm)
+    model.set_knob(5)
+    assert [getattr(b.config, b.config.knob) for b in model.backends[1:]] == [2, 5, 5]
+    with pytest.raises(ValueError, match="no sparsity knob"):
+        build({"0": "dash"}, FullConfig()).set_knob(1)
+
+
+def test_decoding_a_mixed_model_equals_its_forward():
+    window = {"name": "sink_window", "block_size": 8, "init_blocks": 0, "local_blocks": 1}
+    model = build({"0": "full", "1": window, "2": {"chunk_size": 8}})
+    ids = torch.randint(50, (2, 29))
+    cache = model.new_cache(2, 32)
+    steps = []
+    for start, end in ((0, 13), *((t, t + 1) for t in range(13, 29))):
+        steps.append(model.decode(ids[:, start:end], cache))
+        cache.advance(end - start)
+    torch.testing.assert_close(torch.cat(steps, 1), model(ids).logits, rtol=0, atol=1e-10)
