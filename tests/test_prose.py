@@ -32,3 +32,9 @@ def test_code_stands_in_double_backticks():
         if (singles := [single for text in prose(path.read_text()) for single in SINGLE_BACKTICKS.findall(text)])
     }
     assert found == {}
+
+
+def test_kernel_files_begin_with_their_shapes():
+    kernels = [*(ROOT / "dashattn/ops").rglob("triton*.py"), *(ROOT / "dashattn/ops").rglob("hopper.py")]
+    assert len(kernels) > 15
+    assert [path for path in kernels if "\nShapes" not in ast.get_docstring(ast.parse(path.read_text()))] == []

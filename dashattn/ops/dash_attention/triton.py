@@ -1,6 +1,11 @@
 """DashAttention on the GPU: summaries, router and attention in one differentiable PyTorch operator.
 
 Where the prior is tempered by a large sigma the forward never builds a bias.
+
+Shapes: B batch, T tokens, n = B T of them laid out flat (suffix ``_nHD``), Hq query heads, H KV heads, D head size, N
+chunks of a row, W words of 32 chunks. summaries [complete chunks, H, D]; queries [1 or complete chunks, H, D]; alpha
+float32 [Hq]; words int32 [B, H, T, W]; lse, peak and tau float32 [B, T, Hq]; the bias and its gradient
+float32 [n, H, N].
 """
 
 import torch

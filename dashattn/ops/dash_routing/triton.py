@@ -1,6 +1,9 @@
 """DashAttention's router on the GPU: ``reference.py``'s function with Triton kernels, as PyTorch custom operators.
 
 It hands out the bias as a tensor [B, T, H, N], which ``ops/dash_attention`` need not build.
+
+Shapes: B batch, T tokens, Hq query heads, H KV heads, D head size, N chunks of a row of which n are complete, W words
+of 32 chunks. summaries [B, n, H, D]; alpha float32 [Hq]; words int32 [B, H, T, W]; peak and tau float32 [B, T, Hq].
 """
 
 import torch

@@ -6,6 +6,9 @@ g = dL / P;  ds = u (g - sum(u g) / sum(u));  dq = score_scale sum_c ds k~;  dk~
 
 u / P is formed from z = p ** (alpha - 1) (``share_of_group``): near the edge of the support p underflows long before
 z does. 1 / sigma is left to the very end, or half precision would lose ds.
+
+Shapes as in ``triton_forward``: dq like q; row_mean and, before its sum over tokens, dalpha float32 [n, Hq]; bias_mean
+float32 [n, H]; partial float32 [splits, n', H, D]; lists as in ``schedule.TileLists``.
 """
 
 import torch

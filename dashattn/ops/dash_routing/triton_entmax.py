@@ -6,6 +6,10 @@ line: bracketed by its values at four fixed points, interpolated, then stepped t
 
 The support is where z > 0. At small alpha p = z ** r underflows on much of it: what is taken of p there, its logarithm
 and shares of a group's sum, comes from z.
+
+Shapes: R rows (a query head of a token each), C chunks at a time. x and z [R, C]; tau, alpha and slope [R]; exponent
+[R, 1]; folded sums [R, 8]. Where a group is summed its heads are an axis: [A, B, C] stands for what a dimension of the
+tile is split into.
 """
 
 import triton

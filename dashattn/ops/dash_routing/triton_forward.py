@@ -5,6 +5,10 @@ the chunk summaries again in each pass, on the tensor cores, which is several ti
 scores through memory. What is kept per (token, query head) are two numbers: the highest product q . k~ and the
 threshold tau relative to it. Relative, and the difference of products taken before it is scaled: the highest score is
 then exactly 0, and a large router_scale costs the threshold no digits.
+
+Shapes: n = B T tokens laid out flat, M documents, n' complete chunks of BLOCK tokens, Hq query heads, H KV heads, D
+head size, N chunks of a row, W words of 32 chunks. q [n, Hq, D]; summaries [n', H, D]; starts, a document's first
+summary, int32 [M + 1]; alpha float32 [Hq]; peak and tau float32 [n, Hq]; words int32 [H, n, W]; bias float32 [n, H, N].
 """
 
 from functools import cache
