@@ -108,8 +108,22 @@ class AttentionConfig:
     knob: ClassVar[str | None] = None
     """The field that sets the sparsity, if there is one."""
 
+    blocks: ClassVar[str | None] = None
+    """The field that holds the keys per block, if there are blocks."""
+
     def __post_init__(self) -> None:
         checks.check_choice("attention.impl", self.impl, IMPLS)
+
+    @classmethod
+    def at_block_size(cls, size: int) -> "AttentionConfig":
+        """The defaults, at blocks of ``size`` keys if there are blocks."""
+        return cls() if cls.blocks is None else cls(**{cls.blocks: size})
+
+    @classmethod
+    def samples(cls) -> dict[str, "AttentionConfig"]:
+        """What errors are measured of, by the names that rows have: sparse where it can be at a thousand tokens."""
+        config = cls.at_block_size(32)
+        return {config.name: config}
 
     def with_knob(self, value: float) -> "AttentionConfig":
         """This configuration at another value of its sparsity knob; ValueError where that cannot be."""

@@ -26,6 +26,7 @@ class SinkWindowConfig(AttentionConfig):
     local_blocks: int = 16
 
     knob: ClassVar[str | None] = "local_blocks"
+    blocks: ClassVar[str | None] = "block_size"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,6 +61,8 @@ class OracleConfig(AttentionConfig):
     top_p: float = 0.9
     init_blocks: int = 1
     local_blocks: int = 4
+
+    blocks: ClassVar[str | None] = "block_size"
 
     @property
     def knob(self) -> str:

@@ -50,6 +50,12 @@ class DashConfig(AttentionConfig):
     learn_summary: bool = True
 
     knob: ClassVar[str | None] = "router_scale"
+    blocks: ClassVar[str | None] = "chunk_size"
+
+    @classmethod
+    def samples(cls):
+        priors = ("tempered", "raw")
+        return {f"dash, {prior}": cls(chunk_size=32, router_scale=4.0, prior=prior) for prior in priors}
 
     def __post_init__(self) -> None:
         super().__post_init__()

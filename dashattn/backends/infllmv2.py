@@ -23,6 +23,16 @@ class InfLLMv2Config(AttentionConfig):
     window_size: int = 1024
 
     knob: ClassVar[str | None] = "topk"
+    blocks: ClassVar[str | None] = "block_size"
+
+    @classmethod
+    def at_block_size(cls, size):
+        """The window as long as the default one, in whole blocks."""
+        return cls(block_size=size, window_size=cls.window_size // size * size)
+
+    @classmethod
+    def samples(cls):
+        return {"infllmv2": cls(block_size=32, kernel_size=16, kernel_stride=8, topk=8, window_size=64)}
 
     def __post_init__(self) -> None:
         super().__post_init__()

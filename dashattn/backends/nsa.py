@@ -45,6 +45,11 @@ class NSAConfig(AttentionConfig):
     window_size: int = 512
 
     knob: ClassVar[str | None] = "topk"
+    blocks: ClassVar[str | None] = "block_size"
+
+    @classmethod
+    def samples(cls):
+        return {"nsa": cls(block_size=32, kernel_size=16, kernel_stride=8, topk=8, window_size=64)}
 
     @property
     def pooling(self) -> str:

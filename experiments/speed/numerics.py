@@ -14,29 +14,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dashattn.backends import (
-    AttentionBackend,
-    AttentionConfig,
-    AttentionShape,
-    DashConfig,
-    FullConfig,
-    InfLLMv2Config,
-    NSAConfig,
-    build_backend,
-)
+from dashattn.backends import BACKENDS, AttentionBackend, AttentionConfig, AttentionShape, build_backend
 from experiments.errors import user_errors
 from experiments.files import NUMERICS, append_rows, read_rows
 from experiments.provenance import device_name
 from experiments.schema import DTYPES
 
 SHAPE = AttentionShape(hidden_size=512, num_heads=8, num_kv_heads=2, head_dim=64)
-# Sparse enough at 1000 tokens that selections matter.
 CONFIGS: dict[str, AttentionConfig] = {
-    "full": FullConfig(),
-    "dash, tempered": DashConfig(chunk_size=32, router_scale=4.0),
-    "dash, raw": DashConfig(chunk_size=32, router_scale=4.0, prior="raw"),
-    "infllmv2": InfLLMv2Config(block_size=32, kernel_size=16, kernel_stride=8, topk=8, window_size=64),
-    "nsa": NSAConfig(block_size=32, kernel_size=16, kernel_stride=8, topk=8, window_size=64),
+    name: sample for config, _ in BACKENDS.values() for name, sample in config.samples().items()
 }
 
 

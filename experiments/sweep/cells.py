@@ -13,14 +13,21 @@ names; which are done is read off their directories.
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 
 from filelock import FileLock
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import MissingConfigException
+from omegaconf import MISSING, OmegaConf
 
-from experiments.files import CELL, PLAN, write_atomically
+from dashattn.backends import AttentionConfig
+from experiments.config import register_configs
+from experiments.files import CELL, CONFIGS, PLAN, write_atomically
 from slurm.launcher import LauncherConfig
 
 
@@ -60,9 +67,9 @@ class SweepConfig:
 
 
 def register_sweep_config() -> None:
+    register_configs()  # a cell's arms are choices of a training run
     store = ConfigStore.instance()
     store.store(name="sweep_schema", node=SweepConfig)
-    store.store(group="launcher", name="launcher_schema", node=LauncherConfig)
 
 
 @dataclass(frozen=True)
@@ -175,14 +182,24 @@ def _study_cells(config: SweepConfig, study_name: str, study: StudyConfig, seed:
 
 
 def _knob_key(train: list[str]) -> str:
-    from dashattn.backends import BACKENDS
-
-    choice = next((o.removeprefix("attention=") for o in train if o.startswith("attention=")), "")
-    name = choice.partition("_")[0]  # configs/attention: a backend, or backend_variant
-    knob = BACKENDS[name][0].knob if name in BACKENDS else None
+    """The configuration key of the sparsity knob that an arm's overrides choose."""
+    chosen = tuple(override for override in train if override.startswith(("attention=", "attention.")))
+    knob = _attention(chosen).knob if any(override.startswith("attention=") for override in chosen) else None
     if knob is None:
         raise ValueError(f"trained_knobs needs attention=... with a sparsity knob among the arm's overrides {train}")
     return f"attention.{knob}"
+
+
+@cache
+def _attention(overrides: tuple[str, ...]) -> AttentionConfig:
+    """What these overrides of train.py make of its attention: the files of configs/attention may have any name."""
+    with ExitStack() as stack:
+        if not GlobalHydra.instance().is_initialized():  # the sweep's own command line has done it
+            stack.enter_context(initialize_config_dir(CONFIGS, version_base="1.3"))
+        try:
+            return OmegaConf.to_object(compose("train", list(overrides)).attention)
+        except MissingConfigException as error:
+            raise ValueError(f"{', '.join(overrides)}: {str(error).splitlines()[0]}") from None
 
 
 def write_plan(output_dir: Path, found: list[Cell]) -> None:

@@ -169,9 +169,10 @@ def _check_model(config: TrainConfig) -> None:
 
 def _check_backend(backend: AttentionBackend, config: TrainConfig) -> None:
     attention, seq_len = backend.config, config.data.seq_len
-    for key in ("chunk_size", "block_size"):
-        size = getattr(attention, key, None)
-        if size is not None and size >= seq_len:
+    key = attention.blocks
+    if key is not None:
+        size = getattr(attention, key)
+        if size >= seq_len:
             raise ValueError(
                 f"attention.{key}={size} leaves nothing to select in rows of data.seq_len={seq_len}: "
                 f"lower attention.{key} or raise data.seq_len"

@@ -1,0 +1,112 @@
+"""A backend that nothing here has heard of, added to a copy of the code as the README says, goes the whole way."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from experiments.provenance import snapshot
+from tests.experiments.conftest import TINY
+
+BACKEND = '''
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from dashattn.backends.base import ALL_HEADS, AttentionBackend, AttentionConfig, Capabilities
+from dashattn.ops.block_sparse.reference import block_sparse_attention
+from dashattn.selection import Selection
+from dashattn.stats import selection_stats
+
+
+@dataclass
+class LastBlocksConfig(AttentionConfig):
+    name: str = "last_blocks"
+    piece_size: int = 16
+    pieces: int = 2
+
+    knob: ClassVar[str | None] = "pieces"
+    blocks: ClassVar[str | None] = "piece_size"
+
+
+class LastBlocksBackend(AttentionBackend):
+    """The token's own block and those just before it, ``pieces`` in all."""
+
+    capabilities = Capabilities(packed=False, decode=False)
+
+    def forward(self, q, k, v, *, hidden=None, rope=None, cu_seqlens=None, return_stats=False, share=ALL_HEADS):
+        size = self.config.piece_size
+        token = torch.arange(q.shape[1], device=q.device) // size
+        block = torch.arange(-(-q.shape[1] // size), device=q.device)
+        mask_TN = (block <= token[:, None]) & (block > token[:, None] - self.config.pieces)
+        selection = Selection.from_mask(mask_TN[None, :, None].expand(q.shape[0], -1, k.shape[2], -1), size)
+        out = block_sparse_attention(q, k, v, selection)
+        reads = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
+        return (out, selection_stats(selection, reads, cu_seqlens)) if return_stats else out
+'''
+SWEEP = """# @package _global_
+name: toy
+studies:
+  text:
+    train: [{train}, data.pack=plain]
+    evaluate: ["tasks=[loss,position]"]
+    arms:
+      mine:
+        train: [attention=a_file_of_mine]
+        trained_knobs: [2]
+        knobs: [1, 4]
+"""
+
+
+@pytest.fixture(scope="module")
+def code(tmp_path_factory):
+    """A copy of the code with the backend: its module, its line in the registry, its file of values."""
+    code = snapshot(tmp_path_factory.mktemp("code"))
+    (code / "dashattn/backends/last_blocks.py").write_text(BACKEND)
+    registry = code / "dashattn/backends/__init__.py"
+    text = registry.read_text()
+    head = "from dashattn.backends.nsa import"
+    line = '    "full": (FullConfig, FullBackend),\n'
+    assert text.count(head) == text.count(line) == 1
+    text = text.replace(head, f"from dashattn.backends.last_blocks import LastBlocksBackend, LastBlocksConfig\n{head}")
+    registry.write_text(text.replace(line, f'{line}    "last_blocks": (LastBlocksConfig, LastBlocksBackend),\n'))
+    (code / "configs/attention/a_file_of_mine.yaml").write_text("defaults: [last_blocks_schema, _self_]\n")
+    return code
+
+
+def run(code, *arguments):
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=code, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_it_is_trained_evaluated_and_drawn(code, cache_dir, tmp_path):
+    train = ", ".join(TINY)
+    (code / "configs/sweep/toy.yaml").write_text(SWEEP.format(train=f"{train}, cache_dir={cache_dir}"))
+    run(code, "experiments.sweep", "sweep=toy", f"output_dir={tmp_path}")
+    (cell,) = json.loads((tmp_path / "cells.json").read_text())
+    assert "attention.pieces=2" in cell["train"]
+    (path,) = tmp_path.glob("*/results.jsonl")
+    rows = [json.loads(line) for line in path.open()]
+    sparsity = {row["knob"]: row["causal_sparsity"] for row in rows if row["task"] == "loss"}
+    # Rows of 64 tokens in 4 blocks of 16: all, and the own one only.
+    assert sparsity[4] == 0
+    assert sparsity[1] == pytest.approx(1 - 4 * sum(range(1, 17)) / sum(range(1, 65)))
+    assert {(row["backend"], row["knob_name"], row["trained_knob"]) for row in rows} == {("last_blocks", "pieces", 2)}
+    run(code, "experiments.figures", str(tmp_path / "figures"), str(tmp_path))
+    tables = [list(csv.DictReader(file.open())) for file in (tmp_path / "figures").glob("*.csv")]
+    assert {row["label"] for table in tables for row in table if "label" in row} == {"mine"}
+
+
+def test_its_numerics_are_measured(code, tmp_path):
+    """The registry is all that the benchmarks know, too."""
+    run(code, "experiments.speed.numerics", str(tmp_path), "100")
+    rows = [json.loads(line) for line in (tmp_path / "numerics.jsonl").open()]
+    assert {row["tensor"] for row in rows if row["backend"] == "last_blocks"} == {"out", "dq", "dk", "dv"}
