@@ -11,7 +11,7 @@ from test_transformer import build, tokens
 
 from dashattn.backends import DashConfig, FullConfig, InfLLMv2Config, NSAConfig
 from dashattn.ops.chunk_summary.reference import chunk_summary
-from dashattn.ops.decode import reference
+from dashattn.ops.decode import reference, triton_routing
 from dashattn.ops.decode import triton as kernels
 from dashattn.selection import Selection
 from models import RopeConfig
@@ -90,8 +90,21 @@ def test_offsets_past_2_31_elements(window):
 
 @pytest.mark.parametrize("num_chunks", [1, 5, 32, 33, 64, 200])
 @pytest.mark.parametrize("alpha", [None, 1.3])
-def test_thresholds_of_many_rows(num_chunks, alpha):
-    """So many that, with few chunks, threads which do not agree when a row is solved wait for each other for ever."""
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.timeout(120, method="thread")
+def test_thresholds_of_many_rows(num_chunks, alpha, fused, monkeypatch):
+    """So many that, with few chunks, threads which do not agree that a row is solved would wait for others for ever.
+
+    Where the compiler fuses multiply-adds, their sums do differ.
+    """
+    if fused:
+        kernel = triton_routing.threshold_kernel
+        grid = (3000 * 6,)
+
+        def fuse(*args, **options):
+            kernel[grid](*args, **options | {"enable_fp_fusion": True})
+
+        monkeypatch.setattr(triton_routing, "threshold_kernel", {grid: fuse})
     heads = 6
     alpha = None if alpha is None else torch.full((heads,), alpha, device="cuda")
     lengths = torch.randint(16 * num_chunks, (3000,), dtype=torch.int32, device="cuda")

@@ -9,6 +9,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton.runtime import interpreter
+
 from dashattn.ops.block_sparse import reference
 from dashattn.ops.block_sparse import triton as kernels
 from dashattn.ops.block_sparse.schedule import key_lists, tile_lists
@@ -138,9 +140,15 @@ def test_lists_hold_exactly_the_selected_pairs():
     assert by_key == expected
 
 
-def test_windows_add_up(monkeypatch):
-    """The key gradient in windows of 16 tokens, across documents."""
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("backwards", [False, True])
+def test_windows_add_up(monkeypatch, backwards):
+    """The key gradient in windows of 16 tokens, across documents; whichever program the device starts first."""
     monkeypatch.setattr(kernels, "key_grad_window", lambda *_: 16)
+    if backwards:
+        builder = interpreter.interpreter_builder
+        start = builder.set_grid_idx
+        monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: start(builder.grid_dim[0] - 1 - x, y, z))
     q, k, v = (torch.randn(1, 75, heads, 16) for heads in (2, 1, 1))
     cu_seqlens = torch.tensor([0, 3, 20, 75], dtype=torch.int32)
     selection = Selection.from_mask(torch.rand(1, 75, 1, 5) < 0.5, 16)

@@ -193,11 +193,14 @@ def key_grad_kernel(
     """What the tokens of one window give to one block.
 
     All blocks of a window come one after the other, so that its queries and output gradients stay in the L2 cache.
-    The windows of a block add up in their order: a program waits for its turn after its own work is done. Programs
-    start in the order of their numbers, so whoever is waited for has started.
+    The windows of a block add up in their order: a program waits for its turn after its own work is done. Where there
+    are several, programs take numbers as they start, so that whoever is waited for, a lower number, has started.
+    ``turns``: the next number, and of each block and part the windows that have added up.
     """
     PARTS: tl.constexpr = BLOCK // KEYS
     pid = tl.program_id(0)
+    if num_windows > 1:
+        pid = tl.atomic_add(turns, 1, sem="relaxed")
     part = pid % PARTS
     slot = pid // PARTS % num_slots
     kv_head = pid // PARTS // num_slots % KV_HEADS
@@ -238,7 +241,7 @@ def key_grad_kernel(
 
     sums_ptr += offset
     dv_sums_ptr = sums_ptr + num_tokens.to(tl.int64) * (KV_HEADS * HEAD_DIM)
-    turn_ptr = turns + row * PARTS + part
+    turn_ptr = turns + 1 + row * PARTS + part
     if this_window > first_window:
         while tl.atomic_add(turn_ptr, 0, sem="acquire") != this_window - first_window:
             pass
@@ -327,7 +330,7 @@ def key_grad(
     windows = lists.offsets.shape[-1]
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     sums = torch.empty(2 if windows > 1 else 0, *k.shape, dtype=torch.float32, device=k.device)
-    turns = torch.zeros(geo.kv_heads * slots * parts, dtype=torch.int32, device=k.device)
+    turns = torch.zeros(1 + geo.kv_heads * slots * parts, dtype=torch.int32, device=k.device)
     launch(
         key_grad_kernel, (windows * geo.kv_heads * slots * parts,),
         q, k, v, bias, do, lse, delta_, dk, dv, sums, turns, geo.documents, lists.tokens, lists.bases, lists.counts,

@@ -182,6 +182,27 @@ def unsolved(tau, better, power_sum, alpha):
 
 
 @triton.jit
+def any_thread(condition):
+    """Whether a condition holds as any thread of the program sees it: one answer for all, so that a loop may end by it.
+
+    A sum of floats may differ in its last bit between threads that hold it, a comparison of it then altogether.
+    """
+    if INTERPRETED:
+        return condition
+    else:
+        anywhere = tl.inline_asm_elementwise(
+            """{
+            .reg .pred mine, anywhere;
+            setp.ne.s32 mine, $1, 0;
+            bar.red.or.pred anywhere, 0, mine;
+            selp.s32 $0, 1, 0, anywhere;
+            }""",
+            "=r,r", [condition.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+        return anywhere != 0
+
+
+@triton.jit
 def probe(x, slope, point, sums, exponent, SQUARE: tl.constexpr):
     """Adds z ** r and z ** (r - 1) with z = slope x - ``point`` to the folded sums; ``point`` is one per row."""
     p, u = power(saturated(x, slope[:, None], -point[:, None]), exponent, SQUARE)

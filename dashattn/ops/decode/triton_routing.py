@@ -21,6 +21,7 @@ from dashattn.ops.dash_routing.triton_entmax import (
     EDGE_LOG_P,
     MAX_PASSES,
     above_threshold,
+    any_thread,
     is_positive,
     log_mean,
     power,
@@ -103,8 +104,8 @@ def threshold_kernel(
     """Threshold and selection words of one query head, all of its chunks (at most CHUNKS) at once.
 
     To be compiled without fused multiply-adds. Where a thread holds one chunk, a square would be fused into its sum
-    with the neighbour's rounded one: threads of a warp would then hold sums that differ in the last digit, and those
-    that think themselves done would leave the others waiting for them in the next sum for ever.
+    with the neighbour's rounded one: threads of a warp would then hold sums, and thresholds, that differ in the last
+    digit. The loop ends for all of them at once even so.
     """
     wait_for_kernel_before(PDL)
     flat_row = tl.program_id(0)
@@ -131,7 +132,9 @@ def threshold_kernel(
     z, sums = _measure(x, slope, tau, exponent, SQUARE)
     better = root_step(tau, sums, alpha, highest, SQUARE)
     passes = 0
-    while (own > 0) & (tl.max(unsolved(tau, better, sums[0], alpha).to(tl.int32), 0) > 0) & (passes < MAX_PASSES):
+    while any_thread((own > 0) & (tl.max(unsolved(tau, better, sums[0], alpha).to(tl.int32), 0) > 0)) & (
+        passes < MAX_PASSES
+    ):
         tau = better
         z, sums = _measure(x, slope, tau, exponent, SQUARE)
         better = root_step(tau, sums, alpha, highest, SQUARE)
