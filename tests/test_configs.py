@@ -59,6 +59,18 @@ def test_a_saved_configuration_loads_as_the_same_one(attention, data, tmp_path):
     assert load_config(path) == config
 
 
+def test_attention_by_layer_is_composed_checked_saved_and_loaded(tmp_path):
+    layers = "attention.layers={0:full,1:{chunk_size:32}}"
+    config = check(composed("attention=dash", "device=cpu", layers))
+    path = tmp_path / "config.yaml"
+    path.write_text(OmegaConf.to_yaml(plain(config)))
+    assert load_config(path).attention.layers == {0: "full", 1: {"chunk_size": 32}}
+    with pytest.raises(ValueError, match="the model's layers are 0 to 1"):
+        check(composed("attention=dash", "device=cpu", "attention.layers={2-9/3:full}"))
+    with pytest.raises(ValueError, match="for evaluation only"):
+        check(composed("attention=dash", "device=cpu", "attention.layers={*/2:oracle}"))
+
+
 @pytest.mark.parametrize(
     "override",
     ["optim.learning_rate=1", "attention.topk=4", "stepz=3", "optim.lr=fast", "steps=1.5", "attention=sparse"],

@@ -1,7 +1,7 @@
 """The protocol every attention backend follows. The transformer knows this and never a backend's name."""
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -103,7 +103,7 @@ class AttentionConfig:
 
     name: str = "???"
     impl: str = "auto"
-    layers: dict[str, Any] = field(default_factory=dict)
+    layers: Any = None  # a mapping; a command line may add keys to none but an untyped one
 
     knob: ClassVar[str | None] = None
     """The field that sets the sparsity, if there is one."""

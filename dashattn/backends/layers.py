@@ -33,9 +33,13 @@ def layer_configs(
     Raises:
         ValueError: a layer that does not exist, an unknown backend or option, or a key that is no range.
     """
-    chosen = replace(config, layers={})  # of a layer of its own there are no layers
+    check(
+        config.layers is None or isinstance(config.layers, Mapping),
+        f"attention.layers={config.layers!r}: give a mapping, as in {{0-1: full}}",
+    )
+    chosen = replace(config, layers=None)
     found: list[AttentionConfig | None] = [None] * num_layers
-    for key, value in config.layers.items():
+    for key, value in (config.layers or {}).items():
         own = _config(chosen, str(key), value, known)
         for layer in _layers(str(key), num_layers):
             if found[layer] is None:

@@ -23,6 +23,7 @@ def names(layers, count=6, chosen=DASH):
 @pytest.mark.parametrize(
     ("layers", "expected"),
     [
+        (None, "dddddd"),
         ({}, "dddddd"),
         ({"0-1": "full"}, "ffdddd"),
         ({"*/3": "full"}, "fddfdd"),
@@ -63,6 +64,7 @@ def test_options_change_the_chosen_backend_or_name_another():
         ({"0": {"chunk_size": True}}, "is no int"),
         ({"0": {"router_scale": -1.0}}, "router_scale must be a positive"),
         ({"0": 3}, "a backend's name or a mapping"),
+        ("full", "give a mapping"),
     ],
 )
 def test_what_cannot_be_is_named(layers, message):
