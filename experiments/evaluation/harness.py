@@ -53,8 +53,8 @@ class HarnessModel(TemplateLM):
         device: str | None = None,
         max_batch_size: int | None = None,  # lm_eval passes it on; nothing is tuned here
     ) -> None:
-        if not str(batch_size).isdigit():
-            raise ValueError(f"batch_size={batch_size}: a number of rows is needed")
+        if not str(batch_size).isdigit() or int(batch_size) < 1:
+            raise ValueError(f"batch_size={batch_size}: a number of rows is needed, at least 1")
         target = locate(run, (device or "auto").split(":")[0])
         model = build_model(target)
         if knob is not None:
@@ -139,10 +139,17 @@ class HarnessModel(TemplateLM):
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
         """(log-probability of the continuation in nats, whether it is the greedy one) of each (key, context,
-        continuation)."""
+        continuation). Without a context, which white space is, too, a text begins after the end of another.
+
+        Raises:
+            ValueError: a continuation is longer than ``max_length``.
+        """
+        longest = max((len(continuation) for _, _, continuation in requests), default=0)
+        if longest > self.max_length:
+            raise ValueError(f"a continuation has {longest} tokens, more than max_length={self.max_length}: raise it")
         rows = [
             # The last token is no input. A context that is too long loses its beginning.
-            ((context + continuation)[-(self.max_length + 1) :][:-1], continuation[-self.max_length :])
+            (((context or [self.prefix_token_id]) + continuation)[-(self.max_length + 1) :][:-1], continuation)
             for _, context, continuation in requests
         ]
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))

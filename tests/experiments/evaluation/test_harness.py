@@ -113,6 +113,16 @@ def test_log_likelihoods_are_the_models_own(run_dir):
     assert (is_greedy, is_other) == (True, False)
 
 
+def test_a_context_of_white_space_is_none(run_dir):
+    lm = HarnessModel(str(run_dir), device="cpu", batch_size=3, max_length=20)
+    pairs = [(" ", "class A"), ("import os", "\nimport sys")]
+    (blank, _), _ = lm.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
+    ids = [lm.eot_token_id, *lm.tok_encode(" class A")]
+    assert blank == pytest.approx(log_p(lm.model, ids)[0].sum().item(), abs=1e-3)
+    with pytest.raises(ValueError, match=r"a continuation has \d+ tokens, more than max_length=20"):
+        lm.loglikelihood(requests("loglikelihood", ("x", " = 1" * 40)), disable_tqdm=True)
+
+
 def test_rolling_predicts_every_token_once(run_dir):
     lm = HarnessModel(str(run_dir), device="cpu", max_length=16)
     text = "".join(document["text"] for document in DOCUMENTS)
@@ -317,8 +327,9 @@ def test_lm_evals_own_command_line(run_dir, task_dir, tmp_path):
 
 
 def test_refusals(run_dir):
-    with pytest.raises(ValueError, match="batch_size=auto"):
-        HarnessModel(str(run_dir), batch_size="auto", device="cpu")
+    for batch_size in ("auto", 0):
+        with pytest.raises(ValueError, match=f"batch_size={batch_size}"):
+            HarnessModel(str(run_dir), batch_size=batch_size, device="cpu")
     with pytest.raises(ValueError, match="no intact weights in"):
         HarnessModel("/nonexistent")
 
