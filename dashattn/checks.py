@@ -34,6 +34,22 @@ def check_positive(**values: float) -> None:
             raise ValueError(f"{name} must be a positive finite number; got {value!r}")
 
 
+def check_sparsity(name: str, value: float) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
+        raise ValueError(f"{name} must be a share of the keys in [0, 1), such as 0.75; got {value!r}")
+
+
+def check_router_scale(router_scale: float | Tensor) -> None:
+    if isinstance(router_scale, Tensor):
+        check(
+            router_scale.ndim == 0 and router_scale.device.type == "cpu" and router_scale.dtype == torch.float64,
+            f"a router_scale that is a tensor must be float64 [] on the CPU; got {router_scale.dtype} "
+            f"{tuple(router_scale.shape)} on {router_scale.device}",
+        )
+    else:
+        check_positive(router_scale=router_scale)
+
+
 def check_alpha(alpha: float | Tensor, num_heads: int | None = None) -> None:
     """Values of a tensor on a GPU are checked there, and nobody waits: outside the range CUDA stops with an error."""
     if isinstance(alpha, Tensor):

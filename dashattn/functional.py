@@ -70,7 +70,7 @@ def dash_attention(
     *,
     chunk_size: int = 64,
     alpha: float | Tensor = 1.5,
-    router_scale: float = 1.0,
+    router_scale: float | Tensor = 1.0,
     prior: str = "tempered",
     sigma: float = 1e6,
     prior_heads: str = "group",
@@ -87,7 +87,8 @@ def dash_attention(
         chunk_size: tokens per chunk.
         alpha: in [1.01, 2]; a float, or a tensor [Hq] or [] (differentiable). A tensor on a GPU is checked there, so
             that nobody waits for it: values outside stop the process with a CUDA assertion that names the range.
-        router_scale: gamma, the sparsity knob; larger is sparser.
+        router_scale: gamma, the sparsity knob; larger is sparser. A float, or a float64 tensor [] on the CPU, which
+            torch.compile takes at every value without compiling anew.
         prior: ``raw``, ``tempered`` or ``none``; see ``dash_routing``.
         sigma: temperature of the tempered prior.
         prior_heads: ``group`` or ``head``.
@@ -100,7 +101,8 @@ def dash_attention(
     checks.check_qkv(q, k, v, cu_seqlens)
     checks.check_positive_int(chunk_size=chunk_size)
     checks.check_alpha(alpha, q.shape[2])
-    checks.check_positive(router_scale=router_scale, sigma=sigma)
+    checks.check_positive(sigma=sigma)
+    checks.check_router_scale(router_scale)
     checks.check_choice("prior", prior, PRIORS)
     checks.check_choice("prior_heads", prior_heads, PRIOR_HEADS)
     checks.check_shape("chunk_query", chunk_query, tuple(k.shape[2:]))

@@ -13,6 +13,9 @@ from torch import Tensor
 from dashattn.documents import document_positions
 from dashattn.selection import Selection
 
+SPARSITY_COUNTS = ("causal", "paper")
+PAPER_SKIP = 4096  # first tokens, which the DashAttention authors do not count
+
 
 @dataclass(frozen=True)
 class AttentionStats:
@@ -31,8 +34,15 @@ class AttentionStats:
     def causal_sparsity(self) -> Tensor:
         return causal_sparsity(self.active_tokens, self.positions)
 
-    def paper_sparsity(self, skip: int = 4096) -> Tensor:
+    def paper_sparsity(self, skip: int = PAPER_SKIP) -> Tensor:
         return paper_sparsity(self.active_tokens, skip=skip)
+
+    def counts(self, count: str) -> Tensor:
+        """Active keys, and the keys that they are counted against: 1 minus their ratio is the sparsity of that name,
+        ``causal`` or ``paper``, and sums over several calls have one too. Float64 [2]."""
+        if count == "paper":
+            return torch.stack(paper_counts(self.active_tokens))
+        return torch.stack(causal_counts(self.active_tokens, self.positions))
 
 
 def causal_sparsity(active_tokens: Tensor, positions: Tensor) -> Tensor:
@@ -42,18 +52,30 @@ def causal_sparsity(active_tokens: Tensor, positions: Tensor) -> Tensor:
         active_tokens: int [B, T, Hkv].
         positions: int [B, T], position of each token within its document.
     """
+    active, dense = causal_counts(active_tokens, positions)
+    return 1 - (active / dense).float()
+
+
+def causal_counts(active_tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Active keys and keys of dense causal attention, float64 scalar tensors."""
     dense = (positions.long() + 1).sum() * active_tokens.shape[-1]
-    return 1 - (active_tokens.long().sum().double() / dense).float()
+    return active_tokens.long().sum().double(), dense.double()
 
 
-def paper_sparsity(active_tokens: Tensor, skip: int = 4096) -> Tensor:
+def paper_sparsity(active_tokens: Tensor, skip: int = PAPER_SKIP) -> Tensor:
     """1 - mean over t >= skip of active / N, as the DashAttention authors count. Float32 scalar tensor.
 
     Dense causal attention does not score 0 under it (37 % at N = 16384): only for tables beside the paper's.
     NaN where no token lies past ``skip``; defined for unpacked sequences only.
     """
-    length = active_tokens.shape[1]
-    return 1 - active_tokens[:, skip:].float().mean() / length
+    active, counted = paper_counts(active_tokens, skip)
+    return 1 - (active / counted).float()
+
+
+def paper_counts(active_tokens: Tensor, skip: int = PAPER_SKIP) -> tuple[Tensor, Tensor]:
+    """Active keys of the tokens from ``skip`` on, and N for each of them, float64 scalar tensors."""
+    active = active_tokens[:, skip:].long().sum().double()
+    return active, torch.full_like(active, active_tokens[:, skip:].numel() * active_tokens.shape[1])
 
 
 def dense_stats(batch: int, length: int, num_kv_heads: int, device: torch.device, cu_seqlens=None) -> AttentionStats:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dashattn import checks
-from dashattn.backends.base import ALL_HEADS, AttentionBackend, AttentionConfig, HeadShare
+from dashattn.backends.base import ALL_HEADS, AttentionBackend, AttentionConfig, HeadShare, forced_keys
 from dashattn.cache import CacheField
 from dashattn.checks import check
 from dashattn.functional import dash_attention, unsupported_priors
@@ -22,6 +22,7 @@ from dashattn.routing import Routing, past_blocks
 
 ALPHA_MODES = ("fixed", "scheduled", "learnable")
 SUMMARY_ROPES = ("none", "mean")
+ROUTER_SCALES = (1e-6, 1e6)
 
 
 @dataclass
@@ -78,6 +79,15 @@ class DashConfig(AttentionConfig):
                 f"alpha_mode=learnable starts strictly between 1.01 and 2, where its sigmoid ends; got {self.alpha}",
             )
 
+    def knob_span(self, length):
+        """Below the one the scores are all but equal and every chunk is selected, above the other each query head has
+        one chunk; both whatever the scores of a model that is used or trained."""
+        return ROUTER_SCALES
+
+    def least_active(self, length):
+        """The token's own chunk, and one before it."""
+        return forced_keys(length, self.chunk_size, 0, 2)
+
 
 class DashBackend(AttentionBackend):
     """Owns the chunk queries (zero: summaries start as mean-pooled keys) and, if learnable, alpha."""
@@ -91,7 +101,16 @@ class DashBackend(AttentionBackend):
             share = (config.alpha - MIN_ALPHA) / (MAX_ALPHA - MIN_ALPHA)
             logit = math.log(share) - math.log(1 - share)
             self.alpha_logit = nn.Parameter(torch.full((shape.num_heads,), logit))
+        self.set_knob(config.router_scale)
         self.set_step(0)
+
+    def set_knob(self, value):
+        super().set_knob(value)
+        self.router_scale = self.config.router_scale
+        if self.config.holds_sparsity:
+            # A tensor: for a number torch.compile would compile anew at each value. On the host, where kernels are
+            # given it, so that nothing waits for the device.
+            self.router_scale = torch.tensor(self.router_scale, dtype=torch.float64)
 
     def set_step(self, step: int) -> None:
         config = self.config
@@ -138,7 +157,7 @@ class DashBackend(AttentionBackend):
             self.chunk_query[share.kv_heads],
             chunk_size=config.chunk_size,
             alpha=self.alpha(share),
-            router_scale=config.router_scale,
+            router_scale=self.router_scale,
             prior=config.prior,
             sigma=config.sigma,
             prior_heads=config.prior_heads,

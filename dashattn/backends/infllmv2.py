@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from dashattn.backends.base import ALL_HEADS, AttentionBackend, AttentionConfig
+from dashattn.backends.base import ALL_HEADS, AttentionBackend, AttentionConfig, forced_keys
 from dashattn.cache import CacheField
 from dashattn.functional import check_infllmv2, infllmv2_attention
 from dashattn.ops.compression.reference import mean_compress
@@ -45,6 +45,18 @@ class InfLLMv2Config(AttentionConfig):
             self.window_size,
         )
 
+    @property
+    def local_blocks(self) -> int:
+        """Those of the window, and a token's own."""
+        return self.window_size // self.block_size + 1
+
+    def knob_span(self, length):
+        forced = self.init_blocks + self.local_blocks
+        return max(-(-length // self.block_size), forced), forced
+
+    def least_active(self, length):
+        return forced_keys(length, self.block_size, self.init_blocks, self.local_blocks)
+
 
 class InfLLMv2Backend(AttentionBackend):
     """No parameters: the selection carries no gradient."""
@@ -64,7 +76,7 @@ class InfLLMv2Backend(AttentionBackend):
             block_size=config.block_size,
             topk=config.topk,
             init_blocks=config.init_blocks,
-            local_blocks=config.window_size // config.block_size + 1,
+            local_blocks=config.local_blocks,
         )
 
     def forward(self, q, k, v, *, hidden=None, rope=None, cu_seqlens=None, return_stats=False, share=ALL_HEADS):
@@ -116,6 +128,6 @@ class InfLLMv2Backend(AttentionBackend):
             kernel_stride=config.kernel_stride,
             topk=config.topk,
             init_blocks=config.init_blocks,
-            local_blocks=config.window_size // config.block_size + 1,
+            local_blocks=config.local_blocks,
         )
         return operations.cached_attention(q, cache["k"], cache["v"], cache.lengths, selection)

@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dashattn import checks
-from dashattn.backends.base import ALL_HEADS, AttentionBackend, AttentionConfig, AttentionFlops, HeadShare
+from dashattn.backends.base import (
+    ALL_HEADS,
+    AttentionBackend,
+    AttentionConfig,
+    AttentionFlops,
+    HeadShare,
+    forced_keys,
+)
 from dashattn.cache import CacheField
 from dashattn.checks import check
 from dashattn.functional import check_nsa, nsa_attention
@@ -77,6 +84,13 @@ class NSAConfig(AttentionConfig):
             )
         else:
             check(self.window_size > 0, "variant=paper has a window branch: set window_size > 0; got 0")
+
+    def knob_span(self, length):
+        forced = self.init_blocks + self.local_blocks
+        return max(-(-length // self.block_size), forced), forced
+
+    def least_active(self, length):
+        return forced_keys(length, self.block_size, self.init_blocks, self.local_blocks, self.window_size)
 
 
 def _matrix_size(module: nn.Module) -> int:

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from dashattn import full_attention
+from dashattn import dash_attention, full_attention
 from dashattn.backends import (
     BACKENDS,
     AttentionShape,
@@ -267,9 +267,70 @@ def test_knobs():
         build_backend(FullConfig(), SHAPE).set_knob(1)
 
 
+@pytest.mark.parametrize("length", [1, 7, 8, 27, 64, 70])
+@pytest.mark.parametrize(
+    "config",
+    [
+        FullConfig(),
+        DashConfig(chunk_size=8),
+        InfLLMv2Config(**SMALL, topk=9, window_size=16, init_blocks=2),
+        InfLLMv2Config(**SMALL, topk=9, window_size=0, init_blocks=0),
+        NSAConfig(**SMALL, topk=9, window_size=12, local_blocks=1),
+        NSAConfig(**SMALL, topk=9, window_size=40, init_blocks=0),
+    ],
+    ids=lambda config: f"{config.name}-{getattr(config, 'window_size', '')}",
+)
+def test_the_sparsest_knob_reads_the_fewest_keys_and_the_densest_all(config, length):
+    """One query head a group, so that DashAttention's can have one chunk."""
+    backend = build_backend(config, AttentionShape(16, 2, 2, 8)).double()
+    q, k, v, hidden = (torch.randn(1, length, *shape, dtype=torch.float64) for shape in ((2, 8),) * 3 + ((16,),))
+    knobs = config.knob_span(length) if config.knob else (None,)
+    read = []
+    for knob in knobs:
+        if knob is not None:
+            backend.set_knob(knob)
+        stats = backend(q, k, v, hidden=hidden, return_stats=True)[1]
+        read.append(stats.active_tokens[0].T.long())
+    least = config.least_active(length)
+    assert (read[-1] == least).all()
+    assert (read[0] == torch.arange(1, length + 1)).all()
+    assert config.most_sparsity(length, "causal") == pytest.approx(stats.causal_sparsity().item(), abs=1e-6)
+
+
+def test_a_router_scale_that_moves_is_the_same_as_a_number():
+    number, moving = (
+        build_backend(DashConfig(chunk_size=8, prior="raw", target_sparsity=target), SHAPE).double()
+        for target in (None, 0.5)
+    )
+    (q, k, v), _ = make_inputs(40)
+    for knob in (0.7, 3.0):
+        for backend in (number, moving):
+            backend.set_knob(knob)
+        assert moving.config.router_scale == knob
+        assert torch.equal(number(q, k, v), moving(q, k, v))
+
+
+@pytest.mark.parametrize(
+    "scale", [torch.ones(2, dtype=torch.float64), torch.ones(()), torch.ones((), dtype=torch.float64, device="meta")]
+)
+def test_a_router_scale_of_another_kind_is_refused(scale):
+    q = torch.randn(1, 20, 2, 8)
+    with pytest.raises(ValueError, match=r"float64 \[\] on the CPU"):
+        dash_attention(q, q, q, torch.zeros(2, 8), router_scale=scale)
+
+
+@pytest.mark.parametrize("target", [-0.1, 1.0, 75, float("nan"), float("inf"), True])
+def test_a_target_is_a_share_of_the_keys(target):
+    with pytest.raises(ValueError, match=r"target_sparsity must be a share of the keys in \[0, 1\)"):
+        DashConfig(target_sparsity=target)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: DashConfig(sparsity_count="dense"), "sparsity_count must be one of causal, paper"),
+        (lambda: DashConfig(sparsity_control="yes"), "sparsity_control must be one of hold, start, none"),
+        (lambda: FullConfig(target_sparsity=0.5), "no sparsity knob: set attention.target_sparsity=null"),
         (lambda: DashConfig(impl="cuda"), "attention.impl must be one of"),
         (lambda: DashConfig(alpha=3.0), "alpha must lie in"),
         (lambda: DashConfig(alpha_mode="scheduled"), "needs alpha_steps > 0"),

@@ -5,7 +5,7 @@ import torch
 
 from dashattn import causal_sparsity, dash_attention, full_attention, infllmv2_attention, nsa_attention, paper_sparsity
 from dashattn.selection import Selection
-from dashattn.stats import selection_stats
+from dashattn.stats import AttentionStats, selection_stats
 
 
 @pytest.mark.parametrize("num_blocks", [1, 31, 32, 33, 70])
@@ -79,3 +79,20 @@ def test_routing_reads_are_the_candidates(cu_seqlens):
     assert dash.routing_reads.flatten().tolist() == [t // 8 for t in positions]
     assert infllm.routing_reads.flatten().tolist() == visible
     assert nsa.routing_reads.flatten().tolist() == visible
+
+
+def test_sums_of_counts_have_the_sparsity_of_all_rows():
+    """Calls of different length, two KV heads: 1 - all active keys / all that they are counted against."""
+    calls = []
+    for length in (5000, 6000):
+        active = torch.randint(1, 50, (2, length, 2)).clamp(max=torch.arange(1, length + 1)[:, None])
+        calls.append(AttentionStats(active, torch.arange(length).expand(2, -1), torch.zeros(2, length)))
+    active, dense = sum(call.counts("causal") for call in calls).tolist()
+    assert active == sum(int(call.active_tokens.sum()) for call in calls)
+    assert dense == 2 * 2 * (5000 * 5001 // 2 + 6000 * 6001 // 2)
+    active, counted = sum(call.counts("paper") for call in calls).tolist()
+    assert active == sum(int(call.active_tokens[:, 4096:].sum()) for call in calls)
+    assert counted == 2 * 2 * (5000 * (5000 - 4096) + 6000 * (6000 - 4096))
+    for count, of_one in (("causal", calls[0].causal_sparsity()), ("paper", calls[0].paper_sparsity())):
+        active, counted = calls[0].counts(count).tolist()
+        assert 1 - active / counted == pytest.approx(of_one.item(), abs=1e-6)

@@ -95,6 +95,27 @@ def test_a_layer_compiles_once_into_one_graph(attention):
     assert frames[1] == frames[0] + 1  # the loss's, of which the number of tokens is a symbol from the second one on
 
 
+def test_a_knob_that_moves_compiles_nothing_anew():
+    pytest.importorskip("triton")
+    torch._dynamo.reset()
+    attention = DashConfig(chunk_size=16, impl="triton", target_sparsity=0.5)
+    eager, compiled = build(attention), build(attention)
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled.compile_layers(backend=backend, fullgraph=True)
+    input_ids, frames, read = torch.randint(50, (1, 50)), [], []
+    for knob in (1.0, 300.0, 3000.0):
+        results = []
+        for model in (eager, compiled):
+            model.set_knob(knob)
+            results.append(loss_and_gradients(model, input_ids))
+        for ours, expected in zip(*results, strict=True):
+            torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4)
+        frames.append(backend.frame_count)
+        read.append(eager(input_ids, return_stats=True).stats[0].causal_sparsity().item())
+    assert frames == frames[:1] * 3
+    assert read == sorted(set(read))  # the knob was heeded
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a compiler")
 @pytest.mark.parametrize(

@@ -57,6 +57,14 @@ def test_learned_alpha_gets_its_gradient():
     torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4)
 
 
+def test_a_router_scale_that_moves_gives_the_same_bits():
+    inputs, results = make_inputs(), []
+    for router_scale in (3.3, torch.tensor(3.3, dtype=torch.float64)):
+        out = dash_attention(*inputs, chunk_size=16, router_scale=router_scale, prior="raw", impl="triton")
+        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    assert all(torch.equal(ours, expected) for ours, expected in zip(*results, strict=True))
+
+
 def test_what_the_kernels_do_not_take_is_refused_with_the_mend():
     q, k, v, r = make_inputs()
     for changes, message in (

@@ -56,12 +56,14 @@ def _forward_bias(
 @torch.library.custom_op("dashattn::dash_attention_forward", mutates_args=())
 def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, queries: Tensor, alpha: Tensor | None, cu_seqlens: Tensor | None,
-    chunk_size: int, score_scale: float, scale: float, prior: str, sigma: float,
+    router_scale: Tensor | None, chunk_size: int, score_scale: float, scale: float, prior: str, sigma: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Output [B, T, Hq, D], words [B, H, T, W], and what the backward needs.
 
     That is per row the log-normaliser, the highest product q . k~ and the threshold, and the summaries.
+    ``router_scale``: float64 [] on the CPU, a factor of ``score_scale``.
     """
+    score_scale = _scaled(score_scale, router_scale)
     geo = geometry(q, k.shape[2], cu_seqlens)
     blocks = num_blocks(q, chunk_size)
     bias_blocks = blocks if has_forward_bias(prior, sigma, q.dtype) else 0
@@ -79,12 +81,16 @@ def _forward_op(
     return out.view(q.shape), words, *(x.view(q.shape[:3]) for x in (lse, peak, tau)), summaries
 
 
+def _scaled(score_scale: float, router_scale: Tensor | None) -> float:
+    return score_scale if router_scale is None else router_scale.item() * score_scale
+
+
 def _num_summaries(k: Tensor, chunk_size: int) -> int:
     return k.shape[0] * (k.shape[1] // chunk_size)
 
 
 @_forward_op.register_fake
-def _(q, k, v, queries, alpha, cu_seqlens, chunk_size, score_scale, scale, prior, sigma):
+def _(q, k, v, queries, alpha, cu_seqlens, router_scale, chunk_size, score_scale, scale, prior, sigma):
     batch, length, heads, _ = q.shape
     width = -(-num_blocks(q, chunk_size) // 32)
     words = q.new_empty(batch, k.shape[2], length, width, dtype=torch.int32)
@@ -97,10 +103,11 @@ def _(q, k, v, queries, alpha, cu_seqlens, chunk_size, score_scale, scale, prior
 @torch.library.custom_op("dashattn::dash_attention_backward", mutates_args=())
 def _backward_op(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, queries: Tensor, alpha: Tensor | None, cu_seqlens: Tensor | None,
-    out: Tensor, words: Tensor, lse: Tensor, peak: Tensor, tau: Tensor, summaries: Tensor, chunk_size: int,
-    score_scale: float, scale: float, prior: str, sigma: float, alpha_grad: bool,
+    router_scale: Tensor | None, out: Tensor, words: Tensor, lse: Tensor, peak: Tensor, tau: Tensor, summaries: Tensor,
+    chunk_size: int, score_scale: float, scale: float, prior: str, sigma: float, alpha_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, the gradient of the queries in float32, and dalpha (empty unless asked for)."""
+    score_scale = _scaled(score_scale, router_scale)
     geo = geometry(q, k.shape[2], cu_seqlens)
     blocks = num_blocks(q, chunk_size)
     bias_blocks = blocks if has_forward_bias(prior, sigma, q.dtype) else 0
@@ -144,23 +151,23 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _(grad, q, k, v, queries, alpha, cu_seqlens, out, words, lse, peak, tau, summaries, chunk_size, score_scale, scale,
-      prior, sigma, alpha_grad):  # fmt: skip
+def _(grad, q, k, v, queries, alpha, cu_seqlens, router_scale, out, words, lse, peak, tau, summaries, chunk_size,
+      score_scale, scale, prior, sigma, alpha_grad):  # fmt: skip
     dqueries = queries.new_empty(queries.shape, dtype=torch.float32)
     dalpha = q.new_empty(q.shape[2] if alpha_grad else 0, dtype=torch.float32)
     return *(x.new_empty(x.shape) for x in (q, k, v)), dqueries, dalpha
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, queries, alpha, cu_seqlens, *ctx.settings = inputs
-    ctx.save_for_backward(q, k, v, queries, alpha, cu_seqlens, *output)
+    q, k, v, queries, alpha, cu_seqlens, router_scale, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, queries, alpha, cu_seqlens, router_scale, *output)
 
 
 def _backward(ctx, grad, *_):
     alpha_grad = ctx.needs_input_grad[4]
     saved = ctx.saved_tensors
     dq, dk, dv, dqueries, dalpha = _backward_op(grad, *saved, *ctx.settings, alpha_grad)
-    return dq, dk, dv, dqueries.to(saved[3].dtype), dalpha if alpha_grad else None, *(None,) * 6
+    return dq, dk, dv, dqueries.to(saved[3].dtype), dalpha if alpha_grad else None, *(None,) * 7
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
@@ -174,7 +181,7 @@ def dash_attention(
     *,
     chunk_size: int,
     alpha: float | Tensor = 1.5,
-    router_scale: float = 1.0,
+    router_scale: float | Tensor = 1.0,
     prior: str = "tempered",
     sigma: float = 1e6,
     prior_heads: str = "group",
@@ -187,8 +194,9 @@ def dash_attention(
     check_kernels_fit(q, chunk_size)
     head_scale = q.shape[-1] ** -0.5
     queries = pooling_queries(k, chunk_query, chunk_size, cu_seqlens, summary_rope)
+    moves = isinstance(router_scale, Tensor)
     out, words, *_ = _forward_op(
-        q, k, v, queries, alpha_of_heads(alpha, q), cu_seqlens, chunk_size, router_scale * head_scale,
-        head_scale if scale is None else scale, prior, sigma,
+        q, k, v, queries, alpha_of_heads(alpha, q), cu_seqlens, router_scale if moves else None, chunk_size,
+        head_scale if moves else router_scale * head_scale, head_scale if scale is None else scale, prior, sigma,
     )  # fmt: skip
     return out, Selection(words, chunk_size)

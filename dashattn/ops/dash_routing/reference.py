@@ -24,7 +24,7 @@ def dash_routing(
     *,
     chunk_size: int,
     alpha: float | Tensor = 1.5,
-    router_scale: float = 1.0,
+    router_scale: float | Tensor = 1.0,
     prior: str = "tempered",
     sigma: float = 1e6,
     prior_heads: str = "group",
@@ -40,7 +40,7 @@ def dash_routing(
         q: queries after RoPE [B, T, Hq, D].
         summaries: [B, T // chunk_size, H, D] from ``chunk_summary``.
         alpha: float, or tensor [Hq] or []; in [1.01, 2].
-        router_scale: gamma; larger selects fewer chunks.
+        router_scale: gamma, a float or a tensor []; larger selects fewer chunks.
         prior: raw | tempered | none.
         prior_heads: ``group``: one prior from the group's mean probability. ``head``: each query head its own.
 
@@ -77,7 +77,7 @@ def select_chunks(
     num_chunks: int,
     *,
     alpha: float | Tensor,
-    router_scale: float,
+    router_scale: float | Tensor,
     prior: str,
     sigma: float,
     prior_heads: str,
@@ -95,7 +95,7 @@ def select_chunks(
         alpha = alpha.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
         alpha = alpha.expand(q.shape[2]).reshape(-1, group, 1, 1)
     q_BTHGD = upcast(q).unflatten(2, (-1, group))
-    scores = torch.einsum("bthgd,bnhd->bhgtn", q_BTHGD, upcast(summaries)) * (router_scale * q.shape[-1] ** -0.5)
+    scores = torch.einsum("bthgd,bnhd->bhgtn", q_BTHGD, upcast(summaries)) * (float(router_scale) * q.shape[-1] ** -0.5)
     past = torch.arange(summaries.shape[1], device=q.device) < own_chunk[..., None]
     _, log_p = entmax(scores, alpha, past[:, None, None])
     support = log_p > -torch.inf

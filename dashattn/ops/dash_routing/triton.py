@@ -145,7 +145,7 @@ def dash_routing(
     *,
     chunk_size: int,
     alpha: float | Tensor = 1.5,
-    router_scale: float = 1.0,
+    router_scale: float | Tensor = 1.0,
     prior: str = "tempered",
     sigma: float = 1e6,
     prior_heads: str = "group",
@@ -154,7 +154,7 @@ def dash_routing(
     """As ``reference.dash_routing``, for ``prior_heads`` group; the bias has ceil(T / chunk_size) columns."""
     check_prior_heads(prior_heads)
     check_kernels_fit(q, chunk_size)
-    score_scale = router_scale * q.shape[-1] ** -0.5
+    score_scale = float(router_scale) * q.shape[-1] ** -0.5
     alpha = alpha_of_heads(alpha, q)
     with torch.no_grad():  # the bias alone carries gradient
         words, peak, tau = _route_op(q, summaries, alpha, cu_seqlens, chunk_size, score_scale)
