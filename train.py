@@ -29,6 +29,8 @@ from experiments.training.check import check
 from experiments.training.run import (
     Run,
     build,
+    hold_sparsity,
+    is_measured,
     judge,
     log,
     read_step,
@@ -76,14 +78,17 @@ def loop(run: Run, request: StopRequest) -> None:
         is_saved = is_last or read.stops > 0 or (config.save_every > 0 and step % config.save_every == 0)
         is_logged = is_saved or step == 1 or step % config.log_every == 0
         with_stats = is_logged and config.stats_every > 0 and (is_last or step % config.stats_every == 0)
+        is_to_hold = is_measured(run, step, read)
 
-        done = take_step(run, step, read, with_norms=is_logged, with_stats=with_stats)
+        done = take_step(run, step, read, with_norms=is_logged, with_stats=with_stats or is_to_hold)
         anomaly = judge(run, step, read, done)
         # A resumed run begins after its checkpoint and drops the rows behind it. So what belongs to this step is
         # written before the step is saved: nobody would make up for it. A skipped step stands in anomalies.jsonl; its
         # row here would hold a loss or a norm that is no number.
         if is_logged and anomaly != "skipped":
             log(run, step, read, done)
+        if is_to_hold and anomaly != "skipped":
+            hold_sparsity(run, done)
         if config.eval_every and (is_last or step % config.eval_every == 0):
             validate(run, step)
         if is_saved:

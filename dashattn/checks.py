@@ -46,8 +46,10 @@ def check_router_scale(router_scale: float | Tensor) -> None:
             f"a router_scale that is a tensor must be float64 [] on the CPU; got {router_scale.dtype} "
             f"{tuple(router_scale.shape)} on {router_scale.device}",
         )
-    else:
-        check_positive(router_scale=router_scale)
+        if torch.compiler.is_compiling():  # its value is then not known, and was checked where it was set
+            return
+        router_scale = router_scale.item()
+    check_positive(router_scale=router_scale)
 
 
 def check_alpha(alpha: float | Tensor, num_heads: int | None = None) -> None:

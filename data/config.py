@@ -5,7 +5,7 @@ Validation happens in __post_init__, so a bad value fails when the config is bui
 
 import itertools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 SOURCES = ("hub", "files", "python_stdlib", "recall")
 PACKINGS = ("documents", "plain")
@@ -32,6 +32,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _at_least("seq_len", self.seq_len, 2)
+
+    def at_length(self, length: int, **changes) -> "DataConfig":
+        """These data in rows of ``length`` tokens, all of them, with other fields changed too."""
+        return replace(self, seq_len=length, **changes)
 
 
 @dataclass(kw_only=True)
@@ -236,6 +240,9 @@ class MQARDataConfig(DataConfig):
         if not 0 < self.query_density <= 1:
             raise ValueError(f"data.query_density={self.query_density} must lie in (0, 1]")
         self._check_curriculum()
+
+    def at_length(self, length: int, **changes) -> "MQARDataConfig":
+        return super().at_length(length, curriculum_lengths=[], curriculum_batches=[], **changes)
 
     def _check_curriculum(self) -> None:
         if len(self.curriculum_lengths) != len(self.curriculum_batches):

@@ -94,6 +94,11 @@ class AttentionFlops:
         return self.attention + self.routing + self.projections
 
 
+def block_span(length: int, block_size: int, least: int) -> tuple[int, int]:
+    """The span of a knob that counts blocks, of which ``least`` are forced: all that a row has, and only those."""
+    return max(-(-length // block_size), least), least
+
+
 def forced_keys(length: int, block_size: int, init_blocks: int, local_blocks: int, window_size: int = 0) -> Tensor:
     """Keys of the first blocks, of the last ones up to a token's own and of a sliding window, each once: int64 [T].
 
@@ -103,10 +108,9 @@ def forced_keys(length: int, block_size: int, init_blocks: int, local_blocks: in
         window_size: keys up to the token itself; 0 for none.
     """
     tokens = torch.arange(length)
-    recent = torch.minimum((tokens // block_size + 1 - local_blocks) * block_size, tokens + 1 - window_size).clamp(
-        min=0
-    )
-    return tokens + 1 - recent + recent.clamp(max=init_blocks * block_size)
+    local_start = (tokens // block_size + 1 - local_blocks) * block_size
+    recent_start = torch.minimum(local_start, tokens + 1 - window_size).clamp(min=0)
+    return tokens + 1 - recent_start + recent_start.clamp(max=init_blocks * block_size)
 
 
 @dataclass
@@ -178,8 +182,8 @@ class AttentionConfig:
 
     def knob_span(self, length: int) -> tuple[float, float]:
         """The knob's values, integers where it is one, between which all sparsities lie that rows of ``length`` tokens
-        can have: the densest one, then the sparsest. ValueError where there is no knob."""
-        raise ValueError(f"attention={self.name} has no sparsity knob")
+        can have: the densest one, then the sparsest. ValueError where there is no knob, or none is known."""
+        raise ValueError(f"attention={self.name} has no sparsity knob, or does not say between which values it lies")
 
     def least_active(self, length: int) -> Tensor:
         """Keys that each token of an unpacked row attends to at least, at any value of the knob: int64 [length]."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dashattn.backends.base import ALL_HEADS, AttentionBackend, AttentionConfig, Capabilities
+from dashattn.backends.base import ALL_HEADS, AttentionBackend, AttentionConfig, Capabilities, block_span, forced_keys
 from dashattn.controls import (
     check_forced,
     check_oracle,
@@ -31,6 +31,12 @@ class SinkWindowConfig(AttentionConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_forced(**forced_sizes(self))
+
+    def knob_span(self, length):
+        return block_span(length, self.block_size, 1)
+
+    def least_active(self, length):
+        return forced_keys(length, self.block_size, self.init_blocks, 2)
 
 
 class SinkWindowBackend(AttentionBackend):
@@ -71,6 +77,14 @@ class OracleConfig(AttentionConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_oracle(self.select, self.topk, self.top_p, **forced_sizes(self))
+
+    def knob_span(self, length):
+        if self.select == "top_p":
+            return 1.0, 1e-3
+        return block_span(length, self.block_size, self.init_blocks + self.local_blocks + 1)
+
+    def least_active(self, length):
+        return forced_keys(length, self.block_size, self.init_blocks, self.local_blocks + 1)
 
 
 class OracleBackend(AttentionBackend):

@@ -110,7 +110,7 @@ class DashBackend(AttentionBackend):
         if self.config.holds_sparsity:
             # A tensor: for a number torch.compile would compile anew at each value. On the host, where kernels are
             # given it, so that nothing waits for the device.
-            self.router_scale = torch.tensor(self.router_scale, dtype=torch.float64)
+            self.router_scale = torch.tensor(self.router_scale, dtype=torch.float64, device="cpu")
 
     def set_step(self, step: int) -> None:
         config = self.config

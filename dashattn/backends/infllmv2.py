@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from dashattn.backends.base import ALL_HEADS, AttentionBackend, AttentionConfig, forced_keys
+from dashattn.backends.base import ALL_HEADS, AttentionBackend, AttentionConfig, block_span, forced_keys
 from dashattn.cache import CacheField
 from dashattn.functional import check_infllmv2, infllmv2_attention
 from dashattn.ops.compression.reference import mean_compress
@@ -51,8 +51,7 @@ class InfLLMv2Config(AttentionConfig):
         return self.window_size // self.block_size + 1
 
     def knob_span(self, length):
-        forced = self.init_blocks + self.local_blocks
-        return max(-(-length // self.block_size), forced), forced
+        return block_span(length, self.block_size, self.init_blocks + self.local_blocks)
 
     def least_active(self, length):
         return forced_keys(length, self.block_size, self.init_blocks, self.local_blocks)

@@ -15,6 +15,7 @@ from dashattn.backends.base import (
     AttentionConfig,
     AttentionFlops,
     HeadShare,
+    block_span,
     forced_keys,
 )
 from dashattn.cache import CacheField
@@ -86,8 +87,7 @@ class NSAConfig(AttentionConfig):
             check(self.window_size > 0, "variant=paper has a window branch: set window_size > 0; got 0")
 
     def knob_span(self, length):
-        forced = self.init_blocks + self.local_blocks
-        return max(-(-length // self.block_size), forced), forced
+        return block_span(length, self.block_size, self.init_blocks + self.local_blocks)
 
     def least_active(self, length):
         return forced_keys(length, self.block_size, self.init_blocks, self.local_blocks, self.window_size)

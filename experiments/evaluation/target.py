@@ -19,7 +19,11 @@ from models import Transformer
 
 @dataclass(frozen=True)
 class Target:
-    """A checkpoint with the configuration it was trained with."""
+    """A checkpoint with the configuration it was trained with.
+
+    Attributes:
+        train: as composed, but for the device, and the knob where training found one for its target sparsity.
+    """
 
     run_dir: Path
     checkpoint: Path
@@ -42,7 +46,10 @@ def locate(run: str, device: str) -> Target:
         raise ValueError("device=cuda, but PyTorch sees no GPU: use device=cpu")
     train = load_config(run_dir / CONFIG)
     train = replace(train, device=device, data=with_own_tokenizer(train.data, run_dir))
-    return Target(run_dir, checkpoint, resolve(train))
+    train = resolve(train)
+    found = read_state(checkpoint).get("sparsity")
+    attention = train.attention if found is None else train.attention.with_knob(found["knob"])
+    return Target(run_dir, checkpoint, replace(train, attention=attention))
 
 
 def trained_knob(train: TrainConfig) -> float | None:

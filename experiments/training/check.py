@@ -10,6 +10,7 @@ from dashattn.backends import AttentionBackend, AttentionShape, build_backends
 from data import PackedDataConfig, TextTokenizer
 from experiments.config import TrainConfig
 from experiments.schema import DTYPES
+from experiments.sparsity import check_reachable
 from experiments.training.ranks import world_size
 
 SCHEDULES = ("constant", "cosine", "wsd")
@@ -165,6 +166,11 @@ def _check_model(config: TrainConfig) -> None:
         backends = build_backends(config.attention, shape, model.num_layers)
     for backend in backends:
         _check_backend(backend, config)
+    attention = config.attention
+    if attention.controls_sparsity:
+        turned = [backend.config for backend in backends if backend.config.name == attention.name]
+        packed = getattr(config.data, "pack", None) == "documents"
+        check_reachable(turned, attention.target_sparsity, attention.sparsity_count, seq_len, packed=packed)
 
 
 def _check_backend(backend: AttentionBackend, config: TrainConfig) -> None:

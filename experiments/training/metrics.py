@@ -19,7 +19,7 @@ from experiments.files import METRICS, read_rows, write_atomically
 
 _SHOWN = (
     *("split", "loss", "lr", "grad_norm", "tokens_per_s", "data_wait", "mfu_causal", "mfu_sparse"),
-    *("causal_sparsity", "alpha"),
+    *("causal_sparsity", "knob", "alpha"),
 )
 
 

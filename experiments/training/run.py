@@ -21,6 +21,7 @@ from experiments.config import TrainConfig
 from experiments.errors import Stopped
 from experiments.files import ANOMALIES
 from experiments.origin import with_own_tokenizer
+from experiments.sparsity import HOLD_EVERY, Hold, count_keys, knob_span
 from experiments.training.anomalies import LossWatch
 from experiments.training.check import accumulation
 from experiments.training.checkpoint import load_checkpoint, save_checkpoint, step_name, write_checkpoint
@@ -39,6 +40,7 @@ from experiments.training.metrics import Clock, MetricsWriter, attention_metrics
 from experiments.training.optim import build_optimizer, learning_rate
 from experiments.training.ranks import Ranks, init_ranks
 from experiments.training.run_dir import RunDir, config_hash, find_run_dir, open_run_dir, verify_checkpoint
+from experiments.training.start_knob import find_start_knob
 from experiments.training.tracing import Tracer
 from experiments.training.utilisation import Utilisation, peak_tflops
 from experiments.training.weights import find_weights, load_weights
@@ -58,6 +60,7 @@ class Run:
     micro_batches: int  # a step and rank
     tokens: int  # read so far, over all ranks
     saved: int  # step of the newest checkpoint
+    hold: Hold | None  # of the attention's target sparsity, if training heeds one
     watch: LossWatch
     metrics: MetricsWriter
     clock: Clock
@@ -112,6 +115,7 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
         positions = run_dir.state["data"]
         # Of another number of readers: the state of a stream that counts over all of them is the same for each.
         train_data.load_state_dict(positions[ranks.reader if len(positions) == ranks.readers else 0])
+    hold = _find_hold(model, config, run_dir, ranks, rows, start)
     # From here on the stream is read ahead, so that it must stand where the run does.
     train_data = resources.enter_context(
         closing(Prefetched(train_data, depth=micro_batches, pin_memory=config.device == "cuda"))
@@ -146,6 +150,7 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
         micro_batches=micro_batches,
         tokens=run_dir.state.get("tokens", 0),
         saved=run_dir.step,
+        hold=hold,
         watch=LossWatch(
             run_dir.path / ANOMALIES, skipped=run_dir.state.get("skipped_steps", 0), limit=config.max_skipped_steps
         ),
@@ -184,6 +189,25 @@ def _with_vocabulary(config: TrainConfig, vocab_size: int) -> TrainConfig:
     return replace(config, model=replace(config.model, vocab_size=own))
 
 
+def _find_hold(
+    model: Transformer, config: TrainConfig, run_dir: RunDir, ranks: Ranks, rows: int, start: dict
+) -> Hold | None:
+    """What holds the target sparsity, if there is one, with its knob set in ``model``: found if the run is at its
+    beginning, which is noted in ``start``."""
+    attention = config.attention
+    if not attention.controls_sparsity:
+        return None
+    if run_dir.checkpoint is None:
+        found = find_start_knob(config, model, ranks, rows)
+        start["sparsity"] = {"knob_name": attention.knob, **found.record()}
+        state = {"knob": found.knob}
+    else:
+        state = run_dir.state["sparsity"]
+        model.set_knob(state["knob"])
+    span = knob_span([backend.config for backend in model.turned], config.data.seq_len)
+    return Hold(attention.target_sparsity, span, **state)
+
+
 def _build_engine(model: Transformer, config: TrainConfig, ranks: Ranks, json: dict):
     """``model`` on its device, as DeepSpeed trains it."""
     model.to(ranks.device)
@@ -200,6 +224,9 @@ def _print_start(metrics: MetricsWriter, run_dir: RunDir, ranks: Ranks, start: d
     metrics.print(f"{run_dir.path}: {start['parameters']:,} parameters, {ranks.world_size} x {ranks.device.type}")
     if "init_from" in start:
         metrics.print("weights of {weights}; new: {new_parameters}".format(**start["init_from"]))
+    if "sparsity" in start:
+        found = "{knob_name}={knob:.4g} has a sparsity of {sparsity:.1%} on training rows"
+        metrics.print(found.format(**start["sparsity"]))
     for name, problem in run_dir.damaged.items():
         metrics.print(f"WARNING: {name} is damaged ({problem}) and was set aside")
     if run_dir.checkpoint is not None:
@@ -286,6 +313,21 @@ def take_step(run: Run, step: int, read: Read, *, with_norms: bool = False, with
     return Update(mean_loss, rate, grad_norm, norms, stats)
 
 
+def is_measured(run: Run, step: int, read: Read) -> bool:
+    """Whether ``hold_sparsity`` needs the step's statistics. Rows that a curriculum makes shorter are left out: they
+    have a sparsity of their own."""
+    attention = run.config.attention
+    is_whole = read.batches[0].input_ids.shape[1] >= run.config.data.seq_len
+    return attention.holds_sparsity and step % HOLD_EVERY == 0 and is_whole
+
+
+def hold_sparsity(run: Run, done: Update) -> None:
+    """Turn the knob, for the steps to come, by what this one measured. The host waits for the step to end."""
+    keys = count_keys(run.engine.module, done.stats, run.config.attention.sparsity_count)
+    active, counted = run.ranks.sum(*keys.tolist())
+    run.engine.module.set_knob(run.hold.update(1 - active / counted))
+
+
 def judge(run: Run, step: int, read: Read, done: Update) -> str | None:
     """``skipped``, ``spike`` or None; what went wrong is recorded with the place in the data that it happened at.
 
@@ -313,6 +355,7 @@ def log(run: Run, step: int, read: Read, done: Update) -> None:
     row = {"step": step, "split": "train", "tokens": run.tokens, "loss": done.loss, "lr": done.rate}
     row |= {"grad_norm": _host_norm(done), "skipped_steps": run.watch.skipped, **done.norms, **run.clock.read()}
     row |= {**backend_metrics(run.engine), "peak_memory_mib": peak_memory_mib(run.ranks.device)}
+    row |= {} if run.hold is None else {"knob": run.hold.knob}
     if done.stats:
         run.utilisation.measure(done.stats)
     row |= run.utilisation.read(read.batches, row["tokens_per_s"])
@@ -363,4 +406,5 @@ def _state(run: Run, step: int, position: dict) -> dict:
         "world_size": run.ranks.world_size,
         "stage": run.config.deepspeed.stage,
         "config_hash": config_hash(run.config),
+        **({} if run.hold is None else {"sparsity": run.hold.state_dict()}),
     }

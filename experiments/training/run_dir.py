@@ -219,5 +219,5 @@ def flat(values: dict, prefix: str = "") -> dict:
     """Nested dictionaries as one, with dotted keys."""
     result = {}
     for key, value in values.items():
-        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return result

@@ -277,8 +277,11 @@ def test_knobs():
         InfLLMv2Config(**SMALL, topk=9, window_size=0, init_blocks=0),
         NSAConfig(**SMALL, topk=9, window_size=12, local_blocks=1),
         NSAConfig(**SMALL, topk=9, window_size=40, init_blocks=0),
+        SinkWindowConfig(block_size=8, init_blocks=2, local_blocks=1),
+        OracleConfig(block_size=8, topk=9, init_blocks=1, local_blocks=1),
+        OracleConfig(block_size=8, select="top_p", init_blocks=0, local_blocks=2),
     ],
-    ids=lambda config: f"{config.name}-{getattr(config, 'window_size', '')}",
+    ids=lambda config: f"{config.name}-{getattr(config, 'window_size', config.knob)}",
 )
 def test_the_sparsest_knob_reads_the_fewest_keys_and_the_densest_all(config, length):
     """One query head a group, so that DashAttention's can have one chunk."""
@@ -311,11 +314,15 @@ def test_a_router_scale_that_moves_is_the_same_as_a_number():
 
 
 @pytest.mark.parametrize(
-    "scale", [torch.ones(2, dtype=torch.float64), torch.ones(()), torch.ones((), dtype=torch.float64, device="meta")]
+    "scale",
+    [
+        *(torch.ones(2, dtype=torch.float64), torch.ones(()), torch.ones((), dtype=torch.float64, device="meta")),
+        *(torch.tensor(value, dtype=torch.float64) for value in (0.0, -1.0, float("nan"), float("inf"))),
+    ],
 )
 def test_a_router_scale_of_another_kind_is_refused(scale):
     q = torch.randn(1, 20, 2, 8)
-    with pytest.raises(ValueError, match=r"float64 \[\] on the CPU"):
+    with pytest.raises(ValueError, match=r"float64 \[\] on the CPU|router_scale must be a positive finite number"):
         dash_attention(q, q, q, torch.zeros(2, 8), router_scale=scale)
 
 

@@ -9,7 +9,7 @@ sparsity   causal sparsity of every layer and KV head, and active tokens by posi
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -38,10 +38,7 @@ class MQARForm:
 
 def data_at(data: DataConfig, length: int, rows: int | None, form: MQARForm) -> DataConfig:
     """The run's data in rows of another length, and MQAR in another form. The number of its pairs stays."""
-    changes: dict = {"seq_len": length, "validation_rows": rows}
-    if isinstance(data, MQARDataConfig):
-        changes |= {"curriculum_lengths": [], "curriculum_batches": [], **form.given()}
-    return replace(data, **changes)
+    return data.at_length(length, validation_rows=rows, **form.given())
 
 
 class StreamTask(Task):

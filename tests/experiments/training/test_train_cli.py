@@ -1,5 +1,6 @@
 """train.py as the shell runs it: a process costs seconds, so there are few."""
 
+import json
 import os
 import shutil
 import socket
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.files import METRICS, read_rows
+from experiments.files import METRICS, START, read_rows
+from experiments.training.checkpoint import read_state
 from train import train
 
 ROOT = Path(__file__).parents[3]
@@ -49,6 +51,9 @@ RESHARDED = (
 )
 
 
+TARGET = "attention.target_sparsity=0.15"
+
+
 def set_back(run_dir):
     """To its checkpoint at step 2."""
     (run_dir / "checkpoints" / "latest").write_text("step-00000002\n")
@@ -62,6 +67,12 @@ def launch(tiny_overrides, tmp_path, name, stages, *options, ranks=2):
     assert done.returncode == 0, done.stderr
 
 
+def knobs(run_dir):
+    """The one found on the rows of all ranks, and the one that was made of what they all measured."""
+    state = read_state(run_dir / "checkpoints/step-00000004")
+    return [json.loads((run_dir / START).read_text())["sparsity"]["knob"], state["sparsity"]["knob"]]
+
+
 def measured(run_dir):
     """What a step says beside its loss."""
     keys = ("grad_norm", "grad_norm_router", "causal_sparsity", "routing_reads", "tokens")
@@ -69,18 +80,19 @@ def measured(run_dir):
 
 
 def test_two_ranks_train_as_one_and_one_goes_on_from_their_checkpoint(make_config, tiny_overrides, tmp_path):
-    alone = train(make_config("alone", *RESHARDED))
-    launch(tiny_overrides, tmp_path, "sp${sequence_parallel}-", (1, 3), "sequence_parallel=1,2")
+    alone = train(make_config("alone", *RESHARDED, TARGET))
+    launch(tiny_overrides, tmp_path, "sp${sequence_parallel}-", (1, 3), "sequence_parallel=1,2", TARGET)
     expected = pytest.approx(losses(alone), rel=1e-5)
     for name in ("sp1-1", "sp1-3", "sp2-1", "sp2-3"):
         assert losses(tmp_path / name) == expected
+        assert knobs(tmp_path / name) == pytest.approx(knobs(alone), rel=1e-4)
     for name in ("sp2-1", "sp2-3"):  # ranks that share rows see all there is of them
         for row, row_alone in zip(measured(tmp_path / name), measured(alone), strict=True):
             assert row == pytest.approx(row_alone, rel=1e-4)
     for name, new in (("sp1-1", 2), ("sp2-3", 3)):
         together = tmp_path / name
         set_back(together)
-        train(make_config(name, f"deepspeed.stage={new}", *RESHARDED))
+        train(make_config(name, f"deepspeed.stage={new}", *RESHARDED, TARGET))
         assert (together / "resumed/step-00000002").exists()
         assert losses(together) == expected
         assert not list((together / "checkpoints").glob(".*"))

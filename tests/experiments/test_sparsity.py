@@ -1,0 +1,169 @@
+"""The search for a knob and the holding of a sparsity, without a model."""
+
+import json
+import math
+from itertools import pairwise
+
+import pytest
+
+from dashattn.backends import DashConfig, FullConfig, InfLLMv2Config, NSAConfig
+from experiments.sparsity import TOLERANCE, Hold, check_found, check_reachable, find_knob, knob_span
+
+SCALES = DashConfig().knob_span(1)
+
+
+def smooth(centre, most=0.97):
+    """Sparsity that rises with the knob's logarithm and ends in plateaus."""
+    return lambda knob: min(most, max(0.0, 1 / (1 + (centre / knob) ** 1.2) - 0.02))
+
+
+def of_blocks(blocks):
+    """Causal sparsity of top-k over rows of so many blocks of 64."""
+    own = 64 * 65 // 2  # keys of a block's own tokens, up to each of them
+    dense = sum(64 * 64 * block + own for block in range(blocks))
+    return lambda topk: 1 - sum(64 * 64 * (min(topk, block + 1) - 1) + own for block in range(blocks)) / dense
+
+
+def observed(measure):
+    calls = []
+    return calls, lambda knob: calls.append(knob) or measure(knob)
+
+
+@pytest.mark.parametrize("target", [0.2, 0.5, 0.75, 0.9, 0.95])
+@pytest.mark.parametrize("centre", [1e-3, 0.2, 1.0, 300.0, 2e4])
+def test_a_continuous_knob_is_found_wherever_it_lies(centre, target):
+    calls, measure = observed(smooth(centre))
+    found = find_knob(measure, target, SCALES, 1.0)
+    assert abs(smooth(centre)(found.knob) - target) <= 0.001
+    assert found.sparsity == smooth(centre)(found.knob)
+    assert len(calls) == len(set(calls)) == len(found.tried) <= 12
+
+
+@pytest.mark.parametrize("blocks", [8, 128, 256])
+@pytest.mark.parametrize("target", [0.0, 0.1, 0.5, 0.75, 0.9, 0.97])
+def test_an_integer_knob_is_the_nearest(blocks, target):
+    calls, measure = observed(of_blocks(blocks))
+    found = find_knob(measure, target, (blocks, 2), min(64, blocks))
+    misses = {topk: abs(of_blocks(blocks)(topk) - target) for topk in range(2, blocks + 1)}
+    assert misses[found.knob] <= min(misses.values()) + 0.001
+    assert isinstance(found.knob, int)
+    assert len(calls) <= 12
+
+
+def test_plateaus_cost_no_more_passes():
+    def steps(knob):
+        return math.floor(20 * smooth(50.0)(knob)) / 20
+
+    found = find_knob(steps, 0.75, SCALES, 1.0)
+    assert found.sparsity == 0.75
+    assert len(found.tried) <= 12
+
+
+def test_a_jump_over_the_target_is_refused_with_both_sides():
+    found = find_knob(lambda knob: 0.2 if knob < 3 else 0.8, 0.5, SCALES, 1.0)
+    with pytest.raises(ValueError, match=r"goes from 0\.200 to 0\.800 at router_scale="):
+        check_found(found, DashConfig(), 0.5, 256)
+
+
+@pytest.mark.parametrize(
+    ("measure", "target", "message"),
+    [
+        (smooth(1.0, most=0.8), 0.9, r"at most 0\.800, at router_scale="),
+        (lambda knob: 0.3 + smooth(1.0)(knob) / 2, 0.1, r"no less than 0\.300, at router_scale="),
+    ],
+)
+def test_what_cannot_be_reached_says_what_can(measure, target, message):
+    found = find_knob(measure, target, SCALES, 1.0)
+    with pytest.raises(ValueError, match=message):
+        check_found(found, DashConfig(), target, 256)
+    assert len(found.tried) <= 12
+
+
+def test_a_coarse_integer_knob_may_miss_between_its_neighbours():
+    found = find_knob(of_blocks(8), 0.6, (8, 2), 4)
+    assert abs(found.sparsity - 0.6) > TOLERANCE
+    check_found(found, InfLLMv2Config(), 0.6, 512)
+    with pytest.raises(ValueError, match="at most"):
+        check_found(find_knob(of_blocks(8), 0.9, (8, 2), 4), InfLLMv2Config(), 0.9, 512)
+
+
+def test_what_rows_cannot_have_is_refused_by_their_length():
+    """16 blocks of 64, of which the first, a token's own and the one before it are always there."""
+    forced, most = InfLLMv2Config(window_size=64, topk=4), of_blocks(16)(3)
+    check_reachable([forced], most, "causal", 1024, packed=False)
+    with pytest.raises(ValueError, match=rf"1024 tokens attention=infllmv2 reaches {math.floor(1000 * most) / 1000}"):
+        check_reachable([forced], most + 0.01, "causal", 1024, packed=False)
+    for attention in (NSAConfig(), DashConfig()):
+        check_reachable([attention], 0.75, "causal", 16384, packed=True)
+        with pytest.raises(ValueError, match="cannot be had"):
+            check_reachable([attention], 0.999, "causal", 16384, packed=True)
+
+
+@pytest.mark.parametrize(("length", "packed"), [(4096, False), (8192, True)])
+def test_the_papers_count_is_of_long_rows_of_one_document(length, packed):
+    check_reachable([DashConfig()], 0.75, "paper", 8192, packed=False)
+    with pytest.raises(ValueError, match="use sparsity_count=causal"):
+        check_reachable([DashConfig()], 0.75, "paper", length, packed=packed)
+
+
+def test_a_held_sparsity_follows_moving_weights():
+    """Scores that grow by 4 % a measurement, from a start that is far off."""
+    hold, centre = Hold(0.75, SCALES, 1.0), 100.0
+    sparsities = []
+    for _ in range(80):
+        sparsities.append(smooth(centre)(hold.knob))
+        before = hold.knob
+        assert abs(math.log(hold.update(sparsities[-1]) / before)) <= 0.2 + 1e-9
+        centre *= 0.96
+    assert all(abs(sparsity - 0.75) < 0.02 for sparsity in sparsities[-30:])
+
+
+@pytest.mark.parametrize("measured", [0.0, 1.0])
+def test_a_held_knob_stays_in_its_span(measured):
+    hold = Hold(0.75, SCALES, 1.0)
+    for _ in range(200):
+        hold.update(measured)
+    assert hold.knob == pytest.approx(SCALES[measured == 0.0])
+    assert SCALES[0] <= hold.knob <= SCALES[1]
+
+
+def test_a_held_integer_moves_to_the_nearest_and_stays():
+    blocks = of_blocks(128)
+    hold, visited = Hold(0.75, (128, 2), 30), []
+    for step in range(200):
+        noise = 0.004 * math.sin(1.7 * step)
+        visited.append(hold.update(blocks(hold.knob) + noise))
+    assert all(abs(a - b) <= 1 for a, b in pairwise(visited))
+    assert set(visited[100:]) == {hold.knob}
+    assert abs(blocks(hold.knob) - 0.75) <= min(abs(blocks(k) - 0.75) for k in range(2, 129)) + 0.003
+
+
+@pytest.mark.parametrize(("span", "knob"), [(SCALES, 3.0), ((128, 2), 30)])
+def test_a_hold_goes_on_exactly_from_its_state(span, knob):
+    measured = [0.5 + 0.4 * math.sin(step) for step in range(40)]
+    whole = Hold(0.75, span, knob)
+    knobs = [whole.update(sparsity) for sparsity in measured]
+    first = Hold(0.75, span, knob)
+    for sparsity in measured[:17]:
+        first.update(sparsity)
+    resumed = Hold(0.75, span, **json.loads(json.dumps(first.state_dict())))
+    assert [resumed.update(sparsity) for sparsity in measured[17:]] == knobs[17:]
+
+
+def test_layers_of_several_sizes_share_a_knob():
+    """The mean of what they can have; no topk below what one of them forces, and as many blocks as the finest has."""
+    layers = [InfLLMv2Config(window_size=64, topk=9), InfLLMv2Config(block_size=32, window_size=128, topk=9)]
+    assert knob_span(layers, 1024) == (32, 6)
+    most = sum(layer.most_sparsity(1024, "causal") for layer in layers) / 2
+    check_reachable(layers, most, "causal", 1024, packed=False)
+    with pytest.raises(ValueError, match="cannot be had"):
+        check_reachable(layers, most + 0.006, "causal", 1024, packed=False)
+    with pytest.raises(ValueError, match="leaves none"):
+        check_reachable([], 0.5, "causal", 1024, packed=False)
+
+
+def test_no_knob_no_target():
+    with pytest.raises(ValueError, match="no sparsity knob"):
+        FullConfig(target_sparsity=0.5)
+    with pytest.raises(ValueError, match="no sparsity knob"):
+        FullConfig().knob_span(1024)
