@@ -84,6 +84,7 @@ class TrainConfig:
     # Run directory, checkpoint or Hugging Face folder whose weights are loaded at step 0; its shape with
     # model=checkpoint, and its tokenizer where data.tokenizer is null.
     init_from: str | None = None
+    init_any_attention: bool = False  # start from a folder whose weights were trained with another sparse attention
 
     log_every: int = 10
     stats_every: int = 50  # attention statistics (sparsity) of a logged step that is a multiple of this; 0 = never
@@ -107,6 +108,7 @@ def register_configs() -> None:
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
     store.store(group="model", name="model_schema", node=ModelConfig)
+    store.store(group="attention", name="attention_schema", node=AttentionConfig)
     for name, (config, _) in BACKENDS.items():
         store.store(group="attention", name=f"{name}_schema", node=config)
     store.store(group="data", name="text_schema", node=TextDataConfig)

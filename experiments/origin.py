@@ -13,11 +13,13 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dashattn.backends import BACKENDS, AttentionConfig, FullConfig
 from data import DataConfig, PackedDataConfig
 from experiments.files import CONFIG, TOKENIZER
-from models.hf import is_hf_folder, read_config
+from models.hf import is_hf_folder, read_attention, read_config
 
 LEFT_OPEN = "${init_from}"
+CHECKPOINT = "checkpoint"
 
 
 def take_from_origin(cfg: DictConfig) -> DictConfig:
@@ -33,11 +35,15 @@ def take_from_origin(cfg: DictConfig) -> DictConfig:
     if "rope.scaling" in left_open:  # its parameters go with it
         left_open += [key for key, value in given.items() if key.startswith("rope.") and value is None]
     if cfg.init_from is None:
-        if left_open:
-            raise ValueError("model=checkpoint is the model of init_from: name a folder or a run, init_from=FOLDER")
+        for group, is_open in (("model", left_open), ("attention", cfg.attention.get("name") == CHECKPOINT)):
+            if is_open:
+                raise ValueError(f"{group}={CHECKPOINT} is that of init_from: name a folder or a run, init_from=FOLDER")
         return cfg
     cfg, origin = copy.deepcopy(cfg), Path(cfg.init_from).expanduser()
     own = _own_config(cfg)
+    if cfg.attention.name == CHECKPOINT:
+        _replace_attention(cfg, _attention_of(origin) if own is None else own.attention)
+        own = own or _own_config(cfg)  # the attention's name may be part of the directory's
     if left_open:
         values = _flat(_model_of(origin) if own is None else OmegaConf.to_container(own.model))
         for key in left_open:
@@ -75,6 +81,25 @@ def _model_of(origin: Path) -> dict:
     if run is None:
         raise ValueError(f"init_from={origin} is neither a run nor a Hugging Face folder: it has no config")
     return OmegaConf.to_container(OmegaConf.load(run / CONFIG).model)
+
+
+def _attention_of(origin: Path) -> DictConfig:
+    if is_hf_folder(origin):
+        return OmegaConf.structured(read_attention(origin) or FullConfig())
+    run = run_of(origin)
+    if run is None:
+        raise ValueError(f"init_from={origin} is neither a run nor a Hugging Face folder: it has no config")
+    return OmegaConf.load(run / CONFIG).attention
+
+
+def _replace_attention(cfg: DictConfig, attention: DictConfig) -> None:
+    """Put ``attention`` in the place of ``checkpoint``; what was given besides, of the fields all backends share,
+    stays."""
+    if attention.name not in BACKENDS:
+        raise ValueError(f"no attention backend is called {attention.name!r}")
+    given, defaults = cfg.attention, AttentionConfig()
+    changed = {key: given[key] for key in given if key != "name" and given[key] != getattr(defaults, key)}
+    cfg.attention = OmegaConf.merge(OmegaConf.structured(BACKENDS[attention.name][0]), attention, changed)
 
 
 def _tokenizer_of(origin: Path) -> str | None:

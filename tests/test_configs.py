@@ -23,7 +23,8 @@ register_evaluate_config()
 CONFIGS = Path(__file__).parents[1] / "configs"
 GROUPS = ("attention", "model", "data", "optim", "deepspeed", "logger", "launcher", "experiment")
 CHOICES = [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))]
-CHOICES.remove("model=checkpoint")  # needs a checkpoint: tests/experiments/test_origin.py
+for group in ("model", "attention"):
+    CHOICES.remove(f"{group}=checkpoint")  # needs a checkpoint: tests/experiments/test_origin.py
 EVALUATED_ONLY = "attention=oracle"
 # What a choice needs before it is a run.
 COMPANIONS = {

@@ -1,8 +1,11 @@
 """A run's model for other code bases, as a Hugging Face folder.
 
     python -m experiments.evaluation.export outputs/run FOLDER
+    python -m experiments.evaluation.export --dense outputs/run FOLDER
 
-Dense attention is all that transformers computes with it; weights of an attention backend are left out, and named.
+A dense run becomes a folder that transformers loads. A sparse run's folder has the parameters and options of its
+attention, which this code base reads (``attention=checkpoint``) and transformers refuses; with ``--dense`` they are
+left out, and transformers attends densely. README.md of the folder says which it was.
 """
 
 import sys
@@ -14,36 +17,57 @@ from safetensors.torch import load_file
 from data import TextTokenizer
 from experiments.config import load_config
 from experiments.errors import user_errors
+from experiments.evaluation.card import model_card
 from experiments.files import CONFIG, TOKENIZER
+from experiments.training.checkpoint import read_state
 from experiments.training.weights import find_weights
 from models.hf import write_folder
 
 
-def export(run_dir: Path, folder: Path) -> list[str]:
+def export(run_dir: Path, folder: Path, *, dense: bool = False) -> list[str]:
     """Write the latest checkpoint of a run as a Hugging Face folder; returns the names of the weights left out.
+
+    Args:
+        dense: write a sparse run's weights as those of a dense model.
 
     Raises:
         ValueError: the run has no checkpoint, its model has no counterpart there, or the folder exists.
     """
     if not (run_dir / CONFIG).exists():
         raise ValueError(f"{run_dir} is no run directory (it has no {CONFIG})")
-    config = load_config(run_dir / CONFIG)
-    weights = load_file(find_weights(run_dir))
-    if not (run_dir / TOKENIZER).is_dir():  # data that are no text, or a run of before tokenizers were kept
-        return write_folder(folder, config.model, weights)
-    tokenizer = TextTokenizer.load(str(run_dir / TOKENIZER), config.data.eos_token)
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    return write_folder(folder, config.model, weights, token_ids=ids, write_more=tokenizer.write_files)
+    config, path = load_config(run_dir / CONFIG), find_weights(run_dir)
+    tokenizer = None  # of data that are no text, and of runs of before tokenizers were kept
+    if (run_dir / TOKENIZER).is_dir():
+        tokenizer = TextTokenizer.load(str(run_dir / TOKENIZER), config.data.eos_token)
+    card = model_card(run_dir, path.parent, config, dense=dense)
+
+    def write_more(temporary: Path) -> None:
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.write_files(temporary)
+
+    return write_folder(
+        folder,
+        config.model,
+        load_file(path),
+        config.attention,
+        step=read_state(path.parent)["step"],
+        dense=dense,
+        token_ids=tokenizer and {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id},
+        write_more=write_more,
+    )
 
 
 def main(arguments: Sequence[str]) -> None:
     with user_errors():
-        if len(arguments) != 2:
+        places = [argument for argument in arguments if argument != "--dense"]
+        if len(places) != 2 or any(place.startswith("-") for place in places):
             raise ValueError(
-                "give a run directory and a new folder: python -m experiments.evaluation.export outputs/run FOLDER"
+                "give a run directory and a new folder: python -m experiments.evaluation.export [--dense] outputs/run "
+                "FOLDER"
             )
-        run_dir, folder = (Path(argument).expanduser() for argument in arguments)
-        left_out = export(run_dir, folder)
+        run_dir, folder = (Path(place).expanduser() for place in places)
+        left_out = export(run_dir, folder, dense="--dense" in arguments)
         print(f"{folder} written from {run_dir}")
         if left_out:
             print(f"it attends densely; left out: {', '.join(left_out)}")

@@ -12,6 +12,7 @@ from experiments.config import TrainConfig
 from experiments.schema import DTYPES
 from experiments.sparsity import check_reachable
 from experiments.training.ranks import world_size
+from models.hf import check_files, check_same_attention, check_same_model, is_hf_folder, read_config
 
 SCHEDULES = ("constant", "cosine", "wsd")
 PRECISIONS = ("auto", *DTYPES)
@@ -81,6 +82,7 @@ def check(config: TrainConfig, ranks: int | None = None) -> TrainConfig:
     _check_model(config)
     _check_vocabulary(config)
     _check_sequences(config)
+    _check_origin(config)
     return config
 
 
@@ -206,6 +208,18 @@ def _check_vocabulary(config: TrainConfig) -> None:
                 f"model.vocab_size={model.vocab_size} is below the {vocab_size} of data.tokenizer={data.tokenizer}: "
                 "name the tokenizer that the weights were trained with, or take model.vocab_size=null for new weights"
             )
+
+
+def _check_origin(config: TrainConfig) -> None:
+    """A run that resumes needs its origin no more: what is not there is looked for when the run is built."""
+    folder = Path(config.init_from or "").expanduser()
+    if config.init_from is None or not is_hf_folder(folder):
+        return
+    vocab_size = config.model.vocab_size or read_config(folder).vocab_size
+    check_same_model(replace(config.model, vocab_size=vocab_size), folder)
+    if not config.init_any_attention:
+        check_same_attention(config.attention, folder)
+    check_files(folder)
 
 
 def _check_sequences(config: TrainConfig) -> None:

@@ -36,13 +36,16 @@ def load_weights(model: nn.Module, path: Path) -> list[str]:
     """Load what ``find_weights`` found; returns the names of the parameters that it lacks and that stay as built.
 
     Only parameters that belong to an attention backend may be lacking: they are what one backend has and another
-    has not (DashAttention's chunk queries over a dense checkpoint).
+    has not (DashAttention's chunk queries over a dense checkpoint). Of a Hugging Face folder they may be too many, too:
+    ``check_same_attention`` has asked whether that is meant.
 
     Raises:
         ValueError: for any other difference, naming it.
     """
     weights = read_weights(path, model.config) if path.is_dir() else load_file(path)
     own = model.state_dict()
+    if path.is_dir():
+        weights = {name: x for name, x in weights.items() if name in own or ".attention.backend." not in name}
     missing = own.keys() - weights.keys()
     foreign = missing - _backend_state(model)
     problems = [f"the model's {name} is not in the file" for name in sorted(foreign)]

@@ -8,7 +8,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dashattn.backends import AttentionConfig
 from models.config import ModelConfig
+from models.hf.attention import KEY, STEP, their_attention
 from models.hf.config import their_config
 from models.hf.families import FAMILIES
 from models.hf.files import CONFIG, WEIGHTS
@@ -19,20 +21,28 @@ def write_folder(
     folder: Path,
     config: ModelConfig,
     weights: dict[str, Tensor],
+    attention: AttentionConfig,
     *,
-    token_ids: dict[str, int] | None = None,
+    step: int = 0,
+    dense: bool = False,
+    token_ids: dict[str, int | None] | None = None,
     write_more: Callable[[Path], None] = lambda folder: None,
 ) -> list[str]:
-    """Write a folder of the family that computes what the model does, for transformers to load; weights keep their
-    dtype.
+    """Write a folder of the family that computes what the model does; weights keep their dtype.
+
+    A dense model is one that transformers loads. A sparse one has the backend's parameters and options besides, and a
+    ``model_type`` that transformers refuses.
 
     Args:
-        weights: consolidated weights of a ``Transformer`` of the shape ``config``.
+        weights: consolidated weights of a ``Transformer`` of the shape ``config`` with ``attention``.
+        step: of the training, for schedules of the attention.
+        dense: write what a sparse model would be if it attended densely, for transformers to load; config.json still
+            says what it was.
         token_ids: ``bos_token_id`` and ``eos_token_id``, as far as there are any.
         write_more: puts what else belongs there, a tokenizer, say, into the folder before it appears.
 
     Returns:
-        Names of the weights left out: those of the attention backends, of which transformers' dense attention has none.
+        Names of the weights left out: with ``dense`` those of the attention backends.
 
     Raises:
         ValueError: the folder exists, or no family has such a model.
@@ -41,13 +51,16 @@ def write_folder(
         raise ValueError(f"{folder} exists: give a new folder")
     dtype = str(weights["embedding.weight"].dtype).removeprefix("torch.")
     theirs = their_config(config, dtype) | {"bos_token_id": None, "eos_token_id": None} | (token_ids or {})
-    family = FAMILIES[theirs["model_type"]]
-    left_out = sorted(name for name in weights if ".attention.backend." in name)
-    tensors = their_weights({name: tensor for name, tensor in weights.items() if name not in left_out}, family)
+    kind = theirs["model_type"]
+    if attention.name != "full":
+        sparse = their_attention(attention, kind, step)
+        theirs |= {key: sparse[key] for key in (KEY, STEP)} if dense else sparse
+    left_out = sorted(name for name in weights if ".attention.backend." in name) if dense else []
+    kept = {name: tensor for name, tensor in weights.items() if name not in left_out}
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
     temporary.mkdir(parents=True)
-    save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+    save_file(their_weights(kept, FAMILIES[kind]), temporary / WEIGHTS, metadata={"format": "pt"})
     (temporary / CONFIG).write_text(json.dumps(theirs, indent=2) + "\n")
     write_more(temporary)
     temporary.rename(folder)

@@ -1,7 +1,8 @@
 """Tensors of a Hugging Face folder under our names, and back: safetensors only, no pickle and no code."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -44,6 +45,17 @@ def read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     return weights
 
 
+def check_files(folder: Path) -> None:
+    """Refuse a folder whose files are not all there, or cut short, without reading them.
+
+    Raises:
+        ValueError: as ``read_weights``.
+    """
+    for name, names in _files(folder).items():
+        with _opened(folder / name, names):
+            pass
+
+
 def _files(folder: Path) -> dict[str, set[str] | None]:
     """Names of the files to read -> those of the tensors to take from each, None = all."""
     if not (folder / INDEX).exists():
@@ -65,23 +77,26 @@ def _files(folder: Path) -> dict[str, set[str] | None]:
 
 
 def _read_file(path: Path, names: set[str] | None) -> dict[str, Tensor]:
+    with _opened(path, names) as file:
+        wanted = [name for name in sorted(names or file.keys()) if not name.endswith(_BUFFERS)]
+        return {name: _checked(path, name, file.get_tensor(name)) for name in wanted}
+
+
+@contextmanager
+def _opened(path: Path, names: set[str] | None) -> Iterator:
+    """A safetensors file that has the tensors ``names``."""
     check_whole(path)
-    tensors = {}
     try:
         with safe_open(path, framework="pt") as file:
-            held = set(file.keys())
-            missing = sorted((names or set()) - held)
+            missing = sorted((names or set()) - set(file.keys()))
             if missing:
                 raise ValueError(
                     f"{path} has no tensor {missing[0]} ({len(missing)} missing), which {INDEX} says it has"
                 )
-            for name in sorted(held if names is None else names):
-                if not name.endswith(_BUFFERS):
-                    tensors[name] = _checked(path, name, file.get_tensor(name))
+            yield file
     except (SafetensorError, OSError) as error:
         size = path.stat().st_size
         raise ValueError(f"{path} is cut short or no safetensors file ({size} bytes; {error}): copy it again") from None
-    return tensors
 
 
 def _checked(path: Path, name: str, tensor: Tensor) -> Tensor:

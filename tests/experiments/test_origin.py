@@ -39,12 +39,12 @@ def folder(tmp_path):
     return make_folder(tmp_path / "checkpoint")
 
 
-def make_folder(path, classes=(LlamaConfig, LlamaForCausalLM), vocab_size=310, **values):
+def make_folder(path, classes=(LlamaConfig, LlamaForCausalLM), vocab_size=310, max_shard_size="1GB", **values):
     torch.manual_seed(0)
     shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     ids = dict(bos_token_id=0, eos_token_id=1, pad_token_id=None)
     config = classes[0](**shape, **ids, num_key_value_heads=2, vocab_size=vocab_size, **values)
-    classes[1](config).save_pretrained(path)
+    classes[1](config).save_pretrained(path, max_shard_size=max_shard_size)
     backend = train_bpe(iter(["def f(x):\n    return x\n" * 20]), 280, "</s>")
     backend.add_special_tokens(["<s>"])
     backend.save(str(path / "tokenizer.json"))
@@ -75,7 +75,7 @@ def test_a_model_is_the_checkpoints_but_for_what_is_given(folder, tmp_path):
     config = configure(tmp_path, f"init_from={folder}", "model.max_seq_len=512", "data.tokenizer=elsewhere.json")
     assert (config.model.max_seq_len, config.model.hidden_size) == (512, 32)
     assert config.data.tokenizer == "elsewhere.json"
-    with pytest.raises(ValueError, match="model=checkpoint is the model of init_from"):
+    with pytest.raises(ValueError, match="model=checkpoint is that of init_from"):
         configure(tmp_path)
 
 
@@ -141,3 +141,51 @@ def test_an_export_has_the_tokenizer_and_its_ids(tmp_path):
     assert (config["bos_token_id"], config["eos_token_id"]) == (ours.bos_id, ours.eos_id)
     assert config["model_type"] == "qwen2"
     assert read_config(tmp_path / "back") == read_config(folder)
+    card = (tmp_path / "back" / "README.md").read_text()
+    assert "`full`, exact causal attention." in card
+    assert "How to load it" not in card
+
+
+def test_a_sparse_export_says_what_it_was_and_is_taken_as_such(folder, tmp_path):
+    dash = ("attention=dash", "attention.chunk_size=16", "attention.router_scale=7.0", "stats_every=2")
+    run = train(configure(tmp_path, f"init_from={folder}", *dash))
+    measured = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["causal_sparsity"]
+    export.main([str(run), str(tmp_path / "sparse")])
+    export.main(["--dense", str(run), str(tmp_path / "dense")])
+    commit = json.loads((run / "git.json").read_text())["sha"]
+    for name, words in (("sparse", "attention=checkpoint"), ("dense", "written as those of a dense model")):
+        card = (tmp_path / name / "README.md").read_text()
+        for expected in (words, "`dash`:", "- router_scale: 7.0", f"{measured:.1%} of training rows", commit):
+            assert expected in card
+        assert "- python_stdlib, rows of 64 tokens" in card
+
+    later = f"run_dir={tmp_path / 'later'}"
+    taken = configure(tmp_path, f"init_from={tmp_path / 'sparse'}", "attention=checkpoint", later)
+    assert taken.attention == load_config(run / "config.yaml").attention
+    assert configure(tmp_path, f"init_from={run}", "attention=checkpoint", later).attention == taken.attention
+    assert configure(tmp_path, f"init_from={folder}", "attention=checkpoint", later).attention.name == "full"
+    check(taken)
+    start = json.loads((train(taken) / "start.json").read_text())
+    assert start["init_from"]["new_parameters"] == []
+
+    for name in ("sparse", "dense"):
+        dense = ("attention=full", f"init_from={tmp_path / name}", f"run_dir={tmp_path / name}-run")
+        with pytest.raises(ValueError, match=r"trained with dash attention.*init_any_attention=true"):
+            check(configure(tmp_path, *dense))
+        assert (train(configure(tmp_path, *dense, "init_any_attention=true")) / "metrics.jsonl").exists()
+
+
+def test_another_model_and_missing_files_are_refused_before_anything_is_built(tmp_path):
+    folder = make_folder(tmp_path / "checkpoint", max_shard_size="20KB")
+    with pytest.raises(ValueError, match=r"the model is not the one in .* set model\.hidden_size=32"):
+        check(configure(tmp_path, f"init_from={folder}", "model.hidden_size=64"))
+    with pytest.raises(ValueError, match="attention=checkpoint is that of init_from"):
+        configure(tmp_path, "model=debug", "attention=checkpoint")
+    shard = next(folder.glob("model-00002*"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"{shard.name} is cut short .*bytes"):
+        check(configure(tmp_path, f"init_from={folder}"))
+    shard.unlink()
+    with pytest.raises(ValueError, match=f"has no {shard.name}"):
+        check(configure(tmp_path, f"init_from={folder}"))
+    assert not (tmp_path / "cache").exists()

@@ -191,7 +191,7 @@ def test_a_run_can_begin_with_a_hugging_face_folder_and_become_one(make_config, 
     assert losses(from_folder) == losses(from_run)
     start = json.loads((from_folder / "start.json").read_text())["init_from"]
     assert start["new_parameters"] == [f"layers.{i}.attention.backend.chunk_query" for i in range(2)]
-    export.main([str(from_folder), str(tmp_path / "back")])
+    export.main(["--dense", str(from_folder), str(tmp_path / "back")])
     assert "left out: layers.0.attention.backend.chunk_query" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         export.main([str(from_folder), str(tmp_path / "back")])

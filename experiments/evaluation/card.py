@@ -1,0 +1,79 @@
+"""The model card of an export: what a run was, from the files of its directory and nothing else."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from experiments.config import TrainConfig
+from experiments.files import GIT, METRICS, RESULTS, START, read_rows
+from experiments.training.checkpoint import read_state
+
+
+def model_card(run_dir: Path, checkpoint: Path, config: TrainConfig, *, dense: bool) -> str:
+    """README.md of an export, in Markdown.
+
+    Args:
+        checkpoint: the one that is exported.
+        dense: it holds a sparse model's weights as those of a dense one.
+    """
+    start, git = (_read(run_dir / name) for name in (START, GIT))
+    state, data, name = read_state(checkpoint), start.get("data", {}), config.attention.name
+    is_sparse = name != "full"
+    lines = [f"# {config.name}", "", f"Step {state['step']}, {state['tokens']:,} tokens of training."]
+    if "init_from" in start:
+        lines += ["", f"Began with the weights of {Path(start['init_from']['weights']).name}."]
+    lines += ["", "## Attention", "", f"`{name}`" + (":" if is_sparse else ", exact causal attention.")]
+    if is_sparse:
+        lines += ["", *(f"- {key}: {value}" for key, value in asdict(config.attention).items() if key != "name")]
+        lines += ["", "Causal sparsity, the share of earlier keys that is not read:", ""]
+        lines += _sparsity(run_dir, checkpoint, config)
+        lines += ["", "## How to load it", "", _WARNING if dense else _HOW]
+    lines += ["", "## Data", "", f"- {config.data.name}, rows of {config.data.seq_len} tokens"]
+    lines += [f"- {key}: {data[key]}" for key in ("source", "documents", "tokens", "tokens_fingerprint") if key in data]
+    commit = git.get("sha") or "not known"
+    lines += [
+        "",
+        "## Code",
+        "",
+        f"Commit {commit}" + (", with changes that it does not hold." if git.get("dirty") else "."),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+_HOW = (
+    "`init_from=FOLDER model=checkpoint attention=checkpoint` of the code base that made it. Other libraries do not "
+    "know its `model_type`: with dense attention these weights are another model."
+)
+_WARNING = (
+    "**These weights were trained with the sparse attention above and are written as those of a dense model**, which "
+    "is another model: its scores are not the ones of the run. Parameters of the sparse attention are left out."
+)
+
+
+def _sparsity(run_dir: Path, checkpoint: Path, config: TrainConfig) -> list[str]:
+    knob = None if config.attention.knob is None else getattr(config.attention, config.attention.knob)
+    measured = {
+        row["length"]: row["causal_sparsity"]
+        for row in read_rows(run_dir / RESULTS)
+        if row["checkpoint"] == checkpoint.name and row["knob"] == knob and row["task"] == "loss"
+    }
+    if measured:
+        return [f"- {value:.1%} of validation rows of {length} tokens" for length, value in sorted(measured.items())]
+    training = [row for row in read_rows(run_dir / METRICS) if "causal_sparsity" in row]
+    if training:
+        return [f"- {training[-1]['causal_sparsity']:.1%} of training rows, at step {training[-1]['step']}"]
+    return ["- not measured"]
+
+
+def _read(path: Path) -> dict:
+    """What a record of the run holds; nothing where there is none, as in a run that was copied in part.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it, or remove it to export without it") from None
