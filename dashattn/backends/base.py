@@ -198,7 +198,31 @@ class AttentionConfig:
 
 
 class AttentionBackend(nn.Module):
-    """Attention after the projections and RoPE: owns its own parameters, not those of the transformer."""
+    """Attention after the projections and RoPE: owns its own parameters, not those of the transformer.
+
+    A backend says what it can do (``capabilities``), attends (``forward``), and shows what its router decided
+    (``route``) and what it costs (``flops``). Unless it has ``Capabilities(decode=False)`` it also decodes. ``decode``
+    is made of what a backend says about its cache, and is right if its outputs are those of ``forward`` over whole
+    sequences, however the tokens come: a prompt first, several at a time, one by one, rows padded at their ends.
+
+    ``block_size``, ``cache_layout``
+        What a layer keeps of the tokens it has seen: keys and values, and beside them what would have to be made anew
+        for every token, such as the summary of each chunk (``_layout`` takes these as fields).
+    ``_write(k, v, cache, hidden, rope)``
+        Puts new tokens there, and what they complete: keys and values by ``_append``, which takes the kernel for one
+        token where there is one, summaries of windows that have come to their end by ``cache.write_windows``. By
+        default it writes keys and values.
+    ``_attend(q, cache, hidden)``
+        The attention of new tokens, written already, over all that is there, in terms of the operations that
+        ``_decode_operations`` returns: kernels or reference, which have the same names. A row that is padded attends to
+        what it may; nobody looks at it.
+    ``_step(q, k, v, cache, hidden, rope)``
+        The two together. A backend overrides it if one kernel writes and attends.
+
+    ``cache.lengths`` are the tokens *before* the new ones until ``DecodeCache.advance`` counts these, once for all
+    layers: every layer of a step reads the same lengths, and a step that failed half-way has changed nothing that is
+    read. A prompt into an empty cache is written and then attended to by ``forward``, which is what trains.
+    """
 
     capabilities = Capabilities()
 

@@ -63,19 +63,16 @@ class NSAConfig(AttentionConfig):
     def pooling(self) -> str:
         return "max" if self.variant == "minicpm" else "weighted"
 
+    @property
+    def selection(self) -> dict:
+        """What selects the blocks, as ``nsa_attention`` and ``topk_routing`` take it."""
+        names = ("pooling", "block_size", "kernel_size", "kernel_stride", "topk", "init_blocks", "local_blocks")
+        return {name: getattr(self, name) for name in names}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.check_choice("variant", self.variant, VARIANTS)
-        check_nsa(
-            self.pooling,
-            self.block_size,
-            self.kernel_size,
-            self.kernel_stride,
-            self.topk,
-            self.init_blocks,
-            self.local_blocks,
-            self.window_size,
-        )
+        check_nsa(**self.selection, window_size=self.window_size)
         if self.variant == "minicpm":
             check(
                 self.window_size == 0 and self.shared_kv,
@@ -166,13 +163,7 @@ class NSABackend(AttentionBackend):
             gates,
             k_window=window[0],
             v_window=window[1],
-            pooling=config.pooling,
-            block_size=config.block_size,
-            kernel_size=config.kernel_size,
-            kernel_stride=config.kernel_stride,
-            topk=config.topk,
-            init_blocks=config.init_blocks,
-            local_blocks=config.local_blocks,
+            **config.selection,
             window_size=config.window_size,
             cu_seqlens=cu_seqlens,
             impl=config.impl,
@@ -227,13 +218,7 @@ class NSABackend(AttentionBackend):
             cache["compressed_k"],
             cache["compressed_v"],
             cache.lengths,
-            pooling=config.pooling,
-            block_size=config.block_size,
-            kernel_size=config.kernel_size,
-            kernel_stride=config.kernel_stride,
-            topk=config.topk,
-            init_blocks=config.init_blocks,
-            local_blocks=config.local_blocks,
+            **config.selection,
         )
         branches = [out_compressed, operations.cached_attention(q, cache["k"], cache["v"], cache.lengths, selection)]
         if config.window_size:
@@ -267,13 +252,7 @@ class NSABackend(AttentionBackend):
         return topk_routing(
             q,
             self._compress(k, v, None)[0],
-            kernel_size=config.kernel_size,
-            kernel_stride=config.kernel_stride,
-            pooling=config.pooling,
-            block_size=config.block_size,
-            topk=config.topk,
-            init_blocks=config.init_blocks,
-            local_blocks=config.local_blocks,
+            **config.selection,
         )
 
     def _compress(self, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
