@@ -26,6 +26,10 @@ BACKENDS: dict[str, tuple[type[AttentionConfig], type[AttentionBackend]]] = {
 }
 
 
+# The others are there to be evaluated with.
+TRAINABLE = tuple(name for name, (_, backend) in BACKENDS.items() if backend.capabilities.train)
+
+
 def build_backend(config: AttentionConfig, shape: AttentionShape) -> AttentionBackend:
     """Builds the backend that ``config`` names.
 
@@ -55,6 +59,7 @@ def build_backends(config: AttentionConfig, shape: AttentionShape, num_layers: i
 __all__ = [
     "ALL_HEADS",
     "BACKENDS",
+    "TRAINABLE",
     "AttentionBackend",
     "AttentionConfig",
     "AttentionShape",

@@ -20,7 +20,7 @@ from filelock import FileLock
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
-from dashattn.backends import BACKENDS
+from dashattn.backends import TRAINABLE
 from experiments.config import TrainConfig, to_train_config
 from experiments.errors import user_errors
 from experiments.files import CONFIGS, SCALING, append_rows, read_rows
@@ -53,7 +53,7 @@ class ParallelConfig:
 
     output_dir: str = "outputs/parallel"
     train: list[str] = MISSING  # overrides of train.py, for all runs
-    backends: list[str] = field(default_factory=lambda: list(BACKENDS))
+    backends: list[str] = field(default_factory=lambda: list(TRAINABLE))
     modes: dict[str, Mode] = MISSING
 
 
@@ -101,9 +101,9 @@ def check_parallel(config: ParallelConfig, ranks: int) -> None:
     Raises:
         ValueError: with the mend.
     """
-    wrong = [backend for backend in config.backends if backend not in BACKENDS]
+    wrong = [backend for backend in config.backends if backend not in TRAINABLE]
     if wrong or not config.backends:
-        raise ValueError(f"backends has {', '.join(wrong) or 'no entry'}: choose from {', '.join(BACKENDS)}")
+        raise ValueError(f"backends has {', '.join(wrong) or 'no entry'}: choose from {', '.join(TRAINABLE)}")
     if not config.modes:
         raise ValueError("modes has no entry: at least one is needed")
     for backend, mode in cases(config, ranks):

@@ -21,7 +21,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 from torch import Tensor
 
-from dashattn.backends import BACKENDS
+from dashattn.backends import BACKENDS, TRAINABLE
 from data import Batch, build_data
 from experiments.config import TrainConfig, to_train_config
 from experiments.files import THROUGHPUT, append_rows
@@ -54,7 +54,7 @@ class ThroughputConfig:
     output_dir: str = "outputs/throughput"
     train: list[str] = MISSING  # overrides of train.py, for all runs
     lengths: list[int] = field(default_factory=lambda: [8192, 16384, 32768])
-    backends: list[str] = field(default_factory=lambda: list(BACKENDS))
+    backends: list[str] = field(default_factory=lambda: list(TRAINABLE))
     sparsity: float = 0.75  # causal, on average over the layers
     # Of sparse backends' inputs: shared | clustered | iid. Neighbours in a trained model choose similar chunks, and the
     # kernels serve neighbours together; untrained, each token would choose for itself, which is iid, the worst case.
@@ -83,7 +83,7 @@ def check_throughput(config: ThroughputConfig) -> None:
     Raises:
         ValueError: with the mend.
     """
-    for name, known in (("backends", BACKENDS), ("patterns", PATTERNS)):
+    for name, known in (("backends", TRAINABLE), ("patterns", PATTERNS)):
         wrong = [value for value in getattr(config, name) if value not in known]
         if wrong or not getattr(config, name):
             raise ValueError(f"{name} has {', '.join(wrong) or 'no entry'}: choose from {', '.join(known)}")
