@@ -139,7 +139,7 @@ def test_the_table_compares_with_one_device_at_the_same_work(tmp_path):
 
 
 def test_a_report_needs_rows(tmp_path):
-    with pytest.raises(ValueError, match=r"run `python -m experiments\.parallel output_dir="):
+    with pytest.raises(ValueError, match=r"run `python -m experiments\.throughput\.scaling output_dir="):
         parallel_report.write_report(tmp_path)
 
 
