@@ -37,6 +37,19 @@ def test_gradcheck_scores_and_alpha(output):
     assert torch.autograd.gradcheck(fn, (scores, alpha))
 
 
+@pytest.mark.parametrize("alpha", [1.01, 1.02, 1.05, 1.25, 1.5, 2.0])
+@pytest.mark.parametrize(("chunks", "spread"), [(40, 0.1), (50, 1.0), (500, 3.0), (2000, 8.0)])
+def test_gradient_of_alpha_is_as_exact_as_float32_at_any_alpha(alpha, chunks, spread):
+    scores, weight, weight_log = torch.randn(1, chunks) * spread, *torch.randn(2, 1, chunks)
+    grads = []
+    for dtype in (torch.float32, torch.float64):
+        tensor = torch.tensor(alpha, dtype=dtype, requires_grad=True)
+        p, log_p = entmax(scores.to(dtype), tensor)
+        log_p = torch.where(p > 0, log_p, 0)
+        grads += torch.autograd.grad((weight * p + weight_log * p.detach() * log_p).sum(), tensor)
+    assert abs(grads[0] - grads[1]) <= 1e-4 * abs(grads[1])
+
+
 def test_gradient_matches_the_exact_solver():
     scores = torch.randn(5, 30, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(5, 30, dtype=torch.float64)

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from dashattn.ops.block_sparse.schedule import TileLists
 from dashattn.ops.dash_routing.triton_entmax import (
-    LN_2,
     above_threshold,
+    entropy_gap,
     fold,
-    log2,
     power,
     saturated,
     share_of_group,
@@ -101,11 +100,9 @@ def query_kernel(
     u_sum = zero
     ub_sum = zero
     u_share = zero
-    pb_sum = zero
-    p_share = zero
-    entropy = zero
-    pb_log = zero
-    p_log = zero
+    u_gap = zero
+    ub_gap = zero
+    share_gap = zero
     for entry in range(0, entries, CHUNKS):
         _k, z, u, share, selected, b = _listed_chunks(
             q, summaries_ptr, block_list, choice_list, bias_row, entry, entries, kv_head, first_summary, past,
@@ -118,12 +115,10 @@ def query_kernel(
         ub_sum += fold(b_share)
         u_share += fold(share)
         if ALPHA_GRAD:
-            log_p = log2(tl.where(z > 0, z, 1.0)) * ((exponent + 1.0) * LN_2)
-            entropy -= fold(u * z * log_p)
-            pb_sum += fold(b_share * z)
-            p_share += fold(share * z)
-            pb_log += fold(b_share * z * log_p)
-            p_log += fold(share * z * log_p)
+            gap = entropy_gap(z)
+            u_gap += fold(u * gap)
+            ub_gap += fold(b_share * gap)
+            share_gap += fold(share * gap)
     mean = tl.zeros([TOKENS], tl.float32)
     if TEMPERED:
         mean = tl.sum(b_sum, 1) / tl.maximum(tl.sum(b_count, 1), 1.0)
@@ -133,11 +128,9 @@ def query_kernel(
     tl.store(row_mean_ptr + flat_row, row_mean, mask=valid)
     tl.store(bias_mean_ptr + tile_token.to(tl.int64) * KV_HEADS + kv_head, mean, mask=in_document)
     if ALPHA_GRAD:
-        # Correia et al. 2019 (arXiv 1909.00015), equation 8, summed against g.
-        inverse_a = 1.0 / (alpha - 1.0)
-        pg = tl.sum(pb_sum, 1) - mean_row * tl.sum(p_share, 1)
-        pg_log = tl.sum(pb_log, 1) - mean_row * tl.sum(p_log, 1)
-        dalpha = (pg - row_mean) * inverse_a * inverse_a - (pg_log + row_mean * tl.sum(entropy, 1)) * inverse_a
+        # Correia et al. 2019 (arXiv 1909.00015), equation 8, summed against g, in the form of ``entmax/reference.py``.
+        ug_gap = tl.sum(ub_gap, 1) - mean_row * tl.sum(share_gap, 1)
+        dalpha = (row_mean * tl.sum(u_gap, 1) - ug_gap) / ((alpha - 1.0) * (alpha - 1.0))
         tl.store(dalpha_ptr + flat_row, dalpha * inverse_sigma, mask=valid)
 
     acc = tl.zeros([ROWS, DIM], tl.float32)

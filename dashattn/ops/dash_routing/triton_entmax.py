@@ -75,6 +75,16 @@ def exp2(x):
 
 
 @triton.jit
+def entropy_gap(z):
+    """1 - z + z log z for z in [0, 1], to relative precision also near 1, where it is (1 - z) ** 2 / 2."""
+    t = 1.0 - z
+    series = 1 / 56 + t * (1 / 72 + t * (1 / 90))
+    series = 1 / 20 + t * (1 / 30 + t * (1 / 42 + t * series))
+    series = 0.5 + t * (1 / 6 + t * (1 / 12 + t * series))
+    return tl.where(t < 0.25, t * t * series, t + z * (log2(tl.where(z > 0, z, 1.0)) * LN_2))
+
+
+@triton.jit
 def power(z, exponent, SQUARE: tl.constexpr):
     """(z ** r, z ** (r - 1)) with ``exponent`` = r - 1 per row; both 0 where z is 0, for exponent 0 too."""
     if SQUARE:

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 MIN_ALPHA, MAX_ALPHA = 1.01, 2.0
 _TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-13}
+_SERIES_TERMS = {torch.float32: 10, torch.float64: 24}
 _MAX_STEPS = 64
 
 
@@ -61,7 +62,7 @@ class _Entmax(torch.autograd.Function):
         z = _solve(scores, alpha) if scores.numel() else scores.clone()
         log_p = z.log() / (alpha - 1)
         p = log_p.exp()
-        ctx.save_for_backward(z, p, log_p, alpha)
+        ctx.save_for_backward(z, p, alpha)
         return p, log_p
 
     @staticmethod
@@ -70,7 +71,7 @@ class _Entmax(torch.autograd.Function):
         # On the support z = p ** (alpha - 1) = x - tau with |tau| >= N ** (1 - alpha), so that in float32
         # 1 / z = p ** (1 - alpha) is at most 2 ** 24 * N; 1 / p has no such bound. With u = p ** (2 - alpha) = p / z:
         # ds = u g - u sum(u g) / sum(u).
-        z, p, log_p, alpha = ctx.saved_tensors
+        z, p, alpha = ctx.saved_tensors
         support = z > 0
         reciprocal = torch.where(support, 1 / torch.where(support, z, 1), 0)
         u = p * reciprocal
@@ -81,9 +82,18 @@ class _Entmax(torch.autograd.Function):
 
         grad_alpha = None
         if ctx.needs_input_grad[1]:
-            log_p = log_p.masked_fill(~support, 0)
-            entropy = -(p * log_p).sum(-1, keepdim=True)
-            share = reciprocal / u_sum  # u / (p sum u)
-            dlog_p = (1 - share) / (alpha - 1) ** 2 - (log_p + share * entropy) / (alpha - 1)
-            grad_alpha = ((p * grad_p + grad_log_p) * dlog_p * support).sum_to_size(alpha.shape)
+            # dlog p = (sum(u k) / sum(u) - k) / (z (alpha - 1) ** 2) with k = 1 - z + z log z: equation 8 of Correia et
+            # al. rearranged, whose terms nearly cancel at small alpha, where z is close to 1.
+            k = _entropy_gap(z)
+            mean = (u * k).sum(-1, keepdim=True) / u_sum
+            grad_alpha = ((ug * (mean - k)) / (alpha - 1) ** 2).sum_to_size(alpha.shape)
         return grad_scores, grad_alpha
+
+
+def _entropy_gap(z: Tensor) -> Tensor:
+    """1 - z + z log z for z in [0, 1], to relative precision also near 1, where it is (1 - z) ** 2 / 2."""
+    t = 1 - z
+    series = torch.zeros_like(t)
+    for n in range(2 + _SERIES_TERMS[t.dtype], 1, -1):
+        series = series * t + 1 / (n * (n - 1))
+    return torch.where(t < 0.25, t * t * series, t + torch.special.xlogy(z, z))
