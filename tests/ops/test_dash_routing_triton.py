@@ -110,14 +110,14 @@ def test_the_words_alone_say_what_is_selected(alpha):
     q, k, v, grad = (torch.randn(1, length, heads, 16) for heads in (2, 1, 1, 2))
     alpha = None if alpha is None else torch.full((2,), alpha)
     settings = (CHUNK, score_scale, scale, "raw", 1.0)
-    out, words, lse, peak, tau, summaries = _forward_op(q, k, v, torch.zeros(1, 1, 16), alpha, None, *settings)
+    out, words, lse, peak, tau, summaries = _forward_op(q, k, v, torch.zeros(1, 1, 16), alpha, None, None, *settings)
     own = torch.arange(length)[:, None] // CHUNK
     fewer = torch.where(words & (words - 1) != 0, words & (words - 1), words)  # without the first chunk selected
     more = words | ((2 << own) - 1).int()  # every chunk up to the own one
     assert (fewer != words).any()
     assert (more != words).any()
     for changed in (fewer, more):
-        saved = (torch.zeros(1, 1, 16), alpha, None, out, changed, lse, peak, tau, summaries)
+        saved = (torch.zeros(1, 1, 16), alpha, None, None, out, changed, lse, peak, tau, summaries)
         grads = _backward_op(grad, q, k, v, *saved, *settings, True)
         assert all(x.isfinite().all() for x in grads)
 
