@@ -4,29 +4,35 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from experiments.config import TrainConfig
+from experiments.evaluation.target import Target, trained_knob
 from experiments.files import GIT, METRICS, RESULTS, START, read_rows
 from experiments.training.checkpoint import read_state
+from models.hf import is_sparse
 
 
-def model_card(run_dir: Path, checkpoint: Path, config: TrainConfig, *, dense: bool) -> str:
+def model_card(target: Target, *, dense: bool) -> str:
     """README.md of an export, in Markdown.
 
     Args:
-        checkpoint: the one that is exported.
+        target: what is exported.
         dense: it holds a sparse model's weights as those of a dense one.
     """
+    run_dir, checkpoint, config = target.run_dir, target.checkpoint, target.train
     start, git = (_read(run_dir / name) for name in (START, GIT))
     state, data, name = read_state(checkpoint), start.get("data", {}), config.attention.name
-    is_sparse = name != "full"
     lines = [f"# {config.name}", "", f"Step {state['step']}, {state['tokens']:,} tokens of training."]
     if "init_from" in start:
         lines += ["", f"Began with the weights of {Path(start['init_from']['weights']).name}."]
-    lines += ["", "## Attention", "", f"`{name}`" + (":" if is_sparse else ", exact causal attention.")]
-    if is_sparse:
+    lines += [
+        "",
+        "## Attention",
+        "",
+        f"`{name}`" + (":" if is_sparse(config.attention) else ", exact causal attention."),
+    ]
+    if is_sparse(config.attention):
         lines += ["", *(f"- {key}: {value}" for key, value in asdict(config.attention).items() if key != "name")]
         lines += ["", "Causal sparsity, the share of earlier keys that is not read:", ""]
-        lines += _sparsity(run_dir, checkpoint, config)
+        lines += _sparsity(target)
         lines += ["", "## How to load it", "", _WARNING if dense else _HOW]
     lines += ["", "## Data", "", f"- {config.data.name}, rows of {config.data.seq_len} tokens"]
     lines += [f"- {key}: {data[key]}" for key in ("source", "documents", "tokens", "tokens_fingerprint") if key in data]
@@ -50,12 +56,12 @@ _WARNING = (
 )
 
 
-def _sparsity(run_dir: Path, checkpoint: Path, config: TrainConfig) -> list[str]:
-    knob = None if config.attention.knob is None else getattr(config.attention, config.attention.knob)
+def _sparsity(target: Target) -> list[str]:
+    run_dir, knob = target.run_dir, trained_knob(target.train)
     measured = {
         row["length"]: row["causal_sparsity"]
         for row in read_rows(run_dir / RESULTS)
-        if row["checkpoint"] == checkpoint.name and row["knob"] == knob and row["task"] == "loss"
+        if row["checkpoint"] == target.checkpoint.name and row["knob"] == knob and row["task"] == "loss"
     }
     if measured:
         return [f"- {value:.1%} of validation rows of {length} tokens" for length, value in sorted(measured.items())]

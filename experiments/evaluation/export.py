@@ -15,12 +15,11 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from data import TextTokenizer
-from experiments.config import load_config
 from experiments.errors import user_errors
 from experiments.evaluation.card import model_card
-from experiments.files import CONFIG, TOKENIZER
+from experiments.evaluation.target import locate
+from experiments.files import CONFIG, TOKENIZER, WEIGHTS
 from experiments.training.checkpoint import read_state
-from experiments.training.weights import find_weights
 from models.hf import write_folder
 
 
@@ -35,11 +34,12 @@ def export(run_dir: Path, folder: Path, *, dense: bool = False) -> list[str]:
     """
     if not (run_dir / CONFIG).exists():
         raise ValueError(f"{run_dir} is no run directory (it has no {CONFIG})")
-    config, path = load_config(run_dir / CONFIG), find_weights(run_dir)
+    target = locate(str(run_dir), "cpu")  # with the knob that a target sparsity was met with
+    config = target.train
     tokenizer = None  # of data that are no text, and of runs of before tokenizers were kept
     if (run_dir / TOKENIZER).is_dir():
-        tokenizer = TextTokenizer.load(str(run_dir / TOKENIZER), config.data.eos_token)
-    card = model_card(run_dir, path.parent, config, dense=dense)
+        tokenizer = TextTokenizer.load(config.data.tokenizer, config.data.eos_token)
+    card = model_card(target, dense=dense)
 
     def write_more(temporary: Path) -> None:
         (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -49,9 +49,9 @@ def export(run_dir: Path, folder: Path, *, dense: bool = False) -> list[str]:
     return write_folder(
         folder,
         config.model,
-        load_file(path),
+        load_file(target.checkpoint / WEIGHTS),
         config.attention,
-        step=read_state(path.parent)["step"],
+        step=read_state(target.checkpoint)["step"],
         dense=dense,
         token_ids=tokenizer and {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id},
         write_more=write_more,

@@ -4,7 +4,7 @@ Nothing else is read: no pickle, no code. What this project's model does not com
 architectures are the rows of ``models.hf.families``.
 """
 
-from models.hf.attention import check_same_attention, read_attention, read_step
+from models.hf.attention import check_same_attention, is_sparse, read_attention, read_step
 from models.hf.config import check_same_model, is_hf_folder, read_config
 from models.hf.export import write_folder
 from models.hf.weights import check_files, read_weights
@@ -14,6 +14,7 @@ __all__ = [
     "check_same_attention",
     "check_same_model",
     "is_hf_folder",
+    "is_sparse",
     "read_attention",
     "read_config",
     "read_step",

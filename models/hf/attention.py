@@ -6,7 +6,7 @@ DashAttention (``chunk_size``, ``estimate_diagonal``, ``sigma``, ``scaling_facto
 """
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from dashattn.backends import BACKENDS, AttentionConfig, DashConfig, InfLLMv2Config
@@ -44,7 +44,12 @@ def read_attention(folder: Path) -> AttentionConfig | None:
         raise ValueError(f"{folder / CONFIG} has no {error}, which its attention needs") from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG} has attention that cannot be mapped: {error}") from None
-    return None if attention.name == "full" else attention
+    return attention if is_sparse(attention) else None
+
+
+def is_sparse(attention: AttentionConfig) -> bool:
+    """Whether any layer attends otherwise than densely."""
+    return attention.name != "full" or attention.layers is not None
 
 
 def read_step(folder: Path) -> int:
@@ -62,21 +67,24 @@ def check_same_attention(attention: AttentionConfig, folder: Path) -> None:
         ValueError: with what to set.
     """
     theirs = read_attention(folder)
-    if theirs is not None and theirs.name != attention.name:
+    if theirs is not None and (theirs.name, theirs.layers) != (attention.name, attention.layers):
+        by_layer = "" if theirs.layers is None else f" and attention.layers={theirs.layers}"
         raise ValueError(
-            f"{folder} was trained with {theirs.name} attention, and attention={attention.name} makes another model of "
-            "it: set attention=checkpoint to take its own, or init_any_attention=true to go on all the same"
+            f"{folder} was trained with {theirs.name} attention{by_layer}, and attention={attention.name} makes "
+            "another model of it: set attention=checkpoint to take its own, or init_any_attention=true to go on anyway"
         )
 
 
 def their_attention(attention: AttentionConfig, kind: str, step: int) -> dict:
     """What config.json of a sparse model holds besides; its ``model_type`` is one that transformers does not know,
-    instead of a dense one's, with which it would compute another model without a word."""
+    instead of a dense one's, with which it would compute another model without a word. A target is the training's: its
+    knob is the one of ``attention``."""
+    attention = replace(attention, target_sparsity=None)
     theirs = {
         **{"model_type": MODEL_TYPE, BASE_TYPE: kind, "architectures": ["DashAttnForCausalLM"]},
         **{KEY: asdict(attention), STEP: step},
     }
-    if isinstance(attention, DashConfig) and attention.prior in ("raw", "tempered"):
+    if isinstance(attention, DashConfig) and attention.layers is None and attention.prior in ("raw", "tempered"):
         theirs |= {
             "chunk_size": attention.chunk_size,
             "estimate_diagonal": attention.prior == "tempered",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dashattn.backends import AttentionConfig
 from models.config import ModelConfig
-from models.hf.attention import KEY, STEP, their_attention
+from models.hf.attention import KEY, STEP, is_sparse, their_attention
 from models.hf.config import their_config
 from models.hf.families import FAMILIES
 from models.hf.files import CONFIG, WEIGHTS
@@ -52,7 +52,7 @@ def write_folder(
     dtype = str(weights["embedding.weight"].dtype).removeprefix("torch.")
     theirs = their_config(config, dtype) | {"bos_token_id": None, "eos_token_id": None} | (token_ids or {})
     kind = theirs["model_type"]
-    if attention.name != "full":
+    if is_sparse(attention):
         sparse = their_attention(attention, kind, step)
         theirs |= {key: sparse[key] for key in (KEY, STEP)} if dense else sparse
     left_out = sorted(name for name in weights if ".attention.backend." in name) if dense else []

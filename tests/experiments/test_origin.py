@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -147,22 +147,31 @@ def test_an_export_has_the_tokenizer_and_its_ids(tmp_path):
 
 
 def test_a_sparse_export_says_what_it_was_and_is_taken_as_such(folder, tmp_path):
-    dash = ("attention=dash", "attention.chunk_size=16", "attention.router_scale=7.0", "stats_every=2")
+    dash = ("attention=dash", "attention.chunk_size=16", "attention.target_sparsity=0.15", "stats_every=2")
     run = train(configure(tmp_path, f"init_from={folder}", *dash))
+    attention = target.locate(str(run), "cpu").train.attention
+    assert attention.router_scale != load_config(run / "config.yaml").attention.router_scale
     measured = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["causal_sparsity"]
     export.main([str(run), str(tmp_path / "sparse")])
     export.main(["--dense", str(run), str(tmp_path / "dense")])
     commit = json.loads((run / "git.json").read_text())["sha"]
     for name, words in (("sparse", "attention=checkpoint"), ("dense", "written as those of a dense model")):
         card = (tmp_path / name / "README.md").read_text()
-        for expected in (words, "`dash`:", "- router_scale: 7.0", f"{measured:.1%} of training rows", commit):
+        for expected in (
+            words,
+            "`dash`:",
+            f"- router_scale: {attention.router_scale}",
+            f"{measured:.1%} of training rows",
+            commit,
+        ):
             assert expected in card
         assert "- python_stdlib, rows of 64 tokens" in card
 
     later = f"run_dir={tmp_path / 'later'}"
     taken = configure(tmp_path, f"init_from={tmp_path / 'sparse'}", "attention=checkpoint", later)
-    assert taken.attention == load_config(run / "config.yaml").attention
-    assert configure(tmp_path, f"init_from={run}", "attention=checkpoint", later).attention == taken.attention
+    assert taken.attention == replace(attention, target_sparsity=None)
+    of_run = configure(tmp_path, f"init_from={run}", "attention=checkpoint", later)
+    assert of_run.attention == load_config(run / "config.yaml").attention
     assert configure(tmp_path, f"init_from={folder}", "attention=checkpoint", later).attention.name == "full"
     check(taken)
     start = json.loads((train(taken) / "start.json").read_text())

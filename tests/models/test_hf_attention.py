@@ -1,6 +1,7 @@
 """Sparse attention in Hugging Face folders: what config.json says of it, and the way back."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ SPARSE = {
     "dash": DashConfig(chunk_size=8, router_scale=0.4, prior="raw", alpha_mode="learnable", summary_rope="mean"),
     "infllmv2": InfLLMv2Config(block_size=8, kernel_size=4, kernel_stride=2, topk=4, window_size=8),
     "nsa": NSA,
+    "full": FullConfig(layers={"1": {"name": "dash", "chunk_size": 8}}),
 }
 
 
@@ -65,6 +67,13 @@ def test_a_sparse_model_is_written_as_a_dense_one_if_asked_for_and_says_so(tmp_p
     assert_same_logits(load(tmp_path / "back", FullConfig()), dense)
     with pytest.raises(ValueError, match="trained with dash attention"):
         check_same_attention(FullConfig(), tmp_path / "back")
+
+
+def test_a_target_stays_behind_and_its_knob_does_not(tmp_path):
+    model = sparse_model(tmp_path, SPARSE["dash"])
+    attention = replace(SPARSE["dash"], target_sparsity=0.75)
+    write_folder(tmp_path / "back", model.config, model.state_dict(), attention)
+    assert read_attention(tmp_path / "back") == SPARSE["dash"]
 
 
 def test_a_dense_model_says_nothing_of_attention(tmp_path):
