@@ -194,7 +194,7 @@ def test_a_damaged_shard_is_found_and_made_again(make, small_shards, tmp_path, c
         part = make().training[0]
         part.window(0, len(part))
 
-    with pytest.raises(DamagedShardError, match=r"shard-00002 is damaged .*experiments\.prepare"):
+    with pytest.raises(DamagedShardError, match=r"shard-00002 is damaged .*experiments\.training\.prepare"):
         read()
     make(verify=True)
     assert contents(folder) == whole
