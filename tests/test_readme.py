@@ -44,7 +44,7 @@ def python(*arguments, **options):
     return run(sys.executable, *arguments, **options)
 
 
-TRAIN = "python train.py experiment=debug attention=dash attention.chunk_size=8 attention.router_scale=100"
+TRAIN = "python train.py experiment=debug attention=dash attention.chunk_size=8 attention.target_sparsity=0.75"
 EVALUATE = "python evaluate.py run=outputs/debug-dash tasks=[loss,position] knobs=[10,100,1000]"
 
 # What a test below stands for; the README's ``...`` are its own.
@@ -146,7 +146,8 @@ def test_figures_are_made_of_folders_with_rows():
 
 def test_train_then_evaluate(tmp_path):
     small = ("steps=6", "data.max_bytes=2000000", "threads=1", f"run_dir={tmp_path}/debug-dash")
-    python(*TRAIN.split()[1:], *small)
+    out = python(*TRAIN.split()[1:], *small)
+    assert "has a sparsity of 75.0% on training rows" in out
     out = python(*EVALUATE.replace("outputs", str(tmp_path)).split()[1:], "threads=1")
     sparsities = re.findall(r"loss .* router_scale (\w+) .*causal sparsity ([\d.]+)%", out)
     assert [knob for knob, _ in sparsities] == ["10", "100", "1000"]
