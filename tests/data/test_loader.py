@@ -1,10 +1,7 @@
 import itertools
 import json
 import random
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +10,7 @@ import torch
 from data import DataSourceError, TextDataConfig, build_data
 from data.cache import build_once
 from data.prepared import unigram_cross_entropy
+from tests import forked
 
 
 @pytest.fixture
@@ -223,12 +221,10 @@ print(next(stream).input_ids.sum().item(), stream.state_dict()["tokens"])
 
 
 def test_two_processes_may_prepare_at_once(text_config, tmp_path):
-    arguments = [sys.executable, "-c", PREPARE, json.dumps(vars(text_config())), str(tmp_path / "cache")]
-    root = Path(__file__).parents[2]
-    processes = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, cwd=root) for _ in range(2)]
-    outputs = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    assert outputs[0] == outputs[1] != ""
+    done = forked.run("-c", PREPARE, json.dumps(vars(text_config())), tmp_path / "cache", processes=2)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first == second
     for kind in ("tokens", "tokenizers"):
         assert len([path for path in (tmp_path / "cache" / kind).iterdir() if path.is_dir()]) == 1
 

@@ -7,11 +7,9 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -23,6 +21,7 @@ from data.corpora import iterate_documents, split_of
 from data.prepared import prepare
 from data.shards import ShardWriter, TokenizedPart
 from data.tokenizer import TextTokenizer
+from tests import forked
 
 
 @pytest.fixture
@@ -112,6 +111,7 @@ import json, sys, time
 from pathlib import Path
 from data import TextDataConfig, prepared
 from data.tokenizer import TextTokenizer
+from tests import forked
 
 if __name__ == "__main__":
     config, cache, tokenizer, workers = json.loads(sys.argv[1])
@@ -138,13 +138,12 @@ def test_killed_preparation_goes_on_to_the_same_bytes(
     script, cache = tmp_path / "script.py", tmp_path / "cache"
     script.write_text(PREPARE)
     arguments = [vars(text_config()), str(cache), str(tmp_path / "tokenizer.json"), workers]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     randomness, ended = random.Random(workers), False
     while kills or ended:
         if ended:  # all was done before the kill
             shutil.rmtree(cache)
         shards = len(list(cache.glob("tokens/*/shard-*"))) + 1 + randomness.randrange(2)
-        process = subprocess.Popen([sys.executable, str(script), json.dumps(arguments)], env=environment)
+        process = forked.Process([sys.executable, script, json.dumps(arguments)])
         try:
             deadline = time.monotonic() + 120
             while len(list(cache.glob("tokens/*/shard-*"))) < shards and process.poll() is None:

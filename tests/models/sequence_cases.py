@@ -1,4 +1,4 @@
-"""Models whose ranks share rows, and what one rank computes: sequence_cases.py RANK WORLD_SIZE FOLDER CASE..."""
+"""Models whose ranks share rows, and what one rank computes: sequence_cases.py FOLDER CASE..., as torchrun starts it"""
 
 import sys
 from dataclasses import dataclass, field, replace
@@ -89,9 +89,10 @@ def compute(case: Case, group: torch.distributed.ProcessGroup | None = None) -> 
     }
 
 
-def main(rank: int, world_size: int, folder: Path, names: list[str]) -> None:
+def main(folder: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    torch.distributed.init_process_group("gloo")
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     groups = {size: torch.distributed.new_group(range(size)) for size in range(2, world_size + 1)}
     results = {name: compute(CASES[name], groups[CASES[name].size]) for name in names if rank < CASES[name].size}
     torch.save(results, folder / f"{rank}.pt")
@@ -99,4 +100,4 @@ def main(rank: int, world_size: int, folder: Path, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
+    main(Path(sys.argv[1]), sys.argv[2:])

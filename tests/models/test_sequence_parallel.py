@@ -1,8 +1,5 @@
 """Ranks that share their rows compute what one alone does."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +8,7 @@ import torch
 from sequence_cases import CASES, compute
 
 from models.sequence_parallel import SequenceParallel
+from tests import forked
 
 HERE = Path(__file__).parent
 QUICK = [name for name, case in CASES.items() if not case.compiled]
@@ -18,17 +16,8 @@ QUICK = [name for name, case in CASES.items() if not case.compiled]
 
 def run_ranks(folder, world_size, names):
     """Results of every rank, for all cases in one launch: starting costs more than computing."""
-    environment = os.environ | {"PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, HERE / "sequence_cases.py"]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(world_size), folder, *names], env=environment)
-        for rank in range(world_size)
-    ]
-    try:
-        assert [rank.wait(timeout=200) for rank in ranks] == [0] * world_size
-    finally:
-        for rank in ranks:
-            rank.kill()
+    done = forked.run(HERE / "sequence_cases.py", folder, *names, processes=world_size)
+    assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
 
 

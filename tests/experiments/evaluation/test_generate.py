@@ -1,15 +1,10 @@
-"""The command line ``python -m models.generate``, on a run of a few steps."""
-
-import subprocess
-import sys
-from pathlib import Path
+"""The command line ``python -m experiments.evaluation.generate``, on a run of a few steps."""
 
 import pytest
 
 from experiments.evaluation.generate import GenerateConfig, Printer, run_generation
+from tests import forked
 from train import train
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -27,17 +22,9 @@ def test_a_run_continues_a_prompt(run, capsys):
 
 
 def test_the_command_line(run):
-    command = [
-        sys.executable,
-        "-m",
-        "experiments.evaluation.generate",
-        f"run={run}",
-        "prompt=import os",
-        "max_new_tokens=4",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("x")
-    failed = subprocess.run([*command, "top_p=2"], cwd=ROOT, capture_output=True, text=True)
+    command = ["-m", "experiments.evaluation.generate", f"run={run}", "prompt=import os", "max_new_tokens=4"]
+    assert forked.run(*command).stdout.startswith("import os")
+    failed = forked.run(*command, "top_p=2")
     assert failed.returncode == 1
     assert "error: top_p=2.0 must lie in" in failed.stderr
 

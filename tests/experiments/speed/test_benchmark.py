@@ -32,6 +32,7 @@ from experiments.speed.measure import failed_check
 from experiments.speed.methods import Method, UnavailableError, given_selection
 from experiments.speed.peers import block_lists
 from experiments.speed.rows import ATTENTION, BOTH, CUDNN, DENSE, FLASH_3, FORWARD, WHOLE
+from tests import forked
 
 ROOT = Path(__file__).parents[3]
 SHAPE = Shape(heads=4, kv_heads=2, head_dim=16, chunk_size=16, dtype=torch.float32)
@@ -291,8 +292,7 @@ def test_what_cannot_be_measured_is_refused(override, mend):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_without_a_gpu_it_ends_in_one_message(tmp_path):
-    command = [sys.executable, "-m", "experiments.speed", f"output_dir={tmp_path / 'speed'}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = forked.run("-m", "experiments.speed", f"output_dir={tmp_path / 'speed'}")
     assert done.returncode == 1
     assert "GPU" in done.stderr
     assert f"experiments.speed.report {tmp_path / 'speed'}" in done.stderr

@@ -1,8 +1,8 @@
 """A run that is killed with SIGKILL again and again at random moments: python crash.py WORKDIR KILLS SEED OVERRIDES...
 
-A life of the run is a fork of this process, so that it costs no start of Python. When all kills are spent, of which one
-at least must have come while a checkpoint was written, the run is left to finish; prints the number of lives that
-resumed from a checkpoint, and of those that were killed while saving.
+A life of the run is a fork of this process, so that it costs no start of Python. When all kills are spent, one at
+least of them while a checkpoint was written and one in a life that had resumed, the run is left to finish; prints the
+number of lives that resumed from a checkpoint, and of those that were killed while saving.
 """
 
 import os
@@ -63,7 +63,7 @@ def main(run_dir: Path, kills: int, seed: int, overrides: list[str]) -> None:
     step_time = (time.monotonic() - start) / config.steps
     os.replace(run_dir, run_dir.with_name("whole"))
     resumed = saving = 0
-    while kills > 0 or saving == 0:
+    while kills > 0 or not (resumed and saving):
         before = len(read_rows(run_dir / METRICS))
         process = live(config)
         wait_for_rows(process, run_dir, before + randomness.randrange(4))

@@ -13,6 +13,7 @@ import pytest
 
 from experiments.files import read_rows
 from experiments.sweep.cells import read_plan
+from tests import forked
 
 ROOT = Path(__file__).parents[3]
 
@@ -21,25 +22,19 @@ def rows(run_dir, *keys):
     return [tuple(row.get(key) for key in keys) for row in read_rows(run_dir / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("kills", [10, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [4, pytest.param(100, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_goes_on_with_the_same_losses(tiny_overrides, tmp_path, kills):
-    overrides, run_dir = tiny_overrides("run", "steps=24", "save_every=1", "eval_every=12", "logger=off")
+    overrides, run_dir = tiny_overrides("run", "steps=12", "save_every=1", "eval_every=6", "logger=off")
     overrides = [o for o in overrides if not o.startswith(("name=", "run_dir="))]
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests/experiments/training/crash.py", run_dir, str(kills), str(kills), *overrides],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=60 * kills,
-    )
+    done = forked.run(Path(__file__).with_name("crash.py"), run_dir, kills, kills, *overrides, timeout=60 * kills)
     assert done.returncode == 0, done.stderr
     resumed, saving = map(int, re.search(r"resumed (\d+) killed while saving (\d+)", done.stdout).groups())
     print(done.stdout.splitlines()[-1])
-    assert resumed > kills / 4
+    assert resumed >= kills / 4
     assert saving > 0  # however many more kills that took
     keys = ("step", "split", "loss", "tokens", "grad_norm")
     assert rows(run_dir, *keys) == rows(tmp_path / "whole", *keys)
-    assert len(rows(run_dir, *keys)) == 26
+    assert len(rows(run_dir, *keys)) == 14
 
 
 @pytest.mark.slow

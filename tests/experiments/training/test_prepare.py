@@ -1,9 +1,6 @@
 """The command that fills the cache before a run."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from data import build_data
 from experiments.schema import to_config
 from experiments.training.prepare import prepare
+from tests import forked
 
 ROOT = Path(__file__).parents[3]
 MIXTURE = (
@@ -46,7 +44,6 @@ def test_what_is_generated_while_training_needs_no_preparation():
 
 
 def test_the_command_takes_the_arguments_of_a_run(tmp_path):
-    command = [sys.executable, "-m", "experiments.training.prepare", *MIXTURE, f"cache_dir={tmp_path}"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = forked.run("-m", "experiments.training.prepare", *MIXTURE, f"cache_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert re.findall(r"^(\w+): ", done.stdout, re.MULTILINE) == ["python", "recall"]

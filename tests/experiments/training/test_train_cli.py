@@ -1,4 +1,4 @@
-"""train.py as the shell runs it: a process costs seconds, so there are few."""
+"""train.py as the shell and launchers run it."""
 
 import json
 import os
@@ -7,11 +7,14 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from experiments.files import METRICS, START, read_rows
+from experiments.training import checkpoint
 from experiments.training.checkpoint import read_state
+from tests import forked
 from train import train
 
 ROOT = Path(__file__).parents[3]
@@ -63,7 +66,8 @@ def set_back(run_dir):
 def launch(tiny_overrides, tmp_path, name, stages, *options, ranks=2):
     """All stages in one launch: starting costs more than training."""
     overrides, _ = tiny_overrides(name + "${deepspeed.stage}", *RESHARDED, f"hydra.sweep.dir={tmp_path}", *options)
-    done = command(["-m", *overrides, f"deepspeed.stage={','.join(map(str, stages))}"], *torchrun(ranks))
+    stage = f"deepspeed.stage={','.join(map(str, stages))}"
+    done = forked.run("train.py", "-m", *overrides, stage, processes=ranks)
     assert done.returncode == 0, done.stderr
 
 
@@ -79,7 +83,11 @@ def measured(run_dir):
     return [[row[key] for key in keys] for row in read_rows(run_dir / METRICS) if "causal_sparsity" in row]
 
 
-def test_two_ranks_train_as_one_and_one_goes_on_from_their_checkpoint(make_config, tiny_overrides, tmp_path):
+def test_two_ranks_train_as_one_and_one_goes_on_from_their_checkpoint(
+    make_config, tiny_overrides, tmp_path, monkeypatch
+):
+    forked_run = SimpleNamespace(run=lambda command, **_: forked.run(*command[1:]))
+    monkeypatch.setattr(checkpoint, "subprocess", forked_run)  # DeepSpeed's conversion
     alone = train(make_config("alone", *RESHARDED, TARGET))
     launch(tiny_overrides, tmp_path, "sp${sequence_parallel}-", (1, 3), "sequence_parallel=1,2", TARGET)
     expected = pytest.approx(losses(alone), rel=1e-5)
@@ -167,7 +175,7 @@ def test_deepspeed_starts_the_same_run_and_again_when_it_lost_a_rank(make_config
 
 def test_a_typo_is_one_message(tiny_overrides):
     overrides, run_dir = tiny_overrides("typo", "optim.learning_rate=1")
-    done = command(overrides, sys.executable)
+    done = forked.run("train.py", *overrides)
     assert done.returncode == 1
     assert "Key 'learning_rate' not in 'OptimConfig'" in done.stderr
     assert "Traceback" not in done.stderr
