@@ -21,7 +21,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
 from dashattn.backends import TRAINABLE
-from experiments.config import TrainConfig, to_train_config
+from experiments.config import TrainConfig, register_configs, to_train_config
 from experiments.errors import user_errors
 from experiments.files import CONFIGS, SCALING, append_rows, read_rows
 from experiments.provenance import provenance
@@ -58,6 +58,7 @@ class ParallelConfig:
 
 
 def register_parallel_config() -> None:
+    register_configs()  # every case is a training run
     ConfigStore.instance().store(name="parallel_schema", node=ParallelConfig)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dashattn.backends import BACKENDS, TRAINABLE
 from data import Batch, build_data
-from experiments.config import TrainConfig, to_train_config
+from experiments.config import TrainConfig, register_configs, to_train_config
 from experiments.files import THROUGHPUT, append_rows
 from experiments.provenance import provenance
 from experiments.speed.inputs import NEIGHBOURS, PATTERNS
@@ -74,6 +74,7 @@ class ThroughputConfig:
 
 
 def register_throughput_config() -> None:
+    register_configs()  # every case is a training run
     ConfigStore.instance().store(name="throughput_schema", node=ThroughputConfig)
 
 

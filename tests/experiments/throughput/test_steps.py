@@ -1,13 +1,15 @@
 """The throughput benchmark at toy size: what is measured, with which setting, and what becomes of failures."""
 
 import gc
+import subprocess
+import sys
 import weakref
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from experiments.files import THROUGHPUT, append_rows, read_rows
+from experiments.files import ROOT, THROUGHPUT, append_rows, read_rows
 from experiments.schema import to_config
 from experiments.speed.inputs import NEIGHBOURS
 from experiments.throughput import report as throughput_report
@@ -197,3 +199,13 @@ def test_the_table_compares_with_the_fastest_dense_run_of_the_length(tmp_path):
 def test_no_rows_no_report(tmp_path):
     with pytest.raises(ValueError, match=r"no measurements in .*python -m experiments.throughput"):
         throughput_report.write_report(tmp_path)
+
+
+@pytest.mark.parametrize("command", ["experiments.throughput", "experiments.throughput.scaling"])
+def test_a_command_line_refuses_what_cannot_be_trained(command, tmp_path):
+    """In a process of its own, which knows only the schemas that the command registers."""
+    overrides = ["backends=[full]", "train=[model=debug,optim.lr=-1]", f"output_dir={tmp_path / 'out'}"]
+    done = subprocess.run([sys.executable, "-m", command, *overrides], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "optim.lr=-1: a positive learning rate is needed" in done.stderr
+    assert not (tmp_path / "out").exists()
