@@ -1,4 +1,4 @@
-"""Evaluates one checkpoint: ``python evaluate.py run=outputs/NAME tasks=[loss,position] knobs=[0.5,1,2]``.
+"""Evaluates one checkpoint: ``python evaluate.py run=outputs/NAME tasks=[loss,position] sparsities=[0.5,0.75]``.
 
 Rows are appended to results.jsonl in the run directory; what is there already is not computed again.
 """
@@ -24,7 +24,9 @@ def line(row: dict) -> str:
         parts.append(f"positions {row['position'][0]}-{row['position'][1]}")
     parts += [f"{key} {row[key]}" for key in ("probe", "relevant", "depth", "variant") if row.get(key) is not None]
     if row["knob"] is not None:
-        parts.append(f"{row['knob_name']} {row['knob']:g}")
+        parts.append(f"{row['knob_name']} {row['knob']:.4g}")
+    if row.get("target_sparsity") is not None:
+        parts.append(f"for {row['target_sparsity']:.1%} ({row['sparsity_count']})")
     return "  ".join([*parts, f"causal sparsity {row['causal_sparsity']:.1%}"])
 
 

@@ -23,6 +23,7 @@ SUBMITTED = "slurm"  # folder of what Slurm was given, and its logs; written bef
 METRICS = "metrics.jsonl"
 ANOMALIES = "anomalies.jsonl"
 RESULTS = "results.jsonl"
+CALIBRATIONS = "calibrations.jsonl"  # knobs that an evaluation found for sparsities
 WEIGHTS = "model.safetensors"  # of a checkpoint
 # Of a sweep:
 CELL = "cell.json"  # in a run directory: the commands that completed

@@ -12,7 +12,8 @@ from statistics import mean
 import torch
 from torch import Tensor
 
-from dashattn.backends import AttentionConfig
+from dashattn.backends import BACKENDS, AttentionConfig
+from dashattn.backends.layers import layer_configs
 from dashattn.stats import PAPER_SKIP, AttentionStats
 from data import Batch
 from models import Transformer
@@ -161,6 +162,13 @@ class Hold:
     def state_dict(self) -> dict:
         """Plain JSON values."""
         return {"knob": self.knob, "mean": self.mean, "seen": self.seen}
+
+
+def turned_layers(attention: AttentionConfig, num_layers: int) -> list[AttentionConfig]:
+    """The configurations of the layers that the knob turns, as ``Transformer.turned``."""
+    known = {name: kind for name, (kind, _) in BACKENDS.items()}
+    layers = layer_configs(attention, num_layers, known)
+    return [own for own in layers if own.name == attention.name and own.knob is not None]
 
 
 def knob_span(layers: Sequence[AttentionConfig], length: int) -> tuple[float, float]:

@@ -28,6 +28,10 @@ class EvaluateConfig:
     tasks: list[str] = field(default_factory=lambda: ["loss"])
     lengths: list[int] | None = None  # tokens of a row, or of prompt and answer; null = the run's data.seq_len
     knobs: list[float] | None = None  # values of the sparsity knob; null = the one trained with
+    # In place of knobs: sparsities in [0, 1), averaged over the layers, for each of which the knob is found on training
+    # rows of each length; counted causal | paper.
+    sparsities: list[float] | None = None
+    sparsity_count: str = "causal"
     # Rows of the validation split, or samples of each other task; null = as many as the run validates on, 100 of
     # generated tasks, 32 for routing, all of lm_eval's.
     rows: int | None = None

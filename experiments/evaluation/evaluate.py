@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from experiments.evaluation.config import EvaluateConfig, check_tasks
+from experiments.evaluation.knobs import Setpoint, setpoints, turn_knob
 from experiments.evaluation.select import build_tasks
 from experiments.evaluation.target import Target, build_model, locate, trained_knob, validation_stream
 from experiments.evaluation.tasks.base import Setting, Task
@@ -23,7 +24,7 @@ def find_target(config: EvaluateConfig) -> Target:
     """Locates what is to be evaluated and refuses what cannot be.
 
     Raises:
-        ValueError: no such run, unknown task, or a knob value that the backend cannot have.
+        ValueError: no such run, unknown task, or a knob value or sparsity that the attention cannot have.
     """
     target = locate(config.run, config.device)
     check_tasks(config, target.train)
@@ -31,41 +32,39 @@ def find_target(config: EvaluateConfig) -> Target:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}: at least 1 is needed")
-    for knob in config.knobs or ():
-        target.train.attention.with_knob(knob)
+    setpoints(config, target.train)
     return target
 
 
 def evaluate(config: EvaluateConfig, target: Target) -> Iterator[dict]:
-    """Evaluates at every knob value that has rows missing; yields the rows, which are on disk by then."""
+    """Evaluates at every knob value or sparsity that has rows missing; yields the rows, which are on disk by then."""
     train = target.train
     device = torch.device(train.device)
-    knobs = [trained_knob(train)] if config.knobs is None else list(dict.fromkeys(config.knobs))
+    places = setpoints(config, train)
     path = target.run_dir / RESULTS
     existing = read_rows(path)
     common = describe(target) | {"label": config.label or train.attention.name}
     tasks = build_tasks(config, train, validation_stream(target))
 
-    def missing(task: Task, knob: float | None) -> list[str]:
-        asked = {key: common[key] for key in ("checkpoint", "label")} | {"knob": knob} | task.columns
+    def missing(task: Task, place: Setpoint) -> list[str]:
+        asked = {key: common[key] for key in ("checkpoint", "label")} | place.columns() | task.columns
         done = {row["task"] for row in existing if all(row.get(key) == value for key, value in asked.items())}
         return [name for name in task.names if name not in done]
 
-    if not any(missing(task, knob) for task in tasks for knob in knobs):
+    if not any(missing(task, place) for task in tasks for place in places):
         return
     model = build_model(target)
-    for knob in knobs:
-        if knob is not None:
-            model.set_knob(knob)
-        setting = Setting(model, device, knob, target.checkpoint.name, target.run_dir)
+    for place in places:
         for task in tasks:
-            names = missing(task, knob)
+            names = missing(task, place)
             if not names:
                 continue
+            knob = turn_knob(model, place, task, config, target)
+            setting = Setting(model, device, knob, target.checkpoint.name, target.run_dir)
             start = time.perf_counter()
             rows = list(task.run(setting, names))
             when = {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": time.perf_counter() - start}
-            shared = common | task.columns | {"knob": knob} | when
+            shared = common | task.columns | place.columns() | {"knob": knob} | when
             new = [shared | row | {"bytes_read": bytes_read(model, row)} for row in rows]
             append_rows(path, new)
             yield from new
@@ -92,6 +91,7 @@ def describe(target: Target) -> dict:
         "seed": train.seed,
         "knob_name": train.attention.knob,
         "trained_knob": trained_knob(train),
+        "trained_sparsity": train.attention.target_sparsity if train.attention.controls_sparsity else None,
         "checkpoint": target.checkpoint.name,
         "step": state["step"],
         "tokens": state["tokens"],

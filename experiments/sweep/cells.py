@@ -38,7 +38,8 @@ class ArmConfig:
     train: list[str] = MISSING  # overrides of train.py
     trained_knobs: list[float] = field(default_factory=list)  # a cell for each; empty = one, as ``train`` says
     knobs: list[float] | None = None  # evaluated at each; null = the one trained with
-    turned: float | None = None  # of several trained knobs the one whose cell is evaluated at ``knobs``; null = each
+    sparsities: list[float] | None = None  # in place of knobs: those for which evaluate.py finds the knob
+    turned: float | None = None  # of several trained knobs the one that is evaluated at these; null = each
     evaluate: list[str] | None = None  # overrides of its only evaluate.py, in place of the study's; null = the study's
 
 
@@ -168,7 +169,10 @@ def _study_cells(config: SweepConfig, study_name: str, study: StudyConfig, seed:
         base = cell("base", study.base, None, None)
         yield base
     for label, arm in study.arms.items():
-        knobs = [] if arm.knobs is None else [f"knobs=[{','.join(f'{knob:g}' for knob in arm.knobs)}]"]
+        if arm.knobs is not None and arm.sparsities is not None:
+            raise ValueError(f"arm {label} has knobs and sparsities: give one of them")
+        asked = {"knobs": arm.knobs, "sparsities": arm.sparsities}
+        knobs = [f"{key}=[{','.join(f'{x:g}' for x in values)}]" for key, values in asked.items() if values is not None]
         if arm.turned is not None and arm.turned not in arm.trained_knobs:
             raise ValueError(f"turned={arm.turned:g} of arm {label} is none of trained_knobs={list(arm.trained_knobs)}")
         if not arm.trained_knobs:

@@ -10,7 +10,7 @@ from dashattn.backends import AttentionBackend, AttentionShape, build_backends
 from data import PackedDataConfig, TextTokenizer
 from experiments.config import TrainConfig
 from experiments.schema import DTYPES
-from experiments.sparsity import check_reachable
+from experiments.sparsity import check_reachable, turned_layers
 from experiments.training.ranks import world_size
 from models.hf import check_files, check_same_attention, check_same_model, is_hf_folder, read_config
 
@@ -170,7 +170,7 @@ def _check_model(config: TrainConfig) -> None:
         _check_backend(backend, config)
     attention = config.attention
     if attention.controls_sparsity:
-        turned = [backend.config for backend in backends if backend.config.name == attention.name]
+        turned = turned_layers(attention, model.num_layers)
         packed = getattr(config.data, "pack", None) == "documents"
         check_reachable(turned, attention.target_sparsity, attention.sparsity_count, seq_len, packed=packed)
 

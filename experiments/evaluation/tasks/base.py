@@ -34,10 +34,12 @@ class Task(ABC):
         names: of the tasks, as rows call them.
         columns: what tells this pass from another that scores the same names; they stand in its rows. Their values
             are plain JSON.
+        packed: its rows hold several documents each.
     """
 
     names: tuple[str, ...]
     columns: dict
+    packed = False
 
     @abstractmethod
     def run(self, setting: Setting, names: Sequence[str]) -> Iterator[dict]:

@@ -58,6 +58,16 @@ def test_cells_are_backends_times_knobs_times_seeds(tmp_path):
     assert found["text-base-seed0"].evaluate is None
 
 
+def test_an_arm_may_name_sparsities_in_place_of_knobs(tmp_path):
+    config = make_config(tmp_path, seeds=[0])
+    config.studies["text"].arms = {"dash": ArmConfig(train=["attention=dash"], sparsities=[0.5, 0.9375])}
+    (cell,) = [cell for cell in cells(config) if cell.evaluate]
+    assert cell.evaluate == (f"run={cell.run_dir}", "label=dash", "tasks=[loss]", "sparsities=[0.5,0.9375]")
+    config.studies["text"].arms["dash"].knobs = [1.0]
+    with pytest.raises(ValueError, match="arm dash has knobs and sparsities"):
+        cells(config)
+
+
 def test_turned_knobs_may_have_an_evaluation_of_their_own(tmp_path):
     config = make_config(tmp_path, seeds=[0])
     config.studies["text"].evaluate_turned = ["tasks=[json_kv]"]

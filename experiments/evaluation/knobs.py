@@ -1,0 +1,110 @@
+"""Where the sparsity knob stands for rows: at values that are given, or where it has the sparsities that are asked for.
+
+calibrations.jsonl of the run directory keeps each knob that was found, so that all rows of a checkpoint at one sparsity
+and length are of one knob, also those of a later call.
+"""
+
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from dashattn.checks import check_choice, check_sparsity
+from dashattn.stats import SPARSITY_COUNTS
+from data import build_data
+from data.cache import fingerprint
+from experiments.config import TrainConfig
+from experiments.evaluation.config import EvaluateConfig
+from experiments.evaluation.target import Target, trained_knob
+from experiments.evaluation.tasks.base import Task
+from experiments.evaluation.tasks.streams import STREAM_TASKS
+from experiments.files import CALIBRATIONS, append_rows, read_rows
+from experiments.sparsity import calibrate, check_reachable, turned_layers
+from models import Transformer
+
+_ROWS = 16  # of training text that a knob is found on
+
+
+@dataclass(frozen=True)
+class Setpoint:
+    """A value of the knob, or a sparsity and how it counts."""
+
+    knob: float | None = None
+    target: float | None = None
+    count: str | None = None
+
+    def columns(self) -> dict:
+        """What rows at this setpoint agree in."""
+        columns = {"target_sparsity": self.target, "sparsity_count": self.count}
+        return columns if self.target is not None else columns | {"knob": self.knob}
+
+
+def setpoints(config: EvaluateConfig, train: TrainConfig) -> list[Setpoint]:
+    """Those of an evaluation, each once; of one that names none, the knob that was trained with.
+
+    Raises:
+        ValueError: a knob that the attention cannot have, or a sparsity that rows of these lengths cannot.
+    """
+    if config.sparsities is None:
+        for knob in config.knobs or ():
+            train.attention.with_knob(knob)
+        knobs = [trained_knob(train)] if config.knobs is None else config.knobs
+        return [Setpoint(knob) for knob in dict.fromkeys(knobs)]
+    if config.knobs is not None:
+        raise ValueError("knobs and sparsities both say where the knob stands: give one of them")
+    if not config.sparsities:
+        raise ValueError("sparsities=[] names none: give at least one, such as 0.75, or null")
+    if train.attention.knob is None:
+        raise ValueError(f"attention={train.attention.name} has no sparsity knob: leave sparsities away")
+    check_choice("sparsity_count", config.sparsity_count, SPARSITY_COUNTS)
+    layers = turned_layers(train.attention, train.model.num_layers)
+    packed = _is_packed(train) and bool(set(config.tasks) & set(STREAM_TASKS))
+    for sparsity in config.sparsities:
+        check_sparsity("each of sparsities", sparsity)
+        for length in config.lengths or [train.data.seq_len]:
+            check_reachable(layers, sparsity, config.sparsity_count, length, packed=packed)
+    return [Setpoint(target=sparsity, count=config.sparsity_count) for sparsity in dict.fromkeys(config.sparsities)]
+
+
+def _is_packed(train: TrainConfig) -> bool:
+    return getattr(train.data, "pack", None) == "documents"
+
+
+def turn_knob(model: Transformer, setpoint: Setpoint, task: Task, config: EvaluateConfig, target: Target) -> float:
+    """Sets the model's knob for a task, and returns it.
+
+    A sparsity is looked for on the first rows of the training split, which nothing is scored on: of the task's length,
+    and documents packed where the task's are.
+    """
+    if setpoint.target is None:
+        if setpoint.knob is not None:
+            model.set_knob(setpoint.knob)
+        return setpoint.knob
+    train, length = target.train, task.columns["length"]
+    attention = {key: value for key, value in asdict(train.attention).items() if key != train.attention.knob}
+    key = {
+        "checkpoint": target.checkpoint.name,
+        "attention": fingerprint(attention),
+        "target_sparsity": setpoint.target,
+        "sparsity_count": setpoint.count,
+        "length": length,
+        "packed": task.packed,
+        "mqar": config.mqar.given(),
+    }
+    path = target.run_dir / CALIBRATIONS
+    for row in read_rows(path):
+        if all(row[name] == value for name, value in key.items()):
+            model.set_knob(row["knob"])
+            return row["knob"]
+    data = train.data.at_length(length, **config.mqar.given())
+    if _is_packed(train) and not task.packed:
+        data = replace(data, pack="plain")
+    rows = 1 if task.packed else min(config.rows_per_batch, _ROWS)
+    cache_dir = Path(train.cache_dir).expanduser()
+    stream = build_data(data, split="train", seed=train.seed, rows=rows, cache_dir=cache_dir)
+    batches = [next(stream) for _ in range(math.ceil(_ROWS / rows))]
+    device = torch.device(train.device)
+    found = calibrate(model, batches, setpoint.target, setpoint.count, length, device=device)
+    append_rows(path, [key | {"knob_name": train.attention.knob, "rows": rows * len(batches)} | found.record()])
+    return found.knob
