@@ -1,20 +1,19 @@
 """The throughput benchmark at toy size: what is measured, with which setting, and what becomes of failures."""
 
 import gc
-import subprocess
-import sys
 import weakref
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from experiments.files import ROOT, THROUGHPUT, append_rows, read_rows
+from experiments.files import THROUGHPUT, append_rows, read_rows
 from experiments.schema import to_config
 from experiments.speed.inputs import NEIGHBOURS
 from experiments.throughput import report as throughput_report
 from experiments.throughput import steps as throughput
 from experiments.throughput.steps import Benchmark, Setting, check_throughput, resemble, run_benchmark
+from tests import forked
 from tests.experiments.conftest import CONFIGS, TINY
 
 SMALL, LARGE = Setting(512, compile=False, activation_checkpointing=True), Setting(1024, compile=False)
@@ -204,8 +203,8 @@ def test_no_rows_no_report(tmp_path):
 @pytest.mark.parametrize("command", ["experiments.throughput", "experiments.throughput.scaling"])
 def test_a_command_line_refuses_what_cannot_be_trained(command, tmp_path):
     """In a process of its own, which knows only the schemas that the command registers."""
-    overrides = ["backends=[full]", "train=[model=debug,optim.lr=-1]", f"output_dir={tmp_path / 'out'}"]
-    done = subprocess.run([sys.executable, "-m", command, *overrides], cwd=ROOT, capture_output=True, text=True)
+    overrides = ["backends=[full]", "train=['model=debug','optim.lr=-1']", f"output_dir={tmp_path / 'out'}"]
+    done = forked.run("-m", command, *overrides)
     assert done.returncode != 0
-    assert "optim.lr=-1: a positive learning rate is needed" in done.stderr
+    assert "optim.lr=-1.0: a positive learning rate is needed" in done.stderr
     assert not (tmp_path / "out").exists()
