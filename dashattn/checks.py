@@ -28,6 +28,12 @@ def check_positive_int(**values: int) -> None:
             raise ValueError(f"{name} must be a positive integer; got {value!r}")
 
 
+def check_non_negative_int(**values: int) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"{name} must be an integer of at least 0; got {value!r}")
+
+
 def check_positive(**values: float) -> None:
     for name, value in values.items():
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
@@ -123,10 +129,7 @@ def check_windows(kernel_size: int, kernel_stride: int, block_size: int) -> None
 
 def check_topk(topk: int, init_blocks: int, local_blocks: int, mend: str) -> None:
     check_positive_int(topk=topk)
-    check(
-        isinstance(init_blocks, int) and init_blocks >= 0,
-        f"init_blocks must be an integer of at least 0; got {init_blocks!r}",
-    )
+    check_non_negative_int(init_blocks=init_blocks)
     forced = init_blocks + local_blocks
     check(
         topk >= forced,

@@ -75,6 +75,8 @@ def dash_attention(
     sigma: float = 1e6,
     prior_heads: str = "group",
     summary_rope: tuple[Tensor, Tensor] | None = None,
+    init_chunks: int = 0,
+    local_chunks: int = 0,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
     impl: str = "auto",
@@ -93,6 +95,9 @@ def dash_attention(
         sigma: temperature of the tempered prior.
         prior_heads: ``group`` or ``head``.
         summary_rope: (cos, sin), each [T, D] or [B, T, D], makes the summaries translation-invariant.
+        init_chunks: first chunks of the sequence (of each document), which every token reads; a pretrained model keeps
+            its attention sink there.
+        local_chunks: chunks before a token's own that it always reads.
         scale: of the attention logits, default D ** -0.5. The router always uses D ** -0.5.
 
     Raises:
@@ -103,6 +108,7 @@ def dash_attention(
     checks.check_alpha(alpha, q.shape[2])
     checks.check_positive(sigma=sigma)
     checks.check_router_scale(router_scale)
+    checks.check_non_negative_int(init_chunks=init_chunks, local_chunks=local_chunks)
     checks.check_choice("prior", prior, PRIORS)
     checks.check_choice("prior_heads", prior_heads, PRIOR_HEADS)
     checks.check_shape("chunk_query", chunk_query, tuple(k.shape[2:]))
@@ -115,6 +121,7 @@ def dash_attention(
                 f"summary_rope {name} must be [T, D] or [B, T, D]; got {tuple(table.shape)} for q {tuple(q.shape)}",
             )
     route = {"alpha": alpha, "router_scale": router_scale, "prior": prior, "sigma": sigma, "cu_seqlens": cu_seqlens}
+    route |= {"init_chunks": init_chunks, "local_chunks": local_chunks}
     if use_kernels(impl, q, chunk_size, unsupported_priors(prior_heads)):
         from dashattn.ops.dash_attention.triton import dash_attention as attend
 
@@ -126,7 +133,8 @@ def dash_attention(
         out = block_sparse_attention(q, k, v, selection, bias, scale=scale, cu_seqlens=cu_seqlens)
     if not return_stats:
         return out
-    candidates = document_positions(cu_seqlens, *q.shape[:2], q.device) // chunk_size
+    own_chunk = document_positions(cu_seqlens, *q.shape[:2], q.device) // chunk_size
+    candidates = (own_chunk - local_chunks - init_chunks).clamp_min(0)
     return out, selection_stats(selection, candidates, cu_seqlens)
 
 
@@ -313,8 +321,9 @@ def unsupported_priors(prior_heads: str) -> str | None:
 def check_infllmv2(block_size, kernel_size, kernel_stride, topk, init_blocks, window_size) -> None:
     """Sizes of InfLLM v2, for the function and its config alike."""
     checks.check_windows(kernel_size, kernel_stride, block_size)
+    checks.check_non_negative_int(window_size=window_size)
     check(
-        window_size >= 0 and window_size % block_size == 0,
+        window_size % block_size == 0,
         f"window_size must be a multiple of block_size ({block_size}); got {window_size}",
     )
     checks.check_topk(topk, init_blocks, window_size // block_size + 1, "raise topk or shrink window_size")
@@ -324,6 +333,6 @@ def check_nsa(pooling, block_size, kernel_size, kernel_stride, topk, init_blocks
     """Sizes of NSA, for the function and its config alike."""
     checks.check_choice("pooling", pooling, POOLINGS)
     checks.check_windows(kernel_size, kernel_stride, block_size)
-    check(window_size >= 0, f"window_size must not be negative; got {window_size}")
+    checks.check_non_negative_int(window_size=window_size)
     checks.check_positive_int(local_blocks=local_blocks)
     checks.check_topk(topk, init_blocks, local_blocks, "raise topk or force fewer blocks")

@@ -16,8 +16,9 @@ class Routing:
 
     Attributes:
         selection: blocks that are read, the token's own and all forced ones among them.
-        probabilities: float32 [B, T, Hkv, N], what the router gives each block before the token's own, on average
-            over the group's heads; sums to 1 where there is one. A top-k router's is its block scores over their sum.
+        probabilities: float32 [B, T, Hkv, N], what the router gives each candidate, on average over the group's heads;
+            sums to 1 where there is one. DashAttention's candidates are the blocks before the token's own that are not
+            forced. A top-k router's are all before it, and its probabilities their scores over the sum.
         logits: [B, T, Hq, N], scores before they are normalised, -inf where the block is no candidate; None where
             blocks are not scored directly.
     """

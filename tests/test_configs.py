@@ -108,6 +108,8 @@ def test_unknown_keys_and_wrong_types_stop_at_composition(override):
         (["data.seq_len=4096"], "model.max_seq_len=4096"),
         (["model.num_kv_heads=3"], "num_kv_heads among"),
         (["attention=dash", "attention.chunk_size=512"], "lower attention.chunk_size"),
+        (["attention=dash_sink", "attention.local_chunks=14", "attention.chunk_size=32"], "force fewer chunks"),
+        (["attention=dash", "attention.init_chunks=-1"], "init_chunks must be an integer of at least 0"),
         (["attention=dash", "attention.alpha=3"], "alpha"),
         (["attention=infllmv2", "attention.topk=4"], "window_size"),
         (["model.num_heads=64", "model.num_kv_heads=1", "attention=dash"], "raise num_kv_heads"),

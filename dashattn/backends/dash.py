@@ -14,11 +14,11 @@ from dashattn.cache import CacheField
 from dashattn.checks import check
 from dashattn.functional import dash_attention, unsupported_priors
 from dashattn.ops.chunk_summary.reference import chunk_summary
-from dashattn.ops.dash_routing.reference import PRIOR_HEADS, PRIORS, dash_routing
+from dashattn.ops.dash_routing.reference import PRIOR_HEADS, PRIORS, candidate_chunks, dash_routing
 from dashattn.ops.decode.reference import cached_attention, cached_dash_routing
 from dashattn.ops.dtypes import upcast
 from dashattn.ops.entmax.reference import MAX_ALPHA, MIN_ALPHA
-from dashattn.routing import Routing, past_blocks
+from dashattn.routing import Routing
 
 ALPHA_MODES = ("fixed", "scheduled", "learnable")
 SUMMARY_ROPES = ("none", "mean")
@@ -33,6 +33,9 @@ class DashConfig(AttentionConfig):
         alpha: entmax's alpha; of a schedule its last value, of a learnable alpha its first.
         alpha_mode: ``fixed``; ``scheduled``: linear from ``alpha_start`` to ``alpha`` over ``alpha_steps`` optimiser
             steps; ``learnable``: one per query head, a sigmoid between 1.01 and 2.
+        init_chunks: first chunks of a sequence that every token reads: where a model that was dense keeps its
+            attention sink.
+        local_chunks: chunks before its own that a token always reads.
         summary_rope: ``none``, or ``mean``: the chunk query is rotated at every position of the chunk and averaged.
         learn_summary: false leaves the chunk queries at zero, and summaries mean-pooled keys.
     """
@@ -47,6 +50,8 @@ class DashConfig(AttentionConfig):
     prior: str = "tempered"
     sigma: float = 1e6
     prior_heads: str = "group"
+    init_chunks: int = 0
+    local_chunks: int = 0
     summary_rope: str = "none"
     learn_summary: bool = True
 
@@ -56,12 +61,15 @@ class DashConfig(AttentionConfig):
     @classmethod
     def samples(cls):
         priors = ("tempered", "raw")
-        return {f"dash, {prior}": cls(chunk_size=32, router_scale=4.0, prior=prior) for prior in priors}
+        samples = {f"dash, {prior}": cls(chunk_size=32, router_scale=4.0, prior=prior) for prior in priors}
+        sink = cls(chunk_size=32, router_scale=4.0, prior="raw", init_chunks=1, local_chunks=1)
+        return samples | {"dash, sink": sink}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.check_positive_int(chunk_size=self.chunk_size)
         checks.check_positive(router_scale=self.router_scale, sigma=self.sigma)
+        checks.check_non_negative_int(init_chunks=self.init_chunks, local_chunks=self.local_chunks)
         checks.check_choice("prior", self.prior, PRIORS)
         checks.check_choice("prior_heads", self.prior_heads, PRIOR_HEADS)
         checks.check_choice("summary_rope", self.summary_rope, SUMMARY_ROPES)
@@ -135,17 +143,19 @@ class DashBackend(AttentionBackend):
         config, (length, num_heads, head_dim) = self.config, q.shape[1:]
         rope = self._summary_rope(rope)
         summaries = chunk_summary(k, self.chunk_query, chunk_size=config.chunk_size, rope=rope)
+        forced = {"init_chunks": config.init_chunks, "local_chunks": config.local_chunks}
         options = {"chunk_size": config.chunk_size, "alpha": self.alpha(), "router_scale": config.router_scale}
         # The raw prior of the group is the logarithm of its probability, and 0 off the support.
-        selection, log_p_BTHN = dash_routing(q, summaries, **options, prior="raw")
+        selection, log_p_BTHN = dash_routing(q, summaries, **options, **forced, prior="raw")
         num_chunks = log_p_BTHN.shape[-1]
-        past_TN = past_blocks(length, num_chunks, config.chunk_size, q.device)
-        support = selection.mask()[..., :num_chunks] & past_TN[:, None]
+        own_chunk = torch.arange(length, device=q.device) // config.chunk_size
+        candidates_TN = candidate_chunks(own_chunk, num_chunks, **forced)
+        support = selection.mask()[..., :num_chunks] & candidates_TN[:, None]
         heads_first = summaries.repeat_interleave(num_heads // summaries.shape[2], dim=2)
         scores = torch.einsum("bthd,bnhd->bthn", upcast(q), upcast(heads_first)) * (
             config.router_scale * head_dim**-0.5
         )
-        logits = F.pad(scores, (0, num_chunks - scores.shape[-1])).masked_fill(~past_TN[:, None], -torch.inf)
+        logits = F.pad(scores, (0, num_chunks - scores.shape[-1])).masked_fill(~candidates_TN[:, None], -torch.inf)
         return Routing(selection, log_p_BTHN.exp().masked_fill(~support, 0), logits)
 
     def forward(self, q, k, v, *, hidden=None, rope=None, cu_seqlens=None, return_stats=False, share=ALL_HEADS):
@@ -161,6 +171,8 @@ class DashBackend(AttentionBackend):
             prior=config.prior,
             sigma=config.sigma,
             prior_heads=config.prior_heads,
+            init_chunks=config.init_chunks,
+            local_chunks=config.local_chunks,
             summary_rope=self._summary_rope(rope),
             cu_seqlens=cu_seqlens,
             impl=config.impl,
@@ -222,6 +234,8 @@ class DashBackend(AttentionBackend):
             router_scale=config.router_scale,
             prior=config.prior,
             sigma=config.sigma,
+            init_chunks=config.init_chunks,
+            local_chunks=config.local_chunks,
         )
         kernels = self._decode_kernels(q)
         if kernels is not None:

@@ -91,7 +91,8 @@ class Benchmark:
         sparsity = problem.causal_sparsity if operation.causal_sparsity is None else operation.causal_sparsity
         for name in PASSES:
             row = self.row(method, pattern, problem.length, problem.target, name)
-            row |= {"causal_sparsity": sparsity, "router_scale": problem.router_scale, "errors": errors}
+            scale = problem.router_scale if operation.router_scale is None else operation.router_scale
+            row |= {"causal_sparsity": sparsity, "router_scale": scale, "errors": errors}
             ours = any(method in methods for methods in BACKENDS.values())  # others may wait inside: no graphs
             failed = failed_check(errors, name, self.config.tolerance if ours else self.config.baseline_tolerance)
             if name not in calls:

@@ -29,7 +29,7 @@ from dashattn.cache import DecodeCache, LayerCache
 from dashattn.ops.chunk_summary.reference import chunk_summary
 from dashattn.ops.decode import reference
 from dashattn.selection import Selection
-from experiments.speed.inputs import Shape, bisect_scale, causal_sparsity, make_keys
+from experiments.speed.inputs import SINK_CHUNKS, Shape, bisect_scale, causal_sparsity, make_keys
 from experiments.speed.methods import SELECTED_BLOCKS, UnavailableError, relative_error
 from experiments.speed.peers import RELEASED, SDPA_FLASH, need
 from experiments.speed.rows import CUDNN, FULL
@@ -115,8 +115,8 @@ def new_config(name: str, chunk_size: int) -> AttentionConfig:
     """A backend's options; its sparsity knob is set later."""
     if name == FULL:
         return FullConfig(impl="triton")
-    if name == "dash":
-        return DashConfig(impl="triton", chunk_size=chunk_size)
+    if name in ("dash", "dash_sink"):
+        return DashConfig(impl="triton", chunk_size=chunk_size, init_chunks=SINK_CHUNKS if name == "dash_sink" else 0)
     windows = {"impl": "triton", "block_size": chunk_size}
     if name == "infllmv2":
         return InfLLMv2Config(**windows, window_size=1024 // chunk_size * chunk_size)
@@ -156,6 +156,7 @@ def find_knob(config: AttentionConfig, layers: Sequence[LayerCache], queries: Se
 def reference_chunks(q: Tensor, layer: LayerCache, config: DashConfig, router_scale: float) -> Selection:
     """The chunks that the reference's router selects."""
     options = dict(chunk_size=config.chunk_size, alpha=config.alpha, prior="none", sigma=1.0, prior_heads="group")
+    options |= dict(init_chunks=config.init_chunks, local_chunks=config.local_chunks)
     return reference.cached_dash_routing(q, layer["summaries"], layer.lengths, router_scale=router_scale, **options)[0]
 
 
@@ -230,7 +231,8 @@ class GivenSelection:
 
         size, summaries = config.chunk_size, layer["summaries"]
         scale = config.router_scale * q.shape[-1] ** -0.5
-        words, _ = kernels.route(q.contiguous(), summaries, layer.lengths, None, size, scale, False, None)
+        forced = config.init_chunks, config.local_chunks
+        words, _ = kernels.route(q.contiguous(), summaries, layer.lengths, None, size, scale, False, None, forced)
         mask = Selection(words, size).mask().unflatten(2, (summaries.shape[2], -1)).any(3)
         made = Selection.from_mask(mask, size)
         self.selections.append((made, reference_chunks(q, layer, config, config.router_scale)))

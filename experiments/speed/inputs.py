@@ -4,7 +4,7 @@ Shapes: T tokens, Hq query heads, H KV heads, G = Hq / H, D head size, C chunk s
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ PATTERNS = {"shared": 1.0, "clustered": 0.97, "iid": 0.0}
 NEIGHBOURS = 64
 KEY_NOISE = 0.7
 SCALES = (0.05, 200.0)
+SINK_CHUNKS = 1  # first chunks that dash_sink forces, as in configs/attention/dash_sink.yaml
 _SAMPLE = 1024  # tokens that the bisection looks at
 _ROWS = 1024  # tokens whose scores are held at a time
 
@@ -41,7 +42,8 @@ class Problem:
         q, k, v: [1, T, Hq or H, D].
         grad: of the output, [1, T, Hq, D].
         chunk_query: zeros [H, D], float32: summaries are the means of the chunks.
-        target: causal sparsity asked for; None for dense attention, and then the three below are None, too.
+        target: causal sparsity asked for; None for dense attention, and then the last three are None, too.
+        init_chunks: first chunks that DashAttention forces.
         router_scale: reaches the target, or comes closest to it.
         selection: the chunks that the reference's router selects with it.
         causal_sparsity: of that selection.
@@ -54,6 +56,7 @@ class Problem:
     grad: Tensor
     chunk_query: Tensor
     target: float | None = None
+    init_chunks: int = 0
     router_scale: float | None = None
     selection: Selection | None = None
     causal_sparsity: float | None = None
@@ -102,15 +105,23 @@ def make_problem(
     generator = torch.Generator(device).manual_seed(seed + 1)
     grad = torch.randn(q.shape, generator=generator, device=device).to(q.dtype)
     chunk_query = torch.zeros(shape.kv_heads, shape.head_dim, device=device)
-    if target is None:
-        return Problem(shape, q, k, v, grad, chunk_query)
-    summaries = chunk_summary(k, chunk_query, chunk_size=shape.chunk_size)
-    scale = find_router_scale(q, summaries, target, shape.chunk_size)
-    selection, sparsity = select_all(q, summaries, scale, shape.chunk_size)
-    return Problem(shape, q, k, v, grad, chunk_query, target, scale, selection, sparsity)
+    problem = Problem(shape, q, k, v, grad, chunk_query, target)
+    return problem if target is None else with_selection(problem, init_chunks=0)
 
 
-def select(q: Tensor, summaries: Tensor, router_scale: float, tokens: Tensor, chunk_size: int) -> Tensor:
+def with_selection(problem: Problem, init_chunks: int) -> Problem:
+    """The problem with its first chunks forced, and the router scale that reaches the target then."""
+    size = problem.shape.chunk_size
+    summaries = chunk_summary(problem.k, problem.chunk_query, chunk_size=size)
+    scale = find_router_scale(problem.q, summaries, problem.target, size, init_chunks)
+    selection, sparsity = select_all(problem.q, summaries, scale, size, init_chunks)
+    chosen = {"router_scale": scale, "selection": selection, "causal_sparsity": sparsity}
+    return replace(problem, init_chunks=init_chunks, **chosen)
+
+
+def select(
+    q: Tensor, summaries: Tensor, router_scale: float, tokens: Tensor, chunk_size: int, init_chunks: int = 0
+) -> Tensor:
     """What DashAttention's reference router (alpha 1.5) selects for some of the tokens: bool [t, H, N].
 
     The reference itself takes whole sequences, whose scores would not fit at 128k.
@@ -118,14 +129,16 @@ def select(q: Tensor, summaries: Tensor, router_scale: float, tokens: Tensor, ch
     length, heads, head_dim = q.shape[1:]
     complete, kv_heads = summaries.shape[1:3]
     own = tokens // chunk_size
-    past = torch.arange(complete, device=q.device) < own[:, None]
+    chunk = torch.arange(complete, device=q.device)
+    past = chunk < own[:, None]
+    candidates = past & (chunk >= init_chunks)
     mask = torch.zeros(len(tokens), kv_heads, -(-length // chunk_size), dtype=torch.bool, device=q.device)
     group = heads // kv_heads
     for head in range(kv_heads):
         q_tGD = q[0, tokens, head * group : (head + 1) * group].float()
         scores = torch.einsum("tgd,nd->tgn", q_tGD, summaries[0, :, head].float()) * (router_scale * head_dim**-0.5)
-        _, log_p = entmax(scores, 1.5, past[:, None])
-        mask[:, head, :complete] = (log_p > -torch.inf).any(1)
+        _, log_p = entmax(scores, 1.5, candidates[:, None])
+        mask[:, head, :complete] = (log_p > -torch.inf).any(1) | (past & ~candidates)
     mask[torch.arange(len(tokens), device=q.device), :, own] = True
     return mask
 
@@ -141,7 +154,7 @@ def causal_sparsity(mask: Tensor, tokens: Tensor, chunk_size: int) -> float:
     return 1 - (active / (tokens + 1).sum()).item()
 
 
-def find_router_scale(q: Tensor, summaries: Tensor, target: float, chunk_size: int) -> float:
+def find_router_scale(q: Tensor, summaries: Tensor, target: float, chunk_size: int, init_chunks: int = 0) -> float:
     """Bisection, on a sample of the tokens; an end of ``SCALES`` where the target lies beyond it.
 
     Every head keeps one chunk at least, so short sequences do not get sparse with many independent heads.
@@ -151,7 +164,7 @@ def find_router_scale(q: Tensor, summaries: Tensor, target: float, chunk_size: i
     tokens = torch.arange(min(7, length - 1), length, step, device=q.device)
 
     def sparsity(scale: float) -> float:
-        return causal_sparsity(select(q, summaries, scale, tokens, chunk_size), tokens, chunk_size)
+        return causal_sparsity(select(q, summaries, scale, tokens, chunk_size, init_chunks), tokens, chunk_size)
 
     return bisect_scale(sparsity, target)
 
@@ -168,12 +181,14 @@ def bisect_scale(sparsity: Callable[[float], float], target: float) -> float:
     return (low * high) ** 0.5
 
 
-def select_all(q: Tensor, summaries: Tensor, router_scale: float, chunk_size: int) -> tuple[Selection, float]:
+def select_all(
+    q: Tensor, summaries: Tensor, router_scale: float, chunk_size: int, init_chunks: int = 0
+) -> tuple[Selection, float]:
     """The selection of every token, and its causal sparsity."""
     length = q.shape[1]
     parts, active = [], 0.0
     for tokens in torch.arange(length, device=q.device).split(_ROWS):
-        mask = select(q, summaries, router_scale, tokens, chunk_size)
+        mask = select(q, summaries, router_scale, tokens, chunk_size, init_chunks)
         parts.append(Selection.from_mask(mask[None], chunk_size))
         active += _active_tokens(mask, tokens, chunk_size).double().mean(1).sum().item()
     return Selection.concatenate(parts), 1 - active / (length * (length + 1) / 2)

@@ -5,7 +5,7 @@ package costs that method only.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -20,7 +20,7 @@ from dashattn.ops.dash_routing import reference as routing_reference
 from dashattn.ops.gates.reference import gated_sum
 from dashattn.ops.window.reference import window_attention
 from dashattn.selection import Selection
-from experiments.speed.inputs import Problem, topk_sparsities
+from experiments.speed.inputs import SINK_CHUNKS, Problem, topk_sparsities, with_selection
 from experiments.speed.rows import ATTENTION, ROUTING, WHOLE
 
 SELECTED_ROWS, SELECTED_BLOCKS = "selected rows", "selected blocks"
@@ -57,6 +57,7 @@ class Operation:
             None: the result is a selection and has no gradient.
         selections: the kernel's selection and the reference's, where the method selects.
         causal_sparsity: where it is not that of the problem's selection.
+        router_scale: where it is not the problem's.
     """
 
     forward: Callable[[], Tensor | Selection]
@@ -64,6 +65,7 @@ class Operation:
     reference: Callable[[], list[Tensor]] | None = None
     selections: Callable[[], tuple[Selection, Selection]] | None = None
     causal_sparsity: float | None = None
+    router_scale: float | None = None
 
     def errors(self, grad: Tensor) -> dict[str, float]:
         """Relative RMS errors of output and gradients, and the share of rows selected otherwise."""
@@ -141,12 +143,17 @@ def block_sparse(problem: Problem) -> Operation:
     return given_selection(problem, lambda q, k, v: block_sparse_attention(q, k, v, selection), selection)
 
 
+def dash_options(problem: Problem) -> dict:
+    sizes = {"chunk_size": problem.shape.chunk_size, "init_chunks": problem.init_chunks}
+    return sizes | {"router_scale": problem.router_scale}
+
+
 def dash_routing(problem: Problem) -> Operation:
     """Chunk summaries and selection, as a forward with a negligible prior does them."""
     from dashattn.ops.chunk_summary.triton import chunk_summary
     from dashattn.ops.dash_routing.triton import dash_routing
 
-    options = {"chunk_size": problem.shape.chunk_size, "router_scale": problem.router_scale, "prior": "none"}
+    options = dash_options(problem) | {"prior": "none"}
 
     def summarise():
         return chunk_summary(problem.k, problem.chunk_query, chunk_size=problem.shape.chunk_size)
@@ -163,7 +170,7 @@ def dash_routing(problem: Problem) -> Operation:
 def dash_whole(problem: Problem) -> Operation:
     """DashAttention: summaries, routing and attention with the tempered prior."""
     size = problem.shape.chunk_size
-    options = {"chunk_size": size, "router_scale": problem.router_scale}
+    options = dash_options(problem)
     leaves = leaves_of(problem, chunk_query=problem.chunk_query)
     route = dash_routing(problem)
 
@@ -181,6 +188,17 @@ def dash_whole(problem: Problem) -> Operation:
         return on_copies(problem, leaves, attend_reference)
 
     return Operation(forward, leaves, reference, selections=route.selections)
+
+
+def with_sink(prepare: Callable[[Problem], Operation]) -> Callable[[Problem], Operation]:
+    """The same with the first chunk forced, at the sparsity asked for."""
+
+    def prepare_with_sink(problem: Problem) -> Operation:
+        problem = with_selection(problem, SINK_CHUNKS)
+        found = {"causal_sparsity": problem.causal_sparsity, "router_scale": problem.router_scale}
+        return replace(prepare(problem), **found)
+
+    return prepare_with_sink
 
 
 WINDOWS = {"kernel_size": 32, "kernel_stride": 16}
@@ -275,6 +293,10 @@ BACKENDS = {
         Method("block-sparse", ATTENTION, block_sparse),
         Method("dash", ROUTING, dash_routing),
         Method("dash", WHOLE, dash_whole),
+    ],
+    "dash_sink": [
+        Method("dash_sink", ROUTING, with_sink(dash_routing)),
+        Method("dash_sink", WHOLE, with_sink(dash_whole)),
     ],
     "infllmv2": [Method("infllmv2", WHOLE, infllmv2_whole)],
     "nsa": [Method("nsa", WHOLE, nsa_whole)],

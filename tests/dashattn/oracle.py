@@ -41,7 +41,8 @@ def block_sparse(q, k, v, blocks, bias, size, scale):
     return out
 
 
-def dash(q, k, v, r, *, chunk_size, alpha, router_scale, prior, sigma, prior_heads, rope=None):
+def dash(q, k, v, r, *, chunk_size, alpha, router_scale, prior, sigma, prior_heads, rope=None,
+         init_chunks=0, local_chunks=0):  # fmt: skip
     """Output [T, Hq, D] and active tokens [T, H]."""
     T, Hq, D = q.shape
     H = k.shape[1]
@@ -59,24 +60,27 @@ def dash(q, k, v, r, *, chunk_size, alpha, router_scale, prior, sigma, prior_hea
 
     p = np.zeros((T, Hq, T // C + 1))
     blocks = [[None] * H for _ in range(T)]
+    forced = []
     for t in range(T):
-        past = t // C
+        own = t // C
+        forced.append({c for c in range(own + 1) if c < init_chunks or c >= own - local_chunks})
+        candidates = [c for c in range(own + 1) if c not in forced[t]]
         for head in range(Hq):
-            if past:
-                scores = router_scale * summaries[:past, head // group] @ q[t, head] / math.sqrt(D)
-                p[t, head, :past] = entmax(scores, alpha[head] if np.ndim(alpha) else alpha)
+            if candidates:
+                scores = router_scale * summaries[candidates, head // group] @ q[t, head] / math.sqrt(D)
+                p[t, head, candidates] = entmax(scores, alpha[head] if np.ndim(alpha) else alpha)
         for h in range(H):
             mean = p[t, h * group : (h + 1) * group].mean(0)
-            blocks[t][h] = {c for c in range(past) if mean[c] > 0} | {past}
+            blocks[t][h] = {c for c in candidates if mean[c] > 0} | forced[t]
 
     def bias(t, head, c):
-        own, h = t // C, head // group
-        if c == own or prior == "none":
+        h = head // group
+        if c in forced[t] or prior == "none":
             return 0.0
         weights = p[t, head] if prior_heads == "head" else p[t, h * group : (h + 1) * group].mean(0)
         if prior == "raw":
             return math.log(weights[c]) if weights[c] > 0 else -math.inf
-        mean = np.mean([math.log(weights[j]) for j in blocks[t][h] - {own} if weights[j] > 0])
+        mean = np.mean([math.log(weights[j]) for j in blocks[t][h] - forced[t] if weights[j] > 0])
         return ((math.log(weights[c]) if weights[c] > 0 else 0.0) - mean) / sigma
 
     out = block_sparse(q, k, v, blocks, bias, C, D**-0.5)

@@ -30,6 +30,7 @@ CONFIGS = {
     "full": FullConfig(),
     "dash": DashConfig(chunk_size=8, router_scale=2.0, prior="raw"),
     "dash rope": DashConfig(chunk_size=8, summary_rope="mean", alpha_mode="learnable", sigma=1.0),
+    "dash sink": DashConfig(chunk_size=8, router_scale=2.0, prior="raw", init_chunks=1, local_chunks=1),
     "infllmv2": InfLLMv2Config(**SMALL, topk=4, window_size=8),
     "nsa": NSAConfig(**SMALL, topk=4, window_size=12),
     "nsa own kv": NSAConfig(**SMALL, topk=4, window_size=12, shared_kv=False),
@@ -150,7 +151,15 @@ def test_summary_rope_mean_is_translation_invariant():
 
 OPTIONS = {
     "dash": DashConfig(
-        impl="reference", chunk_size=4, alpha=1.7, router_scale=2.0, prior="raw", sigma=3.0, prior_heads="head"
+        impl="reference",
+        chunk_size=4,
+        alpha=1.7,
+        router_scale=2.0,
+        prior="raw",
+        sigma=3.0,
+        prior_heads="head",
+        init_chunks=1,
+        local_chunks=2,
     ),
     "infllmv2": InfLLMv2Config(impl="reference", **SMALL, topk=5, init_blocks=2, window_size=16),
     "nsa": NSAConfig(impl="reference", **SMALL, topk=7, init_blocks=3, local_blocks=4, window_size=12),

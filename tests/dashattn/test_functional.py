@@ -10,11 +10,13 @@ import torch
 from dashattn import dash_attention, full_attention, infllmv2_attention, nsa_attention
 from dashattn.ops.block_scores.reference import topk_selection
 from dashattn.ops.compression.reference import num_windows
+from dashattn.ops.dash_routing.reference import dash_routing
 from dashattn.ops.full.reference import pays_for_a_plan
 
 D = 8
 BLOCKS = {"block_size": 8, "kernel_size": 4, "kernel_stride": 2}
 DASH = {"chunk_size": 8, "router_scale": 3.0}
+SINK = {"init_chunks": 1, "local_chunks": 1}
 INFLLM = {**BLOCKS, "topk": 4, "init_blocks": 1, "window_size": 8}
 NSA = {**BLOCKS, "topk": 4, "init_blocks": 1, "local_blocks": 2, "window_size": 11}
 # Tokens; query and KV heads. Lengths below, at and off the grid; groups that are and are not powers of two.
@@ -52,7 +54,11 @@ def nsa_shared(q, k, v, cu_seqlens=None, **options):
     return nsa_attention(q, k, v, ck, cv, q[..., :3].sigmoid(), **NSA, cu_seqlens=cu_seqlens, **options)
 
 
-BACKENDS = {"full": full_attention, "dash": dash, "infllmv2": infllm, "nsa": nsa_shared}
+def dash_sink(q, k, v, **options):
+    return dash(q, k, v, **SINK, **options)
+
+
+BACKENDS = {"full": full_attention, "dash": dash, "dash sink": dash_sink, "infllmv2": infllm, "nsa": nsa_shared}
 each_backend = pytest.mark.parametrize("attention", BACKENDS.values(), ids=BACKENDS.keys())
 
 
@@ -78,6 +84,56 @@ def test_dash_equals_its_definition(shape, prior, prior_heads):
         result = dash_attention(q, k, v, r, **options, return_stats=True)
         options["alpha"] = np.asarray(options["alpha"])
         assert_matches(result, oracle.dash(*arrays(q, k, v), r.numpy(), **options))
+
+
+FORCED = [(1, 0), (2, 1), (0, 3), (99, 0)]  # first chunks, and those before a token's own
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("init_chunks", "local_chunks"), FORCED)
+def test_dash_with_forced_chunks_equals_its_definition(shape, init_chunks, local_chunks):
+    q, k, v = make_qkv(*shape)
+    r = torch.randn(k.shape[2], D, dtype=torch.float64)
+    for prior, prior_heads in (("raw", "group"), ("raw", "head"), ("tempered", "group"), ("tempered", "head")):
+        options = {**DASH, "alpha": 1.4, "prior": prior, "sigma": 2.0, "prior_heads": prior_heads}
+        options |= {"init_chunks": init_chunks, "local_chunks": local_chunks}
+        result = dash_attention(q, k, v, r, **options, return_stats=True)
+        assert_matches(result, oracle.dash(*arrays(q, k, v), r.numpy(), **options))
+
+
+def test_chunks_that_are_all_forced_are_dense_attention():
+    q, k, v = make_qkv(61, 6, 2)
+    for forced in ({"init_chunks": 7}, {"local_chunks": 7}, {"init_chunks": 3, "local_chunks": 4}):
+        out, stats = dash(q, k, v, prior="raw", **forced, return_stats=True)
+        torch.testing.assert_close(out, full_attention(q, k, v), rtol=0, atol=1e-12)
+        assert stats.causal_sparsity() == 0
+        assert not stats.routing_reads.any()
+
+
+@pytest.mark.parametrize("prior", ["raw", "tempered"])
+def test_forced_chunks_take_no_part_in_routing(prior):
+    """Neither the choice among the others nor its gradient knows them."""
+    q, _, _ = make_qkv(61, 4, 2)
+    options = dict(chunk_size=8, router_scale=3.0, prior=prior, sigma=2.0, init_chunks=1, local_chunks=2)
+    summaries = torch.randn(1, 7, 2, D, dtype=torch.float64, requires_grad=True)
+    selection, bias = dash_routing(q, summaries, **options)
+    forced = torch.zeros(61, 8, dtype=torch.bool)
+    for t in range(61):
+        forced[t, 0] = True
+        forced[t, max(0, t // 8 - 2) : t // 8 + 1] = True
+    mask = selection.mask()[..., :8]
+    assert mask.masked_select(forced[:, None]).all()
+    assert (bias.masked_select(forced[:, None]) == 0).all()
+    assert mask.masked_select(~forced[:, None]).any()
+    (grad,) = torch.autograd.grad(bias.square().sum(), summaries)
+    never_candidates = [0, 5, 6]
+    assert (grad[:, never_candidates] == 0).all()
+    assert (grad[:, 1:5].abs().sum((0, 2, 3)) > 0).all()
+    moved = summaries.detach().clone()
+    moved[:, never_candidates] += 100
+    selection_moved, bias_moved = dash_routing(q, moved, **options)
+    assert torch.equal(selection_moved.words, selection.words)
+    assert torch.equal(bias_moved, bias)
 
 
 def test_dash_summary_rope_equals_its_definition():
@@ -125,14 +181,15 @@ def gradcheck(fn, *inputs):
 
 @pytest.mark.parametrize("prior_heads", ["group", "head"])
 @pytest.mark.parametrize("prior", ["raw", "tempered"])
-def test_dash_gradcheck(prior, prior_heads):
+@pytest.mark.parametrize("forced", [{}, {"init_chunks": 1}, {"init_chunks": 1, "local_chunks": 1}], ids=str)
+def test_dash_gradcheck(prior, prior_heads, forced):
     q, k, v = make_qkv(37, 6, 2)
     r = torch.randn(2, D, dtype=torch.float64)
     alpha = torch.linspace(1.3, 1.8, 6, dtype=torch.float64)
     angles = torch.randn(37, D // 2, dtype=torch.float64).repeat(1, 2)
     for rope in (None, (angles.cos(), angles.sin())):
         fn = functools.partial(
-            dash_attention, chunk_size=8, router_scale=2.0, prior=prior, sigma=1.5, prior_heads=prior_heads
+            dash_attention, chunk_size=8, router_scale=2.0, prior=prior, sigma=1.5, prior_heads=prior_heads, **forced
         )
         gradcheck(lambda q, k, v, r, a, fn=fn, rope=rope: fn(q, k, v, r, alpha=a, summary_rope=rope), q, k, v, r, alpha)
 
@@ -211,8 +268,9 @@ def test_packed_equals_separate(attention):
 @each_backend
 def test_permuting_kv_groups_permutes_the_output(attention):
     q, k, v = make_qkv(45, 6, 2)
-    if attention is dash:
-        attention = functools.partial(dash_attention, chunk_query=torch.ones(2, D, dtype=q.dtype), **DASH)
+    if attention in (dash, dash_sink):
+        forced = {} if attention is dash else SINK
+        attention = functools.partial(dash_attention, chunk_query=torch.ones(2, D, dtype=q.dtype), **DASH, **forced)
     swapped = attention(q.unflatten(2, (2, 3)).flip(2).flatten(2, 3), k.flip(2), v.flip(2))
     torch.testing.assert_close(swapped.unflatten(2, (2, 3)).flip(2).flatten(2, 3), attention(q, k, v))
 
@@ -373,11 +431,15 @@ REFUSALS = {
     "prior": (dash_attention, {"chunk_query": R, "prior": "log"}, "raw, tempered, none"),
     "prior_heads": (dash_attention, {"chunk_query": R, "prior_heads": "all"}, "group, head"),
     "router_scale": (dash_attention, {"chunk_query": R, "router_scale": 0.0}, "router_scale must be a positive"),
+    "init_chunks": (dash_attention, {"chunk_query": R, "init_chunks": -1}, "init_chunks must be an integer of at"),
+    "local_chunks": (dash_attention, {"chunk_query": R, "local_chunks": 1.0}, "local_chunks must be an integer of at"),
     "sigma": (dash_attention, {"chunk_query": R, "sigma": -1.0}, "sigma must be a positive"),
     "summary_rope": (dash_attention, {"chunk_query": R, "summary_rope": (R, R)}, r"must be \[T, D\]"),
     "forced": (infllmv2_attention, {"topk": 17}, "topk 17 < 18 .* shrink window_size"),
+    "window type": (infllmv2_attention, {"window_size": 64.0}, "window_size must be an integer of at least 0"),
     "window": (infllmv2_attention, {"window_size": 100}, r"multiple of block_size \(64\)"),
     "stride": (infllmv2_attention, {"kernel_stride": 24}, "multiples of kernel_stride"),
+    "nsa window": (nsa_attention, NSA_R | {"window_size": -1}, "window_size must be an integer of at least 0"),
     "nsa forced": (nsa_attention, NSA_R | {"topk": 2}, "topk 2 < 3"),
     "nsa compressed": (nsa_attention, NSA_R, r"compressed_k must have shape \(1, 0, 2, 8\)"),
 }  # fmt: skip

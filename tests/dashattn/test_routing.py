@@ -19,6 +19,7 @@ SMALL = {"block_size": 8, "kernel_size": 8, "kernel_stride": 4, "init_blocks": 1
 CONFIGS = {
     "dash": DashConfig(chunk_size=8, router_scale=6.0),
     "dash rope": DashConfig(chunk_size=8, router_scale=6.0, summary_rope="mean", alpha_mode="learnable"),
+    "dash sink": DashConfig(chunk_size=8, router_scale=6.0, init_chunks=1, local_chunks=1, prior_heads="head"),
     "infllmv2": InfLLMv2Config(**SMALL, topk=4, window_size=8),
     "nsa": NSAConfig(**SMALL, topk=4, local_blocks=2, window_size=12),
     "nsa own kv": NSAConfig(**SMALL, topk=4, local_blocks=2, window_size=12, shared_kv=False),
@@ -46,7 +47,7 @@ def test_the_selection_is_the_one_that_forward_reads(name, length):
     assert torch.equal(counted.active_tokens, stats.active_tokens)
 
 
-@pytest.mark.parametrize("name", ["dash", "dash rope", "infllmv2"])  # no other branch reads values
+@pytest.mark.parametrize("name", ["dash", "dash rope", "dash sink", "infllmv2"])  # no other branch reads values
 def test_values_of_blocks_that_are_not_selected_do_not_matter(name):
     backend = build_backend(CONFIGS[name], SHAPE).double()
     q, k, v, extra = inputs(61)
@@ -69,18 +70,23 @@ def test_probabilities_are_of_blocks_in_the_past_and_sum_to_one(name):
     past = torch.arange(8) < own[:, None]
     assert (p_BTHN >= 0).all()
     assert not p_BTHN.masked_select(~past[:, None]).any()
-    assert torch.allclose(p_BTHN.sum(-1)[:, 8:], torch.ones(1).double())
+    first = 8 * (1 + getattr(backend.config, "init_chunks", 0) + getattr(backend.config, "local_chunks", 0))
+    assert torch.allclose(p_BTHN.sum(-1)[:, first:], torch.ones(1).double())
     if name.startswith("dash"):
+        assert not p_BTHN[:, :first].any()
+        if name == "dash sink":
+            past &= (torch.arange(8) >= 1) & (torch.arange(8) < own[:, None] - 1)
         selected = backend.route(q, k, v, **extra).selection.mask()[..., :8] & past[:, None]
         assert torch.equal(selected, p_BTHN > 0)
 
 
-def test_dash_gives_the_scores_that_entmax_normalises():
-    backend = build_backend(CONFIGS["dash"], SHAPE).double()
+@pytest.mark.parametrize(("name", "first"), [("dash", 8), ("dash sink", 24)])
+def test_dash_gives_the_scores_that_entmax_normalises(name, first):
+    backend = build_backend(CONFIGS[name], SHAPE).double()
     q, k, v, extra = inputs(61)
     routing = backend.route(q, k, v, **extra)
-    p, _ = entmax(routing.logits[:, 8:], 1.5)
-    assert torch.allclose(p.unflatten(2, (2, 3)).mean(3), routing.probabilities[:, 8:], atol=1e-9)
+    p, _ = entmax(routing.logits[:, first:], 1.5)
+    assert torch.allclose(p.unflatten(2, (2, 3)).mean(3), routing.probabilities[:, first:], atol=1e-9)
 
 
 def test_dense_attention_has_no_router():

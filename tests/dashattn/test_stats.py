@@ -63,7 +63,7 @@ def test_paper_sparsity_by_hand():
 
 @pytest.mark.parametrize("cu_seqlens", [None, [0, 5, 30]])
 def test_routing_reads_are_the_candidates(cu_seqlens):
-    """Chunks before the token's own (dash), windows that end at or before it (InfLLM v2 and NSA)."""
+    """Past chunks that are not forced (dash), windows that end at or before the token (InfLLM v2 and NSA)."""
     q = torch.randn(1, 30, 2, 8)
     bounds = cu_seqlens or [0, 30]
     positions = [t for start, end in itertools.pairwise(bounds) for t in range(end - start)]
@@ -72,11 +72,14 @@ def test_routing_reads_are_the_candidates(cu_seqlens):
     common = {"cu_seqlens": cu_seqlens, "return_stats": True}
     windows = {"block_size": 8, "kernel_size": 4, "kernel_stride": 2}
     _, dash = dash_attention(q, q, q, torch.zeros(2, 8), chunk_size=8, **common)
+    forced = dict(init_chunks=1, local_chunks=1)
+    _, sink = dash_attention(q, q, q, torch.zeros(2, 8), chunk_size=8, **forced, **common)
     _, infllm = infllmv2_attention(q, q, q, **windows, topk=3, window_size=8, **common)
     compressed = torch.randn(1, 14, 2, 8)
     _, nsa = nsa_attention(q, q, q, compressed, compressed, torch.rand(1, 30, 2, 3), **windows, **common)
     visible = [sum(2 * j + 3 <= t for j in range(14)) for t in positions]
     assert dash.routing_reads.flatten().tolist() == [t // 8 for t in positions]
+    assert sink.routing_reads.flatten().tolist() == [max(0, t // 8 - 2) for t in positions]
     assert infllm.routing_reads.flatten().tolist() == visible
     assert nsa.routing_reads.flatten().tolist() == visible
 

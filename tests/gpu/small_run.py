@@ -37,6 +37,7 @@ class SmallRun:
         self.decode(FullConfig())
         self.decode(DashConfig(impl="triton", chunk_size=16, prior="raw"))
         self.decode(DashConfig(impl="triton", chunk_size=64, alpha=1.3, sigma=1.0))
+        self.decode(DashConfig(impl="triton", chunk_size=16, prior="raw", init_chunks=1, local_chunks=1))
         self.decode(InfLLMv2Config(impl="triton", **WINDOWS))
         self.decode(NSAConfig(impl="triton", **WINDOWS))
 
@@ -44,6 +45,7 @@ class SmallRun:
         self.dash([500], 6, 2, 64, FP16, chunk_size=16, router_scale=2.0, prior="raw")
         self.dash([400], 7, 1, 96, BF16, chunk_size=32, sigma=1.0, alpha=1.7)
         self.dash([33, 1, 256, 310], 4, 4, 32, BF16, chunk_size=16)
+        self.dash([33, 1, 256, 310], 3, 1, 64, BF16, chunk_size=16, prior="raw", init_chunks=1, local_chunks=1)
         self.dash([300], 4, 2, 256, FP32, chunk_size=64)
         self.infllmv2(600, 8, 2, 64, BF16)
         self.nsa(600, 8, 2, 64, BF16)

@@ -43,7 +43,17 @@ def test_types(dtype, num_tokens):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"alpha": 1.2}, {"alpha": 1.03}, {"prior": "none"}, {"prior": "tempered", "sigma": 2.0}]
+    "options",
+    [
+        {},
+        {"alpha": 1.2},
+        {"alpha": 1.03},
+        {"prior": "none"},
+        {"prior": "tempered", "sigma": 2.0},
+        {"init_chunks": 1},
+        {"init_chunks": 2, "local_chunks": 3, "prior": "tempered"},
+        {"init_chunks": 2046, "local_chunks": 1},
+    ],
 )
 def test_long_sequences_and_options(options):
     check_routed(16, 2, 128, 64, BF16, 1, [131_000], **options)
@@ -64,7 +74,9 @@ def check_routed(group, kv_heads, head_dim, chunk_size, dtype, num_tokens, lengt
     alpha = None if options["alpha"] == 1.5 else torch.full((q.shape[2],), options["alpha"], device="cuda")
     sigma = options["sigma"] if options["prior"] == "tempered" else None
     has_bias = options["prior"] != "none"
-    words, bias = kernels.route(q, summaries, lengths, alpha, chunk_size, 20.0 * head_dim**-0.5, has_bias, sigma)
+    forced = options.get("init_chunks", 0), options.get("local_chunks", 0)
+    scale = 20.0 * head_dim**-0.5
+    words, bias = kernels.route(q, summaries, lengths, alpha, chunk_size, scale, has_bias, sigma, forced)
     own = Selection(words, chunk_size).mask().unflatten(2, (kv_heads, group)).any(3)
     differs = (own != wanted.mask()).any(-1)
     assert differs.float().mean() <= max(0.005, 1 / differs.numel())
@@ -124,11 +136,12 @@ RAGGED = dict(hidden_size=384, num_layers=6, num_heads=6, head_dim=64, max_seq_l
     [
         FullConfig(),
         DashConfig(chunk_size=16, router_scale=4.0, prior="raw"),
+        DashConfig(chunk_size=16, router_scale=4.0, prior="raw", init_chunks=1, local_chunks=2),
         DashConfig(chunk_size=16, router_scale=4.0),
         InfLLMv2Config(block_size=16, kernel_size=8, kernel_stride=4, topk=8, window_size=16),
         NSAConfig(block_size=16, kernel_size=8, kernel_stride=4, topk=8, window_size=32),
     ],
-    ids=["full", "dash raw", "dash", "infllmv2", "nsa"],
+    ids=["full", "dash raw", "dash sink", "dash", "infllmv2", "nsa"],
 )
 @pytest.mark.parametrize("longest", [100, 400, 900])
 def test_many_prompts_of_all_lengths(attention, longest):
@@ -151,6 +164,7 @@ def test_many_prompts_of_all_lengths(attention, longest):
     [
         FullConfig(),
         DashConfig(chunk_size=16, router_scale=20.0),
+        DashConfig(chunk_size=16, router_scale=20.0, init_chunks=1),
         DashConfig(chunk_size=16, prior="raw", alpha_mode="learnable", summary_rope="mean"),
         DashConfig(chunk_size=16, prior_heads="head"),
         InfLLMv2Config(**SIZES, window_size=16),
@@ -158,7 +172,7 @@ def test_many_prompts_of_all_lengths(attention, longest):
         NSAConfig(**SIZES, window_size=20, shared_kv=False),
         NSAConfig(**SIZES, window_size=0, variant="minicpm"),
     ],
-    ids=["full", "dash", "dash rope", "dash head", "infllmv2", "nsa", "nsa own kv", "nsa minicpm"],
+    ids=["full", "dash", "dash sink", "dash rope", "dash head", "infllmv2", "nsa", "nsa own kv", "nsa minicpm"],
 )
 def test_generation_in_a_cuda_graph_equals_generation_without_a_cache(attention):
     model = build(attention).cuda()

@@ -86,23 +86,26 @@ def check_attention(batch, length, group, kv_heads, head_dim, block_size, bias_h
 
 
 @pytest.mark.parametrize(
-    ("group", "alpha", "router_scale", "prior", "sigma", "cu_seqlens"),
+    ("group", "alpha", "router_scale", "prior", "sigma", "cu_seqlens", "forced"),
     [
-        (16, 1.5, 1.0, "raw", 1.0, None),
-        (16, 1.5, 1.0, "tempered", 1e6, None),
-        (7, 1.3, 2.0, "raw", 1.0, None),
-        (3, 2.0, 2.0, "none", 1.0, None),
-        (4, 1.5, 1.0, "raw", 1.0, (100, 100, 131, 700, 1500)),
+        (16, 1.5, 1.0, "raw", 1.0, None, (0, 0)),
+        (16, 1.5, 1.0, "tempered", 1e6, None, (0, 0)),
+        (7, 1.3, 2.0, "raw", 1.0, None, (0, 0)),
+        (3, 2.0, 2.0, "none", 1.0, None, (0, 0)),
+        (4, 1.5, 1.0, "raw", 1.0, (100, 100, 131, 700, 1500), (0, 0)),
+        (16, 1.5, 1.0, "raw", 1.0, None, (1, 0)),
+        (3, 1.5, 1.0, "tempered", 0.5, None, (1, 4)),
+        (4, 1.3, 1.0, "raw", 1.0, (100, 100, 131, 700, 1500), (1, 1)),
     ],
 )
-def test_dash_attention(group, alpha, router_scale, prior, sigma, cu_seqlens):
+def test_dash_attention(group, alpha, router_scale, prior, sigma, cu_seqlens, forced):
     length, chunk = 1500, 64
     cu_seqlens = None if cu_seqlens is None else packed(*cu_seqlens)
     q, grad = (random(1, length, group, 128, dtype=BF16) for _ in range(2))
     k, v = (random(1, length, 1, 128, dtype=BF16) for _ in range(2))
     chunk_query = random(1, 128) * 0.2
     options = dict(chunk_size=chunk, alpha=alpha, router_scale=router_scale, prior=prior, sigma=sigma,
-                   cu_seqlens=cu_seqlens)  # fmt: skip
+                   cu_seqlens=cu_seqlens, init_chunks=forced[0], local_chunks=forced[1])  # fmt: skip
 
     inputs = [x.float().requires_grad_() for x in (q, k, v)] + [chunk_query.clone().requires_grad_()]
     s = summary_reference.chunk_summary(inputs[1], inputs[3], chunk_size=chunk, cu_seqlens=cu_seqlens)
@@ -133,7 +136,7 @@ def test_thresholds_are_exact_at_any_chunk_count(num_chunks, spread):
     length = num_chunks * chunk + 1
     q = random(1, 1, 16, dim, dtype=BF16).expand(1, length, 16, dim)
     summaries = (spread * random(1, num_chunks, 1, dim) + random(1, 1, 1, dim)).to(BF16)
-    _, peak, tau = _route_op(q, summaries, None, None, chunk, 1.0)
+    _, peak, tau = _route_op(q, summaries, None, None, chunk, 1.0, [0, 0])
     x = 0.5 * (q[0, -1].double() @ summaries[0, :, 0].double().T - peak[0, -1, :, None])
     p = (x - tau[0, -1, :, None]).clamp_min(0).square()
     assert (p.sum(-1) - 1).abs().max() < 5e-4 * max(1.0, spread * 10)  # float32 scores against float64

@@ -168,6 +168,7 @@ def check_dash_attention(rng, head_dim, dtype, chunk, group, prior, any_alpha, s
     options = dict(chunk_size=chunk, router_scale=10 ** rng.uniform(-2, 2.3), prior=prior, cu_seqlens=cu_seqlens)
     # Without the loss scaling of training float16 has no numbers for a gradient divided by a million.
     options["sigma"] = rng.choice([1.0, 100.0, 100.0 if dtype == torch.float16 else 1e6])
+    options |= {name: rng.choice([0, 0, 1, rng.randint(2, 9)]) for name in ("init_chunks", "local_chunks")}
     alpha = rng.uniform(1.01, rng.choice([1.1, 2.0])) if any_alpha else 1.5
     configuration = (seed, head_dim, dtype, group, batch, length, kv_heads, alpha, options)
     q, grad = (gaussian(generator, batch, length, group * kv_heads, head_dim, dtype=dtype) for _ in range(2))

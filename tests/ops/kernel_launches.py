@@ -56,13 +56,13 @@ def make(length, heads, dim):
     return torch.randn(1, length, heads, dim, dtype=torch.bfloat16)
 
 
-def prefill_and_training(length, heads, kv_heads, dim):
+def prefill_and_training(length, heads, kv_heads, dim, init_chunks=0):
     q, k, v = (make(length, h, dim) for h in (heads, kv_heads, kv_heads))
     q.requires_grad_()
     chunk_query = torch.zeros(kv_heads, dim, requires_grad=True)
     # The second has every branch of the router.
     for options in ({}, {"prior": "raw", "alpha": torch.full((heads,), 1.3, requires_grad=True)}):
-        out, _ = dash_attention(q, k, v, chunk_query, chunk_size=CHUNK, **options)
+        out, _ = dash_attention(q, k, v, chunk_query, chunk_size=CHUNK, init_chunks=init_chunks, **options)
         out.backward(out)
     everything = Selection.from_mask(torch.ones(1, length, kv_heads, -(-length // CHUNK), dtype=torch.bool), CHUNK)
     bias = torch.zeros(1, length, heads, -(-length // CHUNK), requires_grad=True)

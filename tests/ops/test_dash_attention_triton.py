@@ -27,6 +27,7 @@ def make_inputs(num_heads=4, num_kv_heads=2, length=70, head_dim=32):
         {"prior": "none"},
         {"prior": "raw", "alpha": 1.3},
         {"prior": "raw", "cu_seqlens": CU_SEQLENS},
+        {"prior": "raw", "init_chunks": 1, "local_chunks": 1},
     ],
     ids=str,
 )

@@ -42,6 +42,30 @@ def test_selection_and_prior_agree_with_the_reference(alpha, router_scale):
 
 
 @pytest.mark.parametrize(
+    ("init_chunks", "local_chunks", "alpha", "prior"),
+    [
+        (1, 0, 1.2, "tempered"),
+        (3, 2, 1.5, "raw"),
+        (0, 33, 1.5, "tempered"),
+        (33, 1, 1.2, "raw"),
+        (20, 15, 1.5, "raw"),  # two candidates at the end
+        (20, 17, 1.5, "raw"),  # none
+        (2**40, 0, 1.2, "raw"),
+        (0, 2**40, 1.5, "raw"),
+    ],
+)
+def test_selection_and_prior_with_forced_chunks(init_chunks, local_chunks, alpha, prior):
+    """In the first tile of 32 chunks and past it, up to all of them."""
+    q, summaries = torch.randn(1, 600, 3, 16), torch.randn(1, 600 // CHUNK, 1, 16)
+    options = dict(chunk_size=CHUNK, alpha=alpha, router_scale=3.0, prior=prior, sigma=2.0)
+    options |= dict(init_chunks=init_chunks, local_chunks=local_chunks)
+    expected, expected_bias = reference.dash_routing(q, summaries, **options)
+    selection, bias = kernels.dash_routing(q, summaries, **options)
+    assert torch.equal(selection.mask(), expected.mask())
+    assert relative_error(bias, expected_bias) < 1e-4
+
+
+@pytest.mark.parametrize(
     ("group", "alpha", "router_scale", "prior", "sigma", "cu_seqlens"),
     [
         (3, 1.5, 1.0, "raw", 1.0, None),
@@ -54,7 +78,36 @@ def test_selection_and_prior_agree_with_the_reference(alpha, router_scale):
     ],
 )
 def test_attention_and_gradients_agree_with_the_references(group, alpha, router_scale, prior, sigma, cu_seqlens):
-    length = 66
+    compare(66, group, alpha, cu_seqlens, router_scale=router_scale, prior=prior, sigma=sigma)
+
+
+@pytest.mark.parametrize(
+    ("length", "group", "alpha", "prior", "forced", "cu_seqlens"),
+    [
+        (130, 1, 1.5, "raw", (1, 0), None),
+        (130, 3, 1.5, "tempered", (1, 1), None),
+        (130, 4, (1.2, 1.8), "raw", (2, 1), None),
+        (130, 16, 1.5, "tempered", (1, 0), None),
+        (130, 3, (1.2, 1.8), "tempered", (0, 2), None),
+        (100, 2, 1.5, "none", (1, 1), None),
+        (100, 3, 1.5, "raw", (1, 1), [0, 1, 20, 20, 85, 100]),  # some shorter than what is forced
+        (40, 2, 1.5, "raw", (1, 1), None),  # all is forced
+        (9, 1, 1.5, "tempered", (3, 2), None),
+    ],
+)
+def test_forced_chunks_agree_with_the_references(length, group, alpha, prior, forced, cu_seqlens):
+    init_chunks, local_chunks = forced
+    forced = dict(init_chunks=init_chunks, local_chunks=local_chunks)
+    compare(length, group, alpha, cu_seqlens, router_scale=1.5, prior=prior, sigma=0.5, **forced)
+
+
+def test_many_forced_chunks_agree_with_the_references():
+    """More of them than a tile of chunks and an entry of the lists of the backward hold."""
+    compare(600, 1, 1.5, None, router_scale=1.5, prior="raw", init_chunks=33, local_chunks=1)
+
+
+def compare(length, group, alpha, cu_seqlens, **options):
+    """Selection, output and gradients of kernels and references; ``alpha``: one, or (the first, the last head's)."""
     if cu_seqlens is not None:
         cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32)
     q, grad = (torch.randn(1, length, group, 16) for _ in range(2))
@@ -62,7 +115,7 @@ def test_attention_and_gradients_agree_with_the_references(group, alpha, router_
     inputs = [q, k, v, torch.randn(1, 16)]
     if isinstance(alpha, tuple):
         inputs.append(torch.linspace(*alpha, group))
-    options = dict(chunk_size=CHUNK, router_scale=router_scale, prior=prior, sigma=sigma, cu_seqlens=cu_seqlens)
+    options |= dict(chunk_size=CHUNK, cu_seqlens=cu_seqlens)
 
     # float64, because float32 errs by more than the kernels at the edge of the support
     q, k, v, chunk_query, *alphas = exact = [x.double().requires_grad_() for x in inputs]
@@ -109,7 +162,7 @@ def test_the_words_alone_say_what_is_selected(alpha):
     length, scale, score_scale = 90, 0.25, 4.0
     q, k, v, grad = (torch.randn(1, length, heads, 16) for heads in (2, 1, 1, 2))
     alpha = None if alpha is None else torch.full((2,), alpha)
-    settings = (CHUNK, score_scale, scale, "raw", 1.0)
+    settings = (CHUNK, score_scale, [0, 0], scale, "raw", 1.0)
     out, words, lse, peak, tau, summaries = _forward_op(q, k, v, torch.zeros(1, 1, 16), alpha, None, None, *settings)
     own = torch.arange(length)[:, None] // CHUNK
     fewer = torch.where(words & (words - 1) != 0, words & (words - 1), words)  # without the first chunk selected
@@ -124,7 +177,8 @@ def test_the_words_alone_say_what_is_selected(alpha):
     geo = geometry(q, 1, None)
     blocks, router = -(-length // CHUNK), router_options(geo.padded_dim, q.itemsize)
     starts = summary_starts(geo, CHUNK)
-    bias = prior_bias(q[0], summaries, alpha, starts, peak[0], tau[0], geo, CHUNK, blocks, score_scale, None, router)
+    rows = (q[0], summaries, alpha, starts, peak[0], tau[0])
+    bias = prior_bias(*rows, geo, CHUNK, blocks, score_scale, (0, 0), None, router)
     with_more, _ = attend(q[0], k[0], v[0], more[0], bias, geo, CHUNK, scale)
     assert relative_error(with_more, out[0]) < 1e-6
 

@@ -67,23 +67,30 @@ def test_attention_over_selected_blocks(density, num_tokens):
 
 
 @pytest.mark.parametrize(
-    ("group", "alpha", "router_scale", "prior", "sigma", "dtype", "num_tokens"),
+    ("group", "alpha", "router_scale", "prior", "sigma", "dtype", "num_tokens", "forced"),
     [
-        (4, 1.5, 1.0, "tempered", 1e6, torch.float16, 1),
-        (3, 1.5, 4.0, "raw", 1.0, torch.float32, 2),
-        (1, 1.5, 0.01, "raw", 1.0, torch.float32, 1),
-        (2, "heads", 2.0, "tempered", 0.5, torch.float32, 2),
-        (2, 1.01, 2.0, "raw", 1.0, torch.float16, 1),
-        (2, 2.0, 1.0, "none", 1.0, torch.float32, 1),
-        (2, 1.5, 300.0, "tempered", 1.0, torch.float32, 1),
+        (4, 1.5, 1.0, "tempered", 1e6, torch.float16, 1, (0, 0)),
+        (3, 1.5, 4.0, "raw", 1.0, torch.float32, 2, (0, 0)),
+        (1, 1.5, 0.01, "raw", 1.0, torch.float32, 1, (0, 0)),
+        (2, "heads", 2.0, "tempered", 0.5, torch.float32, 2, (0, 0)),
+        (2, 1.01, 2.0, "raw", 1.0, torch.float16, 1, (0, 0)),
+        (2, 2.0, 1.0, "none", 1.0, torch.float32, 1, (0, 0)),
+        (2, 1.5, 300.0, "tempered", 1.0, torch.float32, 1, (0, 0)),
+        (3, 1.5, 4.0, "raw", 1.0, torch.float32, 2, (1, 0)),
+        (1, 1.5, 4.0, "tempered", 0.5, torch.float32, 1, (1, 2)),
+        (4, "heads", 2.0, "raw", 1.0, torch.float32, 2, (0, 3)),
+        (16, 1.5, 2.0, "none", 1.0, torch.float16, 1, (2, 1)),
+        (2, 1.5, 2.0, "tempered", 0.5, torch.float32, 2, (20, 17)),  # one candidate, and then two
+        (2, 1.5, 2.0, "raw", 1.0, torch.float32, 1, (2**40, 2**40)),
     ],
 )
-def test_routing_and_attention(group, alpha, router_scale, prior, sigma, dtype, num_tokens):
+def test_routing_and_attention(group, alpha, router_scale, prior, sigma, dtype, num_tokens, forced):
     k, v, lengths = make_cache([14, 606], 640, dtype=dtype)
     q = queries(lengths, num_tokens, 2 * group, dtype=dtype)
     summaries = chunk_summary(k, torch.randn(2, 24, device=DEVICE), chunk_size=BLOCK)
     alpha = torch.linspace(1.1, 1.9, 2 * group, device=DEVICE) if alpha == "heads" else alpha
     options = dict(alpha=alpha, router_scale=router_scale, prior=prior, sigma=sigma)
+    options |= dict(init_chunks=forced[0], local_chunks=forced[1])
     selection, bias = reference.cached_dash_routing(
         q, summaries, lengths, chunk_size=BLOCK, prior_heads="group", **options
     )
@@ -216,12 +223,13 @@ WINDOWS = dict(block_size=16, kernel_size=8, kernel_stride=4, topk=3)
     [
         FullConfig(),
         DashConfig(chunk_size=16, router_scale=3.0, prior="raw"),
+        DashConfig(chunk_size=16, router_scale=3.0, prior="raw", init_chunks=1, local_chunks=1),
         DashConfig(chunk_size=16, router_scale=3.0, summary_rope="mean", alpha_mode="learnable"),
         InfLLMv2Config(**WINDOWS, window_size=16),
         NSAConfig(**WINDOWS, window_size=20, shared_kv=False),
         NSAConfig(**WINDOWS, window_size=0, variant="minicpm"),
     ],
-    ids=["full", "dash", "dash rope", "infllmv2", "nsa", "nsa minicpm"],
+    ids=["full", "dash", "dash sink", "dash rope", "infllmv2", "nsa", "nsa minicpm"],
 )
 def test_backends_decode_alike_with_and_without_kernels(config):
     shape = AttentionShape(hidden_size=24, num_heads=4, num_kv_heads=2, head_dim=16)

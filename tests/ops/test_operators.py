@@ -34,8 +34,8 @@ def test_operators_keep_torch_librarys_rules():
     words = torch.full((1, 2, 40, 1), 7, dtype=torch.int32, device=DEVICE)
     for operator, arguments in (
         (chunk_summary._forward_op, (k, make(1, 2, 16), None, 16)),
-        (dash_whole._forward_op, (q, k, v, make(1, 2, 16), None, None, None, 16, 1.0, 0.25, "raw", 1.0)),
-        (dash_whole._forward_op, (q, k, v, make(1, 2, 16), None, None, scale, 16, 1.0, 0.25, "raw", 1.0)),
+        (dash_whole._forward_op, (q, k, v, make(1, 2, 16), None, None, None, 16, 1.0, [0, 0], 0.25, "raw", 1.0)),
+        (dash_whole._forward_op, (q, k, v, make(1, 2, 16), None, None, scale, 16, 1.0, [1, 0], 0.25, "raw", 1.0)),
         (block_sparse._forward_op, (q, k, v, words, None, None, 16, 0.25)),
         (band._forward_op, (*make_qkv(20), None, 1, 1, 10, 0.25)),
         (block_scores._select_op, (*selected, None, None, 8, 8, "max", 16, 1, 0, 1, 0.25)),

@@ -42,26 +42,28 @@ from dashattn.selection import Selection
 
 
 def _forward_bias(
-    q_nHD, summaries, alpha, starts, peak, tau, geo, chunk_size, blocks, score_scale, prior, sigma, router
+    q_nHD, summaries, alpha, starts, peak, tau, geo, chunk_size, blocks, score_scale, forced, prior, sigma, router
 ):
     """The bias [n, H, N] where the attention needs one, else None; the backward makes it again."""
     if not has_forward_bias(prior, sigma, q_nHD.dtype):
         return None
     return prior_bias(
-        q_nHD, summaries, alpha, starts, peak, tau, geo, chunk_size, blocks, score_scale, temperature(prior, sigma),
-        router,
+        q_nHD, summaries, alpha, starts, peak, tau, geo, chunk_size, blocks, score_scale, forced,
+        temperature(prior, sigma), router,
     )  # fmt: skip
 
 
 @torch.library.custom_op("dashattn::dash_attention_forward", mutates_args=())
 def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, queries: Tensor, alpha: Tensor | None, cu_seqlens: Tensor | None,
-    router_scale: Tensor | None, chunk_size: int, score_scale: float, scale: float, prior: str, sigma: float,
+    router_scale: Tensor | None, chunk_size: int, score_scale: float, forced: list[int], scale: float, prior: str,
+    sigma: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Output [B, T, Hq, D], words [B, H, T, W], and what the backward needs.
 
     That is per row the log-normaliser, the highest product q . k~ and the threshold, and the summaries.
-    ``router_scale``: float64 [] on the CPU, a factor of ``score_scale``.
+    ``router_scale``: float64 [] on the CPU, a factor of ``score_scale``. ``forced``: ``init_chunks`` and
+    ``local_chunks``.
     """
     score_scale = _scaled(score_scale, router_scale)
     geo = geometry(q, k.shape[2], cu_seqlens)
@@ -72,9 +74,9 @@ def _forward_op(
     starts = summary_starts(geo, chunk_size)
     router = router_options(geo.padded_dim, q.itemsize)
     summaries = summarise(k_nHD, queries, starts, geo, chunk_size, _num_summaries(k, chunk_size))
-    words, peak, tau = route(q_nHD, summaries, alpha, starts, geo, chunk_size, blocks, score_scale, router)
+    words, peak, tau = route(q_nHD, summaries, alpha, starts, geo, chunk_size, blocks, score_scale, forced, router)
     bias = _forward_bias(
-        q_nHD, summaries, alpha, starts, peak, tau, geo, chunk_size, blocks, score_scale, prior, sigma, router
+        q_nHD, summaries, alpha, starts, peak, tau, geo, chunk_size, blocks, score_scale, forced, prior, sigma, router
     )
     out, lse = attend(q_nHD, k_nHD, v_nHD, words, bias, geo, chunk_size, scale)
     words = words.unflatten(1, q.shape[:2]).transpose(0, 1).contiguous()
@@ -90,7 +92,7 @@ def _num_summaries(k: Tensor, chunk_size: int) -> int:
 
 
 @_forward_op.register_fake
-def _(q, k, v, queries, alpha, cu_seqlens, router_scale, chunk_size, score_scale, scale, prior, sigma):
+def _(q, k, v, queries, alpha, cu_seqlens, router_scale, chunk_size, score_scale, forced, scale, prior, sigma):
     batch, length, heads, _ = q.shape
     width = -(-num_blocks(q, chunk_size) // 32)
     words = q.new_empty(batch, k.shape[2], length, width, dtype=torch.int32)
@@ -104,7 +106,7 @@ def _(q, k, v, queries, alpha, cu_seqlens, router_scale, chunk_size, score_scale
 def _backward_op(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, queries: Tensor, alpha: Tensor | None, cu_seqlens: Tensor | None,
     router_scale: Tensor | None, out: Tensor, words: Tensor, lse: Tensor, peak: Tensor, tau: Tensor, summaries: Tensor,
-    chunk_size: int, score_scale: float, scale: float, prior: str, sigma: float, alpha_grad: bool,
+    chunk_size: int, score_scale: float, forced: list[int], scale: float, prior: str, sigma: float, alpha_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, the gradient of the queries in float32, and dalpha (empty unless asked for)."""
     score_scale = _scaled(score_scale, router_scale)
@@ -119,7 +121,7 @@ def _backward_op(
     starts = summary_starts(geo, chunk_size)
     router = router_options(geo.padded_dim, q.itemsize)
     bias = _forward_bias(
-        q_nHD, summaries, alpha, starts, peak, tau, geo, chunk_size, blocks, score_scale, prior, sigma, router
+        q_nHD, summaries, alpha, starts, peak, tau, geo, chunk_size, blocks, score_scale, forced, prior, sigma, router
     )
     delta_nH = delta(out_nHD, do_nHD)
     options = key_grad_options(geo.padded_dim, chunk_size, q.itemsize)
@@ -140,7 +142,7 @@ def _backward_op(
             lists = tile_lists(flat_words, geo, chunk_size, router_tokens)
         dsummaries, dalpha = route_backward(
             q_nHD, summaries, alpha, starts, peak, tau, bias_grad, dq, flat_words, lists, geo, chunk_size,
-            score_scale, temperature(prior, sigma), alpha_grad, router,
+            score_scale, forced, temperature(prior, sigma), alpha_grad, router,
         )  # fmt: skip
         dqueries = summarise_backward(
             dsummaries, k_nHD, queries, dk, starts, geo, chunk_size, _num_summaries(k, chunk_size)
@@ -152,7 +154,7 @@ def _backward_op(
 
 @_backward_op.register_fake
 def _(grad, q, k, v, queries, alpha, cu_seqlens, router_scale, out, words, lse, peak, tau, summaries, chunk_size,
-      score_scale, scale, prior, sigma, alpha_grad):  # fmt: skip
+      score_scale, forced, scale, prior, sigma, alpha_grad):  # fmt: skip
     dqueries = queries.new_empty(queries.shape, dtype=torch.float32)
     dalpha = q.new_empty(q.shape[2] if alpha_grad else 0, dtype=torch.float32)
     return *(x.new_empty(x.shape) for x in (q, k, v)), dqueries, dalpha
@@ -167,7 +169,7 @@ def _backward(ctx, grad, *_):
     alpha_grad = ctx.needs_input_grad[4]
     saved = ctx.saved_tensors
     dq, dk, dv, dqueries, dalpha = _backward_op(grad, *saved, *ctx.settings, alpha_grad)
-    return dq, dk, dv, dqueries.to(saved[3].dtype), dalpha if alpha_grad else None, *(None,) * 7
+    return dq, dk, dv, dqueries.to(saved[3].dtype), dalpha if alpha_grad else None, *(None,) * 8
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
@@ -185,6 +187,8 @@ def dash_attention(
     prior: str = "tempered",
     sigma: float = 1e6,
     prior_heads: str = "group",
+    init_chunks: int = 0,
+    local_chunks: int = 0,
     summary_rope: tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
@@ -197,6 +201,7 @@ def dash_attention(
     moves = isinstance(router_scale, Tensor)
     out, words, *_ = _forward_op(
         q, k, v, queries, alpha_of_heads(alpha, q), cu_seqlens, router_scale if moves else None, chunk_size,
-        head_scale if moves else router_scale * head_scale, head_scale if scale is None else scale, prior, sigma,
+        head_scale if moves else router_scale * head_scale, [init_chunks, local_chunks],
+        head_scale if scale is None else scale, prior, sigma,
     )  # fmt: skip
     return out, Selection(words, chunk_size)

@@ -28,13 +28,17 @@ def dash_routing(
     prior: str = "tempered",
     sigma: float = 1e6,
     prior_heads: str = "group",
+    init_chunks: int = 0,
+    local_chunks: int = 0,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Selection, Tensor | None]:
     """Selects chunks and returns the prior as an additive bias of the attention logits.
 
-    A chunk is selected iff the mean p of the group's entmax probabilities is positive, however small (at small alpha
-    it is often below float32's range; its logarithm is not); a token's own chunk always is, with bias 0. ``raw`` is
-    log p, ``tempered`` is (log p - mean over the selected past chunks) / sigma.
+    A token's own chunk is always selected, and so are the forced ones: the first ``init_chunks`` of its document and
+    the ``local_chunks`` before its own. Their bias is 0. Candidates of the entmax are the other past chunks. One is
+    selected iff the mean p of the group's entmax probabilities is positive, however small (at small alpha it is often
+    below float32's range; its logarithm is not). ``raw`` is log p, ``tempered`` is (log p - mean over the selected
+    candidates) / sigma.
 
     Args:
         q: queries after RoPE [B, T, Hq, D].
@@ -43,6 +47,7 @@ def dash_routing(
         router_scale: gamma, a float or a tensor []; larger selects fewer chunks.
         prior: raw | tempered | none.
         prior_heads: ``group``: one prior from the group's mean probability. ``head``: each query head its own.
+        init_chunks, local_chunks: forced chunks; at least 0.
 
     Returns:
         The selection, and the bias [B, T, H, N] (``prior_heads`` group), [B, T, Hq, N] (head) or None (prior none),
@@ -50,6 +55,7 @@ def dash_routing(
         hold 0; with raw head priors -inf marks selected chunks off the head's own support.
     """
     options = dict(alpha=alpha, router_scale=router_scale, prior=prior, sigma=sigma, prior_heads=prior_heads)
+    options |= dict(init_chunks=init_chunks, local_chunks=local_chunks)
     offset = 0  # of this document's first summary
 
     def route(q_BTHD):
@@ -81,12 +87,14 @@ def select_chunks(
     prior: str,
     sigma: float,
     prior_heads: str,
+    init_chunks: int = 0,
+    local_chunks: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """``dash_routing`` of queries anywhere in their sequences: a mask [B, T, H, N] in place of the selection.
 
     Args:
         q: [B, T, Hq, D].
-        summaries: [B, n, H, D], of which a query may choose those before its own chunk.
+        summaries: [B, n, H, D], of which a query may choose candidates before its own chunk.
         own_chunk: integers that broadcast to [B, T].
         num_chunks: N >= n.
     """
@@ -96,21 +104,28 @@ def select_chunks(
         alpha = alpha.expand(q.shape[2]).reshape(-1, group, 1, 1)
     q_BTHGD = upcast(q).unflatten(2, (-1, group))
     scores = torch.einsum("bthgd,bnhd->bhgtn", q_BTHGD, upcast(summaries)) * (float(router_scale) * q.shape[-1] ** -0.5)
-    past = torch.arange(summaries.shape[1], device=q.device) < own_chunk[..., None]
-    _, log_p = entmax(scores, alpha, past[:, None, None])
+    candidates_BTN = candidate_chunks(own_chunk, num_chunks, init_chunks, local_chunks)
+    _, log_p = entmax(scores, alpha, candidates_BTN[:, None, None, :, : summaries.shape[1]])
     support = log_p > -torch.inf
 
     missing = num_chunks - summaries.shape[1]
-    past_BTHN = F.pad(support.any(2), (0, missing)).transpose(1, 2)
-    selected = past_BTHN | (torch.arange(num_chunks, device=q.device) == own_chunk[..., None])[:, :, None]
+    chosen_BTHN = F.pad(support.any(2), (0, missing)).transpose(1, 2)
+    visible_BTN = torch.arange(num_chunks, device=q.device) <= own_chunk[..., None]
+    selected = chosen_BTHN | (visible_BTN & ~candidates_BTN)[:, :, None]
     if prior == "none":
         return selected, None
     bias = _prior(log_p, support, prior, sigma, prior_heads)
     return selected, F.pad(bias, (0, missing)).flatten(1, 2).transpose(1, 2)
 
 
+def candidate_chunks(own_chunk: Tensor, num_chunks: int, init_chunks: int, local_chunks: int) -> Tensor:
+    """Bool [..., N]: the chunks among which the entmax chooses for tokens whose own chunks are ``own_chunk``."""
+    chunk = torch.arange(num_chunks, device=own_chunk.device)
+    return (chunk >= init_chunks) & (chunk < own_chunk[..., None] - local_chunks)
+
+
 def _prior(log_p: Tensor, support: Tensor, prior: str, sigma: float, prior_heads: str) -> Tensor:
-    """Bias of the past chunks [B, H, G or 1, T, n] from entmax's log probabilities [B, H, G, T, n]."""
+    """Bias of the candidates [B, H, G or 1, T, n] from entmax's log probabilities [B, H, G, T, n]."""
     group = log_p.shape[2]
     selected = support.any(2, keepdim=True)
     if prior_heads == "group":

@@ -53,20 +53,24 @@ def num_blocks(q: Tensor, chunk_size: int) -> int:
 
 @torch.library.custom_op("dashattn::dash_route", mutates_args=())
 def _route_op(
-    q: Tensor, summaries: Tensor, alpha: Tensor | None, cu_seqlens: Tensor | None, chunk_size: int, score_scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Words int32 [B, H, T, W]; highest product q . k~ and threshold, float32 [B, T, Hq]."""
+    q: Tensor, summaries: Tensor, alpha: Tensor | None, cu_seqlens: Tensor | None, chunk_size: int, score_scale: float,
+    forced: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Words int32 [B, H, T, W]; highest product q . k~ and threshold, float32 [B, T, Hq].
+
+    ``forced``: here and below, ``init_chunks`` and ``local_chunks``.
+    """
     geo = geometry(q, summaries.shape[2], cu_seqlens)
     words, peak, tau = route(
         flatten_tokens(q), _flat_summaries(summaries), alpha, summary_starts(geo, chunk_size), geo, chunk_size,
-        num_blocks(q, chunk_size), score_scale, router_options(geo.padded_dim, q.itemsize),
+        num_blocks(q, chunk_size), score_scale, forced, router_options(geo.padded_dim, q.itemsize),
     )  # fmt: skip
     words = words.unflatten(1, q.shape[:2]).transpose(0, 1)
     return words.contiguous(), peak.view(q.shape[:3]), tau.view(q.shape[:3])
 
 
 @_route_op.register_fake
-def _(q, summaries, alpha, cu_seqlens, chunk_size, score_scale):
+def _(q, summaries, alpha, cu_seqlens, chunk_size, score_scale, forced):
     batch, length, heads, _ = q.shape
     width = -(-num_blocks(q, chunk_size) // 32)
     words = q.new_empty(batch, summaries.shape[2], length, width, dtype=torch.int32)
@@ -76,13 +80,13 @@ def _(q, summaries, alpha, cu_seqlens, chunk_size, score_scale):
 @torch.library.custom_op("dashattn::dash_prior", mutates_args=())
 def _prior_op(
     q: Tensor, summaries: Tensor, alpha: Tensor | None, words: Tensor, peak: Tensor, tau: Tensor,
-    cu_seqlens: Tensor | None, chunk_size: int, score_scale: float, sigma: float | None,
+    cu_seqlens: Tensor | None, chunk_size: int, score_scale: float, forced: list[int], sigma: float | None,
 ) -> Tensor:  # fmt: skip
     """Bias float32 [B, T, H, N]."""
     geo = geometry(q, summaries.shape[2], cu_seqlens)
     bias = prior_bias(
         flatten_tokens(q), _flat_summaries(summaries), alpha, summary_starts(geo, chunk_size), peak.flatten(0, 1),
-        tau.flatten(0, 1), geo, chunk_size, num_blocks(q, chunk_size), score_scale, sigma,
+        tau.flatten(0, 1), geo, chunk_size, num_blocks(q, chunk_size), score_scale, forced, sigma,
         router_options(geo.padded_dim, q.itemsize),
     )  # fmt: skip
     selected = Selection(words, chunk_size).mask()[..., : bias.shape[-1]]
@@ -90,14 +94,15 @@ def _prior_op(
 
 
 @_prior_op.register_fake
-def _(q, summaries, alpha, words, peak, tau, cu_seqlens, chunk_size, score_scale, sigma):
+def _(q, summaries, alpha, words, peak, tau, cu_seqlens, chunk_size, score_scale, forced, sigma):
     return q.new_empty(*q.shape[:2], summaries.shape[2], num_blocks(q, chunk_size), dtype=torch.float32)
 
 
 @torch.library.custom_op("dashattn::dash_prior_backward", mutates_args=())
 def _prior_backward_op(
     grad: Tensor, q: Tensor, summaries: Tensor, alpha: Tensor | None, words: Tensor, peak: Tensor, tau: Tensor,
-    cu_seqlens: Tensor | None, chunk_size: int, score_scale: float, sigma: float | None, alpha_grad: bool,
+    cu_seqlens: Tensor | None, chunk_size: int, score_scale: float, forced: list[int], sigma: float | None,
+    alpha_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dsummaries and dalpha (empty unless asked for)."""
     geo = geometry(q, summaries.shape[2], cu_seqlens)
@@ -108,7 +113,7 @@ def _prior_backward_op(
     dsummaries, dalpha = route_backward(
         flatten_tokens(q), _flat_summaries(summaries), alpha, summary_starts(geo, chunk_size), peak.flatten(0, 1),
         tau.flatten(0, 1), grad.flatten(0, 1).float().contiguous(), dq.flatten(0, 1), flat_words, lists, geo,
-        chunk_size, score_scale, sigma, alpha_grad, router,
+        chunk_size, score_scale, forced, sigma, alpha_grad, router,
     )  # fmt: skip
     return dq, _like_summaries(dsummaries, summaries), q.new_empty(0) if dalpha is None else dalpha
 
@@ -118,22 +123,22 @@ def _like_summaries(flat: Tensor, summaries: Tensor) -> Tensor:
 
 
 @_prior_backward_op.register_fake
-def _(grad, q, summaries, alpha, words, peak, tau, cu_seqlens, chunk_size, score_scale, sigma, alpha_grad):
+def _(grad, q, summaries, alpha, words, peak, tau, cu_seqlens, chunk_size, score_scale, forced, sigma, alpha_grad):
     dalpha = q.new_empty(q.shape[2], dtype=torch.float32) if alpha_grad else q.new_empty(0)
     return torch.empty_like(q), torch.empty_like(summaries), dalpha
 
 
 def _prior_setup(ctx, inputs, output):
-    *tensors, ctx.chunk_size, ctx.score_scale, ctx.sigma = inputs
+    *tensors, ctx.chunk_size, ctx.score_scale, ctx.forced, ctx.sigma = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _prior_backward(ctx, grad):
     alpha_grad = ctx.needs_input_grad[2]
     dq, dsummaries, dalpha = _prior_backward_op(
-        grad, *ctx.saved_tensors, ctx.chunk_size, ctx.score_scale, ctx.sigma, alpha_grad
+        grad, *ctx.saved_tensors, ctx.chunk_size, ctx.score_scale, ctx.forced, ctx.sigma, alpha_grad
     )
-    return dq, dsummaries, dalpha if alpha_grad else None, *(None,) * 7
+    return dq, dsummaries, dalpha if alpha_grad else None, *(None,) * 8
 
 
 _prior_op.register_autograd(_prior_backward, setup_context=_prior_setup)
@@ -149,20 +154,23 @@ def dash_routing(
     prior: str = "tempered",
     sigma: float = 1e6,
     prior_heads: str = "group",
+    init_chunks: int = 0,
+    local_chunks: int = 0,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Selection, Tensor | None]:
     """As ``reference.dash_routing``, for ``prior_heads`` group; the bias has ceil(T / chunk_size) columns."""
     check_prior_heads(prior_heads)
     check_kernels_fit(q, chunk_size)
-    score_scale = float(router_scale) * q.shape[-1] ** -0.5
+    score_scale, forced = float(router_scale) * q.shape[-1] ** -0.5, [init_chunks, local_chunks]
     alpha = alpha_of_heads(alpha, q)
     with torch.no_grad():  # the bias alone carries gradient
-        words, peak, tau = _route_op(q, summaries, alpha, cu_seqlens, chunk_size, score_scale)
+        words, peak, tau = _route_op(q, summaries, alpha, cu_seqlens, chunk_size, score_scale, forced)
     selection = Selection(words, chunk_size)
     if prior == "none":
         return selection, None
     kind = temperature(prior, sigma)
-    return selection, _prior_op(q, summaries, alpha, words, peak, tau, cu_seqlens, chunk_size, score_scale, kind)
+    bias = _prior_op(q, summaries, alpha, words, peak, tau, cu_seqlens, chunk_size, score_scale, forced, kind)
+    return selection, bias
 
 
 def check_prior_heads(prior_heads: str) -> None:

@@ -1,7 +1,7 @@
 """Triton kernels of the router's backward: from the gradient of the bias to queries, chunk summaries and alpha.
 
 Per (token, KV head) and chunk: b = gradient of the bias; raw prior: dL = b; tempered: dL = (b - mean of b over the
-selected past) / sigma. With p the entmax probabilities, P their sum over the group and u = p ** (2 - alpha):
+selected candidates) / sigma. With p the entmax probabilities, P their sum over the group and u = p ** (2 - alpha):
 g = dL / P;  ds = u (g - sum(u g) / sum(u));  dq = score_scale sum_c ds k~;  dk~ = score_scale sum_i ds q.
 
 u / P is formed from z = p ** (alpha - 1) (``share_of_group``): near the edge of the support p underflows long before
@@ -26,14 +26,14 @@ from dashattn.ops.dash_routing.triton_entmax import (
     share_of_group,
     spread,
 )
-from dashattn.ops.dash_routing.triton_forward import LAUNCH, load_tile, router_constants
+from dashattn.ops.dash_routing.triton_forward import LAUNCH, clamp_forced, load_tile, router_constants
 from dashattn.ops.tiles import Geometry, locate_tile
 from dashattn.ops.tuning import around, launch
 
 
 @triton.jit
 def _listed_chunks(q, summaries_ptr, block_list, choice_list, bias_row, entry, num_blocks, kv_head, first_summary,
-                   past, token_past, peak, tau, slope, exponent, KV_HEADS: tl.constexpr, TOKENS: tl.constexpr,
+                   stop, token_stop, peak, tau, slope, exponent, KV_HEADS: tl.constexpr, TOKENS: tl.constexpr,
                    GROUP_P: tl.constexpr, CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
                    SQUARE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """CHUNKS entries of the tile's list: their summaries, z, u, u / P, and of each token what is selected and b."""
@@ -42,13 +42,13 @@ def _listed_chunks(q, summaries_ptr, block_list, choice_list, bias_row, entry, n
     choice = tl.load(choice_list + place, mask=place < num_blocks, other=0)
     token = tl.arange(0, TOKENS).to(choice.dtype)
     selected = ((choice[None, :] >> token[:, None]) & 1) != 0
-    selected &= chunk[None, :] < token_past[:, None]
-    is_past = chunk < tl.max(past, 0)
+    selected &= chunk[None, :] < token_stop[:, None]
+    is_listed = chunk < tl.max(stop, 0)
     dim = tl.arange(0, DIM)
     offset = ((first_summary + chunk).to(tl.int64)[:, None] * KV_HEADS + kv_head) * HEAD_DIM + dim[None, :]
-    k = tl.load(summaries_ptr + offset, mask=is_past[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
+    k = tl.load(summaries_ptr + offset, mask=is_listed[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
     x = tl.dot(q, k.T, input_precision=PRECISION)
-    x = tl.where(chunk[None, :] < past[:, None], x, float("-inf"))
+    x = tl.where(chunk[None, :] < stop[:, None], x, float("-inf"))
     z = above_threshold(x - peak[:, None], slope, tau)
     _, u = power(z, exponent, SQUARE)
     share = share_of_group(z, exponent, selected, TOKENS, GROUP_P, CHUNKS, 1, SQUARE)
@@ -56,18 +56,18 @@ def _listed_chunks(q, summaries_ptr, block_list, choice_list, bias_row, entry, n
     return k, z, u, share, selected, b
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_documents", "num_blocks", "list_width"])
+@triton.jit(do_not_specialize=["num_slots", "num_documents", "num_blocks", "list_width", "init_chunks", "local_chunks"])
 def query_kernel(
     q_ptr, summaries_ptr, alpha_ptr, peak_ptr, tau_ptr, bias_grad_ptr, dq_ptr, row_mean_ptr, bias_mean_ptr, dalpha_ptr,
     documents, summary_starts, blocks, choices, counts, score_scale, inverse_sigma, num_slots, num_documents,
-    num_blocks, list_width,
+    num_blocks, list_width, init_chunks, local_chunks,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SQUARE: tl.constexpr, TEMPERED: tl.constexpr,
     ALPHA_GRAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds the router's part to dq. Keeps sum(u g) / sum(u) and the mean of b, for the kernel of the summaries.
 
-    Visits only the chunks that some token of the tile selected.
+    Visits only the candidates that some token of the tile selected.
     """
     kv_head = tl.program_id(0) % KV_HEADS
     slot = num_slots - 1 - tl.program_id(0) // KV_HEADS
@@ -76,21 +76,22 @@ def query_kernel(
         return
     first_summary = tl.load(summary_starts + document)
     ROWS: tl.constexpr = TOKENS * GROUP_P
-    valid, flat_row, own, q, alpha, slope, exponent = load_tile(
-        q_ptr, alpha_ptr, start, end, index, kv_head, score_scale, KV_HEADS, GROUP, GROUP_P, TOKENS, BLOCK, HEAD_DIM,
-        DIM, SQUARE,
+    valid, flat_row, own, count, q, alpha, slope, exponent = load_tile(
+        q_ptr, alpha_ptr, start, end, index, kv_head, score_scale, init_chunks, local_chunks, KV_HEADS, GROUP, GROUP_P,
+        TOKENS, BLOCK, HEAD_DIM, DIM, SQUARE,
     )  # fmt: skip
-    past = tl.maximum(own, 0)
+    stop = init_chunks + count
     peak = tl.load(peak_ptr + flat_row, mask=valid, other=0.0)
     tau = tl.load(tau_ptr + flat_row, mask=valid, other=0.0)
     tile_token = start + index * TOKENS + tl.arange(0, TOKENS)
     bias_row = bias_grad_ptr + (tile_token.to(tl.int64) * KV_HEADS + kv_head) * num_blocks
     in_document = tile_token < end
-    token_past = tl.where(in_document, (index * TOKENS + tl.arange(0, TOKENS)) // BLOCK, 0)
+    token_stop = tl.where(in_document, (index * TOKENS + tl.arange(0, TOKENS)) // BLOCK - local_chunks, 0)
     list_row = kv_head.to(tl.int64) * num_slots + slot
     block_list = blocks + list_row * list_width
     choice_list = choices + list_row * list_width
-    entries = tl.load(counts + list_row * 2 + 1)
+    # The forced chunks stand at both ends of the list: the last token chose all of them.
+    entries = tl.load(counts + list_row * 2 + 1) - (tl.max(own, 0) + 1 - tl.max(stop, 0))
 
     # One pass gives all sums of both terms of dL = b - mean(b); the mean itself is known after it.
     token_zero = tl.zeros([TOKENS, 8], tl.float32)
@@ -103,10 +104,10 @@ def query_kernel(
     u_gap = zero
     ub_gap = zero
     share_gap = zero
-    for entry in range(0, entries, CHUNKS):
+    for entry in range(init_chunks, entries, CHUNKS):
         _k, z, u, share, selected, b = _listed_chunks(
-            q, summaries_ptr, block_list, choice_list, bias_row, entry, entries, kv_head, first_summary, past,
-            token_past, peak, tau, slope, exponent, KV_HEADS, TOKENS, GROUP_P, CHUNKS, HEAD_DIM, DIM, SQUARE, PRECISION,
+            q, summaries_ptr, block_list, choice_list, bias_row, entry, entries, kv_head, first_summary, stop,
+            token_stop, peak, tau, slope, exponent, KV_HEADS, TOKENS, GROUP_P, CHUNKS, HEAD_DIM, DIM, SQUARE, PRECISION,
         )  # fmt: skip
         b_sum += fold(b)
         b_count += fold(tl.where(selected, 1.0, 0.0))
@@ -134,10 +135,10 @@ def query_kernel(
         tl.store(dalpha_ptr + flat_row, dalpha * inverse_sigma, mask=valid)
 
     acc = tl.zeros([ROWS, DIM], tl.float32)
-    for entry in range(0, entries, CHUNKS):
+    for entry in range(init_chunks, entries, CHUNKS):
         k, _z, u, share, selected, b = _listed_chunks(
-            q, summaries_ptr, block_list, choice_list, bias_row, entry, entries, kv_head, first_summary, past,
-            token_past, peak, tau, slope, exponent, KV_HEADS, TOKENS, GROUP_P, CHUNKS, HEAD_DIM, DIM, SQUARE, PRECISION,
+            q, summaries_ptr, block_list, choice_list, bias_row, entry, entries, kv_head, first_summary, stop,
+            token_stop, peak, tau, slope, exponent, KV_HEADS, TOKENS, GROUP_P, CHUNKS, HEAD_DIM, DIM, SQUARE, PRECISION,
         )  # fmt: skip
         ds = share * spread(b - mean[:, None], share, TOKENS, GROUP_P, CHUNKS, 1) - u * row_mean[:, None]
         if q.dtype == tl.bfloat16:
@@ -151,11 +152,16 @@ def query_kernel(
     tl.store(dq_ptr + offset, dq.to(dq_ptr.dtype.element_ty), mask=in_tile)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_words", "num_summaries", "num_documents", "num_blocks", "splits"])
+@triton.jit(
+    do_not_specialize=[
+        "num_tokens", "num_words", "num_summaries", "num_documents", "num_blocks", "splits", "init_chunks",
+        "local_chunks",
+    ]
+)  # fmt: skip
 def summary_kernel(
     q_ptr, summaries_ptr, alpha_ptr, peak_ptr, tau_ptr, bias_grad_ptr, row_mean_ptr, bias_mean_ptr, partial_ptr,
     words, documents, summary_starts, score_scale, num_tokens, num_words, num_summaries, num_documents, num_blocks,
-    splits,
+    splits, init_chunks, local_chunks,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SQUARE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -187,19 +193,21 @@ def summary_kernel(
     slope = ((alpha - 1.0) * score_scale)[None, :]
     exponent = ((2.0 - alpha) / (alpha - 1.0))[None, :]
     acc = tl.zeros([CHUNKS, DIM], tl.float32)
-    # The first token that has one of these chunks in its past is the first of the next chunk.
-    for first in range((tile * CHUNKS + 1) * BLOCK + split * TOKENS, end - start, splits * TOKENS):
+    candidate = tl.where(chunk >= init_chunks, chunk, 2147483647)
+    # The first token that has one of these chunks as a candidate stands just behind the local chunks that follow it.
+    begin = tl.minimum(tl.maximum(tile * CHUNKS, init_chunks) + 1 + local_chunks, num_blocks) * BLOCK
+    for first in range(begin + split * TOKENS, end - start, splits * TOKENS):
         position = first + row // GROUP_P
         valid = (start + position < end) & in_group
         flat_row = (start + position).to(tl.int64) * (KV_HEADS * GROUP) + query_head
         in_tile = valid[:, None] & (dim < HEAD_DIM)[None, :]
         q = tl.load(q_ptr + flat_row[:, None] * HEAD_DIM + dim[None, :], mask=in_tile, other=0.0)
-        past = tl.where(valid, position // BLOCK, 0)
+        stop = tl.where(valid, position // BLOCK - local_chunks, 0)
         peak = tl.load(peak_ptr + flat_row, mask=valid, other=0.0)
         tau = tl.load(tau_ptr + flat_row, mask=valid, other=0.0)
         row_mean = tl.load(row_mean_ptr + flat_row, mask=valid, other=0.0)
         x = tl.dot(k, q.T, input_precision=PRECISION) - peak[None, :]
-        x = tl.where(chunk[:, None] < past[None, :], x, float("-inf"))
+        x = tl.where(candidate[:, None] < stop[None, :], x, float("-inf"))
         z = saturated(x, slope, -tau[None, :])
         _, u = power(z, exponent, SQUARE)
         token = start + first + tile_lane
@@ -229,7 +237,7 @@ LISTED_CHUNKS = 32
 def route_backward(
     q: Tensor, summaries: Tensor, alpha: Tensor | None, starts: Tensor, peak: Tensor, tau: Tensor, bias_grad: Tensor,
     dq: Tensor, words: Tensor, lists: TileLists, geo: Geometry, chunk_size: int, score_scale: float,
-    sigma: float | None, alpha_grad: bool, options: dict[str, int],
+    forced: tuple[int, int], sigma: float | None, alpha_grad: bool, options: dict[str, int],
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Gradients of the summaries [n', H, D] and of alpha, float32 [Hq]; adds the router's part to ``dq`` in place.
 
@@ -250,11 +258,12 @@ def route_backward(
     listed_launch = around(4, 1) if q.itemsize == 4 else LAUNCH
     slots = geo.slots(constants["TOKENS"])
     num_blocks = bias_grad.shape[-1]
+    forced = clamp_forced(forced, num_blocks)
     launch(
         query_kernel, (slots * geo.kv_heads,),
         q, summaries, alpha, peak, tau, bias_grad, dq, row_mean, bias_mean, dalpha, geo.documents, starts, lists.blocks,
         lists.choices, lists.counts, score_scale, inverse_sigma, slots, geo.num_documents, num_blocks,
-        lists.blocks.shape[-1],
+        lists.blocks.shape[-1], *forced,
         TEMPERED=sigma is not None, ALPHA_GRAD=alpha_grad, options=listed_launch, tokens=geo.tokens, restore=[dq],
         **listed,
     )  # fmt: skip
@@ -267,7 +276,7 @@ def route_backward(
         summary_kernel, (chunk_slots * geo.kv_heads, splits),
         q, summaries, alpha, peak, tau, bias_grad, row_mean, bias_mean, partial, words, geo.documents, starts,
         score_scale, geo.tokens, words.shape[-1], summaries.shape[0], geo.num_documents, num_blocks, splits,
-        options=LAUNCH, tokens=geo.tokens, **constants,
+        *forced, options=LAUNCH, tokens=geo.tokens, **constants,
     )  # fmt: skip
     dsummaries = (partial.sum(0) * (score_scale * inverse_sigma)).to(summaries.dtype)
     return dsummaries, None if dalpha is None else dalpha.sum(0)

@@ -6,6 +6,10 @@ scores through memory. What is kept per (token, query head) are two numbers: the
 threshold tau relative to it. Relative, and the difference of products taken before it is scaled: the highest score is
 then exactly 0, and a large router_scale costs the threshold no digits.
 
+Candidates of a row are ``count`` chunks: those behind the first ``init_chunks`` of the document and before the
+``local_chunks`` that precede its own one. In these kernels their numbers begin at 0. Chunks with other numbers, up
+to the row's own, are forced: they are selected, and nothing else.
+
 Shapes: n = B T tokens laid out flat, M documents, n' complete chunks of BLOCK tokens, Hq query heads, H KV heads, D
 head size, N chunks of a row, W words of 32 chunks. q [n, Hq, D]; summaries [n', H, D]; starts, a document's first
 summary, int32 [M + 1]; alpha float32 [Hq]; peak and tau float32 [n, Hq]; words int32 [H, n, W]; bias float32 [n, H, N].
@@ -39,13 +43,13 @@ from dashattn.ops.tuning import around, launch
 
 
 @triton.jit
-def load_tile(q_ptr, alpha_ptr, start, end, index, kv_head, score_scale, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-              GROUP_P: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
-              DIM: tl.constexpr, SQUARE: tl.constexpr):  # fmt: skip
+def load_tile(q_ptr, alpha_ptr, start, end, index, kv_head, score_scale, init_chunks, local_chunks,
+              KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, TOKENS: tl.constexpr,
+              BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SQUARE: tl.constexpr):  # fmt: skip
     """Rows of query tile ``index`` of the document ``start .. end``.
 
-    Returns which rows stand for a query, their numbers in [n * Hq], their own chunk (-1: no query), q, alpha, and the
-    factors that turn a product q . k~ into a score x and z into p (``power``).
+    Returns which rows stand for a query, their numbers in [n * Hq], their own chunk (-1: no query), the number
+    of their candidates, q, alpha, and the factors that turn a product q . k~ into a score x and z into p (``power``).
     """
     position, query_head, valid, flat_row, offset, in_tile = query_rows(
         start, end, index * TOKENS, kv_head, KV_HEADS, GROUP, GROUP_P, TOKENS, HEAD_DIM, DIM
@@ -58,53 +62,69 @@ def load_tile(q_ptr, alpha_ptr, start, end, index, kv_head, score_scale, KV_HEAD
         alpha = tl.load(alpha_ptr + query_head, mask=valid, other=1.5)
     slope = (alpha - 1.0) * score_scale
     exponent = ((2.0 - alpha) / (alpha - 1.0))[:, None]
-    return valid, flat_row, own, q, alpha, slope, exponent
+    count = tl.maximum(own - local_chunks - init_chunks, 0)
+    return valid, flat_row, own, count, q, alpha, slope, exponent
 
 
 @triton.jit
-def products(q, summary_desc, kv_head, first_summary, chunk, whole, past, CHUNKS: tl.constexpr, DIM: tl.constexpr,
+def is_candidate(chunk, count, CHUNKS: tl.constexpr):
+    """[R, CHUNKS]: which chunks from ``chunk`` on, a negative number perhaps, are candidates of each row."""
+    column = (chunk + tl.arange(0, CHUNKS)).to(tl.uint32, bitcast=True)
+    return column[None, :] < count.to(tl.uint32, bitcast=True)[:, None]
+
+
+@triton.jit
+def whole_tiles(index, init_chunks, local_chunks, TOKENS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
+    """CHUNKS chunks from a number below this one on are candidates of every row of query tile ``index``."""
+    return tl.maximum(index * TOKENS // BLOCK - local_chunks - init_chunks - CHUNKS + 1, 0)
+
+
+@triton.jit
+def products(q, summary_desc, kv_head, first_candidate, chunk, whole, count, CHUNKS: tl.constexpr, DIM: tl.constexpr,
              PRECISION: tl.constexpr):  # fmt: skip
     """q . k~ for CHUNKS chunks from ``chunk`` on; -inf at chunks that are no candidates.
 
-    Those before ``whole``, a multiple of CHUNKS, are candidates of every row. The branch costs less than a second loop.
+    ``first_candidate``: the summary of candidate 0; ``whole``: see ``whole_tiles``. The branch costs less than a second
+    loop.
     """
-    k = summary_desc.load([kv_head, first_summary + chunk, 0]).reshape(CHUNKS, DIM)
+    k = summary_desc.load([kv_head, first_candidate + chunk, 0]).reshape(CHUNKS, DIM)
     x = tl.dot(q, k.T, input_precision=PRECISION)
-    if chunk >= whole:
-        x = tl.where((chunk + tl.arange(0, CHUNKS))[None, :] < past[:, None], x, float("-inf"))
+    if (chunk < 0) | (chunk >= whole):
+        x = tl.where(is_candidate(chunk, count, CHUNKS), x, float("-inf"))
     return x
 
 
 @triton.jit
-def _measure(q, summary_desc, kv_head, first_summary, chunk, whole, past, own, slope, peak, tau, exponent, sums,
-             word_row, in_document, num_words, TOKENS: tl.constexpr, GROUP_P: tl.constexpr, CHUNKS: tl.constexpr,
-             DIM: tl.constexpr, SQUARE: tl.constexpr, WORDS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _measure(q, summary_desc, kv_head, first_candidate, chunk, whole, count, own, slope, peak, tau, exponent, sums,
+             word_row, in_document, num_words, init_chunks, TOKENS: tl.constexpr, GROUP_P: tl.constexpr,
+             CHUNKS: tl.constexpr, DIM: tl.constexpr, SQUARE: tl.constexpr, WORDS: tl.constexpr,
+             PRECISION: tl.constexpr):  # fmt: skip
     """Adds CHUNKS chunks to the folded sums of z ** r, z ** (r - 1) and z > 0; WORDS: writes their selection words."""
-    x = products(q, summary_desc, kv_head, first_summary, chunk, whole, past, CHUNKS, DIM, PRECISION)
+    x = products(q, summary_desc, kv_head, first_candidate, chunk, whole, count, CHUNKS, DIM, PRECISION)
     z = above_threshold(x - peak[:, None], slope, tau)
     p, u = power(z, exponent, SQUARE)
     positive = is_positive(z)
     sums = (sums[0] + fold(p), sums[1] + fold(u), sums[2] + fold(positive))
     if WORDS:
-        column = tl.arange(0, CHUNKS)
-        if chunk >= whole:
-            positive = tl.where((chunk + column)[None, :] == own[:, None], 1.0, positive)
+        if (chunk < 0) | (chunk >= whole):
+            up_to_own = (chunk + tl.arange(0, CHUNKS))[None, :] <= own[:, None]
+            positive = tl.where(up_to_own & ~is_candidate(chunk, count, CHUNKS), 1.0, positive)
         # Sixteen bits as the exact sum of float powers of two, which is cheaper than shifting each.
-        weight = (1 << (column % 16)).to(tl.float32)
+        weight = (1 << (tl.arange(0, CHUNKS) % 16)).to(tl.float32)
         halves = tl.sum(tl.reshape(positive * weight[None, :], (TOKENS * GROUP_P, CHUNKS // 16, 16)), 2).to(tl.int32)
         halves = tl.reduce(tl.reshape(halves, (TOKENS, GROUP_P, CHUNKS // 16)), 1, bitwise_or)
         shift = 16 * tl.arange(0, 2)
         token_words = tl.sum(tl.reshape(halves, (TOKENS, CHUNKS // 32, 2)) << shift[None, None, :], 2)
-        word = chunk // 32 + tl.arange(0, CHUNKS // 32)
+        word = (init_chunks + chunk) // 32 + tl.arange(0, CHUNKS // 32)
         in_words = in_document[:, None] & (word < num_words)[None, :]
         tl.store(word_row[:, None] + word[None, :], token_words, mask=in_words)
     return sums
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_words", "num_slots", "num_documents"])
+@triton.jit(do_not_specialize=["num_tokens", "num_words", "num_slots", "num_documents", "init_chunks", "local_chunks"])
 def threshold_kernel(
     q_ptr, summary_desc, alpha_ptr, words, peak_ptr, tau_ptr, documents, summary_starts, score_scale,
-    num_tokens, num_words, num_slots, num_documents,
+    num_tokens, num_words, num_slots, num_documents, init_chunks, local_chunks,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SQUARE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -114,24 +134,22 @@ def threshold_kernel(
     document, start, end, index = locate_tile(documents, slot, num_documents, TOKENS)
     if start + index * TOKENS >= end:
         return
-    first_summary = tl.load(summary_starts + document)
+    first_candidate = tl.load(summary_starts + document) + init_chunks
 
     ROWS: tl.constexpr = TOKENS * GROUP_P
-    valid, flat_row, own, q, alpha, slope, exponent = load_tile(
-        q_ptr, alpha_ptr, start, end, index, kv_head, score_scale, KV_HEADS, GROUP, GROUP_P, TOKENS, BLOCK, HEAD_DIM,
-        DIM, SQUARE,
+    valid, flat_row, own, count, q, alpha, slope, exponent = load_tile(
+        q_ptr, alpha_ptr, start, end, index, kv_head, score_scale, init_chunks, local_chunks, KV_HEADS, GROUP, GROUP_P,
+        TOKENS, BLOCK, HEAD_DIM, DIM, SQUARE,
     )  # fmt: skip
-    past = tl.maximum(own, 0)
-    last = tl.max(own, 0)
-
-    whole = index * TOKENS // BLOCK // CHUNKS * CHUNKS
+    last = tl.max(count, 0)
+    whole = whole_tiles(index, init_chunks, local_chunks, TOKENS, BLOCK, CHUNKS)
     zero = tl.zeros([ROWS, 8], tl.float32)
     peaks = zero + float("-inf")
     for chunk in range(0, last, CHUNKS):
-        x = products(q, summary_desc, kv_head, first_summary, chunk, whole, past, CHUNKS, DIM, PRECISION)
+        x = products(q, summary_desc, kv_head, first_candidate, chunk, whole, count, CHUNKS, DIM, PRECISION)
         peaks = tl.maximum(peaks, tl.max(tl.reshape(x, (ROWS, CHUNKS // 8, 8)), 1))
     # Rows that stand for nothing must not select any.
-    peak = tl.where(past > 0, tl.max(peaks, 1), tl.where(valid, 0.0, 1e30))
+    peak = tl.where(count > 0, tl.max(peaks, 1), tl.where(valid, 0.0, 1e30))
 
     # One pass at four thresholds at once brackets the root closely enough for cubic interpolation. Relative to a peak
     # that is scaled first: what that costs in digits the steps that follow mend.
@@ -141,7 +159,7 @@ def threshold_kernel(
     at_3 = (zero, zero)
     at_4 = (zero, zero)
     for chunk in range(0, last, CHUNKS):
-        x = products(q, summary_desc, kv_head, first_summary, chunk, whole, past, CHUNKS, DIM, PRECISION)
+        x = products(q, summary_desc, kv_head, first_candidate, chunk, whole, count, CHUNKS, DIM, PRECISION)
         at_1 = probe(x, slope, level - 1.0, at_1, exponent, SQUARE)
         at_2 = probe(x, slope, level - 0.75, at_2, exponent, SQUARE)
         at_3 = probe(x, slope, level - 0.5, at_3, exponent, SQUARE)
@@ -154,7 +172,7 @@ def threshold_kernel(
     bracket = narrow(bracket, -0.5, at_3, alpha, SQUARE)
     bracket = narrow(bracket, -0.25, at_4, alpha, SQUARE)
     # No threshold lies right of the one for equal scores, n ** (1 - alpha) below the maximum.
-    highest = -tl.exp2((1.0 - alpha) * tl.log2(tl.maximum(past, 1).to(tl.float32)))
+    highest = -tl.exp2((1.0 - alpha) * tl.log2(tl.maximum(count, 1).to(tl.float32)))
     tau = tl.minimum(tl.maximum(hermite_root(bracket), -1.0), highest)
 
     tile_position = index * TOKENS + tl.arange(0, TOKENS)
@@ -165,23 +183,25 @@ def threshold_kernel(
     sums = (zero, zero, zero)
     for chunk in range(0, last, CHUNKS):
         sums = _measure(
-            q, summary_desc, kv_head, first_summary, chunk, whole, past, own, slope, peak, tau, exponent, sums,
-            word_row, in_document, num_words, TOKENS, GROUP_P, CHUNKS, DIM, SQUARE, False, PRECISION,
+            q, summary_desc, kv_head, first_candidate, chunk, whole, count, own, slope, peak, tau, exponent, sums,
+            word_row, in_document, num_words, init_chunks, TOKENS, GROUP_P, CHUNKS, DIM, SQUARE, False, PRECISION,
         )  # fmt: skip
     tau = root_step(tau, row_sums(sums), alpha, highest, SQUARE)
+    own -= init_chunks
+    last_own = tl.max(own, 0)
     searching = True
     passes = 0
     while searching:
         sums = (zero, zero, zero)
-        for chunk in range(0, last + 1, CHUNKS):
+        for chunk in range(-init_chunks, last_own + 1, CHUNKS):
             sums = _measure(
-                q, summary_desc, kv_head, first_summary, chunk, whole, past, own, slope, peak, tau, exponent, sums,
-                word_row, in_document, num_words, TOKENS, GROUP_P, CHUNKS, DIM, SQUARE, True, PRECISION,
+                q, summary_desc, kv_head, first_candidate, chunk, whole, count, own, slope, peak, tau, exponent, sums,
+                word_row, in_document, num_words, init_chunks, TOKENS, GROUP_P, CHUNKS, DIM, SQUARE, True, PRECISION,
             )  # fmt: skip
         passes += 1
         totals = row_sums(sums)
         better = root_step(tau, totals, alpha, highest, SQUARE)
-        open_rows = (past > 0) & unsolved(tau, better, totals[0], alpha)
+        open_rows = (count > 0) & unsolved(tau, better, totals[0], alpha)
         searching = (tl.max(open_rows.to(tl.int32), 0) > 0) & (passes < MAX_PASSES)
         if searching:
             tau = better
@@ -190,25 +210,25 @@ def threshold_kernel(
 
 
 @triton.jit
-def _log_prior(q, summary_desc, kv_head, first_summary, chunk, whole, past, peak, tau, slope, exponent,
+def _log_prior(q, summary_desc, kv_head, first_candidate, chunk, whole, count, peak, tau, slope, exponent,
                TOKENS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, CHUNKS: tl.constexpr,
                DIM: tl.constexpr, SQUARE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """log of the group's mean probability of CHUNKS chunks, [TOKENS, CHUNKS], and where it is positive."""
-    x = products(q, summary_desc, kv_head, first_summary, chunk, whole, past, CHUNKS, DIM, PRECISION)
+    x = products(q, summary_desc, kv_head, first_candidate, chunk, whole, count, CHUNKS, DIM, PRECISION)
     z = above_threshold(x - peak[:, None], slope, tau)
     exponent = tl.reshape(exponent, (TOKENS, GROUP_P, 1))
     return log_mean(tl.reshape(z, (TOKENS, GROUP_P, CHUNKS)), exponent, 1, GROUP, SQUARE)
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_documents", "num_blocks"])
+@triton.jit(do_not_specialize=["num_slots", "num_documents", "num_blocks", "init_chunks", "local_chunks"])
 def prior_kernel(
     q_ptr, summary_desc, alpha_ptr, peak_ptr, tau_ptr, bias_ptr, documents, summary_starts, score_scale, inverse_sigma,
-    num_slots, num_documents, num_blocks,
+    num_slots, num_documents, num_blocks, init_chunks, local_chunks,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SQUARE: tl.constexpr, TEMPERED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes the group's prior of past chunks; all other entries of the bias stay as they are.
+    """Writes the group's prior of candidates; all other entries of the bias stay as they are.
 
     Of those that were not selected too, for which of them that are the words say alone: they are not to be read.
     """
@@ -217,41 +237,40 @@ def prior_kernel(
     document, start, end, index = locate_tile(documents, slot, num_documents, TOKENS)
     if start + index * TOKENS >= end:
         return
-    first_summary = tl.load(summary_starts + document)
-    valid, flat_row, own, q, _alpha, slope, exponent = load_tile(
-        q_ptr, alpha_ptr, start, end, index, kv_head, score_scale, KV_HEADS, GROUP, GROUP_P, TOKENS, BLOCK, HEAD_DIM,
-        DIM, SQUARE,
+    first_candidate = tl.load(summary_starts + document) + init_chunks
+    valid, flat_row, _own, count, q, _alpha, slope, exponent = load_tile(
+        q_ptr, alpha_ptr, start, end, index, kv_head, score_scale, init_chunks, local_chunks, KV_HEADS, GROUP, GROUP_P,
+        TOKENS, BLOCK, HEAD_DIM, DIM, SQUARE,
     )  # fmt: skip
-    past = tl.maximum(own, 0)
-    last = tl.max(past, 0)
-    whole = index * TOKENS // BLOCK // CHUNKS * CHUNKS
+    last = tl.max(count, 0)
+    whole = whole_tiles(index, init_chunks, local_chunks, TOKENS, BLOCK, CHUNKS)
     peak = tl.load(peak_ptr + flat_row, mask=valid, other=0.0)
     tau = tl.load(tau_ptr + flat_row, mask=valid, other=0.0)
 
     position = index * TOKENS + tl.arange(0, TOKENS)
     token = start + position
-    token_past = tl.where(token < end, position // BLOCK, 0)
-    bias_row = bias_ptr + (token.to(tl.int64) * KV_HEADS + kv_head) * num_blocks
+    token_count = tl.where(token < end, position // BLOCK - local_chunks - init_chunks, 0)
+    bias_row = bias_ptr + (token.to(tl.int64) * KV_HEADS + kv_head) * num_blocks + init_chunks
     log_sum = tl.zeros([TOKENS], tl.float32)
     selected_count = tl.zeros([TOKENS], tl.float32)
     if TEMPERED:
         for chunk in range(0, last, CHUNKS):
             log_p, selected = _log_prior(
-                q, summary_desc, kv_head, first_summary, chunk, whole, past, peak, tau, slope, exponent, TOKENS, GROUP,
-                GROUP_P, CHUNKS, DIM, SQUARE, PRECISION,
+                q, summary_desc, kv_head, first_candidate, chunk, whole, count, peak, tau, slope, exponent, TOKENS,
+                GROUP, GROUP_P, CHUNKS, DIM, SQUARE, PRECISION,
             )  # fmt: skip
             log_sum += tl.sum(log_p, 1)
             selected_count += tl.sum(selected.to(tl.float32), 1)
     mean = log_sum / tl.maximum(selected_count, 1.0)
     for chunk in range(0, last, CHUNKS):
         log_p, selected = _log_prior(
-            q, summary_desc, kv_head, first_summary, chunk, whole, past, peak, tau, slope, exponent, TOKENS, GROUP,
+            q, summary_desc, kv_head, first_candidate, chunk, whole, count, peak, tau, slope, exponent, TOKENS, GROUP,
             GROUP_P, CHUNKS, DIM, SQUARE, PRECISION,
         )  # fmt: skip
         log_p = tl.where(selected, log_p, EDGE_LOG_P)
         column = (chunk + tl.arange(0, CHUNKS))[None, :]
-        is_past = column < token_past[:, None]
-        tl.store(bias_row[:, None] + column, (log_p - mean[:, None]) * inverse_sigma, mask=is_past)
+        in_candidates = column < token_count[:, None]
+        tl.store(bias_row[:, None] + column, (log_p - mean[:, None]) * inverse_sigma, mask=in_candidates)
 
 
 @cache
@@ -272,13 +291,19 @@ LAUNCH = around(4, 2)
 LAUNCH_THRESHOLD = (*around(4, 2, maxnreg=128), dict(num_warps=4, num_stages=2))
 
 
+def clamp_forced(forced: tuple[int, int], num_blocks: int) -> tuple[int, int]:
+    """``init_chunks`` and ``local_chunks`` as the kernels take them, in 32 bits: there are no more to force."""
+    return min(forced[0], num_blocks), min(forced[1], num_blocks)
+
+
 def route(
     q: Tensor, summaries: Tensor, alpha: Tensor | None, starts: Tensor, geo: Geometry, chunk_size: int, num_blocks: int,
-    score_scale: float, options: dict[str, int],
+    score_scale: float, forced: tuple[int, int], options: dict[str, int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Selection words int32 [H, n, W], and per (token, query head) the highest product q . k~ and the threshold tau.
 
-    ``alpha``: float32 [Hq], or None for 1.5 everywhere, which needs no powers.
+    ``alpha``: float32 [Hq], or None for 1.5 everywhere, which needs no powers. ``forced``: ``init_chunks`` and
+    ``local_chunks``.
     """
     words = torch.zeros(geo.kv_heads, geo.tokens, -(-num_blocks // 32), dtype=torch.int32, device=q.device)
     peak, tau = (torch.empty(geo.tokens, geo.heads, dtype=torch.float32, device=q.device) for _ in range(2))
@@ -288,7 +313,7 @@ def route(
     launch(
         threshold_kernel, (slots * geo.kv_heads,),
         q, key_descriptor(summaries, geo, options["chunks"]), alpha, words, peak, tau, geo.documents, starts,
-        score_scale, geo.tokens, words.shape[-1], slots, geo.num_documents,
+        score_scale, geo.tokens, words.shape[-1], slots, geo.num_documents, *clamp_forced(forced, num_blocks),
         options=LAUNCH_THRESHOLD if few_registers else LAUNCH, tokens=geo.tokens, **constants,
     )  # fmt: skip
     return words, peak, tau
@@ -296,7 +321,8 @@ def route(
 
 def prior_bias(
     q: Tensor, summaries: Tensor, alpha: Tensor | None, starts: Tensor, peak: Tensor, tau: Tensor, geo: Geometry,
-    chunk_size: int, num_blocks: int, score_scale: float, sigma: float | None, options: dict[str, int],
+    chunk_size: int, num_blocks: int, score_scale: float, forced: tuple[int, int], sigma: float | None,
+    options: dict[str, int],
 ) -> Tensor:  # fmt: skip
     """The prior as a bias, float32 [n, H, N]; of no meaning where not selected. ``sigma``: None for the raw prior."""
     bias = torch.zeros(geo.tokens, geo.kv_heads, num_blocks, dtype=torch.float32, device=q.device)
@@ -306,6 +332,7 @@ def prior_bias(
         prior_kernel, (slots * geo.kv_heads,),
         q, key_descriptor(summaries, geo, options["chunks"]), alpha, peak, tau, bias, geo.documents, starts,
         score_scale, 1.0 if sigma is None else 1.0 / sigma, slots, geo.num_documents, num_blocks,
+        *clamp_forced(forced, num_blocks),
         TEMPERED=sigma is not None, options=LAUNCH, tokens=geo.tokens, **constants,
     )  # fmt: skip
     return bias

@@ -63,6 +63,8 @@ def routed_attention(
     router_scale: float,
     prior: str,
     sigma: float,
+    init_chunks: int = 0,
+    local_chunks: int = 0,
     scale: float | None = None,
     new: NewToken | None = None,
 ) -> Tensor:
@@ -81,7 +83,7 @@ def routed_attention(
     for tile, before in _tiles(q, lengths):
         words, bias = route(
             tile, summaries, before, alpha, chunk_size, router_scale * head_dim**-0.5,
-            has_forward_bias(prior, sigma, q.dtype), temperature(prior, sigma), new,
+            has_forward_bias(prior, sigma, q.dtype), temperature(prior, sigma), (init_chunks, local_chunks), new,
         )  # fmt: skip
         outs.append(attend(tile, k, v, before, words, bias, chunk_size, None, scale, after_routing=True))
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)

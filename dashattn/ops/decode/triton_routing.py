@@ -28,6 +28,7 @@ from dashattn.ops.dash_routing.triton_entmax import (
     root_step,
     unsolved,
 )
+from dashattn.ops.dash_routing.triton_forward import clamp_forced
 from dashattn.ops.decode.triton_attention import load_group, processors, visible_count, write_token
 from dashattn.ops.tiles import overlapped_launch, power_of_2_from, wait_for_kernel_before
 
@@ -95,9 +96,10 @@ def _measure(x, slope, tau, exponent, SQUARE: tl.constexpr):
     return z, tl.reduce((p, u, is_positive(z)), 1, _add)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_chunks", "num_words"])
+@triton.jit(do_not_specialize=["num_tokens", "num_chunks", "num_words", "init_chunks", "local_chunks"])
 def threshold_kernel(
     product_ptr, alpha_ptr, words_ptr, peak_ptr, tau_ptr, lengths, score_scale, num_tokens, num_chunks, num_words,
+    init_chunks, local_chunks,
     HEADS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, SQUARE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -122,17 +124,20 @@ def threshold_kernel(
     row = product_ptr + flat_row.to(tl.int64) * num_chunks
     # Loaded before it is known which are candidates: what lies behind these has no meaning.
     product = tl.load(row + chunk, mask=chunk < num_chunks, other=float("-inf"))
-    product = tl.where(chunk < own, product, float("-inf"))
-    peak = tl.where(own > 0, tl.max(product, 1), 0.0)
+    candidate = (chunk >= init_chunks) & (chunk < own - local_chunks)
+    forced = ((chunk < init_chunks) | (chunk >= own - local_chunks)) & (chunk <= own)
+    count = tl.maximum(own - local_chunks - init_chunks, 0)
+    product = tl.where(candidate, product, float("-inf"))
+    peak = tl.where(count > 0, tl.max(product, 1), 0.0)
     x = product - peak[:, None]
 
     # The steps start at the left end of the bracket. No threshold lies right of the one for equal scores.
-    highest = -tl.exp2((1.0 - alpha) * tl.log2(tl.maximum(own, 1).to(tl.float32)))
+    highest = -tl.exp2((1.0 - alpha) * tl.log2(tl.maximum(count, 1).to(tl.float32)))
     tau = tl.full([1], -1.0, tl.float32)
     z, sums = _measure(x, slope, tau, exponent, SQUARE)
     better = root_step(tau, sums, alpha, highest, SQUARE)
     passes = 0
-    while any_thread((own > 0) & (tl.max(unsolved(tau, better, sums[0], alpha).to(tl.int32), 0) > 0)) & (
+    while any_thread((count > 0) & (tl.max(unsolved(tau, better, sums[0], alpha).to(tl.int32), 0) > 0)) & (
         passes < MAX_PASSES
     ):
         tau = better
@@ -140,7 +145,7 @@ def threshold_kernel(
         better = root_step(tau, sums, alpha, highest, SQUARE)
         passes += 1
 
-    selected = (((z > 0) & (chunk < own)) | (chunk == own)).to(tl.int32)
+    selected = (((z > 0) & candidate) | forced).to(tl.int32)
     words = tl.sum(tl.reshape(selected, (CHUNKS // 32, 32)) << tl.arange(0, 32)[None, :], 1)
     word = tl.arange(0, CHUNKS // 32)
     word_row = ((sequence * HEADS + head).to(tl.int64) * num_tokens + query % num_tokens) * num_words
@@ -150,26 +155,29 @@ def threshold_kernel(
 
 
 @triton.jit
-def _log_prior(product_ptr, flat_row, in_group, chunk, own, num_chunks, peak, tau, slope, exponent,
+def _log_prior(product_ptr, flat_row, in_group, chunk, first, stop, num_chunks, peak, tau, slope, exponent,
                GROUP: tl.constexpr, SQUARE: tl.constexpr):  # fmt: skip
-    """log of the group's mean probability of some chunks, and where it is positive."""
-    past = chunk < own
+    """log of the group's mean probability of some chunks, and where it is positive: candidates from ``first`` to
+    ``stop``."""
+    candidate = (chunk >= first) & (chunk < stop)
     products = tl.load(
         product_ptr + flat_row[:, None] * num_chunks + chunk[None, :],
-        mask=in_group[:, None] & past[None, :],
+        mask=in_group[:, None] & candidate[None, :],
         other=float("-inf"),
     )
     return log_mean(above_threshold(products - peak[:, None], slope, tau), exponent[:, None], 0, GROUP, SQUARE)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_chunks"])
+@triton.jit(do_not_specialize=["num_tokens", "num_chunks", "init_chunks", "local_chunks"])
 def prior_kernel(
     product_ptr, alpha_ptr, peak_ptr, tau_ptr, bias_ptr, lengths, score_scale, inverse_sigma, num_tokens, num_chunks,
+    init_chunks, local_chunks,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
     SQUARE: tl.constexpr, TEMPERED: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """The group's prior of CHUNKS chunks up to the query's own, whose prior is 0; of use where they are selected."""
+    """The group's prior of CHUNKS chunks up to the query's own, of use where they are selected; that of its own and of
+    forced ones is 0."""
     wait_for_kernel_before(PDL)
     kv_head = tl.program_id(0) % KV_HEADS
     query = tl.program_id(0) // KV_HEADS
@@ -191,19 +199,21 @@ def prior_kernel(
     if TEMPERED:
         log_sum = tl.zeros([CHUNKS], tl.float32)
         count = tl.zeros([CHUNKS], tl.float32)
-        for start in range(0, own, CHUNKS):
+        for start in range(init_chunks, own - local_chunks, CHUNKS):
             log_p, selected = _log_prior(
-                product_ptr, flat_row, in_group, start + lane, own, num_chunks, peak, tau, slope, exponent, GROUP,
-                SQUARE,
+                product_ptr, flat_row, in_group, start + lane, init_chunks, own - local_chunks, num_chunks, peak, tau,
+                slope, exponent, GROUP, SQUARE,
             )  # fmt: skip
             log_sum += log_p
             count += selected.to(tl.float32)
         mean = tl.sum(log_sum, 0) / tl.maximum(tl.sum(count, 0), 1.0)
     chunk = tl.program_id(1) * CHUNKS + lane
     log_p, selected = _log_prior(
-        product_ptr, flat_row, in_group, chunk, own, num_chunks, peak, tau, slope, exponent, GROUP, SQUARE
-    )
-    log_p = tl.where(chunk < own, (tl.where(selected, log_p, EDGE_LOG_P) - mean) * inverse_sigma, 0.0)
+        product_ptr, flat_row, in_group, chunk, init_chunks, own - local_chunks, num_chunks, peak, tau, slope, exponent,
+        GROUP, SQUARE,
+    )  # fmt: skip
+    log_p = (tl.where(selected, log_p, EDGE_LOG_P) - mean) * inverse_sigma
+    log_p = tl.where((chunk >= init_chunks) & (chunk < own - local_chunks), log_p, 0.0)
     row = bias_ptr + (query.to(tl.int64) * KV_HEADS + kv_head) * num_chunks
     tl.store(row + chunk, log_p, mask=chunk <= own)
 
@@ -253,7 +263,7 @@ def multiply(
 
 def route(
     q: Tensor, summaries: Tensor, lengths: Tensor, alpha: Tensor | None, chunk_size: int, score_scale: float,
-    has_bias: bool, sigma: float | None, new: NewToken | None = None,
+    has_bias: bool, sigma: float | None, forced: tuple[int, int] = (0, 0), new: NewToken | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Selection words of every query head, int32 [B, Hq, T, W], and with ``has_bias`` the prior, float32 [B, T, H, N].
 
@@ -262,18 +272,20 @@ def route(
         summaries: [B, N, H, D] of the cache.
         alpha: float32 [Hq], or None for 1.5 everywhere.
         sigma: None for the raw prior.
+        forced: ``init_chunks`` and ``local_chunks``.
         new: as in ``multiply``.
     """
     batch, num_tokens, heads, _ = q.shape
     num_chunks, kv_heads = summaries.shape[1:3]
     queries, group = batch * num_tokens, heads // kv_heads
+    forced = clamp_forced(forced, num_chunks)
     # A query sees a chunk from the first token after it on.
     products = multiply(q, summaries, lengths, (chunk_size + 1, chunk_size), new)
     peak, tau = torch.empty(2, queries * heads, dtype=torch.float32, device=q.device)
     words = torch.empty(batch, heads, num_tokens, -(-num_chunks // 32), dtype=torch.int32, device=q.device)
     chunks = max(32, power_of_2_from(num_chunks))
     threshold_kernel[(queries * heads,)](
-        products, alpha, words, peak, tau, lengths, score_scale, num_tokens, num_chunks, words.shape[-1],
+        products, alpha, words, peak, tau, lengths, score_scale, num_tokens, num_chunks, words.shape[-1], *forced,
         HEADS=heads, BLOCK=chunk_size, CHUNKS=chunks, SQUARE=alpha is None, num_warps=max(4, min(16, chunks // 512)),
         enable_fp_fusion=False, **overlapped_launch(q.device),
     )  # fmt: skip
@@ -283,7 +295,7 @@ def route(
     tile = 128
     prior_kernel[(queries * kv_heads, -(-num_chunks // tile))](
         products, alpha, peak, tau, bias, lengths, score_scale, 1.0 if sigma is None else 1.0 / sigma, num_tokens,
-        num_chunks, KV_HEADS=kv_heads, GROUP=group, GROUP_P=power_of_2_from(group), BLOCK=chunk_size,
+        num_chunks, *forced, KV_HEADS=kv_heads, GROUP=group, GROUP_P=power_of_2_from(group), BLOCK=chunk_size,
         CHUNKS=tile, SQUARE=alpha is None, TEMPERED=sigma is not None, num_warps=4, **overlapped_launch(q.device),
     )  # fmt: skip
     return words, bias

@@ -1,16 +1,17 @@
 """What the router finds: at the tokens that answer a question, against the blocks that hold the answer and against
-dense attention. Backends without a router give no rows. All blocks counted here lie before the token's own.
+dense attention. Backends without a router give no rows. All blocks counted here lie before the token's own. The router
+answers for its candidates: a block that is forced is selected, but no mass of the router can lie on it.
 
 Metrics, means over questions; ``per_head`` holds them by layer and KV head:
 
     recall, precision            of the selection, against the blocks with the evidence
     mass_recall                  share of dense attention's mass on the blocks that are read, the own one included
     mass_precision               share of the k selected blocks that are among the k heaviest under dense attention
-    relevant_mass, entropy,      of the router's probabilities: on the evidence's blocks, in nats, and the number of
-    support                      blocks above 0
+    relevant_mass, entropy,      of the router's probabilities: on the evidence's blocks (where one is a candidate), in
+    support                      nats, and the number of blocks above 0
     softmax_relevant_mass,       the same for a softmax over the same scores, where the backend has them
     softmax_entropy
-    topk_recall                  of as many blocks, chosen as the highest of that softmax
+    topk_recall                  of as many blocks: the forced ones, and the highest of that softmax
     dense_relevant_mass          of dense attention itself
     active_blocks                by ``relevant``, the number of blocks that the whole answer needs (MQAR: that hold
                                  pairs), with p10 and p90
@@ -186,11 +187,16 @@ def score_routing(routing: Routing, q: Tensor, k: Tensor, probe: Probe) -> tuple
     selected_PHN = routing.selection.mask()[0, queries][..., :num_blocks] & past_PHN
     relevant_PN = torch.stack([block_mask(spans, num_blocks, size, q.device) for spans in probe.evidence])
     relevant_PHN = relevant_PN[:, None] & past_PHN
+    candidates_PHN = past_PHN
+    if routing.logits is not None:
+        logits_PHGN = routing.logits[0, queries].unflatten(1, (p_PHN.shape[1], -1))
+        candidates_PHN = (logits_PHGN > -torch.inf).any(2)
     mass_PHN = dense_block_mass(q, k, queries, size)
 
     k_PH = selected_PHN.sum(-1)
     found_PH, relevant_PH = (selected_PHN & relevant_PHN).sum(-1), relevant_PHN.sum(-1)
     is_asked, any_past = relevant_PH > 0, past_PHN.any(-1)
+    has_choice, can_find = candidates_PHN.any(-1), (relevant_PHN & candidates_PHN).any(-1)
     entropy_PH = torch.special.entr(p_PHN).sum(-1)
     heavy_PHN = highest(mass_PHN.masked_fill(~past_PHN, -1), k_PH)
     read_mass_PH = 1 - mass_PHN.masked_fill(selected_PHN | ~past_PHN, 0).sum(-1)
@@ -199,19 +205,19 @@ def score_routing(routing: Routing, q: Tensor, k: Tensor, probe: Probe) -> tuple
         "precision": (found_PH / k_PH, is_asked & (k_PH > 0)),
         "mass_recall": (read_mass_PH, any_past),
         "mass_precision": ((selected_PHN & heavy_PHN).sum(-1) / k_PH, k_PH > 0),
-        "relevant_mass": (p_PHN.masked_fill(~relevant_PHN, 0).sum(-1), is_asked),
-        "entropy": (entropy_PH, any_past),
-        "support": ((p_PHN > 0).sum(-1), any_past),
+        "relevant_mass": (p_PHN.masked_fill(~relevant_PHN, 0).sum(-1), can_find),
+        "entropy": (entropy_PH, has_choice),
+        "support": ((p_PHN > 0).sum(-1), has_choice),
         "dense_relevant_mass": (mass_PHN.masked_fill(~relevant_PHN, 0).sum(-1), is_asked),
     }
     if routing.logits is not None:
-        logits_PHGN = routing.logits[0, queries].unflatten(1, (p_PHN.shape[1], -1))
         # Where nothing is a candidate, softmax gives NaN.
-        softmax_PHN = logits_PHGN.softmax(-1).mean(2).masked_fill(~past_PHN, 0)
-        top_PHN = highest(softmax_PHN.masked_fill(~past_PHN, -1), k_PH)
+        softmax_PHN = logits_PHGN.softmax(-1).mean(2).masked_fill(~candidates_PHN, 0)
+        forced_PHN = past_PHN & ~candidates_PHN
+        top_PHN = highest(softmax_PHN.masked_fill(~candidates_PHN, -1), k_PH - forced_PHN.sum(-1)) | forced_PHN
         values |= {
-            "softmax_relevant_mass": (softmax_PHN.masked_fill(~relevant_PHN, 0).sum(-1), is_asked),
-            "softmax_entropy": (torch.special.entr(softmax_PHN).sum(-1), any_past),
+            "softmax_relevant_mass": (softmax_PHN.masked_fill(~relevant_PHN, 0).sum(-1), can_find),
+            "softmax_entropy": (torch.special.entr(softmax_PHN).sum(-1), has_choice),
             "topk_recall": ((top_PHN & relevant_PHN).sum(-1) / relevant_PH, is_asked),
         }
     scores = {

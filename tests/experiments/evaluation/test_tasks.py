@@ -249,6 +249,29 @@ def test_routing_scores_by_hand():
     assert all(counts.tolist() == [2, 2] for _, counts in scores.values())
 
 
+def test_forced_blocks_are_read_but_no_choice_of_the_router():
+    """Blocks of two tokens, the first forced; queries at tokens 3 and 7, whose routers have no candidate and two."""
+    p, logits = torch.zeros(1, 8, 1, 4), torch.full((1, 8, 1, 4), -torch.inf)
+    p[0, 7, 0] = torch.tensor([0, 0.75, 0.25, 0])
+    logits[0, 7, 0, 1:3] = torch.tensor([0.0, 1.0])
+    own = torch.nn.functional.one_hot(torch.arange(8) // 2, 4).bool()
+    mask = torch.tensor([True, False, False, False]) | (p > 0.5) | own[:, None]
+    routing = Routing(Selection.from_mask(mask, 2), p, logits)
+    q = torch.ones(1, 8, 1, 4)
+    probe = Probe(list(range(8)), [3, 7], [[(0, 1)], [(0, 1), (4, 6)]], [(0, 1), (4, 6)])
+    scores, _, active_PH = score_routing(routing, q, q, probe)
+    assert active_PH.tolist() == [[1], [2]]
+    total = {metric: (value.item(), count.item()) for metric, (value, count) in scores.items()}
+    assert total["recall"] == (1 + 1 / 2, 2)
+    assert total["mass_recall"] == pytest.approx((4 / 4 + 6 / 8, 2))
+    assert total["relevant_mass"] == (0.25, 1)
+    assert total["support"] == (2, 1)
+    assert total["entropy"] == pytest.approx((0.5623351, 1), abs=1e-6)
+    assert total["softmax_relevant_mass"] == pytest.approx((0.7310586, 1), abs=1e-6)
+    assert total["softmax_entropy"] == pytest.approx((0.5822032, 1), abs=1e-6)
+    assert total["topk_recall"] == (1 + 2 / 2, 2)  # block 0, and of blocks 1 and 2 the higher
+
+
 def test_evidence_in_the_queries_own_block_is_no_question_to_the_router():
     p = torch.zeros(1, 4, 1, 2)
     p[0, 3, 0, 0] = 1

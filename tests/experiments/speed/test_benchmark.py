@@ -27,6 +27,7 @@ from experiments.speed.inputs import (
     make_problem,
     make_qkv,
     topk_sparsities,
+    with_selection,
 )
 from experiments.speed.measure import failed_check
 from experiments.speed.methods import Method, UnavailableError, given_selection
@@ -65,11 +66,12 @@ def test_recipes(pattern, length):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("target", [0.4, 0.6])
-def test_the_reference_selects_the_sparsity_asked_for(pattern, target):
-    problem = make_problem(pattern, 1000, target, SHAPE, device="cpu")
+@pytest.mark.parametrize(("target", "init_chunks"), [(0.4, 0), (0.6, 0), (0.6, 1)])
+def test_the_reference_selects_the_sparsity_asked_for(pattern, target, init_chunks):
+    problem = with_selection(make_problem(pattern, 1000, target, SHAPE, device="cpu"), init_chunks)
     summaries = chunk_summary(problem.k, problem.chunk_query, chunk_size=16)
-    selection, _ = dash_routing(problem.q, summaries, chunk_size=16, router_scale=problem.router_scale)
+    options = {"chunk_size": 16, "router_scale": problem.router_scale, "init_chunks": init_chunks}
+    selection, _ = dash_routing(problem.q, summaries, **options)
     assert (selection.words != problem.selection.words).any(-1).float().mean() < 0.005
     measured = selection_stats(selection, torch.zeros(1, 1000, dtype=torch.int32), None).causal_sparsity()
     assert problem.causal_sparsity == pytest.approx(measured.item(), abs=1e-3)
@@ -114,6 +116,22 @@ def test_block_lists_hold_the_selection():
 
 
 # correctness gate
+
+
+def test_dash_sink_is_dash_with_the_first_chunk_forced():
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    problem = make_problem("clustered", 160, 0.4, SHAPE, device=device)
+    operations = [method.prepare(problem) for method in speed.BACKENDS["dash_sink"]]
+    sink = with_selection(problem, 1)
+    for operation in operations:
+        errors = operation.errors(problem.grad)
+        assert errors.pop("selected rows") == 0
+        assert max(errors.values(), default=0) < 1e-3
+        assert operation.causal_sparsity == sink.causal_sparsity == pytest.approx(0.4, abs=0.05)
+        assert operation.router_scale == sink.router_scale != problem.router_scale
+        assert operation.selections()[0].mask()[..., 0].all()
+    assert not problem.selection.mask()[..., 0].all()
 
 
 def kernel(factor=1.0, gradient=1.0):
@@ -273,7 +291,7 @@ def test_the_configuration_composes():
     ("override", "mend"),
     [
         ("patterns=[iid,random]", "shared, clustered, iid"),
-        ("backends=[full]", "dash, infllmv2, nsa"),
+        ("backends=[full]", "dash, dash_sink, infllmv2, nsa"),
         ("baselines=[fa2]", "flash_attention_3"),
         ("dtype=fp32", "bf16, fp16"),
         ("lengths=[1024,0]", "at least 1"),

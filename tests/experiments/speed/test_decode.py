@@ -54,11 +54,11 @@ def rows_of(monkeypatch, tmp_path):
 
 
 def test_a_layers_rows(rows_of):
-    rows = rows_of(backends=["dash", "nsa"], baselines=["flash", "released_dash"], decode=[[160, 2]])
+    rows = rows_of(backends=["dash_sink", "nsa"], baselines=["flash", "released_dash"], decode=[[160, 2]])
     assert [(row["method"], row["stage"], row["sparsity"], row["status"]) for row in rows] == [
         (FULL, DENSE, None, "ok"),
         ("SDPA flash", DENSE, None, "ok"),
-        ("dash", WHOLE, 0.4, "ok"),
+        ("dash_sink", WHOLE, 0.4, "ok"),
         ("nsa", WHOLE, 0.4, "ok"),
         ("released DashAttention", WHOLE, 0.4, "not installed"),
     ]
