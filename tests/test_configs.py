@@ -1,5 +1,6 @@
 """Every YAML file under configs/ composes, and what the command line gets wrong is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -136,7 +137,8 @@ def test_a_key_forced_in_is_refused():
 def test_every_sweep_composes_into_cells_that_can_be(name, tmp_path):
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         sweep = to_config(compose("sweep", [f"sweep={name}", f"output_dir={tmp_path}"]))
-        for cell in cells(sweep):
+        assert len(cells(sweep)) % len(sweep.seeds) == 0
+        for cell in cells(replace(sweep, seeds=sweep.seeds[:1])):  # the others compose the same but for a number
             config = check(to_config(compose("train", ["device=cpu", "model.vocab_size=1024", *cell.train])))
             with torch.device("meta"):
                 Transformer(config.model, config.attention)

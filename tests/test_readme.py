@@ -1,6 +1,7 @@
 """Every command of the README runs, the long ones at smoke size; a command without a test here fails."""
 
 import importlib
+import io
 import os
 import random
 import re
@@ -11,10 +12,17 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
+from rich.console import Console
+
+from experiments import signals
+from experiments.schema import to_config
+from experiments.sweep.__main__ import run_sweep
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -40,8 +48,10 @@ def run(*command, env=None, timeout=600):
     return done.stdout
 
 
-def python(*arguments, **options):
-    return run(sys.executable, *arguments, **options)
+def python(*arguments):
+    done = forked.run(*arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 TRAIN = "python train.py experiment=debug attention=dash attention.chunk_size=8 attention.target_sparsity=0.75"
@@ -165,6 +175,21 @@ def test_speed_report_from_the_committed_rows(tmp_path):
     assert (tmp_path / "speed.png").stat().st_size > 10_000
 
 
+def test_a_sweep_ends_in_a_frontier_and_once_more_trains_nothing(tmp_path, monkeypatch):
+    """``make pareto`` at smoke size, without make and the start of its processes."""
+    monkeypatch.setattr(signals, "subprocess", SimpleNamespace(Popen=forked.Process))
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = to_config(compose("sweep", ["sweep=smoke", f"output_dir={tmp_path}/smoke"]))
+    for status in ("done", "was done"):
+        outcomes = run_sweep(config, Console(file=io.StringIO()))
+        assert [outcome.status for outcome in outcomes.values()] == [status] * 5, outcomes
+    table = python("-m", "experiments.figures.pareto", f"{tmp_path}/smoke")
+    for label in ("full", "dash", "infllmv2", "nsa"):
+        assert f"| {label} |" in table
+    assert (tmp_path / "smoke/pareto.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / ".venv/.installed").exists(), reason="make would install: run make install first")
 def test_make_pareto_killed_and_again(tmp_path):
     """The whole path at smoke size: install (done), sweep, table and figure. Killed after its first cell, it goes on

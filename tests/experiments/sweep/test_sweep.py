@@ -8,11 +8,13 @@ import signal
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
 from rich.console import Console
 
+from experiments import signals
 from experiments.files import CELL
 from experiments.signals import Children
 from experiments.sweep import __main__ as sweep
@@ -21,6 +23,7 @@ from experiments.sweep.cells import ArmConfig, StudyConfig, SweepConfig, cells, 
 from experiments.sweep.collect import collect, restore
 from experiments.sweep.run_cell import Outcome
 from experiments.sweep.status import status
+from tests import forked
 
 
 def make_config(tmp_path, **changes):
@@ -222,7 +225,8 @@ def test_changed_commands_are_not_taken_for_done(tmp_path, ran):
     assert sorted(names) == sorted(f"text-dash-knob{k}-seed{s}" for k in (1, 4) for s in (0, 1))
 
 
-def test_a_failing_process_is_reported_with_its_last_words(tmp_path):
+def test_a_failing_process_is_reported_with_its_last_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(signals, "subprocess", SimpleNamespace(Popen=forked.Process))
     config = make_config(tmp_path, seeds=[0])
     study = config.studies["text"]
     study.base = None
