@@ -26,6 +26,7 @@ from data import Batch, build_data
 from experiments.config import TrainConfig, register_configs, to_train_config
 from experiments.files import THROUGHPUT, append_rows
 from experiments.provenance import provenance
+from experiments.sparsity import find_knob, knob_span, turned_layers
 from experiments.speed.inputs import NEIGHBOURS, PATTERNS
 from experiments.speed.methods import explain
 from experiments.throughput.report import CASE
@@ -34,7 +35,6 @@ from experiments.training.engine import forward
 from experiments.training.metrics import attention_metrics, peak_memory_mib
 from experiments.training.run import Run, build, read_step, take_step
 
-CLOSE = 0.005  # to the sparsity that is asked for
 LOADER_SECONDS = 2.0
 
 
@@ -135,29 +135,19 @@ def turn_knob(run: Run, batch: Batch, target: float) -> float:
 
     A top-k has a least value, with which short rows may stay denser than asked for.
     """
-    attention = run.config.attention
-    counts_blocks = isinstance(getattr(attention, attention.knob), int)
-    dense, sparse = (run.config.data.seq_len, 1) if counts_blocks else (1e-2, 1e5)
-    tried: dict[float, float] = {}
+    config, model = run.config, run.engine.module
+
+    def sparsity(knob: float) -> float:
+        model.set_knob(knob)
+        stats = forward(run.engine, batch, run.ranks.device, return_stats=True).stats
+        return attention_metrics(stats)["causal_sparsity"]
+
+    span = knob_span(turned_layers(config.attention, config.model.num_layers), config.data.seq_len)
+    start = min(max(getattr(config.attention, config.attention.knob), min(span)), max(span))
     with torch.compiler.set_stance("force_eager"):
-        for _ in range(24):
-            knob = math.sqrt(dense * sparse)
-            knob = round(knob) if counts_blocks else knob
-            if knob in tried:
-                break
-            try:
-                run.engine.module.set_knob(knob)
-            except ValueError:  # below what is forced
-                sparse = knob + 1
-                continue
-            stats = forward(run.engine, batch, run.ranks.device, return_stats=True).stats
-            tried[knob] = attention_metrics(stats)["causal_sparsity"]
-            if abs(tried[knob] - target) < CLOSE:
-                break
-            dense, sparse = (knob, sparse) if tried[knob] < target else (dense, knob)
-    knob = min(tried, key=lambda knob: abs(tried[knob] - target))
-    run.engine.module.set_knob(knob)
-    return knob
+        found = find_knob(sparsity, target, span, start)
+    model.set_knob(found.knob)
+    return found.knob
 
 
 def measure(run: Run, config: ThroughputConfig, pattern: str | None) -> dict:
@@ -249,7 +239,7 @@ class Benchmark:
         for backend in config.backends:
             torch.compiler.reset()  # else what was compiled for one backend counts against another's limit
             for length in lengths:
-                for pattern in config.patterns if BACKENDS[backend][0].knob else [None]:
+                for pattern in config.patterns if BACKENDS[backend][0]().knob else [None]:
                     if (backend, length) == ("full", lengths[0]):
                         continue
                     for setting in ranked:
