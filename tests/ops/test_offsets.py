@@ -15,8 +15,7 @@ HERE = Path(__file__).parent
 
 # 32-bit products that stay within 2**31 for another reason than ``narrow_products`` can see.
 BOUNDED = {
-    # Tokens of a document, from the number of a tile of summaries or compressed keys.
-    "begin = tl.minimum(tl.maximum(tile * CHUNKS, init_chunks) + 1 + local_chunks, num_blocks) * BLOCK",
+    # Tokens of a document, from the number of a tile of compressed keys.
     "first_seen = tile * KEYS * STRIDE + SIZE - 1",
     # Bit patterns of numbers that are not negative, between two of which these lie.
     "probe = base[:, None] + step[:, None] * tl.arange(0, PROBES)[None, :]",
