@@ -9,13 +9,13 @@ know it. From evaluate.py: ``tasks=[lm_eval/hellaswag]``, which makes rows like 
 import functools
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
@@ -84,6 +84,12 @@ class HarnessModel(TemplateLM):
         return self.tokenizer.eos_id
 
     @property
+    def prefix_token_id(self) -> int:
+        """What a text is read behind where it has no context: the token that begins texts, or the end of another."""
+        begin = self.tokenizer.bos_id
+        return self.eot_token_id if begin is None else begin
+
+    @property
     def tokenizer_name(self) -> str:
         return self.tokenizer.fingerprint()
 
@@ -94,7 +100,6 @@ class HarnessModel(TemplateLM):
 
     @functools.cached_property
     def chat_tokenizer(self):
-        """transformers' tokenizer of the same files, for its chat template and the token that ends a turn."""
         return chat_tokenizer(self.tokenizer)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
@@ -139,7 +144,7 @@ class HarnessModel(TemplateLM):
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
         """(log-probability of the continuation in nats, whether it is the greedy one) of each (key, context,
-        continuation). Without a context, which white space is, too, a text begins after the end of another.
+        continuation). White space is no context.
 
         Raises:
             ValueError: a continuation is longer than ``max_length``.
@@ -219,7 +224,7 @@ class HarnessModel(TemplateLM):
                     f"max_gen_toks={option.max_new_tokens} leaves no room for a context within {self.max_length}"
                 )
         prompts = [
-            (self.tok_encode(request.args[0]) or [self.eot_token_id])[-(self.max_length - option.max_new_tokens) :]
+            (self.tok_encode(request.args[0]) or [self.prefix_token_id])[-(self.max_length - option.max_new_tokens) :]
             for request, option in zip(requests, options, strict=True)
         ]
         seeds, asked = [], Counter()
@@ -256,25 +261,24 @@ class HarnessModel(TemplateLM):
 
 
 def chat_tokenizer(tokenizer: TextTokenizer):
-    """transformers' tokenizer from the files beside a tokenizer.json, or of the same name on the hub. Of what it can
-    do, only the chat template and the end of a turn are used.
+    """transformers' tokenizer, of which only the chat template and the token that ends a turn are used.
 
     Raises:
-        ValueError: those files have no chat template.
+        ValueError: there is no template.
     """
     from transformers import PreTrainedTokenizerFast
 
-    path = Path(tokenizer.name or "")
-    is_alone = path.is_file() and path.name != "tokenizer.json"
-    found = None
-    if tokenizer.name and not is_alone:
-        found = PreTrainedTokenizerFast.from_pretrained(path.parent if path.is_file() else tokenizer.name)
-    if found is None or not found.chat_template:
+    templates = tokenizer.settings.get("chat_template")
+    if not templates:
         raise ValueError(
-            f"the tokenizer {tokenizer.name} has no chat template: set data.tokenizer to a tokenizer.json beside which "
+            f"the tokenizer {tokenizer.name} has no chat template: set data.tokenizer to a folder whose "
             "tokenizer_config.json or chat_template.jinja holds one, or leave out --apply_chat_template"
         )
-    return found
+    if isinstance(templates, list):
+        templates = {entry["name"]: entry["template"] for entry in templates}
+    tokens = {name: tokenizer.settings[name] for name in ("bos_token", "eos_token") if name in tokenizer.settings}
+    backend = Tokenizer.from_str(tokenizer.backend.to_str())  # theirs to change
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=templates, **tokens)
 
 
 def _sparsity(stats: list[AttentionStats], rows: list[list[int]]) -> SparsityTally:

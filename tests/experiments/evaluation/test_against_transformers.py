@@ -1,16 +1,14 @@
 """A checkpoint of transformers under our evaluation, harness and generation, with transformers as the other side."""
 
-from dataclasses import asdict
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from data import build_tokenizer
 from experiments.evaluation.config import EvaluateConfig
 from experiments.evaluation.evaluate import evaluate, find_target
 from experiments.evaluation.target import build_model, validation_stream
 from models.generate import Sampling, generate
-from models.hf import read_config
 from train import train
 
 pytest.importorskip("lm_eval")
@@ -56,18 +54,11 @@ def pair(request, make_config, tmp_path):
                 parameter.uniform_(0.5, 1.5)
     folder = tmp_path / "theirs"
     theirs.save_pretrained(folder)
-    model = asdict(read_config(folder))
-    rope = model.pop("rope")
-    overrides = [f"model.{key}={_text(value)}" for key, value in model.items() if key not in ("init_std",)]
-    overrides += [f"model.rope.{key}={_text(value)}" for key, value in rope.items()]
-    run_dir = train(
-        make_config("run", *overrides, f"init_from={folder}", "optim.lr=1e-30", "optim.warmup_steps=0", "steps=1")
-    )
+    data = make_config("shape").data
+    build_tokenizer(data, make_config("shape").cache_dir).save(folder / "tokenizer.json")
+    overrides = ["model=checkpoint", f"init_from={folder}", "optim.lr=1e-30", "optim.warmup_steps=0", "steps=1"]
+    run_dir = train(make_config("run", *overrides))
     return AutoModelForCausalLM.from_pretrained(folder).eval(), run_dir
-
-
-def _text(value):
-    return "null" if value is None else value
 
 
 def their_loss(model, ids, labels=None):
@@ -108,7 +99,7 @@ def test_rolling_log_likelihoods_are_transformers_loss(pair):
     totals = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (t,), 0) for t in texts], True)
     for text, total in zip(texts, totals, strict=True):
         ids = lm.tok_encode(text)
-        assert total == pytest.approx(-len(ids) * their_loss(theirs, [lm.eot_token_id, *ids]), abs=1e-5 * len(ids))
+        assert total == pytest.approx(-len(ids) * their_loss(theirs, [lm.prefix_token_id, *ids]), abs=1e-5 * len(ids))
     assert len(lm.tok_encode(texts[0])) > SHORT_LENGTH > len(lm.tok_encode(texts[1]))  # beside each other in a batch
 
 

@@ -237,8 +237,9 @@ def chat_model(run_dir, tmp_path):
     backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
     backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "chat_template": CHAT}))
-    tokenizer = TextTokenizer.load(str(folder / "tokenizer.json"), lm.tokenizer.eos_token)
+    settings = {"eos_token": "<|im_end|>", "bos_token": "<|im_start|>", "chat_template": CHAT}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = TextTokenizer.load(str(folder), lm.tokenizer.eos_token)
     model = Transformer(replace(lm.model.config, vocab_size=tokenizer.vocab_size), DashConfig(chunk_size=2)).eval()
     return HarnessModel.of(model, tokenizer, 2, 60)
 
@@ -246,6 +247,7 @@ def chat_model(run_dir, tmp_path):
 def test_chats_are_put_by_the_tokenizers_own_template(chat_model, monkeypatch):
     lm, ends = chat_model, chat_model.tokenizer.backend.token_to_id("<|im_end|>")
     assert lm.stop_tokens == [lm.eot_token_id]
+    assert lm.prefix_token_id == lm.tokenizer.backend.token_to_id("<|im_start|>")
     assert lm.chat_template(True) == CHAT
     history = [{"role": "user", "content": "x = 1"}]
     text = lm.apply_chat_template(history)
@@ -261,6 +263,16 @@ def test_chats_are_put_by_the_tokenizers_own_template(chat_model, monkeypatch):
     lm.chat_template(True)
     with pytest.raises(ValueError, match="refuses this history: no system"):
         lm.apply_chat_template(history)
+
+
+def test_a_template_is_chosen_by_its_name(chat_model):
+    named = [{"name": "default", "template": CHAT}, {"name": "tools", "template": "{{ messages[0]['content'] }}!"}]
+    chat_model.tokenizer.settings["chat_template"] = named
+    assert chat_model.chat_template(True) == CHAT
+    assert chat_model.chat_template("tools") == named[1]["template"]
+    assert chat_model.apply_chat_template([{"role": "user", "content": "x"}]) == "x!"
+    with pytest.raises(ValueError, match=r"no chat template 'other', its names are \['default', 'tools'\]"):
+        chat_model.chat_template("other")
 
 
 def test_a_task_in_chats(chat_model, task_dir, monkeypatch):
