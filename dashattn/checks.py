@@ -5,8 +5,11 @@ import math
 import torch
 from torch import Tensor
 
+from dashattn.ops.block_scores.reference import POOLINGS
+from dashattn.ops.dash_routing.reference import PRIOR_HEADS, PRIORS
 from dashattn.ops.entmax.reference import MAX_ALPHA, MIN_ALPHA
 
+SELECTS = ("topk", "top_p")
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -136,3 +139,52 @@ def check_topk(topk: int, init_blocks: int, local_blocks: int, mend: str) -> Non
         f"topk counts the forced blocks too: topk {topk} < {forced} ({init_blocks} initial, {local_blocks} local "
         f"with the token's own); {mend}",
     )
+
+
+def check_dash(chunk_size, router_scale, prior, sigma, prior_heads, init_chunks, local_chunks) -> None:
+    """Options of DashAttention but for alpha, for the function and its config alike."""
+    check_positive_int(chunk_size=chunk_size)
+    check_router_scale(router_scale)
+    check_choice("prior", prior, PRIORS)
+    check_positive(sigma=sigma)
+    check_choice("prior_heads", prior_heads, PRIOR_HEADS)
+    check_non_negative_int(init_chunks=init_chunks, local_chunks=local_chunks)
+
+
+def check_infllmv2(block_size, kernel_size, kernel_stride, topk, init_blocks, window_size) -> None:
+    """Sizes of InfLLM v2, for the function and its config alike."""
+    check_windows(kernel_size, kernel_stride, block_size)
+    check_non_negative_int(window_size=window_size)
+    check(
+        window_size % block_size == 0,
+        f"window_size must be a multiple of block_size ({block_size}); got {window_size}",
+    )
+    check_topk(topk, init_blocks, window_size // block_size + 1, "raise topk or shrink window_size")
+
+
+def check_nsa(pooling, block_size, kernel_size, kernel_stride, topk, init_blocks, local_blocks, window_size) -> None:
+    """Sizes of NSA, for the function and its config alike."""
+    check_choice("pooling", pooling, POOLINGS)
+    check_windows(kernel_size, kernel_stride, block_size)
+    check_non_negative_int(window_size=window_size)
+    check_positive_int(local_blocks=local_blocks)
+    check_topk(topk, init_blocks, local_blocks, "raise topk or force fewer blocks")
+
+
+def check_forced(block_size: int, init_blocks: int, local_blocks: int) -> None:
+    """ValueError for sizes that no selection can have."""
+    check_positive_int(block_size=block_size)
+    check_non_negative_int(init_blocks=init_blocks, local_blocks=local_blocks)
+
+
+def check_oracle(select: str, topk: int, top_p: float, block_size: int, init_blocks: int, local_blocks: int) -> None:
+    """ValueError for options that ``oracle_attention`` cannot have."""
+    check_forced(block_size, init_blocks, local_blocks)
+    check_choice("select", select, SELECTS)
+    check_positive_int(topk=topk)
+    forced = init_blocks + local_blocks + 1
+    check(
+        select != "topk" or topk >= forced,
+        f"topk={topk} is below the {forced} forced blocks: raise topk, or lower init_blocks or local_blocks",
+    )
+    check(0 < top_p <= 1, f"top_p must lie in (0, 1]; got {top_p}")

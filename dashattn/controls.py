@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from dashattn import checks
-from dashattn.checks import check
 from dashattn.documents import document_positions, per_document
 from dashattn.functional import Output
 from dashattn.implementation import use_kernels, without_autocast
@@ -19,8 +18,6 @@ from dashattn.ops.block_sparse.reference import block_sparse_attention
 from dashattn.ops.true_mass.reference import forced_blocks, mass_selection
 from dashattn.selection import Selection
 from dashattn.stats import selection_stats
-
-SELECTS = ("topk", "top_p")
 
 
 @without_autocast
@@ -47,7 +44,7 @@ def sink_window_attention(
         ValueError: shapes, dtypes, devices or sizes do not fit.
     """
     checks.check_qkv(q, k, v, cu_seqlens)
-    check_forced(block_size, init_blocks, local_blocks)
+    checks.check_forced(block_size, init_blocks, local_blocks)
 
     def select(q_BTHD, k_BTHD):
         position = torch.arange(q_BTHD.shape[1], device=q.device)[None]
@@ -87,7 +84,7 @@ def oracle_attention(
         ValueError: shapes, dtypes, devices or sizes do not fit.
     """
     checks.check_qkv(q, k, v, cu_seqlens)
-    check_oracle(select, topk, top_p, block_size, init_blocks, local_blocks)
+    checks.check_oracle(select, topk, top_p, block_size, init_blocks, local_blocks)
     sizes = {"block_size": block_size, "init_blocks": init_blocks, "local_blocks": local_blocks, "scale": scale}
     choose = partial(mass_selection, **sizes, **mass_bound(select, topk, top_p))
 
@@ -132,24 +129,3 @@ def _attend(
         from dashattn.ops.block_sparse.triton import block_sparse_attention as attend
     out = attend(q, k, v, selection, scale=scale, cu_seqlens=cu_seqlens)
     return (out, selection_stats(selection, routing_reads, cu_seqlens)) if return_stats else out
-
-
-def check_forced(block_size: int, init_blocks: int, local_blocks: int) -> None:
-    """ValueError for sizes that no selection can have."""
-    checks.check_positive_int(block_size=block_size)
-    for name, value in (("init_blocks", init_blocks), ("local_blocks", local_blocks)):
-        is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-        check(is_count, f"{name} must be an integer of at least 0; got {value!r}")
-
-
-def check_oracle(select: str, topk: int, top_p: float, block_size: int, init_blocks: int, local_blocks: int) -> None:
-    """ValueError for options that ``oracle_attention`` cannot have."""
-    check_forced(block_size, init_blocks, local_blocks)
-    checks.check_choice("select", select, SELECTS)
-    checks.check_positive_int(topk=topk)
-    forced = init_blocks + local_blocks + 1
-    check(
-        select != "topk" or topk >= forced,
-        f"topk={topk} is below the {forced} forced blocks: raise topk, or lower init_blocks or local_blocks",
-    )
-    check(0 < top_p <= 1, f"top_p must lie in (0, 1]; got {top_p}")

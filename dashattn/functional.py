@@ -17,7 +17,7 @@ from dashattn import checks
 from dashattn.checks import check
 from dashattn.documents import document_positions
 from dashattn.implementation import IMPLS, use_kernels, without_autocast
-from dashattn.ops.block_scores.reference import POOLINGS, topk_selection
+from dashattn.ops.block_scores.reference import topk_selection
 from dashattn.ops.block_sparse.reference import block_sparse_attention
 from dashattn.ops.chunk_summary.reference import chunk_summary
 from dashattn.ops.compression.reference import (
@@ -26,7 +26,7 @@ from dashattn.ops.compression.reference import (
     num_windows,
     visible_windows,
 )
-from dashattn.ops.dash_routing.reference import PRIOR_HEADS, PRIORS, dash_routing
+from dashattn.ops.dash_routing.reference import dash_routing
 from dashattn.ops.full.reference import sdpa_attention
 from dashattn.ops.gates.reference import gated_sum
 from dashattn.ops.window.reference import window_attention
@@ -104,13 +104,8 @@ def dash_attention(
         ValueError: shapes, dtypes, devices or options do not fit.
     """
     checks.check_qkv(q, k, v, cu_seqlens)
-    checks.check_positive_int(chunk_size=chunk_size)
+    checks.check_dash(chunk_size, router_scale, prior, sigma, prior_heads, init_chunks, local_chunks)
     checks.check_alpha(alpha, q.shape[2])
-    checks.check_positive(sigma=sigma)
-    checks.check_router_scale(router_scale)
-    checks.check_non_negative_int(init_chunks=init_chunks, local_chunks=local_chunks)
-    checks.check_choice("prior", prior, PRIORS)
-    checks.check_choice("prior_heads", prior_heads, PRIOR_HEADS)
     checks.check_shape("chunk_query", chunk_query, tuple(k.shape[2:]))
     check(chunk_query.device == q.device, f"chunk_query is on {chunk_query.device}, q on {q.device}")
     if summary_rope is not None:
@@ -169,7 +164,7 @@ def infllmv2_attention(
         ValueError: shapes, dtypes, devices or sizes do not fit.
     """
     checks.check_qkv(q, k, v, cu_seqlens)
-    check_infllmv2(block_size, kernel_size, kernel_stride, topk, init_blocks, window_size)
+    checks.check_infllmv2(block_size, kernel_size, kernel_stride, topk, init_blocks, window_size)
     windows = {"kernel_size": kernel_size, "kernel_stride": kernel_stride}
     is_kernel = use_kernels(impl, q, block_size, _unsupported_windows(**windows, block_size=block_size))
 
@@ -237,7 +232,7 @@ def nsa_attention(
         ValueError: shapes, dtypes, devices or sizes do not fit.
     """
     checks.check_qkv(q, k, v, cu_seqlens)
-    check_nsa(pooling, block_size, kernel_size, kernel_stride, topk, init_blocks, local_blocks, window_size)
+    checks.check_nsa(pooling, block_size, kernel_size, kernel_stride, topk, init_blocks, local_blocks, window_size)
     compressed_shape = (k.shape[0], num_windows(k.shape[1], kernel_size, kernel_stride), *k.shape[2:])
     for name, x in (("compressed_k", compressed_k), ("compressed_v", compressed_v)):
         checks.check_shape(name, x, compressed_shape)
@@ -316,23 +311,3 @@ def _stats_with_windows(
 def unsupported_priors(prior_heads: str) -> str | None:
     """What keeps DashAttention's kernels from these priors, if anything does."""
     return None if prior_heads == "group" else "the kernels have prior_heads='group' only"
-
-
-def check_infllmv2(block_size, kernel_size, kernel_stride, topk, init_blocks, window_size) -> None:
-    """Sizes of InfLLM v2, for the function and its config alike."""
-    checks.check_windows(kernel_size, kernel_stride, block_size)
-    checks.check_non_negative_int(window_size=window_size)
-    check(
-        window_size % block_size == 0,
-        f"window_size must be a multiple of block_size ({block_size}); got {window_size}",
-    )
-    checks.check_topk(topk, init_blocks, window_size // block_size + 1, "raise topk or shrink window_size")
-
-
-def check_nsa(pooling, block_size, kernel_size, kernel_stride, topk, init_blocks, local_blocks, window_size) -> None:
-    """Sizes of NSA, for the function and its config alike."""
-    checks.check_choice("pooling", pooling, POOLINGS)
-    checks.check_windows(kernel_size, kernel_stride, block_size)
-    checks.check_non_negative_int(window_size=window_size)
-    checks.check_positive_int(local_blocks=local_blocks)
-    checks.check_topk(topk, init_blocks, local_blocks, "raise topk or force fewer blocks")

@@ -4,14 +4,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dashattn.backends.base import ALL_HEADS, AttentionBackend, AttentionConfig, Capabilities, block_span, forced_keys
-from dashattn.controls import (
-    check_forced,
-    check_oracle,
-    mass_bound,
-    oracle_attention,
-    sink_window_attention,
-    window_selection,
-)
+from dashattn.checks import check_forced, check_oracle
+from dashattn.controls import mass_bound, oracle_attention, sink_window_attention, window_selection
 from dashattn.ops.decode.reference import new_positions
 from dashattn.ops.true_mass.reference import mass_selection
 

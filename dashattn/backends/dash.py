@@ -14,7 +14,7 @@ from dashattn.cache import CacheField
 from dashattn.checks import check
 from dashattn.functional import dash_attention, unsupported_priors
 from dashattn.ops.chunk_summary.reference import chunk_summary
-from dashattn.ops.dash_routing.reference import PRIOR_HEADS, PRIORS, candidate_chunks, dash_routing
+from dashattn.ops.dash_routing.reference import candidate_chunks, dash_routing
 from dashattn.ops.decode.reference import cached_attention, cached_dash_routing
 from dashattn.ops.dtypes import upcast
 from dashattn.ops.entmax.reference import MAX_ALPHA, MIN_ALPHA
@@ -67,11 +67,10 @@ class DashConfig(AttentionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.check_positive_int(chunk_size=self.chunk_size)
-        checks.check_positive(router_scale=self.router_scale, sigma=self.sigma)
-        checks.check_non_negative_int(init_chunks=self.init_chunks, local_chunks=self.local_chunks)
-        checks.check_choice("prior", self.prior, PRIORS)
-        checks.check_choice("prior_heads", self.prior_heads, PRIOR_HEADS)
+        checks.check_dash(
+            *(self.chunk_size, self.router_scale, self.prior, self.sigma, self.prior_heads),
+            *(self.init_chunks, self.local_chunks),
+        )
         checks.check_choice("summary_rope", self.summary_rope, SUMMARY_ROPES)
         checks.check_choice("alpha_mode", self.alpha_mode, ALPHA_MODES)
         checks.check_alpha(self.alpha)

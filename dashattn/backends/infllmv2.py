@@ -5,7 +5,8 @@ from typing import ClassVar
 
 from dashattn.backends.base import ALL_HEADS, AttentionBackend, AttentionConfig, block_span, forced_keys
 from dashattn.cache import CacheField
-from dashattn.functional import check_infllmv2, infllmv2_attention
+from dashattn.checks import check_infllmv2
+from dashattn.functional import infllmv2_attention
 from dashattn.ops.compression.reference import mean_compress
 from dashattn.routing import topk_routing
 

@@ -19,8 +19,8 @@ from dashattn.backends.base import (
     forced_keys,
 )
 from dashattn.cache import CacheField
-from dashattn.checks import check
-from dashattn.functional import check_nsa, nsa_attention
+from dashattn.checks import check, check_nsa
+from dashattn.functional import nsa_attention
 from dashattn.ops.compression.reference import compress_windows
 from dashattn.ops.dtypes import upcast
 from dashattn.rope import apply_rope
