@@ -195,10 +195,12 @@ class DashBackend(AttentionBackend):
         config, shape = self.config, self.shape
         fields = {"summaries": CacheField(shape.num_kv_heads, shape.head_dim, tokens_per_row=config.chunk_size)}
         if config.summary_rope == "mean":
+            # The chunk query is rotated at every token of a chunk, when the chunk's last one comes, in a later step.
             fields |= dict.fromkeys(("cos", "sin"), CacheField(1, shape.head_dim, table=True))
         return self._layout(**fields)
 
     def _write(self, k, v, cache, hidden, rope):
+        # A chunk's summary is made once, when its last token comes: before, no query may choose the chunk.
         size, sources = self.config.chunk_size, ["k"]
         rope = self._summary_rope(rope)
         if rope is None:
@@ -222,6 +224,8 @@ class DashBackend(AttentionBackend):
         kernels = self._decode_kernels(q)
         if kernels is None or q.shape[1] > 1 or self.config.summary_rope != "none":
             return super()._step(q, k, v, cache, hidden, rope)
+        # The router's first kernel writes the token beside its products, which saves a launch: what it reads cannot
+        # depend on that token, since a summary is visible from the token after its chunk on.
         return self._attend(q, cache, hidden, kernels.NewToken(k, v, cache["k"], cache["v"], self.chunk_query))
 
     def _attend(self, q, cache, hidden, new=None):

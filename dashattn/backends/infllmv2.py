@@ -106,6 +106,7 @@ class InfLLMv2Backend(AttentionBackend):
         return self._layout(compressed_k=windows)
 
     def _write(self, k, v, cache, hidden, rope):
+        # Windows are pooled as they are completed. Their means only score blocks, so they have no values.
         size, stride = self.config.kernel_size, self.config.kernel_stride
         if self._append(k, v, cache, pooled=cache["compressed_k"], window=(size, stride)):
             return
