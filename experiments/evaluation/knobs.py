@@ -17,10 +17,10 @@ from data.cache import fingerprint
 from experiments.config import TrainConfig
 from experiments.evaluation.config import EvaluateConfig
 from experiments.evaluation.target import Target, trained_knob
-from experiments.evaluation.tasks.base import Task
+from experiments.evaluation.tasks.base import Task, halving
 from experiments.evaluation.tasks.streams import STREAM_TASKS
 from experiments.files import CALIBRATIONS, append_rows, read_rows
-from experiments.sparsity import calibrate, check_reachable, turned_layers
+from experiments.sparsity import Found, calibrate, check_reachable, turned_layers
 from models import Transformer
 
 _ROWS = 16  # of training text that a knob is found on
@@ -100,11 +100,13 @@ def turn_knob(model: Transformer, setpoint: Setpoint, task: Task, config: Evalua
     data = train.data.at_length(length, **config.mqar.given())
     if _is_packed(train) and not task.packed:
         data = replace(data, pack="plain")
-    rows = 1 if task.packed else min(config.rows_per_batch, _ROWS)
-    cache_dir = Path(train.cache_dir).expanduser()
-    stream = build_data(data, split="train", seed=train.seed, rows=rows, cache_dir=cache_dir)
-    batches = [next(stream) for _ in range(math.ceil(_ROWS / rows))]
-    device = torch.device(train.device)
-    found = calibrate(model, batches, setpoint.target, setpoint.count, length, device=device)
-    append_rows(path, [key | {"knob_name": train.attention.knob, "rows": rows * len(batches)} | found.record()])
+    cache_dir, device = Path(train.cache_dir).expanduser(), torch.device(train.device)
+
+    def search(rows: int) -> tuple[Found, int]:
+        stream = build_data(data, split="train", seed=train.seed, rows=rows, cache_dir=cache_dir)
+        batches = [next(stream) for _ in range(math.ceil(_ROWS / rows))]
+        return calibrate(model, batches, setpoint.target, setpoint.count, length, device=device), rows * len(batches)
+
+    (found, rows), _ = halving(search, 1 if task.packed else min(config.rows_per_batch, _ROWS))
+    append_rows(path, [key | {"knob_name": train.attention.knob, "rows": rows} | found.record()])
     return found.knob

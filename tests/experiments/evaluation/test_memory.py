@@ -86,6 +86,22 @@ def test_where_memory_ends_half_the_rows_go_on_and_give_the_same(request, monkey
     assert capsys.readouterr().err == "out of memory: going on with 2 rows at once\n"
 
 
+def test_a_knob_is_found_with_half_the_rows(recall_run, monkeypatch, capsys):
+    options = dict(tasks=["loss"], sparsities=[0.4], rows=4)
+    expected = run(recall_run, rows_per_batch=2, **options)
+    (recall_run / "calibrations.jsonl").unlink()
+    forward = Transformer.forward
+
+    def failing(self, input_ids, **given):
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError(NO_ROOM)
+        return forward(self, input_ids, **given)
+
+    monkeypatch.setattr(Transformer, "forward", failing)
+    assert run(recall_run, rows_per_batch=4, **options) == expected
+    assert capsys.readouterr().err.count("going on with 2 rows at once") == 2  # the search, and the task
+
+
 def test_memory_that_ends_while_scores_are_added_counts_nothing_twice(recall_run, monkeypatch):
     expected = run(recall_run, tasks=["recall", "loss"], rows=6, rows_per_batch=2)
     add, calls = SparsityTally.add, []
