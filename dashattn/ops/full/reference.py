@@ -11,11 +11,9 @@ from torch.nn.attention.varlen import varlen_attn
 
 from dashattn.documents import per_document
 
-# cuDNN's kernels are the fastest on Hopper, and PyTorch's last choice.
-CUDNN_FIRST = [
-    *(SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION),
-    *(SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH),
-]
+# cuDNN's kernels are the fastest on Hopper, but plan each new shape. PyTorch's own choice differs with the heads.
+PLANLESS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, *PLANLESS]
 ROW_UNIT = 128  # tokens; rows of a data set have a multiple of it
 LARGE = 2**39  # query-key pairs times channels, over all heads and rows
 HALVES = (torch.bfloat16, torch.float16)
@@ -38,13 +36,13 @@ def sdpa_attention(
 
     def attend(*qkv_BTHD):
         q_BHTD, k_BHTD, v_BHTD = (x.transpose(1, 2) for x in qkv_BTHD)
-        with sdpa_kernel(CUDNN_FIRST, set_priority=True) if prefers_cudnn else nullcontext():
+        with sdpa_kernel(kernels, set_priority=True) if q.is_cuda else nullcontext():
             out = F.scaled_dot_product_attention(
                 q_BHTD, k_BHTD, v_BHTD, is_causal=True, scale=scale, enable_gqa=q.shape[2] != k.shape[2]
             )
         return out.transpose(1, 2)
 
-    prefers_cudnn = q.is_cuda and cu_seqlens is None and pays_for_a_plan(q.shape)
+    kernels = CUDNN_FIRST if cu_seqlens is None and pays_for_a_plan(q.shape) else PLANLESS
     return torch.cat(per_document(attend, cu_seqlens, q, k, v), dim=1)
 
 
