@@ -11,12 +11,13 @@ from omegaconf import OmegaConf
 
 from dashattn.backends import Capabilities
 from dashattn.backends.dash import DashBackend
-from experiments.config import TrainConfig, load_config, plain, register_configs
+from experiments.config import TrainConfig, load_config, plain, register_configs, to_train_config
 from experiments.evaluation.config import check_tasks, register_evaluate_config
 from experiments.schema import to_config
 from experiments.sweep.cells import cells, register_sweep_config
 from experiments.training.check import accumulation, check
 from models import Transformer
+from tests.checkpoints import make_folder
 
 register_configs()
 register_sweep_config()
@@ -26,6 +27,7 @@ GROUPS = ("attention", "model", "data", "optim", "deepspeed", "logger", "launche
 CHOICES = [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))]
 for group in ("model", "attention"):
     CHOICES.remove(f"{group}=checkpoint")  # needs a checkpoint: tests/experiments/test_origin.py
+CHOICES.remove("experiment=continue_pretraining")  # likewise: the test below
 EVALUATED_ONLY = "attention=oracle"
 # What a choice needs before it is a run.
 COMPANIONS = {
@@ -50,6 +52,18 @@ def test_every_choice_makes_a_run(choice):
     config = check(composed(choice, "device=cpu", *COMPANIONS.get(choice, [])))
     assert config.device == "cpu"
     assert config.deepspeed.precision == "fp32"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("checkpoint") / "tiny", max_position_embeddings=8192)
+
+
+def test_pretraining_continues_with_the_checkpoints_model(checkpoint):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        choices = ["experiment=continue_pretraining", "attention=dash_sink", f"init_from={checkpoint}", "device=cpu"]
+        config = check(to_train_config(compose("train", choices)))
+    assert (config.model.hidden_size, config.data.tokenizer) == (32, str(checkpoint))
 
 
 @pytest.mark.parametrize("attention", ["full", "dash", "infllmv2", "nsa"])
@@ -134,12 +148,15 @@ def test_a_key_forced_in_is_refused():
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIGS / "sweep").glob("*.yaml")))
-def test_every_sweep_composes_into_cells_that_can_be(name, tmp_path):
+def test_every_sweep_composes_into_cells_that_can_be(name, tmp_path, checkpoint, monkeypatch):
+    monkeypatch.setenv("INIT_FROM", str(checkpoint))
+    # A model is the checkpoint's; of other sweeps the bases are not trained yet, and the vocabulary is the data's.
+    load, given = (to_train_config, []) if name == "real_model" else (to_config, ["model.vocab_size=1024"])
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         sweep = to_config(compose("sweep", [f"sweep={name}", f"output_dir={tmp_path}"]))
         assert len(cells(sweep)) % len(sweep.seeds) == 0
         for cell in cells(replace(sweep, seeds=sweep.seeds[:1])):  # the others compose the same but for a number
-            config = check(to_config(compose("train", ["device=cpu", "model.vocab_size=1024", *cell.train])))
+            config = check(load(compose("train", ["device=cpu", *given, *cell.train])))
             with torch.device("meta"):
                 Transformer(config.model, config.attention)
             for evaluation in filter(None, (cell.evaluate, cell.evaluate_turned)):

@@ -10,15 +10,16 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from data.tokenizer import TextTokenizer, train_bpe
+from data.tokenizer import TextTokenizer
 from experiments.config import load_config, to_train_config
 from experiments.evaluation import export, target
 from experiments.origin import LEFT_OPEN
 from experiments.training.check import check
 from models import ModelConfig, RopeConfig
 from models.hf import read_config
+from tests.checkpoints import make_folder
 from train import train
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -37,20 +38,6 @@ LLAMA3 = {
 def folder(tmp_path):
     """A tiny checkpoint whose tokenizer ends texts with a token of its own."""
     return make_folder(tmp_path / "checkpoint")
-
-
-def make_folder(path, classes=(LlamaConfig, LlamaForCausalLM), vocab_size=310, max_shard_size="1GB", **values):
-    torch.manual_seed(0)
-    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    ids = dict(bos_token_id=0, eos_token_id=1, pad_token_id=None)
-    config = classes[0](**shape, **ids, num_key_value_heads=2, vocab_size=vocab_size, **values)
-    classes[1](config).save_pretrained(path, max_shard_size=max_shard_size)
-    backend = train_bpe(iter(["def f(x):\n    return x\n" * 20]), 280, "</s>")
-    backend.add_special_tokens(["<s>"])
-    backend.save(str(path / "tokenizer.json"))
-    settings = {"eos_token": "</s>", "bos_token": {"content": "<s>"}, "chat_template": "{{ messages }}"}
-    (path / "tokenizer_config.json").write_text(json.dumps(settings))
-    return path
 
 
 def configure(tmp_path, *overrides, data=TEXT):
@@ -185,7 +172,7 @@ def test_a_sparse_export_says_what_it_was_and_is_taken_as_such(folder, tmp_path)
 
 
 def test_another_model_and_missing_files_are_refused_before_anything_is_built(tmp_path):
-    folder = make_folder(tmp_path / "checkpoint", max_shard_size="20KB")
+    folder = make_folder(tmp_path / "checkpoint", shard_size="20KB")
     with pytest.raises(ValueError, match=r"the model is not the one in .* set model\.hidden_size=32"):
         check(configure(tmp_path, f"init_from={folder}", "model.hidden_size=64"))
     with pytest.raises(ValueError, match="attention=checkpoint is that of init_from"):
