@@ -84,7 +84,7 @@ class TrainConfig:
     # Run directory, checkpoint or Hugging Face folder whose weights are loaded at step 0; its shape with
     # model=checkpoint, and its tokenizer where data.tokenizer is null.
     init_from: str | None = None
-    init_any_attention: bool = False  # start from a folder whose weights were trained with another sparse attention
+    any_attention: bool = False  # start from a folder whose weights were trained with another sparse attention
 
     log_every: int = 10
     stats_every: int = 50  # attention statistics (sparsity) of a logged step that is a multiple of this; 0 = never

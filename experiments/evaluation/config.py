@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from data import MQARDataConfig
+from dashattn.backends import AttentionConfig
+from data import DataConfig, MQARDataConfig
 from data.prompts import TEMPLATES
 from data.task_sets import SUITES, TEXT_TASKS
-from experiments.config import TrainConfig
+from experiments.config import TrainConfig, register_configs
 from experiments.evaluation.tasks.decoding import DECODE
 from experiments.evaluation.tasks.lm_eval import PREFIX
 from experiments.evaluation.tasks.streams import STREAM_TASKS, MQARForm
@@ -21,7 +22,13 @@ TASKS = (*STREAM_TASKS, ROUTING, DECODE, *SUITES, *TEXT_TASKS)
 class EvaluateConfig:
     """One evaluation."""
 
-    run: str = MISSING  # run directory (its latest checkpoint), or one of its checkpoints
+    run: str = MISSING  # run directory (its latest checkpoint), one of its checkpoints, or a Hugging Face folder
+    # Of a folder, which is scored as it is, without any training:
+    attention: AttentionConfig | None = None  # null = what it was trained with, dense if it says nothing
+    any_attention: bool = False  # even where it was trained with another sparse one
+    data: DataConfig | None = None  # the text it is scored on, with its tokenizer unless data.tokenizer names one
+    output: str | None = None  # directory of the rows; null = outputs/FOLDER-ATTENTION
+    cache_dir: str = "~/.cache/dashattn"
     # On the run's validation split: loss | position | recall | sparsity. Generated: ruler (its 13) | niah_single_1 ...
     # qa_2 | niah (heat map) | niah_values (1 to 16 values of a key) | json_kv. Of the router: routing. Time of a token:
     # decode. Of lm-evaluation-harness: lm_eval/NAME.
@@ -53,6 +60,7 @@ class EvaluateConfig:
 
 
 def register_evaluate_config() -> None:
+    register_configs()  # a folder's attention and data are choices as of a training run
     ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
 
 

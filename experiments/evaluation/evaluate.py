@@ -6,18 +6,23 @@ What can be measured stands in ``experiments/evaluation/tasks``; here it is run,
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from experiments.evaluation.config import EvaluateConfig, check_tasks
+from experiments.evaluation.folder import locate_folder
 from experiments.evaluation.knobs import Setpoint, setpoints, turn_knob
 from experiments.evaluation.select import build_tasks
 from experiments.evaluation.target import Target, build_model, locate, trained_knob, validation_stream
 from experiments.evaluation.tasks.base import Setting, Task
 from experiments.files import GIT, RESULTS, START, append_rows, read_rows
-from experiments.provenance import device_name
+from experiments.provenance import device_name, git_state
 from experiments.training.checkpoint import read_state
+from experiments.training.run_dir import config_hash
 from models import Transformer
+from models.flops import count_parameters
+from models.hf import is_hf_folder
 
 
 def find_target(config: EvaluateConfig) -> Target:
@@ -26,7 +31,13 @@ def find_target(config: EvaluateConfig) -> Target:
     Raises:
         ValueError: no such run, unknown task, or a knob value or sparsity that the attention cannot have.
     """
-    target = locate(config.run, config.device)
+    if is_hf_folder(Path(config.run).expanduser()):
+        target = locate_folder(config)
+    else:
+        for name in ("attention", "data", "output"):
+            if getattr(config, name) is not None:
+                raise ValueError(f"{name}=... is for a Hugging Face folder: the run {config.run} has its own")
+        target = locate(config.run, config.device)
     check_tasks(config, target.train)
     for name in ("rows", "rows_per_batch", "threads"):
         value = getattr(config, name)
@@ -42,6 +53,7 @@ def evaluate(config: EvaluateConfig, target: Target) -> Iterator[dict]:
     device = torch.device(train.device)
     places = setpoints(config, train)
     path = target.run_dir / RESULTS
+    target.run_dir.mkdir(parents=True, exist_ok=True)  # of a folder's rows
     existing = read_rows(path)
     common = describe(target) | {"label": config.label or train.attention.name}
     tasks = build_tasks(config, train, validation_stream(target))
@@ -82,10 +94,7 @@ def bytes_read(model: Transformer, row: dict) -> float:
 def describe(target: Target) -> dict:
     """The columns that all rows of an evaluation share."""
     train = target.train
-    git = json.loads((target.run_dir / GIT).read_text())
-    state = read_state(target.checkpoint)
-    start = json.loads((target.run_dir / START).read_text())
-    return {
+    columns = {
         "backend": train.attention.name,
         "data": train.data.name,
         "seed": train.seed,
@@ -93,10 +102,35 @@ def describe(target: Target) -> dict:
         "trained_knob": trained_knob(train),
         "trained_sparsity": train.attention.target_sparsity if train.attention.controls_sparsity else None,
         "checkpoint": target.checkpoint.name,
+        "device": device_name(train.device),
+    }
+    return columns | (_of_folder(target) if target.is_untrained else _of_run(target))
+
+
+def _of_run(target: Target) -> dict:
+    git = json.loads((target.run_dir / GIT).read_text())
+    state = read_state(target.checkpoint)
+    start = json.loads((target.run_dir / START).read_text())
+    return {
         "step": state["step"],
         "tokens": state["tokens"],
         "parameters": start["parameters"],
         "config_hash": state["config_hash"],
         "git_sha": git["sha"],
-        "device": device_name(train.device),
+    }
+
+
+def _of_folder(target: Target) -> dict:
+    """Nothing was trained, which the rows say: ``untrained`` names the folder."""
+    train = target.train
+    with torch.device("meta"):
+        parameters = count_parameters(Transformer(train.model, train.attention)).total
+    return {
+        "step": 0,
+        "tokens": 0,
+        "parameters": parameters,
+        "config_hash": config_hash(train),
+        "git_sha": git_state()[0]["sha"],
+        "untrained": str(target.checkpoint),
+        "trained_knob": None,
     }

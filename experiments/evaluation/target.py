@@ -1,4 +1,4 @@
-"""What is evaluated: a checkpoint, its model, and the data it was trained on."""
+"""What is evaluated: a checkpoint, its model, and the data it was trained on; or a Hugging Face folder as it is."""
 
 import json
 from dataclasses import dataclass, replace
@@ -15,6 +15,7 @@ from experiments.training.check import DEVICES, resolve
 from experiments.training.checkpoint import read_state
 from experiments.training.weights import find_weights, load_weights
 from models import Transformer
+from models.hf import is_hf_folder, read_step
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,20 @@ class Target:
     """A checkpoint with the configuration it was trained with.
 
     Attributes:
-        train: as composed, but for the device, and the knob where training found one for its target sparsity.
+        run_dir: where rows are kept.
+        checkpoint: of the run, or a Hugging Face folder.
+        train: as composed, but for the device, and the knob where training found one for its target sparsity. Of a
+            folder what a training run would be configured with that started from it.
     """
 
     run_dir: Path
     checkpoint: Path
     train: TrainConfig
+
+    @property
+    def is_untrained(self) -> bool:
+        """Whether it is a folder's model that was trained no further here."""
+        return is_hf_folder(self.checkpoint)
 
 
 def locate(run: str, device: str) -> Target:
@@ -36,14 +45,13 @@ def locate(run: str, device: str) -> Target:
     Raises:
         ValueError: no such run, or no such device.
     """
+    if is_hf_folder(Path(run).expanduser()):
+        raise ValueError(f"{run} is a Hugging Face folder: evaluate.py scores it; begin a run with it for more")
     checkpoint = find_weights(run).parent
     run_dir = checkpoint.parent.parent
     if not (run_dir / CONFIG).exists():
         raise ValueError(f"{checkpoint} does not lie in a run directory: {run_dir} has no {CONFIG}")
-    if device not in DEVICES:
-        raise ValueError(f"device={device}: choose one of {', '.join(DEVICES)}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda, but PyTorch sees no GPU: use device=cpu")
+    check_device(device)
     train = load_config(run_dir / CONFIG)
     train = replace(train, device=device, data=with_own_tokenizer(train.data, run_dir))
     train = resolve(train)
@@ -52,18 +60,25 @@ def locate(run: str, device: str) -> Target:
     return Target(run_dir, checkpoint, replace(train, attention=attention))
 
 
+def check_device(device: str) -> None:
+    if device not in DEVICES:
+        raise ValueError(f"device={device}: choose one of {', '.join(DEVICES)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but PyTorch sees no GPU: use device=cpu")
+
+
 def trained_knob(train: TrainConfig) -> float | None:
     return None if train.attention.knob is None else getattr(train.attention, train.attention.knob)
 
 
 def build_model(target: Target) -> Transformer:
     """The checkpoint's model in evaluation mode, at the step (schedules) it was saved at."""
-    train = target.train
+    train, checkpoint = target.train, target.checkpoint
     model = Transformer(train.model, train.attention)
-    new = load_weights(model, target.checkpoint / WEIGHTS)
-    if new:
-        raise ValueError(f"{target.checkpoint} lacks {', '.join(new)}: it is not a checkpoint of this configuration")
-    model.set_step(read_state(target.checkpoint)["step"])
+    new = load_weights(model, checkpoint if target.is_untrained else checkpoint / WEIGHTS)
+    if new and not target.is_untrained:
+        raise ValueError(f"{checkpoint} lacks {', '.join(new)}: it is not a checkpoint of this configuration")
+    model.set_step(read_step(checkpoint) if target.is_untrained else read_state(checkpoint)["step"])
     return model.to(train.device, DTYPES[train.deepspeed.precision]).eval()
 
 
@@ -76,6 +91,8 @@ def validation_stream(target: Target) -> BatchStream:
     on."""
     train = target.train
     stream = build_stream(train.data, train.seed, 1, Path(train.cache_dir).expanduser())
+    if target.is_untrained:
+        return stream
     trained = json.loads((target.run_dir / START).read_text())["data"].get("tokens_fingerprint")
     if trained is not None and stream.describe()["tokens_fingerprint"] != trained:
         raise ValueError(

@@ -71,7 +71,7 @@ def check_same_attention(attention: AttentionConfig, folder: Path) -> None:
         by_layer = "" if theirs.layers is None else f" and attention.layers={theirs.layers}"
         raise ValueError(
             f"{folder} was trained with {theirs.name} attention{by_layer}, and attention={attention.name} makes "
-            "another model of it: set attention=checkpoint to take its own, or init_any_attention=true to go on anyway"
+            "another model of it: set attention=checkpoint to take its own, or any_attention=true to go on anyway"
         )
 
 

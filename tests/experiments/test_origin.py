@@ -166,9 +166,9 @@ def test_a_sparse_export_says_what_it_was_and_is_taken_as_such(folder, tmp_path)
 
     for name in ("sparse", "dense"):
         dense = ("attention=full", f"init_from={tmp_path / name}", f"run_dir={tmp_path / name}-run")
-        with pytest.raises(ValueError, match=r"trained with dash attention.*init_any_attention=true"):
+        with pytest.raises(ValueError, match=r"trained with dash attention.*any_attention=true"):
             check(configure(tmp_path, *dense))
-        assert (train(configure(tmp_path, *dense, "init_any_attention=true")) / "metrics.jsonl").exists()
+        assert (train(configure(tmp_path, *dense, "any_attention=true")) / "metrics.jsonl").exists()
 
 
 def test_another_model_and_missing_files_are_refused_before_anything_is_built(tmp_path):

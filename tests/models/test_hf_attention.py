@@ -53,9 +53,7 @@ def test_a_sparse_model_comes_back_as_it_was_and_transformers_refuses_it(tmp_pat
         assert torch.equal(back(INPUT_IDS).logits, model(INPUT_IDS).logits)
     with pytest.raises(ValueError, match="`dashattn`"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "back", local_files_only=True)
-    with pytest.raises(
-        ValueError, match=f"trained with {name} attention.*attention=checkpoint.*init_any_attention=true"
-    ):
+    with pytest.raises(ValueError, match=f"trained with {name} attention.*attention=checkpoint.*any_attention=true"):
         check_same_attention(FullConfig(), tmp_path / "back")
 
 

@@ -1,0 +1,47 @@
+"""A Hugging Face folder as what is evaluated: nothing was trained here, and the text to score it on is named."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from dashattn.backends import FullConfig
+from data import PackedDataConfig
+from experiments.config import DeepSpeedConfig, TrainConfig
+from experiments.evaluation.config import EvaluateConfig
+from experiments.evaluation.target import Target, check_device
+from experiments.training.check import resolve
+from models.hf import check_files, check_same_attention, check_same_model, read_attention, read_config
+
+
+def locate_folder(config: EvaluateConfig) -> Target:
+    """The Hugging Face folder that ``config.run`` names, to be scored without any training.
+
+    Raises:
+        ValueError: no text to score it on, or its model, files or attention cannot be had.
+    """
+    folder, data = Path(config.run).expanduser(), config.data
+    if data is None:
+        raise ValueError(f"{folder} was trained elsewhere: name the text to score it on, as in data=python_stdlib")
+    check_device(config.device)
+    model, own, attention = read_config(folder), read_attention(folder), config.attention
+    if attention is None or attention.name == "checkpoint":
+        attention = own or FullConfig()
+    elif not config.any_attention:
+        check_same_attention(attention, folder)
+    check_files(folder)
+    if isinstance(data, PackedDataConfig) and data.tokenizer is None:
+        data = replace(data, tokenizer=str(folder))
+    longest = max([data.seq_len, *(config.lengths or [])])
+    check_same_model(replace(model, max_seq_len=max(longest, model.max_seq_len)), folder)
+    name = f"{folder.resolve().name}-{attention.name}"
+    train = TrainConfig(
+        name=name,
+        run_dir=config.output or f"outputs/{name}",
+        cache_dir=config.cache_dir,
+        model=model,
+        attention=attention,
+        data=data,
+        deepspeed=DeepSpeedConfig(),
+        init_from=str(folder),
+        device=config.device,
+    )
+    return Target(Path(train.run_dir).expanduser(), folder, resolve(train))
