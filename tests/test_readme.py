@@ -84,7 +84,8 @@ TESTED = {
     "python -m experiments.training.prepare data=mixture",  # experiments/training/test_prepare.py
     # models/test_hf.py, experiments/training/test_train.py
     "python -m experiments.evaluation.export outputs/debug-dash debug-hf",
-    "python evaluate.py run=smollm2 attention=dash_sink sparsities=[0.5,0.75] data=real_text",  # evaluation/test_folder.py
+    # experiments/evaluation/test_folder.py
+    "python evaluate.py run=smollm2 attention=dash_sink sparsities=[0.5,0.75] data=real_text",
     "python -m experiments.evaluation.export --dense outputs/debug-dash debug-hf",  # experiments/test_origin.py
     "python train.py launcher=slurm launcher.partition=gpu ...",  # slurm/
     "python -m experiments.sweep sweep=pareto launcher=slurm",  # slurm/
