@@ -11,6 +11,7 @@ from dashattn.ops.entmax.reference import MAX_ALPHA, MIN_ALPHA
 
 SELECTS = ("topk", "top_p")
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+ALPHA_RANGE = f"alpha must lie in [{MIN_ALPHA}, {MAX_ALPHA}]"
 
 
 def check(condition: bool, message: str) -> None:
@@ -71,11 +72,11 @@ def check_alpha(alpha: float | Tensor, num_heads: int | None = None) -> None:
         values = alpha.detach().float()  # the float32 next to 1.01 lies below it
         inside = (values.clamp(MIN_ALPHA, MAX_ALPHA) == values).all()
         if alpha.device.type == "cpu" and not torch.compiler.is_compiling():
-            check(bool(inside), f"alpha must lie in [{MIN_ALPHA}, {MAX_ALPHA}]; got {alpha.tolist()}")
+            check(bool(inside), f"{ALPHA_RANGE}; got {alpha.tolist()}")
         else:
-            torch._assert_async(inside, f"alpha must lie in [{MIN_ALPHA}, {MAX_ALPHA}]")
+            torch._assert_async(inside, ALPHA_RANGE)
     elif not MIN_ALPHA <= alpha <= MAX_ALPHA:
-        raise ValueError(f"alpha must lie in [{MIN_ALPHA}, {MAX_ALPHA}]; got {alpha}")
+        raise ValueError(f"{ALPHA_RANGE}; got {alpha}")
 
 
 def check_like(name: str, x: Tensor, q: Tensor) -> None:

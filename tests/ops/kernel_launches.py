@@ -66,13 +66,13 @@ def prefill_and_training(length, heads, kv_heads, dim, init_chunks=0):
         out.backward(out)
     everything = Selection.from_mask(torch.ones(1, length, kv_heads, -(-length // CHUNK), dtype=torch.bool), CHUNK)
     bias = torch.zeros(1, length, heads, -(-length // CHUNK), requires_grad=True)
-    out = attention.block_sparse_attention(q, k, v, everything, bias)
-    out.backward(out)
+    selected_out = attention.block_sparse_attention(q, k, v, everything, bias)
+    selected_out.backward(selected_out)
     windows = dict(kernel_size=32, kernel_stride=16, scale=0.1, cu_seqlens=None)
     compressed = [make(num_windows(length, 32, 16), kv_heads, dim) for _ in range(2)]
     compressed_out, lse = band.compressed_attention(q, *compressed, **windows)
     window_out = band.window_attention(q, k, v, window_size=100, scale=0.1)
-    out = gated_sum(torch.ones(1, length, heads, 2), [compressed_out, window_out])
+    out = gated_sum(torch.ones(1, length, heads, 3), [compressed_out, selected_out.detach(), window_out])
     out.backward(out)
     for pooling in ("max", "weighted"):
         blocks = dict(pooling=pooling, block_size=CHUNK, topk=2, init_blocks=0, local_blocks=1)
