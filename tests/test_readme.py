@@ -84,6 +84,10 @@ TESTED = {
     "python -m experiments.training.prepare data=mixture",  # experiments/training/test_prepare.py
     # models/test_hf.py, experiments/training/test_train.py
     "python -m experiments.evaluation.export outputs/debug-dash debug-hf",
+    # test_configs.py
+    "python train.py experiment=continue_pretraining init_from=smollm2 attention=dash_sink "
+    "attention.target_sparsity=0.75",
+    "INIT_FROM=smollm2 python -m experiments.sweep sweep=real_model jobs=3",  # test_configs.py
     # experiments/evaluation/test_folder.py
     "python evaluate.py run=smollm2 attention=dash_sink sparsities=[0.5,0.75] data=real_text",
     "python -m experiments.evaluation.export --dense outputs/debug-dash debug-hf",  # experiments/test_origin.py
