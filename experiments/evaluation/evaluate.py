@@ -94,13 +94,15 @@ def bytes_read(model: Transformer, row: dict) -> float:
 def describe(target: Target) -> dict:
     """The columns that all rows of an evaluation share."""
     train = target.train
+    attention = train.attention
     columns = {
-        "backend": train.attention.name,
+        "backend": attention.name,
         "data": train.data.name,
         "seed": train.seed,
-        "knob_name": train.attention.knob,
+        "knob_name": attention.knob,
         "trained_knob": trained_knob(train),
-        "trained_sparsity": train.attention.target_sparsity if train.attention.controls_sparsity else None,
+        "trained_sparsity": attention.target_sparsity if attention.controls_sparsity else None,
+        "trained_sparsity_count": attention.sparsity_count if attention.controls_sparsity else None,
         "checkpoint": target.checkpoint.name,
         "device": device_name(train.device),
     }

@@ -32,13 +32,16 @@ from experiments.figures.scores import make_ablations, make_costs, make_frontier
 from experiments.files import to_csv, write_atomically
 
 ROUTING = "evaluate.py tasks=[routing]"
+DECODING = "evaluate.py tasks=[...,decode]"
 FIGURES = (
-    Figure(1, "frontier", "Score against measured causal sparsity", "evaluate.py knobs=[...]", make_frontiers),
-    Figure(2, "cost", "Score against bytes read and time", "evaluate.py tasks=[...,decode] knobs=[...]", make_costs),
+    Figure(1, "frontier", "Score against measured causal sparsity", "evaluate.py sparsities=[...]", make_frontiers),
+    Figure(
+        2, "cost", "Score against bytes read and time", "evaluate.py tasks=[...,decode] sparsities=[...]", make_costs
+    ),
     Figure(3, "heatmap", "Sparsity by layer and KV head", "evaluate.py tasks=[sparsity]", make_heat_map),
     Figure(4, "active", "Active tokens against position", "evaluate.py tasks=[sparsity]", make_active_tokens),
     Figure(5, "adaptivity", "Active blocks against the blocks that an answer needs", ROUTING, make_adaptivity),
-    Figure(6, "recall", "What the router finds", f"{ROUTING} knobs=[...]", make_recall),
+    Figure(6, "recall", "What the router finds", f"{ROUTING} sparsities=[...]", make_recall),
     Figure(7, "dispersion", "Dispersion as the context grows", f"{ROUTING} lengths=[...]", make_dispersion),
     Figure(8, "speed", "Speed and memory against length", "python -m experiments.speed", make_speed),
     Figure(9, "training", "Training curves", "metrics.jsonl of runs", make_training),

@@ -14,6 +14,7 @@ from statistics import mean
 from typing import NamedTuple
 
 from data.task_sets import SUITES
+from experiments.figures.setpoints import is_as_trained, with_setpoints
 from experiments.files import RESULTS, read_rows
 
 HIGHER_IS_BETTER = {
@@ -46,7 +47,7 @@ class Point:
 
     panel: Panel
     label: str  # the backend, or a variant of it
-    trained_knob: float | None  # None: dense
+    trained_knob: float | None  # or ``AtSparsity``; None: dense
     knob: float | None
     of_seed: Mapping[int, tuple[float, float]]  # seed -> (causal sparsity, score)
 
@@ -68,7 +69,7 @@ class Point:
     @property
     def is_trained(self) -> bool:
         """Evaluated at the sparsity it was trained at, not with the knob turned at inference."""
-        return self.knob == self.trained_knob
+        return is_as_trained(self.knob, self.trained_knob)
 
 
 def load_rows(root: Path) -> list[dict]:
@@ -104,11 +105,12 @@ def is_ablation(row: dict) -> bool:
 
 
 def newest(rows: Iterable[dict]) -> list[dict]:
-    """Of rows that differ in the checkpoint's step only, those of the last step."""
+    """Of rows that differ in the checkpoint's step only, those of the last step; with sparsities as knobs, where they
+    were asked for."""
     names = ("label", "config_hash", "task", "metric", "length", "rows", "seed", "knob", "variant")
     within = ("probe", "position", "depth", "relevant", "part")  # of one evaluation
     kept: dict[tuple, dict] = {}
-    for row in rows:
+    for row in map(with_setpoints, rows):
         key = (*(row.get(name) for name in names), *(str(row.get(name)) for name in within))
         if key not in kept or row["step"] >= kept[key]["step"]:
             kept[key] = row
@@ -181,7 +183,7 @@ def curves(points: Iterable[Point]) -> dict[tuple, list[Point]]:
             trained = [p for line in checkpoints.values() for p in line if p.is_trained]
             seeds = max((p.of_seed.keys() for p in trained), key=len, default=())
             found[panel, label, "trained at each"] = [p for p in trained if p.of_seed.keys() == seeds]
-        for trained_knob, line in sorted(checkpoints.items()):
+        for trained_knob, line in sorted(checkpoints.items(), key=lambda item: item[0]):
             if len(checkpoints) == 1 or len(line) > 1:
                 found[panel, label, f"trained at {trained_knob:g}, knob turned"] = line
     return {key: line for key, line in found.items() if line}

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import mean
 
 from experiments.figures.frontier import newest
+from experiments.figures.setpoints import AtSparsity, is_as_trained
 from experiments.files import METRICS, NUMERICS, RESULTS, SCALING, SPEED, THROUGHPUT, read_rows
 
 
@@ -90,13 +91,20 @@ class Figure:
 
 
 def as_trained(rows: Iterable[dict]) -> list[dict]:
-    """Those whose knob is the one trained with."""
-    return [row for row in rows if row["knob"] == row["trained_knob"]]
+    """Those whose knob is the one trained with; of a label that has none, those at the sparsity trained with."""
+    rows = list(rows)
+    exact = [row for row in rows if row["knob"] == row["trained_knob"]]
+    labels = {row["label"] for row in exact}
+    others = [row for row in rows if row["label"] not in labels]
+    return exact + [row for row in others if is_as_trained(row["knob"], row["trained_knob"])]
 
 
 def line_of(row: dict) -> str:
     """The line a row belongs to: its label and, where there is a knob, where it stands."""
-    return row["label"] if row["knob"] is None else f"{row['label']} ({row['knob_name']} {row['knob']:g})"
+    if row["knob"] is None:
+        return row["label"]
+    knob = row["knob"] if isinstance(row["knob"], AtSparsity) else f"{row['knob_name']} {row['knob']:g}"
+    return f"{row['label']} ({knob})"
 
 
 def averaged(rows: Iterable[dict], *keys: str, value: str = "score") -> list[dict]:

@@ -10,6 +10,7 @@ from experiments.figures.frontier import Point, is_ablation, of_frontiers, panel
 from experiments.figures.pareto import draw as draw_frontiers
 from experiments.figures.pareto import table as frontier_table
 from experiments.figures.rows import Drawn, Study, averaged, grouped, line_of
+from experiments.figures.setpoints import is_as_trained
 from experiments.plots import grid, legend_below, save, styles
 
 MISSING = "missing"
@@ -178,7 +179,7 @@ def _line(ax, line: list[dict], x: str, colour: str, mark: str, **style) -> None
     xs, ys = [row[x] for row in line], [row["score"] for row in line]
     ax.vlines(xs, [row["low"] for row in line], [row["high"] for row in line], color=colour, linewidth=1)
     ax.plot(xs, ys, color=colour, marker=mark, markerfacecolor="white", linewidth=1.2, **style)
-    as_trained = [row["knob"] == row["trained_knob"] for row in line]
+    as_trained = [is_as_trained(row["knob"], row["trained_knob"]) for row in line]
     ax.plot(xs, ys, color=colour, marker=mark, linestyle="", markevery=as_trained)
 
 

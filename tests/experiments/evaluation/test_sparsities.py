@@ -9,6 +9,7 @@ from experiments.evaluation import knobs
 from experiments.evaluation.config import EvaluateConfig
 from experiments.evaluation.evaluate import evaluate, find_target
 from experiments.evaluation.target import build_model
+from experiments.figures import frontier
 from experiments.files import CALIBRATIONS, RESULTS, read_rows
 from experiments.schema import to_config
 from experiments.training.checkpoint import read_state
@@ -47,6 +48,8 @@ def test_the_knob_of_a_sparsity_is_found_for_each_length_and_kept(text_run, monk
         assert row["causal_sparsity"] == pytest.approx(row["target_sparsity"], abs=0.06)  # 4 rows of other documents
         assert (row["sparsity_count"], row["trained_sparsity"]) == ("causal", 0.5)
     assert run(config) == []
+    at_96 = [row for row in frontier.newest(read_rows(text_run / RESULTS)) if row["length"] == 96]
+    assert [str(row["knob"]) for row in at_96] == ["30%", "50%"]
 
     monkeypatch.setattr(knobs, "calibrate", None)  # not again
     config.tasks = ["loss", "position"]

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from experiments.figures import frontier, pareto
+from experiments.figures.rows import as_trained, line_of
 
 
 def make_row(label="dash", knob=1.0, sparsity=0.5, score=0.9, **changes):
@@ -127,6 +128,51 @@ def test_rulers_average_is_over_the_tasks_that_all_settings_have():
     assert frontier.ruler_averages(rows[:1]) == []
     panels = {p.panel.task for p in frontier.points(frontier.of_frontiers(rows))}
     assert panels == {"vt", "cwe", "recall", "ruler (2 of 13 tasks)"}
+
+
+def at_sparsity(target, knob, **changes):
+    """A row of a run that held 75 %, evaluated at a sparsity: each seed found a knob of its own."""
+    trained = {"trained_sparsity": 0.75, "trained_sparsity_count": "causal", "trained_knob": 0.4}
+    asked = {"target_sparsity": target, "sparsity_count": None if target is None else "causal"}
+    return make_row(**trained | asked | {"knob": knob, "sparsity": target or 0.75} | changes)
+
+
+def test_a_sparsity_that_was_asked_for_is_one_setting_of_all_seeds():
+    rows = [
+        *(at_sparsity(target, 2 * target, score=1 - target / 2) for target in (0.5, 0.75, 0.9)),
+        *(at_sparsity(target, target, score=1 - target / 2, seed=1, trained_knob=0.3) for target in (0.5, 0.75, 0.9)),
+        *(at_sparsity(None, 0.4), at_sparsity(None, 0.3, seed=1, trained_knob=0.3)),  # the held knob
+    ]
+    points = frontier.points(frontier.of_frontiers(rows))
+    assert {str(p.knob): sorted(p.of_seed) for p in points} == {
+        setting: [0, 1] for setting in ("50%", "75%", "90%", "75% held")
+    }
+    assert {str(p.knob) for p in points if p.is_trained} == {"75%", "75% held"}
+    ((key, line),) = frontier.curves(points).items()
+    assert key[2] == "trained at 75% held, knob turned"
+    assert [p.sparsity for p in line] == [0.5, 0.75, 0.9, 0.75]
+    assert "| dash | 75% held | 90% | 90.0% |" in pareto.to_markdown(points)
+    again = frontier.newest(frontier.newest(rows))
+    assert [row["knob"] for row in again] == [p["knob"] for p in frontier.newest(rows)]
+
+
+def test_lines_say_the_sparsity_and_the_held_knob_is_the_one_trained_with():
+    held, found, other = at_sparsity(None, 0.4), at_sparsity(0.75, 0.41), at_sparsity(0.9, 1.0, label="more")
+    held, found, other = frontier.newest([held, found, other | {"trained_sparsity": 0.9}])
+    assert [line_of(row) for row in (held, found, other)] == ["dash (75% held)", "dash (75%)", "more (90%)"]
+    assert as_trained([held, found, other]) == [held, other]  # `more` was evaluated at nothing else
+    assert line_of(make_row(knob=0.25, knob_name="router_scale")) == "dash (router_scale 0.25)"
+
+
+def test_a_sparsity_is_no_knob_of_its_value_and_no_other_count():
+    rows = [
+        make_row(knob=0.75, trained_knob=0.75),
+        *(at_sparsity(0.75, 0.4), at_sparsity(0.75, 0.2, sparsity_count="paper", score=0.1)),
+    ]
+    kept = frontier.newest(rows)
+    assert sorted(str(row["knob"]) for row in kept) == ["0.75", "75%", "75% (paper count)"]
+    assert len(frontier.points(kept)) == 3
+    assert [p.is_trained for p in frontier.points(kept)] == [True, True, False]
 
 
 def test_another_form_of_the_task_is_another_panel():
