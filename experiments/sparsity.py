@@ -60,13 +60,13 @@ def find_knob(
     Args:
         measure: sparsity at a value of the knob; monotonous.
         span: the densest and the sparsest value, both integers if the knob is one. Nothing beyond is tried.
-        start: the first value tried.
+        start: the first value tried, or the end of the span that it lies beyond.
         passes: most calls of ``measure``.
     """
     axis = _Axis(span)
     tried: dict[float, float] = {}
     dense = sparse = None  # knobs
-    place, reach, stayed = axis.place(start), math.log(_FACTOR), 0
+    place, reach, stayed = axis.place(axis.knob(axis.place(start))), math.log(_FACTOR), 0
     while len(tried) < passes:
         knob = axis.knob(place)
         if knob in tried:  # an end of the span, or of integers there is none between

@@ -1,6 +1,7 @@
 """The protocol every attention backend follows. The transformer knows this and never a backend's name."""
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from dashattn.routing import Routing
 from dashattn.stats import SPARSITY_COUNTS, AttentionStats
 
 SPARSITY_CONTROLS = ("hold", "start", "none")
+SCALES = (1e-6, 1e6)  # of scores: whatever these are, all blocks of a row are all but equal, or one is above all others
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,6 @@ class AttentionFlops:
     @property
     def forward(self) -> float:
         return self.attention + self.routing + self.projections
-
-
-def block_span(length: int, block_size: int, least: int) -> tuple[int, int]:
-    """The span of a knob that counts blocks, of which ``least`` are forced: all that a row has, and only those."""
-    return max(-(-length // block_size), least), least
 
 
 def forced_keys(length: int, block_size: int, init_blocks: int, local_blocks: int, window_size: int = 0) -> Tensor:
@@ -181,13 +178,27 @@ class AttentionConfig:
         return dataclasses.replace(self, **{self.knob: kind(value)})
 
     def knob_span(self, length: int) -> tuple[float, float]:
-        """The knob's values, integers where it is one, between which all sparsities lie that rows of ``length`` tokens
-        can have: the densest one, then the sparsest. ValueError where there is no knob, or none is known."""
-        raise ValueError(f"attention={self.name} has no sparsity knob, or does not say between which values it lies")
+        """The knob's values between which all sparsities lie that rows of ``length`` tokens can have: the densest one,
+        then the sparsest. Here an integer knob counts blocks, from all that there are to the fewest that it may have;
+        another one is a scale, of which larger is sparser. ValueError where there is no knob."""
+        check(self.knob is not None, f"attention={self.name} has no sparsity knob")
+        if not isinstance(getattr(self, self.knob), int):
+            return SCALES
+        blocks = length if self.blocks is None else -(-length // getattr(self, self.blocks))
+        fewest = next(count for count in itertools.count(1) if self._can_have(count))
+        return max(blocks, fewest), fewest
+
+    def _can_have(self, knob: int) -> bool:
+        try:
+            self.with_knob(knob)
+        except ValueError:
+            return False
+        return True
 
     def least_active(self, length: int) -> Tensor:
-        """Keys that each token of an unpacked row attends to at least, at any value of the knob: int64 [length]."""
-        return torch.arange(1, length + 1)
+        """Keys that each token of an unpacked row attends to at least, at any value of the knob: int64 [length]. Here
+        itself; a backend that forces more can say so, for an earlier refusal of what cannot be reached."""
+        return torch.ones(length, dtype=torch.int64)
 
     def most_sparsity(self, length: int, count: str) -> float:
         """An upper bound of the sparsity, counted as ``sparsity_count`` says, that unpacked rows can have. Only a

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dashattn.backends.base import ALL_HEADS, AttentionBackend, AttentionConfig, Capabilities, block_span, forced_keys
+from dashattn.backends.base import ALL_HEADS, AttentionBackend, AttentionConfig, Capabilities, forced_keys
 from dashattn.checks import check_forced, check_oracle
 from dashattn.controls import mass_bound, oracle_attention, sink_window_attention, window_selection
 from dashattn.ops.decode.reference import new_positions
@@ -25,9 +25,6 @@ class SinkWindowConfig(AttentionConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_forced(**forced_sizes(self))
-
-    def knob_span(self, length):
-        return block_span(length, self.block_size, 1)
 
     def least_active(self, length):
         return forced_keys(length, self.block_size, self.init_blocks, 2)
@@ -73,9 +70,7 @@ class OracleConfig(AttentionConfig):
         check_oracle(self.select, self.topk, self.top_p, **forced_sizes(self))
 
     def knob_span(self, length):
-        if self.select == "top_p":
-            return 1.0, 1e-3
-        return block_span(length, self.block_size, self.init_blocks + self.local_blocks + 1)
+        return super().knob_span(length) if self.select == "topk" else (1.0, 1e-3)
 
     def least_active(self, length):
         return forced_keys(length, self.block_size, self.init_blocks, self.local_blocks + 1)

@@ -22,7 +22,6 @@ from dashattn.routing import Routing
 
 ALPHA_MODES = ("fixed", "scheduled", "learnable")
 SUMMARY_ROPES = ("none", "mean")
-ROUTER_SCALES = (1e-6, 1e6)
 
 
 @dataclass
@@ -85,11 +84,6 @@ class DashConfig(AttentionConfig):
                 MIN_ALPHA < self.alpha < MAX_ALPHA,
                 f"alpha_mode=learnable starts strictly between 1.01 and 2, where its sigmoid ends; got {self.alpha}",
             )
-
-    def knob_span(self, length):
-        """Below the one the scores are all but equal and every chunk is selected, above the other each query head has
-        one chunk; both whatever the scores of a model that is used or trained."""
-        return ROUTER_SCALES
 
     def least_active(self, length):
         """The token's own chunk, and one before it."""

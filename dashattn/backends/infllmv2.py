@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from dashattn.backends.base import ALL_HEADS, AttentionBackend, AttentionConfig, block_span, forced_keys
+from dashattn.backends.base import ALL_HEADS, AttentionBackend, AttentionConfig, forced_keys
 from dashattn.cache import CacheField
 from dashattn.checks import check_infllmv2
 from dashattn.functional import infllmv2_attention
@@ -50,9 +50,6 @@ class InfLLMv2Config(AttentionConfig):
     def local_blocks(self) -> int:
         """Those of the window, and a token's own."""
         return self.window_size // self.block_size + 1
-
-    def knob_span(self, length):
-        return block_span(length, self.block_size, self.init_blocks + self.local_blocks)
 
     def least_active(self, length):
         return forced_keys(length, self.block_size, self.init_blocks, self.local_blocks)

@@ -15,7 +15,6 @@ from dashattn.backends.base import (
     AttentionConfig,
     AttentionFlops,
     HeadShare,
-    block_span,
     forced_keys,
 )
 from dashattn.cache import CacheField
@@ -82,9 +81,6 @@ class NSAConfig(AttentionConfig):
             )
         else:
             check(self.window_size > 0, "variant=paper has a window branch: set window_size > 0; got 0")
-
-    def knob_span(self, length):
-        return block_span(length, self.block_size, self.init_blocks + self.local_blocks)
 
     def least_active(self, length):
         return forced_keys(length, self.block_size, self.init_blocks, self.local_blocks, self.window_size)

@@ -280,7 +280,6 @@ def test_knobs():
 @pytest.mark.parametrize(
     "config",
     [
-        FullConfig(),
         DashConfig(chunk_size=8),
         InfLLMv2Config(**SMALL, topk=9, window_size=16, init_blocks=2),
         InfLLMv2Config(**SMALL, topk=9, window_size=0, init_blocks=0),
@@ -296,11 +295,9 @@ def test_the_sparsest_knob_reads_the_fewest_keys_and_the_densest_all(config, len
     """One query head a group, so that DashAttention's can have one chunk."""
     backend = build_backend(config, AttentionShape(16, 2, 2, 8)).double()
     q, k, v, hidden = (torch.randn(1, length, *shape, dtype=torch.float64) for shape in ((2, 8),) * 3 + ((16,),))
-    knobs = config.knob_span(length) if config.knob else (None,)
     read = []
-    for knob in knobs:
-        if knob is not None:
-            backend.set_knob(knob)
+    for knob in config.knob_span(length):
+        backend.set_knob(knob)
         stats = backend(q, k, v, hidden=hidden, return_stats=True)[1]
         read.append(stats.active_tokens[0].T.long())
     least = config.least_active(length)

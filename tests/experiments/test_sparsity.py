@@ -50,6 +50,13 @@ def test_an_integer_knob_is_the_nearest(blocks, target):
     assert len(calls) <= 12
 
 
+@pytest.mark.parametrize("start", [1, 64, 5000])
+def test_a_start_beyond_the_span_is_its_end(start):
+    found = find_knob(of_blocks(16), 0.6, (16, 3), start)
+    assert found.knob == 4
+    assert set(found.tried) <= set(range(3, 17))
+
+
 def test_plateaus_cost_no_more_passes():
     def steps(knob):
         return math.floor(20 * smooth(50.0)(knob)) / 20
