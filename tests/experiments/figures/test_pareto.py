@@ -160,7 +160,7 @@ def test_lines_say_the_sparsity_and_the_held_knob_is_the_one_trained_with():
     held, found, other = at_sparsity(None, 0.4), at_sparsity(0.75, 0.41), at_sparsity(0.9, 1.0, label="more")
     held, found, other = frontier.newest([held, found, other | {"trained_sparsity": 0.9}])
     assert [line_of(row) for row in (held, found, other)] == ["dash (75% held)", "dash (75%)", "more (90%)"]
-    assert as_trained([held, found, other]) == [held, other]  # `more` was evaluated at nothing else
+    assert as_trained([held, found, other]) == [held, other]  # ``more`` was evaluated at nothing else
     assert line_of(make_row(knob=0.25, knob_name="router_scale")) == "dash (router_scale 0.25)"
 
 
