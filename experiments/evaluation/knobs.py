@@ -88,6 +88,7 @@ def turn_knob(model: Transformer, setpoint: Setpoint, task: Task, config: Evalua
         "attention": fingerprint(attention),
         "target_sparsity": setpoint.target,
         "sparsity_count": setpoint.count,
+        "data": train.data.name,
         "length": length,
         "packed": task.packed,
         "mqar": config.mqar.given(),

@@ -47,7 +47,7 @@ class Point:
 
     panel: Panel
     label: str  # the backend, or a variant of it
-    trained_knob: float | None  # or ``AtSparsity``; None: dense
+    trained_knob: float | None  # or ``AtSparsity``; None: dense, or not trained
     knob: float | None
     of_seed: Mapping[int, tuple[float, float]]  # seed -> (causal sparsity, score)
 
@@ -183,9 +183,10 @@ def curves(points: Iterable[Point]) -> dict[tuple, list[Point]]:
             trained = [p for line in checkpoints.values() for p in line if p.is_trained]
             seeds = max((p.of_seed.keys() for p in trained), key=len, default=())
             found[panel, label, "trained at each"] = [p for p in trained if p.of_seed.keys() == seeds]
-        for trained_knob, line in sorted(checkpoints.items(), key=lambda item: item[0]):
+        for trained_knob, line in sorted(checkpoints.items(), key=lambda item: (item[0] is not None, item[0])):
             if len(checkpoints) == 1 or len(line) > 1:
-                found[panel, label, f"trained at {trained_knob:g}, knob turned"] = line
+                trained = "untrained" if trained_knob is None else f"trained at {trained_knob:g}"
+                found[panel, label, f"{trained}, knob turned"] = line
     return {key: line for key, line in found.items() if line}
 
 

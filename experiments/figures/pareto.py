@@ -56,7 +56,8 @@ def to_markdown(points: Sequence[Point]) -> str:
         out.append("| attention | trained at | evaluated at | causal sparsity | score | " + _cells("seed {}", seeds))
         out.append("|---|---|---|---|---|" + "---|" * len(seeds))
         for p in sorted(inside, key=lambda p: (p.knob is not None, p.label, p.trained_knob or 0, p.sparsity)):
-            knobs = " | | " if p.knob is None else f" | {p.trained_knob:g} | {p.knob:g} "
+            trained = "untrained" if p.trained_knob is None else f"{p.trained_knob:g}"
+            knobs = " | | " if p.knob is None else f" | {trained} | {p.knob:g} "
             each = [f"{p.of_seed[seed][1]:.4f}" if seed in p.of_seed else "missing" for seed in seeds]
             out.append(f"| {p.label}{knobs}| {p.sparsity:.1%} | {p.score:.4f} | " + _cells("{}", each))
         lines = {key[1:]: line for key, line in curves(inside).items()}

@@ -156,6 +156,17 @@ def test_a_sparsity_that_was_asked_for_is_one_setting_of_all_seeds():
     assert [row["knob"] for row in again] == [p["knob"] for p in frontier.newest(rows)]
 
 
+def test_a_model_that_was_not_trained_has_a_curve():
+    asked = [{"target_sparsity": sparsity, "sparsity_count": "causal"} for sparsity in (0.5, 0.9)]
+    rows = [make_row(sparsity=one["target_sparsity"], trained_knob=None, **one) for one in asked]
+    points = frontier.points(frontier.newest([*rows, make_row(knob=3.0, label="other")]))
+    assert {key[1:]: len(line) for key, line in frontier.curves(points).items()} == {
+        ("dash", "untrained, knob turned"): 2,
+        ("other", "trained at 1, knob turned"): 1,
+    }
+    assert "| dash | untrained | 90% | 90.0% |" in pareto.to_markdown(points)
+
+
 def test_lines_say_the_sparsity_and_the_held_knob_is_the_one_trained_with():
     held, found, other = at_sparsity(None, 0.4), at_sparsity(0.75, 0.41), at_sparsity(0.9, 1.0, label="more")
     held, found, other = frontier.newest([held, found, other | {"trained_sparsity": 0.9}])
