@@ -86,8 +86,8 @@ class DashConfig(AttentionConfig):
             )
 
     def least_active(self, length):
-        """The token's own chunk, and one before it."""
-        return forced_keys(length, self.chunk_size, 0, 2)
+        """The forced chunks, the token's own one, and one that the router chooses."""
+        return forced_keys(length, self.chunk_size, self.init_chunks, self.local_chunks + 2)
 
 
 class DashBackend(AttentionBackend):

@@ -84,7 +84,9 @@ def their_attention(attention: AttentionConfig, kind: str, step: int) -> dict:
         **{"model_type": MODEL_TYPE, BASE_TYPE: kind, "architectures": ["DashAttnForCausalLM"]},
         **{KEY: asdict(attention), STEP: step},
     }
-    if isinstance(attention, DashConfig) and attention.layers is None and attention.prior in ("raw", "tempered"):
+    # Forced chunks are not in the authors' format: by it their code would leave out what this model reads.
+    authors = isinstance(attention, DashConfig) and not (attention.init_chunks or attention.local_chunks)
+    if authors and attention.layers is None and attention.prior in ("raw", "tempered"):
         theirs |= {
             "chunk_size": attention.chunk_size,
             "estimate_diagonal": attention.prior == "tempered",

@@ -281,6 +281,8 @@ def test_knobs():
     "config",
     [
         DashConfig(chunk_size=8),
+        DashConfig(chunk_size=8, init_chunks=1),
+        DashConfig(chunk_size=8, init_chunks=2, local_chunks=1),
         InfLLMv2Config(**SMALL, topk=9, window_size=16, init_blocks=2),
         InfLLMv2Config(**SMALL, topk=9, window_size=0, init_blocks=0),
         NSAConfig(**SMALL, topk=9, window_size=12, local_blocks=1),

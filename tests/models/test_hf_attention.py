@@ -13,6 +13,7 @@ from dashattn.backends import DashConfig, FullConfig, InfLLMv2Config, NSAConfig
 from experiments.training.weights import find_weights, load_weights
 from models import Transformer
 from models.hf import check_same_attention, read_attention, read_config, read_step, write_folder
+from models.hf.attention import their_attention
 
 INPUT_IDS = torch.arange(2 * 70).view(2, 70) % 61
 NSA = NSAConfig(block_size=8, kernel_size=4, kernel_stride=2, topk=4, window_size=8)
@@ -108,6 +109,14 @@ def test_the_authors_format_in_and_out(tmp_path, tempered):
     assert weights.keys() == load_file(path).keys()
     assert all(torch.equal(weights[name], queries[name]) for name in queries)
     assert {key: written[key] for key in options} == options | {"sigma": attention.sigma}
+
+
+@pytest.mark.parametrize("forced", [{"init_chunks": 1}, {"local_chunks": 2}])
+def test_forced_chunks_are_not_written_in_the_authors_format(forced):
+    assert "estimate_diagonal" in their_attention(DashConfig(), "llama", step=0)
+    written = their_attention(DashConfig(**forced), "llama", step=0)
+    assert not {"estimate_diagonal", "chunk_size", "sigma", "scaling_factor"} & written.keys()
+    assert written["attention"]["init_chunks"] == forced.get("init_chunks", 0)
 
 
 def test_minicpms_settings_become_infllmv2(tmp_path):
