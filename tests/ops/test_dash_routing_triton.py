@@ -85,6 +85,7 @@ def test_attention_and_gradients_agree_with_the_references(group, alpha, router_
     ("length", "group", "alpha", "prior", "forced", "cu_seqlens"),
     [
         (130, 1, 1.5, "raw", (1, 0), None),
+        (130, 1, 1.5, "tempered", (1, 1), None),  # tiles of tokens of several chunks
         (130, 3, 1.5, "tempered", (1, 1), None),
         (130, 4, (1.2, 1.8), "raw", (2, 1), None),
         (130, 16, 1.5, "tempered", (1, 0), None),
