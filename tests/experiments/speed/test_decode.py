@@ -54,11 +54,11 @@ def rows_of(monkeypatch, tmp_path):
 
 
 def test_a_layers_rows(rows_of):
-    rows = rows_of(backends=["dash_sink", "nsa"], baselines=["flash", "released_dash"], decode=[[160, 2]])
+    rows = rows_of(backends=["dash", "nsa"], baselines=["flash", "released_dash"], decode=[[160, 2]])
     assert [(row["method"], row["stage"], row["sparsity"], row["status"]) for row in rows] == [
         (FULL, DENSE, None, "ok"),
         ("SDPA flash", DENSE, None, "ok"),
-        ("dash_sink", WHOLE, 0.4, "ok"),
+        ("dash", WHOLE, 0.4, "ok"),
         ("nsa", WHOLE, 0.4, "ok"),
         ("released DashAttention", WHOLE, 0.4, "not installed"),
     ]
@@ -91,6 +91,17 @@ def test_backends_and_the_reference_agree_on_infllmv2():
     assert errors[SELECTED_BLOCKS] == 0
     assert errors["out"] < 0.002
     assert sparsity == 0  # 16 blocks are there
+
+
+def test_dash_sink_reads_the_first_chunk_at_the_sparsity_asked_for():
+    inputs = make_inputs(SHAPE, 2, 512, [500], 0, DEVICE)
+    step, _ = build("dash_sink", inputs, 0.5)
+    errors, sparsity = step.check(inputs.device_lengths)
+    assert errors[SELECTED_BLOCKS] == 0
+    assert errors["out"] < 0.002
+    assert sparsity == pytest.approx(0.5, abs=0.06)
+    _, selections = step.expected()
+    assert all(made.mask()[..., 0].all() for made, _ in selections)
 
 
 # correctness gate
