@@ -84,15 +84,19 @@ def their_attention(attention: AttentionConfig, kind: str, step: int) -> dict:
         **{"model_type": MODEL_TYPE, BASE_TYPE: kind, "architectures": ["DashAttnForCausalLM"]},
         **{KEY: asdict(attention), STEP: step},
     }
-    # Forced chunks are not in the authors' format: by it their code would leave out what this model reads.
-    authors = isinstance(attention, DashConfig) and not (attention.init_chunks or attention.local_chunks)
-    if authors and attention.layers is None and attention.prior in ("raw", "tempered"):
-        theirs |= {
+    if isinstance(attention, DashConfig):
+        authors = {
             "chunk_size": attention.chunk_size,
             "estimate_diagonal": attention.prior == "tempered",
             "sigma": attention.sigma,
             "scaling_factor": attention.router_scale,
         }
+        # How alpha came to be what it is, and whether the queries were trained, their format need not say.
+        options = {name: getattr(attention, name) for name in ("impl", "learn_summary", "alpha_start", "alpha_steps")}
+        options |= {"alpha_mode": "scheduled"} if attention.alpha_mode == "scheduled" else {}
+        sigma = {"sigma": attention.sigma}
+        if replace(_from_authors(authors), **options, **sigma) == attention:
+            theirs |= authors
     return theirs
 
 

@@ -111,12 +111,20 @@ def test_the_authors_format_in_and_out(tmp_path, tempered):
     assert {key: written[key] for key in options} == options | {"sigma": attention.sigma}
 
 
-@pytest.mark.parametrize("forced", [{"init_chunks": 1}, {"local_chunks": 2}])
-def test_forced_chunks_are_not_written_in_the_authors_format(forced):
-    assert "estimate_diagonal" in their_attention(DashConfig(), "llama", step=0)
-    written = their_attention(DashConfig(**forced), "llama", step=0)
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"init_chunks": 1}, {"local_chunks": 2}, {"prior": "none"}, {"prior_heads": "head"}, {"alpha": 1.25}),
+        *({"alpha_mode": "learnable"}, {"summary_rope": "mean"}, {"layers": {"0": "full"}}),
+    ],
+    ids=str,
+)
+def test_what_the_authors_format_cannot_say_is_not_said_in_it(options):
+    for same in ({}, {"learn_summary": False}, {"alpha_mode": "scheduled", "alpha_steps": 5}):
+        assert "estimate_diagonal" in their_attention(DashConfig(**same), "llama", step=0)
+    written = their_attention(DashConfig(**options), "llama", step=0)
     assert not {"estimate_diagonal", "chunk_size", "sigma", "scaling_factor"} & written.keys()
-    assert written["attention"]["init_chunks"] == forced.get("init_chunks", 0)
+    assert options.items() <= written["attention"].items()
 
 
 def test_minicpms_settings_become_infllmv2(tmp_path):
