@@ -30,8 +30,9 @@ class GenerationOptions:
 
 
 def read_options(given: dict) -> GenerationOptions:
-    """As lm_eval and transformers mean them: ``do_sample`` decides, without it a temperature above 0 does; sampling
-    without a temperature is at 1. None stands for an option that is not given.
+    """As transformers means them: tokens are sampled where ``do_sample`` says so, at a temperature of 1 if none is
+    given. A temperature alone does not: lm_eval's cache would take such requests for greedy ones, and give one answer
+    to all. None stands for an option that is not given.
 
     Raises:
         ValueError: an option is unknown, impossible, contradicts another, or would have no effect.
@@ -66,7 +67,7 @@ def _sampling(given: dict) -> Sampling:
     for name in SAMPLING:
         if isinstance(given.get(name, 0), bool) or not isinstance(given.get(name, 0), int | float):
             raise ValueError(f"{name}={given[name]!r} must be a number")
-    do_sample = given.get("do_sample", given.get("temperature", 0) > 0)
+    do_sample = given.get("do_sample", False)
     if not isinstance(do_sample, bool):
         raise ValueError(f"do_sample={do_sample!r} must be true or false")
     penalty = float(given.get("repetition_penalty", 1.0))

@@ -181,7 +181,7 @@ def test_samples_differ_and_depend_on_nothing_but_seed_prompt_and_repetition(run
         ({}, (256, (), Sampling(), 0)),
         ({"until": "a", "stop": ["b"], "seed": 7, "temperature": 0.0}, (256, ("a", "b"), Sampling(), 7)),
         ({"max_new_tokens": 5, "do_sample": False, "temperature": 1.0, "num_beams": 1}, (5, (), Sampling(), 0)),
-        ({"max_gen_toks": 5.0, "max_tokens": 5, "temperature": 0.8}, (5, (), Sampling(0.8), 0)),
+        ({"max_gen_toks": 5.0, "max_tokens": 5, "temperature": 0.8, "do_sample": True}, (5, (), Sampling(0.8), 0)),
         ({"max_completion_tokens": 5, "do_sample": True, "top_k": None}, (5, (), Sampling(1.0), 0)),
         (
             {"do_sample": True, "temperature": 0.2, "top_p": 0.95, "top_k": 40, "repetition_penalty": 1.2},
@@ -203,6 +203,7 @@ def test_generation_options_are_honoured(given, expected):
         ({"max_tokens": 0}, "max_tokens=0"),
         ({"max_gen_toks": float("nan")}, "max_gen_toks=nan"),
         ({"temperature": 0.7, "do_sample": False}, "temperature=0.7 would have no effect: add do_sample=True"),
+        ({"temperature": 0.7}, "temperature=0.7 would have no effect: add do_sample=True"),
         ({"top_p": 0.9}, "top_p=0.9 would have no effect"),
         ({"top_k": 5, "temperature": 0}, "top_k=5 would have no effect"),
         ({"do_sample": True, "temperature": 0.0}, "temperature=0.0"),
