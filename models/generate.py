@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dashattn.ops.dtypes import upcast
 from models.cache import ModelCache
 from models.transformer import Transformer
 
@@ -143,7 +144,7 @@ class Sampler:
     def __call__(self, logits_BV: Tensor) -> Tensor:
         """int64 [B]."""
         if self.seen_BV is not None:
-            penalty = self.sampling.repetition_penalty
+            penalty, logits_BV = self.sampling.repetition_penalty, upcast(logits_BV)
             penalised_BV = torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
             logits_BV = penalised_BV.where(self.seen_BV, logits_BV)
         token_B = self._choose(logits_BV)

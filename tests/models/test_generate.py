@@ -167,6 +167,12 @@ def test_a_repetition_penalty_is_transformers_own():
             assert processor(sequence, logits.clone()).argmax(-1).item() == token
 
 
+def test_a_penalty_is_not_rounded_to_16_bits():
+    logits = torch.tensor([[1.0, 2.0, 1.0]], dtype=torch.bfloat16)
+    sampler = Sampler(Sampling(repetition_penalty=1.999), [[1]], [0], 3, "cpu")
+    assert sampler(logits).tolist() == [1]  # 2 / 1.999 is above 1, and 1 in bfloat16
+
+
 LONGROPE = RopeConfig(
     scaling="longrope", short_factor=[1.0] * 16, long_factor=[4.0] * 16, original_max_seq_len=16, factor=4.0
 )
