@@ -22,8 +22,8 @@ SHAPE = ModelConfig(
     hidden_size=32,
     intermediate_size=32,
     num_layers=1,
-    num_heads=4,
-    num_kv_heads=2,
+    num_heads=2,
+    num_kv_heads=1,
     head_dim=16,
     max_seq_len=256,
 )

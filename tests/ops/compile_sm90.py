@@ -1,9 +1,10 @@
 """Compiles the kernels for sm_90 on a machine without a GPU, and prints one line of JSON for each.
 
-Run as a script, by test_sm90_compile.py; of each tuned kernel it compiles each of its options.
+Run as a script, by test_sm90_compile.py. With the argument ``every``, of each tuned kernel every one of its options.
 """
 
 import json
+import sys
 
 import kernel_launches as launches
 
@@ -14,8 +15,9 @@ compiled_options = set()
 
 
 def compile_options(run, options, call):
-    """In place of the first option that fits: of every kernel once all of them."""
-    for option in options[:1] if call["kernel"] in compiled_options else options:
+    """In place of the first option that fits: the first one, or of every kernel once all of them."""
+    every = sys.argv[1:] == ["every"] and call["kernel"] not in compiled_options
+    for option in options if every else options[:1]:
         run(option)
     compiled_options.add(call["kernel"])
     return options[0]

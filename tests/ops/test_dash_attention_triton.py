@@ -8,10 +8,10 @@ pytest.importorskip("triton")
 from dashattn import dash_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CU_SEQLENS = torch.tensor([0, 1, 30, 70], dtype=torch.int32, device=DEVICE)
+CU_SEQLENS = torch.tensor([0, 1, 30, 54], dtype=torch.int32, device=DEVICE)
 
 
-def make_inputs(num_heads=4, num_kv_heads=2, length=70, head_dim=32):
+def make_inputs(num_heads=4, num_kv_heads=2, length=54, head_dim=16):
     def make(*shape):
         return torch.randn(*shape, device=DEVICE, requires_grad=True)
 
@@ -22,9 +22,9 @@ def make_inputs(num_heads=4, num_kv_heads=2, length=70, head_dim=32):
 @pytest.mark.parametrize(
     "options",
     [
-        {"prior": "raw"},
+        pytest.param({"prior": "raw"}, marks=pytest.mark.slow),
         {"prior": "tempered", "sigma": 2.0},
-        {"prior": "none"},
+        pytest.param({"prior": "none"}, marks=pytest.mark.slow),
         {"prior": "raw", "alpha": 1.3},
         {"prior": "raw", "cu_seqlens": CU_SEQLENS},
         {"prior": "raw", "init_chunks": 1, "local_chunks": 1},
@@ -70,7 +70,7 @@ def test_a_router_scale_that_moves_gives_the_same_bits():
 @pytest.mark.parametrize("prior", ["raw", "tempered"])
 def test_gradient_of_alpha_is_exact_at_any_alpha(alpha, prior):
     """Where z = p ** (alpha - 1) is close to 1, too; on a GPU the special unit's logarithm of it errs by 1e-7."""
-    q, k, v, grad = (torch.randn(1, 130, heads, 16, device=DEVICE) for heads in (2, 1, 1, 2))
+    q, k, v, grad = (torch.randn(1, 66, heads, 16, device=DEVICE) for heads in (2, 1, 1, 2))
     grads = []
     for impl, dtype in (("triton", torch.float32), ("reference", torch.float64)):
         tensor = torch.full((2,), alpha, dtype=dtype, device=DEVICE, requires_grad=True)
