@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import mean
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,8 +16,10 @@ from torch import Tensor
 from dashattn.backends import BACKENDS, AttentionConfig
 from dashattn.backends.layers import layer_configs
 from dashattn.stats import PAPER_SKIP, AttentionStats
-from data import Batch
 from models import Transformer
+
+if TYPE_CHECKING:  # the speed benchmark does without what data need
+    from data import Batch
 
 TOLERANCE = 0.005  # half a point: within this a target is met
 _CLOSE = 0.001  # the search looks no further
@@ -239,7 +242,7 @@ def count_keys(model: Transformer, stats: Iterable[AttentionStats], count: str) 
 @torch.no_grad()
 def calibrate(
     model: Transformer,
-    batches: Iterable[Batch],
+    batches: "Iterable[Batch]",
     target: float,
     count: str,
     length: int,

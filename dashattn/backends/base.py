@@ -165,6 +165,12 @@ class AttentionConfig:
         return cls() if cls.blocks is None else cls(**{cls.blocks: size})
 
     @classmethod
+    def variants(cls, block_size: int) -> dict[str, "AttentionConfig"]:
+        """What is timed at blocks of ``block_size`` keys, by the names that rows have."""
+        config = cls.at_block_size(block_size)
+        return {config.name: config}
+
+    @classmethod
     def samples(cls) -> dict[str, "AttentionConfig"]:
         """What errors are measured of, by the names that rows have: sparse where it can be at a thousand tokens."""
         config = cls.at_block_size(32)
@@ -223,10 +229,10 @@ class AttentionBackend(nn.Module):
         Puts new tokens there, and what they complete: keys and values by ``_append``, which takes the kernel for one
         token where there is one, summaries of windows that have come to their end by ``cache.write_windows``. By
         default it writes keys and values.
-    ``_attend(q, cache, hidden)``
-        The attention of new tokens, written already, over all that is there, in terms of the operations that
-        ``_decode_operations`` returns: kernels or reference, which have the same names. A row that is padded attends to
-        what it may; nobody looks at it.
+    ``_attend(q, cache, hidden, operations)``
+        The attention of new tokens, written already, over all that is there, in terms of ``operations``: the module of
+        the kernels or that of the reference, which have the same names. A row that is padded attends to what it may;
+        nobody looks at it.
     ``_step(q, k, v, cache, hidden, rope)``
         The two together. A backend overrides it if one kernel writes and attends.
 
@@ -313,6 +319,20 @@ class AttentionBackend(nn.Module):
             return self(q, k, v, hidden=hidden, rope=rope)
         return self._step(q, k, v, cache, hidden, rope)
 
+    @torch.no_grad()
+    def write(self, k: Tensor, v: Tensor, cache: LayerCache, *, hidden=None, rope=None) -> None:
+        """The half of ``decode`` that writes, for those who only fill a cache."""
+        self._write(k, v, cache, hidden, rope)
+
+    @torch.no_grad()
+    def attend(self, q: Tensor, cache: LayerCache, *, hidden=None, operations=None) -> Tensor:
+        """The half of ``decode`` that attends, from tokens that are written already, for those who compare.
+
+        Args:
+            operations: what has the functions of ``ops.decode.reference``; None = what ``decode`` takes.
+        """
+        return self._attend(q, cache, hidden, self._decode_operations(q) if operations is None else operations)
+
     def decodes_statically(self, cache: LayerCache) -> bool:
         """Whether ``decode`` with this cache never waits for the device, so that a CUDA graph can hold it."""
         return True
@@ -347,9 +367,9 @@ class AttentionBackend(nn.Module):
     def _step(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, hidden, rope) -> Tensor:
         """Writes new tokens behind those of the cache, and attends from them."""
         self._write(k, v, cache, hidden, rope)
-        return self._attend(q, cache, hidden)
+        return self._attend(q, cache, hidden, self._decode_operations(q))
 
-    def _attend(self, q: Tensor, cache: LayerCache, hidden) -> Tensor:
+    def _attend(self, q: Tensor, cache: LayerCache, hidden, operations) -> Tensor:
         """Attention from the new tokens, written already, over the cache."""
         raise NotImplementedError
 

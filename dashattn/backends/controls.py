@@ -41,10 +41,10 @@ class SinkWindowBackend(AttentionBackend):
     def block_size(self):
         return self.config.block_size
 
-    def _attend(self, q, cache, hidden):
+    def _attend(self, q, cache, hidden, operations):
         keys, positions = cache["k"], new_positions(cache.lengths, q.shape[1])
         selection = window_selection(positions, keys.shape, **forced_sizes(self.config))
-        return self._decode_operations(q).cached_attention(q, keys, cache["v"], cache.lengths, selection)
+        return operations.cached_attention(q, keys, cache["v"], cache.lengths, selection)
 
 
 @dataclass
@@ -91,11 +91,11 @@ class OracleBackend(AttentionBackend):
     def block_size(self):
         return self.config.block_size
 
-    def _attend(self, q, cache, hidden):
+    def _attend(self, q, cache, hidden, operations):
         config, keys, positions = self.config, cache["k"], new_positions(cache.lengths, q.shape[1])
         bound = mass_bound(config.select, config.topk, config.top_p)
         selection = mass_selection(q, keys, positions, **forced_sizes(config), **bound)
-        return self._decode_operations(q).cached_attention(q, keys, cache["v"], cache.lengths, selection)
+        return operations.cached_attention(q, keys, cache["v"], cache.lengths, selection)
 
 
 def forced_sizes(config: SinkWindowConfig | OracleConfig) -> dict[str, int]:

@@ -15,7 +15,6 @@ from dashattn.checks import check
 from dashattn.functional import dash_attention, unsupported_priors
 from dashattn.ops.chunk_summary.reference import chunk_summary
 from dashattn.ops.dash_routing.reference import candidate_chunks, dash_routing
-from dashattn.ops.decode.reference import cached_attention, cached_dash_routing
 from dashattn.ops.dtypes import upcast
 from dashattn.ops.entmax.reference import MAX_ALPHA, MIN_ALPHA
 from dashattn.routing import Routing
@@ -56,6 +55,11 @@ class DashConfig(AttentionConfig):
 
     knob: ClassVar[str | None] = "router_scale"
     blocks: ClassVar[str | None] = "chunk_size"
+
+    @classmethod
+    def variants(cls, block_size):
+        """With the attention sink always read, too."""
+        return {"dash": cls(chunk_size=block_size), "dash_sink": cls(chunk_size=block_size, init_chunks=1)}
 
     @classmethod
     def samples(cls):
@@ -220,9 +224,10 @@ class DashBackend(AttentionBackend):
             return super()._step(q, k, v, cache, hidden, rope)
         # The router's first kernel writes the token beside its products, which saves a launch: what it reads cannot
         # depend on that token, since a summary is visible from the token after its chunk on.
-        return self._attend(q, cache, hidden, kernels.NewToken(k, v, cache["k"], cache["v"], self.chunk_query))
+        new = kernels.NewToken(k, v, cache["k"], cache["v"], self.chunk_query)
+        return self._attend(q, cache, hidden, kernels, new)
 
-    def _attend(self, q, cache, hidden, new=None):
+    def _attend(self, q, cache, hidden, operations, new=None):
         """``new``: the token, where it is not written yet."""
         config = self.config
         options = dict(
@@ -234,14 +239,13 @@ class DashBackend(AttentionBackend):
             init_chunks=config.init_chunks,
             local_chunks=config.local_chunks,
         )
-        kernels = self._decode_kernels(q)
-        if kernels is not None:
+        if hasattr(operations, "routed_attention"):  # the kernels route and attend in one
             caches = cache["k"], cache["v"], cache["summaries"]
-            return kernels.routed_attention(q, *caches, cache.lengths, **options, new=new)
-        selection, bias = cached_dash_routing(
+            return operations.routed_attention(q, *caches, cache.lengths, **options, new=new)
+        selection, bias = operations.cached_dash_routing(
             q, cache["summaries"], cache.lengths, prior_heads=config.prior_heads, **options
         )
-        return cached_attention(q, cache["k"], cache["v"], cache.lengths, selection, bias)
+        return operations.cached_attention(q, cache["k"], cache["v"], cache.lengths, selection, bias)
 
     def _decode_kernels(self, x, unsupported=None):
         return super()._decode_kernels(x, unsupported_priors(self.config.prior_heads))

@@ -23,5 +23,5 @@ class FullBackend(AttentionBackend):
     def block_size(self):
         return 64
 
-    def _attend(self, q, cache, hidden):
-        return self._decode_operations(q).cached_attention(q, cache["k"], cache["v"], cache.lengths)
+    def _attend(self, q, cache, hidden, operations):
+        return operations.cached_attention(q, cache["k"], cache["v"], cache.lengths)

@@ -113,8 +113,8 @@ class InfLLMv2Backend(AttentionBackend):
 
         cache.write_windows(k.shape[1], size, stride, compress, ["k"], ["compressed_k"])
 
-    def _attend(self, q, cache, hidden):
-        config, operations = self.config, self._decode_operations(q)
+    def _attend(self, q, cache, hidden, operations):
+        config = self.config
         _, selection = operations.cached_window_routing(
             q,
             cache["compressed_k"],

@@ -207,8 +207,8 @@ class NSABackend(AttentionBackend):
             return
         cache.write_windows(k.shape[1], *windows, partial(self._compress, cu_seqlens=None), sources, targets)
 
-    def _attend(self, q, cache, hidden):
-        config, operations = self.config, self._decode_operations(q)
+    def _attend(self, q, cache, hidden, operations):
+        config = self.config
         out_compressed, selection = operations.cached_window_routing(
             q,
             cache["compressed_k"],

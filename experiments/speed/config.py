@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from hydra.core.config_store import ConfigStore
 
 from experiments.speed.inputs import PATTERNS
-from experiments.speed.methods import BACKENDS
+from experiments.speed.methods import BACKENDS, OPERATIONS
 from experiments.speed.peers import BASELINES
 from models.config import ModelConfig
 
@@ -20,7 +20,7 @@ class SpeedConfig:
     lengths: list[int] = field(default_factory=lambda: [2**i for i in range(10, 18)])
     sparsities: list[float] = field(default_factory=lambda: [0.75, 0.9])  # causal
     patterns: list[str] = field(default_factory=lambda: list(PATTERNS))  # shared | clustered | iid
-    backends: list[str] = field(default_factory=lambda: list(BACKENDS))
+    backends: list[str] = field(default_factory=lambda: list(OPERATIONS))
     baselines: list[str] = field(default_factory=lambda: list(BASELINES))
     heads: int = 32
     kv_heads: int = 2

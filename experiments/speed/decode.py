@@ -27,10 +27,10 @@ from experiments.speed.decode_steps import (
     build,
     expected_of,
     fill,
-    find_knob,
     make_inputs,
     new_config,
     recorded_step,
+    turn_knob,
 )
 from experiments.speed.inputs import Shape
 from experiments.speed.measure import failed_check, graph_times, measure, run_jax, summary
@@ -195,9 +195,8 @@ class Decoding:
         token_B = torch.zeros(batch, dtype=torch.int64, device=self.device)
         knob = None
         if target is not None:
-            queries = [q for _, q, _, _, _ in recorded_step(model, sequences, token_B)]
-            knob = find_knob(model.backends[0].config, sequences.layers, queries, target)
-            model.set_knob(knob)
+            backends, queries, layers, hidden, _ = zip(*recorded_step(model, sequences, token_B), strict=True)
+            knob = turn_knob(backends, queries, layers, hidden, target)
         backends, queries, layers, hidden, outs = zip(*recorded_step(model, sequences, token_B), strict=True)
         expected, selections = expected_of(zip(backends, queries, layers, hidden, strict=True))
         errors, sparsity = assess(outs, expected, selections, sequences.lengths)

@@ -7,32 +7,22 @@ Shapes: B sequences, S tokens of capacity, Hq query heads, H KV heads, D head si
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dashattn.backends import (
-    AttentionBackend,
-    AttentionConfig,
-    AttentionShape,
-    DashConfig,
-    FullConfig,
-    InfLLMv2Config,
-    NSAConfig,
-    build_backend,
-)
+from dashattn.backends import AttentionBackend, AttentionConfig, AttentionShape, build_backend
 from dashattn.cache import DecodeCache, LayerCache
 from dashattn.ops.chunk_summary.reference import chunk_summary
 from dashattn.ops.decode import reference
 from dashattn.selection import Selection
-from experiments.speed.inputs import SINK_CHUNKS, Shape, bisect_scale, causal_sparsity, make_keys
-from experiments.speed.methods import SELECTED_BLOCKS, UnavailableError, relative_error
+from experiments.speed.inputs import Shape, causal_sparsity, make_keys
+from experiments.speed.methods import SELECTED_BLOCKS, nearest_knob, relative_error, variant
 from experiments.speed.peers import RELEASED, SDPA_FLASH, need
-from experiments.speed.rows import CUDNN, FULL
+from experiments.speed.rows import CUDNN
 from models.transformer import Transformer
 
 Selections = tuple[Selection, Selection]  # made by the kernels, and by the reference
@@ -113,14 +103,7 @@ def assess(
 
 def new_config(name: str, chunk_size: int) -> AttentionConfig:
     """A backend's options; its sparsity knob is set later."""
-    if name == FULL:
-        return FullConfig(impl="triton")
-    if name in ("dash", "dash_sink"):
-        return DashConfig(impl="triton", chunk_size=chunk_size, init_chunks=SINK_CHUNKS if name == "dash_sink" else 0)
-    windows = {"impl": "triton", "block_size": chunk_size}
-    if name == "infllmv2":
-        return InfLLMv2Config(**windows, window_size=1024 // chunk_size * chunk_size)
-    return NSAConfig(**windows)
+    return replace(variant(name, chunk_size), impl="triton")
 
 
 def fill(
@@ -131,33 +114,42 @@ def fill(
 ) -> None:
     """Writes every layer's keys and values, and then cuts the sequences to their lengths."""
     for backend, layer, (k, v) in zip(backends, cache.layers, caches, strict=True):
-        backend._write(k, v, layer, None, None)
+        backend.write(k, v, layer)
     cache.advance(lengths)
 
 
-def find_knob(config: AttentionConfig, layers: Sequence[LayerCache], queries: Sequence[Tensor], target: float) -> float:
-    """The value of the sparsity knob that comes closest to the causal sparsity; forced blocks may be more than it."""
-    if config.knob == "topk":
-        blocks = layers[0]["k"].shape[1] // config.block_size
-        for topk in range(max(1, round((1 - target) * blocks)), blocks + 1):
-            with suppress(ValueError):
-                return config.with_knob(topk).topk
-        raise UnavailableError("impossible", "the forced blocks are all that the sequence has")
+def turn_knob(
+    backends: Sequence[AttentionBackend],
+    queries: Sequence[Tensor],
+    layers: Sequence[LayerCache],
+    hidden: Sequence[Tensor],
+    target: float,
+) -> float:
+    """Turns the sparsity knob of all layers to where their causal sparsity comes closest to the target.
 
-    def sparsity(scale: float) -> float:
-        found = [
-            reference_chunks(q, layer, config, scale).mask()[:, 0] for layer, q in zip(layers, queries, strict=True)
-        ]
-        return causal_sparsity(torch.cat(found), layers[0].lengths.repeat(len(layers)), config.chunk_size)
+    Args:
+        queries, layers, hidden: each layer's, of tokens that are written already.
 
-    return bisect_scale(sparsity, target)
+    Returns:
+        The knob.
 
+    Raises:
+        UnavailableError: there is nothing to choose; forced blocks may leave less sparsity than the target.
+    """
+    lengths = layers[0].lengths
 
-def reference_chunks(q: Tensor, layer: LayerCache, config: DashConfig, router_scale: float) -> Selection:
-    """The chunks that the reference's router selects."""
-    options = dict(chunk_size=config.chunk_size, alpha=config.alpha, prior="none", sigma=1.0, prior_heads="group")
-    options |= dict(init_chunks=config.init_chunks, local_chunks=config.local_chunks)
-    return reference.cached_dash_routing(q, layer["summaries"], layer.lengths, router_scale=router_scale, **options)[0]
+    def sparsity(knob: float) -> float:
+        found = Selected()
+        for backend, q, layer, x in zip(backends, queries, layers, hidden, strict=True):
+            backend.set_knob(knob)
+            backend.attend(q, layer, hidden=x, operations=found)
+        masks = torch.cat([selection.mask()[:, 0] for selection in found.selections])
+        return causal_sparsity(masks, lengths.repeat(len(backends)), backends[0].block_size)
+
+    knob = nearest_knob(sparsity, target, backends[0].config, layers[0]["k"].shape[1]).knob
+    for backend in backends:
+        backend.set_knob(knob)
+    return knob
 
 
 def build(name: str, inputs: Inputs, target: float | None) -> tuple[Step, float | None]:
@@ -172,9 +164,8 @@ def build(name: str, inputs: Inputs, target: float | None) -> tuple[Step, float 
     fill(backends, cache, inputs.caches, inputs.lengths)
     knob = None
     if target is not None:
-        knob = find_knob(config, cache.layers, [inputs.q] * len(backends), target)
-        for backend in backends:
-            backend.set_knob(knob)
+        queries, hidden = ([x] * len(backends) for x in (inputs.q, inputs.hidden))
+        knob = turn_knob(backends, queries, cache.layers, hidden, target)
 
     def run():
         return [
@@ -197,25 +188,45 @@ def expected_of(
     outs, selections = [], []
     for backend, q, layer, hidden in layers:
         operations = GivenSelection()
-        if isinstance(backend.config, DashConfig):
-            selection = operations.dash_selection(q, layer, backend.config)
-            outs.append(reference.cached_attention(q, layer["k"], layer["v"], layer.lengths, selection))
-        else:
-            backend._decode_operations = lambda _, operations=operations: operations
-            outs.append(backend._attend(q, layer, hidden))
-            del backend._decode_operations
-        selections += operations.selections
+        outs.append(backend.attend(q, layer, hidden=hidden, operations=operations))
+        selections += operations.selections or [(selection, selection) for selection in operations.attended]
     return outs, selections
 
 
-class GivenSelection:
-    """The reference's operations of decoding, except that the kernels select; keeps what both select."""
+class Selected:
+    """The reference's operations of decoding; keeps the selections that are attended to."""
 
-    cached_attention = staticmethod(reference.cached_attention)
+    cached_dash_routing = staticmethod(reference.cached_dash_routing)
+    cached_window_routing = staticmethod(reference.cached_window_routing)
+    gated_sum = staticmethod(reference.gated_sum)
+
+    def __init__(self):
+        self.selections: list[Selection] = []
+
+    def cached_attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, selection=None, *rest, **options):
+        if selection is not None:
+            self.selections.append(selection)
+        return reference.cached_attention(q, k, v, lengths, selection, *rest, **options)
+
+
+class GivenSelection:
+    """The reference's operations of decoding, except that the kernels of a router select.
+
+    Attributes:
+        selections: those kernels' and the reference's; empty for a backend that has none.
+        attended: what was attended to.
+    """
+
     gated_sum = staticmethod(reference.gated_sum)
 
     def __init__(self):
         self.selections: list[Selections] = []
+        self.attended: list[Selection] = []
+
+    def cached_attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, selection=None, *rest, **options):
+        if selection is not None:
+            self.attended.append(selection)
+        return reference.cached_attention(q, k, v, lengths, selection, *rest, **options)
 
     def cached_window_routing(self, q: Tensor, compressed_k: Tensor, compressed_v: Tensor | None, lengths, **options):
         from dashattn.ops.decode import triton as kernels
@@ -225,18 +236,20 @@ class GivenSelection:
         self.selections.append((made, wanted))
         return out, made
 
-    def dash_selection(self, q: Tensor, layer: LayerCache, config: DashConfig) -> Selection:
-        """The union of the chunks that a group's heads select."""
+    def cached_dash_routing(
+        self, q: Tensor, summaries: Tensor, lengths: Tensor, *, chunk_size, router_scale, **options
+    ):
+        """The union of the chunks that a group's heads select, without a prior."""
         from dashattn.ops.decode import triton as kernels
 
-        size, summaries = config.chunk_size, layer["summaries"]
-        scale = config.router_scale * q.shape[-1] ** -0.5
-        forced = config.init_chunks, config.local_chunks
-        words, _ = kernels.route(q.contiguous(), summaries, layer.lengths, None, size, scale, False, None, forced)
-        mask = Selection(words, size).mask().unflatten(2, (summaries.shape[2], -1)).any(3)
-        made = Selection.from_mask(mask, size)
-        self.selections.append((made, reference_chunks(q, layer, config, config.router_scale)))
-        return made
+        forced = options["init_chunks"], options["local_chunks"]
+        scale = router_scale * q.shape[-1] ** -0.5
+        words, _ = kernels.route(q.contiguous(), summaries, lengths, None, chunk_size, scale, False, None, forced)
+        mask = Selection(words, chunk_size).mask().unflatten(2, (summaries.shape[2], -1)).any(3)
+        made = Selection.from_mask(mask, chunk_size)
+        options |= {"chunk_size": chunk_size, "router_scale": router_scale, "prior": "none"}
+        self.selections.append((made, reference.cached_dash_routing(q, summaries, lengths, **options)[0]))
+        return made, None
 
 
 # what it is compared with

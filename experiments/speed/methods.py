@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from dashattn import dash_attention, infllmv2_attention, nsa_attention
+from dashattn.backends import BACKENDS as REGISTRY
+from dashattn.backends import AttentionConfig, AttentionShape, build_backend
 from dashattn.ops.block_scores.reference import topk_selection
 from dashattn.ops.block_sparse import reference as attention_reference
 from dashattn.ops.chunk_summary import reference as summary_reference
@@ -20,6 +22,7 @@ from dashattn.ops.dash_routing import reference as routing_reference
 from dashattn.ops.gates.reference import gated_sum
 from dashattn.ops.window.reference import window_attention
 from dashattn.selection import Selection
+from experiments.sparsity import Found, find_knob
 from experiments.speed.inputs import SINK_CHUNKS, Problem, topk_sparsities, with_selection
 from experiments.speed.rows import ATTENTION, ROUTING, WHOLE
 
@@ -287,8 +290,57 @@ def nsa_whole(problem: Problem) -> Operation:
     return Operation(forward, leaves, reference, selections, causal_sparsity=sparsity)
 
 
-# The names that the configuration takes.
-BACKENDS = {
+def nearest_knob(sparsity: Callable[[float], float], target: float, config: AttentionConfig, length: int) -> Found:
+    """The knob whose ``sparsity`` comes closest to the target at so many tokens.
+
+    Raises:
+        UnavailableError: more blocks are forced than there are.
+    """
+    dense, sparse = config.knob_span(length)
+    start = getattr(config, config.knob)
+    if isinstance(start, int):  # it counts blocks
+        blocks = length // getattr(config, config.blocks)
+        if sparse > blocks:
+            raise UnavailableError("impossible", "the forced blocks are all that the sequence has")
+        start = round((1 - target) * blocks)
+    return find_knob(sparsity, target, (dense, sparse), min(max(start, min(dense, sparse)), max(dense, sparse)))
+
+
+def module_whole(name: str, problem: Problem) -> Operation:
+    """A backend of which nothing else is known: its module as it is built, its knob turned to the target.
+
+    The reference makes its own selection, so that one which comes out otherwise counts as an error of the output.
+    """
+    shape, q = problem.shape, problem.q
+    sizes = AttentionShape(shape.heads * shape.head_dim, shape.heads, shape.kv_heads, shape.head_dim)
+    config = variant(name, shape.chunk_size)
+    torch.manual_seed(0)
+    backend = build_backend(config, sizes).to(q.device, q.dtype)
+    exact = build_backend(replace(config, impl="reference"), sizes).to(q.device)
+    exact.load_state_dict(backend.state_dict())
+    hidden = torch.randn(*q.shape[:2], sizes.hidden_size, device=q.device).to(q.dtype)
+    leaves = leaves_of(problem)
+
+    def sparsity(knob: float) -> float:
+        backend.set_knob(knob)
+        with torch.no_grad():
+            _, stats = backend(problem.q, problem.k, problem.v, hidden=hidden, return_stats=True)
+        return float(stats.causal_sparsity())
+
+    found = nearest_knob(sparsity, problem.target, config, problem.length)
+    for module in (backend, exact):
+        module.set_knob(found.knob)
+
+    def reference():
+        return on_copies(problem, leaves, lambda q, k, v: exact(q, k, v, hidden=hidden.float()))
+
+    return Operation(
+        lambda: backend(*leaves.values(), hidden=hidden), leaves, reference, causal_sparsity=found.sparsity
+    )
+
+
+# What is known of a backend beside its module: operations of its own, and a reference given the kernels' selection.
+OPERATIONS = {
     "dash": [
         Method("block-sparse", ATTENTION, block_sparse),
         Method("dash", ROUTING, dash_routing),
@@ -301,3 +353,16 @@ BACKENDS = {
     "infllmv2": [Method("infllmv2", WHOLE, infllmv2_whole)],
     "nsa": [Method("nsa", WHOLE, nsa_whole)],
 }
+# The names that the configuration takes: every sparse variant in the registry.
+BACKENDS = OPERATIONS | {
+    name: [Method(name, WHOLE, partial(module_whole, name))]
+    for kind, _ in REGISTRY.values()
+    for name, config in kind.variants(64).items()
+    if config.knob is not None and name not in OPERATIONS
+}
+
+
+def variant(name: str, chunk_size: int) -> AttentionConfig:
+    """The configuration of a name of ``BACKENDS``, or of dense attention, at blocks of ``chunk_size`` keys."""
+    found = {key: config for kind, _ in REGISTRY.values() for key, config in kind.variants(chunk_size).items()}
+    return found[name]

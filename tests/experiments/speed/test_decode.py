@@ -15,7 +15,7 @@ from experiments.speed import decode as speed_decode
 from experiments.speed import report as speed_report
 from experiments.speed import rows as speed_rows
 from experiments.speed.config import SpeedConfig, check
-from experiments.speed.decode_steps import DENSE_BASELINES, Step, assess, build, find_knob, make_inputs, new_config
+from experiments.speed.decode_steps import DENSE_BASELINES, Step, assess, build, make_inputs
 from experiments.speed.inputs import Shape
 from experiments.speed.measure import failed_check
 from experiments.speed.methods import SELECTED_BLOCKS, UnavailableError
@@ -150,9 +150,19 @@ def test_knobs_that_cannot_be():
     inputs = make_inputs(SHAPE, 1, 64, [40], 0, DEVICE)
     with pytest.raises(UnavailableError, match="forced"):
         build("nsa", inputs, 0.5)
-    layer = {"k": torch.empty(1, 128 * 32, 2, 16)}
-    assert find_knob(new_config("nsa", 32), [layer], [], 0.75) == 32
-    assert find_knob(new_config("nsa", 32), [layer], [], 0.99) == 3
+    # Of 64 blocks all but one are whole: 16 are a quarter of the keys, and 3 are forced.
+    inputs = make_inputs(SHAPE, 1, 64 * 32, [64 * 32 - 16], 0, DEVICE)
+    assert build("nsa", inputs, 0.75)[1] == 16
+    assert build("nsa", inputs, 0.99)[1] == 3
+
+
+def test_a_backend_without_a_line_of_its_own_is_timed_as_itself(rows_of):
+    _, row = rows_of(backends=["sink_window"], sparsities=[0.5], decode=[[16 * 32, 1]])
+    assert (row["method"], row["status"], row["errors"]["out"]) == ("sink_window", "ok", pytest.approx(0, abs=1e-3))
+    assert (row["knob"], row["causal_sparsity"]) == (
+        6,
+        pytest.approx(0.5, abs=0.03),
+    )  # of 16 blocks 6, the first, its own
 
 
 def test_out_of_time(rows_of):
