@@ -143,9 +143,12 @@ def test_a_choice_that_is_no_option_is_replaced(timed, monkeypatch, tmp_path):
 
 def test_a_file_that_cannot_be_written_is_told(timed, monkeypatch, tmp_path):
     (tmp_path / "cache").write_text("no folder")
-    with pytest.warns(UserWarning, match="kept"):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         kernel, _ = launch()
-    launch(kernel)
+        launch(kernel)
+    said = {str(warning.message).split(":")[0] for warning in told}
+    assert said == {"kernels are tuned anew", "the choice of kernel options is not kept"}
     assert kernel.launches[-2:] == [FAST, FAST]
 
 
