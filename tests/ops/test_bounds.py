@@ -76,14 +76,12 @@ def backward(out, *inputs):
     torch.autograd.grad(out, [x for x in inputs if x.requires_grad], odd_numbers(*out.shape))
 
 
-ALPHAS = [None, 0.5, 0.9, 1.0, 1.7, torch.nan, torch.inf, -torch.inf]
+ALPHAS = [None, 0.5, 0.9, 1.0, 1.7, torch.nan, torch.inf]
 
 
-@pytest.mark.parametrize(
-    ("alpha", "numbers"), [(0.5, torch.randn), (0.9, torch.randn), *((alpha, odd_numbers) for alpha in ALPHAS)]
-)
+@pytest.mark.parametrize(("alpha", "numbers"), [(0.9, torch.randn), *((alpha, odd_numbers) for alpha in ALPHAS)])
 def test_dash_attention(alpha, numbers):
-    length = 90  # six chunks, of which words and tiles have room for many more
+    length = 70  # five chunks, of which words and tiles have room for many more
     q, k, v = (numbers(1, length, heads, 16) for heads in (2, 1, 1))
     chunk_query = odd_numbers(1, 16)
     inputs = [x.requires_grad_() for x in (q, k, v, chunk_query)]
@@ -115,8 +113,7 @@ def test_other_methods():
     backward(chunk_summary(k, odd_numbers(1, 16), chunk_size=CHUNK), k)
 
 
-@pytest.mark.parametrize("alpha", ALPHAS)
-@pytest.mark.parametrize("num_tokens", [1, 2])
+@pytest.mark.parametrize(("alpha", "num_tokens"), [(0.5, 2), *((alpha, 1) for alpha in ALPHAS)])
 def test_decoding(alpha, num_tokens):
     capacity = 5 * CHUNK
     k, v = odd_numbers(1, capacity, 1, 16), odd_numbers(1, capacity, 1, 16)
