@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from data.cache import fingerprint
 from data.config import CorpusConfig
+from data.recall import RECALL_VERSION, recall_document
 
 BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
@@ -67,8 +68,6 @@ def corpus_fingerprint(corpus: CorpusConfig) -> str:
     if corpus.source == "python_stdlib":
         contents = [(name, size) for _, name, size in _list_python_sources()]
     elif corpus.source == "recall":
-        from data.recall import RECALL_VERSION  # its documents are in the words of tasks, which read corpora
-
         contents = [RECALL_VERSION, corpus.recall_seed, corpus.facts_min, corpus.facts_max, corpus.hay_max]
     elif corpus.source == "files":
         stats = [(path, os.stat(path)) for path in data_files(corpus)]
@@ -79,8 +78,6 @@ def corpus_fingerprint(corpus: CorpusConfig) -> str:
 
 
 def _recall_rows(corpus: CorpusConfig) -> Iterator[dict]:
-    from data.recall import recall_document
-
     for index in range(corpus.max_documents):
         yield {"text": recall_document(corpus.recall_seed, index, corpus.facts_min, corpus.facts_max, corpus.hay_max)}
 

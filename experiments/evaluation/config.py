@@ -10,8 +10,8 @@ from data import DataConfig, MQARDataConfig
 from data.prompts import TEMPLATES
 from data.task_sets import SUITES, TEXT_TASKS
 from experiments.config import TrainConfig, register_configs
+from experiments.evaluation.lm_eval_task import PREFIX
 from experiments.evaluation.tasks.decoding import DECODE
-from experiments.evaluation.tasks.lm_eval import PREFIX
 from experiments.evaluation.tasks.streams import STREAM_TASKS, MQARForm
 
 ROUTING = "routing"

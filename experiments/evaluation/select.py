@@ -9,11 +9,11 @@ from data.task_sets import SUITES, TEXT_TASKS, TaskSet, build_set, held_out_text
 from data.tasks.material import Material, read_haystack
 from experiments.config import TrainConfig
 from experiments.evaluation.config import ROUTING, EvaluateConfig, expand
+from experiments.evaluation.lm_eval_task import PREFIX, HarnessTask
 from experiments.evaluation.target import build_stream
 from experiments.evaluation.tasks.base import Task
 from experiments.evaluation.tasks.decoding import DECODE, DecodingTask
 from experiments.evaluation.tasks.generated import GeneratedTask
-from experiments.evaluation.tasks.lm_eval import PREFIX, HarnessTask
 from experiments.evaluation.tasks.routing import RoutingTask, mqar_probes, text_probes
 from experiments.evaluation.tasks.streams import STREAM_TASKS, StreamTask, data_at
 
