@@ -16,7 +16,7 @@ from omegaconf import MISSING, DictConfig
 from data import PackedDataConfig, TextTokenizer, build_tokenizer
 from data.cache import fingerprint
 from experiments.errors import user_errors
-from experiments.evaluation.target import build_model, locate
+from experiments.evaluation.target import build_model, check_tokenizer, locate
 from experiments.files import CONFIGS
 from experiments.schema import to_config
 from models.generate import Sampling, generate
@@ -86,6 +86,7 @@ def run_generation(config: GenerateConfig) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     tokenizer = build_tokenizer(train.data, Path(train.cache_dir).expanduser())
+    check_tokenizer(target, tokenizer)
     model = build_model(target)
     if config.knob is not None:
         model.set_knob(config.knob)

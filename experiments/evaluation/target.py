@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from data import BatchStream, DataConfig, build_data
+from data import BatchStream, DataConfig, TextTokenizer, build_data
 from experiments.config import TrainConfig, load_config
-from experiments.files import CONFIG, START, WEIGHTS
+from experiments.files import CONFIG, START, TOKENIZER, WEIGHTS
 from experiments.origin import with_own_tokenizer
 from experiments.schema import DTYPES
 from experiments.training.check import DEVICES, resolve
@@ -93,6 +93,8 @@ def validation_stream(target: Target) -> BatchStream:
     stream = build_stream(train.data, train.seed, 1, Path(train.cache_dir).expanduser())
     if target.is_untrained:
         return stream
+    if stream.tokenizer is not None:
+        check_tokenizer(target, stream.tokenizer)
     trained = json.loads((target.run_dir / START).read_text())["data"].get("tokens_fingerprint")
     if trained is not None and stream.describe()["tokens_fingerprint"] != trained:
         raise ValueError(
@@ -100,3 +102,13 @@ def validation_stream(target: Target) -> BatchStream:
             "fingerprint is another), and with it the tokens: restore it, or train again"
         )
     return stream
+
+
+def check_tokenizer(target: Target, tokenizer: TextTokenizer) -> None:
+    """Raises ValueError for a tokenizer that is not the one the run was trained with."""
+    trained = json.loads((target.run_dir / START).read_text()).get("tokenizer")
+    if trained is not None and tokenizer.fingerprint() != trained:
+        raise ValueError(
+            f"{target.run_dir / TOKENIZER} is another tokenizer than the run was trained with (its fingerprint is not "
+            f"the one in {START}): restore it"
+        )

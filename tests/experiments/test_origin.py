@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from data.tokenizer import TextTokenizer
+from data.tokenizer import TextTokenizer, train_bpe
 from experiments.config import load_config, to_train_config
 from experiments.evaluation import export, target
 from experiments.origin import LEFT_OPEN
@@ -97,8 +97,12 @@ def test_a_run_keeps_its_tokenizer_and_needs_its_origin_no_more(folder, tmp_path
     assert (kept.eos_token, kept.settings["bos_token"]) == ("</s>", "<s>")
     weights = load_file(run / "checkpoints" / "step-00000002" / "model.safetensors")
     shutil.rmtree(folder)
-    stream = target.validation_stream(target.locate(str(run), "cpu"))
-    assert stream.tokenizer.fingerprint() == kept.fingerprint()
+    found = target.locate(str(run), "cpu")
+    assert target.validation_stream(found).tokenizer.fingerprint() == kept.fingerprint()
+    target.check_tokenizer(found, kept)
+    other = TextTokenizer(train_bpe(iter(["x"]), 257, "</s>"), "</s>")
+    with pytest.raises(ValueError, match=r"run/tokenizer is another tokenizer.*restore it"):
+        target.check_tokenizer(found, other)
     shutil.rmtree(run / "checkpoints" / "step-00000002")
     (run / "checkpoints" / "latest").write_text("step-00000001\n")
     resumed = load_file(train(configure(tmp_path, *overrides)) / "checkpoints" / "step-00000002" / "model.safetensors")
