@@ -3,7 +3,6 @@
 from dashattn.backends.base import (
     ALL_HEADS,
     AttentionBackend,
-    AttentionConfig,
     AttentionShape,
     Capabilities,
     HeadShare,
@@ -15,6 +14,7 @@ from dashattn.backends.full import FullBackend, FullConfig
 from dashattn.backends.infllmv2 import InfLLMv2Backend, InfLLMv2Config
 from dashattn.backends.layers import layer_configs
 from dashattn.backends.nsa import NSABackend, NSAConfig
+from dashattn.backends.options import AttentionConfig
 
 BACKENDS: dict[str, tuple[type[AttentionConfig], type[AttentionBackend]]] = {
     "full": (FullConfig, FullBackend),

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dashattn.backends.base import ALL_HEADS, AttentionBackend, AttentionConfig, Capabilities, forced_keys
+from dashattn.backends.base import ALL_HEADS, AttentionBackend, Capabilities
+from dashattn.backends.options import AttentionConfig, forced_keys
 from dashattn.checks import check_forced, check_oracle
 from dashattn.controls import mass_bound, oracle_attention, sink_window_attention, window_selection
 from dashattn.ops.decode.reference import new_positions

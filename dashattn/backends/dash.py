@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dashattn import checks
-from dashattn.backends.base import ALL_HEADS, AttentionBackend, AttentionConfig, HeadShare, forced_keys
+from dashattn.backends.base import ALL_HEADS, AttentionBackend, HeadShare
+from dashattn.backends.options import AttentionConfig, forced_keys
 from dashattn.cache import CacheField
 from dashattn.checks import check
 from dashattn.functional import dash_attention, unsupported_priors

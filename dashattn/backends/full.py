@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from dashattn.backends.base import ALL_HEADS, AttentionBackend, AttentionConfig
+from dashattn.backends.base import ALL_HEADS, AttentionBackend
+from dashattn.backends.options import AttentionConfig
 from dashattn.functional import full_attention
 
 

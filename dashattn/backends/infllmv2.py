@@ -3,7 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from dashattn.backends.base import ALL_HEADS, AttentionBackend, AttentionConfig, forced_keys
+from dashattn.backends.base import ALL_HEADS, AttentionBackend
+from dashattn.backends.options import AttentionConfig, forced_keys
 from dashattn.cache import CacheField
 from dashattn.checks import check_infllmv2
 from dashattn.functional import infllmv2_attention

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from dashattn.backends.base import AttentionConfig
+from dashattn.backends.options import AttentionConfig
 from dashattn.checks import check
 
 _OF_ALL_LAYERS = {"layers", "target_sparsity", "sparsity_count", "sparsity_control"}

@@ -17,7 +17,8 @@ from typing import ClassVar
 
 import torch
 
-from dashattn.backends.base import ALL_HEADS, AttentionBackend, AttentionConfig, Capabilities
+from dashattn.backends.base import ALL_HEADS, AttentionBackend, Capabilities
+from dashattn.backends.options import AttentionConfig
 from dashattn.ops.block_sparse.reference import block_sparse_attention
 from dashattn.selection import Selection
 from dashattn.stats import selection_stats

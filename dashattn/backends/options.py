@@ -1,0 +1,135 @@
+"""The options that all backends share, and what a backend says about its own."""
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dashattn import checks
+from dashattn.checks import check
+from dashattn.implementation import IMPLS
+from dashattn.stats import SPARSITY_COUNTS, AttentionStats
+
+SCALES = (1e-6, 1e6)  # of scores: whatever these are, all blocks of a row are all but equal, or one is above all others
+SPARSITY_CONTROLS = ("hold", "start", "none")
+
+
+@dataclass
+class AttentionConfig:
+    """Fields that all backends share.
+
+    Attributes:
+        name: the backend's key in the registry; stands in every result row.
+        impl: auto | triton | reference.
+        layers: layers with another backend or other options; the notation is that of ``dashattn.backends.layers``.
+        target_sparsity: in [0, 1), the mean over the layers that training turns the knob to, whatever the knob's own
+            field says; None = the knob is what its field says. A backend by itself does nothing about it.
+        sparsity_count: how the target counts: ``causal`` or ``paper``, see ``AttentionStats``.
+        sparsity_control: ``hold``: the knob is found before training and follows while the weights move; ``start``: it
+            is found and then stays; ``none``: the target is not heeded.
+    """
+
+    name: str = "???"
+    impl: str = "auto"
+    layers: Any = None  # a mapping; a command line may add keys to none but an untyped one
+    target_sparsity: float | None = None
+    sparsity_count: str = "causal"
+    sparsity_control: str = "hold"
+
+    knob: ClassVar[str | None] = None
+    """The field that sets the sparsity, if there is one."""
+
+    blocks: ClassVar[str | None] = None
+    """The field that holds the keys per block, if there are blocks."""
+
+    def __post_init__(self) -> None:
+        checks.check_choice("attention.impl", self.impl, IMPLS)
+        checks.check_choice("attention.sparsity_count", self.sparsity_count, SPARSITY_COUNTS)
+        checks.check_choice("attention.sparsity_control", self.sparsity_control, SPARSITY_CONTROLS)
+        if self.target_sparsity is not None:
+            check(
+                self.knob is not None,
+                f"attention={self.name} has no sparsity knob: set attention.target_sparsity=null",
+            )
+            checks.check_sparsity("attention.target_sparsity", self.target_sparsity)
+
+    @property
+    def controls_sparsity(self) -> bool:
+        """Whether training has a target to turn the knob to."""
+        return self.target_sparsity is not None and self.sparsity_control != "none"
+
+    @property
+    def holds_sparsity(self) -> bool:
+        """Whether the knob moves while training."""
+        return self.controls_sparsity and self.sparsity_control == "hold"
+
+    @classmethod
+    def at_block_size(cls, size: int) -> "AttentionConfig":
+        """The defaults, at blocks of ``size`` keys if there are blocks."""
+        return cls() if cls.blocks is None else cls(**{cls.blocks: size})
+
+    @classmethod
+    def variants(cls, block_size: int) -> dict[str, "AttentionConfig"]:
+        """What is timed at blocks of ``block_size`` keys, by the names that rows have."""
+        config = cls.at_block_size(block_size)
+        return {config.name: config}
+
+    @classmethod
+    def samples(cls) -> dict[str, "AttentionConfig"]:
+        """What errors are measured of, by the names that rows have: sparse where it can be at a thousand tokens."""
+        config = cls.at_block_size(32)
+        return {config.name: config}
+
+    def with_knob(self, value: float) -> "AttentionConfig":
+        """This configuration at another value of its sparsity knob; ValueError where that cannot be."""
+        check(self.knob is not None, f"attention={self.name} has no sparsity knob")
+        kind = type(getattr(self, self.knob))
+        check(kind(value) == value, f"{self.knob} must be an integer; got {value}")
+        return dataclasses.replace(self, **{self.knob: kind(value)})
+
+    def knob_span(self, length: int) -> tuple[float, float]:
+        """The knob's values between which all sparsities lie that rows of ``length`` tokens can have: the densest one,
+        then the sparsest. Here an integer knob counts blocks, from all that there are to the fewest that it may have;
+        another one is a scale, of which larger is sparser. ValueError where there is no knob."""
+        check(self.knob is not None, f"attention={self.name} has no sparsity knob")
+        if not isinstance(getattr(self, self.knob), int):
+            return SCALES
+        blocks = length if self.blocks is None else -(-length // getattr(self, self.blocks))
+        fewest = next(count for count in itertools.count(1) if self._can_have(count))
+        return max(blocks, fewest), fewest
+
+    def _can_have(self, knob: int) -> bool:
+        try:
+            self.with_knob(knob)
+        except ValueError:
+            return False
+        return True
+
+    def least_active(self, length: int) -> Tensor:
+        """Keys that each token of an unpacked row attends to at least, at any value of the knob: int64 [length]. Here
+        itself; a backend that forces more can say so, for an earlier refusal of what cannot be reached."""
+        return torch.ones(length, dtype=torch.int64)
+
+    def most_sparsity(self, length: int, count: str) -> float:
+        """An upper bound of the sparsity, counted as ``sparsity_count`` says, that unpacked rows can have. Only a
+        router that must choose something may stay below it."""
+        least = AttentionStats(self.least_active(length)[None, :, None], torch.arange(length)[None], torch.zeros(1))
+        active, counted = least.counts(count).tolist()
+        return 1 - active / counted
+
+
+def forced_keys(length: int, block_size: int, init_blocks: int, local_blocks: int, window_size: int = 0) -> Tensor:
+    """Keys of the first blocks, of the last ones up to a token's own and of a sliding window, each once: int64 [T].
+
+    Args:
+        length: T, tokens of an unpacked row.
+        local_blocks: the token's own block included.
+        window_size: keys up to the token itself; 0 for none.
+    """
+    tokens = torch.arange(length)
+    local_start = (tokens // block_size + 1 - local_blocks) * block_size
+    recent_start = torch.minimum(local_start, tokens + 1 - window_size).clamp(min=0)
+    return tokens + 1 - recent_start + recent_start.clamp(max=init_blocks * block_size)
