@@ -79,10 +79,10 @@ def code(tmp_path_factory):
     return code
 
 
-def run(code, *arguments):
+def run(code, *arguments, flag="-m"):
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=code, env=environment, capture_output=True, text=True, timeout=600
+        [sys.executable, flag, *arguments], cwd=code, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -111,3 +111,5 @@ def test_its_numerics_are_measured(code, tmp_path):
     run(code, "experiments.speed.numerics", str(tmp_path), "100")
     rows = [json.loads(line) for line in (tmp_path / "numerics.jsonl").open()]
     assert {row["tensor"] for row in rows if row["backend"] == "last_blocks"} == {"out", "dq", "dk", "dv"}
+    timed = "from experiments.speed.methods import BACKENDS; print(*(m.stage for m in BACKENDS['last_blocks']))"
+    assert run(code, timed, flag="-c") == "whole\n"
