@@ -54,8 +54,8 @@ class SmallRun:
         """Three sequences, from prompts of unequal lengths on: a token at a time, and once several."""
         dtype = self.dtype or BF16
         backend = build_backend(config, AttentionShape(256, 4, 2, 64)).to(self.device, dtype)
-        cache = backend.new_cache(3, 400, dtype=dtype, device=self.device)
-        for new in (self.short(150), 1, 1, self.short(37), *[1] * self.short(70)):
+        cache = backend.new_cache(3, max(64, self.short(400)), dtype=dtype, device=self.device)
+        for new in (self.short(150), 1, self.short(37), *[1] * self.short(70)):
             q, k, v = (self.random(3, new, heads, 64, dtype=dtype) for heads in (4, 2, 2))
             backend.decode(q, k, v, cache.layers[0], hidden=self.random(3, new, 256, dtype=dtype))
             cache.advance([new, max(1, new - 3), max(1, new // 2)])

@@ -7,7 +7,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from dashattn.rope import apply_rope
 from models import ModelConfig, RopeConfig
-from models.rope import attention_factor, rope_tables
+from models.rope import attention_factor, inverse_frequencies, rope_tables
 
 HEAD_DIM, MAX_SEQ_LEN, ORIGINAL = 16, 512, 128
 SHORT = [1.0 + 0.1 * i for i in range(HEAD_DIM // 2)]
@@ -64,6 +64,16 @@ def test_tables_equal_transformers(scaling, parameters, length):
         assert our.dtype == torch.float32
         # Angles of up to 512 radians in float32, where one rounding is 3e-5.
         torch.testing.assert_close(our, their[0], atol=1e-4, rtol=0)
+
+
+def test_yarns_own_bounds_are_transformers_at_a_real_head_size():
+    """Small heads have so few pairs that other bounds can fall on the same ones."""
+    yarn = {"factor": 4.0, "original_max_position_embeddings": 4096, "rope_type": "yarn", "rope_theta": 10000.0}
+    sizes = dict(hidden_size=256, num_attention_heads=2, head_dim=128, max_position_embeddings=16384)
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**sizes, rope_parameters=yarn)).inv_freq
+    rope = RopeConfig(theta=10000.0, scaling="yarn", factor=4.0, original_max_seq_len=4096)
+    ours = inverse_frequencies(ModelConfig(256, 64, 1, 2, 1, 128, 16384, rope=rope))
+    torch.testing.assert_close(ours, theirs, atol=0, rtol=1e-5)
 
 
 def test_apply_equals_transformers():

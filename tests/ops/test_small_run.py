@@ -10,4 +10,4 @@ from small_run import SmallRun
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu/test_memcheck.py runs it on the GPU")
 def test_the_program_for_compute_sanitizer():
-    SmallRun("cpu", shrink=32, dtype=torch.float32).run()
+    SmallRun("cpu", shrink=128, dtype=torch.float32).run()
