@@ -104,6 +104,7 @@ def test_topk_is_the_nearest_integer(make_config, name):
         ),
         (("attention=nsa", *BLOCKS, "attention.target_sparsity=0.9"), "Lower the target, or force fewer"),
         ((*DASH, "attention.target_sparsity=0.9"), "cannot be had: at 128 tokens attention=dash reaches"),
+        ((*DASH, "attention.init_chunks=2", "attention.target_sparsity=0.75"), r"attention=dash reaches 0\.604"),
         ((*DASH, "attention.sparsity_count=paper"), "use sparsity_count=causal"),
     ],
 )

@@ -1,0 +1,48 @@
+"""A knob that training moves, compiled with Inductor and the kernels that run."""
+
+import torch
+
+from dashattn.backends import DashConfig
+from models import ModelConfig, Transformer
+
+SHAPE = ModelConfig(
+    vocab_size=512,
+    hidden_size=256,
+    intermediate_size=256,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    max_seq_len=2048,
+)
+
+
+def build(target):
+    torch.manual_seed(0)
+    attention = DashConfig(impl="triton", init_chunks=1, target_sparsity=target)
+    return Transformer(SHAPE, attention).to("cuda", torch.bfloat16)
+
+
+def loss_and_gradients(model, input_ids):
+    output = model(input_ids, labels=input_ids, return_stats=True)
+    sparsity = torch.stack([layer.causal_sparsity() for layer in output.stats]).mean().item()
+    return sparsity, [output.loss, *torch.autograd.grad(output.loss, list(model.parameters()))]
+
+
+def test_a_moving_knob_compiles_nothing_anew_and_is_the_number():
+    number, moving = build(None), build(0.5)
+    moving.compile_layers(fullgraph=True)
+    input_ids = torch.randint(512, (2, 2048), device="cuda")
+    loss_and_gradients(moving, input_ids)  # compiles
+    sparsities = []
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for knob in (1.0, 300.0, 3000.0):
+            for model in (number, moving):
+                model.set_knob(knob)
+            expected, ours = (loss_and_gradients(model, input_ids) for model in (number, moving))
+            assert abs(ours[0] - expected[0]) < 0.01
+            for a, b in zip(ours[1], expected[1], strict=True):
+                error = (a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-6)
+                assert error < 0.05  # Inductor rounds to 16 bits at other places
+            sparsities.append(expected[0])
+    assert sparsities == sorted(set(sparsities))
