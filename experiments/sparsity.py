@@ -28,7 +28,7 @@ _FACTOR = 4.0  # of the knob, at first, where the target is not yet between two 
 _LEAST = 1e-3  # sparsities this close to 0 or 1 count as equal: their odds tell nothing
 
 HOLD_EVERY = 4  # optimizer steps from one measurement to the next
-_GAIN = 0.6  # of the step that would do if log-odds and logarithm went alike: some miss is left, and less noise
+_GAIN = 0.8  # of the step that would do if log-odds and logarithm went alike: some miss is left, and less noise
 _LONGEST = 0.2  # step of the knob's logarithm
 _MEMORY = 8  # measurements that an integer knob's mean goes back
 _FEWEST = 3  # of them before it moves
