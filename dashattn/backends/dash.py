@@ -90,6 +90,16 @@ class DashConfig(AttentionConfig):
                 f"alpha_mode=learnable starts strictly between 1.01 and 2, where its sigmoid ends; got {self.alpha}",
             )
 
+    def check_rows(self, length):
+        super().check_rows(length)
+        forced = self.init_chunks + self.local_chunks
+        check(
+            not forced or (forced + 1) * self.chunk_size < length,
+            f"attention.init_chunks={self.init_chunks} and attention.local_chunks={self.local_chunks} leave nothing to "
+            f"select in rows of {length} tokens: force fewer chunks, lower attention.chunk_size or take longer rows "
+            "(data.seq_len)",
+        )
+
     def least_active(self, length):
         """The forced chunks, the token's own one, and one that the router chooses."""
         return forced_keys(length, self.chunk_size, self.init_chunks, self.local_chunks + 2)

@@ -83,6 +83,17 @@ class AttentionConfig:
         config = cls.at_block_size(32)
         return {config.name: config}
 
+    def check_rows(self, length: int) -> None:
+        """ValueError where rows of ``length`` tokens leave nothing to select."""
+        if self.blocks is None:
+            return
+        size = getattr(self, self.blocks)
+        check(
+            size < length,
+            f"attention.{self.blocks}={size} leaves nothing to select in rows of {length} tokens: lower "
+            f"attention.{self.blocks} or take longer rows (data.seq_len)",
+        )
+
     def with_knob(self, value: float) -> "AttentionConfig":
         """This configuration at another value of its sparsity knob; ValueError where that cannot be."""
         check(self.knob is not None, f"attention={self.name} has no sparsity knob")

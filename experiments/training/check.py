@@ -177,20 +177,7 @@ def _check_model(config: TrainConfig) -> None:
 
 def _check_backend(backend: AttentionBackend, config: TrainConfig) -> None:
     attention, seq_len = backend.config, config.data.seq_len
-    key = attention.blocks
-    if key is not None:
-        size = getattr(attention, key)
-        if size >= seq_len:
-            raise ValueError(
-                f"attention.{key}={size} leaves nothing to select in rows of data.seq_len={seq_len}: "
-                f"lower attention.{key} or raise data.seq_len"
-            )
-    forced = [getattr(attention, key, 0) for key in ("init_chunks", "local_chunks")]
-    if any(forced) and (sum(forced) + 1) * attention.chunk_size >= seq_len:
-        raise ValueError(
-            f"attention.init_chunks={forced[0]} and attention.local_chunks={forced[1]} leave nothing to select in rows "
-            f"of data.seq_len={seq_len}: force fewer chunks, lower attention.chunk_size or raise data.seq_len"
-        )
+    attention.check_rows(seq_len)
     if not backend.capabilities.train:
         raise ValueError(
             f"attention={attention.name} is for evaluation only: train another one, or evaluate a checkpoint of "
