@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +29,9 @@ def build_once(directory: Path, build: Callable[[Path], None]) -> Path:
     with FileLock(directory.with_name(directory.name + ".lock")):
         if directory.exists():
             return directory
-        folder = Path(tempfile.mkdtemp(prefix=directory.name + ".tmp-", dir=directory.parent))
+        # Not mkdtemp's, which would shut colleagues out of a cache they share.
+        folder = directory.with_name(f"{directory.name}.tmp-{os.getpid()}-{time.time_ns()}")
+        folder.mkdir()
         try:
             build(folder)
             os.replace(folder, directory)

@@ -133,6 +133,8 @@ def write_checkpoint(target: Path, state: dict, engine, ranks) -> None:
         if ranks.is_main:
             save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
             (temporary / STATE).write_text(json.dumps(state, indent=1) + "\n")
+            # safetensors leaves its file to its owner alone.
+            (temporary / WEIGHTS).chmod((temporary / STATE).stat().st_mode)
         seal(temporary, ranks)
         if ranks.is_main:
             if target.exists():  # of a run that was set back to an earlier one

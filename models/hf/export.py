@@ -62,6 +62,8 @@ def write_folder(
     temporary.mkdir(parents=True)
     save_file(their_weights(kept, FAMILIES[kind]), temporary / WEIGHTS, metadata={"format": "pt"})
     (temporary / CONFIG).write_text(json.dumps(theirs, indent=2) + "\n")
+    # safetensors leaves its file to its owner alone.
+    (temporary / WEIGHTS).chmod((temporary / CONFIG).stat().st_mode)
     write_more(temporary)
     temporary.rename(folder)
     return left_out

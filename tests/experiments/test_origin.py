@@ -1,6 +1,7 @@
 """What a run takes from the checkpoint it starts from, and keeps."""
 
 import json
+import os
 import shutil
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from data.tokenizer import TextTokenizer, train_bpe
+from data.tokenizer import TextTokenizer, build_tokenizer, train_bpe
 from experiments.config import load_config, to_train_config
 from experiments.evaluation import export, target
 from experiments.origin import LEFT_OPEN
@@ -135,6 +136,21 @@ def test_an_export_has_the_tokenizer_and_its_ids(tmp_path):
     card = (tmp_path / "back" / "README.md").read_text()
     assert "`full`, exact causal attention." in card
     assert "How to load it" not in card
+
+
+def test_others_may_read_what_a_run_and_an_export_hold(folder, tmp_path):
+    before = os.umask(0o022)
+    try:
+        run = train(configure(tmp_path, f"init_from={folder}", "data.tokenizer=null"))
+        trained = configure(tmp_path, "init_from=null", "model=debug", f"run_dir={tmp_path / 'trained'}")
+        build_tokenizer(trained.data, tmp_path / "cache")
+        export.export(run, tmp_path / "back")
+    finally:
+        os.umask(before)
+    for place in (run / "checkpoints", run / "tokenizer", tmp_path / "cache", tmp_path / "back"):
+        for path in (place, *place.rglob("*")):
+            if "deepspeed" not in path.parts and path.suffix != ".lock":
+                assert path.stat().st_mode & 0o444 == 0o444, path
 
 
 def test_a_sparse_export_says_what_it_was_and_is_taken_as_such(folder, tmp_path):
