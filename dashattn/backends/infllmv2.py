@@ -38,14 +38,20 @@ class InfLLMv2Config(AttentionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_infllmv2(
-            self.block_size,
-            self.kernel_size,
-            self.kernel_stride,
-            self.topk,
-            self.init_blocks,
-            self.window_size,
-        )
+        check_infllmv2(**self.sizes)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """As ``infllmv2_attention`` takes them."""
+        names = ("block_size", "kernel_size", "kernel_stride", "topk", "init_blocks", "window_size")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def selection(self) -> dict:
+        """What selects the blocks, as ``topk_routing`` takes it."""
+        forced = {"init_blocks": self.init_blocks, "local_blocks": self.local_blocks}
+        windows = {"kernel_size": self.kernel_size, "kernel_stride": self.kernel_stride}
+        return {"pooling": "max", "block_size": self.block_size, "topk": self.topk} | windows | forced
 
     @property
     def local_blocks(self) -> int:
@@ -68,13 +74,7 @@ class InfLLMv2Backend(AttentionBackend):
         return topk_routing(
             q,
             mean_compress(k, config.kernel_size, config.kernel_stride),
-            kernel_size=config.kernel_size,
-            kernel_stride=config.kernel_stride,
-            pooling="max",
-            block_size=config.block_size,
-            topk=config.topk,
-            init_blocks=config.init_blocks,
-            local_blocks=config.local_blocks,
+            **config.selection,
         )
 
     def forward(self, q, k, v, *, hidden=None, rope=None, cu_seqlens=None, return_stats=False, share=ALL_HEADS):
@@ -83,12 +83,7 @@ class InfLLMv2Backend(AttentionBackend):
             q,
             k,
             v,
-            block_size=config.block_size,
-            kernel_size=config.kernel_size,
-            kernel_stride=config.kernel_stride,
-            topk=config.topk,
-            init_blocks=config.init_blocks,
-            window_size=config.window_size,
+            **config.sizes,
             cu_seqlens=cu_seqlens,
             impl=config.impl,
             return_stats=return_stats,
@@ -115,18 +110,11 @@ class InfLLMv2Backend(AttentionBackend):
         cache.write_windows(k.shape[1], size, stride, compress, ["k"], ["compressed_k"])
 
     def _attend(self, q, cache, hidden, operations):
-        config = self.config
         _, selection = operations.cached_window_routing(
             q,
             cache["compressed_k"],
             None,
             cache.lengths,
-            pooling="max",
-            block_size=config.block_size,
-            kernel_size=config.kernel_size,
-            kernel_stride=config.kernel_stride,
-            topk=config.topk,
-            init_blocks=config.init_blocks,
-            local_blocks=config.local_blocks,
+            **self.config.selection,
         )
         return operations.cached_attention(q, cache["k"], cache["v"], cache.lengths, selection)
