@@ -77,6 +77,7 @@ def dash_attention(
     summary_rope: tuple[Tensor, Tensor] | None = None,
     init_chunks: int = 0,
     local_chunks: int = 0,
+    router_qk: tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
     impl: str = "auto",
@@ -98,6 +99,7 @@ def dash_attention(
         init_chunks: first chunks of the sequence (of each document), which every token reads; a pretrained model keeps
             its attention sink there.
         local_chunks: chunks before a token's own that it always reads.
+        router_qk: (q, k) as q and k are, which the router scores and pools in their place: before RoPE, say.
         scale: of the attention logits, default D ** -0.5. The router always uses D ** -0.5.
 
     Raises:
@@ -115,16 +117,24 @@ def dash_attention(
                 tuple(rest) == tuple(q.shape[1::2]) and (batch == 1 or batch == q.shape[0]),
                 f"summary_rope {name} must be [T, D] or [B, T, D]; got {tuple(table.shape)} for q {tuple(q.shape)}",
             )
+    if router_qk is not None:
+        for name, x, like in zip(("q", "k"), router_qk, (q, k), strict=True):
+            checks.check_shape(f"router_qk {name}", x, tuple(like.shape))
+            checks.check_like(f"router_qk {name}", x, like)
     route = {"alpha": alpha, "router_scale": router_scale, "prior": prior, "sigma": sigma, "cu_seqlens": cu_seqlens}
     route |= {"init_chunks": init_chunks, "local_chunks": local_chunks}
     if use_kernels(impl, q, chunk_size, unsupported_priors(prior_heads)):
         from dashattn.ops.dash_attention.triton import dash_attention as attend
 
         sizes = {"chunk_size": chunk_size, "scale": scale}
-        out, selection = attend(q, k, v, chunk_query, summary_rope=summary_rope, **sizes, **route)
+        out, selection = attend(
+            q, k, v, chunk_query, summary_rope=summary_rope, router_qk=router_qk, **sizes, **route
+        )  # fmt: skip
     else:
-        summaries = chunk_summary(k, chunk_query, chunk_size=chunk_size, cu_seqlens=cu_seqlens, rope=summary_rope)
-        selection, bias = dash_routing(q, summaries, chunk_size=chunk_size, prior_heads=prior_heads, **route)
+        router_q, router_k = router_qk or (q, k)
+        pool = {"chunk_size": chunk_size, "cu_seqlens": cu_seqlens, "rope": summary_rope}
+        summaries = chunk_summary(router_k, chunk_query, **pool)
+        selection, bias = dash_routing(router_q, summaries, chunk_size=chunk_size, prior_heads=prior_heads, **route)
         out = block_sparse_attention(q, k, v, selection, bias, scale=scale, cu_seqlens=cu_seqlens)
     if not return_stats:
         return out

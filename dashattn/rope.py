@@ -13,3 +13,9 @@ def rotate_half(x: Tensor) -> Tensor:
 def apply_rope(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates x by tables [T, D] or [B, T, D]; in the wider of the two dtypes, result in x's dtype."""
     return torch.addcmul(x_BTHD * cos.unsqueeze(-2), rotate_half(x_BTHD), sin.unsqueeze(-2)).to(x_BTHD.dtype)
+
+
+def undo_rope(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The inverse of ``apply_rope``, also where the tables scale besides (YaRN); exact but for the rounding of x."""
+    size = cos.square() + sin.square()
+    return apply_rope(x_BTHD, cos / size, -sin / size)

@@ -16,11 +16,14 @@ from dashattn.checks import check
 from dashattn.functional import dash_attention, unsupported_priors
 from dashattn.ops.chunk_summary.reference import chunk_summary
 from dashattn.ops.dash_routing.reference import candidate_chunks, dash_routing
+from dashattn.ops.decode.reference import new_positions
 from dashattn.ops.dtypes import upcast
 from dashattn.ops.entmax.reference import MAX_ALPHA, MIN_ALPHA
+from dashattn.rope import undo_rope
 from dashattn.routing import Routing
 
 ALPHA_MODES = ("fixed", "scheduled", "learnable")
+SUMMARY_KEYS = ("rotated", "unrotated")
 SUMMARY_ROPES = ("none", "mean")
 
 
@@ -35,6 +38,8 @@ class DashConfig(AttentionConfig):
         init_chunks: first chunks of a sequence that every token reads: where a model that was dense keeps its
             attention sink.
         local_chunks: chunks before its own that a token always reads.
+        summary_keys: ``rotated``, or ``unrotated``: the router scores the query before RoPE with the pooled keys before
+            RoPE, so that content alone chooses. A row of tables per token is kept to decode.
         summary_rope: ``none``, or ``mean``: the chunk query is rotated at every position of the chunk and averaged.
         learn_summary: false leaves the chunk queries at zero, and summaries mean-pooled keys.
     """
@@ -51,6 +56,7 @@ class DashConfig(AttentionConfig):
     prior_heads: str = "group"
     init_chunks: int = 0
     local_chunks: int = 0
+    summary_keys: str = "rotated"
     summary_rope: str = "none"
     learn_summary: bool = True
 
@@ -75,7 +81,12 @@ class DashConfig(AttentionConfig):
             *(self.chunk_size, self.router_scale, self.prior, self.sigma, self.prior_heads),
             *(self.init_chunks, self.local_chunks),
         )
+        checks.check_choice("summary_keys", self.summary_keys, SUMMARY_KEYS)
         checks.check_choice("summary_rope", self.summary_rope, SUMMARY_ROPES)
+        check(
+            self.summary_keys == "rotated" or self.summary_rope == "none",
+            "summary_rope=mean rotates the chunk query for rotated keys: set summary_rope=none or summary_keys=rotated",
+        )
         checks.check_choice("alpha_mode", self.alpha_mode, ALPHA_MODES)
         checks.check_alpha(self.alpha)
         if self.alpha_mode == "scheduled":
@@ -149,6 +160,7 @@ class DashBackend(AttentionBackend):
 
     def route(self, q, k, v, *, hidden=None, rope=None):
         config, (length, num_heads, head_dim) = self.config, q.shape[1:]
+        q, k = self._router_qk(q, k, rope) or (q, k)
         rope = self._summary_rope(rope)
         summaries = chunk_summary(k, self.chunk_query, chunk_size=config.chunk_size, rope=rope)
         forced = {"init_chunks": config.init_chunks, "local_chunks": config.local_chunks}
@@ -181,17 +193,30 @@ class DashBackend(AttentionBackend):
             prior_heads=config.prior_heads,
             init_chunks=config.init_chunks,
             local_chunks=config.local_chunks,
+            router_qk=self._router_qk(q, k, rope),
             summary_rope=self._summary_rope(rope),
             cu_seqlens=cu_seqlens,
             impl=config.impl,
             return_stats=return_stats,
         )
 
-    def _summary_rope(self, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
-        if self.config.summary_rope == "none":
-            return None
-        check(rope is not None, "summary_rope=mean needs the rotary tables: pass rope=(cos, sin)")
+    @property
+    def _needs_tables(self) -> bool:
+        return self.config.summary_rope == "mean" or self.config.summary_keys == "unrotated"
+
+    def _tables(self, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        names = "summary_rope=mean and summary_keys=unrotated"
+        check(rope is not None, f"{names} need the rotary tables: pass rope=(cos, sin)")
         return rope
+
+    def _summary_rope(self, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+        return self._tables(rope) if self.config.summary_rope == "mean" else None
+
+    def _router_qk(self, q: Tensor, k: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+        """What the router takes for q and k, if others."""
+        if self.config.summary_keys == "rotated":
+            return None
+        return undo_rope(q, *self._tables(rope)), undo_rope(k, *rope)
 
     def decodes_statically(self, cache):
         return self._decode_kernels(cache["k"]) is not None
@@ -203,20 +228,20 @@ class DashBackend(AttentionBackend):
     def cache_layout(self):
         config, shape = self.config, self.shape
         fields = {"summaries": CacheField(shape.num_kv_heads, shape.head_dim, tokens_per_row=config.chunk_size)}
-        if config.summary_rope == "mean":
-            # The chunk query is rotated at every token of a chunk, when the chunk's last one comes, in a later step.
+        if self._needs_tables:
+            # Every token of a chunk is turned when the chunk's last one comes, in a later step.
             fields |= dict.fromkeys(("cos", "sin"), CacheField(1, shape.head_dim, table=True))
         return self._layout(**fields)
 
     def _write(self, k, v, cache, hidden, rope):
         # A chunk's summary is made once, when its last token comes: before, no query may choose the chunk.
         size, sources = self.config.chunk_size, ["k"]
-        rope = self._summary_rope(rope)
-        if rope is None:
+        if not self._needs_tables:
             pooled = dict(pooled=cache["summaries"], window=(size, size), chunk_query=self.chunk_query)
             if self._append(k, v, cache, **pooled):
                 return
         else:
+            rope = self._tables(rope)
             self._append(k, v, cache)
             cache.write(cos=rope[0][:, :, None], sin=rope[1][:, :, None])
             sources += ["cos", "sin"]
@@ -225,13 +250,15 @@ class DashBackend(AttentionBackend):
 
         def summarise(keys, *tables):
             rope = tuple(table.squeeze(2) for table in tables) or None
+            if self.config.summary_keys == "unrotated":
+                keys, rope = undo_rope(keys, *rope), None
             return (pool(keys, self.chunk_query, chunk_size=size, rope=rope),)
 
         cache.write_windows(k.shape[1], size, size, summarise, sources, ["summaries"])
 
     def _step(self, q, k, v, cache, hidden, rope):
         kernels = self._decode_kernels(q)
-        if kernels is None or q.shape[1] > 1 or self.config.summary_rope != "none":
+        if kernels is None or q.shape[1] > 1 or self._needs_tables:
             return super()._step(q, k, v, cache, hidden, rope)
         # The router's first kernel writes the token beside its products, which saves a launch: what it reads cannot
         # depend on that token, since a summary is visible from the token after its chunk on.
@@ -250,11 +277,16 @@ class DashBackend(AttentionBackend):
             init_chunks=config.init_chunks,
             local_chunks=config.local_chunks,
         )
+        router_q = q
+        if config.summary_keys == "unrotated":
+            row = torch.arange(q.shape[0], device=q.device)[:, None]
+            position = new_positions(cache.lengths, q.shape[1])
+            router_q = undo_rope(q, *(cache[name][row, position, 0] for name in ("cos", "sin")))
         if hasattr(operations, "routed_attention"):  # the kernels route and attend in one
             caches = cache["k"], cache["v"], cache["summaries"]
-            return operations.routed_attention(q, *caches, cache.lengths, **options, new=new)
+            return operations.routed_attention(q, *caches, cache.lengths, **options, new=new, router_q=router_q)
         selection, bias = operations.cached_dash_routing(
-            q, cache["summaries"], cache.lengths, prior_heads=config.prior_heads, **options
+            router_q, cache["summaries"], cache.lengths, prior_heads=config.prior_heads, **options
         )
         return operations.cached_attention(q, cache["k"], cache["v"], cache.lengths, selection, bias)
 

@@ -42,11 +42,12 @@ def block_sparse(q, k, v, blocks, bias, size, scale):
 
 
 def dash(q, k, v, r, *, chunk_size, alpha, router_scale, prior, sigma, prior_heads, rope=None,
-         init_chunks=0, local_chunks=0):  # fmt: skip
+         init_chunks=0, local_chunks=0, router_qk=None):  # fmt: skip
     """Output [T, Hq, D] and active tokens [T, H]."""
     T, Hq, D = q.shape
     H = k.shape[1]
     group, C = Hq // H, chunk_size
+    router_q, router_k = (q, k) if router_qk is None else router_qk
     summaries = np.zeros((T // C, H, D))
     for c in range(T // C):
         for h in range(H):
@@ -55,7 +56,7 @@ def dash(q, k, v, r, *, chunk_size, alpha, router_scale, prior, sigma, prior_hea
                 cos, sin = rope
                 half = np.concatenate([-r[h][D // 2 :], r[h][: D // 2]])
                 query = np.mean([r[h] * cos[t] + half * sin[t] for t in range(c * C, c * C + C)], axis=0)
-            chunk = k[c * C : c * C + C, h]
+            chunk = router_k[c * C : c * C + C, h]
             summaries[c, h] = softmax(chunk @ query / math.sqrt(D)) @ chunk
 
     p = np.zeros((T, Hq, T // C + 1))
@@ -67,7 +68,7 @@ def dash(q, k, v, r, *, chunk_size, alpha, router_scale, prior, sigma, prior_hea
         candidates = [c for c in range(own + 1) if c not in forced[t]]
         for head in range(Hq):
             if candidates:
-                scores = router_scale * summaries[candidates, head // group] @ q[t, head] / math.sqrt(D)
+                scores = router_scale * summaries[candidates, head // group] @ router_q[t, head] / math.sqrt(D)
                 p[t, head, candidates] = entmax(scores, alpha[head] if np.ndim(alpha) else alpha)
         for h in range(H):
             mean = p[t, h * group : (h + 1) * group].mean(0)

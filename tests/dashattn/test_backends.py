@@ -30,6 +30,7 @@ CONFIGS = {
     "full": FullConfig(),
     "dash": DashConfig(chunk_size=8, router_scale=2.0, prior="raw"),
     "dash rope": DashConfig(chunk_size=8, summary_rope="mean", alpha_mode="learnable", sigma=1.0),
+    "dash unrotated": DashConfig(chunk_size=8, router_scale=2.0, prior="raw", summary_keys="unrotated"),
     "dash sink": DashConfig(chunk_size=8, router_scale=2.0, prior="raw", init_chunks=1, local_chunks=1),
     "infllmv2": InfLLMv2Config(**SMALL, topk=4, window_size=8),
     "nsa": NSAConfig(**SMALL, topk=4, window_size=12),
@@ -134,10 +135,11 @@ def test_short_sequences(config):
         assert stats.active_tokens.shape == (2, length, 2)
 
 
-def test_summary_rope_mean_is_translation_invariant():
-    """Moving a document by a whole number of positions changes nothing when r is rotated with its chunk."""
+@pytest.mark.parametrize("options", [{"summary_rope": "mean"}, {"summary_keys": "unrotated"}], ids=str)
+def test_the_router_is_translation_invariant(options):
+    """Moving a document changes nothing when r is rotated with its chunk, or when nothing that the router sees is."""
     torch.manual_seed(1)
-    backend = build(DashConfig(chunk_size=8, router_scale=3.0, summary_rope="mean", prior="raw"))
+    backend = build(DashConfig(chunk_size=8, router_scale=3.0, prior="raw", **options))
     raw_q, raw_k, v = (torch.randn(1, 40, heads, 8, dtype=torch.float64) for heads in (6, 2, 2))
     frequencies = torch.tensor([1.0, 0.3, 0.1, 0.03], dtype=torch.float64)
 
@@ -147,6 +149,31 @@ def test_summary_rope_mean_is_translation_invariant():
         return backend(apply_rope(raw_q, *rope), apply_rope(raw_k, *rope), v, rope=rope)
 
     torch.testing.assert_close(attend(0), attend(1000), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.3])
+def test_unrotated_summary_keys_are_those_before_rope(temperature):
+    """``temperature``: of tables that scale, too."""
+    backend = build(DashConfig(chunk_size=8, router_scale=3.0, prior="raw", summary_keys="unrotated"))
+    (q, k, v), extra = make_inputs(46)
+    rope = tuple(temperature * table for table in extra["rope"])
+    options = dict(chunk_size=8, router_scale=3.0, prior="raw", router_qk=(q, k), return_stats=True)
+    turned = [apply_rope(x, *rope) for x in (q, k)]
+    expected, expected_stats = dash_attention(*turned, v, backend.chunk_query, **options)
+    out, stats = backend(*turned, v, rope=rope, return_stats=True)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    assert torch.equal(stats.active_tokens, expected_stats.active_tokens)
+    _, rotated = dash_attention(*turned, v, backend.chunk_query, **options | {"router_qk": None})
+    assert not torch.equal(stats.active_tokens, rotated.active_tokens)
+
+
+def test_unrotated_summary_keys_refuse_what_needs_rotated_ones():
+    with pytest.raises(ValueError, match="set summary_rope=none or summary_keys=rotated"):
+        DashConfig(summary_keys="unrotated", summary_rope="mean")
+    backend = build(DashConfig(chunk_size=8, summary_keys="unrotated"))
+    (q, k, v), _ = make_inputs(9)
+    with pytest.raises(ValueError, match=r"pass rope=\(cos, sin\)"):
+        backend(q, k, v)
 
 
 OPTIONS = {

@@ -101,6 +101,16 @@ def test_dash_with_forced_chunks_equals_its_definition(shape, init_chunks, local
         assert_matches(result, oracle.dash(*arrays(q, k, v), r.numpy(), **options))
 
 
+@pytest.mark.parametrize("shape", [(5, 4, 1), (41, 6, 2), (48, 7, 1)], ids=str)
+def test_dash_with_a_query_and_keys_of_the_routers_own_equals_its_definition(shape):
+    q, k, v = make_qkv(*shape)
+    router_qk = make_qkv(*shape)[:2]
+    r = torch.randn(k.shape[2], D, dtype=torch.float64)
+    options = {**DASH, "alpha": 1.4, "prior": "raw", "sigma": 1.0, "prior_heads": "group", "init_chunks": 1}
+    result = dash_attention(q, k, v, r, **options, router_qk=router_qk, return_stats=True)
+    assert_matches(result, oracle.dash(*arrays(q, k, v), r.numpy(), **options, router_qk=arrays(*router_qk)))
+
+
 def test_chunks_that_are_all_forced_are_dense_attention():
     q, k, v = make_qkv(61, 6, 2)
     for forced in ({"init_chunks": 7}, {"local_chunks": 7}, {"init_chunks": 3, "local_chunks": 4}):
@@ -434,6 +444,7 @@ REFUSALS = {
     "init_chunks": (dash_attention, {"chunk_query": R, "init_chunks": -1}, "init_chunks must be an integer of at"),
     "local_chunks": (dash_attention, {"chunk_query": R, "local_chunks": 1.0}, "local_chunks must be an integer of at"),
     "sigma": (dash_attention, {"chunk_query": R, "sigma": -1.0}, "sigma must be a positive"),
+    "router_qk": (dash_attention, {"chunk_query": R, "router_qk": (R, R)}, "router_qk q must have shape"),
     "summary_rope": (dash_attention, {"chunk_query": R, "summary_rope": (R, R)}, r"must be \[T, D\]"),
     "forced": (infllmv2_attention, {"topk": 17}, "topk 17 < 18 .* shrink window_size"),
     "window type": (infllmv2_attention, {"window_size": 64.0}, "window_size must be an integer of at least 0"),

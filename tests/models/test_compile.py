@@ -95,10 +95,11 @@ def test_a_layer_compiles_once_into_one_graph(attention):
     assert frames[1] == frames[0] + 1  # the loss's, of which the number of tokens is a symbol from the second one on
 
 
-def test_a_knob_that_moves_compiles_nothing_anew():
+@pytest.mark.parametrize("options", [{}, {"summary_keys": "unrotated"}], ids=str)
+def test_a_knob_that_moves_compiles_nothing_anew(options):
     pytest.importorskip("triton")
     torch._dynamo.reset()
-    attention = DashConfig(chunk_size=16, impl="triton", target_sparsity=0.5)
+    attention = DashConfig(chunk_size=16, impl="triton", target_sparsity=0.5, **options)
     eager, compiled = build(attention), build(attention)
     backend = CompileCounterWithBackend("aot_eager")
     compiled.compile_layers(backend=backend, fullgraph=True)

@@ -116,6 +116,7 @@ def test_the_authors_format_in_and_out(tmp_path, tempered):
     [
         *({"init_chunks": 1}, {"local_chunks": 2}, {"prior": "none"}, {"prior_heads": "head"}, {"alpha": 1.25}),
         *({"alpha_mode": "learnable"}, {"summary_rope": "mean"}, {"layers": {"0": "full"}}),
+        {"summary_keys": "unrotated"},
     ],
     ids=str,
 )

@@ -46,6 +46,22 @@ def test_forward_and_gradients_equal_the_reference(options):
             torch.testing.assert_close(ours.float(), expected.float(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("options", [{"prior": "raw"}, {"prior": "tempered", "sigma": 2.0}, {"prior": "none"}], ids=str)
+def test_a_query_and_keys_of_the_routers_own(options):
+    inputs, others = make_inputs(), make_inputs()[:2]
+    options = dict(options, chunk_size=16, router_scale=3.0, init_chunks=1)
+    leaves = [*inputs, *others]
+    results = []
+    for impl in ("triton", "reference"):
+        out = dash_attention(*inputs, router_qk=others, impl=impl, **options)
+        weight = torch.linspace(-1, 1, out.numel(), device=DEVICE).view_as(out)
+        grads = torch.autograd.grad((out * weight).sum(), leaves, materialize_grads=True)
+        results.append((out, *grads))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
+    assert (results[0][-1].abs().max() > 0) == (options["prior"] != "none")
+
+
 def test_learned_alpha_gets_its_gradient():
     inputs = make_inputs(length=40)
     grads = []

@@ -225,11 +225,12 @@ WINDOWS = dict(block_size=16, kernel_size=8, kernel_stride=4, topk=3)
         DashConfig(chunk_size=16, router_scale=3.0, prior="raw"),
         DashConfig(chunk_size=16, router_scale=3.0, prior="raw", init_chunks=1, local_chunks=1),
         DashConfig(chunk_size=16, router_scale=3.0, summary_rope="mean", alpha_mode="learnable"),
+        DashConfig(chunk_size=16, router_scale=3.0, prior="raw", summary_keys="unrotated"),
         InfLLMv2Config(**WINDOWS, window_size=16),
         NSAConfig(**WINDOWS, window_size=20, shared_kv=False),
         NSAConfig(**WINDOWS, window_size=0, variant="minicpm"),
     ],
-    ids=["full", "dash", "dash sink", "dash rope", "infllmv2", "nsa", "nsa minicpm"],
+    ids=["full", "dash", "dash sink", "dash rope", "dash unrotated", "infllmv2", "nsa", "nsa minicpm"],
 )
 def test_backends_decode_alike_with_and_without_kernels(config):
     shape = AttentionShape(hidden_size=24, num_heads=4, num_kv_heads=2, head_dim=16)

@@ -14,6 +14,7 @@ from torch import Tensor
 from dashattn.ops.block_sparse.schedule import key_lists, tile_lists
 from dashattn.ops.block_sparse.triton import (
     attend,
+    block_sparse_attention,
     check_backward_room,
     check_forward_room,
     check_kernels_fit,
@@ -27,12 +28,21 @@ from dashattn.ops.block_sparse.triton_backward import (
     query_grad,
     query_grad_options,
 )
-from dashattn.ops.chunk_summary.triton import pooling_queries, summarise, summarise_backward, summary_starts
+from dashattn.ops.chunk_summary.triton import (
+    chunk_summary,
+    pooling_queries,
+    summarise,
+    summarise_backward,
+    summary_starts,
+)
 from dashattn.ops.dash_routing.triton import (
     alpha_of_heads,
     check_prior_heads,
+    dash_routing,
     has_forward_bias,
+    joined_scale,
     num_blocks,
+    split_scale,
     temperature,
 )
 from dashattn.ops.dash_routing.triton_backward import route_backward
@@ -65,7 +75,7 @@ def _forward_op(
     ``router_scale``: float64 [] on the CPU, a factor of ``score_scale``. ``forced``: ``init_chunks`` and
     ``local_chunks``.
     """
-    score_scale = _scaled(score_scale, router_scale)
+    score_scale = joined_scale(router_scale, score_scale)
     geo = geometry(q, k.shape[2], cu_seqlens)
     blocks = num_blocks(q, chunk_size)
     bias_blocks = blocks if has_forward_bias(prior, sigma, q.dtype) else 0
@@ -81,10 +91,6 @@ def _forward_op(
     out, lse = attend(q_nHD, k_nHD, v_nHD, words, bias, geo, chunk_size, scale)
     words = words.unflatten(1, q.shape[:2]).transpose(0, 1).contiguous()
     return out.view(q.shape), words, *(x.view(q.shape[:3]) for x in (lse, peak, tau)), summaries
-
-
-def _scaled(score_scale: float, router_scale: Tensor | None) -> float:
-    return score_scale if router_scale is None else router_scale.item() * score_scale
 
 
 def _num_summaries(k: Tensor, chunk_size: int) -> int:
@@ -109,7 +115,7 @@ def _backward_op(
     chunk_size: int, score_scale: float, forced: list[int], scale: float, prior: str, sigma: float, alpha_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, the gradient of the queries in float32, and dalpha (empty unless asked for)."""
-    score_scale = _scaled(score_scale, router_scale)
+    score_scale = joined_scale(router_scale, score_scale)
     geo = geometry(q, k.shape[2], cu_seqlens)
     blocks = num_blocks(q, chunk_size)
     bias_blocks = blocks if has_forward_bias(prior, sigma, q.dtype) else 0
@@ -189,6 +195,7 @@ def dash_attention(
     prior_heads: str = "group",
     init_chunks: int = 0,
     local_chunks: int = 0,
+    router_qk: tuple[Tensor, Tensor] | None = None,
     summary_rope: tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
@@ -196,12 +203,20 @@ def dash_attention(
     """The references of summaries, router and attention in one: the output [B, T, Hq, D] and the selection."""
     check_prior_heads(prior_heads)
     check_kernels_fit(q, chunk_size)
+    if router_qk is not None:  # step by step: the operator above has one q and one k
+        summaries = chunk_summary(
+            router_qk[1], chunk_query, chunk_size=chunk_size, cu_seqlens=cu_seqlens, rope=summary_rope
+        )
+        selection, bias = dash_routing(
+            router_qk[0], summaries, chunk_size=chunk_size, alpha=alpha, router_scale=router_scale, prior=prior,
+            sigma=sigma, init_chunks=init_chunks, local_chunks=local_chunks, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+        return block_sparse_attention(q, k, v, selection, bias, scale=scale, cu_seqlens=cu_seqlens), selection
     head_scale = q.shape[-1] ** -0.5
     queries = pooling_queries(k, chunk_query, chunk_size, cu_seqlens, summary_rope)
-    moves = isinstance(router_scale, Tensor)
+    factor, score_scale = split_scale(router_scale, head_scale)
     out, words, *_ = _forward_op(
-        q, k, v, queries, alpha_of_heads(alpha, q), cu_seqlens, router_scale if moves else None, chunk_size,
-        head_scale if moves else router_scale * head_scale, [init_chunks, local_chunks],
-        head_scale if scale is None else scale, prior, sigma,
+        q, k, v, queries, alpha_of_heads(alpha, q), cu_seqlens, factor, chunk_size, score_scale,
+        [init_chunks, local_chunks], head_scale if scale is None else scale, prior, sigma,
     )  # fmt: skip
     return out, Selection(words, chunk_size)

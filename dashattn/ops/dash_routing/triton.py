@@ -47,19 +47,30 @@ def _flat_summaries(summaries: Tensor) -> Tensor:
     return flat if len(flat) else flat.new_zeros(1, *flat.shape[1:])
 
 
+def split_scale(router_scale: float | Tensor, head_scale: float) -> tuple[Tensor | None, float]:
+    """``router_scale`` and ``score_scale`` of the operators: a scale that moves stays a tensor up to them."""
+    return (router_scale, head_scale) if isinstance(router_scale, Tensor) else (None, router_scale * head_scale)
+
+
+def joined_scale(router_scale: Tensor | None, score_scale: float) -> float:
+    return score_scale if router_scale is None else router_scale.item() * score_scale
+
+
 def num_blocks(q: Tensor, chunk_size: int) -> int:
     return -(-q.shape[1] // chunk_size)
 
 
 @torch.library.custom_op("dashattn::dash_route", mutates_args=())
 def _route_op(
-    q: Tensor, summaries: Tensor, alpha: Tensor | None, cu_seqlens: Tensor | None, chunk_size: int, score_scale: float,
-    forced: list[int],
+    q: Tensor, summaries: Tensor, alpha: Tensor | None, cu_seqlens: Tensor | None, router_scale: Tensor | None,
+    chunk_size: int, score_scale: float, forced: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Words int32 [B, H, T, W]; highest product q . k~ and threshold, float32 [B, T, Hq].
 
-    ``forced``: here and below, ``init_chunks`` and ``local_chunks``.
+    Here and below ``router_scale`` is float64 [] on the CPU, a factor of ``score_scale`` (``split_scale``), and
+    ``forced`` are ``init_chunks`` and ``local_chunks``.
     """
+    score_scale = joined_scale(router_scale, score_scale)
     geo = geometry(q, summaries.shape[2], cu_seqlens)
     words, peak, tau = route(
         flatten_tokens(q), _flat_summaries(summaries), alpha, summary_starts(geo, chunk_size), geo, chunk_size,
@@ -70,7 +81,7 @@ def _route_op(
 
 
 @_route_op.register_fake
-def _(q, summaries, alpha, cu_seqlens, chunk_size, score_scale, forced):
+def _(q, summaries, alpha, cu_seqlens, router_scale, chunk_size, score_scale, forced):
     batch, length, heads, _ = q.shape
     width = -(-num_blocks(q, chunk_size) // 32)
     words = q.new_empty(batch, summaries.shape[2], length, width, dtype=torch.int32)
@@ -80,9 +91,11 @@ def _(q, summaries, alpha, cu_seqlens, chunk_size, score_scale, forced):
 @torch.library.custom_op("dashattn::dash_prior", mutates_args=())
 def _prior_op(
     q: Tensor, summaries: Tensor, alpha: Tensor | None, words: Tensor, peak: Tensor, tau: Tensor,
-    cu_seqlens: Tensor | None, chunk_size: int, score_scale: float, forced: list[int], sigma: float | None,
+    cu_seqlens: Tensor | None, router_scale: Tensor | None, chunk_size: int, score_scale: float, forced: list[int],
+    sigma: float | None,
 ) -> Tensor:  # fmt: skip
     """Bias float32 [B, T, H, N]."""
+    score_scale = joined_scale(router_scale, score_scale)
     geo = geometry(q, summaries.shape[2], cu_seqlens)
     bias = prior_bias(
         flatten_tokens(q), _flat_summaries(summaries), alpha, summary_starts(geo, chunk_size), peak.flatten(0, 1),
@@ -94,17 +107,18 @@ def _prior_op(
 
 
 @_prior_op.register_fake
-def _(q, summaries, alpha, words, peak, tau, cu_seqlens, chunk_size, score_scale, forced, sigma):
+def _(q, summaries, alpha, words, peak, tau, cu_seqlens, router_scale, chunk_size, score_scale, forced, sigma):
     return q.new_empty(*q.shape[:2], summaries.shape[2], num_blocks(q, chunk_size), dtype=torch.float32)
 
 
 @torch.library.custom_op("dashattn::dash_prior_backward", mutates_args=())
 def _prior_backward_op(
     grad: Tensor, q: Tensor, summaries: Tensor, alpha: Tensor | None, words: Tensor, peak: Tensor, tau: Tensor,
-    cu_seqlens: Tensor | None, chunk_size: int, score_scale: float, forced: list[int], sigma: float | None,
-    alpha_grad: bool,
+    cu_seqlens: Tensor | None, router_scale: Tensor | None, chunk_size: int, score_scale: float, forced: list[int],
+    sigma: float | None, alpha_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dsummaries and dalpha (empty unless asked for)."""
+    score_scale = joined_scale(router_scale, score_scale)
     geo = geometry(q, summaries.shape[2], cu_seqlens)
     dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
     router = router_options(geo.padded_dim, q.itemsize)
@@ -123,7 +137,8 @@ def _like_summaries(flat: Tensor, summaries: Tensor) -> Tensor:
 
 
 @_prior_backward_op.register_fake
-def _(grad, q, summaries, alpha, words, peak, tau, cu_seqlens, chunk_size, score_scale, forced, sigma, alpha_grad):
+def _(grad, q, summaries, alpha, words, peak, tau, cu_seqlens, router_scale, chunk_size, score_scale, forced, sigma,
+      alpha_grad):  # fmt: skip
     dalpha = q.new_empty(q.shape[2], dtype=torch.float32) if alpha_grad else q.new_empty(0)
     return torch.empty_like(q), torch.empty_like(summaries), dalpha
 
@@ -138,7 +153,7 @@ def _prior_backward(ctx, grad):
     dq, dsummaries, dalpha = _prior_backward_op(
         grad, *ctx.saved_tensors, ctx.chunk_size, ctx.score_scale, ctx.forced, ctx.sigma, alpha_grad
     )
-    return dq, dsummaries, dalpha if alpha_grad else None, *(None,) * 8
+    return dq, dsummaries, dalpha if alpha_grad else None, *(None,) * 9
 
 
 _prior_op.register_autograd(_prior_backward, setup_context=_prior_setup)
@@ -161,16 +176,16 @@ def dash_routing(
     """As ``reference.dash_routing``, for ``prior_heads`` group; the bias has ceil(T / chunk_size) columns."""
     check_prior_heads(prior_heads)
     check_kernels_fit(q, chunk_size)
-    score_scale, forced = float(router_scale) * q.shape[-1] ** -0.5, [init_chunks, local_chunks]
+    factor, score_scale = split_scale(router_scale, q.shape[-1] ** -0.5)
+    settings = factor, chunk_size, score_scale, [init_chunks, local_chunks]
     alpha = alpha_of_heads(alpha, q)
     with torch.no_grad():  # the bias alone carries gradient
-        words, peak, tau = _route_op(q, summaries, alpha, cu_seqlens, chunk_size, score_scale, forced)
+        words, peak, tau = _route_op(q, summaries, alpha, cu_seqlens, *settings)
     selection = Selection(words, chunk_size)
     if prior == "none":
         return selection, None
     kind = temperature(prior, sigma)
-    bias = _prior_op(q, summaries, alpha, words, peak, tau, cu_seqlens, chunk_size, score_scale, forced, kind)
-    return selection, bias
+    return selection, _prior_op(q, summaries, alpha, words, peak, tau, cu_seqlens, *settings, kind)
 
 
 def check_prior_heads(prior_heads: str) -> None:

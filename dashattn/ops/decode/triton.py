@@ -67,11 +67,12 @@ def routed_attention(
     local_chunks: int = 0,
     scale: float | None = None,
     new: NewToken | None = None,
+    router_q: Tensor | None = None,
 ) -> Tensor:
     """``reference.cached_dash_routing`` and ``cached_attention`` in one, for ``prior_heads`` group.
 
-    ``new``: the one token that q is of, where ``append`` has not written it yet. As in prefill, 16-bit types leave out
-    a tempered prior that is smaller than their rounding.
+    ``new``: the one token that q is of, where ``append`` has not written it yet. ``router_q``: what the router scores
+    in place of q. As in prefill, 16-bit types leave out a tempered prior that is smaller than their rounding.
     """
     heads, head_dim = q.shape[2:]
     scale = head_dim**-0.5 if scale is None else scale
@@ -80,9 +81,10 @@ def routed_attention(
     else:
         alpha = None if alpha == 1.5 else q.new_full((heads,), alpha, dtype=torch.float32)
     outs = []
-    for tile, before in _tiles(q, lengths):
+    router_q = q if router_q is None else router_q
+    for (tile, before), (router_tile, _) in zip(_tiles(q, lengths), _tiles(router_q, lengths), strict=True):
         words, bias = route(
-            tile, summaries, before, alpha, chunk_size, router_scale * head_dim**-0.5,
+            router_tile, summaries, before, alpha, chunk_size, router_scale * head_dim**-0.5,
             has_forward_bias(prior, sigma, q.dtype), temperature(prior, sigma), (init_chunks, local_chunks), new,
         )  # fmt: skip
         outs.append(attend(tile, k, v, before, words, bias, chunk_size, None, scale, after_routing=True))
