@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from experiments.errors import user_errors
 from experiments.evaluation.config import register_evaluate_config
 from experiments.evaluation.evaluate import evaluate, find_target
+from experiments.files import RESULTS
 from experiments.schema import to_config
 
 register_evaluate_config()
@@ -41,7 +42,7 @@ def main(cfg: DictConfig) -> None:
         for row in evaluate(config, target):
             count += 1
             print(line(row))
-        print(f"{count} new rows in {target.run_dir}/results.jsonl")
+        print(f"{count} new rows in {target.run_dir / RESULTS}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from experiments.config import TrainConfig
 from experiments.errors import Stopped
 from experiments.files import ANOMALIES
 from experiments.origin import with_own_tokenizer
+from experiments.provenance import device_name
 from experiments.sparsity import HOLD_EVERY, Hold, count_keys, knob_span
 from experiments.training.anomalies import LossWatch
 from experiments.training.check import accumulation
@@ -137,7 +138,7 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
     if run_dir.checkpoint is not None:
         load_checkpoint(run_dir.checkpoint, engine, ranks, reshard=run_dir.is_resharded)
     metrics = resources.enter_context(closing(MetricsWriter(run_dir.path, config, main=ranks.is_main)))
-    peak = peak_tflops(config, torch.cuda.get_device_name() if config.device == "cuda" else "")
+    peak = peak_tflops(config, device_name(config.device))
     _print_start(metrics, run_dir, ranks, start, knows_peak=peak is not None or config.device == "cpu")
     traced = config.profile_steps if ranks.is_main else 0
     return Run(
