@@ -38,7 +38,7 @@ from experiments.training.engine import (
     validation_loss,
 )
 from experiments.training.metrics import Clock, MetricsWriter, attention_metrics, peak_memory_mib
-from experiments.training.optim import build_optimizer, learning_rate
+from experiments.training.optim import build_optimizer, check_order, learning_rate, order_state
 from experiments.training.ranks import Ranks, init_ranks
 from experiments.training.run_dir import RunDir, config_hash, find_run_dir, open_run_dir, verify_checkpoint
 from experiments.training.start_knob import find_start_knob
@@ -116,6 +116,7 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
         positions = run_dir.state["data"]
         # Of another number of readers: the state of a stream that counts over all of them is the same for each.
         train_data.load_state_dict(positions[ranks.reader if len(positions) == ranks.readers else 0])
+        check_order(model, config.optim, run_dir.state)
     hold = _find_hold(model, config, run_dir, ranks, rows, start)
     # From here on the stream is read ahead, so that it must stand where the run does.
     train_data = resources.enter_context(
@@ -407,5 +408,6 @@ def _state(run: Run, step: int, position: dict) -> dict:
         "world_size": run.ranks.world_size,
         "stage": run.config.deepspeed.stage,
         "config_hash": config_hash(run.config),
+        **order_state(run.engine.module, run.config.optim),
         **({} if run.hold is None else {"sparsity": run.hold.state_dict()}),
     }

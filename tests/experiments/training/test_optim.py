@@ -1,12 +1,19 @@
+import json
+import math
+
 import pytest
 from safetensors.torch import load_file
 from torch import nn
 
-from dashattn.backends import AttentionShape, DashConfig, build_backend
+from dashattn.backends import AttentionShape, DashConfig, NSAConfig, build_backend
 from experiments.config import OptimConfig
-from experiments.training.optim import LR_FACTOR, learning_rate, parameter_groups
+from experiments.training import run
+from experiments.training.optim import LR_FACTOR, check_order, learning_rate, order_state, parameter_groups
 from experiments.training.weights import find_weights
+from models import ModelConfig, Transformer
 from train import train
+
+SHAPE = ModelConfig(32, 48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, max_seq_len=64, vocab_size=50)
 
 
 def rates(steps=100, **options):
@@ -57,6 +64,47 @@ def test_only_matrices_of_linear_layers_decay():
     assert len(others["params"]) == 4
     assert [group["weight_decay"] for group in (decayed, others, routing)] == [0.1, 0, 0]
     assert routing["eps"] == 1e-15
+
+
+@pytest.mark.parametrize("optim", [OptimConfig(lr=1.0), OptimConfig(lr=1.0, backend_lr=2.0)])
+def test_every_parameter_lies_where_its_size_allows(optim):
+    """In the flat tensor that DeepSpeed makes of a group, and in 16 bits."""
+    model = Transformer(SHAPE, NSAConfig(variant="minicpm", window_size=0, topk=32, local_blocks=17))
+    assert any(parameter.numel() % 8 for parameter in model.parameters()), "gates with a bias of two"
+    for group in parameter_groups(model, optim):
+        start = 0
+        for parameter in group["params"]:
+            assert start % math.gcd(parameter.numel(), 8) == 0
+            start += parameter.numel()
+
+
+def test_an_engine_gives_every_matrix_and_norm_an_address_that_kernels_can_read(make_config, monkeypatch):
+    """Of compiled ones each takes 16 bytes at once."""
+    found = {}
+
+    def look(model, *args, **kwargs):
+        engine = build(model, *args, **kwargs)
+        found.update({name: (p.numel(), p.data_ptr()) for name, p in model.named_parameters()})
+        return engine
+
+    build = run.build_engine
+    monkeypatch.setattr(run, "build_engine", look)
+    options = ["attention=nsa_minicpm", "attention.block_size=16", "attention.topk=2", "attention.local_blocks=1"]
+    train(make_config("aligned", *options, "steps=2", "deepspeed.precision=bf16"))
+    assert any(size % 8 for size, _ in found.values())
+    assert [name for name, (size, address) in found.items() if size % 8 == 0 and address % 16] == []
+
+
+def test_a_checkpoint_whose_parameters_lie_otherwise_is_refused():
+    optim = OptimConfig(lr=1.0)
+    plain = Transformer(SHAPE, DashConfig())
+    check_order(plain, optim, {})  # of an older version: all sizes are even, and the order is the same
+    check_order(plain, optim, order_state(plain, optim))
+    odd = Transformer(SHAPE, NSAConfig(variant="minicpm", window_size=0, topk=32, local_blocks=17))
+    check_order(odd, optim, json.loads(json.dumps(order_state(odd, optim))))
+    for state in ({}, {"parameter_order": "another"}):
+        with pytest.raises(ValueError, match="init_from=RUN"):
+            check_order(odd, optim, state)
 
 
 def test_what_backends_own_may_have_a_rate_of_its_own():
