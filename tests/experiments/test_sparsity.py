@@ -5,9 +5,12 @@ import math
 from itertools import pairwise
 
 import pytest
+import torch
 
 from dashattn.backends import DashConfig, FullConfig, InfLLMv2Config, NSAConfig
-from experiments.sparsity import TOLERANCE, Hold, check_found, check_reachable, find_knob, knob_span
+from data import Batch
+from experiments.sparsity import TOLERANCE, Hold, calibrate, check_found, check_reachable, find_knob, knob_span
+from models import ModelConfig, Transformer
 
 SCALES = DashConfig().knob_span(1)
 
@@ -174,3 +177,17 @@ def test_no_knob_no_target():
         FullConfig(target_sparsity=0.5)
     with pytest.raises(ValueError, match="no sparsity knob"):
         FullConfig().knob_span(1024)
+
+
+def test_the_papers_count_is_calibrated_too():
+    """On tokens from 4096 on, against the whole length: topk blocks of 256 keys, of which a token's own is cut."""
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1}
+    blocks = {"block_size": 256, "kernel_size": 256, "kernel_stride": 128, "window_size": 0}
+    attention = InfLLMv2Config(**blocks, topk=3)
+    model = Transformer(ModelConfig(**shape, head_dim=16, vocab_size=8, max_seq_len=4352), attention)
+    ids = torch.zeros(1, 4352, dtype=torch.int64)
+    batch = Batch(ids, ids, torch.arange(4352)[None])
+    found = calibrate(model, [batch], 0.5, "paper", 4352, device=torch.device("cpu"))
+    active = 256 * (found.knob - 1) + 257 / 2
+    assert found.sparsity == pytest.approx(1 - active / 4352)
+    assert model.turned[0].config.topk == found.knob == 9
