@@ -61,10 +61,18 @@ def test_the_knob_of_a_sparsity_is_found_for_each_length_and_kept(text_run, monk
 
 
 @pytest.mark.parametrize(("task", "packed"), [("loss", True), ("decode", False)])
-def test_it_is_found_on_training_rows_packed_as_the_tasks_are(text_run, task, packed):
+def test_it_is_found_on_training_rows_packed_as_the_tasks_are(text_run, monkeypatch, task, packed):
+    read = []
+
+    def observed(data, **options):
+        read.append((data.pack, data.seq_len, options["split"]))
+        return build_data(data, **options)
+
+    monkeypatch.setattr(knobs, "build_data", observed)
     config = configured(text_run, sparsities=[0.4], tasks=[task], rows_per_batch=8)
     (row,) = run(config)
     (found,) = [found for found in read_rows(text_run / CALIBRATIONS) if found["target_sparsity"] == 0.4][-1:]
+    assert read == [("documents" if packed else "plain", 128, "train")]
     assert (found["knob"], found["packed"], found["rows"]) == (row["knob"], packed, 16)
     target = find_target(config)
     model, data = build_model(target), target.train.data
