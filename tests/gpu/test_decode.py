@@ -165,6 +165,7 @@ def test_many_prompts_of_all_lengths(attention, longest):
         FullConfig(),
         DashConfig(chunk_size=16, router_scale=20.0),
         DashConfig(chunk_size=16, router_scale=20.0, init_chunks=1),
+        DashConfig(chunk_size=16, router_scale=20.0, summary_keys="unrotated"),
         DashConfig(chunk_size=16, prior="raw", alpha_mode="learnable", summary_rope="mean"),
         DashConfig(chunk_size=16, prior_heads="head"),
         InfLLMv2Config(**SIZES, window_size=16),
@@ -172,7 +173,18 @@ def test_many_prompts_of_all_lengths(attention, longest):
         NSAConfig(**SIZES, window_size=20, shared_kv=False),
         NSAConfig(**SIZES, window_size=0, variant="minicpm"),
     ],
-    ids=["full", "dash", "dash sink", "dash rope", "dash head", "infllmv2", "nsa", "nsa own kv", "nsa minicpm"],
+    ids=[
+        "full",
+        "dash",
+        "dash sink",
+        "dash unrotated",
+        "dash rope",
+        "dash head",
+        "infllmv2",
+        "nsa",
+        "nsa own kv",
+        "nsa minicpm",
+    ],
 )
 def test_generation_in_a_cuda_graph_equals_generation_without_a_cache(attention):
     model = build(attention).cuda()

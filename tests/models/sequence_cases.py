@@ -28,6 +28,7 @@ SIZES = dict(block_size=8, kernel_size=4, kernel_stride=2)
 BACKENDS = {
     "full": FullConfig(),
     "dash": DashConfig(chunk_size=8, prior="raw", alpha_mode="learnable"),
+    "dash-unrotated": DashConfig(chunk_size=4, prior="raw", init_chunks=1, summary_keys="unrotated"),
     "dash-rotated": DashConfig(chunk_size=8, sigma=1.0, prior_heads="head", summary_rope="mean"),
     "infllmv2": InfLLMv2Config(**SIZES, topk=3, window_size=8),
     "nsa": NSAConfig(**SIZES, topk=3, window_size=8),
