@@ -196,6 +196,8 @@ def test_only_the_newest_checkpoint_counts():
     assert [row["step"] for row in rows] == [200]
     again = [make_row(step=200, score=score) for score in (0.3, 0.2)]  # of the same checkpoint, the row written last
     assert [row["score"] for row in frontier.newest(again)] == [0.2]
+    other_work = [make_row(step=100, rows=4), make_row(step=200, rows=8)]
+    assert frontier.newest(other_work) == other_work
 
 
 def test_says_untrained_when_the_control_fails():

@@ -69,6 +69,16 @@ def test_a_signal_saves_at_the_next_step_and_the_same_command_goes_on(make_confi
     assert losses(train(config)) == losses(whole)
 
 
+def test_a_signal_in_the_last_step_asks_for_no_other_start(make_config, at_step):
+    def send(output):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return output
+
+    at_step[3] = send  # noticed when the fourth step, the last one, is read
+    run_dir = train(make_config("run"))
+    assert (run_dir / "checkpoints" / "latest").read_text() == "step-00000004\n"
+
+
 def test_a_second_signal_exits_at_once():
     code = """
 import os, signal, time
