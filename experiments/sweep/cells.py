@@ -191,6 +191,8 @@ def _knob_key(train: list[str]) -> str:
     knob = _attention(chosen).knob if any(override.startswith("attention=") for override in chosen) else None
     if knob is None:
         raise ValueError(f"trained_knobs needs attention=... with a sparsity knob among the arm's overrides {train}")
+    if _attention(chosen).controls_sparsity:
+        raise ValueError("trained_knobs and attention.target_sparsity both set the knob of an arm: give one of them")
     return f"attention.{knob}"
 
 

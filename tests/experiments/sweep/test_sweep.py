@@ -132,6 +132,10 @@ def test_trained_knobs_need_a_backend_with_a_knob(tmp_path):
     config.studies["text"].arms = {"full": ArmConfig(train=["attention=full"], trained_knobs=[1.0])}
     with pytest.raises(ValueError, match="sparsity knob"):
         cells(config)
+    both = ["attention=dash", "attention.target_sparsity=0.75"]
+    config.studies["text"].arms = {"dash": ArmConfig(train=both, trained_knobs=[1.0])}
+    with pytest.raises(ValueError, match=r"trained_knobs and attention\.target_sparsity both"):
+        cells(config)
 
 
 @pytest.fixture
