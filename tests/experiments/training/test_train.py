@@ -45,7 +45,9 @@ def losses(run_dir: Path):
 def interrupt_after(run_dir: Path, step: int, target: Path) -> None:
     """A copy of a run directory as it was when the run had just saved at ``step``."""
     shutil.copytree(run_dir, target)
-    (target / "checkpoints" / "latest").write_text(f"step-{step:08d}\n")
+    name = f"step-{step:08d}"
+    assert (target / "checkpoints" / name).is_dir()  # else an older one would do
+    (target / "checkpoints" / "latest").write_text(name + "\n")
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
