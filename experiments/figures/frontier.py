@@ -179,7 +179,7 @@ def curves(points: Iterable[Point]) -> dict[tuple, list[Point]]:
             grouped[point.panel, point.label][point.trained_knob].append(point)
     found = {}
     for (panel, label), checkpoints in sorted(grouped.items()):
-        if len(checkpoints) > 1:
+        if len([knob for knob in checkpoints if knob is not None]) > 1:
             trained = [p for line in checkpoints.values() for p in line if p.is_trained]
             seeds = max((p.of_seed.keys() for p in trained), key=len, default=())
             found[panel, label, "trained at each"] = [p for p in trained if p.of_seed.keys() == seeds]
