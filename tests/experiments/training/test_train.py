@@ -318,6 +318,7 @@ def test_activation_checkpointing_changes_no_loss(make_config):
 
 
 def test_compiled_layers_train_alike(make_config, monkeypatch):
+    monkeypatch.undo()  # the poisoning of conftest.py, which would be traced
     # Without Inductor, which needs a compiler.
     monkeypatch.setattr(Transformer, "compile_layers", partialmethod(Transformer.compile_layers, backend="aot_eager"))
     compiled = train(make_config("compiled", "compile=true"))
