@@ -1,6 +1,8 @@
 """Which module may import which. Every import counts, also one inside a function or for type checkers alone."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -126,17 +128,21 @@ def test_no_folder_is_part_of_a_circle(parent):
     assert circle(arrows) == []
 
 
-def needs_an_option(file: Path) -> bool:
-    """Whether a module cannot be imported where Triton, or lm_eval, is missing."""
+# What a start must not wait for: it may be missing, or takes a second.
+PUT_OFF = {"triton", "lm_eval", "torch.nn.attention.varlen"}
+
+
+def is_put_off(file: Path) -> bool:
+    """Whether importing a module imports one of ``PUT_OFF``."""
     body = ast.parse(file.read_text()).body
     names = [alias.name for node in body if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module for node in body if isinstance(node, ast.ImportFrom)]
-    return not {"triton", "lm_eval"}.isdisjoint(name.split(".")[0] for name in names)
+    return any(name in PUT_OFF or name.split(".")[0] in PUT_OFF for name in names)
 
 
-def test_imports_inside_functions_are_of_what_may_be_missing():
-    """Of this project's own modules: those that need Triton or lm_eval, not those that would close a circle."""
-    optional = {name for name, file in modules().items() if needs_an_option(file)}
+def test_imports_inside_functions_are_of_what_is_put_off():
+    """Of this project's own modules: those, not others that would close a circle."""
+    optional = {name for name, file in modules().items() if is_put_off(file)}
     while True:
         more = {found.importer for found in imports() if found.imported in optional and not found.is_local}
         if more <= optional:
@@ -183,3 +189,12 @@ def test_private_names_stay_in_their_module():
 
 def test_generators_of_tasks_are_had_without_the_rest_of_data():
     assert [str(found) for found in imports() if found.importer == "data.tasks"] == []
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate", "experiments.sweep.__main__", "data.collect"])
+def test_a_script_starts_without_what_only_work_needs(script):
+    """A wrong override is answered before anything slow is loaded; PyTorch itself is there for its dtypes."""
+    heavy = ["deepspeed", "datasets", "transformers", "torch._dynamo", "triton", "wandb", "matplotlib", "lm_eval"]
+    code = f"import sys, {script}; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,13 +1,11 @@
 """Dense causal attention through PyTorch's SDPA. Shapes: B batch, T tokens, Hq / Hkv heads, D head size."""
 
 from contextlib import nullcontext
-from inspect import signature
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.varlen import varlen_attn
 
 from dashattn.documents import per_document
 
@@ -17,8 +15,6 @@ CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, *PLANLESS]
 ROW_UNIT = 128  # tokens; rows of a data set have a multiple of it
 LARGE = 2**39  # query-key pairs times channels, over all heads and rows
 HALVES = (torch.bfloat16, torch.float16)
-# PyTorch 2.11 takes grouped heads without being told.
-GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 def sdpa_attention(
@@ -29,6 +25,8 @@ def sdpa_attention(
     Packed documents in 16 bits on a GPU are one call of FlashAttention, elsewhere one of SDPA each.
     """
     if cu_seqlens is not None and q.is_cuda and q.dtype in HALVES and q.shape[-1] in range(8, 257, 8):
+        from dashattn.ops.full.varlen import GROUPED, varlen_attn
+
         length = q.shape[1]  # bounds the documents', which only the device knows
         documents = (cu_seqlens, cu_seqlens, length, length)
         out = varlen_attn(q[0], k[0], v[0], *documents, scale=scale, window_size=(-1, 0), **GROUPED)
