@@ -155,8 +155,8 @@ def test_links_lead_somewhere(page):
 
 
 def test_figures_are_made_of_folders_with_rows():
-    command = run("make", "--dry-run", "--old-file=.venv/.installed", "figures").splitlines()[-1]
-    studies = set(re.findall(r"results/\w+", command))
+    commands = run("make", "--dry-run", "--old-file=.venv/.installed", "figures")
+    studies = set(re.findall(r"results/\w+", commands))
     assert studies == {path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob("results/*/*.jsonl")}
 
 

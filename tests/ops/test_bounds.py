@@ -23,6 +23,9 @@ from dashattn.selection import Selection
 if torch.cuda.is_available():
     pytest.skip("runs in Triton's interpreter", allow_module_level=True)
 
+# Of what is computed with NaN and infinity NumPy warns, on whose arrays the interpreter computes.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
 CHUNK = 16
 WINDOWS = dict(kernel_size=8, kernel_stride=4)
 BLOCKS = dict(block_size=CHUNK, topk=3, init_blocks=1)
