@@ -57,9 +57,11 @@ def evaluate(config: EvaluateConfig, target: Target) -> Iterator[dict]:
     existing = read_rows(path)
     common = describe(target) | {"label": config.label or train.attention.name}
     tasks = build_tasks(config, train, validation_stream(target))
+    # A checkpoint has one configuration; a folder is scored with any.
+    identity = ("checkpoint", "label", "config_hash") if target.is_untrained else ("checkpoint", "label")
 
     def missing(task: Task, place: Setpoint) -> list[str]:
-        asked = {key: common[key] for key in ("checkpoint", "label")} | place.columns() | task.columns
+        asked = {key: common[key] for key in identity} | place.columns() | task.columns
         done = {row["task"] for row in existing if all(row.get(key) == value for key, value in asked.items())}
         return [name for name in task.names if name not in done]
 

@@ -77,6 +77,9 @@ def test_another_attention_and_its_knob(folder, tmp_path):
     (third,) = rows_of(configure(tmp_path, folder, "attention=dash", "attention.chunk_size=8", "sparsities=[0.3]"))
     assert third["causal_sparsity"] == pytest.approx(0.3, abs=0.05)
     assert (third["target_sparsity"], third["untrained"]) == (0.3, str(folder))
+    (other,) = rows_of(configure(tmp_path, folder, "attention=dash", "attention.chunk_size=4", "knobs=[1000]"))
+    assert other["causal_sparsity"] > second["causal_sparsity"], "of other options, under the same label"
+    assert rows_of(configure(tmp_path, folder, *sparse)) == []
 
 
 def test_what_cannot_be_scored_gets_one_line(folder, tmp_path):
