@@ -72,31 +72,31 @@ def _evenness(parameter: nn.Parameter) -> int:
     return math.gcd(parameter.numel(), 8)
 
 
-def check_order(model: nn.Module, config: OptimConfig, state: dict) -> None:
+def parameter_order(model: nn.Module, config: OptimConfig) -> str:
+    """What tells the order of the parameters in the optimizer, for a checkpoint's state. To be asked before DeepSpeed
+    has the model: at stage 3 it takes the parameters' sizes away."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    ordered = [[names[p] for p in group["params"]] for group in parameter_groups(model, config)]
+    return hashlib.sha256(json.dumps(ordered).encode()).hexdigest()[:16]
+
+
+def check_order(model: nn.Module, own: str, saved: str | None) -> None:
     """Refuses a checkpoint whose optimizer state lies in another order than this version's.
 
     Args:
-        state: what ``order_state`` told when it was saved, among other things; nothing in older versions, which took
-            the parameters as the model names them.
+        own: the model's ``parameter_order``.
+        saved: the checkpoint's; None in older versions, which took the parameters as the model names them.
 
     Raises:
         ValueError: with the mend.
     """
-    own = order_state(model, config)
     is_plain = all(_evenness(p) == 8 for p in model.parameters() if p.requires_grad)
-    if {key: state.get(key) for key in own} == own or (is_plain and not own.keys() & state.keys()):
+    if saved == own or (saved is None and is_plain):
         return
     raise ValueError(
         "the checkpoint is of a version that laid the parameters in another order, and its optimizer state would go to "
         "the wrong ones: start a new run from its weights, init_from=RUN"
     )
-
-
-def order_state(model: nn.Module, config: OptimConfig) -> dict:
-    """What tells the order of the parameters in the optimizer: plain JSON, for a checkpoint's state."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    ordered = [[names[p] for p in group["params"]] for group in parameter_groups(model, config)]
-    return {"parameter_order": hashlib.sha256(json.dumps(ordered).encode()).hexdigest()[:16]}
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device) -> torch.optim.AdamW:

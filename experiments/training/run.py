@@ -38,7 +38,7 @@ from experiments.training.engine import (
     validation_loss,
 )
 from experiments.training.metrics import Clock, MetricsWriter, attention_metrics, peak_memory_mib
-from experiments.training.optim import build_optimizer, check_order, learning_rate, order_state
+from experiments.training.optim import build_optimizer, check_order, learning_rate, parameter_order
 from experiments.training.ranks import Ranks, init_ranks
 from experiments.training.run_dir import RunDir, config_hash, find_run_dir, open_run_dir, verify_checkpoint
 from experiments.training.start_knob import find_start_knob
@@ -59,6 +59,7 @@ class Run:
     train_data: Prefetched
     validation_data: BatchStream
     micro_batches: int  # a step and rank
+    parameter_order: str  # in the optimizer
     tokens: int  # read so far, over all ranks
     saved: int  # step of the newest checkpoint
     hold: Hold | None  # of the attention's target sparsity, if training heeds one
@@ -102,6 +103,7 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
     config = _with_vocabulary(config, train_data.vocab_size)
     torch.manual_seed(config.seed)  # the weights; nothing after this draws from PyTorch's global generators
     model = Transformer(config.model, config.attention)
+    order = parameter_order(model, config.optim)
     start = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "data": train_data.describe(),
@@ -116,7 +118,7 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
         positions = run_dir.state["data"]
         # Of another number of readers: the state of a stream that counts over all of them is the same for each.
         train_data.load_state_dict(positions[ranks.reader if len(positions) == ranks.readers else 0])
-        check_order(model, config.optim, run_dir.state)
+        check_order(model, order, run_dir.state.get("parameter_order"))
     hold = _find_hold(model, config, run_dir, ranks, rows, start)
     # From here on the stream is read ahead, so that it must stand where the run does.
     train_data = resources.enter_context(
@@ -150,6 +152,7 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
         train_data=train_data,
         validation_data=validation_data,
         micro_batches=micro_batches,
+        parameter_order=order,
         tokens=run_dir.state.get("tokens", 0),
         saved=run_dir.step,
         hold=hold,
@@ -408,6 +411,6 @@ def _state(run: Run, step: int, position: dict) -> dict:
         "world_size": run.ranks.world_size,
         "stage": run.config.deepspeed.stage,
         "config_hash": config_hash(run.config),
-        **order_state(run.engine.module, run.config.optim),
+        "parameter_order": run.parameter_order,
         **({} if run.hold is None else {"sparsity": run.hold.state_dict()}),
     }

@@ -1,14 +1,15 @@
-import json
 import math
+import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import nn
 
 from dashattn.backends import AttentionShape, DashConfig, NSAConfig, build_backend
 from experiments.config import OptimConfig
 from experiments.training import run
-from experiments.training.optim import LR_FACTOR, check_order, learning_rate, order_state, parameter_groups
+from experiments.training.optim import LR_FACTOR, check_order, learning_rate, parameter_groups, parameter_order
 from experiments.training.weights import find_weights
 from models import ModelConfig, Transformer
 from train import train
@@ -98,13 +99,28 @@ def test_an_engine_gives_every_matrix_and_norm_an_address_that_kernels_can_read(
 def test_a_checkpoint_whose_parameters_lie_otherwise_is_refused():
     optim = OptimConfig(lr=1.0)
     plain = Transformer(SHAPE, DashConfig())
-    check_order(plain, optim, {})  # of an older version: all sizes are even, and the order is the same
-    check_order(plain, optim, order_state(plain, optim))
+    check_order(plain, parameter_order(plain, optim), None)  # an older version's: all sizes even, the order the same
     odd = Transformer(SHAPE, NSAConfig(variant="minicpm", window_size=0, topk=32, local_blocks=17))
-    check_order(odd, optim, json.loads(json.dumps(order_state(odd, optim))))
-    for state in ({}, {"parameter_order": "another"}):
+    own = parameter_order(odd, optim)
+    check_order(odd, own, own)
+    for saved in (None, "another", parameter_order(plain, optim)):
         with pytest.raises(ValueError, match="init_from=RUN"):
-            check_order(odd, optim, state)
+            check_order(odd, own, saved)
+
+
+@pytest.mark.parametrize("stage", ["zero1", "zero3"])
+def test_a_run_with_odd_sizes_resumes(make_config, stage):
+    """At stage 3 DeepSpeed's parameters have no sizes of their own when they are saved."""
+    options = ["attention=nsa_minicpm", "attention.block_size=16", "attention.topk=2", "attention.local_blocks=1"]
+    config = make_config(
+        f"odd-{stage}", *options, f"deepspeed={stage}", "steps=4", "save_every=2", "keep_checkpoints=0"
+    )
+    checkpoints = train(config) / "checkpoints"
+    expected = load_file(find_weights(checkpoints.parent))
+    shutil.rmtree(checkpoints / "step-00000004")
+    (checkpoints / "latest").write_text("step-00000002")
+    resumed = load_file(find_weights(train(config)))
+    assert all(torch.equal(resumed[name], weight) for name, weight in expected.items())
 
 
 def test_what_backends_own_may_have_a_rate_of_its_own():
