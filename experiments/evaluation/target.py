@@ -75,9 +75,11 @@ def build_model(target: Target) -> Transformer:
     """The checkpoint's model in evaluation mode, at the step (schedules) it was saved at."""
     train, checkpoint = target.train, target.checkpoint
     model = Transformer(train.model, train.attention)
-    new = load_weights(model, checkpoint if target.is_untrained else checkpoint / WEIGHTS)
-    if new and not target.is_untrained:
-        raise ValueError(f"{checkpoint} lacks {', '.join(new)}: it is not a checkpoint of this configuration")
+    loaded = load_weights(model, checkpoint if target.is_untrained else checkpoint / WEIGHTS)
+    if loaded.differs and not target.is_untrained:
+        raise ValueError(f"{checkpoint} is not a checkpoint of this configuration ({loaded})")
+    if loaded.differs:
+        print(f"weights of {checkpoint}; {loaded}")
     model.set_step(read_step(checkpoint) if target.is_untrained else read_state(checkpoint)["step"])
     return model.to(train.device, DTYPES[train.deepspeed.precision]).eval()
 

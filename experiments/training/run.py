@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +44,7 @@ from experiments.training.run_dir import RunDir, config_hash, find_run_dir, open
 from experiments.training.start_knob import find_start_knob
 from experiments.training.tracing import Tracer
 from experiments.training.utilisation import Utilisation, peak_tflops
-from experiments.training.weights import find_weights, load_weights
+from experiments.training.weights import Loaded, find_weights, load_weights
 from models import Transformer
 
 
@@ -111,7 +111,8 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
         "unigram_entropy": validation_data.unigram_entropy(),  # a loss must be well below; null = not known
     }
     if weights is not None:
-        start["init_from"] = {"weights": str(weights.resolve()), "new_parameters": load_weights(model, weights)}
+        loaded = load_weights(model, weights)
+        start["init_from"] = {"weights": str(weights.resolve()), **asdict(loaded)}
     if run_dir.damaged:
         start["damaged_checkpoints"] = dict(run_dir.damaged)
     if run_dir.checkpoint is not None:
@@ -228,7 +229,8 @@ def _print_start(metrics: MetricsWriter, run_dir: RunDir, ranks: Ranks, start: d
     """What a reader of the terminal should know before the first step."""
     metrics.print(f"{run_dir.path}: {start['parameters']:,} parameters, {ranks.world_size} x {ranks.device.type}")
     if "init_from" in start:
-        metrics.print("weights of {weights}; new: {new_parameters}".format(**start["init_from"]))
+        differences = dict(start["init_from"])
+        metrics.print(f"weights of {differences.pop('weights')}; {Loaded(**differences)}")
     if "sparsity" in start:
         found = "{knob_name}={knob:.4g} has a sparsity of {sparsity:.1%} on training rows"
         metrics.print(found.format(**start["sparsity"]))

@@ -1,5 +1,7 @@
 """Weights that a model begins with or is evaluated with: where they are, and whether they fit."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -32,41 +34,67 @@ def find_weights(source: str | Path) -> Path:
     return checkpoint / WEIGHTS
 
 
-def load_weights(model: nn.Module, path: Path) -> list[str]:
-    """Load what ``find_weights`` found; returns the names of the parameters that it lacks and that stay as built.
+@dataclass(frozen=True)
+class Loaded:
+    """Names of what differs between a model and the weights that it was given.
 
-    Only parameters that belong to an attention backend may be lacking: they are what one backend has and another
-    has not (DashAttention's chunk queries over a dense checkpoint). Of a Hugging Face folder they may be too many, too:
-    ``check_same_attention`` has asked whether that is meant.
+    Attributes:
+        new_parameters: those of the model that stay as built.
+        dropped_parameters: those of the weights that the model has no use for.
+    """
+
+    new_parameters: list[str]
+    dropped_parameters: list[str]
+
+    @property
+    def differs(self) -> bool:
+        return bool(self.new_parameters or self.dropped_parameters)
+
+    def __str__(self) -> str:
+        """In a line, the layers of a parameter together."""
+        lists = {"new": self.new_parameters, "dropped": self.dropped_parameters}
+        return "; ".join(f"{what}: {_by_layer(names) or 'none'}" for what, names in lists.items())
+
+
+def load_weights(model: nn.Module, path: Path) -> Loaded:
+    """Load what ``find_weights`` found.
+
+    Parameters of an attention backend may differ from what its layer was trained with: they are what one backend has
+    and another has not (DashAttention's chunk queries over a dense checkpoint, or the other way in a layer that becomes
+    dense). What the layer has no use for is dropped, what it lacks stays as built. Where a name is the same and a shape
+    is not, the backends are of two kinds (NSA's variants), and nothing of that layer's is taken over.
 
     Raises:
         ValueError: for any other difference, naming it.
     """
     weights = read_weights(path, model.config) if path.is_dir() else load_file(path)
     own = model.state_dict()
-    if path.is_dir():
-        weights = {name: x for name, x in weights.items() if name in own or ".attention.backend." not in name}
+    backends = [f"{name}." for name, module in model.named_modules() if isinstance(module, AttentionBackend)]
+
+    def backend_of(name: str) -> str | None:
+        return next((prefix for prefix in backends if name.startswith(prefix)), None)
+
+    unlike = {name for name in weights.keys() & own.keys() if weights[name].shape != own[name].shape}
+    replaced = {backend_of(name) for name in unlike} - {None}
+    dropped = {name for name in weights if (backend_of(name) and name not in own) or backend_of(name) in replaced}
+    weights = {name: tensor for name, tensor in weights.items() if name not in dropped}
     missing = own.keys() - weights.keys()
-    foreign = missing - _backend_state(model)
-    problems = [f"the model's {name} is not in the file" for name in sorted(foreign)]
+    problems = [f"the model's {name} is not in the file" for name in sorted(missing) if backend_of(name) is None]
     problems += [f"{name} is not in the model" for name in sorted(weights.keys() - own.keys())]
     problems += [
         f"{name} is {list(weights[name].shape)}, the model's is {list(own[name].shape)}"
-        for name in sorted(weights.keys() & own.keys())
-        if weights[name].shape != own[name].shape
+        for name in sorted(unlike - dropped)
     ]
     if problems:
         shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
-        raise ValueError(f"{path} does not fit: {shown}. Take the model (and attention) it was trained with")
+        raise ValueError(f"{path} does not fit: {shown}. Take the model it was trained with")
     model.load_state_dict(weights, strict=False)
-    return sorted(missing)
+    return Loaded(sorted(missing), sorted(dropped))
 
 
-def _backend_state(model: nn.Module) -> set[str]:
-    """Names of the parameters and buffers that attention backends own."""
-    return {
-        f"{prefix}.{name}"
-        for prefix, module in model.named_modules()
-        if isinstance(module, AttentionBackend)
-        for name in module.state_dict()
-    }
+def _by_layer(names: Iterable[str]) -> str:
+    layers: dict[str, list[str]] = {}
+    for name in names:
+        layer, _, rest = name.removeprefix("layers.").partition(".")
+        layers.setdefault(rest, []).append(layer)
+    return ", ".join(f"{rest} of layers {' '.join(sorted(found, key=int))}" for rest, found in layers.items())

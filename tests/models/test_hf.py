@@ -100,7 +100,7 @@ def save(folder, kind="llama", **options):
 
 def read(folder, attention=None, config=None):
     model = Transformer(config or read_config(folder), attention or FullConfig())
-    return model, load_weights(model, find_weights(folder))
+    return model, load_weights(model, find_weights(folder)).new_parameters
 
 
 def edit(folder, **values):

@@ -27,7 +27,7 @@ SPARSE = {
 
 def load(folder, attention):
     model = Transformer(read_config(folder), attention)
-    assert load_weights(model, find_weights(folder)) == []
+    assert not load_weights(model, find_weights(folder)).differs
     return model
 
 

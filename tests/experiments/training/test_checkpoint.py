@@ -4,11 +4,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dashattn.backends import DashConfig, FullConfig
+from dashattn.backends import DashConfig, FullConfig, InfLLMv2Config, NSAConfig
 from experiments.files import write_atomically
 from experiments.training.checkpoint import _remove_old, damage, latest_checkpoint, seal
 from experiments.training.ranks import Ranks
-from experiments.training.weights import find_weights, load_weights
+from experiments.training.weights import Loaded, find_weights, load_weights
 from models import ModelConfig, Transformer
 
 
@@ -26,12 +26,14 @@ def dense(tmp_path):
 
 def test_weights_fit_the_same_model(dense):
     other = model()
-    assert load_weights(other, dense) == []
+    assert not load_weights(other, dense).differs
 
 
 def test_a_backends_own_parameters_may_be_new(dense):
     other = model(DashConfig())
-    assert load_weights(other, dense) == ["layers.0.attention.backend.chunk_query"]
+    loaded = load_weights(other, dense)
+    assert loaded == Loaded(["layers.0.attention.backend.chunk_query"], [])
+    assert str(loaded) == "new: attention.backend.chunk_query of layers 0; dropped: none"
     torch.manual_seed(0)
     assert torch.equal(other.layers[0].mlp.up_proj.weight, model().layers[0].mlp.up_proj.weight)
 
@@ -43,10 +45,67 @@ def test_every_other_difference_is_an_error(dense, tmp_path):
         load_weights(model(num_layers=2), dense)
     with pytest.raises(ValueError, match=r"lm_head.weight is not in the model"):
         load_weights(model(tie_embeddings=True), dense)
-    sparse = tmp_path / "sparse.safetensors"
-    save_file(model(DashConfig()).state_dict(), sparse)
-    with pytest.raises(ValueError, match=r"chunk_query is not in the model"):
-        load_weights(model(), sparse)
+    surplus = tmp_path / "surplus.safetensors"
+    save_file(model(num_layers=2).state_dict(), surplus)
+    with pytest.raises(ValueError, match=r"layers.1.attention.k_proj.weight is not in the model"):
+        load_weights(model(), surplus)
+    deeper = model(DashConfig(), num_layers=2).state_dict()
+    save_file(model().state_dict() | {name: x for name, x in deeper.items() if "backend" in name}, surplus)
+    with pytest.raises(ValueError, match=r"layers.1.attention.backend.chunk_query is not in the model"):
+        load_weights(model(), surplus)
+
+
+SMALL = {"block_size": 8, "kernel_size": 4, "kernel_stride": 2, "topk": 4}
+KINDS = {
+    "full": FullConfig(),
+    "dash": DashConfig(chunk_size=8, alpha_mode="learnable"),
+    "dash but the first": DashConfig(chunk_size=8, layers={"0": "full"}),
+    "infllmv2": InfLLMv2Config(window_size=8, **SMALL),
+    "nsa": NSAConfig(window_size=8, **SMALL),
+    "nsa, own kv": NSAConfig(window_size=8, shared_kv=False, **SMALL),
+    "nsa, longer windows": NSAConfig(window_size=8, **SMALL | {"kernel_size": 8}),
+    "nsa, minicpm": NSAConfig(variant="minicpm", window_size=0, **SMALL),
+}
+
+
+def trained(attention):
+    """Every number another than a model begins with."""
+    made = model(attention, num_layers=2)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.uniform_(2, 3)
+    return made
+
+
+@pytest.mark.parametrize("before", KINDS)
+def test_any_attention_goes_on_as_any_other(tmp_path, before):
+    """The model's weights are taken, and of a layer's backend what it has in common with the one before."""
+    source, path = trained(KINDS[before]).state_dict(), tmp_path / "model.safetensors"
+    save_file(source, path)
+    for after, attention in KINDS.items():
+        built = model(attention, num_layers=2)
+        fresh = {name: tensor.clone() for name, tensor in built.state_dict().items()}
+        loaded = load_weights(built, path)
+        own = built.state_dict()
+        assert set(loaded.new_parameters) | (source.keys() - set(loaded.dropped_parameters)) == own.keys()
+        assert all("attention.backend" in name for name in loaded.new_parameters + loaded.dropped_parameters)
+        for name, tensor in own.items():
+            assert torch.equal(tensor, (fresh if name in loaded.new_parameters else source)[name]), (after, name)
+        assert loaded.differs == (before != after and {before, after} != {"full", "infllmv2"}), (after, loaded)
+
+
+def test_what_is_taken_over_is_told_by_layer(tmp_path):
+    path = tmp_path / "model.safetensors"
+
+    def load(before, after):
+        save_file(trained(KINDS[before]).state_dict(), path)
+        return str(load_weights(model(KINDS[after], num_layers=2), path))
+
+    query, alpha = "attention.backend.chunk_query", "attention.backend.alpha_logit"
+    assert load("dash", "dash but the first") == f"new: none; dropped: {alpha} of layers 0 1, {query} of layers 0"
+    assert load("dash but the first", "dash") == f"new: {alpha} of layers 0 1, {query} of layers 0; dropped: none"
+    # Windows of another length are compressed by other networks, of which no part is left among the new ones.
+    assert load("nsa", "nsa, longer windows").count("compress_k.down.bias of layers 0 1") == 2
 
 
 @pytest.fixture

@@ -171,13 +171,18 @@ def test_a_clipped_update_is_as_long_as_the_bound_times_the_rate(make_config, st
     assert rows(Path(config.run_dir))[0]["grad_norm"] > 0.1
 
 
-def test_a_run_can_begin_with_dense_weights(make_config, tmp_path):
+def test_a_run_can_begin_with_other_weights(make_config, tmp_path, capsys):
     dense = train(make_config("dense"))
     sparse = train(make_config("sparse", *ATTENTION["dash"], f"init_from={dense}"))
     start = json.loads((sparse / "start.json").read_text())["init_from"]
     assert start["new_parameters"] == [f"layers.{i}.attention.backend.chunk_query" for i in range(2)]
     assert [row["step"] for row in rows(sparse)] == [1, 2, 3, 4]
     assert losses(sparse)[0] < losses(dense)[0] - 0.05
+    options = (*ATTENTION["dash"], "attention.layers={0:full}", f"init_from={sparse}")
+    mixed = json.loads((train(make_config("mixed", *options)) / "start.json").read_text())["init_from"]
+    assert mixed["new_parameters"] == []
+    assert mixed["dropped_parameters"] == ["layers.0.attention.backend.chunk_query"]
+    assert "dropped: attention.backend.chunk_query of layers 0" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no intact weights in"):
         train(make_config("lost", f"init_from={tmp_path / 'nowhere'}"))
     assert not (tmp_path / "lost").exists()
