@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from data.cache import fingerprint
 from data.config import CorpusConfig
+from data.digests import file_digests
 from data.recall import RECALL_VERSION, recall_document
 
 BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -62,19 +63,34 @@ def iterate_documents(corpus: CorpusConfig) -> Iterator[Document]:
             return
 
 
-def corpus_fingerprint(corpus: CorpusConfig) -> str:
-    """Changes with the documents or their order, as far as can be told without reading them: Python sources by
-    name and size, files by size and time too, a hub data set by its revision only."""
+def corpus_fingerprint(corpus: CorpusConfig, cache_dir: str | Path) -> str:
+    """Changes with the documents or their order, and with nothing else: wherever the files lie and whenever they were
+    written, their content counts. Of a hub data set only the revision is known.
+
+    Args:
+        cache_dir: keeps the digests of files, which are not read again while their size and times stay.
+    """
     if corpus.source == "python_stdlib":
-        contents = [(name, size) for _, name, size in _list_python_sources()]
+        contents = _python_digest(corpus.max_documents, corpus.max_bytes)
     elif corpus.source == "recall":
         contents = [RECALL_VERSION, corpus.recall_seed, corpus.facts_min, corpus.facts_max, corpus.hay_max]
     elif corpus.source == "files":
-        stats = [(path, os.stat(path)) for path in data_files(corpus)]
-        contents = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats] + [corpus.text_column]
+        paths = data_files(corpus)
+        with source_errors(corpus):
+            contents = [*file_digests(paths, cache_dir), corpus.text_column]
     else:
         contents = [corpus.path, corpus.config_name, corpus.hub_split, corpus.revision, corpus.text_column]
     return fingerprint(corpus.source, contents, corpus.max_documents, corpus.max_bytes)
+
+
+@functools.cache
+def _python_digest(max_documents: int | None, max_bytes: int | None) -> str:
+    """Of the documents that are read of the Python sources on this machine, which a process takes to stay."""
+    config = CorpusConfig(source="python_stdlib", max_documents=max_documents, max_bytes=max_bytes)
+    total = hashlib.sha256()
+    for document in iterate_documents(config):
+        total.update(digest(document.text))
+    return total.hexdigest()
 
 
 def _recall_rows(corpus: CorpusConfig) -> Iterator[dict]:

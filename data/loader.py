@@ -36,7 +36,7 @@ def build_data(
         raise ValueError("text needs a cache_dir for its tokenizer and tokens")
     tokenizer = build_tokenizer(config, cache_dir)
     if config.streaming and split == "train":
-        return StreamedTextStream(config, tokenizer, seed=seed, **share)
+        return StreamedTextStream(config, tokenizer, cache_dir, seed=seed, **share)
     corpora = prepare_all(config, tokenizer, cache_dir)
     return PreparedTextStream(config, corpora, tokenizer, split=split, seed=seed, **share)
 

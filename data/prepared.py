@@ -61,9 +61,9 @@ class Recipe:
         """Names of what a shard may hold."""
         return [*self.training_parts(), VALIDATION]
 
-    def fingerprint(self, corpus: CorpusConfig) -> str:
+    def fingerprint(self, corpus: CorpusConfig, cache_dir: str | Path) -> str:
         return fingerprint(
-            *(FORMAT_VERSION, SHARD_TOKENS, TASK_DOCUMENTS, TASK_CHARACTERS, corpus_fingerprint(corpus)),
+            *(FORMAT_VERSION, SHARD_TOKENS, TASK_DOCUMENTS, TASK_CHARACTERS, corpus_fingerprint(corpus, cache_dir)),
             *(self.tokenizer.fingerprint(), self.validation_fraction, self.splits, self.length_buckets),
             self.max_tokens,
         )
@@ -101,7 +101,7 @@ def prepare(
     """
     buckets = tuple(config.length_buckets) if "train" in splits else ()
     recipe = Recipe(tokenizer, config.validation_fraction, splits, buckets, max_tokens)
-    key = recipe.fingerprint(corpus)
+    key = recipe.fingerprint(corpus, cache_dir)
     folder = Path(cache_dir) / "tokens" / key
     if verify or _read_complete(folder) is None:
         try:
@@ -188,7 +188,7 @@ def _write_shards(folder: Path, corpus: CorpusConfig, recipe: Recipe, workers: i
             rest = itertools.islice(iterate_documents(corpus), documents, None)
             with contextlib.closing(_tokenised(_tasks(rest, recipe), recipe, workers)) as results:
                 finished = _write_run(folder, len(shards), results, recipe, progress)
-    if recipe.fingerprint(corpus) != folder.name:
+    if recipe.fingerprint(corpus, folder.parents[1]) != folder.name:
         shutil.rmtree(folder)
         raise ValueError("the corpus changed while it was prepared: start again when it stays as it is")
     complete = {"shards": len(list(folder.glob("shard-*"))), "dtype": _dtype(recipe.tokenizer).name}

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -205,12 +206,14 @@ class StreamedTextStream(TextStream):
     between ranks, and no number of ranks is special. Where that is too slow, prepare the corpus.
     """
 
-    def __init__(self, config: PackedDataConfig, tokenizer: TextTokenizer, **placement: int) -> None:
+    def __init__(
+        self, config: PackedDataConfig, tokenizer: TextTokenizer, cache_dir: str | Path, **placement: int
+    ) -> None:
         weights = [weight for _, weight in config.parts.values()]
         super().__init__(config, tokenizer, list(config.parts), weights, split="train", **placement)
         self.fingerprint = _combined(
             [
-                fingerprint(corpus_fingerprint(corpus), config.validation_fraction, tokenizer.fingerprint())
+                fingerprint(corpus_fingerprint(corpus, cache_dir), config.validation_fraction, tokenizer.fingerprint())
                 for corpus, _ in config.parts.values()
             ],
             config,

@@ -204,7 +204,7 @@ def build_tokenizer(config: PackedDataConfig, cache_dir: str | Path) -> TextToke
         train_bpe(texts, config.vocab_size, eos_token).save(str(folder / TOKENIZER))
 
     settings = [config.vocab_size, config.tokenizer_bytes, eos_token, config.validation_fraction]
-    corpora = [(corpus_fingerprint(corpus), weight) for corpus, weight in config.parts.values()]
+    corpora = [(corpus_fingerprint(corpus, cache_dir), weight) for corpus, weight in config.parts.values()]
     key = fingerprint(TRAINER_VERSION, corpora, settings)
     folder = build_once(Path(cache_dir) / "tokenizers" / key, build)
     return TextTokenizer.load(str(folder), eos_token)

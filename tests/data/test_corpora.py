@@ -1,10 +1,14 @@
 import gzip
+import hashlib
 import json
+import os
+import shutil
 
 import pytest
 
-from data import DataSourceError, TextDataConfig
+from data import DataSourceError, TextDataConfig, digests
 from data.corpora import corpus_fingerprint, iterate_documents, split_of
+from data.digests import file_digests
 
 
 def files_config(*files, **overrides):
@@ -92,12 +96,62 @@ def test_python_sources_sample_all_packages_in_a_fixed_order():
     assert min(packages) < "f" < "p" < max(packages), "not the alphabet's head"
 
 
-def test_fingerprint_follows_what_decides_the_documents(corpus):
-    base = corpus_fingerprint(files_config(corpus))
-    assert corpus_fingerprint(files_config(corpus, vocab_size=999)) == base
+def test_fingerprint_follows_what_decides_the_documents(corpus, tmp_path):
+    def of(config):
+        return corpus_fingerprint(config, tmp_path / "cache")
+
+    base = of(files_config(corpus))
+    assert of(files_config(corpus, vocab_size=999)) == base
     for change in ({"max_documents": 9}, {"max_bytes": 9}, {"text_column": "t"}):
-        assert corpus_fingerprint(files_config(corpus, **change)) != base
+        assert of(files_config(corpus, **change)) != base
     with corpus.open("a") as file:
         file.write('{"text": "one more"}\n')
-    assert corpus_fingerprint(files_config(corpus)) != base
-    assert corpus_fingerprint(stdlib_config()) == corpus_fingerprint(stdlib_config())
+    assert of(files_config(corpus)) != base
+    assert len({of(stdlib_config(max_documents=count)) for count in (20, 30)}) == 2
+
+
+def test_a_corpus_is_what_its_files_hold_wherever_they_lie(corpus, tmp_path):
+    base = corpus_fingerprint(files_config(corpus), tmp_path / "cache")
+    os.utime(corpus, (1, 1))
+    assert corpus_fingerprint(files_config(corpus), tmp_path / "cache") == base
+    (tmp_path / "elsewhere").mkdir()
+    copy = shutil.copy(corpus, tmp_path / "elsewhere" / "renamed.jsonl")
+    assert corpus_fingerprint(files_config(copy), tmp_path / "other_cache") == base
+
+
+def test_a_file_is_read_again_only_if_its_size_or_times_have_changed(tmp_path, monkeypatch):
+    path, read = tmp_path / "a.txt", []
+    monkeypatch.setattr(digests, "_look", lambda path, look=digests._look: read.append(path) or look(path))
+
+    def digest():
+        read.clear()
+        (found,) = file_digests([str(path)], tmp_path / "cache")
+        assert found == hashlib.sha256(path.read_bytes()).hexdigest()
+        return len(read)
+
+    path.write_text("one")
+    assert [digest(), digest()] == [1, 1], "written a moment ago, it may change within the clock's grain"
+    monkeypatch.setattr(digests, "_SETTLED_SECONDS", -1)
+    assert [digest(), digest()] == [1, 0]
+    stat = path.stat()
+    path.write_text("two")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as some copy programs do: the same size and time
+    assert [digest(), digest()] == [1, 0]
+    for index in (tmp_path / "cache" / "digests").glob("*.json"):
+        index.write_text("{")
+    assert [digest(), digest()] == [1, 0]
+
+
+def test_a_cache_that_cannot_be_written_keeps_no_digests(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "cache").write_text("a file")
+    assert file_digests([str(tmp_path / "a.txt")], tmp_path / "cache") == [hashlib.sha256(b"one").hexdigest()]
+
+
+def test_a_file_that_cannot_be_read_is_named(corpus, tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(digests, "_look", refuse)
+    with pytest.raises(DataSourceError, match=r"corpus\.jsonl.*cannot be read \(PermissionError"):
+        corpus_fingerprint(files_config(corpus), tmp_path / "cache")
