@@ -1,5 +1,6 @@
 """Shape of a decoder-only transformer: the dataclasses behind configs/model/*.yaml."""
 
+import math
 from dataclasses import dataclass, field
 
 # Which fields each RoPE scaling must be given, and which it may be given besides.
@@ -11,6 +12,8 @@ _ROPE_REQUIRED = {
     "longrope": {"original_max_seq_len", "short_factor", "long_factor"},
 }
 _ROPE_OPTIONAL = {
+    # Not with a scaling: what that slows are the slow pairs, which are not turned at all.
+    "none": {"max_period"},
     "yarn": {"attention_factor", "beta_fast", "beta_slow"},
     "longrope": {"factor", "attention_factor"},
 }
@@ -31,14 +34,20 @@ class RopeConfig:
     high_freq_factor: float | None = None  # llama3
     beta_fast: float | None = None  # yarn, null = 32 rotations over the original length
     beta_slow: float | None = None  # yarn, null = 1
-    short_factor: list[float] | None = None  # longrope, head_dim / 2 values, up to original_max_seq_len tokens
-    long_factor: list[float] | None = None  # longrope, head_dim / 2 values, for longer sequences
+    short_factor: list[float] | None = (
+        None  # longrope, one a channel pair that is turned, up to original_max_seq_len tokens
+    )
+    long_factor: list[float] | None = None  # longrope, the same, for longer sequences
     attention_factor: float | None = None  # yarn and longrope: multiplies cos and sin; null = the published formula
+    # Tokens. A channel pair that takes more of them for one turn is not turned, and what it holds is content without a
+    # position (HoPE, arXiv 2410.21216): the length of the training rows, which longer rows leave as it is. null = none.
+    max_period: int | None = None
+    partial_rotary_factor: float | None = None  # share of a head's channels that are turned at all; null = 1
 
     def __post_init__(self):
         if self.scaling not in _ROPE_REQUIRED:
             raise ValueError(f"rope.scaling={self.scaling!r} is unknown: use one of {', '.join(_ROPE_REQUIRED)}")
-        if self.theta <= 1:
+        if not 1 < self.theta < math.inf:
             raise ValueError(f"rope.theta={self.theta} must exceed 1: 10000 is the usual base")
         required = _ROPE_REQUIRED[self.scaling]
         for name in _ROPE_PARAMETERS:
@@ -47,17 +56,25 @@ class RopeConfig:
                 raise ValueError(f"rope.scaling={self.scaling} needs rope.{name}: set it")
             if value is None:
                 continue
-            if name not in required | _ROPE_OPTIONAL.get(self.scaling, set()):
+            if name not in required | _ROPE_OPTIONAL.get(self.scaling, set()) | {"partial_rotary_factor"}:
                 raise ValueError(
                     f"rope.scaling={self.scaling} does not use rope.{name}: set rope.{name}=null or change rope.scaling"
                 )
-            if min(value if name in ("short_factor", "long_factor") else [value], default=0) <= 0:
-                raise ValueError(f"rope.{name}={value} must be positive")
+            values = value if name in ("short_factor", "long_factor") else [value]
+            if not values or not all(0 < number < math.inf for number in values):
+                raise ValueError(f"rope.{name}={value} must be positive and finite")
         if self.scaling == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(
                 f"rope.high_freq_factor={self.high_freq_factor} must exceed "
                 f"rope.low_freq_factor={self.low_freq_factor}: Llama 3 uses 4 and 1"
             )
+        if self.max_period is not None and self.max_period < 2 * math.pi:
+            raise ValueError(
+                f"rope.max_period={self.max_period} is below one turn of the fastest channel pair, 6.28 tokens: give "
+                "the length of the training rows, or null to turn all"
+            )
+        if self.partial_rotary_factor is not None and self.partial_rotary_factor > 1:
+            raise ValueError(f"rope.partial_rotary_factor={self.partial_rotary_factor} is a share: give at most 1")
 
 
 _ROPE_PARAMETERS = [name for name in RopeConfig.__dataclass_fields__ if name not in ("theta", "scaling")]
@@ -110,8 +127,8 @@ class ModelConfig:
         )
         for name in positive:
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"model.{name}={value} must be positive")
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"model.{name}={value} must be positive and finite")
         if self.num_heads % self.num_kv_heads:
             divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
             raise ValueError(
@@ -123,11 +140,18 @@ class ModelConfig:
                 raise ValueError(f"model.no_rope_layers has {layer}: layers are 0 to {self.num_layers - 1}")
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim={self.head_dim} must be even: RoPE rotates pairs of channels")
+        share, channels = self.rope.partial_rotary_factor, self.rotary_dim
+        if share is not None and (channels % 2 or channels == 0):
+            raise ValueError(
+                f"model.rope.partial_rotary_factor={share} turns {channels} of model.head_dim={self.head_dim} "
+                "channels: an even number of them is needed"
+            )
         for name in ("short_factor", "long_factor"):
             factors = getattr(self.rope, name)
-            if factors is not None and len(factors) != self.head_dim // 2:
+            if factors is not None and len(factors) != channels // 2:
                 raise ValueError(
-                    f"model.rope.{name} has {len(factors)} values: it needs head_dim / 2 = {self.head_dim // 2}"
+                    f"model.rope.{name} has {len(factors)} values: it needs one for each of {channels // 2} pairs of "
+                    "channels that are turned"
                 )
         original = self.rope.original_max_seq_len
         if self.rope.scaling == "longrope" and self.rope.factor is None and self.max_seq_len < original:
@@ -135,3 +159,8 @@ class ModelConfig:
                 f"model.max_seq_len={self.max_seq_len} is below model.rope.original_max_seq_len={original}: "
                 "raise max_seq_len or set model.rope.factor"
             )
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that RoPE turns, or would turn without ``max_period``."""
+        return int(self.head_dim * (self.rope.partial_rotary_factor or 1.0))

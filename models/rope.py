@@ -1,13 +1,15 @@
 """Rotary position embedding: tables of cosines and sines for ``dashattn.rope.apply_rope``.
 
-T tokens, D head size. Channel i turns together with channel i + D/2 (the "rotate half" convention of Llama
-checkpoints). Everything is computed in float32 from the configuration at each call: a buffer would be rounded when
-the model is cast to bfloat16.
+T tokens, D head size, R channels that are turned. Channel i turns together with channel i + D/2 (the "rotate half"
+convention of Llama checkpoints). Pairs that are not turned, by ``partial_rotary_factor`` all from R/2 on, have a cosine
+of 1 and a sine of 0, so that whoever turns, or turns back, need not know of them. Everything is computed in float32
+from the configuration at each call: a buffer would be rounded when the model is cast to bfloat16.
 """
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.config import ModelConfig
@@ -37,9 +39,9 @@ def rope_tables(
             lengths = position_ids.amax(-1, keepdim=True) + 1
         long_angles = positions * inverse_frequencies(config, long=True, device=position_ids.device)
         angles = torch.where((lengths > config.rope.original_max_seq_len)[..., None], long_angles, angles)
-    angles = torch.cat((angles, angles), dim=-1)
-    scale = attention_factor(config)
-    return angles.cos() * scale, angles.sin() * scale
+    scale, rest = attention_factor(config), (0, (config.head_dim - config.rotary_dim) // 2)
+    cos, sin = F.pad(angles.cos() * scale, rest, value=1.0), F.pad(angles.sin() * scale, rest)
+    return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
 
 
 def no_rotation(rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -49,10 +51,12 @@ def no_rotation(rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def inverse_frequencies(config: ModelConfig, *, long: bool = False, device=None) -> Tensor:
-    """Radians per token of each channel pair, float32 [D/2]. ``long``: longrope's second list."""
-    rope, head_dim = config.rope, config.head_dim
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    """Radians per token of each channel pair, float32 [R/2]. ``long``: longrope's second list."""
+    rope, rotary_dim = config.rope, config.rotary_dim
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device) / rotary_dim
     frequencies = rope.theta**-exponents
+    if rope.max_period is not None:
+        return torch.where(2 * math.pi / frequencies <= rope.max_period, frequencies, 0.0)
     if rope.scaling == "linear":
         return frequencies / rope.factor
     if rope.scaling == "longrope":
@@ -66,8 +70,8 @@ def inverse_frequencies(config: ModelConfig, *, long: bool = False, device=None)
     if rope.scaling == "yarn":
         # The same idea, linear in the pair's index between those that turn beta_fast and beta_slow times.
         low = max(math.floor(_pair_turning(config, rope.beta_fast or 32.0)), 0)
-        high = min(math.ceil(_pair_turning(config, rope.beta_slow or 1.0)), head_dim - 1)
-        index = torch.arange(head_dim // 2, dtype=torch.float32, device=device)
+        high = min(math.ceil(_pair_turning(config, rope.beta_slow or 1.0)), rotary_dim - 1)
+        index = torch.arange(rotary_dim // 2, dtype=torch.float32, device=device)
         slowed = ((index - low) / max(high - low, 1e-3)).clamp(0, 1)
         return torch.lerp(frequencies, frequencies / _extension(config), slowed)
     return frequencies
@@ -94,4 +98,4 @@ def _extension(config: ModelConfig) -> float:
 def _pair_turning(config: ModelConfig, rotations: float) -> float:
     """Index (a real number) of the channel pair that turns ``rotations`` times within the original length."""
     wavelength = config.rope.original_max_seq_len / rotations
-    return config.head_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(config.rope.theta))
+    return config.rotary_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(config.rope.theta))

@@ -39,7 +39,8 @@ class DashConfig(AttentionConfig):
             attention sink.
         local_chunks: chunks before its own that a token always reads.
         summary_keys: ``rotated``, or ``unrotated``: the router scores the query before RoPE with the pooled keys before
-            RoPE, so that content alone chooses. A row of tables per token is kept to decode.
+            RoPE, so that content alone chooses. A row of tables per token is kept to decode. Channels that the tables
+            turn by no angle (HoPE, partial RoPE) are content in both.
         summary_rope: ``none``, or ``mean``: the chunk query is rotated at every position of the chunk and averaged.
         learn_summary: false leaves the chunk queries at zero, and summaries mean-pooled keys.
     """

@@ -153,7 +153,7 @@ def _read_rope(theirs: dict) -> RopeConfig:
     given = {key: value for key, value in given.items() if value is not None}
     kind = kinds[0]
     if given.pop("partial_rotary_factor", theirs.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise ValueError("partial_rotary_factor: RoPE turns whole heads here")
+        raise ValueError("partial_rotary_factor: no family here that turns a part of a head")
     if kind != "default" and kind not in list(_ROPE):
         raise ValueError(f"rope type {kind!r}: only default, {', '.join(_ROPE)} are here")
     names = {} if kind == "default" else {"factor": "factor", **_ROPE[kind]}
@@ -182,8 +182,9 @@ def _read_rope(theirs: dict) -> RopeConfig:
 def check_same_model(config: ModelConfig, folder: Path) -> None:
     """Refuse a model that would compute something else with the folder's weights.
 
-    Free are the context length up to a sliding window, and a RoPE scaling where the checkpoint has none: that extends
-    its context. Floats are compared as float32: a config.json may hold that rounding of ours.
+    Free are the context length up to a sliding window, and how positions go on from the checkpoint's: where it scales
+    no RoPE, a scaling and ``max_period``, and where the context is longer than its own, a larger theta. Floats are
+    compared as float32: a config.json may hold that rounding of ours.
 
     Raises:
         ValueError: with the overrides that make the two agree.
@@ -199,8 +200,11 @@ def check_same_model(config: ModelConfig, folder: Path) -> None:
     if rope.scaling == "longrope" and rope.factor is None:
         rope = replace(rope, factor=config.max_seq_len / rope.original_max_seq_len)
     ours = replace(config, rope=rope, **{name: getattr(theirs, name) for name in _FREE})
+    if config.max_seq_len > theirs.max_seq_len and rope.theta > theirs.rope.theta:
+        ours = replace(ours, rope=replace(ours.rope, theta=theirs.rope.theta))
     if theirs.rope.scaling == "none" and _same(ours.rope.theta, theirs.rope.theta):
-        ours = replace(ours, rope=theirs.rope)
+        partial = {"partial_rotary_factor": ours.rope.partial_rotary_factor}
+        ours = replace(ours, rope=replace(theirs.rope, **partial))
     different = [
         f"{prefix}.{item.name}={json.dumps(getattr(want, item.name)).replace(' ', '')}"
         for prefix, have, want in (("model", ours, theirs), ("model.rope", ours.rope, theirs.rope))
@@ -253,13 +257,14 @@ def family_of(config: ModelConfig) -> str:
         ValueError: there is none.
     """
     plain = ModelConfig(**{item.name: getattr(config, item.name) for item in fields(config) if item.name in _SHARED})
+    special = [f"model.rope.{name}={getattr(config.rope, name)}" for name in _OWN_ROPE if getattr(config.rope, name)]
     for kind, family in FAMILIES.items():
         shape = {"num_hidden_layers": config.num_layers, "hidden_size": config.hidden_size}
         values = family.fixed | family.derived(shape | family.defaults | family.described(config))
         same = replace(plain, **values)
-        if all(_same(getattr(same, item.name), getattr(config, item.name)) for item in fields(config)):
+        if not special and all(_same(getattr(same, item.name), getattr(config, item.name)) for item in fields(config)):
             return kind
-    special = [
+    special += [
         f"model.{item.name}={getattr(config, item.name)}"
         for item in fields(config)
         if getattr(config, item.name) != getattr(plain, item.name)
@@ -271,3 +276,5 @@ def family_of(config: ModelConfig) -> str:
 
 # Fields of a ModelConfig that every family has, with any value.
 _SHARED = (*_KEYS, "rope", "init_std", "embedding_init_std")
+# Of a RopeConfig, what no family has.
+_OWN_ROPE = ("max_period", "partial_rotary_factor")

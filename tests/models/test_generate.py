@@ -55,9 +55,20 @@ def test_decoding_scales_embeddings_branches_and_logits_as_one_forward_does():
         torch.testing.assert_close(logits, model(input_ids).logits, atol=1e-6, rtol=0)
 
 
-def test_decoding_knows_every_option_of_the_model():
+@pytest.mark.parametrize(
+    "attention",
+    [
+        BACKENDS["nsa, own k and v"],
+        BACKENDS["dash, rotated summaries"],
+        DashConfig(chunk_size=8, router_scale=3.0, summary_keys="unrotated"),
+    ],
+    ids=["nsa", "dash rotated", "dash unrotated"],
+)
+def test_decoding_knows_every_option_of_the_model(attention):
+    """Also what backends turn by themselves: keys of their own, chunk queries, and keys that they turn back."""
     options = dict(norm_position="post", qk_norm="width", qkv_bias=True, no_rope_layers=[1])
-    model, input_ids = build(BACKENDS["nsa, own k and v"], **options).double(), tokens(1, 30)
+    rope = RopeConfig(max_period=20, partial_rotary_factor=0.5)
+    model, input_ids = build(attention, **options, rope=rope).double(), tokens(1, 30)
     with torch.no_grad():
         for layer in model.layers:
             layer.attention.q_proj.bias.normal_()

@@ -408,8 +408,16 @@ def test_the_model_must_be_the_folders_and_the_message_says_how(tmp_path):
     other = replace(theirs, qk_norm="none", rope=RopeConfig(theta=5.0))
     with pytest.raises(ValueError, match=r"set model\.qk_norm=\"head\" model\.rope\.theta=10000\.0"):
         read(tmp_path, config=other)
+    # How positions go on is the user's choice, but not in which part of a head they are.
     longer = replace(theirs, max_seq_len=512, rope=RopeConfig(scaling="yarn", factor=4.0, original_max_seq_len=128))
-    assert read(tmp_path, config=longer)[1] == []  # extending the context is the user's choice
+    assert read(tmp_path, config=longer)[1] == []
+    assert read(tmp_path, config=replace(theirs, max_seq_len=512, rope=RopeConfig(theta=4e4)))[1] == []
+    assert read(tmp_path, config=replace(theirs, rope=RopeConfig(max_period=100)))[1] == []
+    for changes in ({"rope": RopeConfig(theta=4e4)}, {"rope": RopeConfig(theta=5e3), "max_seq_len": 512}):
+        with pytest.raises(ValueError, match=r"set model\.rope\.theta=10000\.0"):
+            read(tmp_path, config=replace(theirs, **changes))
+    with pytest.raises(ValueError, match=r"set model\.rope\.partial_rotary_factor=null"):
+        read(tmp_path, config=replace(theirs, rope=RopeConfig(partial_rotary_factor=0.5)))
     save(tmp_path / "yarn", "qwen3, tied, yarn")
     with pytest.raises(ValueError, match=r"set model\.rope\.scaling=\"yarn\""):
         read(tmp_path / "yarn", config=replace(read_config(tmp_path / "yarn"), rope=RopeConfig(theta=5e4)))
@@ -420,4 +428,8 @@ def test_a_model_of_no_family_is_not_exported(tmp_path):
     model, _ = read(tmp_path / "theirs")
     with pytest.raises(ValueError, match=r"has model\.qkv_bias=True and model\.logit_scale=0\.5"):
         write_folder(tmp_path / "back", replace(model.config, logit_scale=0.5), model.state_dict(), FullConfig())
+    for name, value in (("max_period", 100), ("partial_rotary_factor", 0.5)):
+        config = replace(model.config, rope=replace(model.config.rope, **{name: value}))
+        with pytest.raises(ValueError, match=rf"has model\.rope\.{name}={value}.*cannot be exported"):
+            write_folder(tmp_path / "back", config, model.state_dict(), FullConfig())
     assert not is_hf_folder(tmp_path / "back")

@@ -1,5 +1,6 @@
 """Dataclasses and configs/model/*.yaml: validation, and every file builds at the size its name says."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,6 +110,14 @@ def test_schema_stops_typos_and_missing_values():
         ({"rope": {"factor": 4.0}}, "set rope.factor=null or change rope.scaling"),
         ({"rope": {"theta": 0.0}}, "must exceed 1"),
         ({"rope": {"scaling": "linear", "factor": -1.0}}, "must be positive"),
+        ({"rope": {"scaling": "linear", "factor": math.inf}}, "must be positive and finite"),
+        ({"rope": {"theta": math.nan}}, "must exceed 1"),
+        ({"norm_eps": math.nan}, "must be positive and finite"),
+        ({"rope": {"max_period": 6}}, "below one turn of the fastest channel pair.*the length of the training rows"),
+        ({"rope": {"max_period": 64, "scaling": "linear", "factor": 2.0}}, "linear does not use rope.max_period"),
+        ({"rope": {"partial_rotary_factor": 1.5}}, "is a share: give at most 1"),
+        ({"rope": {"partial_rotary_factor": 0.4}}, "turns 3 of model.head_dim=8 channels: an even number"),
+        ({"rope": {"partial_rotary_factor": 0.1}}, "turns 0 of model.head_dim=8 channels: an even number"),
         ({"rope": {"scaling": "yarn", "original_max_seq_len": 128}}, "needs rope.factor"),
         (
             {
@@ -130,7 +139,7 @@ def test_schema_stops_typos_and_missing_values():
                     "long_factor": [1.0],
                 }
             },
-            "needs head_dim / 2 = 4",
+            "needs one for each of 4 pairs",
         ),
         (
             {

@@ -1,9 +1,14 @@
 """RoPE tables against transformers for every scaling, and the properties a rotation has."""
 
+import cmath
+import math
+
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PhiConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
+from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply_partial_rotary_pos_emb
 
 from dashattn.rope import apply_rope
 from models import ModelConfig, RopeConfig
@@ -74,6 +79,59 @@ def test_yarns_own_bounds_are_transformers_at_a_real_head_size():
     rope = RopeConfig(theta=10000.0, scaling="yarn", factor=4.0, original_max_seq_len=4096)
     ours = inverse_frequencies(ModelConfig(256, 64, 1, 2, 1, 128, 16384, rope=rope))
     torch.testing.assert_close(ours, theirs, atol=0, rtol=1e-5)
+
+
+def turned_by_definition(x_TD, config):
+    """Channel pair (i, i + D/2) of token t as a complex number, multiplied by e^(i t theta^(-2i/D)) if it comes round
+    within ``max_period`` tokens."""
+    half, result = config.head_dim // 2, x_TD.double().clone()
+    for position, x_D in enumerate(x_TD.tolist()):
+        for pair in range(half):
+            frequency = config.rope.theta ** (-2 * pair / config.head_dim)
+            if 2 * math.pi / frequency <= config.rope.max_period:
+                turned = complex(x_D[pair], x_D[pair + half]) * cmath.exp(1j * position * frequency)
+                result[position, pair], result[position, pair + half] = turned.real, turned.imag
+    return result
+
+
+@pytest.mark.parametrize(("max_period", "turning"), [(7, 1), (20, 2), (500, 4), (10**5, 8)])
+def test_pairs_that_do_not_come_round_within_max_period_have_no_position(max_period, turning):
+    """HoPE, token by token. Pair i of 8 turns once in 2 pi 10^(i/2) tokens."""
+    config = model_config(max_period=max_period)
+    x_TD = torch.randn(40, HEAD_DIM)
+    tables = rope_tables(config, torch.arange(40))
+    turned = apply_rope(x_TD[None, :, None], *tables)[0, :, 0]
+    torch.testing.assert_close(turned.double(), turned_by_definition(x_TD, config), atol=1e-5, rtol=0)
+    still = torch.arange(HEAD_DIM).view(2, -1)[:, turning:].flatten()
+    assert torch.equal(turned[:, still], x_TD[:, still])
+    assert (turned[1:] != x_TD[1:]).any(0).sum() == 2 * turning
+
+
+PARTIAL = [(scaling, parameters) for scaling, parameters in SCALINGS if scaling != "longrope"] + [
+    ("longrope", {"original_max_seq_len": ORIGINAL, "short_factor": SHORT[:6], "long_factor": LONG[:6], "factor": 4.0})
+]
+
+
+@pytest.mark.parametrize("length", [3, ORIGINAL + 1])
+@pytest.mark.parametrize(("scaling", "parameters"), PARTIAL)
+def test_a_part_of_a_head_is_turned_as_by_transformers(scaling, parameters, length):
+    """There channel i of the first R turns with i + R/2; here all of a head is in halves."""
+    channels = HEAD_DIM * 3 // 4
+    halves = [*range(channels // 2), *range(channels, HEAD_DIM - 2), *range(channels // 2, channels), *range(14, 16)]
+    names = {"original_max_seq_len": "original_max_position_embeddings"}
+    rope = {names.get(key, key): value for key, value in parameters.items()} | {"partial_rotary_factor": 0.75}
+    rope |= {"rope_type": "default" if scaling == "none" else scaling, "rope_theta": 10000.0}
+    sizes = dict(hidden_size=32, num_attention_heads=2, max_position_embeddings=MAX_SEQ_LEN, pad_token_id=0)
+    theirs = PhiRotaryEmbedding(PhiConfig(**sizes, rope_parameters=rope))
+    q_BTHD, k_BTHD = torch.randn(1, length, 2, HEAD_DIM), torch.randn(1, length, 1, HEAD_DIM)
+    tables = theirs(q_BTHD, torch.arange(length)[None])
+    expected = apply_partial_rotary_pos_emb(q_BTHD.transpose(1, 2), k_BTHD.transpose(1, 2), *tables)
+    config = model_config(scaling, **parameters, partial_rotary_factor=0.75)
+    torch.testing.assert_close(inverse_frequencies(config), theirs.original_inv_freq, atol=0, rtol=1e-5)
+    ours = rope_tables(config, torch.arange(length))
+    for x_BTHD, expected_BHTD in zip((q_BTHD, k_BTHD), expected, strict=True):
+        turned = apply_rope(x_BTHD[..., halves], *ours)
+        torch.testing.assert_close(turned, expected_BHTD.transpose(1, 2)[..., halves], atol=2e-4, rtol=0)
 
 
 def test_apply_equals_transformers():

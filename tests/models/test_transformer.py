@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from test_rope import turned_by_definition
 
 from dashattn.backends import DashConfig, FullConfig, InfLLMv2Config, NSAConfig
-from models import ModelConfig, Transformer
+from models import ModelConfig, RopeConfig, Transformer
 from models.rope import rope_tables
 
 VOCAB = 61
@@ -169,6 +170,22 @@ def test_a_layer_without_rope_hands_its_backend_tables_that_turn_nothing():
     assert (given[0][0] != 1).any()
     assert (given[1][0] == 1).all()
     assert (given[1][1] == 0).all()
+
+
+def test_a_document_is_turned_from_its_beginning_and_only_within_the_longest_period():
+    model = build(num_layers=1, rope=RopeConfig(max_period=100)).double()
+    input_ids, given, cu_seqlens = tokens(1, 30), {}, torch.tensor([0, 11, 30], dtype=torch.int32)
+    (backend,) = model.backends
+    backend.register_forward_pre_hook(lambda _, args: given.update(zip("qk", args, strict=False)))
+    model(input_ids, cu_seqlens=cu_seqlens)
+    attention = model.layers[0].attention
+    block_input = model.layers[0].attention_norm(model.embedding(input_ids))
+    for name, projection in (("q", attention.q_proj), ("k", attention.k_proj)):
+        heads_THD = projection(block_input)[0].unflatten(-1, (-1, 32))
+        for head in range(heads_THD.shape[1]):
+            documents = heads_THD[:, head].split([11, 19])
+            expected = torch.cat([turned_by_definition(document, model.config) for document in documents])
+            torch.testing.assert_close(given[name][0, :, head], expected, atol=1e-6, rtol=0)
 
 
 @every_backend

@@ -178,11 +178,17 @@ def test_a_run_can_begin_with_other_weights(make_config, tmp_path, capsys):
     assert start["new_parameters"] == [f"layers.{i}.attention.backend.chunk_query" for i in range(2)]
     assert [row["step"] for row in rows(sparse)] == [1, 2, 3, 4]
     assert losses(sparse)[0] < losses(dense)[0] - 0.05
-    options = (*ATTENTION["dash"], "attention.layers={0:full}", f"init_from={sparse}")
-    mixed = json.loads((train(make_config("mixed", *options)) / "start.json").read_text())["init_from"]
-    assert mixed["new_parameters"] == []
-    assert mixed["dropped_parameters"] == ["layers.0.attention.backend.chunk_query"]
-    assert "dropped: attention.backend.chunk_query of layers 0" in capsys.readouterr().out
+    options = (*ATTENTION["dash"], "attention.layers={0:full}", "model.rope.max_period=${data.seq_len}")
+    mixed = train(make_config("mixed", *options, f"init_from={sparse}"))
+    start = json.loads((mixed / "start.json").read_text())["init_from"]
+    assert start["new_parameters"] == []
+    assert start["dropped_parameters"] == ["layers.0.attention.backend.chunk_query"]
+    with pytest.raises(SystemExit):
+        export.main([str(mixed), str(tmp_path / "folder")])
+    said = capsys.readouterr()
+    assert "dropped: attention.backend.chunk_query of layers 0" in said.out
+    assert "has model.rope.max_period=" in said.err
+    assert not (tmp_path / "folder").exists()
     with pytest.raises(ValueError, match="no intact weights in"):
         train(make_config("lost", f"init_from={tmp_path / 'nowhere'}"))
     assert not (tmp_path / "lost").exists()
