@@ -3,6 +3,11 @@
 Rows are appended to results.jsonl in the run directory; what is there already is not computed again.
 """
 
+from experiments.help import answer_help
+
+if __name__ == "__main__":
+    answer_help("evaluate")  # before PyTorch is imported
+
 import hydra
 import torch
 from omegaconf import DictConfig

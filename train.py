@@ -11,6 +11,11 @@ Starting a run in its own directory again resumes it from the latest checkpoint.
 the next step and exit with code 75, which asks to be started again; a second signal exits at once.
 """
 
+from experiments.help import answer_help
+
+if __name__ == "__main__":
+    answer_help("train")  # before PyTorch is imported
+
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path

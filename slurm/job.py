@@ -3,9 +3,6 @@
 import os
 from collections.abc import Callable
 
-from submitit import JobEnvironment
-from submitit.helpers import TorchDistributedEnvironment
-
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -15,6 +12,9 @@ def run_task(work: Callable[..., int], *arguments) -> None:
     Raises:
         SystemExit: as ``work`` does, with a message; then the job has failed.
     """
+    from submitit import JobEnvironment
+    from submitit.helpers import TorchDistributedEnvironment
+
     task = JobEnvironment()
     for name in _RANK_VARIABLES:  # sbatch hands on those of the process that submitted
         os.environ.pop(name, None)

@@ -6,8 +6,6 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from submitit import SlurmExecutor
-
 from slurm.job import run_task
 from slurm.launcher import LauncherConfig
 
@@ -39,6 +37,8 @@ def submit(
     Raises:
         ValueError: Slurm will not take the job.
     """
+    from submitit import SlurmExecutor
+
     try:
         executor = SlurmExecutor(folder, python=launcher.python)
         executor.update_parameters(**_parameters(launcher, name, code, again, after))

@@ -191,10 +191,24 @@ def test_generators_of_tasks_are_had_without_the_rest_of_data():
     assert [str(found) for found in imports() if found.importer == "data.tasks"] == []
 
 
-@pytest.mark.parametrize("script", ["train", "evaluate", "experiments.sweep.__main__", "data.collect"])
-def test_a_script_starts_without_what_only_work_needs(script):
+def test_scripts_start_without_what_only_work_needs():
     """A wrong override is answered before anything slow is loaded; PyTorch itself is there for its dtypes."""
     heavy = ["deepspeed", "datasets", "transformers", "torch._dynamo", "triton", "wandb", "matplotlib", "lm_eval"]
-    code = f"import sys, {script}; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    heavy += ["rich", "submitit"]
+    scripts = ["data.collect", "train", "evaluate", "experiments.sweep.__main__"]
+    code = "".join(f"import {script}; print([name for name in {heavy} if name in sys.modules])\n" for script in scripts)
+    done = subprocess.run([sys.executable, "-c", f"import sys\n{code}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split("\n") == ["[]", "[]", "[]", "['rich']", ""], done.stderr  # a sweep draws a table
+
+
+COMMANDS = sorted(name for name, file in modules().items() if "@hydra.main" in file.read_text())
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_help_is_answered_before_pytorch_and_hydra_are_imported(script):
+    command = [sys.executable, "-X", "importtime", "-m", script.removesuffix(".__main__"), "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "string" in imported
+    assert not imported & {"torch", "hydra", "omegaconf", "numpy"}
+    assert "--cfg job" in done.stdout

@@ -172,7 +172,12 @@ def test_train_then_evaluate(tmp_path):
 
 def test_show_the_configuration():
     assert "attention:" in python("train.py", "--cfg", "job")
-    assert "Choose from the groups" in python("train.py", "--help")
+    page = python("train.py", "--help")
+    assert "attention: full, checkpoint, dash" in page  # the default first
+    assert "launcher: null, slurm" in page
+    for group in ("attention", "model", "data", "experiment"):
+        (choices,) = re.findall(rf"^  {group}: (.*)$", page, re.MULTILINE)
+        assert set(choices.split(", ")) >= {path.stem for path in (ROOT / "configs" / group).glob("*.yaml")}
 
 
 def test_speed_report_from_the_committed_rows(tmp_path):

@@ -3,6 +3,11 @@
 ``python -m experiments.evaluation.generate run=outputs/NAME prompt="..."``
 """
 
+from experiments.help import answer_help
+
+if __name__ == "__main__":
+    answer_help("generate")  # before PyTorch is imported
+
 import sys
 import time
 from dataclasses import dataclass, field

@@ -1,5 +1,10 @@
 """``python -m experiments.speed``."""
 
+from experiments.help import answer_help
+
+if __name__ == "__main__":
+    answer_help("speed")  # before PyTorch is imported
+
 from dataclasses import replace
 from pathlib import Path
 

@@ -4,6 +4,11 @@ A cell that fails stops no other; its last words stand in the table at the end a
 missing ones continue from (the study's ``base``) is done first. With ``launcher=slurm`` what is missing is submitted.
 """
 
+from experiments.help import answer_help
+
+if __name__ == "__main__":
+    answer_help("sweep")  # before PyTorch is imported
+
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -78,10 +83,10 @@ def main(cfg: DictConfig) -> None:
     with user_errors():
         config = to_config(cfg)
         config.output_dir = str(Path(config.output_dir).expanduser())
-        console = Console()
         if config.launcher is not None:
-            submit_sweep(config, console)
+            print(submit_sweep(config))
             return
+        console = Console()
         outcomes = run_sweep(config, console)
     print_outcomes(outcomes, console)
     statuses = {outcome.status for outcome in outcomes.values()}

@@ -11,8 +11,6 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
-from rich.console import Console
-
 from experiments.config import TrainConfig
 from experiments.errors import REQUEUE
 from experiments.files import SUBMITTED, write_atomically
@@ -45,8 +43,11 @@ def submit_run(config: TrainConfig, overrides: Sequence[str]) -> str:
     return _submit([cell], launcher, run_dir, run_dir / SUBMITTED)[cell.name]
 
 
-def submit_sweep(config: SweepConfig, console: Console) -> None:
-    """Submit the cells of a sweep that are neither done nor queued, as one array for each base they continue from."""
+def submit_sweep(config: SweepConfig) -> str:
+    """Submit the cells of a sweep that are neither done nor queued, as one array for each base they continue from.
+
+    Returns what became of the cells, in a sentence.
+    """
     output_dir = Path(config.output_dir).absolute()
     found = cells(replace(config, output_dir=str(output_dir)))
     write_plan(output_dir, found)
@@ -55,10 +56,9 @@ def submit_sweep(config: SweepConfig, console: Console) -> None:
     todo = [cell for cell in found if not cell.is_done() and cell.name not in waiting]
     for base, group in groupby(sorted(todo, key=lambda cell: cell.base or ""), key=lambda cell: cell.base):
         waiting |= _submit(list(group), config.launcher, output_dir, output_dir / "logs", after=waiting.get(base))
-    console.print(
+    return (
         f"{config.name}: {len(todo)} cells submitted, {len(waiting) - len(todo)} were queued, "
-        f"{len(found) - len(waiting)} done; how they stand: python -m experiments.sweep.status {config.output_dir}",
-        highlight=False,
+        f"{len(found) - len(waiting)} done; how they stand: python -m experiments.sweep.status {config.output_dir}"
     )
 
 

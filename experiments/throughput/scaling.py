@@ -9,6 +9,11 @@ row goes to parallel.jsonl as soon as it is measured, and what has a row there, 
 Where several ranks work and one fails, it writes a row that says so and ends: torchrun starts all of them again.
 """
 
+from experiments.help import answer_help
+
+if __name__ == "__main__":
+    answer_help("scaling")  # before PyTorch is imported
+
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace

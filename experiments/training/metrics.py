@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dashattn.stats import AttentionStats
 from experiments.config import TrainConfig, plain
@@ -88,19 +86,21 @@ class MetricsWriter:
         self._file = self._wandb = self._progress = None
         if not main:
             return
+        from rich import console, progress
+
         self._steps = config.steps
-        self._console = Console(highlight=False)
+        self._console = console.Console(highlight=False)
         self._file = (run_dir / METRICS).open("a", encoding="utf-8")
         if config.logger.mode != "off":
             self._wandb = _start_wandb(run_dir, config)
         if self._console.is_terminal:
-            self._progress = Progress(
-                TextColumn(config.name),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[loss]}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
+            self._progress = progress.Progress(
+                progress.TextColumn(config.name),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[loss]}"),
+                progress.TimeElapsedColumn(),
+                progress.TimeRemainingColumn(),
                 console=self._console,
             )
             self._task = self._progress.add_task(config.name, total=config.steps, loss="")

@@ -7,6 +7,11 @@ verified, and damaged shards are made again. At the end it says how fast the loa
 for. A run prepares by itself what is missing when it starts.
 """
 
+from experiments.help import answer_help
+
+if __name__ == "__main__":
+    answer_help("train")  # before PyTorch is imported
+
 import time
 from pathlib import Path
 

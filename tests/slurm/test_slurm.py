@@ -1,6 +1,5 @@
 """Submitting to a real Slurm, which tests/slurm/start.sh starts on this machine."""
 
-import io
 import json
 import os
 import shutil
@@ -11,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from experiments.files import METRICS, read_rows
 from experiments.sweep.cells import ArmConfig, StudyConfig, SweepConfig
@@ -64,7 +62,7 @@ def test_a_sweep_is_preempted_requeued_and_finished_by_a_second_call(slurm, make
     config = SweepConfig(name="s", output_dir=str(tmp_path / "s"), studies={"text": study}, launcher=HERE)
     whole = train(make_config("whole", "steps=400"))  # prepares the corpus, too
 
-    submit_sweep(config, Console(file=io.StringIO()))
+    submit_sweep(config)
     jobs = read_jobs(tmp_path / "s")
     assert len({job.split("_")[0] for job in jobs.values()}) == 1
     assert len(jobs) == 6
@@ -87,7 +85,7 @@ def test_a_sweep_is_preempted_requeued_and_finished_by_a_second_call(slurm, make
 
     documents = ({"text": f"document {i} of a corpus that was lost and is found " * 9} for i in range(2000))
     corpus.write_text("".join(json.dumps(document) + "\n" for document in documents))
-    submit_sweep(config, Console(file=io.StringIO()))
+    submit_sweep(config)
     assert [name for name, job in read_jobs(tmp_path / "s").items() if job in queue()] == ["text-lost-seed0"]
     wait_for(lambda: not queue(), "the lost cell")
     command = [sys.executable, "-m", "experiments.sweep.status", str(tmp_path / "s")]
@@ -150,7 +148,7 @@ def test_a_sweep_begins_from_a_base_run(slurm, tiny_overrides, tmp_path):
     study = StudyConfig(train=common, base=["attention=full"], evaluate=["tasks=[loss]", "threads=1"], arms=arms)
     lost = replace(study, base=["attention=full", f"init_from={tmp_path}/nowhere"])
     config = SweepConfig("s", str(tmp_path / "s"), studies={"good": study, "bad": lost}, launcher=HERE)
-    submit_sweep(config, Console(file=io.StringIO()))
+    submit_sweep(config)
     wait_for(lambda: not queue(), "the jobs to end")
     rows = {name.removesuffix("-seed0"): rest for name, *rest in status(tmp_path / "s")}
     good = {name: row[0] for name, row in rows.items() if name.startswith("good")}

@@ -1,13 +1,11 @@
 """What sbatch is given; no Slurm is needed: the programs here stand for it."""
 
-import io
 import re
 import stat
 import subprocess
 import sys
 
 import pytest
-from rich.console import Console
 
 from experiments.sweep.cells import ArmConfig, StudyConfig, SweepConfig
 from experiments.sweep.submit import submit_run, submit_sweep
@@ -121,7 +119,7 @@ def test_arms_wait_for_their_base(scripts, tiny_overrides, tmp_path):
     config = SweepConfig(
         name="s", output_dir=str(tmp_path / "s"), seeds=[0, 1], studies={"t": study}, launcher=launcher
     )
-    submit_sweep(config, Console(file=io.StringIO()))
+    submit_sweep(config)
     submitted = {path.stem: flags(path.read_text()) for path in scripts.iterdir()}
     assert {job: asked["array"] for job, asked in submitted.items()} == {"7": "0-1%1", "8": "0-1%1", "9": "0-1%1"}
     assert [submitted[job].get("dependency") for job in "789"] == [None, "afterok:7_0", "afterok:7_1"]
