@@ -1,6 +1,7 @@
 """Evaluates one checkpoint: ``python evaluate.py run=outputs/NAME tasks=[loss,position] sparsities=[0.5,0.75]``.
 
-Rows are appended to results.jsonl in the run directory; what is there already is not computed again.
+Rows are added to results.jsonl in the run directory, or where ``output`` says; what is there already is not computed
+again, and several evaluations of a run may go side by side.
 """
 
 from experiments.help import answer_help
@@ -47,7 +48,7 @@ def main(cfg: DictConfig) -> None:
         for row in evaluate(config, target):
             count += 1
             print(line(row))
-        print(f"{count} new rows in {target.run_dir / RESULTS}")
+        print(f"{count} new rows in {target.rows_dir / RESULTS}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,18 @@
-"""Where the code lies, and files that a crash cannot leave half written: text replaced in one step, rows of JSON, and
-checksums."""
+"""Where the code lies, and files that a crash or another process cannot leave half written: text replaced in one step,
+rows of JSON that several processes add to, and checksums."""
 
+import contextlib
 import csv
 import hashlib
 import io
 import json
+import math
 import os
-from collections.abc import Iterable
+import secrets
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
+
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
 # For Hydra, which looks a relative path up beside the module that was started.
@@ -24,6 +29,7 @@ METRICS = "metrics.jsonl"
 ANOMALIES = "anomalies.jsonl"
 RESULTS = "results.jsonl"
 CALIBRATIONS = "calibrations.jsonl"  # knobs that an evaluation found for sparsities
+EVALUATING = ".evaluating"  # folder of locks: what evaluations that go side by side have in hand
 WEIGHTS = "model.safetensors"  # of a checkpoint
 # Of a sweep:
 CELL = "cell.json"  # in a run directory: the commands that completed
@@ -36,14 +42,42 @@ THROUGHPUT = "throughput.jsonl"
 SCALING = "parallel.jsonl"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path``, so that a reader sees the old text or the new, and a crash leaves one of them."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def locked(path: Path) -> FileLock:
+    """A context for one process at a time: around what reads ``path`` and writes it anew. Not to be nested."""
+    return FileLock(path.with_name(f".{path.name}.lock"), poll_interval=0.01)
+
+
+def check_writable(directory: Path, mend: str) -> None:
+    """Refuse a directory, which need not be there yet, that this user cannot write to.
+
+    Raises:
+        ValueError: with ``mend``.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is no directory: {mend}")
+    existing = next(parent for parent in (directory, *directory.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"{directory} cannot be written: {existing} is not writable; {mend}")
+
+
+def write_atomically(path: Path, text: str | bytes) -> None:
+    """Replace ``path``, so that a reader sees the old text or the new, and a crash or a full disk leaves one of them.
+
+    Raises:
+        OSError: it cannot be written; the error names ``path``.
+    """
+    path = path.resolve()  # a link stays one
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(text.encode() if isinstance(text, str) else text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error
     sync(path.parent)
 
 
@@ -62,32 +96,85 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_json(path: Path, mend: str = "restore it from a copy") -> dict:
+    """The object that a file holds.
+
+    Raises:
+        ValueError: there is none, or it is damaged; with ``mend``.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): {mend}") from None
+    except (ValueError, RecursionError) as error:  # no UTF-8 is a ValueError, too
+        raise ValueError(f"{path} is damaged ({error}): {mend}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged (it holds no JSON object): {mend}")
+    return value
+
+
 def read_rows(path: Path) -> list[dict]:
     """Rows of a JSON-lines file; a last line cut short by a crash is left out. No file: no rows.
 
     Raises:
-        ValueError: another line is no JSON.
+        ValueError: another line is no JSON object.
     """
     if not path.exists():
         return []
     rows = []
-    for number, line in enumerate(path.read_text().split("\n")[:-1], start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number} is damaged ({error}): remove the line") from None
+        if not isinstance(rows[-1], dict):
+            raise ValueError(f"{path}, line {number} is damaged (it is no JSON object): remove the line")
     return rows
 
 
-def append_rows(path: Path, rows: Iterable[dict]) -> None:
-    """Add rows in one write that is on disk on return; half a line, left by a crash, makes way."""
-    text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-    with path.open("ab+") as file:
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
+def append_rows(path: Path, rows: Iterable[dict], identity: Callable[[dict], Hashable] | None = None) -> list[dict]:
+    """Add rows, all or none, which are on disk on return; half a line, left by a crash, makes way. Many processes may
+    add to a file at once.
+
+    Args:
+        identity: of a row; rows with that of one the file has already are left out.
+
+    Returns:
+        The rows that were added.
+
+    Raises:
+        ValueError: a number in them is not finite, or the file is damaged.
+        OSError: it cannot be written; the error names ``path``.
+    """
+    rows = list(rows)
+    with locked(path):
+        if identity is not None:
+            known = {identity(row) for row in read_rows(path)}
+            rows = [row for row in rows if identity(row) not in known]
+        text = "".join(_line(path, row) for row in rows).encode()
+        before = path.read_bytes() if path.exists() else b""
+        write_atomically(path, before[: before.rfind(b"\n") + 1] + text)
+    return rows
+
+
+def columns_of(row: dict, names: Iterable[str]) -> str:
+    """What a row says in some of its columns, as an identity; a column that it lacks is null."""
+    return json.dumps([row.get(name) for name in names], sort_keys=True)
+
+
+def not_finite(value: object, name: str = "") -> list[str]:
+    """Dotted names of the numbers in a row that are NaN or infinite."""
+    if isinstance(value, float):
+        return [] if math.isfinite(value) else [f"{name} is {value}"]
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    return [found for key, child in children for found in not_finite(child, f"{name}.{key}" if name else str(key))]
+
+
+def _line(path: Path, row: dict) -> str:
+    wrong = not_finite(row)
+    if wrong:
+        raise ValueError(f"{path} takes finite numbers, and of a new row {', '.join(wrong[:3])}")
+    return json.dumps(row, allow_nan=False) + "\n"
 
 
 def to_csv(rows: Iterable[dict]) -> str:

@@ -23,11 +23,11 @@ class EvaluateConfig:
     """One evaluation."""
 
     run: str = MISSING  # run directory (its latest checkpoint), one of its checkpoints, or a Hugging Face folder
+    output: str | None = None  # directory of the rows; null = the run's, of a folder outputs/FOLDER-ATTENTION
     # Of a folder, which is scored as it is, without any training:
     attention: AttentionConfig | None = None  # null = what it was trained with, dense if it says nothing
     any_attention: bool = False  # even where it was trained with another sparse one
     data: DataConfig | None = None  # the text it is scored on, with its tokenizer unless data.tokenizer names one
-    output: str | None = None  # directory of the rows; null = outputs/FOLDER-ATTENTION
     cache_dir: str = "~/.cache/dashattn"
     # On the run's validation split: loss | position | recall | sparsity. Generated: ruler (its 13) | niah_single_1 ...
     # qa_2 | niah (heat map) | niah_values (1 to 16 values of a key) | json_kv. Of the router: routing. Time of a token:

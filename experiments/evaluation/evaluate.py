@@ -3,20 +3,35 @@
 What can be measured stands in ``experiments/evaluation/tasks``; here it is run, and its rows are kept.
 """
 
-import json
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
+from data.cache import fingerprint
 from experiments.evaluation.config import EvaluateConfig, check_tasks
 from experiments.evaluation.folder import locate_folder
-from experiments.evaluation.knobs import Setpoint, setpoints, turn_knob
+from experiments.evaluation.knobs import setpoints, turn_knob
 from experiments.evaluation.select import build_tasks
 from experiments.evaluation.target import Target, build_model, locate, trained_knob, validation_stream
 from experiments.evaluation.tasks.base import Setting, Task
-from experiments.files import GIT, RESULTS, START, append_rows, read_rows
+from experiments.files import (
+    EVALUATING,
+    GIT,
+    RESULTS,
+    START,
+    append_rows,
+    check_writable,
+    columns_of,
+    not_finite,
+    read_json,
+    read_rows,
+)
 from experiments.provenance import device_name, git_state
 from experiments.training.checkpoint import read_state
 from experiments.training.run_dir import config_hash
@@ -29,15 +44,17 @@ def find_target(config: EvaluateConfig) -> Target:
     """Locates what is to be evaluated and refuses what cannot be.
 
     Raises:
-        ValueError: no such run, unknown task, or a knob value or sparsity that the attention cannot have.
+        ValueError: no such run, unknown task, a knob value or sparsity that the attention cannot have, or no right to
+            write where the rows are to be kept.
     """
     if is_hf_folder(Path(config.run).expanduser()):
         target = locate_folder(config)
     else:
-        for name in ("attention", "data", "output"):
+        for name in ("attention", "data"):
             if getattr(config, name) is not None:
                 raise ValueError(f"{name}=... is for a Hugging Face folder: the run {config.run} has its own")
-        target = locate(config.run, config.device)
+        target = locate(config.run, config.device, config.output)
+    check_writable(target.rows_dir, "its rows are kept there unless output=... names another directory")
     check_tasks(config, target.train)
     for name in ("rows", "rows_per_batch", "threads"):
         value = getattr(config, name)
@@ -48,40 +65,81 @@ def find_target(config: EvaluateConfig) -> Target:
 
 
 def evaluate(config: EvaluateConfig, target: Target) -> Iterator[dict]:
-    """Evaluates at every knob value or sparsity that has rows missing; yields the rows, which are on disk by then."""
+    """Evaluates at every knob value or sparsity that has rows missing; yields the rows, which are on disk by then.
+
+    Evaluations may go side by side, of one run too: each takes passes that no other one has in hand, and looks at the
+    end that those were finished. No row is written twice.
+    """
     train = target.train
     device = torch.device(train.device)
-    places = setpoints(config, train)
-    path = target.run_dir / RESULTS
-    target.run_dir.mkdir(parents=True, exist_ok=True)  # of a folder's rows
-    existing = read_rows(path)
-    common = describe(target) | {"label": config.label or train.attention.name}
+    path = target.rows_dir / RESULTS
+    target.rows_dir.mkdir(parents=True, exist_ok=True)
+    common = describe(target) | target.identity | {"label": config.label or train.attention.name}
     tasks = build_tasks(config, train, validation_stream(target))
-    # A checkpoint has one configuration; a folder is scored with any.
-    identity = ("checkpoint", "label", "config_hash") if target.is_untrained else ("checkpoint", "label")
+    identity = {key: common[key] for key in ("checkpoint", "label", *target.identity)}
+    passes = [
+        (task, place, identity | place.columns() | task.columns) for place in setpoints(config, train) for task in tasks
+    ]
 
-    def missing(task: Task, place: Setpoint) -> list[str]:
-        asked = {key: common[key] for key in identity} | place.columns() | task.columns
-        done = {row["task"] for row in existing if all(row.get(key) == value for key, value in asked.items())}
+    def missing(task: Task, asked: dict) -> list[str]:
+        done = {row["task"] for row in read_rows(path) if all(row.get(key) == value for key, value in asked.items())}
         return [name for name in task.names if name not in done]
 
-    if not any(missing(task, place) for task in tasks for place in places):
-        return
-    model = build_model(target)
-    for place in places:
-        for task in tasks:
-            names = missing(task, place)
-            if not names:
+    source, model = (target.checkpoint.name, *target.identity.values()), None
+    for waits in (False, True):
+        left = []
+        for task, place, asked in passes:
+            if not missing(task, asked):
                 continue
-            knob = turn_knob(model, place, task, config, target)
-            setting = Setting(model, device, knob, target.checkpoint.name, target.run_dir)
-            start = time.perf_counter()
-            rows = list(task.run(setting, names))
-            when = {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": time.perf_counter() - start}
-            shared = common | task.columns | place.columns() | {"knob": knob} | when
-            new = [shared | row | {"bytes_read": bytes_read(model, row)} for row in rows]
-            append_rows(path, new)
-            yield from new
+            with in_hand(target.rows_dir, asked, waits=waits) as is_free:
+                if not is_free:
+                    left.append((task, place, asked))
+                    continue
+                names = missing(task, asked)  # another evaluation may just have made them
+                if not names:
+                    continue
+                model = model or build_model(target)
+                knob = turn_knob(model, place, task, config, target)
+                start = time.perf_counter()
+                rows = list(task.run(Setting(model, device, knob, "-".join(source), target.rows_dir), names))
+                when = {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": time.perf_counter() - start}
+                shared = common | task.columns | place.columns() | {"knob": knob} | when
+                new = [shared | row | {"bytes_read": bytes_read(model, row)} for row in rows]
+                _check_finite(new)
+                yield from append_rows(path, new, partial(columns_of, names=(*asked, "task")))
+        passes = left
+
+
+@contextmanager
+def in_hand(directory: Path, asked: dict, *, waits: bool) -> Iterator[bool]:
+    """One pass as this process's: yields whether it is, or, if it ``waits``, when no other process has it any more."""
+    folder = directory / EVALUATING
+    folder.mkdir(exist_ok=True)
+    # A few locks for all passes there may be. Of two with the same one the second is done later.
+    lock = FileLock(folder / f"{int(fingerprint(asked), 16) % 64}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not waits:
+            yield False
+            return
+        print("waiting for another evaluation, which has in hand what is missing here", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def _check_finite(rows: list[dict]) -> None:
+    for row in rows:
+        wrong = not_finite(row)
+        if wrong:
+            raise ValueError(
+                f"task {row['task']} at knob {row['knob']}: {', '.join(wrong[:3])}, as the outputs of "
+                f"{row['checkpoint']} are no finite numbers there: evaluate an earlier checkpoint, or in another "
+                "precision; the rows before it are kept"
+            )
 
 
 def bytes_read(model: Transformer, row: dict) -> float:
@@ -112,9 +170,9 @@ def describe(target: Target) -> dict:
 
 
 def _of_run(target: Target) -> dict:
-    git = json.loads((target.run_dir / GIT).read_text())
+    git = read_json(target.run_dir / GIT)
     state = read_state(target.checkpoint)
-    start = json.loads((target.run_dir / START).read_text())
+    start = read_json(target.run_dir / START)
     return {
         "step": state["step"],
         "tokens": state["tokens"],

@@ -6,6 +6,7 @@ and length are of one knob, also those of a later call.
 
 import math
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from experiments.evaluation.config import EvaluateConfig
 from experiments.evaluation.target import Target, trained_knob
 from experiments.evaluation.tasks.base import Task, halving
 from experiments.evaluation.tasks.streams import STREAM_TASKS
-from experiments.files import CALIBRATIONS, append_rows, read_rows
+from experiments.files import CALIBRATIONS, append_rows, columns_of, read_rows
 from experiments.sparsity import Found, calibrate, check_reachable, turned_layers
 from models import Transformer
 
@@ -93,11 +94,16 @@ def turn_knob(model: Transformer, setpoint: Setpoint, task: Task, config: Evalua
         "packed": task.packed,
         "mqar": config.mqar.given(),
     }
-    path = target.run_dir / CALIBRATIONS
-    for row in read_rows(path):
-        if all(row[name] == value for name, value in key.items()):
-            model.set_knob(row["knob"])
-            return row["knob"]
+    key |= target.identity
+    path = target.rows_dir / CALIBRATIONS
+
+    def kept() -> float | None:
+        rows = [row for row in read_rows(path) if all(row.get(name) == value for name, value in key.items())]
+        return rows[0]["knob"] if rows else None
+
+    if (knob := kept()) is not None:
+        model.set_knob(knob)
+        return knob
     data = train.data.at_length(length, **config.mqar.given())
     if _is_packed(train) and not task.packed:
         data = replace(data, pack="plain")
@@ -109,5 +115,7 @@ def turn_knob(model: Transformer, setpoint: Setpoint, task: Task, config: Evalua
         return calibrate(model, batches, setpoint.target, setpoint.count, length, device=device), rows * len(batches)
 
     (found, rows), _ = halving(search, 1 if task.packed else min(config.rows_per_batch, _ROWS))
-    append_rows(path, [key | {"knob_name": train.attention.knob, "rows": rows} | found.record()])
-    return found.knob
+    new = [key | {"knob_name": train.attention.knob, "rows": rows} | found.record()]
+    if not append_rows(path, new, partial(columns_of, names=key)):  # another evaluation has found one meanwhile
+        model.set_knob(kept())
+    return kept()

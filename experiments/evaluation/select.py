@@ -31,7 +31,7 @@ def build_tasks(config: EvaluateConfig, train: TrainConfig, stream: BatchStream)
     Raises:
         ValueError: a task that was asked for by its name cannot be had.
     """
-    lengths = config.lengths or [train.data.seq_len]
+    lengths = list(dict.fromkeys(config.lengths or [train.data.seq_len]))
     if isinstance(train.data, MQARDataConfig):
         return [task for length in lengths for task in _mqar_tasks(config, train, length)]
     tasks: list[Task] = []

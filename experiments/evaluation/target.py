@@ -1,6 +1,5 @@
 """What is evaluated: a checkpoint, its model, and the data it was trained on; or a Hugging Face folder as it is."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,11 +7,12 @@ import torch
 
 from data import BatchStream, DataConfig, TextTokenizer, build_data
 from experiments.config import TrainConfig, load_config
-from experiments.files import CONFIG, START, TOKENIZER, WEIGHTS
+from experiments.files import CONFIG, START, TOKENIZER, WEIGHTS, read_json
 from experiments.origin import with_own_tokenizer
 from experiments.schema import DTYPES
 from experiments.training.check import DEVICES, resolve
-from experiments.training.checkpoint import read_state
+from experiments.training.checkpoint import read_manifest, read_state
+from experiments.training.run_dir import config_hash
 from experiments.training.weights import find_weights, load_weights
 from models import Transformer
 from models.hf import is_hf_folder, read_step
@@ -23,15 +23,32 @@ class Target:
     """A checkpoint with the configuration it was trained with.
 
     Attributes:
-        run_dir: where rows are kept.
+        run_dir: of the run; of a folder where its rows are kept.
         checkpoint: of the run, or a Hugging Face folder.
         train: as composed, but for the device, and the knob where training found one for its target sparsity. Of a
             folder what a training run would be configured with that started from it.
+        output: where rows are kept in place of ``run_dir``.
     """
 
     run_dir: Path
     checkpoint: Path
     train: TrainConfig
+    output: Path | None = None
+
+    @property
+    def rows_dir(self) -> Path:
+        """Where rows are kept."""
+        return self.output or self.run_dir
+
+    @property
+    def identity(self) -> dict:
+        """Columns that tell its rows from those of any other target in ``rows_dir``, beside the checkpoint's name."""
+        if self.is_untrained:
+            return {"config_hash": config_hash(self.train)}
+        if self.output is None:
+            return {}
+        weights = read_manifest(self.checkpoint)[WEIGHTS]["sha256"]
+        return {"config_hash": read_state(self.checkpoint)["config_hash"], "weights": weights}
 
     @property
     def is_untrained(self) -> bool:
@@ -39,8 +56,9 @@ class Target:
         return is_hf_folder(self.checkpoint)
 
 
-def locate(run: str, device: str) -> Target:
-    """The checkpoint that ``run`` names (a run directory's latest, or one of its checkpoints), for a device.
+def locate(run: str, device: str, output: str | None = None) -> Target:
+    """The checkpoint that ``run`` names (a run directory's latest, or one of its checkpoints), for a device; its rows
+    are kept in ``output``, None = in the run directory.
 
     Raises:
         ValueError: no such run, or no such device.
@@ -57,7 +75,8 @@ def locate(run: str, device: str) -> Target:
     train = resolve(train)
     found = read_state(checkpoint).get("sparsity")
     attention = train.attention if found is None else train.attention.with_knob(found["knob"])
-    return Target(run_dir, checkpoint, replace(train, attention=attention))
+    kept = None if output is None else Path(output).expanduser()
+    return Target(run_dir, checkpoint, replace(train, attention=attention), kept)
 
 
 def check_device(device: str) -> None:
@@ -97,7 +116,7 @@ def validation_stream(target: Target) -> BatchStream:
         return stream
     if stream.tokenizer is not None:
         check_tokenizer(target, stream.tokenizer)
-    trained = json.loads((target.run_dir / START).read_text())["data"].get("tokens_fingerprint")
+    trained = read_json(target.run_dir / START)["data"].get("tokens_fingerprint")
     if trained is not None and stream.describe()["tokens_fingerprint"] != trained:
         raise ValueError(
             f"the corpus of data.name={train.data.name} has changed since {target.run_dir} was trained (its "
@@ -108,7 +127,7 @@ def validation_stream(target: Target) -> BatchStream:
 
 def check_tokenizer(target: Target, tokenizer: TextTokenizer) -> None:
     """Raises ValueError for a tokenizer that is not the one the run was trained with."""
-    trained = json.loads((target.run_dir / START).read_text()).get("tokenizer")
+    trained = read_json(target.run_dir / START).get("tokenizer")
     if trained is not None and tokenizer.fingerprint() != trained:
         raise ValueError(
             f"{target.run_dir / TOKENIZER} is another tokenizer than the run was trained with (its fingerprint is not "

@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 
-from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -27,7 +26,7 @@ from omegaconf import MISSING, OmegaConf
 
 from dashattn.backends import AttentionConfig
 from experiments.config import register_configs
-from experiments.files import CELL, CONFIGS, PLAN, write_atomically
+from experiments.files import CELL, CONFIGS, PLAN, locked, read_json, write_atomically
 from slurm.launcher import LauncherConfig
 
 
@@ -98,12 +97,21 @@ class Cell:
         # A sweep that has changed since asks for other commands, and what it changed is done again. Where that is the
         # evaluation alone, train.py finds its run complete and ends at once.
         record = self.run_dir / CELL
-        return record.exists() and json.loads(record.read_text())["commands"] == self.commands
+        return record.exists() and read_done(self.run_dir)["commands"] == self.commands
 
 
 def record_done(run_dir: Path, commands: list[list[str]]) -> None:
     """What ``Cell.is_done`` looks for."""
     write_atomically(run_dir / CELL, json.dumps({"commands": commands}, indent=1) + "\n")
+
+
+def read_done(run_dir: Path) -> dict:
+    """What ``record_done`` wrote. Raises ValueError if it is damaged."""
+    mend = "remove it; the cell's commands then look at what is there, and do what is missing"
+    record = read_json(run_dir / CELL, mend)
+    if "commands" not in record:
+        raise ValueError(f"{run_dir / CELL} is damaged (it names no commands): {mend}")
+    return record
 
 
 def cells(config: SweepConfig) -> list[Cell]:
@@ -213,7 +221,7 @@ def write_plan(output_dir: Path, found: list[Cell]) -> None:
     may do another part of it on another GPU, stays."""
     output_dir.mkdir(parents=True, exist_ok=True)
     path, names = output_dir / PLAN, {cell.name for cell in found}
-    with FileLock(path.with_name(PLAN + ".lock")):
+    with locked(path):
         others = [cell for cell in read_plan(output_dir) if cell.name not in names] if path.exists() else []
         plan = [asdict(cell) | {"run_dir": str(cell.run_dir)} for cell in [*others, *found]]
         write_atomically(path, json.dumps(plan, indent=1) + "\n")
@@ -224,7 +232,10 @@ def read_plan(output_dir: Path) -> list[Cell]:
     path = output_dir / PLAN
     if not path.exists():
         raise ValueError(f"{output_dir} is no sweep's directory (it has no {PLAN}): give the sweep's output_dir")
-    return [_from_json(plan) for plan in json.loads(path.read_text())]
+    try:
+        return [_from_json(plan) for plan in json.loads(path.read_bytes())]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it; the sweep's command writes it anew") from None
 
 
 def _from_json(plan: dict) -> Cell:

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.errors import user_errors
-from experiments.files import CELL, CELLS, METRICS, RESULTS, read_rows, write_atomically
-from experiments.sweep.cells import record_done
+from experiments.files import CELL, CELLS, METRICS, RESULTS, locked, read_rows, write_atomically
+from experiments.sweep.cells import read_done, record_done
 
 
 def collect(source: Path, target: Path) -> dict[str, int]:
@@ -31,14 +31,15 @@ def collect(source: Path, target: Path) -> dict[str, int]:
         name: [{"run": path.parent.name} | row for path in sorted(source.rglob(name)) for row in read_rows(path)]
         for name in (RESULTS, METRICS)
     }
-    found[CELLS] = [{"run": path.parent.name} | json.loads(path.read_text()) for path in sorted(source.rglob(CELL))]
+    found[CELLS] = [{"run": path.parent.name} | read_done(path.parent) for path in sorted(source.rglob(CELL))]
     if not found[RESULTS] and not found[METRICS]:
         raise ValueError(f"no rows below {source}: name the directory of a sweep or of a run")
     target.mkdir(parents=True, exist_ok=True)
     for name, rows in found.items():
         new = {row["run"] for row in rows}
-        found[name] = [row for row in read_rows(target / name) if row["run"] not in new] + rows
-        write_atomically(target / name, "".join(json.dumps(row) + "\n" for row in found[name]))
+        with locked(target / name):
+            found[name] = [row for row in read_rows(target / name) if row["run"] not in new] + rows
+            write_atomically(target / name, "".join(json.dumps(row) + "\n" for row in found[name]))
     return {name: len(rows) for name, rows in found.items()}
 
 
@@ -52,9 +53,9 @@ def restore(source: Path, target: Path) -> int:
     rows = [row for row in read_rows(source / CELLS) if len(row["commands"]) > 1]
     if not rows:
         raise ValueError(f"{source / CELLS} names no cell: give the directory that rows were collected in")
-    missing = [row for row in rows if not (target / row["run"]).exists()]
+    missing = [row for row in rows if not any((target / row["run"]).glob("*"))]
     for row in missing:
-        (target / row["run"]).mkdir(parents=True)
+        (target / row["run"]).mkdir(parents=True, exist_ok=True)
         record_done(target / row["run"], row["commands"])
     return len(missing)
 

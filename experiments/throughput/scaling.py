@@ -21,7 +21,6 @@ from pathlib import Path
 
 import hydra
 import torch
-from filelock import FileLock
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
@@ -138,16 +137,10 @@ def measure(config: ParallelConfig, ranks: Ranks, path: Path) -> Iterator[dict]:
         )
         failed = row["status"] != "ok"
         if ranks.is_main or failed:
-            with locked(path):
-                append_rows(path, [row])
+            append_rows(path, [row])
             yield row
         if failed and ranks.world_size > 1:
             raise SystemExit(1)
-
-
-def locked(path: Path) -> FileLock:
-    """Around what writes there: launches may go side by side."""
-    return FileLock(f"{path}.lock")
 
 
 register_parallel_config()
@@ -167,8 +160,7 @@ def main(cfg: DictConfig) -> None:
             case = f"{row['ranks']} x {row['backend']}  {row['length']}  stage {row['stage']}"
             print(f"[{time.monotonic() - start:.0f} s] {case}  {row['status']}  {rate}", flush=True)
         if ranks.is_main:
-            with locked(path):
-                print(write_report(path.parent))
+            print(write_report(path.parent))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -27,13 +28,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from experiments.errors import Stopped
-from experiments.files import WEIGHTS, sha256, sync, write_atomically
+from experiments.files import WEIGHTS, read_json, sha256, sync, write_atomically
 from experiments.training.engine import consolidated_weights
 
 STATE = "state.json"
 MANIFEST = "manifest.json"
 LATEST = "latest"
 _ENGINE_TAG = "deepspeed"
+_STEP = re.compile(r"step-\d{8,}")
 
 
 def step_name(step: int) -> str:
@@ -41,7 +43,8 @@ def step_name(step: int) -> str:
 
 
 def latest_checkpoint(checkpoints: Path, damaged: Mapping[str, str] = MappingProxyType({})) -> Path | None:
-    """The newest checkpoint up to the one that ``latest`` names; None if there was never one.
+    """The newest checkpoint up to the one that ``latest`` names, of all where it names none; None if there was never
+    one.
 
     Args:
         damaged: names of those to leave out -> why.
@@ -49,11 +52,12 @@ def latest_checkpoint(checkpoints: Path, damaged: Mapping[str, str] = MappingPro
     Raises:
         ValueError: there are damaged ones only.
     """
-    pointer = checkpoints / LATEST
-    names = {path.name for path in checkpoints.glob("step-*")}
-    if pointer.exists():  # else a run that stopped before it wrote it; what bears a step's name was complete
-        named = pointer.read_text().strip()
-        names = {name for name in names if name < named} | {named}
+    names = {path.name for path in _steps(checkpoints)}
+    named = read_latest(checkpoints)
+    # Without it the run stopped before it wrote it, or it is damaged: what bears a step's name was complete.
+    earlier = {name for name in names if named is not None and name < named}
+    if earlier or named in names:
+        names = earlier | {named}
     if not names:
         return None
     intact = max((name for name in names if name not in damaged), default=None)
@@ -61,12 +65,26 @@ def latest_checkpoint(checkpoints: Path, damaged: Mapping[str, str] = MappingPro
         causes = "; ".join(f"{name}: {why}" for name, why in damaged.items())
         raise ValueError(
             f"no checkpoint in {checkpoints} is intact ({causes}): write the name of a later one, if there is one, "
-            f"into {pointer.name}, or move {checkpoints} away to begin again at step 0"
+            f"into {LATEST}, or move {checkpoints} away to begin again at step 0"
         )
     return checkpoints / intact
 
 
-def damage(checkpoint: Path, *, rank: int = 0, world_size: int = 1, names: Container[str] | None = None) -> list[str]:
+def read_latest(checkpoints: Path) -> str | None:
+    """The name in ``latest``; None if there is none, or the file is damaged and names no step."""
+    try:
+        named = (checkpoints / LATEST).read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return named if _STEP.fullmatch(named) else None
+
+
+def _steps(checkpoints: Path) -> list[Path]:
+    """The complete checkpoints, oldest first."""
+    return sorted(path for path in checkpoints.glob("step-*") if _STEP.fullmatch(path.name) and path.is_dir())
+
+
+def damage(checkpoint: Path, *, rank: int = 0, world_size: int = 1, names: Collection[str] | None = None) -> list[str]:
     """What differs from the manifest; empty if intact.
 
     Args:
@@ -74,11 +92,11 @@ def damage(checkpoint: Path, *, rank: int = 0, world_size: int = 1, names: Conta
         names: of the files to look at, None = all.
     """
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+        files = read_manifest(checkpoint)
+    except ValueError as error:
         return [f"{MANIFEST} cannot be read ({error})"]
+    problems = [f"{name} is not in {MANIFEST}" for name in names or (STATE,) if name not in files]
     files = {name: entry for name, entry in files.items() if names is None or name in names}
-    problems = []
     for index, (name, entry) in enumerate(sorted(files.items())):
         path = checkpoint / name
         if not path.is_file():
@@ -90,9 +108,18 @@ def damage(checkpoint: Path, *, rank: int = 0, world_size: int = 1, names: Conta
     return problems
 
 
+def read_manifest(checkpoint: Path) -> dict[str, dict]:
+    """Name of each file -> its ``bytes`` and ``sha256``. Raises ValueError if the manifest is missing or damaged."""
+    path = checkpoint / MANIFEST
+    files = read_json(path, "take another checkpoint")
+    if not all(isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in files.values()):
+        raise ValueError(f"{path} is damaged (it holds no checksums): take another checkpoint")
+    return files
+
+
 def read_state(checkpoint: Path) -> dict:
-    """What state.json holds."""
-    return json.loads((checkpoint / STATE).read_text())
+    """What state.json holds. Raises ValueError if it is missing or damaged."""
+    return read_json(checkpoint / STATE, "take another checkpoint")
 
 
 def save_checkpoint(checkpoints: Path, state: dict, engine, ranks, *, keep: int, keep_every: int) -> Path:
@@ -122,8 +149,8 @@ def write_checkpoint(target: Path, state: dict, engine, ranks) -> None:
     """
     temporary = target.with_name(f".{target.name}.tmp")
     if ranks.is_main:
-        for left in target.parent.glob(".*step-*"):  # by a process that was killed
-            shutil.rmtree(left)
+        for left in target.parent.glob(".*"):  # by a process that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
     try:
         if ranks.is_main:
             temporary.mkdir(parents=True)
@@ -170,7 +197,7 @@ def _remove_old(checkpoints: Path, newest: str, keep: int, keep_every: int) -> N
     if not keep:
         return
     # Later ones than ``newest`` are of a run that was set back to an earlier checkpoint: they do not count.
-    for old in sorted(path for path in checkpoints.glob("step-*") if path.name <= newest)[:-keep]:
+    for old in [path for path in _steps(checkpoints) if path.name <= newest][:-keep]:
         if not keep_every or int(old.name.removeprefix("step-")) % keep_every:
             _remove(old)
 

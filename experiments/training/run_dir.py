@@ -27,9 +27,20 @@ from omegaconf import OmegaConf
 
 from data import TextTokenizer
 from experiments.config import TrainConfig, plain
-from experiments.files import ANOMALIES, CONFIG, GIT, LOCK, METRICS, START, SUBMITTED, TOKENIZER, write_atomically
+from experiments.files import (
+    ANOMALIES,
+    CONFIG,
+    GIT,
+    LOCK,
+    METRICS,
+    START,
+    SUBMITTED,
+    TOKENIZER,
+    check_writable,
+    write_atomically,
+)
 from experiments.provenance import environment, git_state
-from experiments.training.checkpoint import LATEST, STATE, damage, latest_checkpoint, read_state
+from experiments.training.checkpoint import LATEST, STATE, damage, latest_checkpoint, read_latest, read_state
 from experiments.training.metrics import drop_rows_after
 from experiments.training.ranks import world_size
 
@@ -90,13 +101,9 @@ def find_run_dir(config: TrainConfig, damaged: Mapping[str, str] | None = None) 
             else; or if it cannot be written.
     """
     path = Path(config.run_dir).expanduser()
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{path} is no directory: give another run_dir=...")
-    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"{path} cannot be written: {existing} is not writable; give another run_dir=...")
+    check_writable(path, "give another run_dir=...")
     # A lock or a submission alone is the trace of a run that did not come to begin.
-    if not path.exists() or {entry.name for entry in path.iterdir()} <= {LOCK, SUBMITTED}:
+    if not path.exists() or all(entry.name == SUBMITTED or entry.name.startswith(".") for entry in path.iterdir()):
         return RunDir(path)
     if not (path / CONFIG).exists():
         raise ValueError(f"{path} is no run directory (it has no {CONFIG}): give another run_dir=...")
@@ -110,6 +117,8 @@ def find_run_dir(config: TrainConfig, damaged: Mapping[str, str] | None = None) 
     # state.json alone, which says where the run stands: every rank looks, and knows nothing of the others yet. The sums
     # of the large files are shared out among them, in ``verify_checkpoint``.
     damaged = dict(damaged or {})
+    if (path / "checkpoints" / LATEST).exists() and read_latest(path / "checkpoints") is None:
+        damaged[LATEST] = "it names no checkpoint"
     while (checkpoint := latest_checkpoint(path / "checkpoints", damaged)) is not None:
         problems = damage(checkpoint, names=(STATE,))
         if not problems:

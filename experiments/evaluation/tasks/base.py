@@ -18,7 +18,11 @@ T, R = TypeVar("T"), TypeVar("R")
 
 @dataclass(frozen=True)
 class Setting:
-    """The model at one value of its sparsity knob, and where it came from."""
+    """The model at one value of its sparsity knob, and where it came from.
+
+    Attributes:
+        checkpoint: tells it from all others that ``run_dir`` keeps something of.
+    """
 
     model: Transformer
     device: torch.device

@@ -8,6 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -54,12 +55,12 @@ class GeneratedTask(Task):
         """Every sample's prediction, score, seconds and sparsity, in order; generates those that are missing."""
         path = self.predictions_path(setting)
         path.parent.mkdir(exist_ok=True)
-        done = {answer["index"]: answer for answer in read_rows(path)}
+        done = {answer["index"] for answer in read_rows(path)}
         missing = [i for i in range(len(self.set.samples)) if i not in done]
         for _, answers in in_parts(missing, self.prompts_per_batch, partial(self._answer_batch, setting)):
-            append_rows(path, answers)
-            done |= {answer["index"]: answer for answer in answers}
-        return [done[i] for i in range(len(self.set.samples))]
+            append_rows(path, answers, itemgetter("index"))
+        kept = {answer["index"]: answer for answer in read_rows(path)}
+        return [kept[i] for i in range(len(self.set.samples))]
 
     def predictions_path(self, setting: Setting) -> Path:
         key = fingerprint(setting.checkpoint, setting.knob, self.set.key)

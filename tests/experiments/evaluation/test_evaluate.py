@@ -1,23 +1,32 @@
 """Rows of a trained checkpoint against what the model says when asked directly."""
 
 import json
+import re
+import shutil
+import sys
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file, save_file
 
 import train
 from dashattn.backends import DashConfig, NSAConfig
 from data import IGNORE, Batch, build_data
+from experiments.evaluation import evaluate as evaluation
 from experiments.evaluation.config import EvaluateConfig
 from experiments.evaluation.evaluate import bytes_read, evaluate, find_target
 from experiments.evaluation.target import build_model
 from experiments.evaluation.tasks import streams
 from experiments.files import read_rows
 from experiments.schema import to_config
+from experiments.training.checkpoint import seal
+from experiments.training.ranks import Ranks
 from models import ModelConfig, Transformer
+from tests import forked
 
 MQAR = (
     *("experiment=pareto_recall", "device=cpu", "threads=1", "steps=2", "optim.warmup_steps=1", "eval_every=0"),
@@ -173,6 +182,79 @@ def test_half_a_row_of_a_crash_makes_way_for_whole_ones(recall_run):
     assert [row["knob"] for row in run(config)] == [2.0]
     assert path.read_text().startswith(before)
     assert [json.loads(line)["knob"] for line in path.open()] == [1.0, 2.0]
+
+
+def test_two_evaluations_at_once_share_the_work(recall_run):
+    command = [sys.executable, "evaluate.py", f"run={recall_run}", "tasks=[loss,recall]", "device=cpu", "threads=1"]
+    command += ["lengths=[32,64]", "knobs=[0.5,1,2,4,8,16]"]
+    running = [forked.Process(command, stdout=(recall_run / f"said{i}").open("w")) for i in range(2)]
+    assert [process.wait(300) for process in running] == [0, 0]
+    rows = [(row["task"], row["length"], row["knob"]) for row in read_rows(recall_run / "results.jsonl")]
+    assert sorted(rows) == sorted(product(("loss", "recall"), (32, 64), (0.5, 1, 2, 4, 8, 16)))
+    new = [re.search(r"(\d+) new rows", (recall_run / f"said{i}").read_text())[1] for i in range(2)]
+    assert sum(map(int, new)) == 24
+
+
+def test_what_another_evaluation_has_in_hand_is_left_to_it_and_looked_at_again(recall_run, monkeypatch, capsys):
+    config = EvaluateConfig(run=str(recall_run), knobs=[1.0, 2.0], device="cpu")
+    order, whole = [], evaluation.turn_knob
+
+    def turn(model, place, *rest):
+        order.append(place.knob)
+        if place.knob == 2.0:  # meanwhile the other one finishes the first pass, or is killed in it
+            other.__exit__(None, None, None)
+        return whole(model, place, *rest)
+
+    monkeypatch.setattr(evaluation, "turn_knob", turn)
+    asked = []
+    in_hand = evaluation.in_hand
+    monkeypatch.setattr(evaluation, "in_hand", lambda *args, **options: asked.append(args) or in_hand(*args, **options))
+    run(EvaluateConfig(run=str(recall_run), knobs=[1.0], device="cpu", label="to learn what is asked"))
+    (first,) = asked
+    other = in_hand(first[0], first[1] | {"label": "dash"}, waits=False)
+    assert other.__enter__()
+    order.clear()
+    assert [row["knob"] for row in run(config)] == [2.0, 1.0]
+    assert order == [2.0, 1.0]
+
+
+def test_a_length_given_twice_is_one(recall_run):
+    rows = run(EvaluateConfig(run=str(recall_run), lengths=[32, 64, 32], device="cpu"))
+    assert [row["length"] for row in rows] == [32, 64]
+
+
+def test_rows_go_where_output_says_and_tell_one_run_from_another(recall_run, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in recall_run.rglob("*")}
+    config = EvaluateConfig(run=str(recall_run), sparsities=[0.5], device="cpu", output=str(tmp_path / "rows" / "new"))
+    (row,) = run(config)
+    assert read_rows(tmp_path / "rows" / "new" / "results.jsonl") == [row]
+    assert (tmp_path / "rows" / "new" / "calibrations.jsonl").exists()
+    assert {path: path.stat().st_mtime_ns for path in recall_run.rglob("*")} == before
+    assert run(config) == []
+    # The same names, another run.
+    other = shutil.copytree(recall_run, tmp_path / "other")
+    (weights,) = other.glob("checkpoints/step-*/model.safetensors")
+    save_file({name: x + 0.5 for name, x in load_file(weights).items()}, weights)
+    (other / "checkpoints").joinpath(weights.parent.name, "manifest.json").unlink()
+    seal(weights.parent, Ranks(0, 1, torch.device("cpu")))
+    config.run = str(other)
+    (second,) = run(config)
+    assert second["score"] != row["score"]
+    assert len(read_rows(tmp_path / "rows" / "new" / "calibrations.jsonl")) == 2
+
+
+def test_a_run_one_may_not_write_to_is_refused_before_anything_is_computed(recall_run, monkeypatch):
+    monkeypatch.setattr("experiments.files.os.access", lambda path, mode: False)  # for root everything may be written
+    with pytest.raises(ValueError, match=r"recall cannot be written.*output=\.\.\. names another directory"):
+        find_target(EvaluateConfig(run=str(recall_run), device="cpu"))
+
+
+def test_a_score_that_is_no_number_is_told_with_its_task(recall_run, monkeypatch):
+    score = streams.SCORES["loss"]
+    monkeypatch.setitem(streams.SCORES, "loss", lambda tally: (row | {"score": float("nan")} for row in score(tally)))
+    with pytest.raises(ValueError, match=r"task loss at knob 2\.0: score is nan, as the outputs of step-00000002"):
+        run(EvaluateConfig(run=str(recall_run), device="cpu"))
+    assert read_rows(recall_run / "results.jsonl") == []
 
 
 def test_a_failing_evaluation_keeps_the_rows_before_it(recall_run, monkeypatch):

@@ -45,7 +45,7 @@ def test_a_generated_task_end_to_end(text_run):
     assert row["differs"] is None or row["differs"].startswith(("example", "no example"))
     assert 0 <= row["score"] <= 1
     assert 0 < row["causal_sparsity"] < 1
-    (path,) = (text_run / "predictions").iterdir()
+    (path,) = (text_run / "predictions").glob("*.jsonl")
     (answer,) = read_rows(path)
     assert len(answer["references"]) == 5
     # The sparsity is that of the prompt.
@@ -72,7 +72,7 @@ def test_an_interrupted_task_goes_on_from_the_answers_it_has(text_run, monkeypat
     with pytest.raises(KeyboardInterrupt):
         run(text_run, **options)
     assert calls == [2, 2, 1]
-    (path,) = (text_run / "predictions").iterdir()
+    (path,) = (text_run / "predictions").glob("*.jsonl")
     assert [answer["index"] for answer in read_rows(path)] == [0, 1, 2, 3]
     generate, calls = answering(lambda index: [])
     monkeypatch.setattr(generated, "generate", generate)

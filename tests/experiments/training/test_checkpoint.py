@@ -161,6 +161,36 @@ def test_a_damaged_one_makes_way_to_the_one_before(tmp_path):
         latest_checkpoint(tmp_path, {f"step-{step:08d}": "why" for step in (4, 8, 9)})
 
 
+GARBLED = [
+    b"",
+    b"\n",
+    b"step-\n",
+    b"step-0000\xff",
+    b"../..",
+    b"zzz\n",
+    b"step-00000012.tmp",
+    b"damaged-step-00000012-1",
+]
+
+
+@pytest.mark.parametrize("content", GARBLED)
+def test_a_garbled_pointer_hides_no_checkpoint(tmp_path, content):
+    for step in (4, 12):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    (tmp_path / "step-notes").mkdir()
+    (tmp_path / "latest").write_bytes(content)
+    assert latest_checkpoint(tmp_path).name == "step-00000012"
+    assert latest_checkpoint(tmp_path, {"step-00000012": "why"}).name == "step-00000004"
+    with pytest.raises(ValueError, match="is intact"):
+        latest_checkpoint(tmp_path, {f"step-{step:08d}": "why" for step in (4, 12)})
+
+
+def test_a_pointer_to_a_step_that_was_never_there_hides_no_later_one(tmp_path):
+    write_atomically(tmp_path / "latest", "step-00000000\n")
+    (tmp_path / "step-00000004").mkdir()
+    assert latest_checkpoint(tmp_path).name == "step-00000004"
+
+
 def flip_a_bit(path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -176,6 +206,9 @@ def flip_a_bit(path):
         (lambda path: flip_a_bit(path / "state.json"), "state.json has another checksum"),
         (lambda path: (path / "manifest.json").write_text("{"), "manifest.json cannot be read"),
         (lambda path: (path / "manifest.json").unlink(), "manifest.json cannot be read"),
+        (lambda path: (path / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
+        (lambda path: (path / "manifest.json").write_text("{}"), "state.json is not in manifest.json"),
+        (lambda path: (path / "manifest.json").write_text('{"state.json": 1}'), "it holds no checksums"),
     ],
 )
 def test_every_damage_is_seen(checkpoint, harm, message):

@@ -80,6 +80,12 @@ def test_a_run_killed_while_its_directory_is_opened_starts_again(config, monkeyp
     assert opened(config).step == 0
 
 
+def test_a_run_killed_while_its_config_is_written_starts_again(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.yaml.0a1b2c3d.tmp").touch()
+    assert opened(config).step == 0
+
+
 def interrupt():
     raise KeyboardInterrupt
 
@@ -121,6 +127,21 @@ def test_a_damaged_checkpoint_is_set_aside_and_latest_names_the_one_before(confi
     open_run_dir(run, config, [], {}).release()
     assert (run.checkpoints / "latest").read_text() == "step-00000002\n"
     assert [path.name[:22] for path in run.checkpoints.glob("damaged-*")] == ["damaged-step-00000003-"]
+    assert find_run_dir(config).damaged == {}
+
+
+@pytest.mark.parametrize("content", [b"", b"zzz", b"\xff"])
+def test_a_garbled_latest_is_set_aside_and_the_newest_intact_one_taken(config, content):
+    run = opened(config)
+    for step in (2, 3):
+        save(run, step, stage=1)
+    (run.checkpoints / "step-00000003" / "state.json").write_text("{")
+    (run.checkpoints / "latest").write_bytes(content)
+    run = find_run_dir(config)
+    assert run.step == 2
+    assert sorted(run.damaged) == ["latest", "step-00000003"]
+    open_run_dir(run, config, [], {}).release()
+    assert (run.checkpoints / "latest").read_text() == "step-00000002\n"
     assert find_run_dir(config).damaged == {}
 
 
