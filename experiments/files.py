@@ -40,6 +40,8 @@ SPEED = "speed.jsonl"
 NUMERICS = "numerics.jsonl"
 THROUGHPUT = "throughput.jsonl"
 SCALING = "parallel.jsonl"
+# Of rows:
+UNTRAINED = "untrained"  # ends the label of rows of weights that were trained elsewhere
 
 
 def locked(path: Path) -> FileLock:

@@ -25,6 +25,7 @@ from experiments.files import (
     GIT,
     RESULTS,
     START,
+    UNTRAINED,
     append_rows,
     check_writable,
     columns_of,
@@ -74,7 +75,8 @@ def evaluate(config: EvaluateConfig, target: Target) -> Iterator[dict]:
     device = torch.device(train.device)
     path = target.rows_dir / RESULTS
     target.rows_dir.mkdir(parents=True, exist_ok=True)
-    common = describe(target) | target.identity | {"label": config.label or train.attention.name}
+    own_label = f"{train.attention.name}, {UNTRAINED}" if target.is_untrained else train.attention.name
+    common = describe(target) | target.identity | {"label": config.label or own_label}
     tasks = build_tasks(config, train, validation_stream(target))
     identity = {key: common[key] for key in ("checkpoint", "label", *target.identity)}
     passes = [

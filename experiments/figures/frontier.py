@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from data.task_sets import SUITES
 from experiments.figures.setpoints import is_as_trained, with_setpoints
-from experiments.files import RESULTS, read_rows
+from experiments.files import RESULTS, UNTRAINED, read_rows
 
 HIGHER_IS_BETTER = {
     **dict.fromkeys(("accuracy", "match", "acc", "acc_norm", "exact_match"), True),
@@ -185,8 +185,9 @@ def curves(points: Iterable[Point]) -> dict[tuple, list[Point]]:
             found[panel, label, "trained at each"] = [p for p in trained if p.of_seed.keys() == seeds]
         for trained_knob, line in sorted(checkpoints.items(), key=lambda item: (item[0] is not None, item[0])):
             if len(checkpoints) == 1 or len(line) > 1:
-                trained = "untrained" if trained_knob is None else f"trained at {trained_knob:g}"
-                found[panel, label, f"{trained}, knob turned"] = line
+                trained = UNTRAINED if trained_knob is None else f"trained at {trained_knob:g}"
+                is_said = trained_knob is None and label.endswith(UNTRAINED)
+                found[panel, label, "knob turned" if is_said else f"{trained}, knob turned"] = line
     return {key: line for key, line in found.items() if line}
 
 

@@ -73,6 +73,9 @@ def test_another_attention_and_its_knob(folder, tmp_path):
     first, second = rows_of(configure(tmp_path, folder, *sparse))
     assert first["causal_sparsity"] < second["causal_sparsity"]
     assert (first["backend"], first["knob"], first["trained_knob"]) == ("dash", 0.1, None)
+    assert first["label"] == "dash, untrained"
+    (named,) = rows_of(configure(tmp_path, folder, *sparse[:2], "knobs=[0.1]", "label=mine"))
+    assert named["label"] == "mine"
     assert math.isfinite(second["score"])
     (third,) = rows_of(configure(tmp_path, folder, "attention=dash", "attention.chunk_size=8", "sparsities=[0.3]"))
     assert third["causal_sparsity"] == pytest.approx(0.3, abs=0.05)

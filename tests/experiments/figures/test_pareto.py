@@ -165,6 +165,15 @@ def test_a_model_that_was_not_trained_has_a_curve():
         ("other", "trained at 1, knob turned"): 1,
     }
     assert "| dash | untrained | 90% | 90.0% |" in pareto.to_markdown(points)
+    (key,) = frontier.curves(frontier.points(frontier.newest(row | {"label": "dash, untrained"} for row in rows)))
+    assert key[1:] == ("dash, untrained", "knob turned")
+
+
+def test_dense_weights_before_and_after_training_are_two_levels():
+    before = make_row("full, untrained", None, 0.0, 0.6) | {"untrained": "smollm2", "step": 0}
+    text = pareto.to_markdown(frontier.points(frontier.newest([before, make_row("full", None, 0.0, 0.995)])))
+    assert "| full | | | 0.0% | 0.9950 |" in text
+    assert "| full, untrained | | | 0.0% | 0.6000 |" in text
 
 
 def test_lines_say_the_sparsity_and_the_held_knob_is_the_one_trained_with():
