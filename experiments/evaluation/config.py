@@ -43,7 +43,7 @@ class EvaluateConfig:
     # generated tasks, 32 for routing, all of lm_eval's.
     rows: int | None = None
     rows_per_batch: int = 8
-    label: str | None = None  # of the line in tables and figures; null = the backend's, of a folder "BACKEND, untrained"
+    label: str | None = None  # line in tables and figures; null = the backend's, of a folder "BACKEND, untrained"
     device: str = "auto"
     threads: int | None = None
 
