@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dashattn.ops.block_scores.reference import POOLINGS
-from dashattn.ops.dash_routing.reference import PRIOR_HEADS, PRIORS
+from dashattn.ops.dash_routing.reference import PRIOR_HEADS, PRIORS, SELECTORS
 from dashattn.ops.entmax.reference import MAX_ALPHA, MIN_ALPHA
 
 SELECTS = ("topk", "top_p")
@@ -49,17 +49,16 @@ def check_sparsity(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a share of the keys in [0, 1), such as 0.75; got {value!r}")
 
 
-def check_router_scale(router_scale: float | Tensor) -> None:
-    if isinstance(router_scale, Tensor):
-        check(
-            router_scale.ndim == 0 and router_scale.device.type == "cpu" and router_scale.dtype == torch.float64,
-            f"a router_scale that is a tensor must be float64 [] on the CPU; got {router_scale.dtype} "
-            f"{tuple(router_scale.shape)} on {router_scale.device}",
-        )
-        if torch.compiler.is_compiling():  # its value is then not known, and was checked where it was set
-            return
-        router_scale = router_scale.item()
-    check_positive(router_scale=router_scale)
+def knob_value(name: str, value: float | Tensor) -> float | None:
+    """A knob of the router as a number; None where torch.compile keeps it symbolic: it was checked where it was set."""
+    if not isinstance(value, Tensor):
+        return value
+    check(
+        value.ndim == 0 and value.device.type == "cpu" and value.dtype == torch.float64,
+        f"a {name} that is a tensor must be float64 [] on the CPU; got {value.dtype} {tuple(value.shape)} on "
+        f"{value.device}",
+    )
+    return None if torch.compiler.is_compiling() else value.item()
 
 
 def check_alpha(alpha: float | Tensor, num_heads: int | None = None) -> None:
@@ -142,14 +141,26 @@ def check_topk(topk: int, init_blocks: int, local_blocks: int, mend: str) -> Non
     )
 
 
-def check_dash(chunk_size, router_scale, prior, sigma, prior_heads, init_chunks, local_chunks) -> None:
+def check_dash(
+    chunk_size, selector, router_scale, topk, top_p, prior, sigma, prior_heads, init_chunks, local_chunks
+) -> None:
     """Options of DashAttention but for alpha, for the function and its config alike."""
     check_positive_int(chunk_size=chunk_size)
-    check_router_scale(router_scale)
+    check_choice("selector", selector, SELECTORS)
     check_choice("prior", prior, PRIORS)
     check_positive(sigma=sigma)
     check_choice("prior_heads", prior_heads, PRIOR_HEADS)
     check_non_negative_int(init_chunks=init_chunks, local_chunks=local_chunks)
+    router_scale, top_p = knob_value("router_scale", router_scale), knob_value("top_p", top_p)
+    if router_scale is not None:
+        check_positive(router_scale=router_scale)
+    if top_p is not None:
+        check_top_p(top_p)
+    moving, topk = isinstance(topk, Tensor), knob_value("topk", topk)
+    if topk is not None:
+        topk = int(topk) if moving and topk == int(topk) else topk
+        forced = (init_chunks, local_chunks + 1) if selector == "topk" else (0, 0)
+        check_topk(topk, *forced, "raise topk or lower init_chunks or local_chunks")
 
 
 def check_infllmv2(block_size, kernel_size, kernel_stride, topk, init_blocks, window_size) -> None:
@@ -188,4 +199,9 @@ def check_oracle(select: str, topk: int, top_p: float, block_size: int, init_blo
         select != "topk" or topk >= forced,
         f"topk={topk} is below the {forced} forced blocks: raise topk, or lower init_blocks or local_blocks",
     )
-    check(0 < top_p <= 1, f"top_p must lie in (0, 1]; got {top_p}")
+    check_top_p(top_p)
+
+
+def check_top_p(top_p: float) -> None:
+    if not isinstance(top_p, int | float) or isinstance(top_p, bool) or not 0 < top_p <= 1:
+        raise ValueError(f"top_p must lie in (0, 1]; got {top_p!r}")

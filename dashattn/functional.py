@@ -69,8 +69,11 @@ def dash_attention(
     chunk_query: Tensor,
     *,
     chunk_size: int = 64,
+    selector: str = "entmax",
     alpha: float | Tensor = 1.5,
     router_scale: float | Tensor = 1.0,
+    topk: int | Tensor = 16,
+    top_p: float | Tensor = 0.9,
     prior: str = "tempered",
     sigma: float = 1e6,
     prior_heads: str = "group",
@@ -88,10 +91,15 @@ def dash_attention(
     Args:
         chunk_query: r [Hkv, D], the query that pools each chunk's keys; zeros give mean pooling.
         chunk_size: tokens per chunk.
-        alpha: in [1.01, 2]; a float, or a tensor [Hq] or [] (differentiable). A tensor on a GPU is checked there, so
-            that nobody waits for it: values outside stop the process with a CUDA assertion that names the range.
-        router_scale: gamma, the sparsity knob; larger is sparser. A float, or a float64 tensor [] on the CPU, which
-            torch.compile takes at every value without compiling anew.
+        selector: ``entmax``, or the controls ``topk`` and ``topp``, which select by a softmax of the same scores; see
+            ``dash_routing``.
+        alpha: of entmax, in [1.01, 2]; a float, or a tensor [Hq] or [] (differentiable). A tensor on a GPU is checked
+            there, so that nobody waits for it: values outside stop the process with a CUDA assertion that names the
+            range.
+        router_scale: gamma, entmax's sparsity knob; larger is sparser. This and the other two knobs are numbers, or
+            float64 tensors [] on the CPU, which torch.compile takes at every value without compiling anew.
+        topk: of selector topk: chunks per token in all, the forced ones included; its sparsity knob.
+        top_p: of selector topp: in (0, 1], probability that the selected candidates reach; its sparsity knob.
         prior: ``raw``, ``tempered`` or ``none``; see ``dash_routing``.
         sigma: temperature of the tempered prior.
         prior_heads: ``group`` or ``head``.
@@ -106,7 +114,9 @@ def dash_attention(
         ValueError: shapes, dtypes, devices or options do not fit.
     """
     checks.check_qkv(q, k, v, cu_seqlens)
-    checks.check_dash(chunk_size, router_scale, prior, sigma, prior_heads, init_chunks, local_chunks)
+    checks.check_dash(
+        *(chunk_size, selector, router_scale, topk, top_p, prior, sigma, prior_heads, init_chunks, local_chunks)
+    )
     checks.check_alpha(alpha, q.shape[2])
     checks.check_shape("chunk_query", chunk_query, tuple(k.shape[2:]))
     check(chunk_query.device == q.device, f"chunk_query is on {chunk_query.device}, q on {q.device}")
@@ -121,9 +131,10 @@ def dash_attention(
         for name, x, like in zip(("q", "k"), router_qk, (q, k), strict=True):
             checks.check_shape(f"router_qk {name}", x, tuple(like.shape))
             checks.check_like(f"router_qk {name}", x, like)
-    route = {"alpha": alpha, "router_scale": router_scale, "prior": prior, "sigma": sigma, "cu_seqlens": cu_seqlens}
-    route |= {"init_chunks": init_chunks, "local_chunks": local_chunks}
-    if use_kernels(impl, q, chunk_size, unsupported_priors(prior_heads)):
+    route = {"selector": selector, "alpha": alpha, "router_scale": router_scale, "topk": topk, "top_p": top_p}
+    route |= {"prior": prior, "sigma": sigma, "init_chunks": init_chunks, "local_chunks": local_chunks}
+    route |= {"cu_seqlens": cu_seqlens}
+    if use_kernels(impl, q, chunk_size, unsupported_routing(prior_heads, selector)):
         from dashattn.ops.dash_attention.triton import dash_attention as attend
 
         sizes = {"chunk_size": chunk_size, "scale": scale}
@@ -318,6 +329,8 @@ def _stats_with_windows(
     return selection_stats(selection, reads, cu_seqlens, window_size)
 
 
-def unsupported_priors(prior_heads: str) -> str | None:
-    """What keeps DashAttention's kernels from these priors, if anything does."""
+def unsupported_routing(prior_heads: str, selector: str) -> str | None:
+    """What keeps DashAttention's kernels from these options, if anything does."""
+    if selector != "entmax":
+        return "the kernels have selector='entmax' only"
     return None if prior_heads == "group" else "the kernels have prior_heads='group' only"

@@ -1,7 +1,9 @@
 """A sparsity instead of a knob: the value of an attention's sparsity knob at which its layers have it on average.
 
 Both the search and the holding of it move the logarithm of the knob and look at the log-odds of the sparsity: for
-DashAttention's ``router_scale`` these two are nearly proportional, from half of the keys to a tenth of them.
+DashAttention's ``router_scale`` these two are nearly proportional, from half of the keys to a tenth of them. Of a knob
+that is a share, such as top-p, they move the log-odds: those of a flat router's sparsity are theirs with the other
+sign.
 """
 
 import math
@@ -29,7 +31,8 @@ _LEAST = 1e-3  # sparsities this close to 0 or 1 count as equal: their odds tell
 
 HOLD_EVERY = 4  # optimizer steps from one measurement to the next
 _GAIN = 0.8  # of the step that would do if log-odds and logarithm went alike: some miss is left, and less noise
-_LONGEST = 0.2  # step of the knob's logarithm
+_LONGEST = 0.2  # step of the knob's logarithm or log-odds
+_NEAREST = 1e-6  # a share as near to 1 is 1
 _MEMORY = 8  # measurements that an integer knob's mean goes back
 _FEWEST = 3  # of them before it moves
 
@@ -93,20 +96,28 @@ def find_knob(
 
 
 class _Axis:
-    """The knob's logarithm, in the direction from dense to sparse."""
+    """The knob's logarithm, or a share's log-odds, in the direction from dense to sparse."""
 
     def __init__(self, span: tuple[float, float]) -> None:
         self.sign = 1 if span[1] > span[0] else -1
         self.least, self.most = min(span), max(span)
         self.is_integer = isinstance(span[0], int)
+        self.is_share = not self.is_integer and self.most == 1.0
 
     def place(self, knob: float) -> float:
-        return self.sign * math.log(knob)
+        return self.sign * self._coordinate(knob)
+
+    def _coordinate(self, knob: float) -> float:
+        return math.log(knob) - math.log(max(1 - knob, _NEAREST)) if self.is_share else math.log(knob)
 
     def knob(self, place: float) -> float:
         """The knob there, within the span; an integer knob's nearest."""
-        logarithm = min(max(self.sign * place, math.log(self.least)), math.log(self.most))
-        knob = round(math.exp(logarithm)) if self.is_integer else math.exp(logarithm)
+        coordinate = min(max(self.sign * place, self._coordinate(self.least)), self._coordinate(self.most))
+        if self.is_share:
+            knob = 1 / (1 + math.exp(-coordinate))
+            knob = 1.0 if 1 - knob <= _NEAREST else knob
+        else:
+            knob = round(math.exp(coordinate)) if self.is_integer else math.exp(coordinate)
         return min(max(knob, self.least), self.most)
 
     def between(self, dense: float, sparse: float, share: float) -> float:

@@ -1,7 +1,7 @@
 """DashAttention (arXiv 2605.18753): chunks chosen by a learned, adaptively sparse router."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -13,15 +13,16 @@ from dashattn.backends.base import ALL_HEADS, AttentionBackend, HeadShare
 from dashattn.backends.options import AttentionConfig, forced_keys
 from dashattn.cache import CacheField
 from dashattn.checks import check
-from dashattn.functional import dash_attention, unsupported_priors
+from dashattn.functional import dash_attention, unsupported_routing
 from dashattn.ops.chunk_summary.reference import chunk_summary
-from dashattn.ops.dash_routing.reference import candidate_chunks, dash_routing
+from dashattn.ops.dash_routing.reference import candidate_chunks, chunk_probabilities, chunk_scores, dash_routing
 from dashattn.ops.decode.reference import new_positions
 from dashattn.ops.dtypes import upcast
 from dashattn.ops.entmax.reference import MAX_ALPHA, MIN_ALPHA
 from dashattn.rope import undo_rope
 from dashattn.routing import Routing
 
+KNOBS = {"entmax": "router_scale", "topk": "topk", "topp": "top_p"}
 ALPHA_MODES = ("fixed", "scheduled", "learnable")
 SUMMARY_KEYS = ("rotated", "unrotated")
 SUMMARY_ROPES = ("none", "mean")
@@ -29,7 +30,7 @@ SUMMARY_ROPES = ("none", "mean")
 
 @dataclass
 class DashConfig(AttentionConfig):
-    """Options of ``dash_attention`` and of alpha.
+    """Options of ``dash_attention`` and of alpha. The sparsity knob is the selector's.
 
     Attributes:
         alpha: entmax's alpha; of a schedule its last value, of a learnable alpha its first.
@@ -47,11 +48,14 @@ class DashConfig(AttentionConfig):
 
     name: str = "dash"
     chunk_size: int = 64
+    selector: str = "entmax"
     alpha: float = 1.5
     alpha_mode: str = "fixed"
     alpha_start: float = 1.25
     alpha_steps: int = 0
     router_scale: float = 1.0
+    topk: int = 16
+    top_p: float = 0.9
     prior: str = "tempered"
     sigma: float = 1e6
     prior_heads: str = "group"
@@ -61,26 +65,33 @@ class DashConfig(AttentionConfig):
     summary_rope: str = "none"
     learn_summary: bool = True
 
-    knob: ClassVar[str | None] = "router_scale"
     blocks: ClassVar[str | None] = "chunk_size"
+
+    @property
+    def knob(self) -> str | None:
+        return KNOBS.get(self.selector)
 
     @classmethod
     def variants(cls, block_size):
-        """With the attention sink always read, too."""
-        return {"dash": cls(chunk_size=block_size), "dash_sink": cls(chunk_size=block_size, init_chunks=1)}
+        """With the attention sink always read, too, and the other selectors."""
+        sink = cls(chunk_size=block_size, init_chunks=1)
+        controls = {f"dash_{name}": cls(chunk_size=block_size, selector=name, prior="raw") for name in ("topk", "topp")}
+        return {"dash": cls(chunk_size=block_size), "dash_sink": sink} | controls
 
     @classmethod
     def samples(cls):
         priors = ("tempered", "raw")
         samples = {f"dash, {prior}": cls(chunk_size=32, router_scale=4.0, prior=prior) for prior in priors}
         sink = cls(chunk_size=32, router_scale=4.0, prior="raw", init_chunks=1, local_chunks=1)
-        return samples | {"dash, sink": sink}
+        controls = {f"dash, {name}": replace(sink, selector=name, topk=8, top_p=0.7) for name in ("topk", "topp")}
+        return samples | {"dash, sink": sink} | controls
 
     def __post_init__(self) -> None:
+        checks.check_choice("selector", self.selector, tuple(KNOBS))
         super().__post_init__()
         checks.check_dash(
-            *(self.chunk_size, self.router_scale, self.prior, self.sigma, self.prior_heads),
-            *(self.init_chunks, self.local_chunks),
+            *(self.chunk_size, self.selector, self.router_scale, self.topk, self.top_p),
+            *(self.prior, self.sigma, self.prior_heads, self.init_chunks, self.local_chunks),
         )
         checks.check_choice("summary_keys", self.summary_keys, SUMMARY_KEYS)
         checks.check_choice("summary_rope", self.summary_rope, SUMMARY_ROPES)
@@ -89,6 +100,11 @@ class DashConfig(AttentionConfig):
             "summary_rope=mean rotates the chunk query for rotated keys: set summary_rope=none or summary_keys=rotated",
         )
         checks.check_choice("alpha_mode", self.alpha_mode, ALPHA_MODES)
+        check(
+            self.selector == "entmax" or self.alpha_mode == "fixed",
+            f"alpha_mode={self.alpha_mode} moves entmax's alpha, which selector={self.selector} does not have: set "
+            "alpha_mode=fixed",
+        )
         checks.check_alpha(self.alpha)
         if self.alpha_mode == "scheduled":
             checks.check_alpha(self.alpha_start)
@@ -112,9 +128,13 @@ class DashConfig(AttentionConfig):
             "(data.seq_len)",
         )
 
+    def knob_span(self, length):
+        return (1.0, 1e-5) if self.selector == "topp" else super().knob_span(length)
+
     def least_active(self, length):
-        """The forced chunks, the token's own one, and one that the router chooses."""
-        return forced_keys(length, self.chunk_size, self.init_chunks, self.local_chunks + 2)
+        """The forced chunks, the token's own one, and one that the router chooses, unless k can leave it none."""
+        chosen = 0 if self.selector == "topk" else 1
+        return forced_keys(length, self.chunk_size, self.init_chunks, self.local_chunks + 1 + chosen)
 
 
 class DashBackend(AttentionBackend):
@@ -129,16 +149,17 @@ class DashBackend(AttentionBackend):
             share = (config.alpha - MIN_ALPHA) / (MAX_ALPHA - MIN_ALPHA)
             logit = math.log(share) - math.log(1 - share)
             self.alpha_logit = nn.Parameter(torch.full((shape.num_heads,), logit))
-        self.set_knob(config.router_scale)
+        self.set_knob(getattr(config, config.knob))
         self.set_step(0)
 
     def set_knob(self, value):
         super().set_knob(value)
-        self.router_scale = self.config.router_scale
-        if self.config.holds_sparsity:
+        config = self.config
+        self.knobs = {name: getattr(config, name) for name in KNOBS.values()}
+        if config.holds_sparsity:
             # A tensor: for a number torch.compile would compile anew at each value. On the host, where kernels are
             # given it, so that nothing waits for the device.
-            self.router_scale = torch.tensor(self.router_scale, dtype=torch.float64, device="cpu")
+            self.knobs[config.knob] = torch.tensor(value, dtype=torch.float64, device="cpu")
 
     def set_step(self, step: int) -> None:
         config = self.config
@@ -156,28 +177,26 @@ class DashBackend(AttentionBackend):
         return MIN_ALPHA + (MAX_ALPHA - MIN_ALPHA) * upcast(self.alpha_logit[share.query_heads]).sigmoid()
 
     def metrics(self) -> dict[str, float]:
+        if self.config.selector != "entmax":
+            return {}
         alpha = self.alpha()
         return {"alpha": alpha.mean().item() if isinstance(alpha, Tensor) else alpha}
 
     def route(self, q, k, v, *, hidden=None, rope=None):
-        config, (length, num_heads, head_dim) = self.config, q.shape[1:]
+        config, length = self.config, q.shape[1]
         q, k = self._router_qk(q, k, rope) or (q, k)
         rope = self._summary_rope(rope)
         summaries = chunk_summary(k, self.chunk_query, chunk_size=config.chunk_size, rope=rope)
-        forced = {"init_chunks": config.init_chunks, "local_chunks": config.local_chunks}
-        options = {"chunk_size": config.chunk_size, "alpha": self.alpha(), "router_scale": config.router_scale}
-        # The raw prior of the group is the logarithm of its probability, and 0 off the support.
-        selection, log_p_BTHN = dash_routing(q, summaries, **options, **forced, prior="raw")
-        num_chunks = log_p_BTHN.shape[-1]
+        options = self._routing_options(self.alpha()) | {"prior": "none", "prior_heads": config.prior_heads}
+        selection, _ = dash_routing(q, summaries, **options)
         own_chunk = torch.arange(length, device=q.device) // config.chunk_size
-        candidates_TN = candidate_chunks(own_chunk, num_chunks, **forced)
-        support = selection.mask()[..., :num_chunks] & candidates_TN[:, None]
-        heads_first = summaries.repeat_interleave(num_heads // summaries.shape[2], dim=2)
-        scores = torch.einsum("bthd,bnhd->bthn", upcast(q), upcast(heads_first)) * (
-            config.router_scale * head_dim**-0.5
-        )
-        logits = F.pad(scores, (0, num_chunks - scores.shape[-1])).masked_fill(~candidates_TN[:, None], -torch.inf)
-        return Routing(selection, log_p_BTHN.exp().masked_fill(~support, 0), logits)
+        num_chunks = -(-length // config.chunk_size)
+        candidates_TN = candidate_chunks(own_chunk, num_chunks, config.init_chunks, config.local_chunks)
+        scores = F.pad(chunk_scores(q, summaries, config.router_scale), (0, num_chunks - summaries.shape[1]))
+        log_p, _ = chunk_probabilities(scores, candidates_TN, selector=config.selector, alpha=self.alpha())
+        p_BTHN = log_p.exp().masked_fill(~candidates_TN, 0).mean(2).transpose(1, 2)
+        logits = scores.masked_fill(~candidates_TN, -torch.inf).flatten(1, 2).transpose(1, 2)
+        return Routing(selection, p_BTHN, logits)
 
     def forward(self, q, k, v, *, hidden=None, rope=None, cu_seqlens=None, return_stats=False, share=ALL_HEADS):
         config = self.config
@@ -186,20 +205,20 @@ class DashBackend(AttentionBackend):
             k,
             v,
             self.chunk_query[share.kv_heads],
-            chunk_size=config.chunk_size,
-            alpha=self.alpha(share),
-            router_scale=self.router_scale,
-            prior=config.prior,
-            sigma=config.sigma,
+            **self._routing_options(self.alpha(share)) | self.knobs,
             prior_heads=config.prior_heads,
-            init_chunks=config.init_chunks,
-            local_chunks=config.local_chunks,
             router_qk=self._router_qk(q, k, rope),
             summary_rope=self._summary_rope(rope),
             cu_seqlens=cu_seqlens,
             impl=config.impl,
             return_stats=return_stats,
         )
+
+    def _routing_options(self, alpha: float | Tensor) -> dict:
+        """What prefill and decoding, kernels and references take alike."""
+        config = self.config
+        names = ("chunk_size", "selector", *KNOBS.values(), "prior", "sigma", "init_chunks", "local_chunks")
+        return {name: getattr(config, name) for name in names} | {"alpha": alpha}
 
     @property
     def _needs_tables(self) -> bool:
@@ -269,15 +288,7 @@ class DashBackend(AttentionBackend):
     def _attend(self, q, cache, hidden, operations, new=None):
         """``new``: the token, where it is not written yet."""
         config = self.config
-        options = dict(
-            chunk_size=config.chunk_size,
-            alpha=self.alpha(),
-            router_scale=config.router_scale,
-            prior=config.prior,
-            sigma=config.sigma,
-            init_chunks=config.init_chunks,
-            local_chunks=config.local_chunks,
-        )
+        options = self._routing_options(self.alpha())
         router_q = q
         if config.summary_keys == "unrotated":
             row = torch.arange(q.shape[0], device=q.device)[:, None]
@@ -292,4 +303,4 @@ class DashBackend(AttentionBackend):
         return operations.cached_attention(q, cache["k"], cache["v"], cache.lengths, selection, bias)
 
     def _decode_kernels(self, x, unsupported=None):
-        return super()._decode_kernels(x, unsupported_priors(self.config.prior_heads))
+        return super()._decode_kernels(x, unsupported_routing(self.config.prior_heads, self.config.selector))

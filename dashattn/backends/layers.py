@@ -93,4 +93,10 @@ def _config(
             fits and (kind is bool or not isinstance(given, bool)),
             f"attention.layers {key}: {option}={given!r} is no {kind.__name__}",
         )
-    return replace(config, **options)
+    config = replace(config, **options)
+    check(
+        config.name != chosen.name or config.knob == chosen.knob,
+        f"attention.layers {key}: {name} with these options cannot be beside the other layers, which one knob turns: "
+        f"its knob would be {config.knob}, that of the others {chosen.knob}",
+    )
+    return config

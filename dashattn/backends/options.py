@@ -104,7 +104,8 @@ class AttentionConfig:
     def knob_span(self, length: int) -> tuple[float, float]:
         """The knob's values between which all sparsities lie that rows of ``length`` tokens can have: the densest one,
         then the sparsest. Here an integer knob counts blocks, from all that there are to the fewest that it may have;
-        another one is a scale, of which larger is sparser. ValueError where there is no knob."""
+        another one is a scale, of which larger is sparser. One that is real and densest at 1.0 is taken for a share.
+        ValueError where there is no knob."""
         check(self.knob is not None, f"attention={self.name} has no sparsity knob")
         if not isinstance(getattr(self, self.knob), int):
             return SCALES

@@ -41,8 +41,19 @@ def block_sparse(q, k, v, blocks, bias, size, scale):
     return out
 
 
-def dash(q, k, v, r, *, chunk_size, alpha, router_scale, prior, sigma, prior_heads, rope=None,
-         init_chunks=0, local_chunks=0, router_qk=None):  # fmt: skip
+def most_likely(p, topk, top_p):
+    """The likeliest of the candidates {index: probability}: ``topk`` of them, or until they reach ``top_p``."""
+    taken, reached = set(), 0.0
+    for c in sorted(p, key=lambda c: (-p[c], c)):
+        if len(taken) >= topk if topk is not None else reached >= top_p:
+            break
+        taken.add(c)
+        reached += p[c]
+    return taken
+
+
+def dash(q, k, v, r, *, chunk_size, router_scale, prior, sigma, prior_heads, selector="entmax", alpha=1.5, topk=None,
+         top_p=None, rope=None, init_chunks=0, local_chunks=0, router_qk=None):  # fmt: skip
     """Output [T, Hq, D] and active tokens [T, H]."""
     T, Hq, D = q.shape
     H = k.shape[1]
@@ -69,10 +80,18 @@ def dash(q, k, v, r, *, chunk_size, alpha, router_scale, prior, sigma, prior_hea
         for head in range(Hq):
             if candidates:
                 scores = router_scale * summaries[candidates, head // group] @ router_q[t, head] / math.sqrt(D)
-                p[t, head, candidates] = entmax(scores, alpha[head] if np.ndim(alpha) else alpha)
+                if selector == "entmax":
+                    p[t, head, candidates] = entmax(scores, alpha[head] if np.ndim(alpha) else alpha)
+                else:
+                    p[t, head, candidates] = softmax(scores)
         for h in range(H):
             mean = p[t, h * group : (h + 1) * group].mean(0)
-            blocks[t][h] = {c for c in candidates if mean[c] > 0} | forced[t]
+            chosen = {c for c in candidates if mean[c] > 0}
+            if selector == "topk":
+                chosen = most_likely({c: mean[c] for c in candidates}, topk - len(forced[t]), None)
+            elif selector == "topp":
+                chosen = most_likely({c: mean[c] for c in candidates}, None, top_p)
+            blocks[t][h] = chosen | forced[t]
 
     def bias(t, head, c):
         h = head // group

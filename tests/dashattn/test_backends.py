@@ -32,6 +32,8 @@ CONFIGS = {
     "dash rope": DashConfig(chunk_size=8, summary_rope="mean", alpha_mode="learnable", sigma=1.0),
     "dash unrotated": DashConfig(chunk_size=8, router_scale=2.0, prior="raw", summary_keys="unrotated"),
     "dash sink": DashConfig(chunk_size=8, router_scale=2.0, prior="raw", init_chunks=1, local_chunks=1),
+    "dash topk": DashConfig(chunk_size=8, selector="topk", topk=4, prior="raw", init_chunks=1),
+    "dash topp": DashConfig(chunk_size=8, selector="topp", top_p=0.7, sigma=1.0, local_chunks=1),
     "infllmv2": InfLLMv2Config(**SMALL, topk=4, window_size=8),
     "nsa": NSAConfig(**SMALL, topk=4, window_size=12),
     "nsa own kv": NSAConfig(**SMALL, topk=4, window_size=12, shared_kv=False),
@@ -180,8 +182,11 @@ OPTIONS = {
     "dash": DashConfig(
         impl="reference",
         chunk_size=4,
+        selector="topk",
         alpha=1.7,
         router_scale=2.0,
+        topk=9,
+        top_p=0.5,
         prior="raw",
         sigma=3.0,
         prior_heads="head",
@@ -310,6 +315,8 @@ def test_knobs():
         DashConfig(chunk_size=8),
         DashConfig(chunk_size=8, init_chunks=1),
         DashConfig(chunk_size=8, init_chunks=2, local_chunks=1),
+        DashConfig(chunk_size=8, selector="topk", init_chunks=1, local_chunks=1),
+        DashConfig(chunk_size=8, selector="topp", init_chunks=1),
         InfLLMv2Config(**SMALL, topk=9, window_size=16, init_blocks=2),
         InfLLMv2Config(**SMALL, topk=9, window_size=0, init_blocks=0),
         NSAConfig(**SMALL, topk=9, window_size=12, local_blocks=1),
@@ -335,17 +342,25 @@ def test_the_sparsest_knob_reads_the_fewest_keys_and_the_densest_all(config, len
     assert config.most_sparsity(length, "causal") == pytest.approx(stats.causal_sparsity().item(), abs=1e-6)
 
 
-def test_a_router_scale_that_moves_is_the_same_as_a_number():
+@pytest.mark.parametrize(
+    ("selector", "name", "knobs"),
+    [("entmax", "router_scale", (0.7, 3.0)), ("topk", "topk", (2, 4)), ("topp", "top_p", (0.3, 0.9))],
+)
+def test_a_knob_that_moves_is_the_same_as_a_number(selector, name, knobs):
     number, moving = (
-        build_backend(DashConfig(chunk_size=8, prior="raw", target_sparsity=target), SHAPE).double()
+        build_backend(DashConfig(chunk_size=8, selector=selector, prior="raw", target_sparsity=target), SHAPE).double()
         for target in (None, 0.5)
     )
+    assert moving.config.knob == name
     (q, k, v), _ = make_inputs(40)
-    for knob in (0.7, 3.0):
+    outs = []
+    for knob in knobs:
         for backend in (number, moving):
             backend.set_knob(knob)
-        assert moving.config.router_scale == knob
-        assert torch.equal(number(q, k, v), moving(q, k, v))
+        assert getattr(moving.config, name) == knob
+        outs.append(number(q, k, v))
+        assert torch.equal(outs[-1], moving(q, k, v))
+    assert not torch.equal(*outs)
 
 
 @pytest.mark.parametrize(
@@ -374,6 +389,9 @@ def test_a_target_is_a_share_of_the_keys(target):
         (lambda: DashConfig(sparsity_control="yes"), "sparsity_control must be one of hold, start, none"),
         (lambda: FullConfig(target_sparsity=0.5), "no sparsity knob: set attention.target_sparsity=null"),
         (lambda: DashConfig(impl="cuda"), "attention.impl must be one of"),
+        (lambda: DashConfig(selector="top-k"), "selector must be one of entmax, topk, topp"),
+        (lambda: DashConfig(selector="topk", topk=2, init_chunks=1, local_chunks=1), "raise topk or lower init_chunks"),
+        (lambda: DashConfig(selector="topp", alpha_mode="learnable"), "set alpha_mode=fixed"),
         (lambda: DashConfig(alpha=3.0), "alpha must lie in"),
         (lambda: DashConfig(alpha_mode="scheduled"), "needs alpha_steps > 0"),
         (lambda: DashConfig(alpha_mode="learnable", alpha=2.0), "strictly between"),

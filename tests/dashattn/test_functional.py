@@ -37,9 +37,10 @@ def nsa_inputs(q, k, v, kernel_size=4, kernel_stride=2, gates=3):
     return ck, cv, torch.rand(*q.shape[:3], gates, dtype=q.dtype), torch.randn_like(k), torch.randn_like(v)
 
 
-def dash(q, k, v, **options):
-    r = torch.randn(k.shape[2], D, dtype=q.dtype, generator=torch.Generator().manual_seed(1))
-    return dash_attention(q, k, v, r, **DASH, **options)
+def dash(q, k, v, chunk_query=None, **options):
+    if chunk_query is None:
+        chunk_query = torch.randn(k.shape[2], D, dtype=q.dtype, generator=torch.Generator().manual_seed(1))
+    return dash_attention(q, k, v, chunk_query, **DASH, **options)
 
 
 def infllm(q, k, v, **options):
@@ -58,7 +59,16 @@ def dash_sink(q, k, v, **options):
     return dash(q, k, v, **SINK, **options)
 
 
+def dash_topk(q, k, v, **options):
+    return dash(q, k, v, selector="topk", topk=4, prior="raw", **options)
+
+
+def dash_topp(q, k, v, **options):
+    return dash(q, k, v, selector="topp", top_p=0.7, **SINK, **options)
+
+
 BACKENDS = {"full": full_attention, "dash": dash, "dash sink": dash_sink, "infllmv2": infllm, "nsa": nsa_shared}
+BACKENDS |= {"dash topk": dash_topk, "dash topp": dash_topp}
 each_backend = pytest.mark.parametrize("attention", BACKENDS.values(), ids=BACKENDS.keys())
 
 
@@ -99,6 +109,38 @@ def test_dash_with_forced_chunks_equals_its_definition(shape, init_chunks, local
         options |= {"init_chunks": init_chunks, "local_chunks": local_chunks}
         result = dash_attention(q, k, v, r, **options, return_stats=True)
         assert_matches(result, oracle.dash(*arrays(q, k, v), r.numpy(), **options))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("selector", [{"topk": 3}, {"topk": 1}, {"topk": 99}, {"top_p": 0.6}, {"top_p": 1.0}], ids=str)
+def test_dash_with_another_selector_equals_its_definition(shape, selector):
+    q, k, v = make_qkv(*shape)
+    r = torch.randn(k.shape[2], D, dtype=torch.float64)
+    for prior, prior_heads in (("raw", "group"), ("raw", "head"), ("tempered", "group"), ("none", "group")):
+        for init_chunks, local_chunks in ((0, 0), (1, 0), (1, 2)):
+            options = {**DASH, "prior": prior, "sigma": 2.0, "prior_heads": prior_heads, **selector}
+            options |= {"selector": "topk" if "topk" in selector else "topp"}
+            options |= {"init_chunks": init_chunks, "local_chunks": local_chunks}
+            if options.get("topk", 99) <= init_chunks + local_chunks:
+                continue
+            result = dash_attention(q, k, v, r, **options, return_stats=True)
+            assert_matches(result, oracle.dash(*arrays(q, k, v), r.numpy(), **options))
+
+
+def test_ties_of_a_selector_go_to_the_lower_index():
+    q, _, _ = make_qkv(67, 4, 2)
+    for selector, expected in (({"topk": 4}, [0, 1, 2, 8]), ({"top_p": 0.5}, [0, 1, 2, 3, 8])):
+        options = {"selector": "topk" if "topk" in selector else "topp", **selector}
+        selection, _ = dash_routing(q, torch.ones(1, 8, 2, D, dtype=torch.float64), chunk_size=8, **options)
+        assert selection.mask()[0, 66, 0].nonzero().flatten().tolist() == expected
+
+
+def test_everything_that_a_selector_may_take_is_dense_attention():
+    q, k, v = make_qkv(61, 6, 2)
+    for options in ({"selector": "topk", "topk": 8}, {"selector": "topp", "top_p": 1.0}):
+        out, stats = dash(q, k, v, prior="none", **options, return_stats=True)
+        torch.testing.assert_close(out, full_attention(q, k, v), rtol=0, atol=1e-12)
+        assert stats.causal_sparsity() == 0
 
 
 @pytest.mark.parametrize("shape", [(5, 4, 1), (41, 6, 2), (48, 7, 1)], ids=str)
@@ -204,6 +246,16 @@ def test_dash_gradcheck(prior, prior_heads, forced):
         gradcheck(lambda q, k, v, r, a, fn=fn, rope=rope: fn(q, k, v, r, alpha=a, summary_rope=rope), q, k, v, r, alpha)
 
 
+@pytest.mark.parametrize("prior_heads", ["group", "head"])
+@pytest.mark.parametrize("prior", ["raw", "tempered"])
+@pytest.mark.parametrize("selector", [{"selector": "topk", "topk": 4}, {"selector": "topp", "top_p": 0.6}], ids=str)
+def test_gradcheck_of_the_other_selectors(prior, prior_heads, selector):
+    q, k, v = make_qkv(37, 6, 2)
+    r = torch.randn(2, D, dtype=torch.float64)
+    options = dict(chunk_size=8, router_scale=2.0, prior=prior, sigma=1.5, prior_heads=prior_heads, init_chunks=1)
+    gradcheck(functools.partial(dash_attention, **options, **selector), q, k, v, r)
+
+
 @pytest.mark.parametrize("cu_seqlens", [None, [0, 20, 37]])
 def test_gradcheck_of_the_other_backends(cu_seqlens):
     if cu_seqlens is not None:
@@ -278,9 +330,8 @@ def test_packed_equals_separate(attention):
 @each_backend
 def test_permuting_kv_groups_permutes_the_output(attention):
     q, k, v = make_qkv(45, 6, 2)
-    if attention in (dash, dash_sink):
-        forced = {} if attention is dash else SINK
-        attention = functools.partial(dash_attention, chunk_query=torch.ones(2, D, dtype=q.dtype), **DASH, **forced)
+    if attention in (dash, dash_sink, dash_topk, dash_topp):
+        attention = functools.partial(attention, chunk_query=torch.ones(2, D, dtype=q.dtype))
     swapped = attention(q.unflatten(2, (2, 3)).flip(2).flatten(2, 3), k.flip(2), v.flip(2))
     torch.testing.assert_close(swapped.unflatten(2, (2, 3)).flip(2).flatten(2, 3), attention(q, k, v))
 
@@ -415,6 +466,7 @@ def small(**changes):
 
 CU = functools.partial(torch.tensor, dtype=torch.int32)
 R = torch.zeros(2, D, dtype=torch.float64)
+DOUBLE = functools.partial(torch.tensor, dtype=torch.float64)
 NSA_R = {"compressed_k": R, "compressed_v": R, "gates": R}
 THREE_HEADS, SHORT = torch.zeros(1, 16, 3, D, dtype=torch.float64), torch.zeros(1, 8, 4, D, dtype=torch.float64)
 TWO_ROWS = {name: torch.zeros(2, 16, 2, D) for name in "qkv"}
@@ -441,6 +493,14 @@ REFUSALS = {
     "prior": (dash_attention, {"chunk_query": R, "prior": "log"}, "raw, tempered, none"),
     "prior_heads": (dash_attention, {"chunk_query": R, "prior_heads": "all"}, "group, head"),
     "router_scale": (dash_attention, {"chunk_query": R, "router_scale": 0.0}, "router_scale must be a positive"),
+    "selector": (dash_attention, {"chunk_query": R, "selector": "softmax"}, "entmax, topk, topp"),
+    "topk": (dash_attention, {"chunk_query": R, "selector": "topk", "topk": 0}, "topk must be a positive integer"),
+    "topk type": (dash_attention, {"chunk_query": R, "topk": 4.0}, "topk must be a positive integer"),
+    "topk forced": (dash_attention, {"chunk_query": R, "selector": "topk", "topk": 1, "init_chunks": 1}, "topk 1 < 2"),
+    "top_p": (dash_attention, {"chunk_query": R, "top_p": 1.1}, r"top_p must lie in \(0, 1\]; got 1.1"),
+    "no top_p": (dash_attention, {"chunk_query": R, "top_p": torch.nan}, r"top_p must lie in \(0, 1\]; got nan"),
+    "moving top_p": (dash_attention, {"chunk_query": R, "top_p": torch.ones(1)}, r"top_p that is a tensor must be"),
+    "moving topk": (dash_attention, {"chunk_query": R, "topk": DOUBLE(2.5)}, "topk must be a positive integer"),
     "init_chunks": (dash_attention, {"chunk_query": R, "init_chunks": -1}, "init_chunks must be an integer of at"),
     "local_chunks": (dash_attention, {"chunk_query": R, "local_chunks": 1.0}, "local_chunks must be an integer of at"),
     "sigma": (dash_attention, {"chunk_query": R, "sigma": -1.0}, "sigma must be a positive"),

@@ -20,6 +20,8 @@ CONFIGS = {
     "dash": DashConfig(chunk_size=8, router_scale=6.0),
     "dash rope": DashConfig(chunk_size=8, router_scale=6.0, summary_rope="mean", alpha_mode="learnable"),
     "dash sink": DashConfig(chunk_size=8, router_scale=6.0, init_chunks=1, local_chunks=1, prior_heads="head"),
+    "dash topk": DashConfig(chunk_size=8, router_scale=6.0, selector="topk", topk=4),
+    "dash topp": DashConfig(chunk_size=8, router_scale=6.0, selector="topp", top_p=0.6),
     "infllmv2": InfLLMv2Config(**SMALL, topk=4, window_size=8),
     "nsa": NSAConfig(**SMALL, topk=4, local_blocks=2, window_size=12),
     "nsa own kv": NSAConfig(**SMALL, topk=4, local_blocks=2, window_size=12, shared_kv=False),
@@ -47,7 +49,8 @@ def test_the_selection_is_the_one_that_forward_reads(name, length):
     assert torch.equal(counted.active_tokens, stats.active_tokens)
 
 
-@pytest.mark.parametrize("name", ["dash", "dash rope", "dash sink", "infllmv2"])  # no other branch reads values
+# No other branch reads values.
+@pytest.mark.parametrize("name", ["dash", "dash rope", "dash sink", "dash topk", "dash topp", "infllmv2"])
 def test_values_of_blocks_that_are_not_selected_do_not_matter(name):
     backend = build_backend(CONFIGS[name], SHAPE).double()
     q, k, v, extra = inputs(61)
@@ -77,7 +80,12 @@ def test_probabilities_are_of_blocks_in_the_past_and_sum_to_one(name):
         if name == "dash sink":
             past &= (torch.arange(8) >= 1) & (torch.arange(8) < own[:, None] - 1)
         selected = backend.route(q, k, v, **extra).selection.mask()[..., :8] & past[:, None]
-        assert torch.equal(selected, p_BTHN > 0)
+        if backend.config.selector == "entmax":
+            assert torch.equal(selected, p_BTHN > 0)
+        else:  # a softmax gives every candidate something
+            assert torch.equal(p_BTHN > 0, past[:, None].expand_as(p_BTHN))
+            left = p_BTHN.masked_fill(selected | ~past[:, None], 0).amax(-1)
+            assert (p_BTHN.masked_fill(~selected, 2).amin(-1) >= left).all()
 
 
 @pytest.mark.parametrize(("name", "first"), [("dash", 8), ("dash sink", 24)])

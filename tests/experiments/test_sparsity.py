@@ -42,6 +42,31 @@ def test_a_continuous_knob_is_found_wherever_it_lies(centre, target):
     assert len(calls) == len(set(calls)) == len(found.tried) <= 12
 
 
+def of_share(concentration, blocks=128):
+    """Causal sparsity of top-p where a row's probabilities fall geometrically, from flat to peaked."""
+
+    def measure(top_p):
+        whole = 1 - math.exp(-concentration)
+        reached = -math.log1p(-top_p * whole) / concentration if top_p < 1 else 1.0
+        return 1 - max(reached, 1 / blocks)
+
+    return measure
+
+
+@pytest.mark.parametrize("target", [0.1, 0.5, 0.75, 0.9, 0.97])
+@pytest.mark.parametrize("concentration", [1e-3, 3.0, 8.0])
+def test_a_share_is_found_and_held(concentration, target):
+    span = DashConfig(selector="topp").knob_span(8192)
+    found = find_knob(of_share(concentration), target, span, 0.9)
+    assert abs(found.sparsity - target) <= 0.001
+    hold, sparsities = Hold(target, span, 0.9), []
+    for step in range(120):
+        sparsities.append(of_share(concentration * 1.005**step)(hold.knob))
+        hold.update(sparsities[-1])
+        assert 0 < hold.knob <= 1
+    assert all(abs(sparsity - target) < 0.02 for sparsity in sparsities[-30:])
+
+
 @pytest.mark.parametrize("blocks", [8, 128, 256])
 @pytest.mark.parametrize("target", [0.0, 0.1, 0.5, 0.75, 0.9, 0.97])
 def test_an_integer_knob_is_the_nearest(blocks, target):
@@ -148,7 +173,7 @@ def test_a_held_integer_moves_to_the_nearest_and_stays():
     assert abs(blocks(hold.knob) - 0.75) <= min(abs(blocks(k) - 0.75) for k in range(2, 129)) + 0.003
 
 
-@pytest.mark.parametrize(("span", "knob"), [(SCALES, 3.0), ((128, 2), 30)])
+@pytest.mark.parametrize(("span", "knob"), [(SCALES, 3.0), ((128, 2), 30), ((1.0, 1e-5), 0.9)])
 def test_a_hold_goes_on_exactly_from_its_state(span, knob):
     measured = [0.5 + 0.4 * math.sin(step) for step in range(40)]
     whole = Hold(0.75, span, knob)

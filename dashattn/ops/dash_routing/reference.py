@@ -1,5 +1,8 @@
 """DashAttention's router (arXiv 2605.18753): entmax over chunk summaries gives the selection and its prior.
 
+Beside entmax, the controls that select a fixed number of chunks, or a fixed probability, by a softmax of the same
+scores, whose logarithm is then the prior (top-k: "SAS", arXiv 2609.13141).
+
 Shapes: B batch, T tokens, Hq query heads, H KV heads, G = Hq / H, D head size, n complete chunks, N chunks.
 """
 
@@ -14,6 +17,7 @@ from dashattn.ops.dtypes import upcast
 from dashattn.ops.entmax.reference import entmax
 from dashattn.selection import Selection
 
+SELECTORS = ("entmax", "topk", "topp")
 PRIORS = ("raw", "tempered", "none")
 PRIOR_HEADS = ("group", "head")
 
@@ -23,8 +27,11 @@ def dash_routing(
     summaries: Tensor,
     *,
     chunk_size: int,
+    selector: str = "entmax",
     alpha: float | Tensor = 1.5,
     router_scale: float | Tensor = 1.0,
+    topk: int | Tensor = 16,
+    top_p: float | Tensor = 0.9,
     prior: str = "tempered",
     sigma: float = 1e6,
     prior_heads: str = "group",
@@ -35,16 +42,23 @@ def dash_routing(
     """Selects chunks and returns the prior as an additive bias of the attention logits.
 
     A token's own chunk is always selected, and so are the forced ones: the first ``init_chunks`` of its document and
-    the ``local_chunks`` before its own. Their bias is 0. Candidates of the entmax are the other past chunks. One is
-    selected iff the mean p of the group's entmax probabilities is positive, however small (at small alpha it is often
-    below float32's range; its logarithm is not). ``raw`` is log p, ``tempered`` is (log p - mean over the selected
-    candidates) / sigma.
+    the ``local_chunks`` before its own. Their bias is 0. Candidates are the other past chunks, and p is the mean of the
+    group's probabilities over them. ``selector`` says of what kind these are and which chunks it selects by p:
+
+    ``entmax``: alpha-entmax; all whose p is positive, however small (at small alpha it is often below float32's range;
+    its logarithm is not). ``topk``: softmax; so many with the largest p that there are ``topk`` chunks with the forced
+    ones. ``topp``: softmax; the fewest with the largest p that together reach ``top_p``. Ties go to the lower index.
+
+    ``raw`` is log p, ``tempered`` is (log p - mean over the selected candidates) / sigma.
 
     Args:
         q: queries after RoPE [B, T, Hq, D].
         summaries: [B, T // chunk_size, H, D] from ``chunk_summary``.
-        alpha: float, or tensor [Hq] or []; in [1.01, 2].
-        router_scale: gamma, a float or a tensor []; larger selects fewer chunks.
+        selector: entmax | topk | topp.
+        alpha: of entmax; float, or tensor [Hq] or [], in [1.01, 2].
+        router_scale: gamma, a float or a tensor []; larger selects fewer chunks, or as many from sharper probabilities.
+        topk: chunks in all, forced ones included; a number or a tensor [].
+        top_p: in (0, 1]; a number or a tensor []. 1 selects all candidates.
         prior: raw | tempered | none.
         prior_heads: ``group``: one prior from the group's mean probability. ``head``: each query head its own.
         init_chunks, local_chunks: forced chunks; at least 0.
@@ -54,7 +68,8 @@ def dash_routing(
         float32 (float64 for float64), with N = ceil(longest document / chunk_size). Entries that are not selected
         hold 0; with raw head priors -inf marks selected chunks off the head's own support.
     """
-    options = dict(alpha=alpha, router_scale=router_scale, prior=prior, sigma=sigma, prior_heads=prior_heads)
+    options = dict(selector=selector, alpha=alpha, router_scale=router_scale, topk=topk, top_p=top_p)
+    options |= dict(prior=prior, sigma=sigma, prior_heads=prior_heads)
     options |= dict(init_chunks=init_chunks, local_chunks=local_chunks)
     offset = 0  # of this document's first summary
 
@@ -82,11 +97,14 @@ def select_chunks(
     own_chunk: Tensor,
     num_chunks: int,
     *,
-    alpha: float | Tensor,
     router_scale: float | Tensor,
     prior: str,
     sigma: float,
     prior_heads: str,
+    selector: str = "entmax",
+    alpha: float | Tensor = 1.5,
+    topk: int | Tensor = 16,
+    top_p: float | Tensor = 0.9,
     init_chunks: int = 0,
     local_chunks: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
@@ -98,16 +116,15 @@ def select_chunks(
         own_chunk: integers that broadcast to [B, T].
         num_chunks: N >= n.
     """
-    group = q.shape[2] // summaries.shape[2]
-    if isinstance(alpha, Tensor):
-        alpha = alpha.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
-        alpha = alpha.expand(q.shape[2]).reshape(-1, group, 1, 1)
-    q_BTHGD = upcast(q).unflatten(2, (-1, group))
-    scores = torch.einsum("bthgd,bnhd->bhgtn", q_BTHGD, upcast(summaries)) * (float(router_scale) * q.shape[-1] ** -0.5)
     candidates_BTN = candidate_chunks(own_chunk, num_chunks, init_chunks, local_chunks)
-    _, log_p = entmax(scores, alpha, candidates_BTN[:, None, None, :, : summaries.shape[1]])
-    support = log_p > -torch.inf
-
+    scores = chunk_scores(q, summaries, router_scale)
+    log_p, support = chunk_probabilities(
+        scores,
+        candidates_BTN[:, None, None, :, : summaries.shape[1]],
+        selector=selector,
+        alpha=alpha,
+        wanted=int(topk) - init_chunks - local_chunks - 1 if selector == "topk" else float(top_p),
+    )
     missing = num_chunks - summaries.shape[1]
     chosen_BTHN = F.pad(support.any(2), (0, missing)).transpose(1, 2)
     visible_BTN = torch.arange(num_chunks, device=q.device) <= own_chunk[..., None]
@@ -118,14 +135,52 @@ def select_chunks(
     return selected, F.pad(bias, (0, missing)).flatten(1, 2).transpose(1, 2)
 
 
+def chunk_scores(q: Tensor, summaries: Tensor, router_scale: float | Tensor) -> Tensor:
+    """``router_scale * q . k~ / sqrt(D)``, [B, H, G, T, n], of q [B, T, Hq, D] and summaries [B, n, H, D]."""
+    q_BTHGD = upcast(q).unflatten(2, (summaries.shape[2], -1))
+    return torch.einsum("bthgd,bnhd->bhgtn", q_BTHGD, upcast(summaries)) * (float(router_scale) * q.shape[-1] ** -0.5)
+
+
+def chunk_probabilities(
+    scores: Tensor, candidates: Tensor, *, selector: str, alpha: float | Tensor = 1.5, wanted: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log probabilities of the candidates, and which of them a query head has that are selected.
+
+    Args:
+        scores: [B, H, G, T, n].
+        candidates: bool, broadcasts to ``scores``.
+        alpha: of entmax, as in ``dash_routing``.
+        wanted: candidates that topk selects, or probability that those of topp reach.
+
+    Returns:
+        Two tensors like ``scores``: the logarithms, of no meaning where there is no candidate, and a mask. With entmax
+        each head has a mask of its own, its support, and their union is selected.
+    """
+    if selector == "entmax":
+        if isinstance(alpha, Tensor):
+            heads, group = scores.shape[1:3]
+            alpha = alpha.to(scores.dtype).expand(heads * group).reshape(heads, group, 1, 1)
+        _, log_p = entmax(scores, alpha, candidates)
+        return log_p, log_p > -torch.inf
+    log_p = scores.masked_fill(~candidates, torch.finfo(scores.dtype).min).log_softmax(-1)
+    ranked = log_p.detach().exp().mean(2, keepdim=True).masked_fill(~candidates, -1)
+    p, order = ranked.sort(dim=-1, descending=True, stable=True)
+    if selector == "topk":
+        taken = torch.arange(p.shape[-1], device=p.device) < wanted
+    else:  # what lies before a chunk does not reach it yet
+        taken = (p.clamp_min(0).cumsum(-1) - p < wanted) | (wanted >= 1)
+    chosen = torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, order, taken.expand_as(order)) & candidates
+    return log_p, chosen.expand_as(log_p)
+
+
 def candidate_chunks(own_chunk: Tensor, num_chunks: int, init_chunks: int, local_chunks: int) -> Tensor:
-    """Bool [..., N]: the chunks among which the entmax chooses for tokens whose own chunks are ``own_chunk``."""
+    """Bool [..., N]: the chunks among which the router chooses for tokens whose own chunks are ``own_chunk``."""
     chunk = torch.arange(num_chunks, device=own_chunk.device)
     return (chunk >= init_chunks) & (chunk < own_chunk[..., None] - local_chunks)
 
 
 def _prior(log_p: Tensor, support: Tensor, prior: str, sigma: float, prior_heads: str) -> Tensor:
-    """Bias of the candidates [B, H, G or 1, T, n] from entmax's log probabilities [B, H, G, T, n]."""
+    """Bias of the candidates [B, H, G or 1, T, n] from ``chunk_probabilities``, each [B, H, G, T, n]."""
     group = log_p.shape[2]
     selected = support.any(2, keepdim=True)
     if prior_heads == "group":
