@@ -193,6 +193,8 @@ def summary_kernel(
     slope = ((alpha - 1.0) * score_scale)[None, :]
     exponent = ((2.0 - alpha) / (alpha - 1.0))[None, :]
     acc = tl.zeros([CHUNKS, DIM], tl.float32)
+    tl.static_assert(CHUNKS <= 64)  # so that a token's bits of them lie in two words
+    first_word = tile * CHUNKS // 32
     candidate = tl.where(chunk >= init_chunks, chunk, 2147483647)
     # The first token that has one of these chunks as a candidate stands just behind the local chunks that follow it.
     begin = tl.minimum(tl.maximum(tile * CHUNKS, init_chunks) + 1 + local_chunks, num_blocks) * BLOCK
@@ -211,9 +213,11 @@ def summary_kernel(
         z = saturated(x, slope, -tau[None, :])
         _, u = power(z, exponent, SQUARE)
         token = start + first + tile_lane
-        word_row = words + (kv_head.to(tl.int64) * num_tokens + token) * num_words
-        in_words = (token < end)[None, :] & (chunk // 32 < num_words)[:, None]
-        word = tl.load(word_row[None, :] + (chunk // 32)[:, None], mask=in_words, other=0)
+        word_row = words + (kv_head.to(tl.int64) * num_tokens + token) * num_words + first_word
+        word = tl.load(word_row, mask=(token < end) & (first_word < num_words), other=0)[None, :]
+        if CHUNKS > 32:
+            second = tl.load(word_row + 1, mask=(token < end) & (first_word + 1 < num_words), other=0)[None, :]
+            word = tl.where((chunk // 32 == first_word)[:, None], word, second)
         selected = ((word >> (chunk % 32)[:, None]) & 1) != 0
         share = share_of_group(z, exponent, selected, CHUNKS, TOKENS, GROUP_P, 2, SQUARE)
         bias_row = bias_grad_ptr + (token.to(tl.int64) * KV_HEADS + kv_head) * num_blocks
