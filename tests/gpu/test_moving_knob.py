@@ -29,7 +29,8 @@ def loss_and_gradients(model, input_ids):
     return sparsity, [output.loss, *torch.autograd.grad(output.loss, list(model.parameters()))]
 
 
-def test_a_moving_knob_compiles_nothing_anew_and_is_the_number():
+def test_a_moving_knob_compiles_nothing_anew_and_is_the_number(monkeypatch):
+    monkeypatch.undo()  # the poisoning of conftest.py, which would be traced
     number, moving = build(None), build(0.5)
     moving.compile_layers(fullgraph=True)
     input_ids = torch.randint(512, (2, 2048), device="cuda")
