@@ -8,8 +8,11 @@ from torch import Tensor
 from dashattn.ops.block_scores.reference import POOLINGS
 from dashattn.ops.dash_routing.reference import PRIOR_HEADS, PRIORS, SELECTORS
 from dashattn.ops.entmax.reference import MAX_ALPHA, MIN_ALPHA
+from dashattn.ops.indexer.reference import POOLINGS as INDEX_POOLINGS
 
 SELECTS = ("topk", "top_p")
+INDEX_SELECTORS = ("topk", "topp")
+INDEX_GRADIENTS = ("kl", "prior")
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 ALPHA_RANGE = f"alpha must lie in [{MIN_ALPHA}, {MAX_ALPHA}]"
 
@@ -205,3 +208,23 @@ def check_oracle(select: str, topk: int, top_p: float, block_size: int, init_blo
 def check_top_p(top_p: float) -> None:
     if not isinstance(top_p, int | float) or isinstance(top_p, bool) or not 0 < top_p <= 1:
         raise ValueError(f"top_p must lie in (0, 1]; got {top_p!r}")
+
+
+def check_indexer(
+    block_size: int,
+    index_pooling: str,
+    selector: str,
+    topk: int,
+    top_p: float,
+    init_blocks: int,
+    local_blocks: int,
+    gradient: str,
+) -> None:
+    """ValueError for options that ``indexer_attention`` cannot have."""
+    check_forced(block_size, init_blocks, local_blocks)
+    check_choice("index_pooling", index_pooling, INDEX_POOLINGS)
+    check_choice("selector", selector, INDEX_SELECTORS)
+    check_choice("gradient", gradient, INDEX_GRADIENTS)
+    if selector == "topk":
+        check_topk(topk, init_blocks, local_blocks + 1, "raise topk or force fewer blocks")
+    check_top_p(top_p)

@@ -44,6 +44,9 @@ class SequenceParallel(HeadShare):
         self.kv_heads, self.query_heads = self._kv_heads[self._rank], self._query_heads[self._rank]
         start = first[self._rank] - self.query_heads.start
         self._own = slice(start, start + own)  # of the query heads attended for
+        heads = range(start, start + own)
+        groups = range(0, self.query_heads.stop - self.query_heads.start, self._group_size)
+        self.kv_weights = [sum(head in heads for head in range(g, g + self._group_size)) / num_heads for g in groups]
         # Not for torch.compile to look into: it has lost the gradient of a collective inside an autograd function (see
         # deepspeed.sequence.layer). As decorators they would make this module import the compiler.
         self.gather, self.scatter, self.all_heads = map(

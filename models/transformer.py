@@ -34,6 +34,9 @@ class ModelOutput(NamedTuple):
     token_losses: Tensor | None  # float32 [B, T] in nats without gradient, 0 where the label is -100
     is_likeliest: Tensor | None  # bool [B, T], whether the label is; without labels, or where gradients are taken: None
     stats: list[AttentionStats] | None  # one a layer
+    # Scalar, the sum of the losses that attention backends have of their own; None without labels or gradients, and
+    # where there is none. No part of ``loss``.
+    auxiliary_loss: Tensor | None = None
 
 
 class Transformer(nn.Module):
@@ -93,7 +96,8 @@ class Transformer(nn.Module):
         """Logits, or with ``labels`` the loss, for which only a chunk of the logits is held at a time.
 
         After ``share_sequences`` every process of the group must be given the same rows, whole. Logits and token
-        losses are then those of its own tokens, and its loss is its share: the shares' sum is the mean.
+        losses are then those of its own tokens, and its loss is its share: the shares' sum is the mean. So is its
+        auxiliary loss.
 
         Args:
             input_ids_BT: int64.
@@ -105,13 +109,13 @@ class Transformer(nn.Module):
             return_stats: fill ``ModelOutput.stats``.
         """
         options = {"position_ids": position_ids, "cu_seqlens": cu_seqlens, "lengths": lengths}
-        hidden_BTE, stats = self.hidden_states(input_ids_BT, **options, return_stats=return_stats)
+        hidden_BTE, stats, auxiliary_loss = self.hidden_states(input_ids_BT, **options, return_stats=return_stats)
         head = self.embedding.weight if self.lm_head is None else self.lm_head.weight
         if labels is None:
             return ModelOutput(F.linear(hidden_BTE, head), None, None, None, stats)
         targets = (labels != IGNORE).sum()
         losses = cross_entropy(hidden_BTE, head, self._own(labels), targets, chunk_loss=self.chunk_loss)
-        return ModelOutput(None, *losses, stats)
+        return ModelOutput(None, *losses, stats, auxiliary_loss)
 
     def hidden_states(
         self,
@@ -121,9 +125,9 @@ class Transformer(nn.Module):
         cu_seqlens: Tensor | None = None,
         lengths: Tensor | None = None,
         return_stats: bool = False,
-    ) -> tuple[Tensor, list[AttentionStats] | None]:
-        """What the output head reads, [B, T, E], and the stats. Arguments as in ``forward``, which adds the head: for
-        what needs no logits, whose size is that of the vocabulary."""
+    ) -> tuple[Tensor, list[AttentionStats] | None, Tensor | None]:
+        """What the output head reads, [B, T, E], the stats and the auxiliary loss. Arguments as in ``forward``, which
+        adds the head: for what needs no logits, whose size is that of the vocabulary."""
         if cu_seqlens is not None and input_ids_BT.shape[0] != 1:
             raise ValueError(
                 f"cu_seqlens needs a batch of one row, got {input_ids_BT.shape[0]}: flatten the documents into one row"
@@ -132,17 +136,21 @@ class Transformer(nn.Module):
             position_ids = document_positions(cu_seqlens, 1, input_ids_BT.shape[1], input_ids_BT.device)[0]
         rope = rope_tables(self.config, position_ids, cu_seqlens, lengths=lengths)
         hidden_BTE = self.embedding(self._own(input_ids_BT)) * self.config.embedding_scale
-        stats = [] if return_stats else None
+        stats, losses = [] if return_stats else None, []
         for layer in self.layers:
             inputs = (hidden_BTE, rope, cu_seqlens, return_stats)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 # No layer draws random numbers.
-                hidden_BTE, layer_stats = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+                outputs = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
-                hidden_BTE, layer_stats = layer(*inputs)
+                outputs = layer(*inputs)
+            hidden_BTE, layer_stats, layer_loss = outputs
             if return_stats:
                 stats.append(layer_stats)
-        return self.norm(hidden_BTE) * self.config.logit_scale, stats
+            if layer_loss is not None:
+                losses.append(layer_loss)
+        auxiliary_loss = torch.stack(losses).sum() if losses else None
+        return self.norm(hidden_BTE) * self.config.logit_scale, stats, auxiliary_loss
 
     def share_sequences(self, group: torch.distributed.ProcessGroup) -> None:
         """Let each process of ``group`` hold its part of every row; see models.sequence_parallel. For training.
@@ -198,7 +206,7 @@ class Transformer(nn.Module):
         rope = cache.rope(num_tokens, counts_B)
         hidden_BTE = self.embedding(input_ids_BT) * self.config.embedding_scale
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            hidden_BTE, _ = layer(hidden_BTE, rope, None, False, layer_cache)
+            hidden_BTE, _, _ = layer(hidden_BTE, rope, None, False, layer_cache)
         if counts_B is not None:
             hidden_BTE = hidden_BTE.take_along_dim(counts_B.long()[:, None, None] - 1, 1)
         head = self.embedding.weight if self.lm_head is None else self.lm_head.weight
@@ -212,11 +220,12 @@ class Transformer(nn.Module):
         """Compile every layer (``torch.compile`` with ``options``), once for all batch sizes and lengths, and the loss.
 
         Of ``decode`` that is what stands around the attention, which itself stays as it is: it reads lengths on the
-        host, for which the layer would be compiled again and again.
+        host, for which the layer would be compiled again and again. So does what else a backend names ``uncompiled``.
         """
         for layer in self.layers:
             backend = layer.attention.backend
-            backend.decode = MethodType(torch.compiler.disable(type(backend).decode), backend)
+            for name in backend.uncompiled:
+                setattr(backend, name, MethodType(torch.compiler.disable(getattr(type(backend), name)), backend))
             layer.compile(dynamic=True, **options)
         # Mostly all chunks are of one size; a second one makes the number of tokens a symbol, the vocabulary stays.
         self.chunk_loss = torch.compile(chunk_loss, **options)
@@ -264,14 +273,14 @@ class TransformerBlock(nn.Module):
 
     def forward(
         self, x_BTE, rope, cu_seqlens, return_stats, cache: LayerCache | None = None
-    ) -> tuple[Tensor, AttentionStats | None]:
+    ) -> tuple[Tensor, AttentionStats | None, Tensor | None]:
         into_BTE = x_BTE if self.post_norm else self.attention_norm(x_BTE)
-        out_BTE, stats = self.attention(into_BTE, rope, cu_seqlens, return_stats, cache)
+        out_BTE, stats, loss = self.attention(into_BTE, rope, cu_seqlens, return_stats, cache)
         if self.post_norm:
             out_BTE = self.attention_norm(out_BTE)
         x_BTE = torch.add(x_BTE, out_BTE, alpha=self.residual_scale)
         out_BTE = self.mlp_norm(self.mlp(x_BTE)) if self.post_norm else self.mlp(self.mlp_norm(x_BTE))
-        return torch.add(x_BTE, out_BTE, alpha=self.residual_scale), stats
+        return torch.add(x_BTE, out_BTE, alpha=self.residual_scale), stats, loss
 
 
 class Attention(nn.Module):
@@ -300,7 +309,8 @@ class Attention(nn.Module):
 
     def forward(
         self, x_BTE, rope, cu_seqlens, return_stats, cache: LayerCache | None = None
-    ) -> tuple[Tensor, AttentionStats | None]:
+    ) -> tuple[Tensor, AttentionStats | None, Tensor | None]:
+        """The output, the stats and the backend's auxiliary loss, None without gradients."""
         q, k, v = self.q_proj(x_BTE), self.k_proj(x_BTE), self.v_proj(x_BTE)
         if self.qk_norm == "width":  # here, where a process that shares the sequence has all heads of its tokens
             q, k = self.q_norm(q), self.k_norm(k)
@@ -313,14 +323,19 @@ class Attention(nn.Module):
         q_BTHD, k_BTHD = apply_rope(q_BTHD, *rope), apply_rope(k_BTHD, *rope)
         if cache is not None:
             out_BTHD = self.backend.decode(q_BTHD, k_BTHD, v_BTHD, cache, hidden=x_BTE, rope=rope)
-            return self.o_proj(out_BTHD.flatten(-2)), None
-        options = {"rope": rope, "cu_seqlens": cu_seqlens, "return_stats": return_stats, "share": share}
-        out = self.backend(q_BTHD, k_BTHD, v_BTHD, hidden=x_BTE, **options)
+            return self.o_proj(out_BTHD.flatten(-2)), None, None
+        qkv, options = (q_BTHD, k_BTHD, v_BTHD), {"rope": rope, "cu_seqlens": cu_seqlens, "return_stats": return_stats}
+        options |= {"hidden": x_BTE, "share": share}
+        loss = None
+        if torch.is_grad_enabled():
+            out, loss = self.backend.forward_with_loss(*qkv, **options)
+        else:
+            out = self.backend(*qkv, **options)
         out_BTHD, stats = out if return_stats else (out, None)
         if self.sequence is not None:
             out_BTHD = self.sequence.scatter(out_BTHD)
             stats = stats and self.sequence.all_heads(stats)
-        return self.o_proj(out_BTHD.flatten(-2)), stats
+        return self.o_proj(out_BTHD.flatten(-2)), stats, loss
 
 
 class SwiGLU(nn.Module):

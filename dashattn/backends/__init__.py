@@ -11,6 +11,7 @@ from dashattn.backends.base import (
 from dashattn.backends.controls import OracleBackend, OracleConfig, SinkWindowBackend, SinkWindowConfig
 from dashattn.backends.dash import DashBackend, DashConfig
 from dashattn.backends.full import FullBackend, FullConfig
+from dashattn.backends.indexer import IndexerBackend, IndexerConfig
 from dashattn.backends.infllmv2 import InfLLMv2Backend, InfLLMv2Config
 from dashattn.backends.layers import layer_configs
 from dashattn.backends.nsa import NSABackend, NSAConfig
@@ -21,6 +22,7 @@ BACKENDS: dict[str, tuple[type[AttentionConfig], type[AttentionBackend]]] = {
     "nsa": (NSAConfig, NSABackend),
     "infllmv2": (InfLLMv2Config, InfLLMv2Backend),
     "dash": (DashConfig, DashBackend),
+    "indexer": (IndexerConfig, IndexerBackend),
     "sink_window": (SinkWindowConfig, SinkWindowBackend),
     "oracle": (OracleConfig, OracleBackend),
 }
@@ -67,6 +69,7 @@ __all__ = [
     "DashConfig",
     "FullConfig",
     "HeadShare",
+    "IndexerConfig",
     "InfLLMv2Config",
     "NSAConfig",
     "OracleConfig",

@@ -1,6 +1,7 @@
 """The protocol every attention backend follows. The transformer knows this and never a backend's name."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,7 @@ class Capabilities:
         train: more than evaluation.
         max_head_dim: largest head size.
         max_group_size: most query heads per KV head.
+        in_pytorch: what runs in PyTorch on a GPU, too, for want of kernels; to be told to who trains there.
     """
 
     packed: bool = True
@@ -47,6 +49,7 @@ class Capabilities:
     train: bool = True
     max_head_dim: int = 256
     max_group_size: int = 32
+    in_pytorch: str | None = None
 
 
 class HeadShare:
@@ -57,9 +60,12 @@ class HeadShare:
 
     Attributes:
         query_heads, kv_heads: the layer's heads that q, and that k and v hold: whole groups.
+        kv_weights: of each of these KV heads its weight in a mean over the layer's, such that those of all processes
+            are 1 together; None: alike.
     """
 
     query_heads = kv_heads = slice(None)
+    kv_weights: Sequence[float] | None = None
 
     def gather(self, x: Tensor) -> Tensor:
         """What a backend made of ``hidden`` for each query or each KV head [B, T', H, ...], of all tokens and for the
@@ -119,6 +125,7 @@ class AttentionBackend(nn.Module):
     """
 
     capabilities = Capabilities()
+    uncompiled: tuple[str, ...] = ("decode",)  # methods that torch.compile calls as they are
 
     def __init__(self, config: AttentionConfig, shape: AttentionShape):
         super().__init__()
@@ -152,6 +159,14 @@ class AttentionBackend(nn.Module):
             [B, T, Hq, D] in q's dtype.
         """
         raise NotImplementedError
+
+    def forward_with_loss(self, q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Output, Tensor | None]:
+        """What ``forward`` returns, and a loss of the backend's own, which training adds to the model's.
+
+        The loss is float32 or float64 [], a mean over the tokens of q, and over KV heads by the ``kv_weights`` of a
+        ``share``; None, as here, where there is none.
+        """
+        return self(q, k, v, **options), None
 
     def new_cache(self, batch: int, capacity: int, *, dtype: torch.dtype, device) -> DecodeCache:
         """An empty cache of this one layer, for ``batch`` sequences of up to ``capacity`` tokens."""

@@ -120,6 +120,10 @@ class AttentionConfig:
             return False
         return True
 
+    def is_dense_at(self, step: int) -> bool:
+        """Whether training attends to everything in this optimiser step, counted from 0, whatever the knob says."""
+        return False
+
     def least_active(self, length: int) -> Tensor:
         """Keys that each token of an unpacked row attends to at least, at any value of the knob: int64 [length]. Here
         itself; a backend that forces more can say so, for an earlier refusal of what cannot be reached."""

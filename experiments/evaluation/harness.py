@@ -188,7 +188,7 @@ class HarnessModel(TemplateLM):
     def _prompt_sparsity(self, prompts: list[list[int]]) -> SparsityTally:
         ids_BT = self._padded(prompts, self.eot_token_id)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self._device)
-        _, stats = self.model.hidden_states(ids_BT, lengths=lengths, return_stats=True)
+        _, stats, _ = self.model.hidden_states(ids_BT, lengths=lengths, return_stats=True)
         return _sparsity(stats, prompts)
 
     def _padded(self, rows: list[list[int]], filler: int) -> Tensor:

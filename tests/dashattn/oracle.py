@@ -183,3 +183,44 @@ def nsa(q, k, v, ck, cv, gates, kw, vw, *, pooling, block_size, kernel_size, ker
         T, H, lambda t, h, s: s // block_size in blocks[t][h] or (window_size > 0 and s > t - window_size)
     )
     return out, active
+
+
+def indexer(q, k, v, index_q, index_k, *, block_size, index_pooling, selector, topk, top_p, init_blocks, local_blocks,
+            gradient, dense=False):  # fmt: skip
+    """Output [T, Hq, D], active tokens [T, H], and KL of every token and KV head [T, H]."""
+    T, Hq, D = q.shape
+    H, size = k.shape[1], index_k.shape[1]
+    group = Hq // H
+    blocks, priors, kl = [[None] * H for _ in range(T)], [[None] * H for _ in range(T)], np.zeros((T, H))
+    for t in range(T):
+        own = t // block_size
+        forced = {b for b in range(own + 1) if b < init_blocks or b >= own - local_blocks}
+        candidates = [b for b in range(own + 1) if b not in forced]
+        for h in range(H):
+            scores = {}
+            for b in candidates:
+                keys = index_k[b * block_size : (b + 1) * block_size]
+                keys = keys.mean(0)[None] if index_pooling == "mean" else keys
+                scores[b] = max(index_q[t, h] @ key for key in keys) / math.sqrt(size)
+            p = dict(zip(candidates, softmax(np.array(list(scores.values()))), strict=True)) if candidates else {}
+            chosen = set()
+            for b in sorted(candidates, key=lambda b: (-scores[b], b)):
+                full = len(chosen | forced) >= topk if selector == "topk" else sum(p[c] for c in chosen) >= top_p
+                if dense or not full:
+                    chosen.add(b)
+            blocks[t][h], priors[t][h] = chosen | forced, {b: math.log(p[b]) for b in chosen}
+            mass = dict.fromkeys(range(own + 1), 0.0)
+            keys = [s for s in range(t + 1) if s // block_size in blocks[t][h]]
+            for head in range(h * group, (h + 1) * group):
+                for s, weight in zip(keys, softmax(k[keys, h] @ q[t, head] * D**-0.5), strict=True):
+                    mass[s // block_size] += weight
+            total, learned = sum(mass[b] for b in chosen), sum(p[b] for b in chosen)
+            for b in chosen:
+                m = mass[b] / total
+                kl[t, h] += m * math.log(m / (p[b] / learned))
+
+    def bias(t, head, b):
+        return priors[t][head // group].get(b, 0.0) if gradient == "prior" else 0.0
+
+    out = block_sparse(q, k, v, blocks, bias, block_size, D**-0.5)
+    return out, active_tokens(T, H, lambda t, h, s: s // block_size in blocks[t][h]), kl

@@ -16,6 +16,7 @@ from dashattn.backends import (
     DashConfig,
     FullConfig,
     HeadShare,
+    IndexerConfig,
     InfLLMv2Config,
     NSAConfig,
     OracleConfig,
@@ -38,6 +39,9 @@ CONFIGS = {
     "nsa": NSAConfig(**SMALL, topk=4, window_size=12),
     "nsa own kv": NSAConfig(**SMALL, topk=4, window_size=12, shared_kv=False),
     "nsa minicpm": NSAConfig(**SMALL, topk=4, window_size=0, local_blocks=2, variant="minicpm"),
+    "indexer": IndexerConfig(block_size=8, index_size=6, topk=4, local_blocks=0),
+    "indexer mean topp": IndexerConfig(block_size=8, index_size=6, index_pooling="mean", selector="topp", top_p=0.6),
+    "indexer prior": IndexerConfig(block_size=8, index_size=6, topk=4, gradient="prior"),
     "sink window": SinkWindowConfig(block_size=8, init_blocks=1, local_blocks=2),
     "oracle topk": OracleConfig(block_size=8, topk=4, init_blocks=1, local_blocks=1),
     "oracle top_p": OracleConfig(block_size=8, select="top_p", top_p=0.7, init_blocks=1, local_blocks=1),
@@ -79,7 +83,8 @@ def test_gradcheck_of_inputs_and_parameters(config):
 def test_every_parameter_gets_a_gradient(config):
     backend = build(config)
     qkv, extra = make_inputs(40)
-    backend(*(x.requires_grad_() for x in qkv), **extra).square().sum().backward()
+    out, loss = backend.forward_with_loss(*(x.requires_grad_() for x in qkv), **extra)
+    (out.square().sum() + (0 if loss is None else loss)).backward()
     for name, parameter in backend.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 0, name

@@ -8,7 +8,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from dashattn.backends import AttentionConfig, DashConfig, FullConfig, InfLLMv2Config, NSAConfig
+from dashattn.backends import AttentionConfig, DashConfig, FullConfig, IndexerConfig, InfLLMv2Config, NSAConfig
 from models import ModelConfig, Transformer
 
 LENGTH = 48
@@ -30,6 +30,7 @@ BACKENDS = {
     "dash": DashConfig(chunk_size=8, prior="raw", alpha_mode="learnable"),
     "dash-unrotated": DashConfig(chunk_size=4, prior="raw", init_chunks=1, summary_keys="unrotated"),
     "dash-rotated": DashConfig(chunk_size=8, sigma=1.0, prior_heads="head", summary_rope="mean"),
+    "indexer": IndexerConfig(block_size=8, index_size=12, topk=3, init_blocks=0, local_blocks=0),
     "infllmv2": InfLLMv2Config(**SIZES, topk=3, window_size=8),
     "nsa": NSAConfig(**SIZES, topk=3, window_size=8),
     "nsa-own-kv": NSAConfig(**SIZES, topk=3, window_size=8, shared_kv=False),
@@ -53,7 +54,7 @@ CASES = {
     # Rank 0 attends for heads 0-1 and so for the first group of three, rank 1 for heads 2-3 and for both groups.
     **{
         f"{name}-groups-cut": Case(BACKENDS[name], 3, {"num_heads": 6}, packed=True)
-        for name in ("full", "dash", "nsa-own-kv")
+        for name in ("full", "dash", "indexer", "nsa-own-kv")
     },
     "full-no-groups": Case(FullConfig(), 2, {"num_kv_heads": 4}),
     "full-wide-norm": Case(FullConfig(), 2, {"qk_norm": "width", "norm_position": "post", "no_rope_layers": [1]}),
@@ -81,9 +82,11 @@ def compute(case: Case, group: torch.distributed.ProcessGroup | None = None) -> 
     labels[:, 5:30] = -100  # the ranks have different numbers of targets
     cu_seqlens = torch.tensor([0, 1, 31, LENGTH], dtype=torch.int32) if case.packed else None
     output = model(input_ids, labels=labels, cu_seqlens=cu_seqlens, return_stats=True)
-    output.loss.backward()
+    auxiliary_loss = torch.zeros(()) if output.auxiliary_loss is None else output.auxiliary_loss
+    (output.loss + auxiliary_loss).backward()
     return {
         "loss": output.loss.detach(),
+        **({} if output.auxiliary_loss is None else {"auxiliary_loss": auxiliary_loss.detach()}),
         "token_losses": output.token_losses,
         "active": torch.stack([stats.active_tokens for stats in output.stats]),
         **{name: parameter.grad for name, parameter in model.named_parameters()},

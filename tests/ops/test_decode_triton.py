@@ -8,7 +8,15 @@ import torch
 
 pytest.importorskip("triton")
 
-from dashattn.backends import AttentionShape, DashConfig, FullConfig, InfLLMv2Config, NSAConfig, build_backend
+from dashattn.backends import (
+    AttentionShape,
+    DashConfig,
+    FullConfig,
+    IndexerConfig,
+    InfLLMv2Config,
+    NSAConfig,
+    build_backend,
+)
 from dashattn.backends.nsa import MeanMLP
 from dashattn.ops.chunk_summary.reference import chunk_summary
 from dashattn.ops.compression.reference import mean_compress
@@ -229,8 +237,9 @@ WINDOWS = dict(block_size=16, kernel_size=8, kernel_stride=4, topk=3)
         InfLLMv2Config(**WINDOWS, window_size=16),
         NSAConfig(**WINDOWS, window_size=20, shared_kv=False),
         NSAConfig(**WINDOWS, window_size=0, variant="minicpm"),
+        IndexerConfig(block_size=16, topk=3, local_blocks=0, gradient="prior"),
     ],
-    ids=["full", "dash", "dash sink", "dash rope", "dash unrotated", "infllmv2", "nsa", "nsa minicpm"],
+    ids=["full", "dash", "dash sink", "dash rope", "dash unrotated", "infllmv2", "nsa", "nsa minicpm", "indexer"],
 )
 def test_backends_decode_alike_with_and_without_kernels(config):
     shape = AttentionShape(hidden_size=24, num_heads=4, num_kv_heads=2, head_dim=16)

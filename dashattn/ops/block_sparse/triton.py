@@ -191,6 +191,21 @@ def block_sparse_attention(
 
     The backward sums in a fixed order: equal inputs give equal gradients.
     """
+    return attention_and_normalisers(q, k, v, selection, block_bias, scale=scale, cu_seqlens=cu_seqlens)[0]
+
+
+def attention_and_normalisers(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: Selection,
+    block_bias: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``block_sparse_attention``, and its log-normalisers: float32 [B, T, Hq], to base 2, without gradient."""
     check_kernels_fit(q, selection.block_size)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _forward_op(q, k, v, selection.words, block_bias, cu_seqlens, selection.block_size, scale)[0]
+    out, lse = _forward_op(q, k, v, selection.words, block_bias, cu_seqlens, selection.block_size, scale)
+    return out, lse.detach()

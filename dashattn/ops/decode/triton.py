@@ -39,16 +39,19 @@ def cached_attention(
     v: Tensor,
     lengths: Tensor,
     selection: Selection | None = None,
+    block_bias: Tensor | None = None,
     *,
     window_size: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """As ``reference.cached_attention`` without a bias; k and v have the layout of ``DecodeCache``."""
+    """As ``reference.cached_attention`` with a finite bias of the group, [B, T, H, N], or none; k and v have the layout
+    of ``DecodeCache``."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     words, block_size = None, DENSE_BLOCK
     if selection is not None:
         words, block_size = selection.words.contiguous(), selection.block_size
-    return attend(q, k, v, lengths, words, None, block_size, window_size, scale)
+    bias = None if block_bias is None else block_bias.float().contiguous()
+    return attend(q, k, v, lengths, words, bias, block_size, window_size, scale)
 
 
 def routed_attention(

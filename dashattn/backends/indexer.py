@@ -1,0 +1,198 @@
+"""The learned indexer: blocks chosen by index queries and keys of the backend's own."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dashattn import checks
+from dashattn.backends.base import ALL_HEADS, AttentionBackend, AttentionFlops, Capabilities, HeadShare
+from dashattn.backends.options import AttentionConfig, forced_keys
+from dashattn.cache import CacheField
+from dashattn.checks import check
+from dashattn.indexer import index_choice, indexer_attention
+from dashattn.ops.compression.reference import mean_compress
+from dashattn.ops.decode.reference import new_positions
+from dashattn.ops.indexer.reference import Index, block_scores
+from dashattn.routing import Routing
+from dashattn.selection import Selection
+
+KNOBS = {"topk": "topk", "topp": "top_p"}
+
+
+@dataclass
+class IndexerConfig(AttentionConfig):
+    """Options of ``indexer_attention``, and of how the index learns. The sparsity knob is the selector's.
+
+    Attributes:
+        index_size: channels of an index query and of an index key.
+        gradient: ``kl``: an auxiliary loss, the KL divergence of the index from the attention's block masses; it
+            reaches the index alone, which takes the block's input detached. ``prior``: the model's loss, through a bias
+            of the logits, in evaluation too.
+        kl_weight: of the auxiliary loss, which is a sum over layers.
+        warmup_steps: optimiser steps, from the first one on, in which training attends to everything, and the index
+            learns from the masses of all blocks. An evaluation is sparse from the beginning. For ``gradient=kl``.
+    """
+
+    name: str = "indexer"
+    block_size: int = 64
+    index_size: int = 64
+    index_pooling: str = "max"
+    selector: str = "topk"
+    topk: int = 16
+    top_p: float = 0.9
+    init_blocks: int = 1
+    local_blocks: int = 1
+    gradient: str = "kl"
+    kl_weight: float = 1.0
+    warmup_steps: int = 0
+
+    blocks: ClassVar[str | None] = "block_size"
+
+    @property
+    def knob(self) -> str | None:
+        return KNOBS.get(self.selector)
+
+    @classmethod
+    def samples(cls):
+        config = cls(block_size=32, topk=8)
+        return {"indexer": config, "indexer, prior": cls(block_size=32, topk=8, gradient="prior")}
+
+    def __post_init__(self) -> None:
+        checks.check_choice("selector", self.selector, tuple(KNOBS))
+        super().__post_init__()
+        checks.check_indexer(**self.sizes)
+        checks.check_positive_int(index_size=self.index_size)
+        checks.check_non_negative_int(warmup_steps=self.warmup_steps)
+        checks.check_positive(kl_weight=self.kl_weight)
+        check(
+            self.gradient == "kl" or self.warmup_steps == 0,
+            f"warmup_steps={self.warmup_steps} is of gradient=kl, whose masses need attention to everything: set "
+            "warmup_steps=0",
+        )
+
+    @property
+    def sizes(self) -> dict:
+        """As ``indexer_attention`` takes them."""
+        names = ("block_size", "index_pooling", "selector", "topk", "top_p", "init_blocks", "local_blocks", "gradient")
+        return {name: getattr(self, name) for name in names}
+
+    def knob_span(self, length):
+        return (1.0, 1e-5) if self.selector == "topp" else super().knob_span(length)
+
+    def least_active(self, length):
+        """The forced blocks, and one that the index chooses, unless k can leave it none."""
+        chosen = 0 if self.selector == "topk" else 1
+        return forced_keys(length, self.block_size, self.init_blocks, self.local_blocks + 1 + chosen)
+
+    def is_dense_at(self, step):
+        return step < self.warmup_steps
+
+
+class IndexerBackend(AttentionBackend):
+    """Owns the projections of the block's input to an index query for each KV head, and to the index key that they
+    share. They are not rotated: content alone chooses."""
+
+    capabilities = Capabilities(
+        in_pytorch="index scores, but for the selection of topk with gradient=kl, and the whole index in decoding"
+    )
+    uncompiled = ("decode", "forward", "forward_with_loss")
+
+    def __init__(self, config: IndexerConfig, shape):
+        super().__init__(config, shape)
+        self.index_query = nn.Linear(shape.hidden_size, shape.num_kv_heads * config.index_size, bias=False)
+        self.index_key = nn.Linear(shape.hidden_size, config.index_size, bias=False)
+        for projection in (self.index_query, self.index_key):
+            nn.init.normal_(projection.weight, std=0.02)
+        self.is_dense = False
+
+    def set_step(self, step):
+        self.is_dense = self.config.is_dense_at(step)
+
+    def forward(self, q, k, v, *, hidden=None, rope=None, cu_seqlens=None, return_stats=False, share=ALL_HEADS):
+        found = self._attend_whole(q, k, v, hidden, share, cu_seqlens=cu_seqlens, return_stats=return_stats)
+        return (found.out, found.stats) if return_stats else found.out
+
+    def forward_with_loss(
+        self, q, k, v, *, hidden=None, rope=None, cu_seqlens=None, return_stats=False, share=ALL_HEADS
+    ):
+        options = {"cu_seqlens": cu_seqlens, "return_stats": return_stats}
+        options |= {"return_kl": self.config.gradient == "kl", "head_weights": share.kv_weights}
+        found = self._attend_whole(q, k, v, hidden, share, **options)
+        loss = None if found.kl is None else self.config.kl_weight * found.kl
+        return (found.out, found.stats) if return_stats else found.out, loss
+
+    def _attend_whole(self, q, k, v, hidden, share, **options):
+        config = self.config
+        options |= {"dense": self.training and self.is_dense, "impl": config.impl}
+        return indexer_attention(q, k, v, *self._index(hidden, share), **config.sizes, **options)
+
+    def _index(self, hidden: Tensor | None, share: HeadShare = ALL_HEADS) -> tuple[Tensor, Tensor]:
+        """Index queries [B, T, Hkv, I] and keys [B, T, I]."""
+        check(hidden is not None, "attention=indexer makes its index of hidden: pass hidden")
+        if self.config.gradient == "kl":
+            hidden = hidden.detach()
+        size = self.config.index_size
+        queries = self.index_query(hidden).unflatten(-1, (-1, size))
+        keys = self.index_key(hidden)[:, :, None].expand_as(queries)  # a share is of heads: each gets the key
+        return share.gather(queries), share.gather(keys)[:, :, 0]
+
+    def route(self, q, k, v, *, hidden=None, rope=None):
+        config, choice = self.config, index_choice(**self._choice)
+        index_q, index_k = self._index(hidden)
+        index = Index.make(index_q, index_k, config.block_size, config.index_pooling, None)
+        scores_BTHN = index.scores(slice(None), index_q, index.keys)
+        mask, _, log_p = choice(scores_BTHN, index.own)
+        candidates = choice.candidates(index.own, index.num_blocks)
+        logits = scores_BTHN.masked_fill(~candidates, -torch.inf).repeat_interleave(self.shape.group_size, dim=2)
+        selection = Selection.from_mask(mask, config.block_size)
+        return Routing(selection, log_p.exp().masked_fill(~candidates, 0), logits)
+
+    @property
+    def _choice(self) -> dict:
+        names = ("selector", "topk", "top_p", "init_blocks", "local_blocks")
+        return {name: getattr(self.config, name) for name in names}
+
+    @property
+    def block_size(self):
+        return self.config.block_size
+
+    def cache_layout(self):
+        config = self.config
+        fields = {"index_k": CacheField(1, config.index_size)}
+        if config.index_pooling == "mean":
+            fields["index_means"] = CacheField(1, config.index_size, tokens_per_row=config.block_size)
+        return self._layout(**fields)
+
+    def _write(self, k, v, cache, hidden, rope):
+        size = self.config.block_size
+        self._append(k, v, cache)
+        cache.write(index_k=self._index(hidden)[1][:, :, None])
+        if self.config.index_pooling == "mean":
+            pool = partial(mean_compress, kernel_size=size, kernel_stride=size)
+            cache.write_windows(k.shape[1], size, size, lambda keys: (pool(keys),), ["index_k"], ["index_means"])
+
+    def _attend(self, q, cache, hidden, operations):
+        config, choice = self.config, index_choice(**self._choice)
+        if config.index_pooling == "mean":
+            keys = cache["index_means"]
+        else:
+            keys = cache["index_k"].squeeze(2).unflatten(1, (-1, config.block_size))
+        own = new_positions(cache.lengths, q.shape[1]) // config.block_size
+        mask, chosen, log_p = choice(block_scores(self._index(hidden)[0], keys, keys.shape[1]), own)
+        bias = log_p.masked_fill(~chosen, 0) if config.gradient == "prior" else None
+        selection = Selection.from_mask(mask, config.block_size)
+        return operations.cached_attention(q, cache["k"], cache["v"], cache.lengths, selection, bias)
+
+    def flops(self, active_tokens, routing_reads):
+        config, shape = self.config, self.shape
+        attention = 4 * shape.num_heads * shape.head_dim * active_tokens
+        routing = 2 * shape.num_kv_heads * config.index_size * routing_reads
+        projections = 2 * sum(p.numel() for p in self.parameters())
+        # KL's gradient ends at the projections, whose input is detached.
+        into_input = projections if config.gradient == "prior" else 0
+        return AttentionFlops(
+            attention, routing, projections, backward=2 * (attention + routing) + projections + into_input
+        )
