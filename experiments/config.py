@@ -31,6 +31,9 @@ class OptimConfig:
     routing_eps: float | None = None
     # Peak rate of all parameters that attention backends own, which a dense checkpoint does not bring; null = lr.
     backend_lr: float | None = None
+    # null = all parameters; router = those that attention backends own, the model around them stays as it is: to fit a
+    # router to a dense checkpoint.
+    train_only: str | None = None
     weight_decay: float = 0.1  # of the weights of linear layers only
     grad_clip: float = 1.0  # largest global L2 norm of the gradient; 0 = no clipping
     schedule: str = "cosine"  # constant | cosine | wsd (warm-up, stable, decay), each after a linear warm-up

@@ -15,6 +15,7 @@ from experiments.training.ranks import world_size
 from models.hf import check_files, check_same_attention, check_same_model, is_hf_folder, read_config
 
 SCHEDULES = ("constant", "cosine", "wsd")
+TRAINED = (None, "router")
 PRECISIONS = ("auto", *DTYPES)
 DEVICES = ("auto", "cpu", "cuda")
 LOGGER_MODES = ("off", "offline", "online")
@@ -70,10 +71,13 @@ def check(config: TrainConfig, ranks: int | None = None) -> TrainConfig:
         ("deepspeed.precision", config.deepspeed.precision, PRECISIONS),
         ("deepspeed.stage", config.deepspeed.stage, (0, 1, 2, 3)),
         ("optim.schedule", config.optim.schedule, SCHEDULES),
+        ("optim.train_only", config.optim.train_only, TRAINED),
         ("logger.mode", config.logger.mode, LOGGER_MODES),
     ):
         if value not in choices:
-            raise ValueError(f"{key}={value}: choose one of {', '.join(map(str, choices))}")
+            raise ValueError(
+                f"{key}={value}: choose one of {', '.join('null' if c is None else str(c) for c in choices)}"
+            )
     config = resolve(config)
     _check_counts(config)
     _check_optim(config)
@@ -169,6 +173,11 @@ def _check_model(config: TrainConfig) -> None:
     for backend in backends:
         _check_backend(backend, config)
     attention = config.attention
+    if config.optim.train_only and not any(p.requires_grad for backend in backends for p in backend.parameters()):
+        raise ValueError(
+            f"optim.train_only={config.optim.train_only}: attention={attention.name} has nothing of its own to train. "
+            "Take attention=indexer or dash, or optim.train_only=null"
+        )
     if attention.controls_sparsity:
         turned = turned_layers(attention, model.num_layers)
         packed = getattr(config.data, "pack", None) == "documents"

@@ -60,9 +60,10 @@ def build_engine(model: Transformer, optimizer: torch.optim.Optimizer, json: dic
     import deepspeed
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
-    if json["zero_optimization"]["stage"] == 3:
+    if json["zero_optimization"]["stage"] == 3 and model.embedding.weight.requires_grad:
         # Gather and free a layer's weights at once: DeepSpeed's hooks around every small module in it would take the
-        # host longer than a short layer takes a GPU.
+        # host longer than a short layer takes a GPU. Not where the first layer's input needs no gradient: DeepSpeed
+        # then takes the layer's backward pass for done before it has begun.
         deepspeed.utils.set_z3_leaf_modules(model, [TransformerBlock])
     with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints how memory grows
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=json, dist_init_required=False)
@@ -95,18 +96,18 @@ def forward(engine, batch: Batch, device: torch.device, *, return_stats: bool = 
     )
 
 
-def to_host(value: Tensor) -> Callable[[], float]:
-    """Copy a number to the host while the device goes on. Returns the function that reads it: it waits for what the
+def to_host(values: Tensor) -> Callable[[], list[float]]:
+    """Copy numbers to the host while the device goes on. Returns the function that reads them: it waits for what the
     device was given before this call, but for nothing later."""
-    copy = value.to("cpu", non_blocking=True)
-    if value.device.type != "cuda":
-        return copy.item
+    copy = values.to("cpu", non_blocking=True)
+    if values.device.type != "cuda":
+        return copy.tolist
     copied = torch.cuda.Event()
     copied.record()
 
-    def read() -> float:
+    def read() -> list[float]:
         copied.synchronize()
-        return copy.item()
+        return copy.tolist()
 
     return read
 

@@ -16,7 +16,7 @@ from experiments.config import TrainConfig, plain
 from experiments.files import METRICS, read_rows, write_atomically
 
 _SHOWN = (
-    *("split", "loss", "lr", "grad_norm", "tokens_per_s", "data_wait", "mfu_causal", "mfu_sparse"),
+    *("split", "loss", "auxiliary_loss", "lr", "grad_norm", "tokens_per_s", "data_wait", "mfu_causal", "mfu_sparse"),
     *("causal_sparsity", "knob", "alpha"),
 )
 

@@ -34,6 +34,15 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * height)
 
 
+def freeze(model: nn.Module, config: OptimConfig) -> None:
+    """Let only those parameters be trained that ``train_only`` names."""
+    if config.train_only is None:
+        return
+    routers = {p for m in model.modules() if isinstance(m, AttentionBackend) for p in m.parameters()}
+    for parameter in set(model.parameters()) - routers:
+        parameter.requires_grad_(False)
+
+
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     """Weight decay for the matrices of linear layers; none for embeddings, norms, biases and routing vectors.
 

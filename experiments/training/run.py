@@ -38,7 +38,7 @@ from experiments.training.engine import (
     validation_loss,
 )
 from experiments.training.metrics import Clock, MetricsWriter, attention_metrics, peak_memory_mib
-from experiments.training.optim import build_optimizer, check_order, learning_rate, parameter_order
+from experiments.training.optim import build_optimizer, check_order, freeze, learning_rate, parameter_order
 from experiments.training.ranks import Ranks, init_ranks
 from experiments.training.run_dir import RunDir, config_hash, find_run_dir, open_run_dir, verify_checkpoint
 from experiments.training.start_knob import find_start_knob
@@ -103,6 +103,7 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
     config = _with_vocabulary(config, train_data.vocab_size)
     torch.manual_seed(config.seed)  # the weights; nothing after this draws from PyTorch's global generators
     model = Transformer(config.model, config.attention)
+    freeze(model, config.optim)
     order = parameter_order(model, config.optim)
     start = {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -143,7 +144,9 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
         load_checkpoint(run_dir.checkpoint, engine, ranks, reshard=run_dir.is_resharded)
     metrics = resources.enter_context(closing(MetricsWriter(run_dir.path, config, main=ranks.is_main)))
     peak = peak_tflops(config, device_name(config.device))
-    _print_start(metrics, run_dir, ranks, start, knows_peak=peak is not None or config.device == "cpu")
+    in_pytorch = sorted({backend.capabilities.in_pytorch for backend in model.backends} - {None})
+    knows_peak = peak is not None or config.device == "cpu"
+    _print_start(metrics, run_dir, ranks, start, knows_peak=knows_peak, in_pytorch=in_pytorch)
     traced = config.profile_steps if ranks.is_main else 0
     return Run(
         config=config,
@@ -225,7 +228,15 @@ def _build_engine(model: Transformer, config: TrainConfig, ranks: Ranks, json: d
     return build_engine(model, build_optimizer(model, config.optim, ranks.device), json)
 
 
-def _print_start(metrics: MetricsWriter, run_dir: RunDir, ranks: Ranks, start: dict, *, knows_peak: bool) -> None:
+def _print_start(
+    metrics: MetricsWriter,
+    run_dir: RunDir,
+    ranks: Ranks,
+    start: dict,
+    *,
+    knows_peak: bool,
+    in_pytorch: Sequence[str],
+) -> None:
     """What a reader of the terminal should know before the first step."""
     metrics.print(f"{run_dir.path}: {start['parameters']:,} parameters, {ranks.world_size} x {ranks.device.type}")
     if "init_from" in start:
@@ -238,6 +249,8 @@ def _print_start(metrics: MetricsWriter, run_dir: RunDir, ranks: Ranks, start: d
         metrics.print(f"WARNING: {name} is damaged ({problem}) and was set aside")
     if run_dir.checkpoint is not None:
         metrics.print(f"resumed from {run_dir.checkpoint} at step {run_dir.step}")
+    for what in in_pytorch if ranks.device.type == "cuda" else ():
+        metrics.print(f"in PyTorch, for want of kernels: {what}")
     if not knows_peak:
         metrics.print("no MFU: the peak of this device and precision is not known, set peak_tflops=...")
 
@@ -282,6 +295,7 @@ class Update(NamedTuple):
     """What an optimizer step tells."""
 
     loss: float  # in nats, on average over the targets of all ranks
+    auxiliary_loss: float | None  # on average over the tokens; what was minimised beside ``loss``, if there is any
     rate: float  # learning rate
     grad_norm: Tensor | None  # L2, before clipping; None = not finite, and the weights are as they were
     norms: dict[str, float]  # of parts of the gradient, if asked for
@@ -299,33 +313,40 @@ def take_step(run: Run, step: int, read: Read, *, with_norms: bool = False, with
     rate = learning_rate(run.config.optim, step - 1, run.config.steps)
     engine.module.set_step(step - 1)
     set_learning_rate(engine, rate)
-    loss, norms, stats = torch.zeros((), device=device), {}, None
+    losses, norms, stats = torch.zeros(2, device=device), {}, None  # the model's, and the auxiliary one
     for index, batch in enumerate(read.batches):
         output = forward(engine, batch, device, return_stats=with_stats and index == 0)
         # Every target of the step counts the same, whichever micro-batch and rank it is in. DeepSpeed averages over
         # both, hence the factor. Of ranks that share rows each has its share of their loss: it is no different there.
-        share = batch.num_targets / read.targets
-        engine.backward(output.loss * (share * run.micro_batches * run.ranks.world_size))
-        loss += output.loss.detach() * share
+        share, averaged = batch.num_targets / read.targets, run.micro_batches * run.ranks.world_size
+        objective = output.loss * (share * averaged)
+        losses[0] += output.loss.detach() * share
+        auxiliary = output.auxiliary_loss
+        if auxiliary is not None:  # a mean over tokens
+            share = batch.num_tokens / read.tokens
+            objective = objective + auxiliary * (share * averaged)
+            losses[1] += auxiliary.detach() * share
+        engine.backward(objective)
         stats = stats or output.stats
         if index == len(read.batches) - 1:
             # Between the last backward pass and the update: the copy of the loss must not wait for the update, and the
             # update clears the gradients that the norms are of.
-            read_loss = to_host(loss)
+            read_losses = to_host(losses)
             norms = gradient_norms(engine) if with_norms else {}
         grad_norm = optimizer_step(engine, run.config.optim.grad_clip)
-    (mean_loss,) = run.ranks.sum(read_loss())
+    mean_loss, auxiliary_loss = run.ranks.sum(*read_losses())
     run.tokens += int(read.tokens)
     run.clock.count(read.tokens)
-    return Update(mean_loss, rate, grad_norm, norms, stats)
+    return Update(mean_loss, None if auxiliary is None else auxiliary_loss, rate, grad_norm, norms, stats)
 
 
 def is_measured(run: Run, step: int, read: Read) -> bool:
     """Whether ``hold_sparsity`` needs the step's statistics. Rows that a curriculum makes shorter are left out: they
-    have a sparsity of their own."""
-    attention = run.config.attention
+    have a sparsity of their own. So are steps in which a layer attends to everything."""
+    if not run.config.attention.holds_sparsity or step % HOLD_EVERY:
+        return False
     is_whole = read.batches[0].input_ids.shape[1] >= run.config.data.seq_len
-    return attention.holds_sparsity and step % HOLD_EVERY == 0 and is_whole
+    return is_whole and not any(backend.config.is_dense_at(step - 1) for backend in run.engine.module.turned)
 
 
 def hold_sparsity(run: Run, done: Update) -> None:
@@ -360,6 +381,7 @@ def judge(run: Run, step: int, read: Read, done: Update) -> str | None:
 def log(run: Run, step: int, read: Read, done: Update) -> None:
     """Write a step's row to metrics.jsonl. The host waits for the step to end."""
     row = {"step": step, "split": "train", "tokens": run.tokens, "loss": done.loss, "lr": done.rate}
+    row |= {} if done.auxiliary_loss is None else {"auxiliary_loss": done.auxiliary_loss}
     row |= {"grad_norm": _host_norm(done), "skipped_steps": run.watch.skipped, **done.norms, **run.clock.read()}
     row |= {**backend_metrics(run.engine), "peak_memory_mib": peak_memory_mib(run.ranks.device)}
     row |= {} if run.hold is None else {"knob": run.hold.knob}
