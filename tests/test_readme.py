@@ -19,6 +19,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from rich.console import Console
 
+import dashattn
 from experiments import signals
 from experiments.schema import to_config
 from experiments.sweep.__main__ import run_sweep
@@ -154,6 +155,12 @@ def test_links_lead_somewhere(page):
     ] == []
 
 
+def test_citations_name_the_version():
+    assert f"\nversion: {dashattn.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"version = {{{dashattn.__version__}}}" in (ROOT / "CITATION.bib").read_text()
+    assert f"\n## {dashattn.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
 def test_figures_are_made_of_folders_with_rows():
     commands = run("make", "--dry-run", "--old-file=.venv/.installed", "figures")
     studies = set(re.findall(r"results/\w+", commands))
@@ -227,12 +234,26 @@ def test_make_pareto_killed_and_again(tmp_path):
     assert "0 cells to do, 5 done before" in again
 
 
-def test_the_library_installs_alone(tmp_path):
-    """Only dashattn is installed; it imports, and the README's snippet runs, with nothing else of the project."""
+def test_the_library_installs_alone(tmp_path, tmp_path_factory):
+    """From a source distribution only dashattn is installed; it imports, and the README's snippet runs, with nothing
+    else of the project."""
+    source, dist = (tmp_path_factory.mktemp(name) for name in ("source", "dist"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("dashattn", "models"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    build = f"from setuptools.build_meta import build_sdist; build_sdist({str(dist)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True, timeout=120)
+    (archive,) = dist.iterdir()
+    assert archive.name == f"dashattn-{dashattn.__version__}.tar.gz"
     run(
         *(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"),
-        *("--target", str(tmp_path), str(ROOT)),
+        *("--target", str(tmp_path), str(archive)),
     )
+    assert {path.name for path in tmp_path.rglob("*") if path.name in ("py.typed", "tuning.jsonl")} == {
+        "py.typed",
+        "tuning.jsonl",
+    }
     assert {p.name for p in tmp_path.iterdir() if p.is_dir() and not p.name.endswith(".dist-info")} == {"dashattn"}
     (snippet,) = blocks("python")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{snippet}\nassert 'models' not in sys.modules\n"
