@@ -326,6 +326,8 @@ def test_knobs():
         InfLLMv2Config(**SMALL, topk=9, window_size=0, init_blocks=0),
         NSAConfig(**SMALL, topk=9, window_size=12, local_blocks=1),
         NSAConfig(**SMALL, topk=9, window_size=40, init_blocks=0),
+        IndexerConfig(block_size=8, index_size=6, topk=9),
+        IndexerConfig(block_size=8, index_size=6, selector="topp", init_blocks=0, local_blocks=2),
         SinkWindowConfig(block_size=8, init_blocks=2, local_blocks=1),
         OracleConfig(block_size=8, topk=9, init_blocks=1, local_blocks=1),
         OracleConfig(block_size=8, select="top_p", init_blocks=0, local_blocks=2),

@@ -4,13 +4,14 @@ import pickle
 import re
 import shutil
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 
-from dashattn.backends import DashConfig, FullConfig, InfLLMv2Config, NSAConfig
+from dashattn.backends import DashConfig, FullConfig, IndexerConfig, InfLLMv2Config, NSAConfig
 from dashattn.ops.compression.reference import mean_compress
 from models import ModelConfig, Transformer
 from models import loss as loss_module
@@ -29,6 +30,7 @@ SHAPE = ModelConfig(
 )
 WINDOWS = {"block_size": 16, "kernel_size": 8, "kernel_stride": 4, "window_size": 16, "topk": 3}
 NSA = NSAConfig(**WINDOWS)
+INDEXER = IndexerConfig(block_size=8, index_size=8, topk=3, init_blocks=0, local_blocks=0)
 
 
 @pytest.fixture
@@ -42,11 +44,12 @@ def build(attention):
 
 
 def loss_and_gradients(model, input_ids, **options):
-    loss = model(input_ids, labels=input_ids, **options).loss
+    output = model(input_ids, labels=input_ids, **options)
+    loss = output.loss + (0 if output.auxiliary_loss is None else output.auxiliary_loss)
     return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
 
 
-@pytest.mark.parametrize("attention", [FullConfig(), DashConfig(chunk_size=16), NSA], ids=lambda c: c.name)
+@pytest.mark.parametrize("attention", [FullConfig(), DashConfig(chunk_size=16), NSA, INDEXER], ids=lambda c: c.name)
 def test_activation_checkpointing_changes_nothing_and_keeps_less(attention):
     model, input_ids, results, kept = build(attention), torch.randint(50, (2, 40)), [], []
     for model.checkpoint_activations in (False, True):
@@ -93,6 +96,22 @@ def test_a_layer_compiles_once_into_one_graph(attention):
             torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4)
         frames.append(backend.frame_count)
     assert frames[1] == frames[0] + 1  # the loss's, of which the number of tokens is a symbol from the second one on
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient": "prior"}, {"warmup_steps": 1}], ids=str)
+def test_around_an_indexer_that_stays_as_it_is_the_layer_compiles(options):
+    torch._dynamo.reset()
+    eager, compiled = (build(replace(INDEXER, **options)) for _ in range(2))
+    compiled.compile_layers(backend="aot_eager")
+    input_ids = torch.randint(50, (1, 49))
+    for step in range(2):
+        results = []
+        for model in (eager, compiled):
+            model.set_step(step)
+            results.append(loss_and_gradients(model, input_ids))
+        for ours, expected in zip(*results, strict=True):
+            torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4)
+            assert expected.abs().max() > 0
 
 
 @pytest.mark.parametrize("options", [{}, {"summary_keys": "unrotated"}], ids=str)

@@ -20,6 +20,7 @@ from dashattn.ops.dash_attention.triton import dash_attention
 from dashattn.ops.decode import triton as decode
 from dashattn.ops.decode import triton_attention, triton_compression, triton_routing, triton_selection
 from dashattn.ops.gates.triton import gated_sum
+from dashattn.ops.indexer import triton as indexer
 from dashattn.ops.tiles import geometry
 from dashattn.selection import Selection
 
@@ -77,6 +78,13 @@ def prefill_and_training(length, heads, kv_heads, dim, init_chunks=0):
     for pooling in ("max", "weighted"):
         blocks = dict(pooling=pooling, block_size=CHUNK, topk=2, init_blocks=0, local_blocks=1)
         select_blocks(q, compressed[0], lse, **windows, **blocks)
+
+
+def index_selection(length, kv_heads):
+    """Groups of one query head, and as many windows to a block as there are tokens."""
+    index_q, index_k = make(length, kv_heads, 64), make(length, 1, 64).squeeze(2)
+    sizes = dict(block_size=CHUNK, topk=3, init_blocks=0, local_blocks=0)
+    indexer.select(index_q, index_k, pooling="max", **sizes, cu_seqlens=None)
 
 
 def hopper_forward(length, heads, kv_heads, dim):
