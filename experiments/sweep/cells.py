@@ -27,6 +27,7 @@ from omegaconf import MISSING, OmegaConf
 from dashattn.backends import AttentionConfig
 from experiments.config import register_configs
 from experiments.files import CELL, CONFIGS, PLAN, locked, read_json, write_atomically
+from experiments.overrides import override
 from slurm.launcher import LauncherConfig
 
 
@@ -133,6 +134,9 @@ def cells(config: SweepConfig) -> list[Cell]:
         for cell in _study_cells(config, name, study, seed)
     ]
     names = [cell.name for cell in found]
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"{name} would be a cell's name, and no directory's: leave `/` out of studies and arms")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(
@@ -156,14 +160,15 @@ def _study_cells(config: SweepConfig, study_name: str, study: StudyConfig, seed:
         name = f"{study_name}-{label}{suffix}-seed{seed}"
         run_dir = Path(config.output_dir) / name
         # Of two values for one key the later holds: an arm may differ from its study, but no cell from its own name.
-        overrides = [*study.train, *train, f"seed={seed}", f"name={name}", f"run_dir={run_dir}", *threads]
+        own_name, own_dir = override("name", name), override("run_dir", str(run_dir))
+        overrides = [*study.train, *train, f"seed={seed}", own_name, own_dir, *threads]
         if base is not None:
-            overrides.append(f"init_from={base.run_dir}")
+            overrides.append(override("init_from", str(base.run_dir)))
         base_name = None if base is None else base.name
         if knobs is None:
             return Cell(name, run_dir, tuple(overrides), None, base_name)
         # The label is the arm's, not the cell's: the rows of all its seeds and knobs make one line of a figure.
-        common = (f"run={run_dir}", f"label={label}")
+        common = (override("run", str(run_dir)), override("label", label))
         evaluate, turned = (*common, *(study.evaluate if own is None else own), *knobs, *threads), None
         # With a second evaluation the first one asks for everything, dear tasks too, at the knob trained with; the
         # second turns the knob for the few tasks that a frontier is drawn from.

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -33,7 +34,7 @@ def run_cell(cell: Cell, log_dir: Path, children: Children, rank: int = 0) -> Ou
     # The first command is the training, which all ranks of a job do together; an evaluation is one process.
     for command in cell.commands if rank == 0 else cell.commands[:1]:
         with log_path.open("ab") as log:
-            log.write(f"$ {' '.join(command)}\n".encode())
+            log.write(f"$ {shlex.join(command)}\n".encode())
             log.flush()
             code = children.run(
                 [sys.executable, str(ROOT / command[0]), *command[1:]],

@@ -28,6 +28,7 @@ from dashattn.backends import TRAINABLE
 from experiments.config import TrainConfig, register_configs, to_train_config
 from experiments.errors import user_errors
 from experiments.files import CONFIGS, SCALING, append_rows, read_rows
+from experiments.overrides import override
 from experiments.provenance import provenance
 from experiments.schema import to_config
 from experiments.throughput.scaling_report import case_of, write_report
@@ -95,7 +96,7 @@ def compose_run(config: ParallelConfig, backend: str, mode: Mode, ranks: int, ru
         *(f"rows_per_batch={rows}", f"rows_per_micro_batch={micro_batch_rows}", f"compile={mode.compile}"),
         *(f"activation_checkpointing={mode.activation_checkpointing}", f"deepspeed.stage={mode.stage}"),
         *(f"sequence_parallel={ranks if mode.shares_rows else 1}", f"steps={mode.warmup + mode.steps}"),
-        *("optim.warmup_steps=0", f"run_dir={run_dir}"),
+        *("optim.warmup_steps=0", override("run_dir", str(run_dir))),
     ]
     return check(to_train_config(hydra.compose("train", overrides)), ranks)
 

@@ -25,6 +25,7 @@ from dashattn.backends import BACKENDS, TRAINABLE
 from data import Batch, build_data
 from experiments.config import TrainConfig, register_configs, to_train_config
 from experiments.files import THROUGHPUT, append_rows
+from experiments.overrides import override
 from experiments.provenance import provenance
 from experiments.sparsity import find_knob, knob_span, turned_layers
 from experiments.speed.inputs import NEIGHBOURS, PATTERNS
@@ -110,7 +111,12 @@ def compose_run(config: ThroughputConfig, backend: str, length: int, setting: Se
     batches = math.ceil(config.tokens_per_step / (rows * length))
     overrides = [
         *config.train,
-        *(f"attention={backend}", f"data.seq_len={length}", f"model.max_seq_len={length}", f"run_dir={run_dir}"),
+        *(
+            f"attention={backend}",
+            f"data.seq_len={length}",
+            f"model.max_seq_len={length}",
+            override("run_dir", str(run_dir)),
+        ),
         *(f"rows_per_micro_batch={rows}", f"rows_per_batch={rows * batches}", f"compile={setting.compile}"),
         *(f"activation_checkpointing={setting.activation_checkpointing}", f"steps={config.warmup + config.steps}"),
         "optim.warmup_steps=0",

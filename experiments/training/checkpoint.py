@@ -20,7 +20,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection, Mapping
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -216,15 +217,17 @@ def load_checkpoint(checkpoint: Path, engine, ranks, *, reshard: bool = False) -
         reshard: the checkpoint is of another number of ranks or ZeRO stage: take the way through DeepSpeed's universal
             format, which lies beside the checkpoint until it is loaded.
     """
-    source = checkpoint.with_name(f".{checkpoint.name}.universal") if reshard else checkpoint
+    universal = checkpoint.with_name(f".{checkpoint.name}.universal")
     if reshard and ranks.is_main:
-        _convert_to_universal(checkpoint / _ENGINE_TAG, source / _ENGINE_TAG)
+        with _without_patterns(checkpoint.parent) as checkpoints:
+            _convert_to_universal(checkpoints / checkpoint.name, checkpoints / universal.name)
     ranks.barrier()
     groups = [
         {key: value for key, value in group.items() if key != "params"} for group in engine.optimizer.param_groups
     ]
-    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed's bf16 optimizer prints
-        path, _ = engine.load_checkpoint(str(source), tag=_ENGINE_TAG)
+    source = universal if reshard else checkpoint
+    with _without_patterns(source.parent) as checkpoints, contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints
+        path, _ = engine.load_checkpoint(str(checkpoints / source.name), tag=_ENGINE_TAG)
     assert path is not None, f"DeepSpeed found nothing to load in {source}"
     if reshard:
         # At stage 3 DeepSpeed gives every group the first one's weight decay and eps, and all states one and the same
@@ -239,11 +242,19 @@ def load_checkpoint(checkpoint: Path, engine, ranks, *, reshard: bool = False) -
         shutil.rmtree(source)
 
 
+@contextlib.contextmanager
+def _without_patterns(folder: Path) -> Iterator[Path]:
+    """``folder`` by another name: DeepSpeed looks for files with glob, to which [1] in a path means something else."""
+    with tempfile.TemporaryDirectory() as temporary:
+        link = Path(temporary) / "checkpoints"
+        link.symlink_to(folder.absolute(), target_is_directory=True)
+        yield link
+
+
 def _convert_to_universal(source: Path, target: Path) -> None:
-    shutil.rmtree(target.parent, ignore_errors=True)
+    shutil.rmtree(target, ignore_errors=True)
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    done = subprocess.run(
-        [*command, "--input_folder", str(source), "--output_folder", str(target)], capture_output=True, text=True
-    )
+    command += ["--input_folder", str(source / _ENGINE_TAG), "--output_folder", str(target / _ENGINE_TAG)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise Stopped(f"{source} could not be converted for another number of ranks or stage:\n{done.stderr[-2000:]}")

@@ -15,7 +15,7 @@ from filelock import FileLock
 from rich.console import Console
 
 from experiments import signals
-from experiments.files import CELL
+from experiments.files import CELL, read_rows
 from experiments.signals import Children
 from experiments.sweep import __main__ as sweep
 from experiments.sweep.__main__ import run_sweep
@@ -227,6 +227,32 @@ def test_changed_commands_are_not_taken_for_done(tmp_path, ran):
     changed.studies["text"].arms["dash"].knobs = [0.5, 8.0, 16.0]
     run(changed)
     assert sorted(names) == sorted(f"text-dash-knob{k}-seed{s}" for k in (1, 4) for s in (0, 1))
+
+
+ODD = "o= ,()[]{}'\"&#!~;^<>`*?|$äß漢字"
+
+
+def test_directories_and_arms_may_have_any_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(signals, "subprocess", SimpleNamespace(Popen=forked.Process))
+    train = ["experiment=pareto_recall", "device=cpu", "steps=2", "optim.warmup_steps=1", "eval_every=0", "logger=off"]
+    train += ["data.seq_len=64", "data.pairs_max=8", "data.validation_rows=4", "model.hidden_size=32"]
+    arms = {f"lr=0.1 {ODD}": ArmConfig(train=["attention=full"])}
+    study = StudyConfig(train=train, base=["attention=full"], evaluate=["tasks=[loss]", "device=cpu"], arms=arms)
+    config = make_config(tmp_path / ODD, studies={"mqar": study}, seeds=[0], threads=1)
+    assert run(config) == {"mqar-base-seed0": "done", f"mqar-lr=0.1 {ODD}-seed0": "done"}
+    (row,) = read_rows(cells(config)[1].run_dir / "results.jsonl")
+    assert row["label"] == f"lr=0.1 {ODD}"
+    collect(tmp_path / ODD, tmp_path / f"kept {ODD}")
+    shutil.rmtree(tmp_path / ODD)
+    restore(tmp_path / f"kept {ODD}", tmp_path / ODD)
+    assert set(run(config).values()) == {"was done"}
+
+
+def test_a_cell_has_the_name_of_a_directory(tmp_path):
+    config = make_config(tmp_path)
+    config.studies["text"].arms = {"a/b": ArmConfig(train=["attention=full"])}
+    with pytest.raises(ValueError, match=r"text-a/b-seed0 .*leave `/` out"):
+        cells(config)
 
 
 def test_a_failing_process_is_reported_with_its_last_words(tmp_path, monkeypatch):

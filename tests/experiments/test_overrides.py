@@ -1,0 +1,72 @@
+"""What Hydra makes of a text that we put on a command line: the same text."""
+
+import random
+import string
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from experiments.overrides import override
+
+ODD = [
+    "null",
+    "true",
+    "1e5",
+    "0x10",
+    "nan",
+    "1_000",
+    "[a]",
+    "{a:b}",
+    "choice(1,2)",
+    "a,b",
+    "~",
+    "",
+    " ",
+    " a ",
+    "a\tb",
+    "a\nb",
+]
+ODD += [
+    "Läufe/größer",
+    "実験/七",
+    "🦙",
+    "\u00a0",
+    "${x}",
+    "\\${x}",
+    "\\\\${x}",
+    "$",
+    "$$",
+    "${",
+    "a${b",
+    "${oc.env:HOME}",
+]
+ODD += ["'", "''", "\\", "\\\\", "\\'", "a\\", "'\\", '"', "lr=0.1", "a=b=c", "*", "?", "a b"]
+
+
+def read(text):
+    """As a value of a configuration that was composed with it."""
+    parsed = OverridesParser.create().parse_override(text)
+    assert not parsed.is_sweep_override()
+    config = OmegaConf.create({"run_dir": ""})
+    OmegaConf.update(config, parsed.key_or_group, parsed.value())
+    return config.run_dir
+
+
+@pytest.mark.parametrize("text", [*string.printable, string.printable, *ODD])
+def test_every_text_is_read_as_it_is(text):
+    for value in (text, f"outputs/a{text}", f"{text}b", f"a{text}{text}b"):
+        assert read(override("run_dir", value)) == value
+
+
+def test_any_mixture_of_what_is_special_is_read_as_it_is():
+    draw = random.Random(0)
+    for _ in range(500):
+        value = "".join(draw.choice("\\'\"${}[]=, a()") for _ in range(draw.randrange(12)))
+        assert read(override("run_dir", value)) == value, value
+
+
+@pytest.mark.parametrize("value", ["outputs/real_model/real-dash-seed0", "text-dash-knob0.5-seed1", "/work/a_b/c.d"])
+def test_what_needs_no_quotes_has_none(value):
+    """Records of completed commands are compared as texts."""
+    assert override("run_dir", value) == f"run_dir={value}"
