@@ -6,11 +6,15 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from submitit import SlurmExecutor
+
 from slurm.job import run_task
 from slurm.launcher import LauncherConfig
 
 # Of the task alone: an array has the id of one of its tasks.
 _TASK = '"${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"'
+# In the name of a folder: Slurm and submitit put job numbers in place of %j, and PYTHONPATH ends a path at a colon.
+_NOT_IN_FOLDERS = "%\\:\n"
 
 
 def submit(
@@ -23,49 +27,44 @@ def submit(
     code: Path,
     again: int,
     after: str | None = None,
+    behind: str | None = None,
 ) -> list[str]:
     """Submit ``work(*call, rank)`` for every call, as one array. Returns the ids of its tasks.
 
     Args:
         work: a module's function, which every rank calls; its result is the exit code, see ``job.run_task``.
+        calls: no more than ``max_array_size``.
         name: of the job.
         folder: for what Slurm and submitit say.
         code: folder of the modules that the job imports, in place of what lies in the directory of the command.
         again: exit code of ``work`` that asks for the task to be queued again.
         after: id of a job that must have succeeded before.
+        behind: id of a job that must have ended before.
 
     Raises:
         ValueError: Slurm will not take the job.
     """
-    from submitit import SlurmExecutor
-
+    wrong = sorted(set(_NOT_IN_FOLDERS) & set(str(folder)))
+    if wrong:
+        raise ValueError(f"Slurm cannot write to {folder}, whose name has {' '.join(map(repr, wrong))}: take another")
+    needs = [f"{kind}:{job}" for kind, job in (("afterok", after), ("afterany", behind)) if job is not None]
     try:
         executor = SlurmExecutor(folder, python=launcher.python)
-        executor.update_parameters(**_parameters(launcher, name, code, again, after))
+        executor.update_parameters(**_parameters(launcher, name, code, again, needs))
         jobs = executor.map_array(run_task, [work] * len(calls), *zip(*calls, strict=True))
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         raise ValueError(f"Slurm does not take the job ({error}): see the launcher's values") from error
     return [job.job_id for job in jobs]
 
 
-def queue() -> dict[str, str]:
-    """Id -> state of the jobs in Slurm's queue. Raises ValueError if Slurm does not answer."""
-    command = ["squeue", "--me", "--array", "--noheader", "--format=%i %T"]
-    try:
-        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise ValueError(f"Slurm does not answer ({getattr(error, 'stderr', None) or error}): try again") from None
-    return dict(line.split() for line in lines)
-
-
-def _parameters(launcher: LauncherConfig, name: str, code: Path, again: int, after: str | None) -> dict:
+def _parameters(launcher: LauncherConfig, name: str, code: Path, again: int, needs: Sequence[str]) -> dict:
     """submitit's, for a job of ``launcher`` that runs ``code``."""
     more = {"requeue": True, **launcher.sbatch_args}
-    if after is not None:
-        more |= {"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"}
+    if needs:
+        more |= {"dependency": ",".join(needs), "kill-on-invalid-dep": "yes"}
     parameters = {
         "job_name": name,
-        "time": math.ceil(launcher.hours * 60),
+        "time": launcher.minutes,
         "nodes": launcher.nodes,
         "ntasks_per_node": max(launcher.gpus_per_node, 1),
         "cpus_per_task": launcher.cpus_per_task,

@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from data.cache import fingerprint
+from experiments.config import TrainConfig
 from experiments.evaluation.config import EvaluateConfig, check_tasks
 from experiments.evaluation.folder import locate_folder
 from experiments.evaluation.knobs import setpoints, turn_knob
@@ -56,13 +57,18 @@ def find_target(config: EvaluateConfig) -> Target:
                 raise ValueError(f"{name}=... is for a Hugging Face folder: the run {config.run} has its own")
         target = locate(config.run, config.device, config.output)
     check_writable(target.rows_dir, "its rows are kept there unless output=... names another directory")
-    check_tasks(config, target.train)
+    check_request(config, target.train)
+    return target
+
+
+def check_request(config: EvaluateConfig, train: TrainConfig) -> None:
+    """Refuses what a run of the configuration ``train`` cannot be asked. Raises ValueError."""
+    check_tasks(config, train)
     for name in ("rows", "rows_per_batch", "threads"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}: at least 1 is needed")
-    setpoints(config, target.train)
-    return target
+    setpoints(config, train)
 
 
 def evaluate(config: EvaluateConfig, target: Target) -> Iterator[dict]:

@@ -46,6 +46,11 @@ def run_cell(cell: Cell, log_dir: Path, children: Children, rank: int = 0) -> Ou
         if code != 0:
             # Asked to stop, by a signal of its own or by one passed on to it: no failure, and its work is saved.
             is_stopped = code == REQUEUE or children.received is not None
+            if code is not None and code < 0:  # it could not say so itself
+                name = signal.Signals(-code).name
+                note = ", as by the kernel where memory ran out" if -code == signal.SIGKILL else ""
+                with log_path.open("a") as log:
+                    log.write(f"error: killed by signal {-code} ({name}){note}\n")
             message = f"{last_words(log_path)} (see {log_path})"
             return Outcome("stopped" if is_stopped else "failed", time.perf_counter() - start, message)
     if rank == 0:
@@ -66,7 +71,8 @@ def run_in_job(cell: Cell, log_dir: Path, rank: int) -> int:
     """Train as this rank of a job; the first rank evaluates then. Returns the exit code.
 
     Slurm sends SIGUSR2 before the time is up: the run saves, and the code asks the batch script, outside of any
-    container, to queue the job again. SIGTERM saves too, but a job that is preempted or cancelled is Slurm's to queue.
+    container, to queue the job again. So does a run that another process still trains, as after a node was given up
+    that lives on. SIGTERM saves too, but a job that is preempted or cancelled is Slurm's to queue.
 
     Raises:
         SystemExit: the cell did not get done.
@@ -74,7 +80,7 @@ def run_in_job(cell: Cell, log_dir: Path, rank: int) -> int:
     with Children() as children:
         outcome = run_cell(cell, log_dir, children, rank=rank)
     if outcome.status == "stopped":
-        return REQUEUE if children.received in (signal.SIGUSR1, signal.SIGUSR2) else 128 + signal.SIGTERM
+        return 128 + signal.SIGTERM if children.received is signal.SIGTERM else REQUEUE
     if outcome.status != "done":
         raise SystemExit(outcome.message)
     return 0

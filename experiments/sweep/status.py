@@ -9,32 +9,53 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.errors import user_errors
-from experiments.files import LOCK, METRICS, read_rows
+from experiments.files import LOCK, METRICS, SUBMITTED, read_rows
 from experiments.sweep.cells import Cell, read_plan
 from experiments.sweep.run_cell import last_words
-from experiments.sweep.submit import read_jobs
-from slurm.submit import queue
+from experiments.sweep.submit import job_name, read_jobs
+from slurm.queue import ended, queue
 
 
 def status(output_dir: Path) -> list[tuple[str, str, str, str]]:
-    """(cell, done | running | pending | failed | missing, last step in metrics.jsonl, why it failed), one a cell."""
-    jobs = read_jobs(output_dir)
-    queued = queue() if jobs else {}
-    return [_cell_status(cell, output_dir, queued.get(jobs.get(cell.name))) for cell in read_plan(output_dir)]
+    """(cell, state, last step in metrics.jsonl, why it stands so), one a cell.
+
+    States are done, running, pending, missing; of what ended otherwise failed, or in the words of ``slurm.queue.ended``
+    how Slurm ended it.
+    """
+    jobs, plan = read_jobs(output_dir), read_plan(output_dir)
+    queued = queue(job_name(output_dir)) if jobs else {}
+    ends = ended(output_dir / SUBMITTED, [job for job in jobs.values() if job not in queued])
+    rows: dict[str, tuple[str, str, str, str]] = {}
+    for cell in plan:  # a base stands before what continues from it
+        job = jobs.get(cell.name)
+        base = None if cell.base is None else f"{cell.base} ({rows[cell.base][1]})" if cell.base in rows else cell.base
+        rows[cell.name] = _cell_status(cell, output_dir, queued.get(job), ends.get(job), base)
+    return list(rows.values())
 
 
-def _cell_status(cell: Cell, output_dir: Path, job_state: str | None) -> tuple[str, str, str, str]:
-    rows = read_rows(cell.run_dir / METRICS)
-    step = str(rows[-1]["step"]) if rows else ""
+def _cell_status(
+    cell: Cell, output_dir: Path, queued: tuple[str, str] | None, end: str | None, base: str | None
+) -> tuple[str, str, str, str]:
+    """``queued``: state and reason of its job in the queue; ``end``: of a job that is there no more; ``base``: the cell
+    it continues from and that one's state."""
+    metrics = read_rows(cell.run_dir / METRICS)
+    step = str(metrics[-1]["step"]) if metrics else ""
     log = output_dir / "logs" / f"{cell.name}.log"
+    said = last_words(log) if log.exists() else ""
     if cell.is_done():
         return cell.name, "done", step, ""
-    if job_state is not None:
-        return cell.name, "pending" if job_state in ("PENDING", "REQUEUED") else "running", step, ""
+    if queued is not None:
+        state, reason = queued
+        if state not in ("PENDING", "REQUEUED"):
+            return cell.name, "running", step, ""
+        return cell.name, "pending", step, f"waits for {base}" if reason.startswith("Dependency") and base else reason
     if _is_locked(cell.run_dir / LOCK):
         return cell.name, "running", step, ""
+    if end not in (None, "failed", "completed"):
+        # Slurm cancels a job whose base did not succeed.
+        return cell.name, end, step, said or (f"continues from {base}" if end == "cancelled" and base else "")
     if log.exists():
-        return cell.name, "failed", step, last_words(log)
+        return cell.name, "failed", step, said
     return cell.name, "missing", step, ""
 
 

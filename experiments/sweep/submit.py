@@ -1,27 +1,35 @@
 """Submits runs and sweeps as jobs of Slurm, with the code as it is now.
 
-DIR/slurm/code-*/     copies of the code, by content: what changes here later does not reach a job that waits
-DIR/slurm/jobs.json   cell -> its latest job
-DIR/slurm/*.out .err  what Slurm and submitit say; what the programs say is in DIR/logs/
+DIR/slurm/code-*/          copies of the code, by content: what changes here later does not reach a job that waits
+DIR/slurm/jobs.json        cell -> its latest job
+DIR/slurm/submitting.json  cells of an array while it is handed to Slurm
+DIR/slurm/*.out .err       what Slurm and submitit say; what the programs say is in DIR/logs/
+
+One submission goes on at a time, and looks in the queue for the jobs of DIR, by their name, before it makes any.
 """
 
 import json
+import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
+from data.cache import fingerprint
 from experiments.config import TrainConfig
 from experiments.errors import REQUEUE
-from experiments.files import SUBMITTED, write_atomically
+from experiments.files import SUBMITTED, locked, read_json, write_atomically
+from experiments.overrides import override
 from experiments.provenance import snapshot
 from experiments.sweep.cells import Cell, SweepConfig, cells, write_plan
+from experiments.sweep.check import check_anywhere, check_cells
 from experiments.sweep.run_cell import run_in_job
-from experiments.training.check import check
 from slurm.launcher import LauncherConfig
-from slurm.submit import queue, submit
+from slurm.queue import max_array_size, queue
+from slurm.submit import submit
 
-_JOBS = "jobs.json"
+_JOBS, _SUBMITTING = "jobs.json", "submitting.json"
 
 
 def submit_run(config: TrainConfig, overrides: Sequence[str]) -> str:
@@ -31,58 +39,108 @@ def submit_run(config: TrainConfig, overrides: Sequence[str]) -> str:
         overrides: of the command line that composed ``config``; the job repeats them, but for the launcher's.
 
     Raises:
-        ValueError: the run cannot work, or Slurm will not take it.
+        ValueError: the run cannot work, is in the queue already, or Slurm will not take it.
     """
     launcher = config.launcher
-    # What runs there need not run here: of device and precision the job itself judges.
-    check(replace(config, device="cpu", deepspeed=replace(config.deepspeed, precision="fp32")), launcher.ranks)
+    launcher.check()
+    check_anywhere(config, launcher.ranks)
     run_dir = Path(config.run_dir).expanduser().absolute()
     train = tuple(o for o in overrides if not o.lstrip("+~").startswith(("launcher", "run_dir=")))
-    evaluate = None if launcher.evaluate is None else (f"run={run_dir}", *launcher.evaluate)
-    cell = Cell(config.name, run_dir, (*train, f"run_dir={run_dir}"), evaluate, base=None)
-    return _submit([cell], launcher, run_dir, run_dir / SUBMITTED)[cell.name]
+    evaluate = None if launcher.evaluate is None else (override("run", str(run_dir)), *launcher.evaluate)
+    cell = Cell(config.name, run_dir, (*train, override("run_dir", str(run_dir))), evaluate, base=None)
+    with _submitting(run_dir):
+        queued = _in_queue(run_dir)
+        if cell.name in queued:
+            raise ValueError(
+                f"{run_dir} waits or runs as job {queued[cell.name]}: leave it to that, or `scancel` it first"
+            )
+        return _submit([cell], launcher, run_dir, run_dir / SUBMITTED)[cell.name]
 
 
 def submit_sweep(config: SweepConfig) -> str:
-    """Submit the cells of a sweep that are neither done nor queued, as one array for each base they continue from.
+    """Submit the cells of a sweep that are neither done nor queued, as arrays for each base they continue from.
 
     Returns what became of the cells, in a sentence.
+
+    Raises:
+        ValueError: a cell cannot work, or Slurm will not take it.
     """
+    config.launcher.check()
     output_dir = Path(config.output_dir).absolute()
     found = cells(replace(config, output_dir=str(output_dir)))
+    check_cells([cell for cell in found if not cell.is_done()], config.launcher.ranks)
     write_plan(output_dir, found)
-    submitted, queued = read_jobs(output_dir), queue()
-    waiting = {name: job for name, job in submitted.items() if job in queued}
-    todo = [cell for cell in found if not cell.is_done() and cell.name not in waiting]
-    for base, group in groupby(sorted(todo, key=lambda cell: cell.base or ""), key=lambda cell: cell.base):
-        waiting |= _submit(list(group), config.launcher, output_dir, output_dir / "logs", after=waiting.get(base))
+    with _submitting(output_dir):
+        waiting = _in_queue(output_dir)
+        todo = [cell for cell in found if not cell.is_done() and cell.name not in waiting]
+        for base, group in groupby(sorted(todo, key=lambda cell: cell.base or ""), key=lambda cell: cell.base):
+            waiting |= _submit(list(group), config.launcher, output_dir, output_dir / "logs", after=waiting.get(base))
     return (
         f"{config.name}: {len(todo)} cells submitted, {len(waiting) - len(todo)} were queued, "
-        f"{len(found) - len(waiting)} done; how they stand: python -m experiments.sweep.status {config.output_dir}"
+        f"{len(found) - len(waiting)} done; how they stand: python -m experiments.sweep.status "
+        f"{shlex.quote(config.output_dir)}"
     )
 
 
+def job_name(directory: Path) -> str:
+    """Of all jobs of a run or a sweep, and of no other one's."""
+    return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', directory.name)}-{fingerprint(str(directory.resolve()))[:8]}"
+
+
 def read_jobs(output_dir: Path) -> dict[str, str]:
-    """Cell -> id of its latest job."""
+    """Cell -> id of its latest job. Raises ValueError if the record is damaged."""
     path = output_dir / SUBMITTED / _JOBS
-    return json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    return read_json(path, f"`scancel --name={job_name(output_dir)}` what is queued, remove it, and submit again")
+
+
+def _submitting(output_dir: Path):
+    """Around what looks for jobs and makes them."""
+    folder = output_dir / SUBMITTED
+    folder.mkdir(parents=True, exist_ok=True)
+    return locked(folder / _JOBS)
+
+
+def _in_queue(output_dir: Path) -> dict[str, str]:
+    """Cell -> id of its job, if that is in the queue; those included of a submission that was killed before it could
+    record them."""
+    folder, jobs = output_dir / SUBMITTED, read_jobs(output_dir)
+    queued = queue(job_name(output_dir))
+    unknown = sorted(queued.keys() - set(jobs.values()))
+    if (folder / _SUBMITTING).exists():
+        names = read_json(folder / _SUBMITTING, "remove it")["cells"]
+        if unknown:
+            array = unknown[0].split("_")[0]
+            jobs |= {name: f"{array}_{i}" if len(names) > 1 else array for i, name in enumerate(names)}
+            write_atomically(folder / _JOBS, json.dumps(jobs, indent=1) + "\n")
+        (folder / _SUBMITTING).unlink()
+    return {name: job for name, job in jobs.items() if job in queued}
 
 
 def _submit(
     group: Sequence[Cell], launcher: LauncherConfig, output_dir: Path, log_dir: Path, after: str | None = None
 ) -> dict[str, str]:
-    """Submit cells as one array, to start when the job ``after`` has succeeded. Returns cell -> job, and records it."""
-    folder = output_dir / SUBMITTED
-    jobs = submit(
-        run_in_job,
-        [(cell, log_dir) for cell in group],
-        launcher,
-        name=output_dir.name,
-        folder=folder,
-        code=snapshot(folder),
-        again=REQUEUE,
-        after=after,
-    )
-    submitted = {cell.name: job for cell, job in zip(group, jobs, strict=True)}
-    write_atomically(folder / _JOBS, json.dumps(read_jobs(output_dir) | submitted, indent=1) + "\n")
+    """Submit cells, to start when the job ``after`` has succeeded. Returns cell -> job, and records it."""
+    folder, code = output_dir / SUBMITTED, snapshot(output_dir / SUBMITTED)
+    size, behind, submitted = max_array_size(), None, {}
+    for start in range(0, len(group), size):
+        part = group[start : start + size]
+        names = [cell.name for cell in part]
+        write_atomically(folder / _SUBMITTING, json.dumps({"cells": names}, indent=1) + "\n")
+        jobs = submit(
+            run_in_job,
+            [(cell, log_dir) for cell in part],
+            launcher,
+            name=job_name(output_dir),
+            folder=folder,
+            code=code,
+            again=REQUEUE,
+            after=after,
+            behind=behind,  # so that ``launcher.jobs`` holds over all arrays
+        )
+        submitted |= dict(zip(names, jobs, strict=True))
+        write_atomically(folder / _JOBS, json.dumps(read_jobs(output_dir) | submitted, indent=1) + "\n")
+        (folder / _SUBMITTING).unlink()
+        behind = jobs[0].split("_")[0]
     return submitted

@@ -4,18 +4,36 @@ import re
 import stat
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from experiments.sweep.cells import ArmConfig, StudyConfig, SweepConfig
-from experiments.sweep.submit import submit_run, submit_sweep
+from experiments.sweep import submit as submission
+from experiments.sweep.cells import ArmConfig, StudyConfig, SweepConfig, cells
+from experiments.sweep.status import status
+from experiments.sweep.submit import job_name, read_jobs, submit_run, submit_sweep
 from slurm.launcher import LauncherConfig
+from slurm.queue import ended
+from tests import forked
 
 SBATCH = """#!/bin/sh
 number=$(($(ls "$SCRIPTS" | wc -l) + 7))
 cp "$1" "$SCRIPTS/$number.sh"
 echo "Submitted batch job $number"
 """
+# All that was submitted waits.
+SQUEUE = r"""#!/bin/sh
+for argument; do case "$argument" in --name=*) name=${argument#--name=};; esac; done
+for script in "$SCRIPTS"/*.sh; do
+    grep -qx "#SBATCH --job-name=$name" "$script" 2> /dev/null || continue
+    job=$(basename "$script" .sh)
+    last=$(sed -n 's/^#SBATCH --array=0-\([0-9]*\)%.*/\1/p' "$script")
+    if [ -z "$last" ]; then echo "$job|PENDING|Resources"; continue; fi
+    for task in $(seq 0 "$last"); do echo "${job}_$task|PENDING|Resources"; done
+done
+"""
+SCONTROL = "#!/bin/sh\necho 'MaxArraySize            = 3'\n"
 
 
 @pytest.fixture
@@ -24,7 +42,7 @@ def scripts(tmp_path, monkeypatch):
     programs, folder = tmp_path / "programs", tmp_path / "scripts"
     for path in (programs, folder):
         path.mkdir()
-    for name, text in (("sbatch", SBATCH), ("srun", "#!/bin/sh\n"), ("squeue", "#!/bin/sh\n")):
+    for name, text in (("sbatch", SBATCH), ("srun", "#!/bin/sh\n"), ("squeue", SQUEUE)):
         (programs / name).write_text(text)
         (programs / name).chmod(stat.S_IRWXU)
     monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
@@ -63,7 +81,13 @@ def test_every_value_of_the_launcher_reaches_the_batch_script(scripts, make_conf
     assert submit_run(config, tiny_overrides("run", "rows_per_batch=8")[0]) == "7"
     script = (scripts / "7.sh").read_text()
     asked = {
-        **{"partition": "big", "account": "us", "qos": "high", "constraint": "h100", "job-name": "run"},
+        **{
+            "partition": "big",
+            "account": "us",
+            "qos": "high",
+            "constraint": "h100",
+            "job-name": job_name(Path(config.run_dir)),
+        },
         **{"nodes": "2", "ntasks-per-node": "4", "gpus-per-node": "4", "cpus-per-task": "6"},
         **{"mem": "102912M", "time": "90", "signal": "USR2@200", "requeue": "", "open-mode": "append"},
     }
@@ -111,16 +135,191 @@ def test_only_the_exit_code_that_asks_for_it_queues_the_task_again(
     assert (tmp_path / "said").read_text() == requeued
 
 
-def test_arms_wait_for_their_base(scripts, tiny_overrides, tmp_path):
+@pytest.fixture
+def sweep(tiny_overrides, tmp_path):
+    """Of two arms that continue from a base, and two seeds."""
     common = [o for o in tiny_overrides("x")[0] if not o.startswith(("name=", "run_dir="))]
-    arms = {"dense": ArmConfig(train=["attention=full"]), "dash": ArmConfig(train=["attention=dash"])}
+    arms = {"dense": ArmConfig(train=["attention=full"])}
+    arms["dash"] = ArmConfig(train=["attention=dash", "attention.chunk_size=8"])
     study = StudyConfig(train=common, base=["attention=full"], evaluate=["tasks=[loss]"], arms=arms)
     launcher = LauncherConfig(gpus_per_node=0, jobs=1)
-    config = SweepConfig(
-        name="s", output_dir=str(tmp_path / "s"), seeds=[0, 1], studies={"t": study}, launcher=launcher
-    )
-    submit_sweep(config)
+    return SweepConfig(name="s", output_dir=str(tmp_path / "s"), seeds=[0, 1], studies={"t": study}, launcher=launcher)
+
+
+def test_arms_wait_for_their_base(scripts, sweep):
+    submit_sweep(sweep)
     submitted = {path.stem: flags(path.read_text()) for path in scripts.iterdir()}
     assert {job: asked["array"] for job, asked in submitted.items()} == {"7": "0-1%1", "8": "0-1%1", "9": "0-1%1"}
     assert [submitted[job].get("dependency") for job in "789"] == [None, "afterok:7_0", "afterok:7_1"]
     assert [submitted[job].get("kill-on-invalid-dep") for job in "789"] == [None, "yes", "yes"]
+
+
+def test_what_is_queued_is_not_submitted_again(scripts, sweep, make_config, tiny_overrides):
+    assert "6 cells submitted, 0 were queued" in submit_sweep(sweep)
+    assert "0 cells submitted, 6 were queued" in submit_sweep(sweep)
+    config = make_config("run")
+    config.launcher = sweep.launcher
+    assert submit_run(config, tiny_overrides("run")[0]) == "10"
+    with pytest.raises(ValueError, match=r"run waits or runs as job 10: .*`scancel` it first"):
+        submit_run(config, tiny_overrides("run")[0])
+    assert len(list(scripts.iterdir())) == 4
+
+
+def test_two_submissions_at_once_make_one_job_of_each_cell(scripts, tmp_path):
+    command = [sys.executable, "-m", "experiments.sweep", "sweep=smoke", f"output_dir={tmp_path / 'smoke'}"]
+    command += ["launcher=slurm", "launcher.gpus_per_node=0"]
+    running = [forked.Process(command, stdout=(tmp_path / f"said{i}").open("w")) for i in range(2)]
+    assert [process.wait(300) for process in running] == [0, 0]
+    said = [(tmp_path / f"said{i}").read_text() for i in range(2)]
+    assert sorted(re.search(r"(\d) cells submitted, (\d) were queued", text).groups() for text in said) == [
+        ("0", "5"),
+        ("5", "0"),
+    ]
+    assert len(list(scripts.iterdir())) == 2  # the base, and what waits for it
+    assert len(read_jobs(tmp_path / "smoke")) == 5
+
+
+def test_a_submission_killed_before_it_recorded_its_jobs_makes_none_twice(scripts, sweep, tmp_path, monkeypatch):
+    write = submission.write_atomically
+
+    def killed(path, text):
+        if path.name == "jobs.json":
+            raise KeyboardInterrupt
+        write(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(submission, "write_atomically", killed)
+        with pytest.raises(KeyboardInterrupt):
+            submit_sweep(sweep)
+    assert read_jobs(tmp_path / "s") == {}
+    assert "4 cells submitted, 2 were queued" in submit_sweep(sweep)
+    assert read_jobs(tmp_path / "s")["t-base-seed1"] == "7_1"
+    assert len(list(scripts.iterdir())) == 3
+
+
+def test_arrays_are_as_long_as_the_cluster_takes_them(scripts, sweep, tmp_path):
+    (tmp_path / "programs" / "scontrol").write_text(SCONTROL)
+    (tmp_path / "programs" / "scontrol").chmod(stat.S_IRWXU)
+    sweep.studies["t"].base = None
+    sweep.seeds = [0, 1, 2, 3]
+    submit_sweep(sweep)
+    submitted = [flags((scripts / f"{job}.sh").read_text()) for job in (7, 8, 9)]
+    assert [asked.get("array") for asked in submitted] == ["0-2%1", "0-2%1", "0-1%1"]
+    assert [asked.get("dependency") for asked in submitted] == [None, "afterany:7", "afterany:8"]
+    assert sorted(read_jobs(tmp_path / "s").values()) == ["7_0", "7_1", "7_2", "8_0", "8_1", "8_2", "9_0", "9_1"]
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ({"train": ["attention=dash", "attention.chunk_size=0"]}, "cell t-dash-seed0 cannot work: chunk_size must be"),
+        ({"train": ["attention=dsah"]}, "cell t-dash-seed0 cannot work: .*dsah"),
+        ({"train": ["attention=dash", "optim.lr=fast"]}, "cell t-dash-seed0 cannot work: .*fast"),
+        ({"train": ["attention=dash", "rows_per_batch=3"]}, "rows_per_batch=3 does not divide"),
+        ({"train": ["attention=full"], "evaluate": ["tasks=[lsos]"]}, "cell t-dash-seed0 cannot work: tasks="),
+        ({"train": ["attention=dash", "attention.chunk_size=8"], "knobs": [-1.0]}, "router_scale must be"),
+    ],
+)
+def test_a_cell_that_cannot_work_is_refused_before_anything_is_submitted(scripts, sweep, arm, message):
+    sweep.launcher = replace(sweep.launcher, gpus_per_node=2)
+    sweep.studies["t"].arms["dash"] = ArmConfig(**arm)
+    with pytest.raises(ValueError, match=message):
+        submit_sweep(sweep)
+    assert list(scripts.iterdir()) == []
+
+
+def test_cells_that_take_the_model_of_a_base_are_submitted_with_it(scripts, sweep):
+    sweep.studies["t"].arms["dash"].train += ["model=checkpoint"]
+    submit_sweep(sweep)
+    assert len(list(scripts.iterdir())) == 3
+
+
+def test_a_time_limit_below_the_signals_lead_is_refused(scripts, sweep, make_config, tiny_overrides):
+    sweep.launcher = replace(sweep.launcher, hours=0.05, signal_s=120)
+    with pytest.raises(ValueError, match=r"launcher.hours=0.05 is a time limit of 3 minutes.*again for ever"):
+        submit_sweep(sweep)
+    config = make_config("run")
+    config.launcher = sweep.launcher
+    with pytest.raises(ValueError, match=r"raise launcher\.hours or lower launcher\.signal_s"):
+        submit_run(config, tiny_overrides("run")[0])
+    assert list(scripts.iterdir()) == []
+
+
+def test_directories_may_have_almost_any_name(scripts, sweep, tmp_path):
+    odd = tmp_path / "o= ,()[]{}'\"&#!~;^<>`*?|$äß漢字"
+    sweep.output_dir = str(odd)
+    submit_sweep(sweep)
+    script = (scripts / "7.sh").read_text()
+    shown = subprocess.run(["bash", "-c", script.split("# command")[0] + 'echo "$PYTHONPATH"'], capture_output=True)
+    assert shown.stdout.decode().startswith(f"{odd}/slurm/code-")
+    assert re.fullmatch(r"[\w.-]+", flags(script)["job-name"], re.ASCII)
+    assert (cells(sweep)[0].run_dir.name, read_jobs(odd)["t-base-seed0"]) == ("t-base-seed0", "7_0")
+    sweep.output_dir = str(tmp_path / "a%j:b")
+    with pytest.raises(ValueError, match=r"cannot write to .* '%' ':': take another"):
+        submit_sweep(sweep)
+
+
+def test_a_damaged_record_of_jobs_is_named_with_the_mend(scripts, sweep, tmp_path):
+    submit_sweep(sweep)
+    (tmp_path / "s" / "slurm" / "jobs.json").write_text("{")
+    for look in (submit_sweep, lambda config: status(Path(config.output_dir))):
+        with pytest.raises(ValueError, match=r"jobs\.json is damaged .*`scancel --name=s-[0-9a-f]{8}`.*submit again"):
+            look(sweep)
+
+
+SACCT = """7_0|TIMEOUT|0:0
+7_1|PREEMPTED|0:0
+8_0|CANCELLED by 1000|0:0
+8_1|FAILED|0:9
+9_0|FAILED|137:0
+9_1|OUT_OF_MEMORY|0:125
+10|NODE_FAIL|0:0
+11|FAILED|1:0
+12|COMPLETED|0:0
+"""
+
+
+def test_how_jobs_ended_is_said_in_words(tmp_path, monkeypatch):
+    (tmp_path / "sacct").write_text(f"#!/bin/sh\ncat <<'END'\n{SACCT}END\n")
+    (tmp_path / "sacct").chmod(stat.S_IRWXU)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    jobs = [line.split("|")[0] for line in SACCT.splitlines()]
+    said = ["timed out", "preempted", "cancelled", "killed by signal 9", "killed by signal 9", "out of memory"]
+    assert list(ended(tmp_path, jobs).values()) == [*said, "node failed", "failed", "completed"]
+
+
+LOGS = {
+    "7_0": "slurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-29T21:53:08 DUE TO TIME LIMIT ***",
+    "7_1": "slurmstepd-n1: error: *** JOB 8 ON n1 CANCELLED AT 2026-11-29T21:53:08 DUE TO PREEMPTION ***",
+    "8": "slurmstepd-n1: error: *** STEP 8.0 ON n1 CANCELLED AT 2026-11-29T21:53:08 ***",
+    "9": "srun: error: n1: task 0: Killed\nsrun: Force Terminated StepId=3.0",
+    "10": "Traceback ...",
+}
+
+
+def test_without_accounting_the_jobs_own_logs_tell_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{tmp_path}")
+    for job, text in LOGS.items():
+        (tmp_path / f"{job}_0_log.err").write_text(f"submitit INFO\n{text}\n")
+    assert ended(tmp_path, [*LOGS, "11"]) == {
+        **{"7_0": "timed out", "7_1": "preempted", "8": "cancelled", "9": "killed by signal 9"}
+    }
+
+
+def test_the_status_tells_why_a_cell_waits_or_ended(scripts, sweep, tmp_path):
+    submit_sweep(sweep)
+    squeue, sacct = tmp_path / "programs" / "squeue", tmp_path / "programs" / "sacct"
+    squeue.write_text("#!/bin/sh\necho '7_0|PENDING|Priority'\necho '8_0|PENDING|Dependency'\n")
+    sacct.write_text("#!/bin/sh\necho '7_1|TIMEOUT|0:0'\necho '8_1|PREEMPTED|0:0'\necho '9_0|CANCELLED by 0|0:0'\n")
+    sacct.chmod(stat.S_IRWXU)
+    (tmp_path / "s" / "logs").mkdir()
+    (tmp_path / "s" / "logs" / "t-dash-seed0.log").write_text("$ train.py\nstopped by SIGTERM and saved at step 3\n")
+    rows = {name.removeprefix("t-"): (state, why) for name, state, _, why in status(tmp_path / "s")}
+    assert rows == {
+        "base-seed0": ("pending", "Priority"),
+        "dense-seed0": ("pending", "waits for t-base-seed0 (pending)"),
+        "dash-seed0": ("preempted", "stopped by SIGTERM and saved at step 3"),
+        "base-seed1": ("timed out", ""),
+        "dense-seed1": ("cancelled", "continues from t-base-seed1 (timed out)"),
+        "dash-seed1": ("missing", ""),
+    }

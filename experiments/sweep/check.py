@@ -1,0 +1,68 @@
+"""Whether the cells of a sweep can work, asked before they wait in a queue for hours."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments.config import TrainConfig, to_train_config
+from experiments.evaluation.config import register_evaluate_config
+from experiments.evaluation.evaluate import check_request
+from experiments.files import CONFIG, CONFIGS
+from experiments.origin import LEFT_OPEN
+from experiments.schema import to_config
+from experiments.sweep.cells import Cell
+from experiments.training.check import check
+
+
+def check_cells(found: Sequence[Cell], ranks: int) -> None:
+    """Compose and check the training and the evaluations of every cell, as train.py and evaluate.py will.
+
+    Args:
+        ranks: of a training.
+
+    Raises:
+        ValueError: that names the first cell that cannot work.
+    """
+    register_evaluate_config()
+    bases = {cell.name: cell for cell in found}
+    with ExitStack() as stack:
+        if not GlobalHydra.instance().is_initialized():  # the sweep's own command line has done it
+            stack.enter_context(initialize_config_dir(CONFIGS, version_base="1.3"))
+        for cell in found:
+            try:
+                train = _check_training(cell, bases.get(cell.base), ranks)
+                for overrides in (cell.evaluate, cell.evaluate_turned):
+                    if overrides is not None:
+                        config = to_config(compose("evaluate", list(overrides)))
+                        if train is not None:
+                            check_request(config, train)
+            except (ValueError, HydraException, OmegaConfBaseException) as error:
+                raise ValueError(f"cell {cell.name} cannot work: {error}") from None
+
+
+def check_anywhere(config: TrainConfig, ranks: int) -> TrainConfig:
+    """``check`` for a run that will be elsewhere, on another device."""
+    # What runs there need not run here: of device and precision the job itself judges.
+    return check(replace(config, device="cpu", deepspeed=replace(config.deepspeed, precision="fp32")), ranks)
+
+
+def _check_training(cell: Cell, base: Cell | None, ranks: int) -> TrainConfig | None:
+    """The configuration that was checked; None where it takes the model of a base that is yet to be trained."""
+    cfg = compose("train", list(cell.train))
+    if base is not None and not (base.run_dir / CONFIG).exists():
+        if _takes_from_origin(cfg):
+            return None
+        cfg.init_from = None
+    return check_anywhere(to_train_config(cfg), ranks)
+
+
+def _takes_from_origin(cfg: DictConfig) -> bool:
+    return (
+        LEFT_OPEN in str(OmegaConf.to_container(cfg.model, resolve=False)) or cfg.attention.get("name") == "checkpoint"
+    )
