@@ -36,8 +36,10 @@ from experiments.training.run import (
     build,
     hold_sparsity,
     is_measured,
+    is_validated,
     judge,
     log,
+    owes_validation,
     read_step,
     save,
     stop_without_data,
@@ -65,7 +67,7 @@ def train(config: TrainConfig, overrides: Sequence[str] = ()) -> Path:
 def loop(run: Run, request: StopRequest) -> None:
     """Train from the step the run stands at to its last one. Step k in rows and names: k optimizer steps are done.
 
-    A step is read, taken and judged; then come, where they are due, its row, the validation, a checkpoint. All ranks go
+    A step is read, taken and judged; then come, where they are due, its row, a checkpoint, the validation. All ranks go
     through the same branches: what decides them is the same in every rank, or agreed upon in ``read_step``. Only a step
     that is logged is waited for to its end; in others the host goes on while the device updates the weights.
 
@@ -73,6 +75,8 @@ def loop(run: Run, request: StopRequest) -> None:
         Stopped: the run ended earlier, with all on disk that is needed to go on.
     """
     config = run.config
+    if owes_validation(config, run.run_dir):
+        validate(run, run.run_dir.step)
     for step in range(run.run_dir.step + 1, config.steps + 1):
         is_last = step == config.steps
         read = read_step(run, is_to_stop=request.received is not None)
@@ -87,17 +91,17 @@ def loop(run: Run, request: StopRequest) -> None:
 
         done = take_step(run, step, read, with_norms=is_logged, with_stats=with_stats or is_to_hold)
         anomaly = judge(run, step, read, done)
-        # A resumed run begins after its checkpoint and drops the rows behind it. So what belongs to this step is
-        # written before the step is saved: nobody would make up for it. A skipped step stands in anomalies.jsonl; its
+        # A resumed run begins after its checkpoint and drops the rows behind it. So this step's row is written before
+        # the step is saved: nobody would make up for it. A skipped step stands in anomalies.jsonl; its
         # row here would hold a loss or a norm that is no number.
         if is_logged and anomaly != "skipped":
             log(run, step, read, done)
         if is_to_hold and anomaly != "skipped":
             hold_sparsity(run, done)
-        if config.eval_every and (is_last or step % config.eval_every == 0):
-            validate(run, step)
         if is_saved:
             save(run, step)
+        if is_validated(config, step):  # a resumed run makes up for it
+            validate(run, step)
         run.tracer.step()
         # A run that was asked to stop in its last step is complete, and must not ask to be started again.
         if read.stops and not is_last:

@@ -25,6 +25,12 @@ class Preempted(Stopped):
     exit_code = REQUEUE
 
 
+class Occupied(Stopped):
+    """A job that was queued again, as when its node was given up, while the process it had there lives on."""
+
+    exit_code = REQUEUE
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Turn a ValueError of the wrapped checks into one message and exit code 1; HYDRA_FULL_ERROR=1 shows it whole."""

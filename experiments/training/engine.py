@@ -5,7 +5,7 @@ DeepSpeed is imported inside the functions: its import chooses an accelerator an
 
 import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed
@@ -167,18 +167,45 @@ def backend_metrics(engine) -> dict[str, float]:
     return {key: sum(layers) / len(layers) for key, layers in values.items()}
 
 
+class DataError(Exception):
+    """A source of data failed, on this rank or on another one."""
+
+
 @torch.no_grad()
 def validation_loss(engine, stream: BatchStream, ranks: Ranks) -> float:
-    """Mean loss in nats over the targets of the validation split."""
+    """Mean loss in nats over the targets of the validation split; all ranks must call it.
+
+    Raises:
+        DataError: the split cannot be read, on all ranks alike.
+    """
     engine.eval()
     total = targets = 0.0
-    for batch in stream:
-        count = batch.num_targets
-        total += forward(engine, batch, ranks.device).loss.item() * count
-        targets += count
-    engine.train()
+    try:
+        for batch in _read_together(stream, ranks):
+            count = batch.num_targets
+            total += forward(engine, batch, ranks.device).loss.item() * count
+            targets += count
+    finally:
+        engine.train()
     total, targets = ranks.sum(total, targets / ranks.sequence_parallel)  # a rank's loss is its share of the rows'
     return total / targets
+
+
+def _read_together(stream: BatchStream, ranks: Ranks) -> Iterator[Batch]:
+    """A stream's batches, until one of the ranks cannot read its own: the others would wait for it."""
+    batch, batches = None, iter(stream)
+    while True:
+        error = None
+        try:
+            batch = next(batches, None)
+        except Exception as caught:  # whatever its kind: what was learned must be saved
+            error = caught
+        (failures,) = ranks.sum(error is not None)
+        if failures:
+            raise DataError(str(error or "on another rank")) from error
+        if batch is None:
+            return
+        yield batch
 
 
 def consolidated_weights(engine, main: bool) -> dict[str, Tensor]:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from dashattn.stats import AttentionStats
-from data import Batch, BatchStream, Prefetched, build_data
+from data import Batch, BatchStream, Prefetched, TextTokenizer, build_data
 from experiments.config import TrainConfig
 from experiments.errors import Stopped
-from experiments.files import ANOMALIES
+from experiments.files import ANOMALIES, METRICS, read_rows
 from experiments.origin import with_own_tokenizer
 from experiments.provenance import device_name
 from experiments.sparsity import HOLD_EVERY, Hold, count_keys, knob_span
@@ -27,6 +27,7 @@ from experiments.training.anomalies import LossWatch
 from experiments.training.check import accumulation
 from experiments.training.checkpoint import load_checkpoint, save_checkpoint, step_name, write_checkpoint
 from experiments.training.engine import (
+    DataError,
     backend_metrics,
     build_engine,
     deepspeed_json,
@@ -86,7 +87,7 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
     run_dir = find_run_dir(config)
     # What needs no other rank, device or data comes first: a complete run, a cell of a sweep say, ends here at once,
     # and wrong weights are refused before the data are prepared.
-    if run_dir.step >= config.steps:
+    if run_dir.step >= config.steps and not owes_validation(config, run_dir):
         if os.environ.get("RANK", "0") == "0":
             print(f"{run_dir.path} is complete: {run_dir.step} steps")
         return None
@@ -127,8 +128,7 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
         closing(Prefetched(train_data, depth=micro_batches, pin_memory=config.device == "cuda"))
     )
     ranks.barrier()  # every rank has looked at the run directory before one changes it
-    if ranks.is_main:
-        resources.callback(open_run_dir(run_dir, config, overrides, start, train_data.tokenizer).release)
+    _open(run_dir, config, overrides, start, train_data.tokenizer, ranks, resources)
 
     # The checkpoint is loaded into the engine, not into the model: it holds the optimizer's state, too, and DeepSpeed's
     # master weights, which the model's rounded ones would not give back.
@@ -168,6 +168,31 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
         utilisation=Utilisation(config, peak and peak * ranks.world_size),
         tracer=resources.enter_context(closing(Tracer(run_dir.path, traced, run_dir.step + 1, ranks.device))),
     )
+
+
+def _open(
+    run_dir: RunDir,
+    config: TrainConfig,
+    overrides: Sequence[str],
+    start: dict,
+    tokenizer: TextTokenizer | None,
+    ranks: Ranks,
+    resources: ExitStack,
+) -> None:
+    """``open_run_dir`` by the first rank; where that fails all ranks end alike, and none waits for another."""
+    error = None
+    if ranks.is_main:
+        try:
+            resources.callback(open_run_dir(run_dir, config, overrides, start, tokenizer).release)
+        except (ValueError, OSError, Stopped) as caught:
+            error = caught
+    told = ranks.gather(None if error is None else (str(error), getattr(error, "exit_code", 1)))[0]
+    if error is not None:
+        raise error
+    if told is not None:
+        stopped = Stopped(told[0])
+        stopped.exit_code = told[1]
+        raise stopped
 
 
 def _open_data(config: TrainConfig, run_dir: RunDir, ranks: Ranks, rows: int) -> tuple[BatchStream, BatchStream]:
@@ -395,9 +420,33 @@ def _host_norm(done: Update) -> float:
     return math.inf if done.grad_norm is None else float(done.grad_norm)
 
 
+def is_validated(config: TrainConfig, step: int) -> bool:
+    return config.eval_every > 0 and (step == config.steps or step % config.eval_every == 0)
+
+
+def owes_validation(config: TrainConfig, run_dir: RunDir) -> bool:
+    """Whether the run ended before the validation of the step that it stands at."""
+    if run_dir.step == 0 or not is_validated(config, run_dir.step):
+        return False
+    rows = read_rows(run_dir.path / METRICS)
+    return not any(row["step"] == run_dir.step and row["split"] == "validation" for row in rows)
+
+
 def validate(run: Run, step: int) -> None:
-    """Write the validation loss after ``step`` to metrics.jsonl."""
-    loss = validation_loss(run.engine, run.validation_data, run.ranks)
+    """Write the validation loss after ``step`` to metrics.jsonl.
+
+    Raises:
+        Stopped: the validation data cannot be read; the step is saved.
+    """
+    try:
+        loss = validation_loss(run.engine, run.validation_data, run.ranks)
+    except DataError as error:
+        if run.saved < step:
+            save(run, step)
+        raise Stopped(
+            f"the validation data failed at step {step} ({error}). All steps are saved: when they can be read again, "
+            "the same command goes on with this validation"
+        ) from error
     run.metrics.write({"step": step, "split": "validation", "tokens": run.tokens, "loss": loss})
     run.clock.restart()
 

@@ -27,6 +27,7 @@ from omegaconf import OmegaConf
 
 from data import TextTokenizer
 from experiments.config import TrainConfig, plain
+from experiments.errors import Occupied
 from experiments.files import (
     ANOMALIES,
     CONFIG,
@@ -169,12 +170,18 @@ def open_run_dir(
 
     Raises:
         ValueError: another process is training there, or it cannot be written.
+        Occupied: another process is training there, and this one is a job of Slurm that was queued again.
     """
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(run.path / LOCK)
         lock.acquire(timeout=0)
     except Timeout:
+        if int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0:
+            raise Occupied(
+                f"another process still trains in {run.path}, as after a node was given up that lives on: this job "
+                "asks to be queued again"
+            ) from None
         raise ValueError(
             f"another process is training in {run.path}: wait for it, or give another run_dir=..."
         ) from None

@@ -1,8 +1,10 @@
 """Submitting to a real Slurm, which tests/slurm/start.sh starts on this machine."""
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,9 +16,9 @@ import pytest
 from experiments.files import METRICS, read_rows
 from experiments.sweep.cells import ArmConfig, StudyConfig, SweepConfig
 from experiments.sweep.status import status
-from experiments.sweep.submit import read_jobs, submit_run, submit_sweep
+from experiments.sweep.submit import job_name, read_jobs, submit_run, submit_sweep
 from slurm.launcher import LauncherConfig
-from slurm.submit import queue
+from slurm.queue import queue
 from train import train
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +50,28 @@ def wait_for(condition, what, seconds=300):
         time.sleep(0.5)
 
 
+def queued(directory):
+    """Id -> state of the jobs of a run or a sweep."""
+    return {job: state for job, (state, _) in queue(job_name(directory)).items()}
+
+
+def processes(word):
+    """Of the train.py whose command line has ``word``."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            arguments = path.read_bytes().decode(errors="replace").split("\0")
+            if any(a.endswith("/train.py") for a in arguments) and any(word in a for a in arguments):
+                found.append(int(path.parent.name))
+    return found
+
+
+def begin_now(job):
+    """Not after minutes, as Slurm would; nor in the second of the requeue, whose starts slurmd takes for revoked
+    ones."""
+    subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now+2"], check=True)
+
+
 def losses(run_dir):
     return {row["step"]: row["loss"] for row in read_rows(run_dir / METRICS) if row["split"] == "train"}
 
@@ -70,12 +94,11 @@ def test_a_sweep_is_preempted_requeued_and_finished_by_a_second_call(slurm, make
     long, job = tmp_path / "s" / "text-long-seed0", jobs["text-long-seed0"]
     wait_for(lambda: len(losses(long)) >= 20, "the long cell to train")
     subprocess.run(["scancel", "--signal=USR1", job], check=True)
-    wait_for(lambda: queue().get(job) == "PENDING", "it to be queued again")
+    wait_for(lambda: queued(tmp_path / "s").get(job) == "PENDING", "it to be queued again")
     assert not (long / "cell.json").exists()
-    # Not after minutes, as Slurm would; nor in the second of the requeue, whose starts slurmd takes for revoked ones.
-    subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now+2"], check=True)
+    begin_now(job)
 
-    wait_for(lambda: not queue(), "the jobs to end")
+    wait_for(lambda: not queued(tmp_path / "s"), "the jobs to end")
     rows = {name.removeprefix("text-").removesuffix("-seed0"): rest for name, *rest in status(tmp_path / "s")}
     assert {name: row[0] for name, row in rows.items()} == {name: "done" for name in arms} | {"lost": "failed"}
     assert str(corpus) in rows["lost"][2]
@@ -86,8 +109,10 @@ def test_a_sweep_is_preempted_requeued_and_finished_by_a_second_call(slurm, make
     documents = ({"text": f"document {i} of a corpus that was lost and is found " * 9} for i in range(2000))
     corpus.write_text("".join(json.dumps(document) + "\n" for document in documents))
     submit_sweep(config)
-    assert [name for name, job in read_jobs(tmp_path / "s").items() if job in queue()] == ["text-lost-seed0"]
-    wait_for(lambda: not queue(), "the lost cell")
+    assert [name for name, job in read_jobs(tmp_path / "s").items() if job in queued(tmp_path / "s")] == [
+        "text-lost-seed0"
+    ]
+    wait_for(lambda: not queued(tmp_path / "s"), "the lost cell")
     command = [sys.executable, "-m", "experiments.sweep.status", str(tmp_path / "s")]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "6 done" in shown
@@ -104,7 +129,7 @@ def test_a_run_on_two_nodes_with_its_evaluation(slurm, make_config, tiny_overrid
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("submitted job ")
-    wait_for(lambda: not queue(), "the job to end")
+    wait_for(lambda: not queued(run_dir), "the job to end")
     log = (run_dir / "slurm" / "run.log").read_text()
     assert losses(run_dir) == pytest.approx(losses(alone), rel=1e-5), log
     assert json.loads((run_dir / "checkpoints/step-00000004/state.json").read_text())["world_size"] == 2
@@ -132,7 +157,7 @@ def test_two_gpus_of_a_node_behind_a_module_and_a_container(slurm, make_config, 
     shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=True).stdout
     assert "gres/gpu:2" in shown.replace("gres:gpu", "gres/gpu")
     assert "Comment=a-comment" in shown
-    wait_for(lambda: not queue(), "the job to end")
+    wait_for(lambda: not queued(run_dir), "the job to end")
     log = (run_dir / "slurm" / "run.log").read_text()
     assert json.loads((run_dir / "checkpoints/step-00000004/state.json").read_text())["world_size"] == 2, log
     assert losses(run_dir) == pytest.approx(losses(alone), rel=1e-5)
@@ -149,7 +174,7 @@ def test_a_sweep_begins_from_a_base_run(slurm, tiny_overrides, tmp_path):
     lost = replace(study, base=["attention=full", f"init_from={tmp_path}/nowhere"])
     config = SweepConfig("s", str(tmp_path / "s"), studies={"good": study, "bad": lost}, launcher=HERE)
     submit_sweep(config)
-    wait_for(lambda: not queue(), "the jobs to end")
+    wait_for(lambda: not queued(tmp_path / "s"), "the jobs to end")
     rows = {name.removesuffix("-seed0"): rest for name, *rest in status(tmp_path / "s")}
     good = {name: row[0] for name, row in rows.items() if name.startswith("good")}
     assert good == {"good-base": "done", "good-dense": "done", "good-dash": "done"}
@@ -159,3 +184,61 @@ def test_a_sweep_begins_from_a_base_run(slurm, tiny_overrides, tmp_path):
     for arm in arms:
         start = json.loads((tmp_path / "s" / f"good-{arm}-seed0" / "start.json").read_text())
         assert start["init_from"]["weights"].startswith(str(base / "checkpoints"))
+
+
+def test_a_run_waits_for_its_process_that_lives_on_where_the_node_was_given_up(slurm, make_config, tiny_overrides):
+    whole = train(make_config("whole", "steps=400"))
+    config = make_config("run", "steps=400", "save_every=20")
+    config.launcher = HERE
+    overrides, run_dir = tiny_overrides("run", "steps=400", "save_every=20")
+    job = submit_run(config, overrides)
+    wait_for(lambda: len(losses(run_dir)) >= 40, "the run to train")
+    (node,) = subprocess.run(["squeue", "-h", "-o", "%N"], capture_output=True, text=True, check=True).stdout.split()
+    (process,) = processes(str(run_dir))
+    os.kill(process, signal.SIGSTOP)  # it lives, and holds the run
+    folder = Path(os.environ["SLURM_CONF"]).parent
+    os.kill(int((folder / f"slurmd_{node}.pid").read_text()), signal.SIGKILL)
+    try:
+        subprocess.run(["scontrol", "update", f"nodename={node}", "state=down", "reason=lost"], check=True)
+        for said in ("", "asks to be queued again"):
+            wait_for(lambda: queued(run_dir).get(job) == "PENDING", "it to be queued again")
+            assert said in (run_dir / "slurm" / "run.log").read_text()
+            if not said:
+                begin_now(job)
+                wait_for(lambda: queued(run_dir).get(job) == "RUNNING", "it to begin again")
+        os.kill(process, signal.SIGKILL)
+        begin_now(job)
+        wait_for(lambda: not queued(run_dir), "the job to end")
+        assert losses(run_dir) == losses(whole), (run_dir / "slurm" / "run.log").read_text()
+        assert [path.name for path in (run_dir / "resumed").iterdir()] == ["step-00000040"]
+    finally:
+        subprocess.run(["slurmd", "-f", folder / "slurm.conf", "-N", node], check=True)
+        subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], check=True)
+
+
+def test_the_status_says_how_slurm_ended_a_job(slurm, tiny_overrides, tmp_path):
+    common = [o for o in tiny_overrides("x")[0] if not o.startswith(("name=", "run_dir="))]
+    arms = {name: ArmConfig(train=["attention=full", "steps=4000"]) for name in ("late", "killed", "cancelled")}
+    study = StudyConfig(train=common, base=["attention=full"], evaluate=["tasks=[loss]", "threads=1"], arms=arms)
+    launcher = replace(HERE, jobs=3, signal_s=1)
+    config = SweepConfig("s", str(tmp_path / "s"), studies={"t": study}, launcher=launcher)
+    submit_sweep(config)
+
+    def rows():
+        return {name.removeprefix("t-").removesuffix("-seed0"): rest for name, *rest in status(tmp_path / "s")}
+
+    assert {rows()[arm][2] for arm in arms} <= {"waits for t-base-seed0 (pending)", "waits for t-base-seed0 (running)"}
+    wait_for(lambda: all(losses(tmp_path / "s" / f"t-{arm}-seed0") for arm in arms), "all arms to train")
+    jobs = read_jobs(tmp_path / "s")
+    subprocess.run(["scancel", jobs["t-cancelled-seed0"]], check=True)
+    for name, number in (("killed", signal.SIGKILL), ("late", signal.SIGSTOP)):  # stopped, it hears no signal
+        (process,) = processes(f"name=t-{name}-seed0")
+        os.kill(process, number)
+    subprocess.run(["scontrol", "update", f"jobid={jobs['t-late-seed0']}", "timelimit=1"], check=True)
+    wait_for(lambda: not queued(tmp_path / "s"), "the jobs to end")
+    found = {name: (row[0], row[2]) for name, row in rows().items()}
+    assert found["base"] == ("done", "")
+    assert found["killed"][0] == "failed"
+    assert "killed by signal 9 (SIGKILL)" in found["killed"][1]
+    assert found["late"][0] == "timed out"
+    assert found["cancelled"][0] == "cancelled"

@@ -8,17 +8,21 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from data.shards import DamagedShardError
 from data.text import PreparedTextStream
 from experiments.errors import Preempted, Stopped, run_faults
 from experiments.files import read_rows
 from experiments.signals import STOP_SIGNALS
+from experiments.training import engine
 from experiments.training import run as run_module
 from experiments.training.anomalies import LossWatch
+from experiments.training.engine import DataError
 from train import train
 
 ROOT = Path(__file__).parents[3]
@@ -194,6 +198,53 @@ def test_a_dead_data_source_loses_no_step(make_config, monkeypatch, options, row
                 train(config)
     assert (Path(config.run_dir) / "checkpoints" / "latest").read_text() == f"step-{step - 1:08d}\n"
     assert losses(train(config)) == losses(whole)
+
+
+@pytest.mark.parametrize(("steps", "options"), [(2, ["save_every=3"]), (4, []), (4, ["save_every=1"])])
+def test_validation_data_that_cannot_be_read_lose_no_step(make_config, monkeypatch, steps, options):
+    """In the middle of a run and at its end, where a checkpoint is due and where none is."""
+    options = ["eval_every=2" if steps == 2 else "eval_every=4", *options]
+    rows = read_rows(train(make_config("whole", *options)) / "metrics.jsonl")
+    config, read = make_config("run", *options), PreparedTextStream.__next__
+
+    def failing(stream):
+        if stream.split == "validation":
+            raise DamagedShardError(Path("shard-00000"), "validation.tokens, the 64 KiB at byte 0")
+        return read(stream)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreparedTextStream, "__next__", failing)
+        for _ in range(2):  # the second time nothing was learned
+            message = rf"validation data failed at step {steps} \(shard-00000 is damaged.*prepare.*All steps are saved"
+            with pytest.raises(Stopped, match=message):
+                train(config)
+    run_dir = Path(config.run_dir)
+    assert (run_dir / "checkpoints" / "latest").read_text() == f"step-{steps:08d}\n"
+    train(config)
+    keys = ("step", "split", "loss")
+    assert [[row[key] for key in keys] for row in read_rows(run_dir / "metrics.jsonl")] == [
+        [row[key] for key in keys] for row in rows
+    ]
+    count = len(read_rows(run_dir / "metrics.jsonl"))
+    train(config)
+    assert len(read_rows(run_dir / "metrics.jsonl")) == count
+
+
+def test_validation_ends_on_all_ranks_where_one_cannot_read():
+    one_failed = SimpleNamespace(sum=lambda *values: [1.0])
+    with pytest.raises(DataError, match="on another rank"):
+        next(engine._read_together(iter(["a batch"]), one_failed))
+
+
+def test_a_run_killed_between_a_save_and_its_validation_makes_up_for_it(make_config, monkeypatch):
+    config = make_config("run", "eval_every=2", "save_every=2")
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "validation_loss", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    train(config)
+    validated = [row["step"] for row in read_rows(Path(config.run_dir) / "metrics.jsonl") if row["split"] != "train"]
+    assert validated == [2, 4]
 
 
 def test_a_gpu_without_memory_says_what_to_change(make_config, at_step, capsys):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from experiments.config import load_config
+from experiments.errors import REQUEUE, Occupied
 from experiments.files import read_rows, write_atomically
 from experiments.training.checkpoint import seal
 from experiments.training.metrics import drop_rows_after
@@ -174,12 +175,16 @@ def test_a_damaged_line_is_named(tmp_path):
         read_rows(path)
 
 
-def test_a_second_process_on_a_run_directory_is_refused(make_config):
+def test_a_second_process_on_a_run_directory_is_refused(make_config, monkeypatch):
     config = make_config("locked")
     run = find_run_dir(config)
     lock = open_run_dir(run, config, [], {})
     with pytest.raises(ValueError, match="another process is training"):
         open_run_dir(run, config, [], {})
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # a job that Slurm has begun again
+    with pytest.raises(Occupied, match=r"another process still trains .* asks to be queued again") as occupied:
+        open_run_dir(run, config, [], {})
+    assert occupied.value.exit_code == REQUEUE
     lock.release()
     open_run_dir(find_run_dir(config), config, [], {}).release()
 
