@@ -28,7 +28,8 @@ def status(output_dir: Path) -> list[tuple[str, str, str, str]]:
     rows: dict[str, tuple[str, str, str, str]] = {}
     for cell in plan:  # a base stands before what continues from it
         job = jobs.get(cell.name)
-        base = None if cell.base is None else f"{cell.base} ({rows[cell.base][1]})" if cell.base in rows else cell.base
+        state = rows[cell.base][1] if cell.base in rows else None
+        base = None if state in (None, "done") else f"{cell.base} ({state})"
         rows[cell.name] = _cell_status(cell, output_dir, queued.get(job), ends.get(job), base)
     return list(rows.values())
 
@@ -37,7 +38,7 @@ def _cell_status(
     cell: Cell, output_dir: Path, queued: tuple[str, str] | None, end: str | None, base: str | None
 ) -> tuple[str, str, str, str]:
     """``queued``: state and reason of its job in the queue; ``end``: of a job that is there no more; ``base``: the cell
-    it continues from and that one's state."""
+    it continues from and that one's state, unless it is done."""
     metrics = read_rows(cell.run_dir / METRICS)
     step = str(metrics[-1]["step"]) if metrics else ""
     log = output_dir / "logs" / f"{cell.name}.log"
@@ -48,7 +49,7 @@ def _cell_status(
         state, reason = queued
         if state not in ("PENDING", "REQUEUED"):
             return cell.name, "running", step, ""
-        return cell.name, "pending", step, f"waits for {base}" if reason.startswith("Dependency") and base else reason
+        return cell.name, "pending", step, f"waits for {base}" if base else reason.replace("None", "")
     if _is_locked(cell.run_dir / LOCK):
         return cell.name, "running", step, ""
     if end not in (None, "failed", "completed"):

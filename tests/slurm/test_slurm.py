@@ -187,12 +187,13 @@ def test_a_sweep_begins_from_a_base_run(slurm, tiny_overrides, tmp_path):
 
 
 def test_a_run_waits_for_its_process_that_lives_on_where_the_node_was_given_up(slurm, make_config, tiny_overrides):
-    whole = train(make_config("whole", "steps=400"))
-    config = make_config("run", "steps=400", "save_every=20")
+    options = ("steps=80", "save_every=20")
+    whole = train(make_config("whole", *options))
+    config = make_config("run", *options)
     config.launcher = HERE
-    overrides, run_dir = tiny_overrides("run", "steps=400", "save_every=20")
+    overrides, run_dir = tiny_overrides("run", *options)
     job = submit_run(config, overrides)
-    wait_for(lambda: len(losses(run_dir)) >= 40, "the run to train")
+    wait_for(lambda: len(losses(run_dir)) >= 25, "the run to train")
     (node,) = subprocess.run(["squeue", "-h", "-o", "%N"], capture_output=True, text=True, check=True).stdout.split()
     (process,) = processes(str(run_dir))
     os.kill(process, signal.SIGSTOP)  # it lives, and holds the run
@@ -210,7 +211,7 @@ def test_a_run_waits_for_its_process_that_lives_on_where_the_node_was_given_up(s
         begin_now(job)
         wait_for(lambda: not queued(run_dir), "the job to end")
         assert losses(run_dir) == losses(whole), (run_dir / "slurm" / "run.log").read_text()
-        assert [path.name for path in (run_dir / "resumed").iterdir()] == ["step-00000040"]
+        assert len(list((run_dir / "resumed").iterdir())) == 1
     finally:
         subprocess.run(["slurmd", "-f", folder / "slurm.conf", "-N", node], check=True)
         subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], check=True)
