@@ -66,6 +66,14 @@ def test_pretraining_continues_with_the_checkpoints_model(checkpoint):
     assert (config.model.hidden_size, config.data.tokenizer) == (32, str(checkpoint))
 
 
+def test_an_index_is_distilled_into_the_checkpoints_model(checkpoint):
+    router = ["attention=indexer", "attention.warmup_steps=150", "optim.train_only=router"]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        choices = ["model=checkpoint", f"init_from={checkpoint}", *router, "data.seq_len=256", "device=cpu"]
+        config = check(to_train_config(compose("train", choices)))
+    assert (config.model.hidden_size, config.attention.warmup_steps, config.optim.train_only) == (32, 150, "router")
+
+
 @pytest.mark.parametrize("attention", ["full", "dash", "infllmv2", "nsa"])
 @pytest.mark.parametrize("data", ["python_stdlib", "mixture", "mqar"])
 def test_a_saved_configuration_loads_as_the_same_one(attention, data, tmp_path):

@@ -88,6 +88,9 @@ TESTED = {
     # test_configs.py
     "python train.py experiment=continue_pretraining init_from=smollm2 attention=dash_sink "
     "attention.target_sparsity=0.75",
+    # test_configs.py, experiments/training/test_auxiliary_loss.py
+    "python train.py model=checkpoint init_from=smollm2 attention=indexer attention.warmup_steps=150 "
+    "optim.train_only=router",
     "INIT_FROM=smollm2 python -m experiments.sweep sweep=real_model jobs=3",  # test_configs.py
     # experiments/evaluation/test_folder.py
     "python evaluate.py run=smollm2 attention=dash_sink sparsities=[0.5,0.75] data=real_text",
