@@ -25,12 +25,13 @@ def locate_folder(config: EvaluateConfig) -> Target:
     model, own, attention = read_config(folder), read_attention(folder), config.attention
     if attention is None or attention.name == "checkpoint":
         attention = own or FullConfig()
-    elif not config.any_attention:
-        check_same_attention(attention, folder)
+    lengths = config.lengths or [data.seq_len]
+    if not config.any_attention:
+        check_same_attention(attention, folder, lengths)
     check_files(folder)
     if isinstance(data, PackedDataConfig) and data.tokenizer is None:
         data = replace(data, tokenizer=str(folder))
-    longest = max([data.seq_len, *(config.lengths or [])])
+    longest = max([data.seq_len, *lengths])
     check_same_model(replace(model, max_seq_len=max(longest, model.max_seq_len)), folder)
     name = f"{folder.resolve().name}-{attention.name}"
     train = TrainConfig(

@@ -220,7 +220,7 @@ def _check_origin(config: TrainConfig) -> None:
     vocab_size = config.model.vocab_size or read_config(folder).vocab_size
     check_same_model(replace(config.model, vocab_size=vocab_size), folder)
     if not config.any_attention:
-        check_same_attention(config.attention, folder)
+        check_same_attention(config.attention, folder, [config.data.seq_len])
     check_files(folder)
 
 

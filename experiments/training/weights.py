@@ -93,8 +93,19 @@ def load_weights(model: nn.Module, path: Path) -> Loaded:
 
 
 def _by_layer(names: Iterable[str]) -> str:
-    layers: dict[str, list[str]] = {}
+    """Each parameter with its layers, in the notation of ``attention.layers``."""
+    found: dict[str, list[int]] = {}
     for name in names:
-        layer, _, rest = name.removeprefix("layers.").partition(".")
-        layers.setdefault(rest, []).append(layer)
-    return ", ".join(f"{rest} of layers {' '.join(sorted(found, key=int))}" for rest, found in layers.items())
+        layer, _, parameter = name.removeprefix("layers.").partition(".")
+        found.setdefault(parameter, []).append(int(layer))
+    return ", ".join(f"{parameter} of layers {_ranges(sorted(layers))}" for parameter, layers in found.items())
+
+
+def _ranges(layers: Iterable[int]) -> str:
+    ranges: list[list[int]] = []
+    for layer in layers:
+        if ranges and layer == ranges[-1][1] + 1:
+            ranges[-1][1] = layer
+        else:
+            ranges.append([layer, layer])
+    return " ".join(f"{first}-{last}" if first < last else f"{first}" for first, last in ranges)

@@ -6,6 +6,7 @@ DashAttention (``chunk_size``, ``estimate_diagonal``, ``sigma``, ``scaling_facto
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,8 +22,8 @@ def read_attention(folder: Path) -> AttentionConfig | None:
 
     The authors' format leaves open what their package and their training code do differently: taken is the package's
     (``summary_rope: none``, ``prior_heads: group``), and alpha 1.5. MiniCPM4's ``topk`` counts no block of the window,
-    ours all blocks; its ``dense_len``, below which it attends densely, has no counterpart: ours is dense up to topk *
-    block_size tokens.
+    ours all blocks. Its ``dense_len``, below which whole sequences are attended densely, is no option here: ours are
+    dense up to topk * block_size tokens, and ``check_same_attention`` refuses rows of lengths between.
 
     Raises:
         ValueError: an unknown backend, or options that it cannot have.
@@ -60,19 +61,41 @@ def read_step(folder: Path) -> int:
     return step
 
 
-def check_same_attention(attention: AttentionConfig, folder: Path) -> None:
+def check_same_attention(attention: AttentionConfig, folder: Path, lengths: Sequence[int] = ()) -> None:
     """Refuse to attend otherwise than the folder's weights were trained for.
+
+    Args:
+        lengths: of the rows, in tokens. Documents packed into them are not looked at.
 
     Raises:
         ValueError: with what to set.
     """
     theirs = read_attention(folder)
-    if theirs is not None and (theirs.name, theirs.layers) != (attention.name, attention.layers):
+    if theirs is None:
+        return
+    dense_len, longest = _dense_len(folder), max(lengths, default=math.inf)
+    if not is_sparse(attention) and longest < dense_len:
+        return
+    if (theirs.name, theirs.layers) != (attention.name, attention.layers):
         by_layer = "" if theirs.layers is None else f" and attention.layers={theirs.layers}"
         raise ValueError(
             f"{folder} was trained with {theirs.name} attention{by_layer}, and attention={attention.name} makes "
             "another model of it: set attention=checkpoint to take its own, or any_attention=true to go on anyway"
         )
+    between = [length for length in lengths if dense_len and attention.topk * attention.block_size < length < dense_len]
+    if between:
+        raise ValueError(
+            f"{folder} attends densely to sequences of fewer than dense_len={dense_len} tokens, and here rows of "
+            f"{between[0]} would be read sparsely: take attention=full for rows below it, longer rows, or "
+            "any_attention=true to go on anyway"
+        )
+
+
+def _dense_len(folder: Path) -> int:
+    """Tokens from which on MiniCPM4's own code is sparse, for a whole sequence at once; 0 for other folders."""
+    theirs = read_json(folder / CONFIG)
+    is_minicpm = not {KEY, "estimate_diagonal"} & theirs.keys() and theirs.get("sparse_config")
+    return theirs["sparse_config"].get("dense_len", _DENSE_LEN) if is_minicpm else 0
 
 
 def their_attention(attention: AttentionConfig, kind: str, step: int) -> dict:
@@ -115,12 +138,15 @@ def _from_authors(theirs: dict) -> DashConfig:
 
 # MiniCPM4's values where ``sparse_config`` is silent.
 _MINICPM = {"kernel_size": 32, "kernel_stride": 16, "init_blocks": 1, "block_size": 64, "window_size": 2048, "topk": 64}
+_DENSE_LEN = 8192
 
 
 def _from_minicpm(given: dict) -> InfLLMv2Config:
     if given.pop("use_nope", False):
         raise ValueError("use_nope: blocks are chosen by keys after RoPE here")
-    given.pop("dense_len", None)
+    dense_len = given.pop("dense_len", _DENSE_LEN)
+    if not isinstance(dense_len, int) or isinstance(dense_len, bool):
+        raise ValueError(f"dense_len={dense_len!r} must be an integer")
     unknown = sorted(given.keys() - _MINICPM.keys())
     if unknown:
         raise ValueError(f"sparse_config has {', '.join(map(str, unknown))}")

@@ -152,10 +152,34 @@ def test_minicpms_settings_become_infllmv2(tmp_path):
         check_same_attention(FullConfig(), tmp_path)
 
 
+def test_minicpm_attends_densely_to_what_is_shorter_than_dense_len(tmp_path):
+    """Its own code asks for the length of the whole sequence, and is then dense or sparse in all of it."""
+    minicpm(tmp_path, tie_word_embeddings=False)
+    sizes = {"kernel_size": 4, "kernel_stride": 2, "block_size": 8, "window_size": 16, "topk": 2}
+    edit(tmp_path, sparse_config=sizes | {"dense_len": 64})
+    sparse, dense = read_attention(tmp_path), FullConfig()
+    assert sparse.topk * sparse.block_size == 32
+    check_same_attention(sparse, tmp_path, [16, 32, 64, 128])
+    check_same_attention(dense, tmp_path, [16, 63])
+    with pytest.raises(ValueError, match=r"fewer than dense_len=64 tokens, and here rows of 33 .*attention=full"):
+        check_same_attention(sparse, tmp_path, [32, 33])
+    with pytest.raises(ValueError, match="rows of 63 would be read sparsely"):
+        check_same_attention(sparse, tmp_path, [63])
+    check_same_attention(replace(sparse, topk=8), tmp_path, [63])
+    with pytest.raises(ValueError, match="trained with infllmv2"):
+        check_same_attention(dense, tmp_path, [16, 64])
+    edit(tmp_path, sparse_config=sizes)
+    with pytest.raises(ValueError, match="dense_len=8192 tokens, and here rows of 8191"):
+        check_same_attention(sparse, tmp_path, [8192, 8191])
+    edit(tmp_path, sparse_config=sizes | {"dense_len": 0})
+    check_same_attention(sparse, tmp_path, [33, 8191])
+
+
 @pytest.mark.parametrize(
     "values",
     [
         {"sparse_config": {"use_nope": True}},
+        {"sparse_config": {"dense_len": "8192"}},
         {"sparse_config": {"topk": "64"}},
         {"sparse_config": {"block_size": 0}},
         {"sparse_config": {"gate": 1}},

@@ -98,6 +98,12 @@ def test_what_cannot_be_scored_gets_one_line(folder, tmp_path):
     assert (
         find_target(configure(tmp_path, folder, "attention=full", "any_attention=true")).train.attention.name == "full"
     )
+    sizes = {"kernel_size": 4, "kernel_stride": 2, "block_size": 8, "window_size": 16, "topk": 2, "dense_len": 64}
+    (folder / "config.json").write_text(json.dumps(config | {"sparse_config": sizes}))
+    assert find_target(configure(tmp_path, folder, "lengths=[64]")).train.attention.name == "infllmv2"
+    with pytest.raises(ValueError, match="rows of 48 would be read sparsely"):
+        find_target(configure(tmp_path, folder, "lengths=[48,64]"))
+    assert find_target(configure(tmp_path, folder, "lengths=[48]", "attention=full")).train.attention.name == "full"
     window = make_folder(tmp_path / "mistral", MistralConfig, MistralForCausalLM, sliding_window=128)
     assert find_target(configure(tmp_path, window, "lengths=[128]"))
     with pytest.raises(ValueError, match="sliding_window 128"):

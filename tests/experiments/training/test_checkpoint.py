@@ -95,6 +95,8 @@ def test_any_attention_goes_on_as_any_other(tmp_path, before):
 
 
 def test_what_is_taken_over_is_told_by_layer(tmp_path):
+    names = [f"layers.{layer}.attention.backend.a" for layer in (0, 1, 10, 2, 4, 12, 11)]
+    assert str(Loaded(names, [])) == "new: attention.backend.a of layers 0-2 4 10-12; dropped: none"
     path = tmp_path / "model.safetensors"
 
     def load(before, after):
@@ -102,10 +104,10 @@ def test_what_is_taken_over_is_told_by_layer(tmp_path):
         return str(load_weights(model(KINDS[after], num_layers=2), path))
 
     query, alpha = "attention.backend.chunk_query", "attention.backend.alpha_logit"
-    assert load("dash", "dash but the first") == f"new: none; dropped: {alpha} of layers 0 1, {query} of layers 0"
-    assert load("dash but the first", "dash") == f"new: {alpha} of layers 0 1, {query} of layers 0; dropped: none"
+    assert load("dash", "dash but the first") == f"new: none; dropped: {alpha} of layers 0-1, {query} of layers 0"
+    assert load("dash but the first", "dash") == f"new: {alpha} of layers 0-1, {query} of layers 0; dropped: none"
     # Windows of another length are compressed by other networks, of which no part is left among the new ones.
-    assert load("nsa", "nsa, longer windows").count("compress_k.down.bias of layers 0 1") == 2
+    assert load("nsa", "nsa, longer windows").count("compress_k.down.bias of layers 0-1") == 2
 
 
 @pytest.fixture
