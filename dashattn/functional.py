@@ -134,7 +134,7 @@ def dash_attention(
     route = {"selector": selector, "alpha": alpha, "router_scale": router_scale, "topk": topk, "top_p": top_p}
     route |= {"prior": prior, "sigma": sigma, "init_chunks": init_chunks, "local_chunks": local_chunks}
     route |= {"cu_seqlens": cu_seqlens}
-    if use_kernels(impl, q, chunk_size, unsupported_routing(prior_heads, selector)):
+    if use_kernels(impl, q, chunk_size, unsupported_priors(prior_heads)):
         from dashattn.ops.dash_attention.triton import dash_attention as attend
 
         sizes = {"chunk_size": chunk_size, "scale": scale}
@@ -329,8 +329,6 @@ def _stats_with_windows(
     return selection_stats(selection, reads, cu_seqlens, window_size)
 
 
-def unsupported_routing(prior_heads: str, selector: str) -> str | None:
-    """What keeps DashAttention's kernels from these options, if anything does."""
-    if selector != "entmax":
-        return "the kernels have selector='entmax' only"
+def unsupported_priors(prior_heads: str) -> str | None:
+    """What keeps DashAttention's kernels from these priors, if anything does."""
     return None if prior_heads == "group" else "the kernels have prior_heads='group' only"

@@ -13,7 +13,7 @@ from dashattn.backends.base import ALL_HEADS, AttentionBackend, HeadShare
 from dashattn.backends.options import AttentionConfig, forced_keys
 from dashattn.cache import CacheField
 from dashattn.checks import check
-from dashattn.functional import dash_attention, unsupported_routing
+from dashattn.functional import dash_attention, unsupported_priors
 from dashattn.ops.chunk_summary.reference import chunk_summary
 from dashattn.ops.dash_routing.reference import candidate_chunks, chunk_probabilities, chunk_scores, dash_routing
 from dashattn.ops.decode.reference import new_positions
@@ -303,4 +303,4 @@ class DashBackend(AttentionBackend):
         return operations.cached_attention(q, cache["k"], cache["v"], cache.lengths, selection, bias)
 
     def _decode_kernels(self, x, unsupported=None):
-        return super()._decode_kernels(x, unsupported_routing(self.config.prior_heads, self.config.selector))
+        return super()._decode_kernels(x, unsupported_priors(self.config.prior_heads))

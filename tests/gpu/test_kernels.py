@@ -136,7 +136,7 @@ def test_thresholds_are_exact_at_any_chunk_count(num_chunks, spread):
     length = num_chunks * chunk + 1
     q = random(1, 1, 16, dim, dtype=BF16).expand(1, length, 16, dim)
     summaries = (spread * random(1, num_chunks, 1, dim) + random(1, 1, 1, dim)).to(BF16)
-    _, peak, tau = _route_op(q, summaries, None, None, None, chunk, 1.0, [0, 0])
+    _, peak, tau = _route_op(q, summaries, None, None, None, None, chunk, 1.0, [0, 0], "entmax")
     x = 0.5 * (q[0, -1].double() @ summaries[0, :, 0].double().T - peak[0, -1, :, None])
     p = (x - tau[0, -1, :, None]).clamp_min(0).square()
     assert (p.sum(-1) - 1).abs().max() < 5e-4 * max(1.0, spread * 10)  # float32 scores against float64

@@ -61,8 +61,12 @@ def prefill_and_training(length, heads, kv_heads, dim, init_chunks=0):
     q, k, v = (make(length, h, dim) for h in (heads, kv_heads, kv_heads))
     q.requires_grad_()
     chunk_query = torch.zeros(kv_heads, dim, requires_grad=True)
-    # The second has every branch of the router.
-    for options in ({}, {"prior": "raw", "alpha": torch.full((heads,), 1.3, requires_grad=True)}):
+    for options in (
+        {},
+        {"prior": "raw", "alpha": torch.full((heads,), 1.3, requires_grad=True)},  # every branch of entmax's router
+        {"prior": "raw", "selector": "topk", "topk": 20},
+        {"sigma": 1.0, "selector": "topp"},
+    ):
         out, _ = dash_attention(q, k, v, chunk_query, chunk_size=CHUNK, init_chunks=init_chunks, **options)
         out.backward(out)
     everything = Selection.from_mask(torch.ones(1, length, kv_heads, -(-length // CHUNK), dtype=torch.bool), CHUNK)
@@ -111,8 +115,14 @@ def decoding(heads, kv_heads, dim):
     decode.append(k[:, :1], v[:, :1], k, v, lengths, pooled=compressed[0], window=(32, 16))
     decode.compress_window([k, v], mlps, compressed, lengths, 32, 16)
     new = decode.NewToken(k[:, :1], v[:, :1], k, v, k[0, 0])
-    for options in (dict(alpha=1.7, prior="raw", sigma=1.0), dict(alpha=1.5, prior="tempered", sigma=1.0)):
-        decode.routed_attention(q, k, v, summaries, lengths, chunk_size=CHUNK, router_scale=1.0, **options, new=new)
+    for options in (
+        dict(alpha=1.7, prior="raw"),
+        dict(alpha=1.5, prior="tempered"),
+        dict(selector="topk", topk=2, prior="raw"),
+        dict(selector="topp", top_p=0.7, prior="tempered"),
+    ):
+        options |= dict(chunk_size=CHUNK, router_scale=1.0, sigma=1.0, new=new)
+        decode.routed_attention(q, k, v, summaries, lengths, **options)
     decode.cached_attention(q, k, v, lengths)
     decode.cached_attention(q, k, v, lengths, Selection(torch.ones(1, kv_heads, 1, 1, dtype=torch.int32), CHUNK))
     for pooling in ("max", "weighted"):

@@ -103,6 +103,17 @@ def test_priors(alpha):
     backward(bias, *inputs)
 
 
+@pytest.mark.parametrize("selector", [{"selector": "topk", "topk": 3}, {"selector": "topp", "top_p": 0.6}], ids=str)
+def test_selectors_by_a_softmax(selector):
+    q, k, v = (odd_numbers(1, 70, heads, 16).requires_grad_() for heads in (2, 1, 1))
+    out, _ = dash_attention(q, k, v, odd_numbers(1, 16), chunk_size=CHUNK, sigma=1.0, init_chunks=1, **selector)
+    backward(out, q, k, v)
+    lengths = torch.tensor([69], dtype=torch.int32)
+    caches = [odd_numbers(1, length, 1, 16) for length in (80, 80, 5)]
+    options = dict(chunk_size=CHUNK, router_scale=3.0, prior="tempered", sigma=1.0, **selector)
+    decode.routed_attention(odd_numbers(1, 1, 2, 16), *caches, lengths, **options)
+
+
 def test_other_methods():
     q, k, v = (odd_numbers(1, 90, heads, 16).requires_grad_() for heads in (2, 1, 1))
     backward(infllmv2_attention(q, k, v, **BLOCKS, **WINDOWS, window_size=CHUNK, impl="triton"), q, k, v)

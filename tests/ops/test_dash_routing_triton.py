@@ -107,6 +107,56 @@ def test_many_forced_chunks_agree_with_the_references():
     compare(600, 1, 1.5, None, router_scale=1.5, prior="raw", init_chunks=33, local_chunks=1)
 
 
+@pytest.mark.parametrize(
+    ("length", "group", "selector", "router_scale", "prior", "forced", "cu_seqlens"),
+    [
+        (130, 3, {"topk": 3}, 3.0, "raw", (0, 0), None),
+        (130, 3, {"topk": 4}, 3.0, "tempered", (1, 1), None),
+        (130, 1, {"topk": 3}, 1.0, "none", (1, 0), None),
+        (130, 2, {"topk": 99}, 1.0, "raw", (1, 0), None),
+        (130, 4, {"topk": 1}, 1.0, "tempered", (0, 0), None),  # nothing but a token's own chunk
+        (100, 3, {"topk": 3}, 2.0, "raw", (1, 0), [0, 1, 20, 20, 85, 100]),
+        (130, 3, {"top_p": 0.6}, 3.0, "raw", (0, 0), None),
+        (130, 3, {"top_p": 0.8}, 1.0, "tempered", (1, 1), None),
+        (130, 2, {"top_p": 1.0}, 1.0, "raw", (1, 0), None),
+        (130, 2, {"top_p": 1e-6}, 1.0, "raw", (0, 0), None),
+        (540, 1, {"top_p": 0.7}, 2.0, "raw", (0, 2), None),  # more chunks than a tile of them and than a word
+        (100, 3, {"top_p": 0.6}, 2.0, "tempered", (1, 0), [0, 1, 20, 20, 85, 100]),
+        (40, 2, {"top_p": 0.6}, 2.0, "raw", (1, 1), None),  # all is forced
+    ],
+)
+def test_other_selectors_agree_with_the_references(length, group, selector, router_scale, prior, forced, cu_seqlens):
+    options = dict(selector="topk" if "topk" in selector else "topp", **selector)
+    options |= dict(init_chunks=forced[0], local_chunks=forced[1], router_scale=router_scale, prior=prior, sigma=0.5)
+    compare(length, group, 1.5, cu_seqlens, **options)
+
+
+@pytest.mark.parametrize("selector", [{"topk": 6}, {"top_p": 0.47}, {"top_p": 1.0}], ids=str)
+@pytest.mark.parametrize("router_scale", [1e-3, 300.0])
+def test_ties_and_underflow_of_other_selectors(selector, router_scale):
+    """Chunks alike but for one, and of a large scale: the others' probabilities are 0, or as good as."""
+    q, summaries = torch.ones(1, 300, 2, 16), torch.zeros(1, 18, 1, 16)
+    summaries[:, 7] = 1
+    options = dict(chunk_size=CHUNK, selector="topk" if "topk" in selector else "topp", **selector)
+    options |= dict(router_scale=router_scale, prior="raw", init_chunks=1)
+    expected, expected_bias = reference.dash_routing(q, summaries, **options)
+    selection, bias = kernels.dash_routing(q, summaries, **options)
+    assert torch.equal(selection.mask(), expected.mask())
+    assert bias.isfinite().all()
+    assert relative_error(bias, expected_bias) < 1e-5
+
+
+def test_a_bound_that_moves_gives_the_same_bits():
+    q, summaries = torch.randn(1, 90, 2, 16), torch.randn(1, 5, 1, 16)
+    for selector, name, bound in (("topk", "topk", 3), ("topp", "top_p", 0.6)):
+        found = []
+        for value in (bound, torch.tensor(bound, dtype=torch.float64)):
+            options = {"chunk_size": CHUNK, "selector": selector, "prior": "raw", name: value}
+            found.append(kernels.dash_routing(q, summaries, **options))
+        assert torch.equal(found[0][0].words, found[1][0].words)
+        assert torch.equal(found[0][1], found[1][1])
+
+
 def compare(length, group, alpha, cu_seqlens, **options):
     """Selection, output and gradients of kernels and references; ``alpha``: one, or (the first, the last head's)."""
     if cu_seqlens is not None:
@@ -163,8 +213,9 @@ def test_the_words_alone_say_what_is_selected(alpha):
     length, scale, score_scale = 90, 0.25, 4.0
     q, k, v, grad = (torch.randn(1, length, heads, 16) for heads in (2, 1, 1, 2))
     alpha = None if alpha is None else torch.full((2,), alpha)
-    settings = (CHUNK, score_scale, [0, 0], scale, "raw", 1.0)
-    out, words, lse, peak, tau, summaries = _forward_op(q, k, v, torch.zeros(1, 1, 16), alpha, None, None, *settings)
+    settings = (CHUNK, score_scale, [0, 0], scale, "entmax", "raw", 1.0)
+    rows = _forward_op(q, k, v, torch.zeros(1, 1, 16), alpha, None, None, None, *settings)
+    out, words, lse, peak, tau, summaries = rows
     own = torch.arange(length)[:, None] // CHUNK
     fewer = torch.where(words & (words - 1) != 0, words & (words - 1), words)  # without the first chunk selected
     more = words | ((2 << own) - 1).int()  # every chunk up to the own one
@@ -178,8 +229,8 @@ def test_the_words_alone_say_what_is_selected(alpha):
     geo = geometry(q, 1, None)
     blocks, router = -(-length // CHUNK), router_options(geo.padded_dim, q.itemsize)
     starts = summary_starts(geo, CHUNK)
-    rows = (q[0], summaries, alpha, starts, peak[0], tau[0])
-    bias = prior_bias(*rows, geo, CHUNK, blocks, score_scale, (0, 0), None, router)
+    rows = (q[0], summaries, alpha, starts, words[0], peak[0], tau[0])
+    bias = prior_bias(*rows, geo, CHUNK, blocks, score_scale, (0, 0), None, False, router)
     with_more, _ = attend(q[0], k[0], v[0], more[0], bias, geo, CHUNK, scale)
     assert relative_error(with_more, out[0]) < 1e-6
 

@@ -110,6 +110,35 @@ def test_routing_and_attention(group, alpha, router_scale, prior, sigma, dtype, 
     assert error < (1e-3 if dtype == torch.float16 else 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("group", "selector", "router_scale", "prior", "dtype", "num_tokens", "forced"),
+    [
+        (3, {"topk": 4}, 4.0, "raw", torch.float32, 2, (0, 0)),
+        (4, {"topk": 6}, 2.0, "tempered", torch.float32, 2, (1, 2)),
+        (2, {"topk": 60}, 2.0, "raw", torch.float32, 1, (1, 0)),
+        (16, {"topk": 3}, 2.0, "none", torch.float16, 1, (1, 1)),
+        (3, {"top_p": 0.6}, 4.0, "raw", torch.float32, 2, (1, 0)),
+        (1, {"top_p": 0.8}, 2.0, "tempered", torch.float32, 1, (0, 1)),
+        (2, {"top_p": 1.0}, 300.0, "raw", torch.float32, 1, (0, 0)),
+        (2, {"top_p": 1e-6}, 0.01, "tempered", torch.float32, 2, (20, 17)),  # one candidate, and then two
+    ],
+)
+def test_routing_by_another_selector_and_attention(group, selector, router_scale, prior, dtype, num_tokens, forced):
+    k, v, lengths = make_cache([14, 606], 640, dtype=dtype)
+    q = queries(lengths, num_tokens, 2 * group, dtype=dtype)
+    summaries = chunk_summary(k, torch.randn(2, 24, device=DEVICE), chunk_size=BLOCK)
+    options = dict(selector="topk" if "topk" in selector else "topp", **selector)
+    options |= dict(router_scale=router_scale, prior=prior, sigma=0.5, init_chunks=forced[0], local_chunks=forced[1])
+    selection, bias = reference.cached_dash_routing(
+        q, summaries, lengths, chunk_size=BLOCK, prior_heads="group", **options
+    )
+    expected = reference.cached_attention(q, k, v, lengths, selection, bias)
+    poison(summaries, lengths // BLOCK, 0)
+    out = kernels.routed_attention(q, k, v, summaries, lengths, chunk_size=BLOCK, **options)
+    error = ((out - expected).float().norm() / expected.float().norm()).item()
+    assert error < (1e-3 if dtype == torch.float16 else 1e-5)
+
+
 @pytest.mark.parametrize("pooling", ["max", "weighted"])
 @pytest.mark.parametrize(("group", "num_tokens", "topk"), [(1, 1, 3), (3, 2, 4), (2, 1, 36), (2, 1, 60)])
 def test_selection_from_compressed_keys(pooling, group, num_tokens, topk):

@@ -31,11 +31,14 @@ def test_operators_keep_torch_librarys_rules():
     q, k, v = make_qkv()
     selected = (make(1, 20, 2, 16).detach(), make(1, 2, 1, 16).detach())
     scale = torch.tensor(2.0, dtype=torch.float64)  # on the CPU, wherever the others are
+    k_of_topk = torch.tensor(1.0, dtype=torch.float64)
+    whole = (q, k, v, make(1, 1, 16), None, None)
     words = torch.full((1, 1, 24, 1), 3, dtype=torch.int32, device=DEVICE)
     for operator, arguments in (
         (chunk_summary._forward_op, (k, make(1, 1, 16), None, 16)),
-        (dash_whole._forward_op, (q, k, v, make(1, 1, 16), None, None, None, 16, 1.0, [0, 0], 0.25, "raw", 1.0)),
-        (dash_whole._forward_op, (q, k, v, make(1, 1, 16), None, None, scale, 16, 1.0, [1, 0], 0.25, "raw", 1.0)),
+        (dash_whole._forward_op, (*whole, None, None, 16, 1.0, [0, 0], 0.25, "entmax", "raw", 1.0)),
+        (dash_whole._forward_op, (*whole, scale, None, 16, 1.0, [1, 0], 0.25, "entmax", "raw", 1.0)),
+        (dash_whole._forward_op, (*whole, None, k_of_topk, 16, 1.0, [0, 0], 0.25, "topk", "raw", 1.0)),
         (block_sparse._forward_op, (q, k, v, words, None, None, 16, 0.25)),
         (band._forward_op, (*make_qkv(20), None, 1, 1, 10, 0.25)),
         (block_scores._select_op, (*selected, None, None, 8, 8, "max", 16, 1, 0, 1, 0.25)),

@@ -40,6 +40,7 @@ def test_kernels_compile_for_hopper(tmp_path, options):
         "query_grad_kernel",
         "key_grad_kernel",
         "threshold_kernel",
+        "softmax_kernel",
         "prior_kernel",
         "query_kernel",
         "summary_kernel",

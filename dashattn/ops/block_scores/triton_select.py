@@ -9,7 +9,8 @@ At 32k tokens, 32 heads and a stride of 16 there are 1.1e9 causal (row, window) 
 first pass. Their pooled scores are a 64th of that, so a search that reads those a handful of times is cheap. It
 narrows, in the float32 bit patterns (scores are not negative, so they are ordered as integers), an interval that holds
 the k-th score, 9-fold a step, until what it holds is exactly what is wanted of it, or a single value: the blocks of
-that value tie, and the lowest win. Max-pooling makes such ties common: neighbouring blocks share a window.
+that value tie, and the lowest win. Max-pooling makes such ties common: neighbouring blocks share a window. With TOP_P
+it is the score at which the sum of all that are as high reaches what is wanted.
 
 Shapes as in ``band/triton_forward``, with N blocks of BLOCK tokens and W words of 32 blocks: words int32 [H, n, W];
 scratch float32 [programs, 2, tokens of a tile, row_stride >= N]. The windows that begin in a block give to it, in the
@@ -80,10 +81,10 @@ def _score_bits(scratch, plane, row_stride, block, own, init_blocks, local_block
 @triton.jit
 def _select_tile(
     tile, q_ptr, k_desc, lse_ptr, words, scratch, documents, key_starts, scale_log2, num_tokens, num_words, num_slots,
-    num_documents, row_stride, topk, init_blocks, local_blocks,
+    num_documents, row_stride, topk, wanted_mass, init_blocks, local_blocks,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
-    KEYS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, MAX_POOLING: tl.constexpr, HEAD_DIM: tl.constexpr,
-    DIM: tl.constexpr, PRECISION: tl.constexpr, SEARCHED: tl.constexpr,
+    KEYS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, MAX_POOLING: tl.constexpr, TOP_P: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, SEARCHED: tl.constexpr,
 ):  # fmt: skip
     # Late tiles have most to do and go first.
     kv_head = tile % KV_HEADS
@@ -97,7 +98,11 @@ def _select_tile(
     own = tl.where(in_document, token_position // BLOCK, -1)
     last_own = tl.max(own, 0)
     # Where there are no more blocks than topk, all are taken. Elsewhere the forced ones leave ``free`` to compete for.
-    free = topk - init_blocks - local_blocks
+    if TOP_P:
+        topk = init_blocks + local_blocks
+        free = 1
+    else:
+        free = topk - init_blocks - local_blocks
     ranked = (own >= topk) & (free > 0)
     unsolved = (last_own >= topk) & (free > 0)
 
@@ -129,26 +134,44 @@ def _select_tile(
     high = tl.full([TOKENS], INFINITY_BITS, tl.int32)
     count_low = tl.where(ranked, own - local_blocks + 1 - init_blocks, 0)
     count_high = tl.zeros([TOKENS], tl.int32)
+    mass_high = tl.zeros([TOKENS], tl.float32)
     base = tl.full([TOKENS], FIRST_PROBE, tl.int32)
     step = tl.full([TOKENS], FIRST_STEP, tl.int32)
     while unsolved:
         probe = base[:, None] + step[:, None] * tl.arange(0, PROBES)[None, :]
         count = tl.zeros([TOKENS, PROBES], tl.int32)
+        mass = tl.zeros([TOKENS, PROBES], tl.float32)
         for first in range(0, last_own - local_blocks + 1, SEARCHED):
             block = first + tl.arange(0, SEARCHED)
             bits = _score_bits(
                 scratch, plane, row_stride, block, own, init_blocks, local_blocks, ranked, TOKENS, MAX_POOLING
             )
-            count += tl.sum((bits[:, :, None] >= probe[:, None, :]).to(tl.int32), 1)
-        enough = count >= wanted[:, None]
+            reached = bits[:, :, None] >= probe[:, None, :]
+            count += tl.sum(reached.to(tl.int32), 1)
+            if TOP_P:
+                score = tl.where(bits >= 0, bits, 0).to(tl.float32, bitcast=True)
+                mass += tl.sum(tl.where(reached, score[:, :, None], 0.0), 1)
+        if TOP_P:
+            enough = mass >= wanted_mass
+            mass_high = tl.maximum(mass_high, tl.max(tl.where(enough, 0.0, mass), 1))
+        else:
+            enough = count >= wanted[:, None]
         passed = tl.sum(enough.to(tl.int32), 1)
         count_low = tl.minimum(count_low, tl.min(tl.where(enough, count, 0x7FFFFFFF), 1))
         count_high = tl.maximum(count_high, tl.max(tl.where(enough, 0, count), 1))
         low = tl.where(passed > 0, base + (passed - 1) * step, low)
         high = tl.where(passed < PROBES, tl.minimum(high, base + passed * step), high)
-        unsolved = tl.max(((count_low > wanted) & (high - low > 1)).to(tl.int32), 0) > 0
+        surplus = count_low - count_high > 1 if TOP_P else count_low > wanted
+        unsolved = tl.max((surplus & (high - low > 1)).to(tl.int32), 0) > 0
         step = (high - low + PROBES) // (PROBES + 1)
         base = low + step
+
+    if TOP_P:
+        # One block alone is between, or blocks of one score: as many of them as it takes.
+        tie = low.to(tl.float32, bitcast=True)
+        missing = tl.where(tie > 0, (wanted_mass - mass_high) / tl.where(tie > 0, tie, 1.0), 1e9)
+        missing = tl.ceil(tl.minimum(missing, 1e9)).to(tl.int32)
+        wanted = count_high + tl.where(high - low > 1, 1, tl.maximum(missing, 1))
 
     token = (start + token_position).to(tl.int64)
     word_row = words + (kv_head.to(tl.int64) * num_tokens + token) * num_words
@@ -180,18 +203,18 @@ def _select_tile(
 )  # fmt: skip
 def select_kernel(
     q_ptr, k_desc, lse_ptr, words, scratch, next_tile, documents, key_starts, scale_log2, num_tokens, num_words,
-    num_slots, num_documents, row_stride, topk, init_blocks, local_blocks,
+    num_slots, num_documents, row_stride, topk, wanted_mass, init_blocks, local_blocks,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
-    KEYS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, MAX_POOLING: tl.constexpr, HEAD_DIM: tl.constexpr,
-    DIM: tl.constexpr, PRECISION: tl.constexpr, SEARCHED: tl.constexpr,
+    KEYS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, MAX_POOLING: tl.constexpr, TOP_P: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, SEARCHED: tl.constexpr,
 ):  # fmt: skip
     scratch += tl.program_id(0).to(tl.int64) * (2 * TOKENS * row_stride)
     tile = tl.atomic_add(next_tile, 1)
     while tile < num_slots * KV_HEADS:
         _select_tile(
             tile, q_ptr, k_desc, lse_ptr, words, scratch, documents, key_starts, scale_log2, num_tokens, num_words,
-            num_slots, num_documents, row_stride, topk, init_blocks, local_blocks, KV_HEADS, GROUP, GROUP_P, TOKENS,
-            BLOCK, KEYS, SIZE, STRIDE, MAX_POOLING, HEAD_DIM, DIM, PRECISION, SEARCHED,
+            num_slots, num_documents, row_stride, topk, wanted_mass, init_blocks, local_blocks, KV_HEADS, GROUP,
+            GROUP_P, TOKENS, BLOCK, KEYS, SIZE, STRIDE, MAX_POOLING, TOP_P, HEAD_DIM, DIM, PRECISION, SEARCHED,
         )  # fmt: skip
         tile = tl.atomic_add(next_tile, 1)
 
@@ -204,11 +227,22 @@ def select_options(dim: int, itemsize: int) -> dict:
     return dict(rows=64, launch=around(4, stages_that_fit(64 * dim * itemsize, 64 * dim * itemsize, 2)))
 
 
+def wanted_mass(top_p: float | None, group: int) -> float:
+    """What the scores of a group's selected blocks are to sum to; more than they can where all are wanted."""
+    return 1e30 if top_p == 1 else group * (top_p or 0.0)
+
+
 def select(
     q: Tensor, k: Tensor, lse: Tensor, starts: Tensor, geo: Geometry, band: Band, num_blocks: int, block_size: int,
-    topk: int, init_blocks: int, local_blocks: int, max_pooling: bool, scale: float,
+    topk: int, init_blocks: int, local_blocks: int, max_pooling: bool, scale: float, top_p: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Selection words int32 [H, n, W]. ``lse``: base-2 log-normalisers, float32 [n, Hq], of the same products."""
+    """Selection words int32 [H, n, W].
+
+    Args:
+        lse: base-2 log-normalisers, float32 [n, Hq], of the same products.
+        top_p: in place of ``topk``: the fewest blocks beside the forced ones whose scores, on average over the heads of
+            a group, sum to it; 1 takes all.
+    """
     words = torch.zeros(geo.kv_heads, geo.tokens, -(-num_blocks // 32), dtype=torch.int32, device=q.device)
     options = select_options(geo.padded_dim, q.itemsize)
     constants = band_constants(geo, band, q.dtype, options["rows"])
@@ -220,8 +254,9 @@ def select(
     launch(
         select_kernel, (programs,),
         q, key_descriptor(k, geo, constants["KEYS"]), lse, words, scratch, next_tile, geo.documents, starts,
-        scale * LOG2E, geo.tokens, words.shape[-1], slots, geo.num_documents, row_stride, topk, init_blocks,
-        local_blocks, BLOCK=block_size, MAX_POOLING=max_pooling, SEARCHED=max(32, 1024 // constants["TOKENS"]),
+        scale * LOG2E, geo.tokens, words.shape[-1], slots, geo.num_documents, row_stride, topk,
+        wanted_mass(top_p, geo.group), init_blocks, local_blocks, BLOCK=block_size, MAX_POOLING=max_pooling,
+        TOP_P=top_p is not None, SEARCHED=max(32, 1024 // constants["TOKENS"]),
         options=options["launch"], tokens=geo.tokens, restore=[next_tile], **constants,
     )  # fmt: skip
     return words

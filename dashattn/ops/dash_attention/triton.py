@@ -42,38 +42,41 @@ from dashattn.ops.dash_routing.triton import (
     has_forward_bias,
     joined_scale,
     num_blocks,
+    route,
+    selector_bound,
     split_scale,
     temperature,
 )
 from dashattn.ops.dash_routing.triton_backward import route_backward
-from dashattn.ops.dash_routing.triton_forward import prior_bias, route, router_options
+from dashattn.ops.dash_routing.triton_forward import prior_bias, router_options
 from dashattn.ops.tiles import flatten_tokens, geometry
 from dashattn.selection import Selection
 
 
 def _forward_bias(
-    q_nHD, summaries, alpha, starts, peak, tau, geo, chunk_size, blocks, score_scale, forced, prior, sigma, router
-):
+    q_nHD, summaries, alpha, starts, words, peak, tau, geo, chunk_size, blocks, score_scale, forced, prior, sigma,
+    softmax, router,
+):  # fmt: skip
     """The bias [n, H, N] where the attention needs one, else None; the backward makes it again."""
     if not has_forward_bias(prior, sigma, q_nHD.dtype):
         return None
     return prior_bias(
-        q_nHD, summaries, alpha, starts, peak, tau, geo, chunk_size, blocks, score_scale, forced,
-        temperature(prior, sigma), router,
+        q_nHD, summaries, alpha, starts, words, peak, tau, geo, chunk_size, blocks, score_scale, forced,
+        temperature(prior, sigma), softmax, router,
     )  # fmt: skip
 
 
 @torch.library.custom_op("dashattn::dash_attention_forward", mutates_args=())
 def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, queries: Tensor, alpha: Tensor | None, cu_seqlens: Tensor | None,
-    router_scale: Tensor | None, chunk_size: int, score_scale: float, forced: list[int], scale: float, prior: str,
-    sigma: float,
+    router_scale: Tensor | None, bound: Tensor | None, chunk_size: int, score_scale: float, forced: list[int],
+    scale: float, selector: str, prior: str, sigma: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Output [B, T, Hq, D], words [B, H, T, W], and what the backward needs.
 
     That is per row the log-normaliser, the highest product q . k~ and the threshold, and the summaries.
-    ``router_scale``: float64 [] on the CPU, a factor of ``score_scale``. ``forced``: ``init_chunks`` and
-    ``local_chunks``.
+    ``router_scale``: float64 [] on the CPU, a factor of ``score_scale``. ``bound``: see ``selector_bound``. ``forced``:
+    ``init_chunks`` and ``local_chunks``.
     """
     score_scale = joined_scale(router_scale, score_scale)
     geo = geometry(q, k.shape[2], cu_seqlens)
@@ -84,10 +87,13 @@ def _forward_op(
     starts = summary_starts(geo, chunk_size)
     router = router_options(geo.padded_dim, q.itemsize)
     summaries = summarise(k_nHD, queries, starts, geo, chunk_size, _num_summaries(k, chunk_size))
-    words, peak, tau = route(q_nHD, summaries, alpha, starts, geo, chunk_size, blocks, score_scale, forced, router)
-    bias = _forward_bias(
-        q_nHD, summaries, alpha, starts, peak, tau, geo, chunk_size, blocks, score_scale, forced, prior, sigma, router
+    words, peak, tau = route(
+        q_nHD, summaries, alpha, starts, geo, chunk_size, blocks, score_scale, forced, selector, bound, router
     )
+    bias = _forward_bias(
+        q_nHD, summaries, alpha, starts, words, peak, tau, geo, chunk_size, blocks, score_scale, forced, prior, sigma,
+        bound is not None, router,
+    )  # fmt: skip
     out, lse = attend(q_nHD, k_nHD, v_nHD, words, bias, geo, chunk_size, scale)
     words = words.unflatten(1, q.shape[:2]).transpose(0, 1).contiguous()
     return out.view(q.shape), words, *(x.view(q.shape[:3]) for x in (lse, peak, tau)), summaries
@@ -98,7 +104,8 @@ def _num_summaries(k: Tensor, chunk_size: int) -> int:
 
 
 @_forward_op.register_fake
-def _(q, k, v, queries, alpha, cu_seqlens, router_scale, chunk_size, score_scale, forced, scale, prior, sigma):
+def _(q, k, v, queries, alpha, cu_seqlens, router_scale, bound, chunk_size, score_scale, forced, scale, selector, prior,
+      sigma):  # fmt: skip
     batch, length, heads, _ = q.shape
     width = -(-num_blocks(q, chunk_size) // 32)
     words = q.new_empty(batch, k.shape[2], length, width, dtype=torch.int32)
@@ -112,7 +119,8 @@ def _(q, k, v, queries, alpha, cu_seqlens, router_scale, chunk_size, score_scale
 def _backward_op(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, queries: Tensor, alpha: Tensor | None, cu_seqlens: Tensor | None,
     router_scale: Tensor | None, out: Tensor, words: Tensor, lse: Tensor, peak: Tensor, tau: Tensor, summaries: Tensor,
-    chunk_size: int, score_scale: float, forced: list[int], scale: float, prior: str, sigma: float, alpha_grad: bool,
+    chunk_size: int, score_scale: float, forced: list[int], scale: float, selector: str, prior: str, sigma: float,
+    alpha_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, the gradient of the queries in float32, and dalpha (empty unless asked for)."""
     score_scale = joined_scale(router_scale, score_scale)
@@ -126,9 +134,11 @@ def _backward_op(
     flat_words = flatten_words(words)
     starts = summary_starts(geo, chunk_size)
     router = router_options(geo.padded_dim, q.itemsize)
+    softmax = selector != "entmax"
     bias = _forward_bias(
-        q_nHD, summaries, alpha, starts, peak, tau, geo, chunk_size, blocks, score_scale, forced, prior, sigma, router
-    )
+        q_nHD, summaries, alpha, starts, flat_words, peak, tau, geo, chunk_size, blocks, score_scale, forced, prior,
+        sigma, softmax, router,
+    )  # fmt: skip
     delta_nH = delta(out_nHD, do_nHD)
     options = key_grad_options(geo.padded_dim, chunk_size, q.itemsize)
     by_key = key_lists(flat_words, geo, chunk_size, key_grad_window(geo, chunk_size, q.itemsize, options["keys"]))
@@ -148,7 +158,7 @@ def _backward_op(
             lists = tile_lists(flat_words, geo, chunk_size, router_tokens)
         dsummaries, dalpha = route_backward(
             q_nHD, summaries, alpha, starts, peak, tau, bias_grad, dq, flat_words, lists, geo, chunk_size,
-            score_scale, forced, temperature(prior, sigma), alpha_grad, router,
+            score_scale, forced, temperature(prior, sigma), alpha_grad, softmax, router,
         )  # fmt: skip
         dqueries = summarise_backward(
             dsummaries, k_nHD, queries, dk, starts, geo, chunk_size, _num_summaries(k, chunk_size)
@@ -160,14 +170,14 @@ def _backward_op(
 
 @_backward_op.register_fake
 def _(grad, q, k, v, queries, alpha, cu_seqlens, router_scale, out, words, lse, peak, tau, summaries, chunk_size,
-      score_scale, forced, scale, prior, sigma, alpha_grad):  # fmt: skip
+      score_scale, forced, scale, selector, prior, sigma, alpha_grad):  # fmt: skip
     dqueries = queries.new_empty(queries.shape, dtype=torch.float32)
     dalpha = q.new_empty(q.shape[2] if alpha_grad else 0, dtype=torch.float32)
     return *(x.new_empty(x.shape) for x in (q, k, v)), dqueries, dalpha
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, queries, alpha, cu_seqlens, router_scale, *ctx.settings = inputs
+    q, k, v, queries, alpha, cu_seqlens, router_scale, _bound, *ctx.settings = inputs
     ctx.save_for_backward(q, k, v, queries, alpha, cu_seqlens, router_scale, *output)
 
 
@@ -175,7 +185,7 @@ def _backward(ctx, grad, *_):
     alpha_grad = ctx.needs_input_grad[4]
     saved = ctx.saved_tensors
     dq, dk, dv, dqueries, dalpha = _backward_op(grad, *saved, *ctx.settings, alpha_grad)
-    return dq, dk, dv, dqueries.to(saved[3].dtype), dalpha if alpha_grad else None, *(None,) * 8
+    return dq, dk, dv, dqueries.to(saved[3].dtype), dalpha if alpha_grad else None, *(None,) * 10
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
@@ -211,15 +221,17 @@ def dash_attention(
             router_qk[1], chunk_query, chunk_size=chunk_size, cu_seqlens=cu_seqlens, rope=summary_rope
         )
         selection, bias = dash_routing(
-            router_qk[0], summaries, chunk_size=chunk_size, alpha=alpha, router_scale=router_scale, prior=prior,
-            sigma=sigma, init_chunks=init_chunks, local_chunks=local_chunks, cu_seqlens=cu_seqlens,
+            router_qk[0], summaries, chunk_size=chunk_size, selector=selector, alpha=alpha, router_scale=router_scale,
+            topk=topk, top_p=top_p, prior=prior, sigma=sigma, init_chunks=init_chunks, local_chunks=local_chunks,
+            cu_seqlens=cu_seqlens,
         )  # fmt: skip
         return block_sparse_attention(q, k, v, selection, bias, scale=scale, cu_seqlens=cu_seqlens), selection
     head_scale = q.shape[-1] ** -0.5
     queries = pooling_queries(k, chunk_query, chunk_size, cu_seqlens, summary_rope)
     factor, score_scale = split_scale(router_scale, head_scale)
+    bound = selector_bound(selector, topk, top_p)
     out, words, *_ = _forward_op(
-        q, k, v, queries, alpha_of_heads(alpha, q), cu_seqlens, factor, chunk_size, score_scale,
-        [init_chunks, local_chunks], head_scale if scale is None else scale, prior, sigma,
+        q, k, v, queries, alpha_of_heads(alpha, q) if bound is None else None, cu_seqlens, factor, bound, chunk_size,
+        score_scale, [init_chunks, local_chunks], head_scale if scale is None else scale, selector, prior, sigma,
     )  # fmt: skip
     return out, Selection(words, chunk_size)

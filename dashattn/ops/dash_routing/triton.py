@@ -12,9 +12,10 @@ from torch import Tensor
 from dashattn.ops.block_sparse.schedule import tile_lists
 from dashattn.ops.block_sparse.triton import check_kernels_fit, flatten_words
 from dashattn.ops.chunk_summary.triton import summary_starts
+from dashattn.ops.dash_routing import triton_forward, triton_softmax
 from dashattn.ops.dash_routing.triton_backward import route_backward
-from dashattn.ops.dash_routing.triton_forward import prior_bias, route, router_options
-from dashattn.ops.tiles import flatten_tokens, geometry
+from dashattn.ops.dash_routing.triton_forward import prior_bias, router_options
+from dashattn.ops.tiles import Geometry, flatten_tokens, geometry
 from dashattn.selection import Selection
 
 # From this sigma on a tempered prior (|log p| < 100) changes a weight by less than 1e-4 of itself, a twentieth of
@@ -56,6 +57,28 @@ def joined_scale(router_scale: Tensor | None, score_scale: float) -> float:
     return score_scale if router_scale is None else router_scale.item() * score_scale
 
 
+def selector_bound(selector: str, topk: int | Tensor, top_p: float | Tensor) -> Tensor | None:
+    """k or p of the operators: a tensor, which may move, on the CPU; None for entmax."""
+    if selector == "entmax":
+        return None
+    bound = topk if selector == "topk" else top_p
+    return bound if isinstance(bound, Tensor) else torch.tensor(bound, dtype=torch.float64, device="cpu")
+
+
+def route(
+    q: Tensor, summaries: Tensor, alpha: Tensor | None, starts: Tensor, geo: Geometry, chunk_size: int, num_blocks: int,
+    score_scale: float, forced: tuple[int, int], selector: str, bound: Tensor | None, options: dict[str, int],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``triton_forward.route`` or ``triton_softmax.route``."""
+    if bound is None:
+        return triton_forward.route(
+            q, summaries, alpha, starts, geo, chunk_size, num_blocks, score_scale, forced, options
+        )
+    return triton_softmax.route(
+        q, summaries, starts, geo, chunk_size, num_blocks, score_scale, forced, selector, bound.item(), options
+    )
+
+
 def num_blocks(q: Tensor, chunk_size: int) -> int:
     return -(-q.shape[1] // chunk_size)
 
@@ -63,25 +86,25 @@ def num_blocks(q: Tensor, chunk_size: int) -> int:
 @torch.library.custom_op("dashattn::dash_route", mutates_args=())
 def _route_op(
     q: Tensor, summaries: Tensor, alpha: Tensor | None, cu_seqlens: Tensor | None, router_scale: Tensor | None,
-    chunk_size: int, score_scale: float, forced: list[int],
+    bound: Tensor | None, chunk_size: int, score_scale: float, forced: list[int], selector: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Words int32 [B, H, T, W]; highest product q . k~ and threshold, float32 [B, T, Hq].
 
-    Here and below ``router_scale`` is float64 [] on the CPU, a factor of ``score_scale`` (``split_scale``), and
-    ``forced`` are ``init_chunks`` and ``local_chunks``.
+    Here and below ``router_scale`` is float64 [] on the CPU, a factor of ``score_scale`` (``split_scale``), ``bound``
+    that of ``selector_bound``, and ``forced`` are ``init_chunks`` and ``local_chunks``.
     """
     score_scale = joined_scale(router_scale, score_scale)
     geo = geometry(q, summaries.shape[2], cu_seqlens)
     words, peak, tau = route(
         flatten_tokens(q), _flat_summaries(summaries), alpha, summary_starts(geo, chunk_size), geo, chunk_size,
-        num_blocks(q, chunk_size), score_scale, forced, router_options(geo.padded_dim, q.itemsize),
+        num_blocks(q, chunk_size), score_scale, forced, selector, bound, router_options(geo.padded_dim, q.itemsize),
     )  # fmt: skip
     words = words.unflatten(1, q.shape[:2]).transpose(0, 1)
     return words.contiguous(), peak.view(q.shape[:3]), tau.view(q.shape[:3])
 
 
 @_route_op.register_fake
-def _(q, summaries, alpha, cu_seqlens, router_scale, chunk_size, score_scale, forced):
+def _(q, summaries, alpha, cu_seqlens, router_scale, bound, chunk_size, score_scale, forced, selector):
     batch, length, heads, _ = q.shape
     width = -(-num_blocks(q, chunk_size) // 32)
     words = q.new_empty(batch, summaries.shape[2], length, width, dtype=torch.int32)
@@ -92,22 +115,23 @@ def _(q, summaries, alpha, cu_seqlens, router_scale, chunk_size, score_scale, fo
 def _prior_op(
     q: Tensor, summaries: Tensor, alpha: Tensor | None, words: Tensor, peak: Tensor, tau: Tensor,
     cu_seqlens: Tensor | None, router_scale: Tensor | None, chunk_size: int, score_scale: float, forced: list[int],
-    sigma: float | None,
+    softmax: bool, sigma: float | None,
 ) -> Tensor:  # fmt: skip
     """Bias float32 [B, T, H, N]."""
     score_scale = joined_scale(router_scale, score_scale)
     geo = geometry(q, summaries.shape[2], cu_seqlens)
     bias = prior_bias(
-        flatten_tokens(q), _flat_summaries(summaries), alpha, summary_starts(geo, chunk_size), peak.flatten(0, 1),
-        tau.flatten(0, 1), geo, chunk_size, num_blocks(q, chunk_size), score_scale, forced, sigma,
-        router_options(geo.padded_dim, q.itemsize),
+        flatten_tokens(q), _flat_summaries(summaries), alpha, summary_starts(geo, chunk_size), flatten_words(words),
+        peak.flatten(0, 1), tau.flatten(0, 1), geo, chunk_size, num_blocks(q, chunk_size), score_scale, forced, sigma,
+        softmax, router_options(geo.padded_dim, q.itemsize),
     )  # fmt: skip
     selected = Selection(words, chunk_size).mask()[..., : bias.shape[-1]]
     return bias.unflatten(0, q.shape[:2]).masked_fill(~selected, 0)
 
 
 @_prior_op.register_fake
-def _(q, summaries, alpha, words, peak, tau, cu_seqlens, router_scale, chunk_size, score_scale, forced, sigma):
+def _(q, summaries, alpha, words, peak, tau, cu_seqlens, router_scale, chunk_size, score_scale, forced, softmax,
+      sigma):  # fmt: skip
     return q.new_empty(*q.shape[:2], summaries.shape[2], num_blocks(q, chunk_size), dtype=torch.float32)
 
 
@@ -115,7 +139,7 @@ def _(q, summaries, alpha, words, peak, tau, cu_seqlens, router_scale, chunk_siz
 def _prior_backward_op(
     grad: Tensor, q: Tensor, summaries: Tensor, alpha: Tensor | None, words: Tensor, peak: Tensor, tau: Tensor,
     cu_seqlens: Tensor | None, router_scale: Tensor | None, chunk_size: int, score_scale: float, forced: list[int],
-    sigma: float | None, alpha_grad: bool,
+    softmax: bool, sigma: float | None, alpha_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dsummaries and dalpha (empty unless asked for)."""
     score_scale = joined_scale(router_scale, score_scale)
@@ -127,7 +151,7 @@ def _prior_backward_op(
     dsummaries, dalpha = route_backward(
         flatten_tokens(q), _flat_summaries(summaries), alpha, summary_starts(geo, chunk_size), peak.flatten(0, 1),
         tau.flatten(0, 1), grad.flatten(0, 1).float().contiguous(), dq.flatten(0, 1), flat_words, lists, geo,
-        chunk_size, score_scale, forced, sigma, alpha_grad, router,
+        chunk_size, score_scale, forced, sigma, alpha_grad, softmax, router,
     )  # fmt: skip
     return dq, _like_summaries(dsummaries, summaries), q.new_empty(0) if dalpha is None else dalpha
 
@@ -137,23 +161,23 @@ def _like_summaries(flat: Tensor, summaries: Tensor) -> Tensor:
 
 
 @_prior_backward_op.register_fake
-def _(grad, q, summaries, alpha, words, peak, tau, cu_seqlens, router_scale, chunk_size, score_scale, forced, sigma,
-      alpha_grad):  # fmt: skip
+def _(grad, q, summaries, alpha, words, peak, tau, cu_seqlens, router_scale, chunk_size, score_scale, forced, softmax,
+      sigma, alpha_grad):  # fmt: skip
     dalpha = q.new_empty(q.shape[2], dtype=torch.float32) if alpha_grad else q.new_empty(0)
     return torch.empty_like(q), torch.empty_like(summaries), dalpha
 
 
 def _prior_setup(ctx, inputs, output):
-    *tensors, ctx.chunk_size, ctx.score_scale, ctx.forced, ctx.sigma = inputs
+    *tensors, ctx.chunk_size, ctx.score_scale, ctx.forced, ctx.softmax, ctx.sigma = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _prior_backward(ctx, grad):
     alpha_grad = ctx.needs_input_grad[2]
     dq, dsummaries, dalpha = _prior_backward_op(
-        grad, *ctx.saved_tensors, ctx.chunk_size, ctx.score_scale, ctx.forced, ctx.sigma, alpha_grad
+        grad, *ctx.saved_tensors, ctx.chunk_size, ctx.score_scale, ctx.forced, ctx.softmax, ctx.sigma, alpha_grad
     )
-    return dq, dsummaries, dalpha if alpha_grad else None, *(None,) * 9
+    return dq, dsummaries, dalpha if alpha_grad else None, *(None,) * 10
 
 
 _prior_op.register_autograd(_prior_backward, setup_context=_prior_setup)
@@ -164,8 +188,11 @@ def dash_routing(
     summaries: Tensor,
     *,
     chunk_size: int,
+    selector: str = "entmax",
     alpha: float | Tensor = 1.5,
     router_scale: float | Tensor = 1.0,
+    topk: int | Tensor = 16,
+    top_p: float | Tensor = 0.9,
     prior: str = "tempered",
     sigma: float = 1e6,
     prior_heads: str = "group",
@@ -177,15 +204,16 @@ def dash_routing(
     check_prior_heads(prior_heads)
     check_kernels_fit(q, chunk_size)
     factor, score_scale = split_scale(router_scale, q.shape[-1] ** -0.5)
-    settings = factor, chunk_size, score_scale, [init_chunks, local_chunks]
-    alpha = alpha_of_heads(alpha, q)
+    settings = chunk_size, score_scale, [init_chunks, local_chunks]
+    bound = selector_bound(selector, topk, top_p)
+    alpha = alpha_of_heads(alpha, q) if bound is None else None
     with torch.no_grad():  # the bias alone carries gradient
-        words, peak, tau = _route_op(q, summaries, alpha, cu_seqlens, *settings)
+        words, peak, tau = _route_op(q, summaries, alpha, cu_seqlens, factor, bound, *settings, selector)
     selection = Selection(words, chunk_size)
     if prior == "none":
         return selection, None
-    kind = temperature(prior, sigma)
-    return selection, _prior_op(q, summaries, alpha, words, peak, tau, cu_seqlens, *settings, kind)
+    kind = bound is not None, temperature(prior, sigma)
+    return selection, _prior_op(q, summaries, alpha, words, peak, tau, cu_seqlens, factor, *settings, *kind)
 
 
 def check_prior_heads(prior_heads: str) -> None:

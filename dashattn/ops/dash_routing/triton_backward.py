@@ -3,6 +3,7 @@
 Per (token, KV head) and chunk: b = gradient of the bias; raw prior: dL = b; tempered: dL = (b - mean of b over the
 selected candidates) / sigma. With p the entmax probabilities, P their sum over the group and u = p ** (2 - alpha):
 g = dL / P;  ds = u (g - sum(u g) / sum(u));  dq = score_scale sum_c ds k~;  dk~ = score_scale sum_i ds q.
+With softmax u = p on all candidates, selected or not.
 
 u / P is formed from z = p ** (alpha - 1) (``share_of_group``): near the edge of the support p underflows long before
 z does. 1 / sigma is left to the very end, or half precision would lose ds.
@@ -20,10 +21,13 @@ from dashattn.ops.block_sparse.schedule import TileLists
 from dashattn.ops.dash_routing.triton_entmax import (
     above_threshold,
     entropy_gap,
+    exp2,
     fold,
     power,
     saturated,
     share_of_group,
+    share_of_logs,
+    softmax_slope,
     spread,
 )
 from dashattn.ops.dash_routing.triton_forward import LAUNCH, clamp_forced, load_tile, router_constants
@@ -32,10 +36,30 @@ from dashattn.ops.tuning import around, launch
 
 
 @triton.jit
+def _products(q, summaries_ptr, kv_head, first_summary, chunk, stop, peak, KV_HEADS: tl.constexpr,
+              HEAD_DIM: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Summaries of the chunks of these numbers, and q . k~ - peak; -inf where they are not below ``stop``."""
+    dim = tl.arange(0, DIM)
+    offset = ((first_summary + chunk).to(tl.int64)[:, None] * KV_HEADS + kv_head) * HEAD_DIM + dim[None, :]
+    in_stop = chunk < tl.max(stop, 0)
+    k = tl.load(summaries_ptr + offset, mask=in_stop[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
+    x = tl.dot(q, k.T, input_precision=PRECISION)
+    return k, tl.where(chunk[None, :] < stop[:, None], x, float("-inf")) - peak[:, None]
+
+
+@triton.jit
+def _add_products(acc, ds, x):
+    if x.dtype == tl.bfloat16:
+        return tl.dot(ds.to(tl.bfloat16), x, acc)
+    else:  # ds can leave float16's range
+        return tl.dot(ds, x.to(tl.float32), acc, input_precision="tf32x3")
+
+
+@triton.jit
 def _listed_chunks(q, summaries_ptr, block_list, choice_list, bias_row, entry, num_blocks, kv_head, first_summary,
                    stop, token_stop, peak, tau, slope, exponent, KV_HEADS: tl.constexpr, TOKENS: tl.constexpr,
                    GROUP_P: tl.constexpr, CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
-                   SQUARE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                   SQUARE: tl.constexpr, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """CHUNKS entries of the tile's list: their summaries, z, u, u / P, and of each token what is selected and b."""
     place = entry + tl.arange(0, CHUNKS)
     chunk = tl.load(block_list + place, mask=place < num_blocks, other=2147483647)
@@ -43,15 +67,16 @@ def _listed_chunks(q, summaries_ptr, block_list, choice_list, bias_row, entry, n
     token = tl.arange(0, TOKENS).to(choice.dtype)
     selected = ((choice[None, :] >> token[:, None]) & 1) != 0
     selected &= chunk[None, :] < token_stop[:, None]
-    is_listed = chunk < tl.max(stop, 0)
-    dim = tl.arange(0, DIM)
-    offset = ((first_summary + chunk).to(tl.int64)[:, None] * KV_HEADS + kv_head) * HEAD_DIM + dim[None, :]
-    k = tl.load(summaries_ptr + offset, mask=is_listed[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
-    x = tl.dot(q, k.T, input_precision=PRECISION)
-    x = tl.where(chunk[None, :] < stop[:, None], x, float("-inf"))
-    z = above_threshold(x - peak[:, None], slope, tau)
-    _, u = power(z, exponent, SQUARE)
-    share = share_of_group(z, exponent, selected, TOKENS, GROUP_P, CHUNKS, 1, SQUARE)
+    k, x = _products(q, summaries_ptr, kv_head, first_summary, chunk, stop, peak, KV_HEADS, HEAD_DIM, DIM, PRECISION)
+    if SOFTMAX:
+        log2_p = x * slope[:, None] - tau[:, None]
+        z = exp2(log2_p)
+        u = z
+        share = share_of_logs(log2_p, selected, TOKENS, GROUP_P, CHUNKS, 1)
+    else:
+        z = above_threshold(x, slope, tau)
+        _, u = power(z, exponent, SQUARE)
+        share = share_of_group(z, exponent, selected, TOKENS, GROUP_P, CHUNKS, 1, SQUARE)
     b = tl.load(bias_row[:, None] + chunk[None, :], mask=selected, other=0.0)
     return k, z, u, share, selected, b
 
@@ -63,11 +88,11 @@ def query_kernel(
     num_blocks, list_width, init_chunks, local_chunks,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SQUARE: tl.constexpr, TEMPERED: tl.constexpr,
-    ALPHA_GRAD: tl.constexpr, PRECISION: tl.constexpr,
+    ALPHA_GRAD: tl.constexpr, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds the router's part to dq. Keeps sum(u g) / sum(u) and the mean of b, for the kernel of the summaries.
 
-    Visits only the candidates that some token of the tile selected.
+    Visits only the candidates that some token of the tile selected; of a softmax all of them, once more.
     """
     kv_head = tl.program_id(0) % KV_HEADS
     slot = num_slots - 1 - tl.program_id(0) // KV_HEADS
@@ -80,6 +105,8 @@ def query_kernel(
         q_ptr, alpha_ptr, start, end, index, kv_head, score_scale, init_chunks, local_chunks, KV_HEADS, GROUP, GROUP_P,
         TOKENS, BLOCK, HEAD_DIM, DIM, SQUARE,
     )  # fmt: skip
+    if SOFTMAX:
+        slope = softmax_slope(slope, score_scale)
     stop = init_chunks + count
     peak = tl.load(peak_ptr + flat_row, mask=valid, other=0.0)
     tau = tl.load(tau_ptr + flat_row, mask=valid, other=0.0)
@@ -107,7 +134,8 @@ def query_kernel(
     for entry in range(init_chunks, entries, CHUNKS):
         _k, z, u, share, selected, b = _listed_chunks(
             q, summaries_ptr, block_list, choice_list, bias_row, entry, entries, kv_head, first_summary, stop,
-            token_stop, peak, tau, slope, exponent, KV_HEADS, TOKENS, GROUP_P, CHUNKS, HEAD_DIM, DIM, SQUARE, PRECISION,
+            token_stop, peak, tau, slope, exponent, KV_HEADS, TOKENS, GROUP_P, CHUNKS, HEAD_DIM, DIM, SQUARE, SOFTMAX,
+            PRECISION,
         )  # fmt: skip
         b_sum += fold(b)
         b_count += fold(tl.where(selected, 1.0, 0.0))
@@ -125,6 +153,8 @@ def query_kernel(
         mean = tl.sum(b_sum, 1) / tl.maximum(tl.sum(b_count, 1), 1.0)
     mean_row = tl.reshape(tl.broadcast_to(mean[:, None], (TOKENS, GROUP_P)), (ROWS,))
     u_total = tl.sum(u_sum, 1)
+    if SOFTMAX:
+        u_total = tl.full([ROWS], 1.0, tl.float32)
     row_mean = (tl.sum(ub_sum, 1) - mean_row * tl.sum(u_share, 1)) / tl.where(u_total > 0, u_total, 1.0)
     tl.store(row_mean_ptr + flat_row, row_mean, mask=valid)
     tl.store(bias_mean_ptr + tile_token.to(tl.int64) * KV_HEADS + kv_head, mean, mask=in_document)
@@ -138,13 +168,20 @@ def query_kernel(
     for entry in range(init_chunks, entries, CHUNKS):
         k, _z, u, share, selected, b = _listed_chunks(
             q, summaries_ptr, block_list, choice_list, bias_row, entry, entries, kv_head, first_summary, stop,
-            token_stop, peak, tau, slope, exponent, KV_HEADS, TOKENS, GROUP_P, CHUNKS, HEAD_DIM, DIM, SQUARE, PRECISION,
+            token_stop, peak, tau, slope, exponent, KV_HEADS, TOKENS, GROUP_P, CHUNKS, HEAD_DIM, DIM, SQUARE, SOFTMAX,
+            PRECISION,
         )  # fmt: skip
-        ds = share * spread(b - mean[:, None], share, TOKENS, GROUP_P, CHUNKS, 1) - u * row_mean[:, None]
-        if q.dtype == tl.bfloat16:
-            acc = tl.dot(ds.to(tl.bfloat16), k, acc)
-        else:  # ds can leave float16's range
-            acc = tl.dot(ds, k.to(tl.float32), acc, input_precision="tf32x3")
+        ds = share * spread(b - mean[:, None], share, TOKENS, GROUP_P, CHUNKS, 1)
+        if not SOFTMAX:
+            ds -= u * row_mean[:, None]
+        acc = _add_products(acc, ds, k)
+    if SOFTMAX:
+        for chunk in range(init_chunks, tl.max(stop, 0), CHUNKS):
+            k, x = _products(
+                q, summaries_ptr, kv_head, first_summary, chunk + tl.arange(0, CHUNKS), stop, peak, KV_HEADS, HEAD_DIM,
+                DIM, PRECISION,
+            )  # fmt: skip
+            acc = _add_products(acc, exp2(x * slope[:, None] - tau[:, None]) * -row_mean[:, None], k)
     dim = tl.arange(0, DIM)
     in_tile = valid[:, None] & (dim < HEAD_DIM)[None, :]
     offset = flat_row[:, None] * HEAD_DIM + dim[None, :]
@@ -163,7 +200,8 @@ def summary_kernel(
     words, documents, summary_starts, score_scale, num_tokens, num_words, num_summaries, num_documents, num_blocks,
     splits, init_chunks, local_chunks,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
-    CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SQUARE: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SQUARE: tl.constexpr, SOFTMAX: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk~ / score_scale of CHUNKS summaries from every ``splits``-th tile of tokens. Scores stand as [chunk, row]."""
     kv_head = tl.program_id(0) % KV_HEADS
@@ -191,6 +229,8 @@ def summary_kernel(
     else:
         alpha = tl.load(alpha_ptr + query_head, mask=in_group, other=1.5)
     slope = ((alpha - 1.0) * score_scale)[None, :]
+    if SOFTMAX:
+        slope = softmax_slope(slope, score_scale)
     exponent = ((2.0 - alpha) / (alpha - 1.0))[None, :]
     acc = tl.zeros([CHUNKS, DIM], tl.float32)
     tl.static_assert(CHUNKS <= 64)  # so that a token's bits of them lie in two words
@@ -210,8 +250,6 @@ def summary_kernel(
         row_mean = tl.load(row_mean_ptr + flat_row, mask=valid, other=0.0)
         x = tl.dot(k, q.T, input_precision=PRECISION) - peak[None, :]
         x = tl.where(candidate[:, None] < stop[None, :], x, float("-inf"))
-        z = saturated(x, slope, -tau[None, :])
-        _, u = power(z, exponent, SQUARE)
         token = start + first + tile_lane
         word_row = words + (kv_head.to(tl.int64) * num_tokens + token) * num_words + first_word
         word = tl.load(word_row, mask=(token < end) & (first_word < num_words), other=0)[None, :]
@@ -219,17 +257,21 @@ def summary_kernel(
             second = tl.load(word_row + 1, mask=(token < end) & (first_word + 1 < num_words), other=0)[None, :]
             word = tl.where((chunk // 32 == first_word)[:, None], word, second)
         selected = ((word >> (chunk % 32)[:, None]) & 1) != 0
-        share = share_of_group(z, exponent, selected, CHUNKS, TOKENS, GROUP_P, 2, SQUARE)
+        if SOFTMAX:
+            log2_p = x * slope - tau[None, :]
+            u = exp2(log2_p)
+            share = share_of_logs(log2_p, selected, CHUNKS, TOKENS, GROUP_P, 2)
+        else:
+            z = saturated(x, slope, -tau[None, :])
+            _, u = power(z, exponent, SQUARE)
+            share = share_of_group(z, exponent, selected, CHUNKS, TOKENS, GROUP_P, 2, SQUARE)
         bias_row = bias_grad_ptr + (token.to(tl.int64) * KV_HEADS + kv_head) * num_blocks
         in_bias = (token < end)[None, :] & (chunk < num_blocks)[:, None]
         b = tl.load(bias_row[None, :] + chunk[:, None], mask=in_bias, other=0.0)
         b = tl.where(selected, b, 0.0)  # what is not selected was never written
         mean = tl.load(bias_mean_ptr + token.to(tl.int64) * KV_HEADS + kv_head, mask=token < end, other=0.0)
         ds = share * spread(b - mean[None, :], share, CHUNKS, TOKENS, GROUP_P, 2) - u * row_mean[None, :]
-        if q.dtype == tl.bfloat16:
-            acc = tl.dot(ds.to(tl.bfloat16), q, acc)
-        else:
-            acc = tl.dot(ds, q.to(tl.float32), acc, input_precision="tf32x3")
+        acc = _add_products(acc, ds, q)
     partial_row = (split.to(tl.int64) * num_summaries + summary) * KV_HEADS + kv_head
     tl.store(partial_ptr + partial_row[:, None] * HEAD_DIM + dim[None, :], acc, mask=in_chunks)
 
@@ -241,7 +283,7 @@ LISTED_CHUNKS = 32
 def route_backward(
     q: Tensor, summaries: Tensor, alpha: Tensor | None, starts: Tensor, peak: Tensor, tau: Tensor, bias_grad: Tensor,
     dq: Tensor, words: Tensor, lists: TileLists, geo: Geometry, chunk_size: int, score_scale: float,
-    forced: tuple[int, int], sigma: float | None, alpha_grad: bool, options: dict[str, int],
+    forced: tuple[int, int], sigma: float | None, alpha_grad: bool, softmax: bool, options: dict[str, int],
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Gradients of the summaries [n', H, D] and of alpha, float32 [Hq]; adds the router's part to ``dq`` in place.
 
@@ -268,8 +310,8 @@ def route_backward(
         q, summaries, alpha, peak, tau, bias_grad, dq, row_mean, bias_mean, dalpha, geo.documents, starts, lists.blocks,
         lists.choices, lists.counts, score_scale, inverse_sigma, slots, geo.num_documents, num_blocks,
         lists.blocks.shape[-1], *forced,
-        TEMPERED=sigma is not None, ALPHA_GRAD=alpha_grad, options=listed_launch, tokens=geo.tokens, restore=[dq],
-        **listed,
+        TEMPERED=sigma is not None, ALPHA_GRAD=alpha_grad, SOFTMAX=softmax, options=listed_launch, tokens=geo.tokens,
+        restore=[dq], **listed,
     )  # fmt: skip
 
     # Few chunks, many tokens: the tokens are split for parallelism, and the parts added in a fixed order.
@@ -280,7 +322,7 @@ def route_backward(
         summary_kernel, (chunk_slots * geo.kv_heads, splits),
         q, summaries, alpha, peak, tau, bias_grad, row_mean, bias_mean, partial, words, geo.documents, starts,
         score_scale, geo.tokens, words.shape[-1], summaries.shape[0], geo.num_documents, num_blocks, splits,
-        *forced, options=LAUNCH, tokens=geo.tokens, **constants,
+        *forced, SOFTMAX=softmax, options=LAUNCH, tokens=geo.tokens, **constants,
     )  # fmt: skip
     dsummaries = (partial.sum(0) * (score_scale * inverse_sigma)).to(summaries.dtype)
     return dsummaries, None if dalpha is None else dalpha.sum(0)

@@ -95,6 +95,12 @@ def power(z, exponent, SQUARE: tl.constexpr):
 
 
 @triton.jit
+def softmax_slope(slope, score_scale):
+    """For softmax in place of entmax's slope: what turns a product into the base-2 logarithm of a weight."""
+    return tl.zeros_like(slope) + score_scale / LN_2
+
+
+@triton.jit
 def log2_sum(log_p, AXIS: tl.constexpr):
     """log2 of the sum of 2 ** log_p, and where it is positive; 0 where it is not."""
     highest = tl.max(log_p, AXIS)
@@ -115,8 +121,14 @@ def log_mean(z, exponent, AXIS: tl.constexpr, GROUP: tl.constexpr, SQUARE: tl.co
         positive = total > 0
         return tl.log(tl.where(positive, total / GROUP, 1.0)), positive
     else:
-        total, positive = log2_sum(log2(z) * (exponent + 1.0), AXIS)
-        return tl.where(positive, total * LN_2 - tl.log(tl.full([], GROUP, tl.float32)), 0.0), positive
+        return log_mean_of_logs(log2(z) * (exponent + 1.0), AXIS, GROUP)
+
+
+@triton.jit
+def log_mean_of_logs(log_p, AXIS: tl.constexpr, GROUP: tl.constexpr):
+    """``log_mean`` of p that are given by their base-2 logarithms."""
+    total, positive = log2_sum(log_p, AXIS)
+    return tl.where(positive, total * LN_2 - tl.log(tl.full([], GROUP, tl.float32)), 0.0), positive
 
 
 @triton.jit
@@ -133,10 +145,16 @@ def share_of_group(z, exponent, selected, A: tl.constexpr, B: tl.constexpr, C: t
         reciprocal = tl.where(selected, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
         return z * spread(reciprocal, z, A, B, C, AXIS)
     else:
-        log_p = log2(z) * (exponent + 1.0)
-        total, _ = log2_sum(tl.reshape(log_p, (A, B, C)), AXIS)
-        total = tl.where(selected, total, float("inf"))
-        return exp2(log_p - spread(total, z, A, B, C, AXIS)) / tl.where(z > 0, z, 1.0)
+        share = share_of_logs(log2(z) * (exponent + 1.0), selected, A, B, C, AXIS)
+        return share / tl.where(z > 0, z, 1.0)
+
+
+@triton.jit
+def share_of_logs(log_p, selected, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, AXIS: tl.constexpr):
+    """p / P of p that are given by their base-2 logarithms; see ``share_of_group``."""
+    total, _ = log2_sum(tl.reshape(log_p, (A, B, C)), AXIS)
+    total = tl.where(selected, total, float("inf"))
+    return exp2(log_p - spread(total, log_p, A, B, C, AXIS))
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Triton kernels of DashAttention's router: entmax threshold, selection and prior.
+"""Triton kernels of DashAttention's router: entmax threshold, selection and prior (with softmax: ``triton_softmax``).
 
 Scores are never written. A program owns a tile of neighbouring tokens x the heads of a KV group and multiplies it with
 the chunk summaries again in each pass, on the tensor cores, which is several times cheaper than one trip of float32
@@ -31,11 +31,13 @@ from dashattn.ops.dash_routing.triton_entmax import (
     hermite_root,
     is_positive,
     log_mean,
+    log_mean_of_logs,
     narrow,
     power,
     probe,
     root_step,
     row_sums,
+    softmax_slope,
     unsolved,
 )
 from dashattn.ops.tiles import Geometry, bitwise_or, locate_tile, query_rows
@@ -212,21 +214,28 @@ def threshold_kernel(
 @triton.jit
 def _log_prior(q, summary_desc, kv_head, first_candidate, chunk, whole, count, peak, tau, slope, exponent,
                TOKENS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, CHUNKS: tl.constexpr,
-               DIM: tl.constexpr, SQUARE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+               DIM: tl.constexpr, SQUARE: tl.constexpr, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """log of the group's mean probability of CHUNKS chunks, [TOKENS, CHUNKS], and where it is positive."""
     x = products(q, summary_desc, kv_head, first_candidate, chunk, whole, count, CHUNKS, DIM, PRECISION)
+    if SOFTMAX:
+        log2_p = (x - peak[:, None]) * slope[:, None] - tau[:, None]
+        return log_mean_of_logs(tl.reshape(log2_p, (TOKENS, GROUP_P, CHUNKS)), 1, GROUP)
     z = above_threshold(x - peak[:, None], slope, tau)
     exponent = tl.reshape(exponent, (TOKENS, GROUP_P, 1))
     return log_mean(tl.reshape(z, (TOKENS, GROUP_P, CHUNKS)), exponent, 1, GROUP, SQUARE)
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_documents", "num_blocks", "init_chunks", "local_chunks"])
+@triton.jit(
+    do_not_specialize=[
+        "num_tokens", "num_words", "num_slots", "num_documents", "num_blocks", "init_chunks", "local_chunks",
+    ]
+)  # fmt: skip
 def prior_kernel(
-    q_ptr, summary_desc, alpha_ptr, peak_ptr, tau_ptr, bias_ptr, documents, summary_starts, score_scale, inverse_sigma,
-    num_slots, num_documents, num_blocks, init_chunks, local_chunks,
+    q_ptr, summary_desc, alpha_ptr, words, peak_ptr, tau_ptr, bias_ptr, documents, summary_starts, score_scale,
+    inverse_sigma, num_tokens, num_words, num_slots, num_documents, num_blocks, init_chunks, local_chunks,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SQUARE: tl.constexpr, TEMPERED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SOFTMAX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Writes the group's prior of candidates; all other entries of the bias stay as they are.
 
@@ -245,7 +254,11 @@ def prior_kernel(
     last = tl.max(count, 0)
     whole = whole_tiles(index, init_chunks, local_chunks, TOKENS, BLOCK, CHUNKS)
     peak = tl.load(peak_ptr + flat_row, mask=valid, other=0.0)
-    tau = tl.load(tau_ptr + flat_row, mask=valid, other=0.0)
+    if SOFTMAX:
+        slope = softmax_slope(slope, score_scale)
+        tau = tl.load(tau_ptr + flat_row, mask=valid, other=float("inf"))  # rows that stand for nothing have no p
+    else:
+        tau = tl.load(tau_ptr + flat_row, mask=valid, other=0.0)
 
     position = index * TOKENS + tl.arange(0, TOKENS)
     token = start + position
@@ -257,15 +270,22 @@ def prior_kernel(
         for chunk in range(0, last, CHUNKS):
             log_p, selected = _log_prior(
                 q, summary_desc, kv_head, first_candidate, chunk, whole, count, peak, tau, slope, exponent, TOKENS,
-                GROUP, GROUP_P, CHUNKS, DIM, SQUARE, PRECISION,
+                GROUP, GROUP_P, CHUNKS, DIM, SQUARE, SOFTMAX, PRECISION,
             )  # fmt: skip
+            if SOFTMAX:  # all of a softmax is positive
+                column = (init_chunks + chunk + tl.arange(0, CHUNKS))[None, :]
+                word_row = words + (kv_head.to(tl.int64) * num_tokens + token) * num_words
+                in_words = (column - init_chunks < token_count[:, None]) & (column // 32 < num_words)
+                word = tl.load(word_row[:, None] + column // 32, mask=in_words, other=0)
+                selected = ((word >> (column % 32)) & 1) != 0
+                log_p = tl.where(selected, log_p, 0.0)
             log_sum += tl.sum(log_p, 1)
             selected_count += tl.sum(selected.to(tl.float32), 1)
     mean = log_sum / tl.maximum(selected_count, 1.0)
     for chunk in range(0, last, CHUNKS):
         log_p, selected = _log_prior(
             q, summary_desc, kv_head, first_candidate, chunk, whole, count, peak, tau, slope, exponent, TOKENS, GROUP,
-            GROUP_P, CHUNKS, DIM, SQUARE, PRECISION,
+            GROUP_P, CHUNKS, DIM, SQUARE, SOFTMAX, PRECISION,
         )  # fmt: skip
         log_p = tl.where(selected, log_p, EDGE_LOG_P)
         column = (chunk + tl.arange(0, CHUNKS))[None, :]
@@ -320,19 +340,22 @@ def route(
 
 
 def prior_bias(
-    q: Tensor, summaries: Tensor, alpha: Tensor | None, starts: Tensor, peak: Tensor, tau: Tensor, geo: Geometry,
-    chunk_size: int, num_blocks: int, score_scale: float, forced: tuple[int, int], sigma: float | None,
-    options: dict[str, int],
+    q: Tensor, summaries: Tensor, alpha: Tensor | None, starts: Tensor, words: Tensor, peak: Tensor, tau: Tensor,
+    geo: Geometry, chunk_size: int, num_blocks: int, score_scale: float, forced: tuple[int, int], sigma: float | None,
+    softmax: bool, options: dict[str, int],
 ) -> Tensor:  # fmt: skip
-    """The prior as a bias, float32 [n, H, N]; of no meaning where not selected. ``sigma``: None for the raw prior."""
+    """The prior as a bias, float32 [n, H, N]; of no meaning where not selected.
+
+    ``words`` int32 [H, n, W], read where ``softmax``; ``sigma``: None for the raw prior.
+    """
     bias = torch.zeros(geo.tokens, geo.kv_heads, num_blocks, dtype=torch.float32, device=q.device)
     constants = router_constants(geo, chunk_size, alpha is None, q.dtype, options)
     slots = geo.slots(constants["TOKENS"])
     launch(
         prior_kernel, (slots * geo.kv_heads,),
-        q, key_descriptor(summaries, geo, options["chunks"]), alpha, peak, tau, bias, geo.documents, starts,
-        score_scale, 1.0 if sigma is None else 1.0 / sigma, slots, geo.num_documents, num_blocks,
-        *clamp_forced(forced, num_blocks),
-        TEMPERED=sigma is not None, options=LAUNCH, tokens=geo.tokens, **constants,
+        q, key_descriptor(summaries, geo, options["chunks"]), alpha, words, peak, tau, bias, geo.documents, starts,
+        score_scale, 1.0 if sigma is None else 1.0 / sigma, geo.tokens, words.shape[-1], slots, geo.num_documents,
+        num_blocks, *clamp_forced(forced, num_blocks),
+        TEMPERED=sigma is not None, SOFTMAX=softmax, options=LAUNCH, tokens=geo.tokens, **constants,
     )  # fmt: skip
     return bias

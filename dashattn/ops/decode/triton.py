@@ -14,6 +14,7 @@ from dashattn.ops.dash_routing.triton import has_forward_bias, temperature
 from dashattn.ops.decode.triton_attention import append, attend
 from dashattn.ops.decode.triton_compression import compress_window
 from dashattn.ops.decode.triton_routing import NewToken, route
+from dashattn.ops.decode.triton_selection import route as route_by_softmax
 from dashattn.ops.decode.triton_selection import select
 from dashattn.ops.gates.triton import gated_sum
 from dashattn.selection import Selection
@@ -89,10 +90,13 @@ def routed_attention(
     outs = []
     router_q = q if router_q is None else router_q
     for (tile, before), (router_tile, _) in zip(_tiles(q, lengths), _tiles(router_q, lengths), strict=True):
-        words, bias = route(
-            router_tile, summaries, before, alpha, chunk_size, router_scale * head_dim**-0.5,
-            has_forward_bias(prior, sigma, q.dtype), temperature(prior, sigma), (init_chunks, local_chunks), new,
-        )  # fmt: skip
+        score_scale = router_scale * head_dim**-0.5
+        kind = has_forward_bias(prior, sigma, q.dtype), temperature(prior, sigma), (init_chunks, local_chunks), new
+        if selector == "entmax":
+            words, bias = route(router_tile, summaries, before, alpha, chunk_size, score_scale, *kind)
+        else:
+            bound = top_p if selector == "topp" else None
+            words, bias = route_by_softmax(router_tile, summaries, before, chunk_size, score_scale, topk, bound, *kind)
         outs.append(attend(tile, k, v, before, words, bias, chunk_size, None, scale, after_routing=True))
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 

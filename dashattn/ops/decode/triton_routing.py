@@ -24,8 +24,10 @@ from dashattn.ops.dash_routing.triton_entmax import (
     any_thread,
     is_positive,
     log_mean,
+    log_mean_of_logs,
     power,
     root_step,
+    softmax_slope,
     unsolved,
 )
 from dashattn.ops.dash_routing.triton_forward import clamp_forced
@@ -156,7 +158,7 @@ def threshold_kernel(
 
 @triton.jit
 def _log_prior(product_ptr, flat_row, in_group, chunk, first, stop, num_chunks, peak, tau, slope, exponent,
-               GROUP: tl.constexpr, SQUARE: tl.constexpr):  # fmt: skip
+               GROUP: tl.constexpr, SQUARE: tl.constexpr, SOFTMAX: tl.constexpr):  # fmt: skip
     """log of the group's mean probability of some chunks, and where it is positive: candidates from ``first`` to
     ``stop``."""
     candidate = (chunk >= first) & (chunk < stop)
@@ -165,19 +167,25 @@ def _log_prior(product_ptr, flat_row, in_group, chunk, first, stop, num_chunks, 
         mask=in_group[:, None] & candidate[None, :],
         other=float("-inf"),
     )
-    return log_mean(above_threshold(products - peak[:, None], slope, tau), exponent[:, None], 0, GROUP, SQUARE)
+    if SOFTMAX:
+        return log_mean_of_logs(products * slope[:, None] - tau[:, None], 0, GROUP)
+    else:
+        return log_mean(above_threshold(products - peak[:, None], slope, tau), exponent[:, None], 0, GROUP, SQUARE)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_chunks", "init_chunks", "local_chunks"])
+@triton.jit(do_not_specialize=["num_tokens", "num_chunks", "num_words", "init_chunks", "local_chunks"])
 def prior_kernel(
-    product_ptr, alpha_ptr, peak_ptr, tau_ptr, bias_ptr, lengths, score_scale, inverse_sigma, num_tokens, num_chunks,
-    init_chunks, local_chunks,
+    product_ptr, alpha_ptr, peak_ptr, tau_ptr, words_ptr, bias_ptr, lengths, score_scale, inverse_sigma, num_tokens,
+    num_chunks, num_words, init_chunks, local_chunks,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
-    SQUARE: tl.constexpr, TEMPERED: tl.constexpr,
+    SQUARE: tl.constexpr, TEMPERED: tl.constexpr, SOFTMAX: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """The group's prior of CHUNKS chunks up to the query's own, of use where they are selected; that of its own and of
-    forced ones is 0."""
+    forced ones is 0.
+
+    SOFTMAX: tau are base-2 log-normalisers, there is no peak, and the words [B, H, T, W] say what is selected.
+    """
     wait_for_kernel_before(PDL)
     kv_head = tl.program_id(0) % KV_HEADS
     query = tl.program_id(0) // KV_HEADS
@@ -192,8 +200,12 @@ def prior_kernel(
         alpha = tl.load(alpha_ptr + kv_head * GROUP + member, mask=in_group, other=1.5)
     slope = (alpha - 1.0) * score_scale
     exponent = (2.0 - alpha) / (alpha - 1.0)
-    peak = tl.load(peak_ptr + flat_row, mask=in_group, other=0.0)
     tau = tl.load(tau_ptr + flat_row, mask=in_group, other=0.0)
+    if SOFTMAX:
+        slope = softmax_slope(slope, score_scale)
+        peak = tau
+    else:
+        peak = tl.load(peak_ptr + flat_row, mask=in_group, other=0.0)
     lane = tl.arange(0, CHUNKS)
     mean = 0.0
     if TEMPERED:
@@ -202,15 +214,21 @@ def prior_kernel(
         for start in range(init_chunks, own - local_chunks, CHUNKS):
             log_p, selected = _log_prior(
                 product_ptr, flat_row, in_group, start + lane, init_chunks, own - local_chunks, num_chunks, peak, tau,
-                slope, exponent, GROUP, SQUARE,
+                slope, exponent, GROUP, SQUARE, SOFTMAX,
             )  # fmt: skip
+            if SOFTMAX:  # all of a softmax is positive
+                word_row = query // num_tokens * KV_HEADS + kv_head
+                word_row = (word_row.to(tl.int64) * num_tokens + query % num_tokens) * num_words
+                word = tl.load(words_ptr + word_row + (start + lane) // 32, mask=selected, other=0)
+                selected &= ((word >> ((start + lane) % 32)) & 1) != 0
+                log_p = tl.where(selected, log_p, 0.0)
             log_sum += log_p
             count += selected.to(tl.float32)
         mean = tl.sum(log_sum, 0) / tl.maximum(tl.sum(count, 0), 1.0)
     chunk = tl.program_id(1) * CHUNKS + lane
     log_p, selected = _log_prior(
         product_ptr, flat_row, in_group, chunk, init_chunks, own - local_chunks, num_chunks, peak, tau, slope, exponent,
-        GROUP, SQUARE,
+        GROUP, SQUARE, SOFTMAX,
     )  # fmt: skip
     log_p = (tl.where(selected, log_p, EDGE_LOG_P) - mean) * inverse_sigma
     log_p = tl.where((chunk >= init_chunks) & (chunk < own - local_chunks), log_p, 0.0)
@@ -276,8 +294,8 @@ def route(
         new: as in ``multiply``.
     """
     batch, num_tokens, heads, _ = q.shape
-    num_chunks, kv_heads = summaries.shape[1:3]
-    queries, group = batch * num_tokens, heads // kv_heads
+    num_chunks = summaries.shape[1]
+    queries = batch * num_tokens
     forced = clamp_forced(forced, num_chunks)
     # A query sees a chunk from the first token after it on.
     products = multiply(q, summaries, lengths, (chunk_size + 1, chunk_size), new)
@@ -291,11 +309,29 @@ def route(
     )  # fmt: skip
     if not has_bias:
         return words, None
-    bias = torch.empty(batch, num_tokens, kv_heads, num_chunks, dtype=torch.float32, device=q.device)
-    tile = 128
-    prior_kernel[(queries * kv_heads, -(-num_chunks // tile))](
-        products, alpha, peak, tau, bias, lengths, score_scale, 1.0 if sigma is None else 1.0 / sigma, num_tokens,
-        num_chunks, *forced, KV_HEADS=kv_heads, GROUP=group, GROUP_P=power_of_2_from(group), BLOCK=chunk_size,
-        CHUNKS=tile, SQUARE=alpha is None, TEMPERED=sigma is not None, num_warps=4, **overlapped_launch(q.device),
-    )  # fmt: skip
+    bias = prior_bias(q, summaries, products, lengths, alpha, peak, tau, None, chunk_size, score_scale, sigma, forced)
     return words, bias
+
+
+def prior_bias(
+    q: Tensor, summaries: Tensor, products: Tensor, lengths: Tensor, alpha: Tensor | None, peak: Tensor | None,
+    tau: Tensor, words: Tensor | None, chunk_size: int, score_scale: float, sigma: float | None,
+    forced: tuple[int, int],
+) -> Tensor:  # fmt: skip
+    """The prior, float32 [B, T, H, N], of the products of ``multiply``.
+
+    Args:
+        peak, tau: of every row of the products; of a softmax no peak, and the base-2 log-normaliser.
+        words: of a softmax, int32 [B, H, T, W].
+    """
+    batch, num_tokens, heads, _ = q.shape
+    num_chunks, kv_heads = summaries.shape[1:3]
+    bias = torch.empty(batch, num_tokens, kv_heads, num_chunks, dtype=torch.float32, device=q.device)
+    tile, group = 128, heads // kv_heads
+    prior_kernel[(batch * num_tokens * kv_heads, -(-num_chunks // tile))](
+        products, alpha, peak, tau, words, bias, lengths, score_scale, 1.0 if sigma is None else 1.0 / sigma,
+        num_tokens, num_chunks, 0 if words is None else words.shape[-1], *forced, KV_HEADS=kv_heads, GROUP=group,
+        GROUP_P=power_of_2_from(group), BLOCK=chunk_size, CHUNKS=tile, SQUARE=alpha is None,
+        TEMPERED=sigma is not None, SOFTMAX=words is not None, num_warps=4, **overlapped_launch(q.device),
+    )  # fmt: skip
+    return bias
