@@ -49,7 +49,7 @@ def take_from_origin(cfg: DictConfig) -> DictConfig:
         for key in left_open:
             OmegaConf.update(cfg, f"model.{key}", values.get(key))
     if "tokenizer" in cfg.data and cfg.data.tokenizer is None:
-        cfg.data.tokenizer = _tokenizer_of(origin) if own is None else own.data.tokenizer
+        cfg.data.tokenizer = tokenizer_of(origin) if own is None else own.data.tokenizer
     return cfg
 
 
@@ -63,6 +63,23 @@ def with_own_tokenizer(data: DataConfig, run_dir: Path) -> DataConfig:
 def run_of(path: Path) -> Path | None:
     """The run directory that a run, a checkpoint of one or a checkpoint's weights lie in; None: in none."""
     return next((folder for folder in (path, *path.parents[1:3]) if (folder / CONFIG).is_file()), None)
+
+
+def tokenizer_of(origin: Path) -> str | None:
+    """Where the tokenizer of the weights is; None: of a run that kept none.
+
+    Raises:
+        ValueError: a Hugging Face folder has none.
+    """
+    if is_hf_folder(origin):
+        if not (origin / "tokenizer.json").is_file():
+            raise ValueError(
+                f"{origin} has no tokenizer.json: let transformers make it, AutoTokenizer.from_pretrained(...)"
+                ".save_pretrained(...), or name another tokenizer in data.tokenizer"
+            )
+        return str(origin)
+    run = run_of(origin)
+    return str(run / TOKENIZER) if run is not None and (run / TOKENIZER).is_dir() else None
 
 
 def _own_config(cfg: DictConfig) -> DictConfig | None:
@@ -100,19 +117,6 @@ def _replace_attention(cfg: DictConfig, attention: DictConfig) -> None:
     given, defaults = cfg.attention, AttentionConfig()
     changed = {key: given[key] for key in given if key != "name" and given[key] != getattr(defaults, key)}
     cfg.attention = OmegaConf.merge(OmegaConf.structured(BACKENDS[attention.name][0]), attention, changed)
-
-
-def _tokenizer_of(origin: Path) -> str | None:
-    """Where the tokenizer of the weights is; None: of a run that kept none."""
-    if is_hf_folder(origin):
-        if not (origin / "tokenizer.json").is_file():
-            raise ValueError(
-                f"{origin} has no tokenizer.json: let transformers make it, AutoTokenizer.from_pretrained(...)"
-                ".save_pretrained(...), or name another tokenizer in data.tokenizer"
-            )
-        return str(origin)
-    run = run_of(origin)
-    return str(run / TOKENIZER) if run is not None and (run / TOKENIZER).is_dir() else None
 
 
 def _flat(values: dict, prefix: str = "") -> dict:

@@ -98,7 +98,7 @@ class AttentionConfig:
         """This configuration at another value of its sparsity knob; ValueError where that cannot be."""
         check(self.knob is not None, f"attention={self.name} has no sparsity knob")
         kind = type(getattr(self, self.knob))
-        check(kind(value) == value, f"{self.knob} must be an integer; got {value}")
+        check(kind is not int or float(value).is_integer(), f"{self.knob} must be an integer; got {value}")
         return dataclasses.replace(self, **{self.knob: kind(value)})
 
     def knob_span(self, length: int) -> tuple[float, float]:

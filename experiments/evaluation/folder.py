@@ -8,7 +8,8 @@ from data import PackedDataConfig
 from experiments.config import DeepSpeedConfig, TrainConfig
 from experiments.evaluation.config import EvaluateConfig
 from experiments.evaluation.target import Target, check_device
-from experiments.training.check import resolve
+from experiments.origin import tokenizer_of
+from experiments.training.check import check_vocabulary, meta_backends, resolve
 from models.hf import check_files, check_same_attention, check_same_model, read_attention, read_config
 
 
@@ -30,7 +31,7 @@ def locate_folder(config: EvaluateConfig) -> Target:
         check_same_attention(attention, folder, lengths)
     check_files(folder)
     if isinstance(data, PackedDataConfig) and data.tokenizer is None:
-        data = replace(data, tokenizer=str(folder))
+        data = replace(data, tokenizer=tokenizer_of(folder))
     longest = max([data.seq_len, *lengths])
     check_same_model(replace(model, max_seq_len=max(longest, model.max_seq_len)), folder)
     name = f"{folder.resolve().name}-{attention.name}"
@@ -45,4 +46,7 @@ def locate_folder(config: EvaluateConfig) -> Target:
         init_from=str(folder),
         device=config.device,
     )
-    return Target(Path(train.run_dir).expanduser(), folder, resolve(train))
+    train = resolve(train)
+    check_vocabulary(train)
+    meta_backends(train)
+    return Target(Path(train.run_dir).expanduser(), folder, train)

@@ -84,7 +84,7 @@ def check(config: TrainConfig, ranks: int | None = None) -> TrainConfig:
     _check_precision(config)
     accumulation(config, world_size() if ranks is None else ranks)
     _check_model(config)
-    _check_vocabulary(config)
+    check_vocabulary(config)
     _check_sequences(config)
     _check_origin(config)
     return config
@@ -166,10 +166,7 @@ def _check_model(config: TrainConfig) -> None:
             f"data.seq_len={seq_len} exceeds model.max_seq_len={model.max_seq_len}: "
             f"lower data.seq_len or set model.max_seq_len={seq_len}"
         )
-    # The backend itself says what it cannot do; on the meta device asking costs no memory.
-    shape = AttentionShape(model.hidden_size, model.num_heads, model.num_kv_heads, model.head_dim)
-    with torch.device("meta"):
-        backends = build_backends(config.attention, shape, model.num_layers)
+    backends = meta_backends(config)
     for backend in backends:
         _check_backend(backend, config)
     attention = config.attention
@@ -182,6 +179,18 @@ def _check_model(config: TrainConfig) -> None:
         turned = turned_layers(attention, model.num_layers)
         packed = getattr(config.data, "pack", None) == "documents"
         check_reachable(turned, attention.target_sparsity, attention.sparsity_count, seq_len, packed=packed)
+
+
+def meta_backends(config: TrainConfig) -> list[AttentionBackend]:
+    """The backend of each layer, on the meta device, where that costs no memory.
+
+    Raises:
+        ValueError: the backend cannot serve the model, or ``attention.layers`` cannot be read.
+    """
+    model = config.model
+    shape = AttentionShape(model.hidden_size, model.num_heads, model.num_kv_heads, model.head_dim)
+    with torch.device("meta"):
+        return build_backends(config.attention, shape, model.num_layers)
 
 
 def _check_backend(backend: AttentionBackend, config: TrainConfig) -> None:
@@ -198,8 +207,12 @@ def _check_backend(backend: AttentionBackend, config: TrainConfig) -> None:
         )
 
 
-def _check_vocabulary(config: TrainConfig) -> None:
-    """Of a tokenizer that is at hand; another's is compared when it has been trained."""
+def check_vocabulary(config: TrainConfig) -> None:
+    """Refuse a vocabulary below that of a tokenizer that is at hand; another's is compared when it has been trained.
+
+    Raises:
+        ValueError: with what to set.
+    """
     model, data = config.model, config.data
     if not isinstance(data, PackedDataConfig) or data.tokenizer is None or model.vocab_size is None:
         return

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import inspect
+import math
 import subprocess
 import sys
 
@@ -307,8 +308,11 @@ def test_knobs():
     assert infllm.config.topk == 20
     with pytest.raises(ValueError, match="shrink window_size"):
         infllm.set_knob(3)
-    with pytest.raises(ValueError, match="topk must be an integer"):
-        infllm.set_knob(20.5)
+    for value in (20.5, math.nan, math.inf):
+        with pytest.raises(ValueError, match="topk must be an integer"):
+            infllm.set_knob(value)
+        with pytest.raises(ValueError, match="router_scale must be a positive finite number"):
+            dash.set_knob(-value)
     with pytest.raises(ValueError, match="no sparsity knob"):
         build_backend(FullConfig(), SHAPE).set_knob(1)
 

@@ -108,4 +108,14 @@ def test_what_cannot_be_scored_gets_one_line(folder, tmp_path):
     assert find_target(configure(tmp_path, window, "lengths=[128]"))
     with pytest.raises(ValueError, match="sliding_window 128"):
         find_target(configure(tmp_path, window, "lengths=[64,256]"))
+    with pytest.raises(ValueError, match="layers names 5: the model's layers are 0 to 1"):
+        find_target(configure(tmp_path, window, "attention=dash", "attention.layers={5:full}"))
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 200}))
+    with pytest.raises(ValueError, match=r"model\.vocab_size=200 is below the 27. of data\.tokenizer"):
+        find_target(configure(tmp_path, folder))
+    (window / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
+        find_target(configure(tmp_path, window, "lengths=[128]"))
+    with pytest.raises(ValueError, match=r"no intact weights in .*nowhere"):
+        find_target(configure(tmp_path, tmp_path / "nowhere"))
     assert not (tmp_path / "rows").exists()
