@@ -2,7 +2,7 @@
 Imports nothing of the project."""
 
 from data.batch import IGNORE, Batch, BatchStream
-from data.config import DataConfig, MixtureDataConfig, MQARDataConfig, PackedDataConfig, TextDataConfig
+from data.config import NO_TOKEN, DataConfig, MixtureDataConfig, MQARDataConfig, PackedDataConfig, TextDataConfig
 from data.corpora import DataSourceError
 from data.loader import build_data, prepare_all
 from data.prefetch import Prefetched
@@ -11,6 +11,7 @@ from data.tokenizer import TextTokenizer, build_tokenizer
 
 __all__ = [
     "IGNORE",
+    "NO_TOKEN",
     "Batch",
     "BatchStream",
     "DamagedShardError",

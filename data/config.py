@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 SOURCES = ("hub", "files", "python_stdlib", "recall")
 PACKINGS = ("documents", "plain")
 PLACEMENTS = ("clustered", "spread")
+NO_TOKEN = "none"  # as data.bos_token: nothing begins a document
 MOST_FACTS = 10_000  # there are not enough different names for many more
 
 
@@ -113,6 +114,9 @@ class PackedDataConfig(DataConfig):
     tokenizer: str | None = None
     vocab_size: int = 2048  # of a trained tokenizer
     tokenizer_bytes: int = 4_000_000  # it is trained on at most this much of the training split
+    # Begins a document, a prompt and what the harness asks; null = what the tokenizer itself puts before a text, none =
+    # nothing. Llama's and Mistral's put one there, SmolLM2's and one that is trained here do not.
+    bos_token: str | None = None
     eos_token: str | None = None  # ends a document; null = what the tokenizer names, <|endoftext|> where it names none
 
     pack: str = "documents"  # documents: attention stays inside a document; plain: it runs across the whole row
@@ -135,7 +139,8 @@ class PackedDataConfig(DataConfig):
         _at_least("validation_rows", self.validation_rows, 1)
         _at_least("tokenizer_bytes", self.tokenizer_bytes, 1)
         if self.tokenizer is None:
-            _at_least("vocab_size", self.vocab_size, 257)  # 256 bytes and the end-of-document token
+            # The 256 bytes, and what begins and ends a document.
+            _at_least("vocab_size", self.vocab_size, 257 if self.bos_token in (None, NO_TOKEN) else 258)
         self._check_buckets()
         if self.streaming:
             self._check_streaming()

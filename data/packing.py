@@ -1,10 +1,11 @@
 """Documents packed into rows of equal length.
 
-The documents of a split, each closed by the end-of-document token, form one stream of tokens; row i is its tokens
-``[i * seq_len, (i + 1) * seq_len)``. A document that does not fit continues in the next row, as a segment of its own:
-attention and positions start afresh there. The target of a row's last token is still the document's next token, so
-every token but the first of each document is a target exactly once. The last token of a document has no target. The
-last row of a split is filled up with end-of-document tokens that are no targets.
+The documents of a split, each opened by the token that begins one, if there is such a token, and closed by the
+end-of-document token, form one stream of tokens; row i is its tokens ``[i * seq_len, (i + 1) * seq_len)``. A document
+that does not fit continues in the next row, as a segment of its own: attention and positions start afresh there. The
+target of a row's last token is still the document's next token, so every token but the first of each document is a
+target exactly once. The last token of a document has no target. The last row of a split is filled up with
+end-of-document tokens that are no targets.
 """
 
 from typing import NamedTuple

@@ -245,7 +245,8 @@ def _tokenised(tasks: Iterator[Task], recipe: Recipe, workers: int) -> Iterator[
         return
     # Not by fork: this process may have threads, and a GPU.
     context = multiprocessing.get_context("spawn")
-    start = (recipe.tokenizer.backend.to_str(), recipe.tokenizer.eos_token, recipe.length_buckets)
+    tokenizer = recipe.tokenizer
+    start = (tokenizer.backend.to_str(), tokenizer.eos_token, tokenizer.bos_token, recipe.length_buckets)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=start)
     waiting: collections.deque[tuple[int, Future]] = collections.deque()
     try:
@@ -260,10 +261,10 @@ def _tokenised(tasks: Iterator[Task], recipe: Recipe, workers: int) -> Iterator[
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(tokenizer: str, eos_token: str, buckets: tuple[int, ...]) -> None:
+def _start_worker(tokenizer: str, eos_token: str, bos_token: str | None, buckets: tuple[int, ...]) -> None:
     global _work_with
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _work_with = (TextTokenizer(Tokenizer.from_str(tokenizer), eos_token), buckets)
+    _work_with = (TextTokenizer(Tokenizer.from_str(tokenizer), eos_token, bos_token=bos_token), buckets)
     # A worker waits for tasks for ever, also when the process that gave them was killed.
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -281,8 +282,7 @@ def _tokenise(
     tokenizer: TextTokenizer, buckets: tuple[int, ...], task: list[tuple[str, str]]
 ) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
     parts: dict[str, list[tuple[list[int], int]]] = {}
-    for (split, text), ids in zip(task, tokenizer.encode_batch([text for _, text in task]), strict=True):
-        ids.append(tokenizer.eos_id)
+    for (split, text), ids in zip(task, tokenizer.encode_documents([text for _, text in task]), strict=True):
         name = f"train-{bisect.bisect_right(buckets, len(ids))}" if split == "train" else split
         parts.setdefault(name, []).append((ids, len(text.encode())))
     return {

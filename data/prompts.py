@@ -58,7 +58,7 @@ class PromptEncoder:
                 f"template={template} needs the tokens {', '.join(missing)}, which the tokenizer lacks: "
                 "use template=base, or that of the model's family"
             )
-        self.before = tokenizer.encode_markup(self.template.before)
+        self.before = tokenizer.begin(tokenizer.encode_markup(self.template.before))
         self.after = tokenizer.encode_markup(self.template.after)
 
     @property
@@ -70,7 +70,7 @@ class PromptEncoder:
         """A base model reads prompt and answer prefix as one text, without white space at its end, which the tokens
         of a continuation begin with."""
         if self.template == TEMPLATES["base"]:
-            return self.tokenizer.encode((sample.prompt + sample.answer_prefix).rstrip())
+            return [*self.before, *self.tokenizer.encode((sample.prompt + sample.answer_prefix).rstrip())]
         prefix = self.tokenizer.encode(sample.answer_prefix.strip())
         return [*self.before, *self.tokenizer.encode(sample.prompt), *self.after, *prefix]
 

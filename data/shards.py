@@ -3,7 +3,8 @@
 A corpus has one or more parts (a split, or one length bucket of it); a shard holds a stretch of the corpus.
 
     shard-00003/shard.json      documents of the corpus it covers; documents, tokens and UTF-8 bytes of each part
-    shard-00003/PART.tokens     raw uint16 or uint32, documents one after another, each with its end-of-document token
+    shard-00003/PART.tokens     raw uint16 or uint32, documents one after another, each with the tokens that begin and
+                                end it
     shard-00003/PART.npz        ends: uint32 [documents], where each ends; targets: int64 [vocab_size], how often each
                                 token is a target; checks: uint32 [blocks], CRC-32 of each 64 KiB of PART.tokens
 """

@@ -296,7 +296,7 @@ class _Reader:
         """Append the next training documents to the pending ones."""
         before = self._position
         texts = self._next_texts()
-        documents = [[*ids, self.tokenizer.eos_id] for ids in self.tokenizer.encode_batch(texts)]
+        documents = self.tokenizer.encode_documents(texts)
         tokens = np.concatenate([np.zeros(0, np.int64), *documents])
         ends = len(self._tokens) + np.cumsum([len(document) for document in documents], dtype=np.int64)
         self._tokens = np.concatenate([self._tokens, tokens])

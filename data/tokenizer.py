@@ -6,16 +6,19 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from data.cache import build_once, fingerprint
-from data.config import PackedDataConfig
+from data.config import NO_TOKEN, PackedDataConfig
 from data.corpora import corpus_fingerprint, iterate_documents, split_of
 
 DEFAULT_EOS = "<|endoftext|>"
 TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 # Of a folder's settings, what is kept beside the tokenizer.
 _KEPT = ("bos_token", "eos_token", "add_bos_token", "add_eos_token", "chat_template")
+# What ``save_folder`` adds: the tokens that begin and end documents, which need not be those that the folder calls
+# bos_token and eos_token (the end of a turn in a chat, say); and what the tokenizer was when it was saved.
+_BEGIN, _END, _FINGERPRINT = "begin_of_document", "end_of_document", "fingerprint"
 TRAINER_VERSION = 1  # raise it when train_bpe gives other tokenizers than before
 
 
@@ -24,39 +27,65 @@ class TextTokenizer:
 
     Attributes:
         name: the file, the folder or the name on the hub that it was loaded from.
+        bos_token, bos_id: begin every document and prompt; None: nothing does.
+        eos_token, eos_id: end every document.
         settings: what its folder says besides: ``bos_token`` and ``chat_template``, where there are any.
     """
 
     def __init__(
-        self, backend: Tokenizer, eos_token: str, name: str | None = None, settings: dict | None = None
+        self,
+        backend: Tokenizer,
+        eos_token: str,
+        name: str | None = None,
+        settings: dict | None = None,
+        bos_token: str | None = None,
     ) -> None:
         eos_id = backend.token_to_id(eos_token)
         if eos_id is None:
             raise ValueError(
                 f"the tokenizer has no token {eos_token!r}; name its end-of-document token in data.eos_token"
             )
+        bos_id = None if bos_token is None else backend.token_to_id(bos_token)
+        if bos_token is not None and bos_id is None:
+            raise ValueError(
+                f"the tokenizer has no token {bos_token!r}; name the one that begins its documents in data.bos_token, "
+                f"or {NO_TOKEN}"
+            )
         backend.no_padding()
         backend.no_truncation()
         backend.encode_special_tokens = True
         self.backend = backend
         self.name = name
-        self.eos_token = eos_token
+        self.bos_token, self.eos_token = bos_token, eos_token
         self.settings = settings or {}
+        self.bos_id: int | None = bos_id
         self.eos_id: int = eos_id
         # Ids may have gaps, so the largest one counts, not the number of tokens.
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
-    def bos_id(self) -> int | None:
-        """The token that begins a text, if the tokenizer names one."""
-        token = self.settings.get("bos_token")
-        return None if token is None else self.backend.token_to_id(token)
+    def named_bos_id(self) -> int | None:
+        """The token that begins documents, or the one that the tokenizer calls so though it puts it before none."""
+        named = self.settings.get("bos_token")
+        return self.bos_id if self.bos_id is not None or named is None else self.backend.token_to_id(named)
 
     def encode(self, text: str) -> list[int]:
+        """Of a piece of text, without what begins or ends a document."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+    def encode_prompt(self, text: str) -> list[int]:
+        """Of text that a model continues: the beginning of a document."""
+        return self.begin(self.encode(text))
+
+    def encode_documents(self, texts: list[str]) -> list[list[int]]:
+        """Whole documents, each from the token that begins it to the one that ends it."""
+        begin = [] if self.bos_id is None else [self.bos_id]
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [[*begin, *encoding.ids, self.eos_id] for encoding in encodings]
+
+    def begin(self, ids: list[int]) -> list[int]:
+        """``ids`` behind the token that begins a document, if there is one; once, where they begin with it already."""
+        return ids if self.bos_id is None or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
 
     def encode_markup(self, text: str) -> list[int]:
         """Of text of our own, such as a chat template: special tokens spelled out in it are those tokens."""
@@ -70,7 +99,28 @@ class TextTokenizer:
         return self.backend.decode(ids, skip_special_tokens=False)
 
     def fingerprint(self) -> str:
-        return fingerprint(self.backend.to_str(), self.eos_token)
+        """Differs with the tokens of any document."""
+        begin = [] if self.bos_token is None else [self.bos_token]
+        return fingerprint(self.backend.to_str(), self.eos_token, *begin)
+
+    def has_tokens_of(self, other: "TextTokenizer") -> bool:
+        """Whether every token is the same here and there, whichever of them begin and end documents."""
+
+        def tokens(tokenizer: TextTokenizer) -> dict:
+            # How an encoding is framed is read off elsewhere.
+            return json.loads(tokenizer.backend.to_str()) | {"post_processor": None}
+
+        return tokens(self) == tokens(other)
+
+    def framing(self) -> "TextTokenizer":
+        """The same tokenizer for those who let it put before a text what begins a document, as transformers does."""
+        backend = Tokenizer.from_str(self.backend.to_str())
+        if _put_before(backend) == ([] if self.bos_token is None else [self.bos_token]):
+            return self
+        begin = [] if self.bos_token is None else [(self.bos_token, self.bos_id)]
+        single = " ".join([*(token for token, _ in begin), "$A"])
+        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=begin)
+        return TextTokenizer(backend, self.eos_token, self.name, self.settings, self.bos_token)
 
     def save(self, path: str | Path) -> None:
         """Write a tokenizer.json, atomically."""
@@ -91,17 +141,20 @@ class TextTokenizer:
         self.backend.save(str(folder / TOKENIZER))
         # What the folder called its end may be that of a turn in a chat, not of a document: it stays.
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos_token, **self.settings}
+        settings |= {_BEGIN: self.bos_token or NO_TOKEN, _END: self.eos_token, _FINGERPRINT: self.fingerprint()}
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
 
     @classmethod
-    def load(cls, name: str, eos_token: str | None = None) -> "TextTokenizer":
+    def load(cls, name: str, eos_token: str | None = None, bos_token: str | None = None) -> "TextTokenizer":
         """From a tokenizer.json, a folder that holds one, or a hub name.
 
         Args:
             eos_token: None = what the folder names, else ``DEFAULT_EOS``.
+            bos_token: ``NO_TOKEN`` = nothing begins a document; None = what the tokenizer itself puts before a text.
 
         Raises:
-            ValueError: there is none, it is damaged, or it lacks the token that ends a document.
+            ValueError: there is none, it is damaged, it is another than the one that was saved there, or it lacks the
+                token that begins or ends a document.
         """
         path = Path(name).expanduser()
         if path.is_dir():
@@ -111,13 +164,26 @@ class TextTokenizer:
                     f"{name} has no {TOKENIZER}: let transformers make it, AutoTokenizer.from_pretrained(...)"
                     ".save_pretrained(...), or name another in data.tokenizer"
                 )
-        elif not path.exists():
-            if name.endswith(".json"):
-                raise ValueError(f"data.tokenizer={name!r} is no file")
-            return cls(_from_hub(name), eos_token or DEFAULT_EOS, name)
-        backend, settings = _read_tokenizer(path), _read_settings(path.parent)
-        eos_token = eos_token or settings.get("eos_token") or _eos_by_id(path.parent, backend) or DEFAULT_EOS
-        return cls(backend, eos_token, name, settings)
+        if path.exists():
+            backend, settings, folder = _read_tokenizer(path), _read_settings(path.parent), path.parent
+        elif name.endswith(".json"):
+            raise ValueError(f"data.tokenizer={name!r} is no file")
+        else:
+            backend, settings, folder = _from_hub(name), {}, None
+        backend.no_padding()
+        backend.no_truncation()
+        saved = settings.pop(_FINGERPRINT, None)
+        own_end = settings.pop(_END, None) or settings.get("eos_token")
+        own_end = own_end or (folder and _eos_by_id(folder, backend)) or DEFAULT_EOS
+        own_begin = None if bos_token is not None and saved is None else _own_bos(backend, settings)
+        if saved is not None and cls(backend, own_end, name, settings, own_begin).fingerprint() != saved:
+            raise ValueError(
+                f"{name} is another tokenizer than was saved there (its fingerprint in {SETTINGS} is {saved}): restore "
+                f"it, or remove that entry if it is meant"
+            )
+        settings.pop(_BEGIN, None)
+        begin = own_begin if bos_token is None else None if bos_token == NO_TOKEN else bos_token
+        return cls(backend, eos_token or own_end, name, settings, begin)
 
 
 def _from_hub(name: str) -> Tokenizer:
@@ -147,7 +213,7 @@ def _read_settings(folder: Path) -> dict:
     settings = {}
     for name in ("special_tokens_map.json", SETTINGS):
         given = _read_object(folder / name)
-        for key in _KEPT:
+        for key in (*_KEPT, _BEGIN, _END, _FINGERPRINT):
             value = given.get(key)
             if isinstance(value, dict):  # a token with options of how it is matched
                 value = value.get("content")
@@ -156,6 +222,22 @@ def _read_settings(folder: Path) -> dict:
     if (folder / "chat_template.jinja").is_file():
         settings["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     return settings
+
+
+def _own_bos(backend: Tokenizer, settings: dict) -> str | None:
+    """The token that begins documents where nothing else is said. Raises ValueError if a tokenizer has several."""
+    if _BEGIN in settings:
+        return None if settings[_BEGIN] == NO_TOKEN else settings[_BEGIN]
+    before = _put_before(backend)
+    if len(before) > 1:
+        raise ValueError(f"the tokenizer puts {before} before a text: name one in data.bos_token, or {NO_TOKEN}")
+    return before[0] if before else None
+
+
+def _put_before(backend: Tokenizer) -> list[str]:
+    """What the tokenizer's own file puts before a text; transformers, too, asks no other where there is the file."""
+    alone, framed = (backend.encode("a", add_special_tokens=framed).tokens for framed in (False, True))
+    return framed[: next((n for n in range(len(framed)) if framed[n : n + len(alone)] == alone), 0)]
 
 
 def _eos_by_id(folder: Path, backend: Tokenizer) -> str | None:
@@ -178,14 +260,14 @@ def _read_object(path: Path) -> dict:
     return value
 
 
-def train_bpe(texts: Iterator[str], vocab_size: int, eos_token: str) -> Tokenizer:
+def train_bpe(texts: Iterator[str], vocab_size: int, *special_tokens: str) -> Tokenizer:
     """A byte-level BPE (as GPT-2's): all 256 bytes are tokens, so any text survives encode and decode unchanged."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[eos_token],
+        special_tokens=list(special_tokens),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -196,18 +278,19 @@ def train_bpe(texts: Iterator[str], vocab_size: int, eos_token: str) -> Tokenize
 def build_tokenizer(config: PackedDataConfig, cache_dir: str | Path) -> TextTokenizer:
     """The corpora's tokenizer; a trained one comes from the cache when corpora and settings are the same."""
     if config.tokenizer is not None:
-        return TextTokenizer.load(config.tokenizer, config.eos_token)
+        return TextTokenizer.load(config.tokenizer, config.eos_token, config.bos_token)
     eos_token = config.eos_token or DEFAULT_EOS
+    special_tokens = [token for token in (eos_token, config.bos_token) if token not in (None, NO_TOKEN)]
 
     def build(folder: Path) -> None:
         texts = _training_texts(config)
-        train_bpe(texts, config.vocab_size, eos_token).save(str(folder / TOKENIZER))
+        train_bpe(texts, config.vocab_size, *special_tokens).save(str(folder / TOKENIZER))
 
-    settings = [config.vocab_size, config.tokenizer_bytes, eos_token, config.validation_fraction]
+    settings = [config.vocab_size, config.tokenizer_bytes, *special_tokens, config.validation_fraction]
     corpora = [(corpus_fingerprint(corpus, cache_dir), weight) for corpus, weight in config.parts.values()]
     key = fingerprint(TRAINER_VERSION, corpora, settings)
     folder = build_once(Path(cache_dir) / "tokenizers" / key, build)
-    return TextTokenizer.load(str(folder), eos_token)
+    return TextTokenizer.load(str(folder), eos_token, config.bos_token)
 
 
 def _training_texts(config: PackedDataConfig) -> Iterator[str]:

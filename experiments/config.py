@@ -11,7 +11,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from dashattn.backends import BACKENDS, AttentionConfig
-from data import DataConfig, MixtureDataConfig, MQARDataConfig, TextDataConfig
+from data import NO_TOKEN, DataConfig, MixtureDataConfig, MQARDataConfig, TextDataConfig
 from experiments.origin import take_from_origin
 from experiments.schema import to_config
 from models import ModelConfig
@@ -87,6 +87,11 @@ class TrainConfig:
     # Run directory, checkpoint or Hugging Face folder whose weights are loaded at step 0; its shape with
     # model=checkpoint, and its tokenizer where data.tokenizer is null.
     init_from: str | None = None
+    any_tokenizer: bool = False  # start from weights that were trained on other tokens than the data's
+    # RUN@STEP: begin with that checkpoint as if it were this run's own, with its optimizer and its place in the data.
+    # All values are given as for RUN, but for what may change on a resume, and for steps and the schedule, where they
+    # leave the learning rates of the steps before STEP as they were.
+    branch_from: str | None = None
     any_attention: bool = False  # start from a folder whose weights were trained with another sparse attention
 
     log_every: int = 10
@@ -138,6 +143,11 @@ def load_config(path: Path) -> TrainConfig:
     Raises:
         ValueError: the file names an attention backend that does not exist here.
     """
+    return to_config(read_config(path))
+
+
+def read_config(path: Path) -> DictConfig:
+    """As ``load_config``, as Hydra has it."""
     saved = OmegaConf.load(path)
     if saved.attention.name not in BACKENDS:
         raise ValueError(f"{path}: no attention backend is called {saved.attention.name!r}")
@@ -146,7 +156,9 @@ def load_config(path: Path) -> TrainConfig:
     typed.attention = OmegaConf.structured(BACKENDS[saved.attention.name][0])
     telling = {"source": TextDataConfig, "corpora": MixtureDataConfig, "pairs_min": MQARDataConfig}
     typed.data = OmegaConf.structured(next(schema for key, schema in telling.items() if key in saved.data))
-    return to_config(OmegaConf.merge(typed, saved))
+    if "pairs_min" not in saved.data and "bos_token" not in saved.data:
+        saved.data.bos_token = NO_TOKEN  # of before there was one
+    return OmegaConf.merge(typed, saved)
 
 
 def plain(config: TrainConfig) -> dict:

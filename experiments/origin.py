@@ -7,14 +7,17 @@ there.
 """
 
 import copy
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dashattn.backends import BACKENDS, AttentionConfig, FullConfig
-from data import DataConfig, PackedDataConfig
+from data import NO_TOKEN, DataConfig, PackedDataConfig, TextTokenizer
+from data.tokenizer import TOKENIZER as TOKENIZER_FILE
 from experiments.files import CONFIG, TOKENIZER
 from models.hf import is_hf_folder, read_attention, read_config
 
@@ -49,20 +52,78 @@ def take_from_origin(cfg: DictConfig) -> DictConfig:
         for key in left_open:
             OmegaConf.update(cfg, f"model.{key}", values.get(key))
     if "tokenizer" in cfg.data and cfg.data.tokenizer is None:
-        cfg.data.tokenizer = tokenizer_of(origin) if own is None else own.data.tokenizer
+        if own is not None:
+            cfg.data.tokenizer = own.data.tokenizer
+        else:
+            _take_tokenizer(cfg.data, origin)
     return cfg
 
 
-def with_own_tokenizer(data: DataConfig, run_dir: Path) -> DataConfig:
-    """``data`` read with the tokenizer that a run keeps, whatever became of the place it was taken from."""
-    if not isinstance(data, PackedDataConfig) or not (run_dir / TOKENIZER).is_dir():
+def with_own_tokenizer(data: DataConfig, home: Path) -> DataConfig:
+    """``data`` read with the tokenizer that a run or a checkpoint keeps, whatever became of the place it was taken
+    from, and with the token that begins its documents."""
+    if not isinstance(data, PackedDataConfig) or not (home / TOKENIZER).is_dir():
         return data
-    return replace(data, tokenizer=str(run_dir / TOKENIZER))
+    bos_token = _begins(OmegaConf.load(home / CONFIG).data) if data.bos_token is None else data.bos_token
+    return replace(data, tokenizer=str(home / TOKENIZER), bos_token=bos_token)
+
+
+def _begins(data: DictConfig) -> str | None:
+    """A run of before there was such a token began its documents with none."""
+    return data.get("bos_token", NO_TOKEN)
+
+
+def check_origin_tokenizer(data: DataConfig, origin: Path) -> None:
+    """Refuses data whose tokens are not those that the weights were trained on, as far as these are known.
+
+    Args:
+        data: as composed; ``tokenizer`` is the weights' own where none was named.
+        origin: as ``init_from``.
+
+    Raises:
+        ValueError: naming the option that takes other tokens all the same.
+    """
+    is_text, named = isinstance(data, PackedDataConfig), getattr(data, "tokenizer", None)
+    weights = _tokens_of(origin)
+    if weights is None:
+        return
+    if not (is_text and weights.are_text):
+        is_same = is_text == weights.are_text
+    elif weights.kept is None or named in (None, weights.kept):
+        is_same = named is not None
+    else:
+        own = TextTokenizer.load(named, data.eos_token, data.bos_token)
+        is_same = own.has_tokens_of(TextTokenizer.load(weights.kept))
+    if not is_same:
+        raise ValueError(
+            f"data.name={data.name}" + (f" with data.tokenizer={named}" if named else "") + " has other tokens than "
+            f"{origin} was trained on: take its tokenizer and data of its kind, or set any_tokenizer=true to begin "
+            "with weights for which every token meant something else"
+        )
+
+
+class _Tokens(NamedTuple):
+    """What weights were trained on."""
+
+    are_text: bool  # else generated
+    kept: str | None  # where the tokenizer is
+
+
+def _tokens_of(origin: Path) -> _Tokens | None:
+    """None: not known."""
+    if is_hf_folder(origin):
+        return _Tokens(True, str(origin)) if (origin / TOKENIZER_FILE).is_file() else None
+    run = run_of(origin)
+    if run is None:
+        return None
+    kept = run / TOKENIZER
+    return _Tokens("pairs_min" not in OmegaConf.load(run / CONFIG).data, str(kept) if kept.is_dir() else None)
 
 
 def run_of(path: Path) -> Path | None:
-    """The run directory that a run, a checkpoint of one or a checkpoint's weights lie in; None: in none."""
-    return next((folder for folder in (path, *path.parents[1:3]) if (folder / CONFIG).is_file()), None)
+    """What holds the configuration of a run, one of its checkpoints or a checkpoint's weights: the run, the checkpoint
+    itself, or, where that has none of its own, the run it lies in; None: nothing does."""
+    return next((folder for folder in (path, *path.parents[:3]) if (folder / CONFIG).is_file()), None)
 
 
 def tokenizer_of(origin: Path) -> str | None:
@@ -72,9 +133,9 @@ def tokenizer_of(origin: Path) -> str | None:
         ValueError: a Hugging Face folder has none.
     """
     if is_hf_folder(origin):
-        if not (origin / "tokenizer.json").is_file():
+        if not (origin / TOKENIZER_FILE).is_file():
             raise ValueError(
-                f"{origin} has no tokenizer.json: let transformers make it, AutoTokenizer.from_pretrained(...)"
+                f"{origin} has no {TOKENIZER_FILE}: let transformers make it, AutoTokenizer.from_pretrained(...)"
                 ".save_pretrained(...), or name another tokenizer in data.tokenizer"
             )
         return str(origin)
@@ -83,12 +144,20 @@ def tokenizer_of(origin: Path) -> str | None:
 
 
 def _own_config(cfg: DictConfig) -> DictConfig | None:
-    """The configuration of a run that was started before."""
-    try:
-        path = Path(cfg.run_dir).expanduser() / CONFIG
-    except OmegaConfBaseException:  # a name made of values that are missing
-        return None
-    return OmegaConf.load(path) if path.is_file() else None
+    """The configuration of a run that was started before, or of the one that it branches off."""
+    places = [] if cfg.get("branch_from") is None else [parse_branch(cfg.branch_from)[0]]
+    with suppress(OmegaConfBaseException):  # a name made of values that are missing
+        places.insert(0, Path(cfg.run_dir).expanduser())
+    path = next((place / CONFIG for place in places if (place / CONFIG).is_file()), None)
+    return None if path is None else OmegaConf.load(path)
+
+
+def parse_branch(branch_from: str) -> tuple[Path, int]:
+    """The run and the step that ``branch_from`` names. Raises ValueError if it names none."""
+    run, _, step = branch_from.rpartition("@")
+    if not run or not step.isdecimal():
+        raise ValueError(f"branch_from={branch_from}: give RUN@STEP, a run directory and the step of a checkpoint")
+    return Path(run).expanduser(), int(step)
 
 
 def _model_of(origin: Path) -> dict:
@@ -117,6 +186,17 @@ def _replace_attention(cfg: DictConfig, attention: DictConfig) -> None:
     given, defaults = cfg.attention, AttentionConfig()
     changed = {key: given[key] for key in given if key != "name" and given[key] != getattr(defaults, key)}
     cfg.attention = OmegaConf.merge(OmegaConf.structured(BACKENDS[attention.name][0]), attention, changed)
+
+
+def _take_tokenizer(data: DictConfig, origin: Path) -> None:
+    """Let ``data`` have the tokenizer of the weights, with what begins and ends their documents; nothing is changed
+    where the weights have none."""
+    data.tokenizer = tokenizer_of(origin)
+    if data.tokenizer is not None and not is_hf_folder(origin):
+        theirs = OmegaConf.load(run_of(origin) / CONFIG).data
+        for key, value in (("bos_token", _begins(theirs)), ("eos_token", theirs.get("eos_token"))):
+            if data[key] is None:
+                data[key] = value
 
 
 def _flat(values: dict, prefix: str = "") -> dict:

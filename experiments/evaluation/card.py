@@ -17,8 +17,8 @@ def model_card(target: Target, *, dense: bool) -> str:
         target: what is exported.
         dense: it holds a sparse model's weights as those of a dense one.
     """
-    run_dir, checkpoint, config = target.run_dir, target.checkpoint, target.train
-    start, git = (_read(run_dir / name) for name in (START, GIT))
+    checkpoint, config = target.checkpoint, target.train
+    start, git = (_read(target.home / name) for name in (START, GIT))
     state, data, name = read_state(checkpoint), start.get("data", {}), config.attention.name
     lines = [f"# {config.name}", "", f"Step {state['step']}, {state['tokens']:,} tokens of training."]
     if "init_from" in start:

@@ -27,6 +27,7 @@ class EvaluateConfig:
     # Of a folder, which is scored as it is, without any training:
     attention: AttentionConfig | None = None  # null = what it was trained with, dense if it says nothing
     any_attention: bool = False  # even where it was trained with another sparse one
+    any_tokenizer: bool = False  # even text with another tokenizer than the weights', whose tokens mean something else
     data: DataConfig | None = None  # the text it is scored on, with its tokenizer unless data.tokenizer names one
     cache_dir: str = "~/.cache/dashattn"
     # On the run's validation split: loss | position | recall | sparsity. Generated: ruler (its 13) | niah_single_1 ...

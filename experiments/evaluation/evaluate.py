@@ -19,7 +19,7 @@ from experiments.evaluation.config import EvaluateConfig, check_tasks
 from experiments.evaluation.folder import locate_folder
 from experiments.evaluation.knobs import setpoints, turn_knob
 from experiments.evaluation.select import build_tasks
-from experiments.evaluation.target import Target, build_model, locate, trained_knob, validation_stream
+from experiments.evaluation.target import Target, build_model, locate, trained_knob
 from experiments.evaluation.tasks.base import Setting, Task
 from experiments.files import (
     EVALUATING,
@@ -83,7 +83,7 @@ def evaluate(config: EvaluateConfig, target: Target) -> Iterator[dict]:
     target.rows_dir.mkdir(parents=True, exist_ok=True)
     own_label = f"{train.attention.name}, {UNTRAINED}" if target.is_untrained else train.attention.name
     common = describe(target) | target.identity | {"label": config.label or own_label}
-    tasks = build_tasks(config, train, validation_stream(target))
+    tasks = build_tasks(config, target)
     identity = {key: common[key] for key in ("checkpoint", "label", *target.identity)}
     passes = [
         (task, place, identity | place.columns() | task.columns) for place in setpoints(config, train) for task in tasks
@@ -178,9 +178,9 @@ def describe(target: Target) -> dict:
 
 
 def _of_run(target: Target) -> dict:
-    git = read_json(target.run_dir / GIT)
+    git = read_json(target.home / GIT)
     state = read_state(target.checkpoint)
-    start = read_json(target.run_dir / START)
+    start = read_json(target.home / START)
     return {
         "step": state["step"],
         "tokens": state["tokens"],

@@ -14,17 +14,17 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from data import TextTokenizer
 from experiments.errors import user_errors
 from experiments.evaluation.card import model_card
 from experiments.evaluation.target import locate
-from experiments.files import CONFIG, TOKENIZER, WEIGHTS
+from experiments.files import TOKENIZER, WEIGHTS
 from experiments.training.checkpoint import read_state
 from models.hf import write_folder
 
 
 def export(run_dir: Path, folder: Path, *, dense: bool = False) -> list[str]:
-    """Write the latest checkpoint of a run as a Hugging Face folder; returns the names of the weights left out.
+    """Write a checkpoint, a run's latest one or that which is named, as a Hugging Face folder; returns the names of the
+    weights left out.
 
     Args:
         dense: write a sparse run's weights as those of a dense model.
@@ -32,19 +32,16 @@ def export(run_dir: Path, folder: Path, *, dense: bool = False) -> list[str]:
     Raises:
         ValueError: the run has no checkpoint, its model has no counterpart there, or the folder exists.
     """
-    if not (run_dir / CONFIG).exists():
-        raise ValueError(f"{run_dir} is no run directory (it has no {CONFIG})")
     target = locate(str(run_dir), "cpu")  # with the knob that a target sparsity was met with
     config = target.train
-    tokenizer = None  # of data that are no text, and of runs of before tokenizers were kept
-    if (run_dir / TOKENIZER).is_dir():
-        tokenizer = TextTokenizer.load(config.data.tokenizer, config.data.eos_token)
+    # None: of data that are no text, and of runs of before tokenizers were kept.
+    tokenizer = target.tokenizer if (target.home / TOKENIZER).is_dir() else None
     card = model_card(target, dense=dense)
 
     def write_more(temporary: Path) -> None:
         (temporary / "README.md").write_text(card, encoding="utf-8")
         if tokenizer is not None:
-            tokenizer.write_files(temporary)
+            tokenizer.framing().write_files(temporary)
 
     return write_folder(
         folder,
@@ -53,7 +50,7 @@ def export(run_dir: Path, folder: Path, *, dense: bool = False) -> list[str]:
         config.attention,
         step=read_state(target.checkpoint)["step"],
         dense=dense,
-        token_ids=tokenizer and {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id},
+        token_ids=tokenizer and {"bos_token_id": tokenizer.named_bos_id, "eos_token_id": tokenizer.eos_id},
         write_more=write_more,
     )
 

@@ -4,11 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from dashattn.backends import FullConfig
-from data import PackedDataConfig
+from data import NO_TOKEN, PackedDataConfig, TextTokenizer
 from experiments.config import DeepSpeedConfig, TrainConfig
 from experiments.evaluation.config import EvaluateConfig
 from experiments.evaluation.target import Target, check_device
-from experiments.origin import tokenizer_of
+from experiments.origin import check_origin_tokenizer, tokenizer_of
 from experiments.training.check import check_vocabulary, meta_backends, resolve
 from models.hf import check_files, check_same_attention, check_same_model, read_attention, read_config
 
@@ -32,6 +32,11 @@ def locate_folder(config: EvaluateConfig) -> Target:
     check_files(folder)
     if isinstance(data, PackedDataConfig) and data.tokenizer is None:
         data = replace(data, tokenizer=tokenizer_of(folder))
+    if not config.any_tokenizer:
+        check_origin_tokenizer(data, folder)
+    if isinstance(data, PackedDataConfig):  # said in full: rows are known by it
+        tokenizer = TextTokenizer.load(data.tokenizer, data.eos_token, data.bos_token)
+        data = replace(data, bos_token=tokenizer.bos_token or NO_TOKEN)
     longest = max([data.seq_len, *lengths])
     check_same_model(replace(model, max_seq_len=max(longest, model.max_seq_len)), folder)
     name = f"{folder.resolve().name}-{attention.name}"
@@ -49,4 +54,4 @@ def locate_folder(config: EvaluateConfig) -> Target:
     train = resolve(train)
     check_vocabulary(train)
     meta_backends(train)
-    return Target(Path(train.run_dir).expanduser(), folder, train)
+    return Target(Path(train.run_dir).expanduser(), folder, folder, train)

@@ -11,17 +11,16 @@ if __name__ == "__main__":
 import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import hydra
 import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
-from data import PackedDataConfig, TextTokenizer, build_tokenizer
+from data import TextTokenizer
 from data.cache import fingerprint
 from experiments.errors import user_errors
-from experiments.evaluation.target import build_model, check_tokenizer, locate
+from experiments.evaluation.target import build_model, locate
 from experiments.files import CONFIGS
 from experiments.schema import to_config
 from models.generate import Sampling, generate
@@ -86,21 +85,20 @@ def run_generation(config: GenerateConfig) -> None:
     sampling = Sampling(config.temperature, config.top_p, config.top_k, config.repetition_penalty)
     target = locate(config.run, config.device)
     train = target.train
-    if not isinstance(train.data, PackedDataConfig):
+    tokenizer = target.tokenizer
+    if tokenizer is None:
         raise ValueError(f"{config.run} was trained on {train.data.name}, which is no text: give a run trained on text")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    tokenizer = build_tokenizer(train.data, Path(train.cache_dir).expanduser())
-    check_tokenizer(target, tokenizer)
     model = build_model(target)
     if config.knob is not None:
         model.set_knob(config.knob)
     if config.compile:
         # Matrices times one row become reductions, fused with what stands around them.
         model.compile_layers(options={"coordinate_descent_tuning": True})
-    prompts = [tokenizer.encode(text) for text in texts]
+    prompts = [tokenizer.encode_prompt(text) for text in texts]
     stop_tokens = {tokenizer.eos_id, *(_stop_token(tokenizer, text) for text in config.stop_tokens)}
-    printer = Printer(tokenizer, prompts[0])
+    printer = Printer(tokenizer, tokenizer.encode(texts[0]))  # a token that begins the document is not shown
     start = time.perf_counter()
     results = generate(
         model,
@@ -112,8 +110,8 @@ def run_generation(config: GenerateConfig) -> None:
         on_token=printer,
     )
     printer.end()
-    for number, (prompt, result) in enumerate(zip(prompts[1:], results[1:], strict=True), start=2):
-        print(f"\n[{number}] {tokenizer.decode(prompt + result)}")
+    for number, (text, result) in enumerate(zip(texts[1:], results[1:], strict=True), start=2):
+        print(f"\n[{number}] {tokenizer.decode(tokenizer.encode(text) + result)}")
     if printer.times:
         first, last, count = printer.times[0], printer.times[-1], len(printer.times)
         later = count - sum(map(bool, results))  # than the first step's

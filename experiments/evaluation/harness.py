@@ -23,7 +23,7 @@ from dashattn.stats import AttentionStats
 from data import IGNORE, TextTokenizer
 from data.cache import fingerprint
 from experiments.evaluation.lm_eval_options import read_options
-from experiments.evaluation.target import build_model, locate, validation_stream
+from experiments.evaluation.target import build_model, locate
 from experiments.evaluation.tasks.base import SparsityTally, in_parts
 from models import Transformer
 from models.generate import generate
@@ -59,7 +59,7 @@ class HarnessModel(TemplateLM):
         model = build_model(target)
         if knob is not None:
             model.set_knob(knob)
-        tokenizer = validation_stream(target).tokenizer
+        tokenizer = target.tokenizer
         if tokenizer is None:
             raise ValueError(f"{run} was trained on {target.train.data.name}, not on text: lm_eval needs a tokenizer")
         self._set(model, tokenizer, int(batch_size), max_length)
@@ -86,7 +86,7 @@ class HarnessModel(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """What a text is read behind where it has no context: the token that begins texts, or the end of another."""
-        begin = self.tokenizer.bos_id
+        begin = self.tokenizer.named_bos_id
         return self.eot_token_id if begin is None else begin
 
     @property
@@ -95,8 +95,9 @@ class HarnessModel(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
         """Special tokens spelled out in a text are those tokens, as with every tokenizer under lm_eval: chat templates
-        are texts."""
-        return self.tokenizer.encode_markup(string)
+        are texts. Behind the token that begins the model's documents, unless ``add_special_tokens`` is False."""
+        ids = self.tokenizer.encode_markup(string)
+        return ids if add_special_tokens is False else self.tokenizer.begin(ids)
 
     @functools.cached_property
     def chat_tokenizer(self):
@@ -199,7 +200,7 @@ class HarnessModel(TemplateLM):
         """Log-probability of whole texts, read in windows of max_length tokens, each token predicted once."""
         windows, owners = [], []
         for index, request in enumerate(requests):
-            tokens = self.tok_encode(request.args[0])
+            tokens = self.tok_encode(request.args[0], add_special_tokens=False)  # the prefix stands before them
             pieces = get_rolling_token_windows(tokens, self.prefix_token_id, max_seq_len=self.max_length, context_len=1)
             for context, continuation in map(make_disjoint_window, pieces):
                 windows.append((None, context, continuation))

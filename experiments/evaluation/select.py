@@ -3,14 +3,14 @@
 import sys
 from pathlib import Path
 
-from data import BatchStream, MQARDataConfig
+from data import MQARDataConfig, TextTokenizer
 from data.prompts import PromptEncoder
 from data.task_sets import SUITES, TEXT_TASKS, TaskSet, build_set, held_out_text
 from data.tasks.material import Material, read_haystack
 from experiments.config import TrainConfig
 from experiments.evaluation.config import ROUTING, EvaluateConfig, expand
 from experiments.evaluation.lm_eval_task import PREFIX, HarnessTask
-from experiments.evaluation.target import build_stream
+from experiments.evaluation.target import Target, build_stream, validation_stream
 from experiments.evaluation.tasks.base import Task
 from experiments.evaluation.tasks.decoding import DECODE, DecodingTask
 from experiments.evaluation.tasks.generated import GeneratedTask
@@ -20,22 +20,23 @@ from experiments.evaluation.tasks.streams import STREAM_TASKS, StreamTask, data_
 SAMPLES, PROBES = 100, 32  # where ``rows`` is null
 
 
-def build_tasks(config: EvaluateConfig, train: TrainConfig, stream: BatchStream) -> list[Task]:
+def build_tasks(config: EvaluateConfig, target: Target) -> list[Task]:
     """All passes that the evaluation needs, with their data: what cannot be made fails here, before a model is built.
 
-    A member of a suite that does not fit into a length, or lacks its file, is left out with a line on stderr.
-
-    Args:
-        stream: validation batches as in training; its tokenizer serves the generated tasks.
+    A member of a suite that does not fit into a length, or lacks its file, is left out with a line on stderr. The
+    training corpus is read for what is measured on it alone.
 
     Raises:
-        ValueError: a task that was asked for by its name cannot be had.
+        ValueError: a task that was asked for by its name cannot be had, or it needs a corpus that has changed.
     """
+    train = target.train
+    if config.sparsities is not None or {*STREAM_TASKS, DECODE} & set(config.tasks):
+        validation_stream(target)
     lengths = list(dict.fromkeys(config.lengths or [train.data.seq_len]))
     if isinstance(train.data, MQARDataConfig):
         return [task for length in lengths for task in _mqar_tasks(config, train, length)]
     tasks: list[Task] = []
-    sets = _Sets(config, train, stream)
+    sets = _Sets(config, train, target.tokenizer)
     for length in lengths:
         tasks += _stream_tasks(config, train, length) + _decoding_tasks(config, train, length)
         for name in expand([name for name in config.tasks if name in TEXT_TASKS or name in SUITES]):
@@ -46,7 +47,7 @@ def build_tasks(config: EvaluateConfig, train: TrainConfig, stream: BatchStream)
             tasks.append(
                 HarnessTask(
                     name,
-                    stream.tokenizer,
+                    target.tokenizer,
                     length=length,
                     rows=config.rows,
                     rows_per_batch=config.rows_per_batch,
@@ -94,9 +95,9 @@ def _mqar_tasks(config: EvaluateConfig, train: TrainConfig, length: int) -> list
 class _Sets:
     """Task sets for one run's tokenizer; the material is read when the first set needs it."""
 
-    def __init__(self, config: EvaluateConfig, train: TrainConfig, stream: BatchStream) -> None:
+    def __init__(self, config: EvaluateConfig, train: TrainConfig, tokenizer: TextTokenizer) -> None:
         self.config, self.train = config, train
-        self.encoder = PromptEncoder(stream.tokenizer, config.template)
+        self.encoder = PromptEncoder(tokenizer, config.template)
         self.haystack: Material | None = None
 
     def material(self, needs: str | None) -> Material:

@@ -1,14 +1,15 @@
 """What is evaluated: a checkpoint, its model, and the data it was trained on; or a Hugging Face folder as it is."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from data import BatchStream, DataConfig, TextTokenizer, build_data
+from data import BatchStream, DataConfig, PackedDataConfig, TextTokenizer, build_data, build_tokenizer
 from experiments.config import TrainConfig, load_config
 from experiments.files import CONFIG, START, TOKENIZER, WEIGHTS, read_json
-from experiments.origin import with_own_tokenizer
+from experiments.origin import run_of, with_own_tokenizer
 from experiments.schema import DTYPES
 from experiments.training.check import DEVICES, resolve
 from experiments.training.checkpoint import read_manifest, read_state
@@ -23,8 +24,9 @@ class Target:
     """A checkpoint with the configuration it was trained with.
 
     Attributes:
-        run_dir: of the run; of a folder where its rows are kept.
+        run_dir: of the run, a checkpoint that lies in none itself; of a folder where its rows are kept.
         checkpoint: of the run, or a Hugging Face folder.
+        home: what holds its configuration, tokenizer and origin: the checkpoint itself; in older runs the run.
         train: as composed, but for the device, and the knob where training found one for its target sparsity. Of a
             folder what a training run would be configured with that started from it.
         output: where rows are kept in place of ``run_dir``.
@@ -32,6 +34,7 @@ class Target:
 
     run_dir: Path
     checkpoint: Path
+    home: Path
     train: TrainConfig
     output: Path | None = None
 
@@ -55,6 +58,22 @@ class Target:
         """Whether it is a folder's model that was trained no further here."""
         return is_hf_folder(self.checkpoint)
 
+    @cached_property
+    def tokenizer(self) -> TextTokenizer | None:
+        """What its tokens were made with, which it holds: no corpus is read for it. None: they are no text's.
+
+        Raises:
+            ValueError: it is another than the weights were trained with.
+        """
+        data = self.train.data
+        if not isinstance(data, PackedDataConfig):
+            return None
+        # Of runs of before tokenizers were kept it is trained once more.
+        tokenizer = build_tokenizer(data, Path(self.train.cache_dir).expanduser())
+        if not self.is_untrained:
+            check_tokenizer(self, tokenizer)
+        return tokenizer
+
 
 def locate(run: str, device: str, output: str | None = None) -> Target:
     """The checkpoint that ``run`` names (a run directory's latest, or one of its checkpoints), for a device; its rows
@@ -66,17 +85,18 @@ def locate(run: str, device: str, output: str | None = None) -> Target:
     if is_hf_folder(Path(run).expanduser()):
         raise ValueError(f"{run} is a Hugging Face folder: evaluate.py scores it; begin a run with it for more")
     checkpoint = find_weights(run).parent
-    run_dir = checkpoint.parent.parent
-    if not (run_dir / CONFIG).exists():
-        raise ValueError(f"{checkpoint} does not lie in a run directory: {run_dir} has no {CONFIG}")
+    home = run_of(checkpoint)
+    if home is None:
+        raise ValueError(f"{checkpoint} has no {CONFIG}, nor does it lie in a run directory: copy it there")
+    run_dir = checkpoint.parents[1] if (checkpoint.parents[1] / CONFIG).exists() else checkpoint
     check_device(device)
-    train = load_config(run_dir / CONFIG)
-    train = replace(train, device=device, data=with_own_tokenizer(train.data, run_dir))
+    train = load_config(home / CONFIG)
+    train = replace(train, device=device, data=with_own_tokenizer(train.data, home))
     train = resolve(train)
     found = read_state(checkpoint).get("sparsity")
     attention = train.attention if found is None else train.attention.with_knob(found["knob"])
     kept = None if output is None else Path(output).expanduser()
-    return Target(run_dir, checkpoint, replace(train, attention=attention), kept)
+    return Target(run_dir, checkpoint, home, replace(train, attention=attention), kept)
 
 
 def check_device(device: str) -> None:
@@ -116,7 +136,7 @@ def validation_stream(target: Target) -> BatchStream:
         return stream
     if stream.tokenizer is not None:
         check_tokenizer(target, stream.tokenizer)
-    trained = read_json(target.run_dir / START)["data"].get("tokens_fingerprint")
+    trained = read_json(target.home / START)["data"].get("tokens_fingerprint")
     if trained is not None and stream.describe()["tokens_fingerprint"] != trained:
         raise ValueError(
             f"the corpus of data.name={train.data.name} has changed since {target.run_dir} was trained (its "
@@ -127,9 +147,9 @@ def validation_stream(target: Target) -> BatchStream:
 
 def check_tokenizer(target: Target, tokenizer: TextTokenizer) -> None:
     """Raises ValueError for a tokenizer that is not the one the run was trained with."""
-    trained = read_json(target.run_dir / START).get("tokenizer")
+    trained = read_json(target.home / START).get("tokenizer")
     if trained is not None and tokenizer.fingerprint() != trained:
         raise ValueError(
-            f"{target.run_dir / TOKENIZER} is another tokenizer than the run was trained with (its fingerprint is not "
+            f"{target.home / TOKENIZER} is another tokenizer than the run was trained with (its fingerprint is not "
             f"the one in {START}): restore it"
         )

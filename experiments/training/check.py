@@ -9,6 +9,8 @@ import torch
 from dashattn.backends import AttentionBackend, AttentionShape, build_backends
 from data import PackedDataConfig, TextTokenizer
 from experiments.config import TrainConfig
+from experiments.files import CONFIG
+from experiments.origin import check_origin_tokenizer
 from experiments.schema import DTYPES
 from experiments.sparsity import check_reachable, turned_layers
 from experiments.training.ranks import world_size
@@ -228,7 +230,12 @@ def check_vocabulary(config: TrainConfig) -> None:
 def _check_origin(config: TrainConfig) -> None:
     """A run that resumes needs its origin no more: what is not there is looked for when the run is built."""
     folder = Path(config.init_from or "").expanduser()
-    if config.init_from is None or not is_hf_folder(folder):
+    if config.init_from is None:
+        return
+    is_begun = (Path(config.run_dir).expanduser() / CONFIG).exists()
+    if not (config.any_tokenizer or is_begun):
+        check_origin_tokenizer(config.data, folder)
+    if not is_hf_folder(folder):
         return
     vocab_size = config.model.vocab_size or read_config(folder).vocab_size
     check_same_model(replace(config.model, vocab_size=vocab_size), folder)

@@ -3,6 +3,8 @@
 checkpoints/step-00000100/deepspeed/          DeepSpeed's state: weights, master weights, optimizer
 checkpoints/step-00000100/model.safetensors   consolidated weights, for evaluation and init_from
 checkpoints/step-00000100/state.json          step, tokens, data position of every rank, hash of the configuration
+checkpoints/step-00000100/config.yaml ...      of the run, so that a copied checkpoint is whole: its configuration,
+                                              start.json, git.json and tokenizer/
 checkpoints/step-00000100/manifest.json       size and SHA-256 of each of these files
 checkpoints/latest                            name of the newest complete checkpoint
 checkpoints/damaged-step-*                    did not match its manifest; kept, and never read again
@@ -29,7 +31,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from experiments.errors import Stopped
-from experiments.files import WEIGHTS, read_json, sha256, sync, write_atomically
+from experiments.files import (
+    CONFIG,
+    GIT,
+    START,
+    TOKENIZER,
+    WEIGHTS,
+    read_json,
+    sha256,
+    sync,
+    write_atomically,
+)
 from experiments.training.engine import consolidated_weights
 
 STATE = "state.json"
@@ -163,6 +175,7 @@ def write_checkpoint(target: Path, state: dict, engine, ranks) -> None:
             (temporary / STATE).write_text(json.dumps(state, indent=1) + "\n")
             # safetensors leaves its file to its owner alone.
             (temporary / WEIGHTS).chmod((temporary / STATE).stat().st_mode)
+            _copy_identity(target.parent.parent, temporary)
         seal(temporary, ranks)
         if ranks.is_main:
             if target.exists():  # of a run that was set back to an earlier one
@@ -177,6 +190,14 @@ def write_checkpoint(target: Path, state: dict, engine, ranks) -> None:
             f"{target} could not be written ({error}): see that {target.parent} is writable and has space. The "
             "checkpoints before it are intact, and the same command goes on from the latest"
         ) from error
+
+
+def _copy_identity(run: Path, checkpoint: Path) -> None:
+    """Put what says what the weights are, and how to read text for them, beside them."""
+    for name in (CONFIG, START, GIT):
+        shutil.copyfile(run / name, checkpoint / name)
+    if (run / TOKENIZER).is_dir():  # of a run on text
+        shutil.copytree(run / TOKENIZER, checkpoint / TOKENIZER, copy_function=shutil.copyfile)
 
 
 def seal(folder: Path, ranks) -> None:
@@ -210,22 +231,22 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(hidden)
 
 
-def load_checkpoint(checkpoint: Path, engine, ranks, *, reshard: bool = False) -> None:
+def load_checkpoint(checkpoint: Path, engine, ranks, *, reshard_in: Path | None = None) -> None:
     """Put a checkpoint's weights and optimizer state into ``engine``; all ranks must call it.
 
     Args:
-        reshard: the checkpoint is of another number of ranks or ZeRO stage: take the way through DeepSpeed's universal
-            format, which lies beside the checkpoint until it is loaded.
+        reshard_in: the checkpoint is of another number of ranks or ZeRO stage: take the way through DeepSpeed's
+            universal format, which lies in this folder until it is loaded.
     """
-    universal = checkpoint.with_name(f".{checkpoint.name}.universal")
+    reshard = reshard_in is not None
+    source = reshard_in / f".{checkpoint.name}.universal" if reshard else checkpoint
     if reshard and ranks.is_main:
-        with _without_patterns(checkpoint.parent) as checkpoints:
-            _convert_to_universal(checkpoints / checkpoint.name, checkpoints / universal.name)
+        with _without_patterns(checkpoint.parent) as checkpoints, _without_patterns(reshard_in) as scratch:
+            _convert_to_universal(checkpoints / checkpoint.name, scratch / source.name)
     ranks.barrier()
     groups = [
         {key: value for key, value in group.items() if key != "params"} for group in engine.optimizer.param_groups
     ]
-    source = universal if reshard else checkpoint
     with _without_patterns(source.parent) as checkpoints, contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints
         path, _ = engine.load_checkpoint(str(checkpoints / source.name), tag=_ENGINE_TAG)
     assert path is not None, f"DeepSpeed found nothing to load in {source}"

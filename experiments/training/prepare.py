@@ -22,6 +22,7 @@ from data import BatchStream, PackedDataConfig, build_data, build_tokenizer, pre
 from experiments.config import TrainConfig, register_configs, to_train_config
 from experiments.errors import user_errors
 from experiments.files import CONFIGS
+from experiments.origin import check_origin_tokenizer, with_own_tokenizer
 
 register_configs()
 
@@ -30,9 +31,12 @@ def prepare(config: TrainConfig) -> None:
     """Fill the cache for ``config.data`` and print what it holds."""
     if not isinstance(config.data, PackedDataConfig):
         raise ValueError(f"data={config.data.name} is generated while training: there is nothing to prepare")
+    if config.init_from is not None and not config.any_tokenizer:
+        check_origin_tokenizer(config.data, Path(config.init_from).expanduser())
     cache_dir = Path(config.cache_dir).expanduser()
-    tokenizer = build_tokenizer(config.data, cache_dir)
-    for name, corpus in prepare_all(config.data, tokenizer, cache_dir, verify=True).items():
+    data = with_own_tokenizer(config.data, Path(config.run_dir).expanduser())
+    tokenizer = build_tokenizer(data, cache_dir)
+    for name, corpus in prepare_all(data, tokenizer, cache_dir, verify=True).items():
         parts = [*corpus.training.values(), corpus.validation]
         tokens, size = sum(len(part) for part in parts), sum(part.num_bytes for part in parts)
         print(
@@ -40,7 +44,7 @@ def prepare(config: TrainConfig) -> None:
             f"{tokens:,} tokens ({size / tokens:.2f} bytes each), {cache_dir / 'tokens' / corpus.fingerprint}"
         )
     rows = config.rows_per_micro_batch or config.rows_per_batch
-    stream = build_data(config.data, split="train", seed=config.seed, rows=rows, cache_dir=cache_dir)
+    stream = build_data(data, split="train", seed=config.seed, rows=rows, cache_dir=cache_dir)
     print(f"the loader alone: {loader_speed(stream):,.0f} tokens/s on one rank")
 
 

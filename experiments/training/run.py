@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dashattn.stats import AttentionStats
-from data import Batch, BatchStream, Prefetched, TextTokenizer, build_data
+from data import NO_TOKEN, Batch, BatchStream, Prefetched, TextTokenizer, build_data
 from experiments.config import TrainConfig
 from experiments.errors import Stopped
 from experiments.files import ANOMALIES, METRICS, read_rows
@@ -41,7 +41,14 @@ from experiments.training.engine import (
 from experiments.training.metrics import Clock, MetricsWriter, attention_metrics, peak_memory_mib
 from experiments.training.optim import build_optimizer, check_order, freeze, learning_rate, parameter_order
 from experiments.training.ranks import Ranks, init_ranks
-from experiments.training.run_dir import RunDir, config_hash, find_run_dir, open_run_dir, verify_checkpoint
+from experiments.training.run_dir import (
+    RunDir,
+    check_start,
+    config_hash,
+    find_run_dir,
+    open_run_dir,
+    verify_checkpoint,
+)
 from experiments.training.start_knob import find_start_knob
 from experiments.training.tracing import Tracer
 from experiments.training.utilisation import Utilisation, peak_tflops
@@ -55,6 +62,7 @@ class Run:
 
     config: TrainConfig  # resolved, with the data's vocabulary
     run_dir: RunDir  # as it was when the run was built
+    config_hash: str  # that it began with
     ranks: Ranks
     engine: object  # DeepSpeed's
     train_data: Prefetched
@@ -101,7 +109,8 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
     rows, micro_batches = accumulation(config, ranks.world_size)
 
     train_data, validation_data = _open_data(config, run_dir, ranks, rows)
-    config = _with_vocabulary(config, train_data.vocab_size)
+    check_start(run_dir, train_data.describe())
+    config = _with_tokens(config, train_data)
     torch.manual_seed(config.seed)  # the weights; nothing after this draws from PyTorch's global generators
     model = Transformer(config.model, config.attention)
     freeze(model, config.optim)
@@ -115,6 +124,8 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
     if weights is not None:
         loaded = load_weights(model, weights)
         start["init_from"] = {"weights": str(weights.resolve()), **asdict(loaded)}
+    if run_dir.is_branch:
+        start["branch_from"] = {"checkpoint": str(run_dir.checkpoint.resolve()), "step": run_dir.step}
     if run_dir.damaged:
         start["damaged_checkpoints"] = dict(run_dir.damaged)
     if run_dir.checkpoint is not None:
@@ -141,7 +152,8 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
     )
     engine = _build_engine(model, config, ranks, json)
     if run_dir.checkpoint is not None:
-        load_checkpoint(run_dir.checkpoint, engine, ranks, reshard=run_dir.is_resharded)
+        scratch = run_dir.checkpoints if run_dir.is_resharded else None
+        load_checkpoint(run_dir.checkpoint, engine, ranks, reshard_in=scratch)
     metrics = resources.enter_context(closing(MetricsWriter(run_dir.path, config, main=ranks.is_main)))
     peak = peak_tflops(config, device_name(config.device))
     in_pytorch = sorted({backend.capabilities.in_pytorch for backend in model.backends} - {None})
@@ -151,6 +163,7 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
     return Run(
         config=config,
         run_dir=run_dir,
+        config_hash=config_hash(config) if run_dir.is_new else run_dir.state["config_hash"],
         ranks=ranks,
         engine=engine,
         train_data=train_data,
@@ -197,7 +210,7 @@ def _open(
 
 def _open_data(config: TrainConfig, run_dir: RunDir, ranks: Ranks, rows: int) -> tuple[BatchStream, BatchStream]:
     """This rank's training and validation streams, in batches of ``rows`` rows."""
-    data = with_own_tokenizer(config.data, run_dir.path)
+    data = with_own_tokenizer(config.data, run_dir.tokenizer_home)
     train, validation = (
         build_data(
             data,
@@ -213,14 +226,18 @@ def _open_data(config: TrainConfig, run_dir: RunDir, ranks: Ranks, rows: int) ->
     return train, validation
 
 
-def _with_vocabulary(config: TrainConfig, vocab_size: int) -> TrainConfig:
-    """``config`` with a vocabulary that holds the data's ``vocab_size`` tokens."""
-    own = config.model.vocab_size or vocab_size
-    if own < vocab_size:
+def _with_tokens(config: TrainConfig, data: BatchStream) -> TrainConfig:
+    """``config`` with a vocabulary that holds the data's tokens, and the one of them that begins documents."""
+    own = config.model.vocab_size or data.vocab_size
+    if own < data.vocab_size:
         raise ValueError(
-            f"model.vocab_size={own} is below the data's {vocab_size}: set model.vocab_size=null to take the data's"
+            f"model.vocab_size={own} is below the data's {data.vocab_size}: set model.vocab_size=null to take the "
+            "data's"
         )
-    return replace(config, model=replace(config.model, vocab_size=own))
+    config = replace(config, model=replace(config.model, vocab_size=own))
+    if data.tokenizer is None:
+        return config
+    return replace(config, data=replace(config.data, bos_token=data.tokenizer.bos_token or NO_TOKEN))
 
 
 def _find_hold(
@@ -273,7 +290,8 @@ def _print_start(
     for name, problem in run_dir.damaged.items():
         metrics.print(f"WARNING: {name} is damaged ({problem}) and was set aside")
     if run_dir.checkpoint is not None:
-        metrics.print(f"resumed from {run_dir.checkpoint} at step {run_dir.step}")
+        verb = "branched" if run_dir.is_branch else "resumed"
+        metrics.print(f"{verb} from {run_dir.checkpoint} at step {run_dir.step}")
     for what in in_pytorch if ranks.device.type == "cuda" else ():
         metrics.print(f"in PyTorch, for want of kernels: {what}")
     if not knows_peak:
@@ -483,7 +501,7 @@ def _state(run: Run, step: int, position: dict) -> dict:
         "data": run.ranks.gather_readers(position),
         "world_size": run.ranks.world_size,
         "stage": run.config.deepspeed.stage,
-        "config_hash": config_hash(run.config),
+        "config_hash": run.config_hash,
         "parameter_order": run.parameter_order,
         **({} if run.hold is None else {"sparsity": run.hold.state_dict()}),
     }

@@ -5,7 +5,7 @@ overrides.yaml     what the command line changed
 git.json git.diff  commit, branch, and what differed from it
 environment.json   command line, versions, device
 tokenizer/         of a run on text: the tokenizer.json its tokens were made with, and its settings
-start.json         number of parameters, what the data are, which weights the run began with
+start.json         number of parameters, what the data and the tokenizer are, which weights the run began with
 resumed/step-N/    all but config.yaml again, of each resumed launch
 metrics.jsonl      see experiments.training.metrics
 anomalies.jsonl    see experiments.training.anomalies
@@ -16,17 +16,20 @@ checkpoints/       see experiments.training.checkpoint
 
 import hashlib
 import json
+import math
 import os
+import re
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from data import TextTokenizer
-from experiments.config import TrainConfig, plain
+from data import NO_TOKEN, TextTokenizer
+from experiments.config import TrainConfig, load_config, plain, read_config
 from experiments.errors import Occupied
 from experiments.files import (
     ANOMALIES,
@@ -38,21 +41,49 @@ from experiments.files import (
     SUBMITTED,
     TOKENIZER,
     check_writable,
+    read_json,
     write_atomically,
 )
+from experiments.origin import parse_branch
 from experiments.provenance import environment, git_state
-from experiments.training.checkpoint import LATEST, STATE, damage, latest_checkpoint, read_latest, read_state
+from experiments.training.checkpoint import (
+    LATEST,
+    STATE,
+    damage,
+    latest_checkpoint,
+    read_latest,
+    read_state,
+    step_name,
+)
 from experiments.training.metrics import drop_rows_after
+from experiments.training.optim import learning_rate
 from experiments.training.ranks import world_size
 
-# A resumed run may say these otherwise: they change what is written and kept, or, like the number of ranks, how the
-# work is divided, but not what is learned beyond rounding.
-_MAY_DIFFER = (
-    *("name", "run_dir", "cache_dir", "logger", "launcher", "log_every", "stats_every"),
+# A resumed run may say these otherwise: they change what is written, measured and kept, or, like the number of ranks,
+# how the work is divided, but not what is learned beyond rounding; or, like the place of a corpus, where to look for
+# what is known by its content.
+MAY_DIFFER = (
+    *("name", "run_dir", "cache_dir", "logger", "launcher", "log_every", "stats_every", "eval_every"),
     *("save_every", "keep_checkpoints", "keep_every", "max_skipped_steps"),
     *("activation_checkpointing", "peak_tflops", "profile_steps", "rows_per_micro_batch", "sequence_parallel"),
-    "deepspeed.stage",
+    *("threads", "data.validation_rows", "data.files", "deepspeed.stage", "any_tokenizer", "branch_from"),
 )
+_FILES = re.compile(r"data\.corpora\..+\.files")
+# A branch may say these otherwise, too, where they leave the learning rates of the steps before it as they were.
+_OF_SCHEDULE = ("steps", "optim.schedule", "optim.warmup_steps", "optim.decay_fraction", "optim.min_lr_ratio")
+# Rows that are kept name the hash of their run's configuration, so it stays what it was: over the values that it was
+# first taken over, and those of keys that came later only where they are not these, which is what was done before. A
+# backend's own key has its name in front.
+_NOT_HASHED = frozenset(MAY_DIFFER) - {"eval_every", "threads", "data.validation_rows", "data.files"}
+_LATER = {
+    "data.bos_token": (None, NO_TOKEN),  # null: of data without text
+    "model.rope.max_period": (None,),
+    "model.rope.partial_rotary_factor": (None,),
+    "optim.train_only": (None,),
+    "dash.selector": ("entmax",),
+    "dash.topk": (16,),
+    "dash.top_p": (0.9,),
+}
 # ZeRO stage of a checkpoint -> stages that DeepSpeed can turn it into, on any number of ranks.
 _CONVERTIBLE = {0: (0,), 1: (1, 2), 2: (1, 2), 3: (3,)}
 
@@ -63,6 +94,7 @@ class RunDir:
 
     Attributes:
         checkpoint: the one to resume from, None to start at step 0.
+        is_branch: it is another run's, and this one has none yet.
         state: that checkpoint's state.json, empty without one.
         is_resharded: the checkpoint was written by another number of ranks or ZeRO stage, and must be converted. Not
             so at stage 0, where every rank holds everything.
@@ -72,6 +104,7 @@ class RunDir:
     path: Path
     checkpoint: Path | None = None
     state: dict = field(default_factory=dict)
+    is_branch: bool = False
     is_resharded: bool = False
     damaged: Mapping[str, str] = field(default_factory=dict)
 
@@ -81,13 +114,33 @@ class RunDir:
         return self.state.get("step", 0)
 
     @property
+    def is_new(self) -> bool:
+        """Whether nothing was done here yet."""
+        return self.checkpoint is None or self.is_branch
+
+    @property
+    def tokenizer_home(self) -> Path:
+        """The folder that holds the tokenizer of its text, if it has one yet."""
+        places = [self.path] if self.checkpoint is None else [self.path, self.checkpoint, self.checkpoint.parents[1]]
+        return next((place for place in places if (place / TOKENIZER).is_dir()), self.path)
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
 
 def config_hash(config: TrainConfig) -> str:
-    """SHA-256 over the values a resumed run must repeat."""
-    values = {key: value for key, value in flat(plain(config)).items() if not _may_differ(key)}
+    """SHA-256 over the values that a run is known by; it keeps the one that it began with."""
+
+    def is_as_ever(key: str, value: object) -> bool:
+        group, _, name = key.partition(".")
+        return value in _LATER.get(f"{config.attention.name}.{name}" if group == "attention" else key, ())
+
+    values = {
+        key: value
+        for key, value in flat(plain(config)).items()
+        if not _is_among(key, _NOT_HASHED) and not is_as_ever(key, value)
+    }
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -105,15 +158,15 @@ def find_run_dir(config: TrainConfig, damaged: Mapping[str, str] | None = None) 
     check_writable(path, "give another run_dir=...")
     # A lock or a submission alone is the trace of a run that did not come to begin.
     if not path.exists() or all(entry.name == SUBMITTED or entry.name.startswith(".") for entry in path.iterdir()):
-        return RunDir(path)
+        return _begin(path, config, damaged or {})
     if not (path / CONFIG).exists():
         raise ValueError(f"{path} is no run directory (it has no {CONFIG}): give another run_dir=...")
-    different = _differences(OmegaConf.to_container(OmegaConf.load(path / CONFIG)), plain(config))
+    different = _differences(path, config)
     if different:
-        lines = "".join(f"\n  {key}: {old} there, {new} now" for key, (old, new) in sorted(different.items()))
         raise ValueError(
-            f"{path} holds a run of another configuration:{lines}\n"
-            "give another name=... or run_dir=... for a new run, or the old values to resume that one"
+            f"{path} holds a run of another configuration:{_listed(different)}\n"
+            "give another name=... or run_dir=... for a new run, or the old values to resume that one; only these may "
+            f"change: {', '.join(MAY_DIFFER)}"
         )
     # state.json alone, which says where the run stands: every rank looks, and knows nothing of the others yet. The sums
     # of the large files are shared out among them, in ``verify_checkpoint``.
@@ -125,19 +178,58 @@ def find_run_dir(config: TrainConfig, damaged: Mapping[str, str] | None = None) 
         if not problems:
             break
         damaged[checkpoint.name] = "; ".join(problems)
-    if checkpoint is None:
+    return _begin(path, config, damaged) if checkpoint is None else _resume(RunDir(path, checkpoint), config, damaged)
+
+
+def _begin(path: Path, config: TrainConfig, damaged: Mapping[str, str]) -> RunDir:
+    """A run directory without a checkpoint: at step 0, or where its run branches off another."""
+    if config.branch_from is None:
         return RunDir(path)
-    state = read_state(checkpoint)
-    stage = config.deepspeed.stage
+    run, step = parse_branch(config.branch_from)
+    checkpoint, named = run / "checkpoints" / step_name(step), f"branch_from={config.branch_from}"
+    if not (checkpoint / STATE).exists():
+        names = sorted(found.name.removeprefix("step-") for found in checkpoint.parent.glob("step-*"))
+        steps = [name.lstrip("0") for name in names if name.isdecimal()]
+        raise ValueError(f"{named}: no such checkpoint; {run} has those of the steps {', '.join(steps) or '(none)'}")
+    problems = [damaged[checkpoint.name]] if checkpoint.name in damaged else damage(checkpoint, names=(STATE,))
+    if problems:
+        raise ValueError(f"{named} is damaged ({'; '.join(problems)}): branch from another step")
+    different = {key: values for key, values in _differences(run, config).items() if key not in _OF_SCHEDULE}
+    if different:
+        raise ValueError(
+            f"{named} is of a run of another configuration:{_listed(different)}\n"
+            f"a branch may change {', '.join((*_OF_SCHEDULE, *MAY_DIFFER))}; init_from takes the weights alone"
+        )
+    _check_rates(load_config(run / CONFIG), config, step)
+    return _resume(RunDir(path, checkpoint, is_branch=True), config, {})
+
+
+def _check_rates(old: TrainConfig, new: TrainConfig, step: int) -> None:
+    """A branch is what a run of its configuration would have been: its past has the same learning rates."""
+    if step >= new.steps:
+        raise ValueError(f"branch_from={new.branch_from} leaves nothing of steps={new.steps}: raise steps")
+    for index in range(step):
+        there, here = (learning_rate(config.optim, index, config.steps) for config in (old, new))
+        if not math.isclose(there, here, rel_tol=1e-9):
+            raise ValueError(
+                f"branch_from={new.branch_from}: step {index + 1} was taken at a learning rate of {there:.4g}, and "
+                f"would have been at {here:.4g} with steps={new.steps} and this schedule: branch before it, from the "
+                "stable part of optim=wsd, or raise steps"
+            )
+
+
+def _resume(run: RunDir, config: TrainConfig, damaged: Mapping[str, str]) -> RunDir:
+    """``run`` with what its checkpoint's state says. Raises ValueError if these ranks cannot resume it."""
+    state, stage = read_state(run.checkpoint), config.deepspeed.stage
     stages = _CONVERTIBLE[state["stage"]]
     if stage not in stages and state["step"] < config.steps:
         raise ValueError(
-            f"{checkpoint} was written at deepspeed.stage={state['stage']} and cannot be resumed at {stage}: use stage "
-            f"{' or '.join(map(str, stages))}, on any number of ranks, or start a new run from its weights with "
-            f"init_from={checkpoint}"
+            f"{run.checkpoint} was written at deepspeed.stage={state['stage']} and cannot be resumed at {stage}: use "
+            f"stage {' or '.join(map(str, stages))}, on any number of ranks, or start a new run from its weights with "
+            f"init_from={run.checkpoint}"
         )
     is_resharded = stage > 0 and (state["world_size"], state["stage"]) != (world_size(), stage)
-    return RunDir(path, checkpoint, state, is_resharded, damaged)
+    return replace(run, state=state, is_resharded=is_resharded, damaged=damaged)
 
 
 def verify_checkpoint(run: RunDir, config: TrainConfig, ranks) -> RunDir:
@@ -149,6 +241,26 @@ def verify_checkpoint(run: RunDir, config: TrainConfig, ranks) -> RunDir:
             break
         run = find_run_dir(config, {**run.damaged, run.checkpoint.name: "; ".join(problems)})
     return run
+
+
+def check_start(run: RunDir, data: dict) -> None:
+    """Refuses other data than a run began with that has no checkpoint yet; one that has compares them with its state.
+
+    Args:
+        data: what the training stream says of itself.
+
+    Raises:
+        ValueError: with the mend.
+    """
+    if run.checkpoint is not None or not (run.path / START).exists():
+        return
+    began = read_json(run.path / START).get("data", {})
+    different = [key for key in data if key.endswith("_fingerprint") and data[key] != began.get(key, data[key])]
+    if different:
+        raise ValueError(
+            f"the data differ from those that the run in {run.path} began with ({', '.join(different)}): restore them, "
+            "or give another name=... or run_dir=... for a new run"
+        )
 
 
 def open_run_dir(
@@ -190,9 +302,9 @@ def open_run_dir(
     # Between the first look and the lock another process may have trained here, and left.
     if find_run_dir(config, run.damaged).step != run.step:
         raise ValueError(f"another process has just trained in {run.path}: start again to go on from where it stopped")
-    record = run.path if run.step == 0 else run.path / "resumed" / f"step-{run.step:08d}"
+    record = run.path if run.is_new else run.path / "resumed" / f"step-{run.step:08d}"
     record.mkdir(parents=True, exist_ok=True)
-    if run.step == 0:
+    if run.is_new:
         # First: with this file the directory is a run directory, so that one that is killed here can start again.
         write_atomically(run.path / CONFIG, OmegaConf.to_yaml(plain(config)))
     if tokenizer is not None and not (run.path / TOKENIZER).exists():
@@ -215,20 +327,41 @@ def open_run_dir(
     return lock
 
 
-def _differences(old: dict, new: dict) -> dict[str, tuple]:
-    """Dotted keys whose values differ -> (old, new)."""
-    old, new = flat(old), flat(new)
-    if new["model.vocab_size"] is None:
-        new["model.vocab_size"] = old.get("model.vocab_size")  # null stands for the data's
-    return {
+def _differences(run: Path, config: TrainConfig) -> dict[str, tuple]:
+    """Dotted keys whose values in ``run`` and ``config`` differ, and must not -> (there, now)."""
+    try:
+        saved = read_config(run / CONFIG)
+    except OmegaConfBaseException:  # of a version that had other keys
+        saved = OmegaConf.load(run / CONFIG)
+    old, new = flat(OmegaConf.to_container(saved, resolve=False)), flat(plain(config))
+    for key in ("model.vocab_size", "data.bos_token"):
+        if new.get(key) is None and key in old:
+            new[key] = old[key]  # null stands for the data's, and for the tokenizer's
+    different = {
         key: (old.get(key, "absent"), new.get(key, "absent"))
         for key in old.keys() | new.keys()
-        if not _may_differ(key) and old.get(key, "absent") != new.get(key, "absent")
+        if not _is_among(key, MAY_DIFFER) and old.get(key, "absent") != new.get(key, "absent")
     }
+    if "data.tokenizer" in different and _is_kept(run / TOKENIZER, config):
+        del different["data.tokenizer"]
+    return different
 
 
-def _may_differ(key: str) -> bool:
-    return key in _MAY_DIFFER or key.split(".")[0] in _MAY_DIFFER
+def _is_kept(kept: Path, config: TrainConfig) -> bool:
+    """Whether the tokenizer that the data name is the one that a run keeps, which lies elsewhere now."""
+    data = config.data
+    if not kept.is_dir() or getattr(data, "tokenizer", None) is None:
+        return False
+    own, theirs = (TextTokenizer.load(str(x), data.eos_token, data.bos_token) for x in (data.tokenizer, kept))
+    return own.fingerprint() == theirs.fingerprint()
+
+
+def _listed(different: dict[str, tuple]) -> str:
+    return "".join(f"\n  {key}: {old} there, {new} now" for key, (old, new) in sorted(different.items()))
+
+
+def _is_among(key: str, names: Container[str]) -> bool:
+    return key in names or key.split(".")[0] in names or ("data.files" in names and _FILES.fullmatch(key) is not None)
 
 
 def flat(values: dict, prefix: str = "") -> dict:

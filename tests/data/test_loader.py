@@ -64,6 +64,23 @@ def test_an_epoch_reads_every_row_once_and_the_next_in_another_order(make_stream
     assert first == rows_of(take(make_stream(rows=1), rows))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_every_document_begins_with_its_token_if_there_is_one(make_stream, streaming):
+    for bos_token in (None, "<s>"):
+        stream = make_stream(rows=30, streaming=streaming, bos_token=bos_token)
+        tokens = next(stream).input_ids.flatten().tolist()
+        begin, end = stream.tokenizer.backend.token_to_id("<s>"), stream.tokenizer.eos_id
+        found = [index for index, token in enumerate(tokens) if token == begin]
+        if bos_token is None:
+            assert begin is None
+            assert found == []
+            continue
+        # Streamed rows come in the corpus's order, prepared ones in another: a row may begin inside a document.
+        ends = [index + 1 for index, token in enumerate(tokens[:-1]) if token == end and (index + 1) % 64]
+        assert len(ends) > 10
+        assert {index for index in found if index % 64} == set(ends)
+
+
 @pytest.mark.parametrize("pack", ["documents", "plain"])
 def test_batch_shapes(make_stream, pack):
     batch = next(make_stream(rows=3, pack=pack))

@@ -33,7 +33,7 @@ def small_shards(monkeypatch):
 
 @pytest.fixture
 def tokenizer(text_config, tmp_path):
-    return build_tokenizer(text_config(), tmp_path / "tokenizer")
+    return build_tokenizer(text_config(bos_token="<s>"), tmp_path / "tokenizer")
 
 
 @pytest.fixture
@@ -58,8 +58,9 @@ def contents(folder):
 
 def documents_of(part, tokenizer):
     tokens, ends = part.window(0, len(part))
-    assert (tokens[ends - 1] == tokenizer.eos_id).all()
-    return [tokenizer.decode(document[:-1].tolist()) for document in np.split(tokens, ends[:-1])]
+    documents = [document.tolist() for document in np.split(tokens, ends[:-1])]
+    assert {(document[0], document[-1]) for document in documents} == {(tokenizer.bos_id, tokenizer.eos_id)}
+    return [tokenizer.decode(document[1:-1]) for document in documents]
 
 
 def test_splits_hold_every_document_once_and_are_disjoint(make, text_config, tokenizer, small_shards, tmp_path):
@@ -134,10 +135,10 @@ def test_killed_preparation_goes_on_to_the_same_bytes(
 ):
     make("whole")
     whole = contents(entry(tmp_path, "whole"))
-    tokenizer.save(tmp_path / "tokenizer.json")
+    tokenizer.save_folder(tmp_path / "kept")
     script, cache = tmp_path / "script.py", tmp_path / "cache"
     script.write_text(PREPARE)
-    arguments = [vars(text_config()), str(cache), str(tmp_path / "tokenizer.json"), workers]
+    arguments = [vars(text_config()), str(cache), str(tmp_path / "kept"), workers]
     randomness, ended = random.Random(workers), False
     while kills or ended:
         if ended:  # all was done before the kill

@@ -6,6 +6,7 @@ from collections import Counter
 from random import Random
 
 import pytest
+from tokenizers import Tokenizer
 
 from data import MixtureDataConfig
 from data.config import MixedCorpusConfig
@@ -341,10 +342,15 @@ def test_sets_are_made_once_and_again_for_another_seed(encoder, tmp_path, monkey
 
 
 def test_evidence_is_found_in_the_tokens(tokenizer, encoder):
+    backend = Tokenizer.from_str(tokenizer.backend.to_str())
+    backend.add_special_tokens(["<s>"])
+    begun = PromptEncoder(TextTokenizer(backend, "<eos>", bos_token="<s>"))
     for name in ("niah_multiquery", "vt", "json_kv"):
         _, samples = samples_of(name, encoder, count=2)
         for sample in samples:
             ids = encoder.encode(sample)
+            assert begun.encode(sample) == [begun.tokenizer.bos_id, *ids]
+            assert begun.evidence(sample) == [(first + 1, last + 1) for first, last in encoder.evidence(sample)]
             for piece, (first, last) in zip(sample.evidence, encoder.evidence(sample), strict=True):
                 text = tokenizer.decode(ids[first:last])
                 assert piece.strip() in text
@@ -365,6 +371,10 @@ def test_chat_models_get_their_turns_in_special_tokens(encoder):
     ((first, last),) = chat.evidence(sample)
     assert chat.tokenizer.decode(ids[first:last]).strip() == "12345"
     assert chat.stop_tokens == [backend.token_to_id("<eos>"), end]
+    begun = PromptEncoder(TextTokenizer(backend, "<eos>", bos_token="<|im_start|>"), "chatml")
+    assert begun.encode(sample) == ids, "the template has it already"
+    begun = PromptEncoder(TextTokenizer(backend, "<eos>", bos_token="<|im_end|>"), "chatml")
+    assert begun.encode(sample) == [end, *ids]
     with pytest.raises(ValueError, match="template=llama3 needs the tokens"):
         PromptEncoder(chat.tokenizer, "llama3")
     with pytest.raises(ValueError, match="choose one of base"):

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
 from data.corpora import iterate_documents
 from data.tokenizer import TextTokenizer, build_tokenizer
@@ -16,7 +16,7 @@ def test_any_text_survives(tokenizer):
     everything = "".join(map(chr, [*range(0x250), 0x6CE8, 0x1F642, 0x10FFFF])) + "\r\n\t  tail  "
     for text in ("", everything, "query key value", "a <|endoftext|> b"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
-        assert tokenizer.encode_batch([text]) == [tokenizer.encode(text)]
+        assert tokenizer.encode_documents([text]) == [[*tokenizer.encode(text), tokenizer.eos_id]]
 
 
 def test_special_tokens_spelled_in_a_text_are_text(tokenizer):
@@ -66,14 +66,90 @@ def test_a_folder_says_which_token_ends_a_document(tokenizer, tmp_path):
     settings = {"eos_token": {"content": "</s>", "lstrip": False}, "bos_token": "<s>", "auto_map": {"x": "y.py"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     loaded = TextTokenizer.load(str(tmp_path))
-    assert (loaded.eos_token, loaded.bos_id) == ("</s>", backend.token_to_id("<s>"))
+    assert (loaded.eos_token, loaded.bos_id, loaded.named_bos_id) == ("</s>", None, backend.token_to_id("<s>"))
     other_end = TextTokenizer.load(str(tmp_path), "<end>")
     other_end.save_folder(tmp_path / "other")
-    assert (other_end.eos_token, TextTokenizer.load(str(tmp_path / "other")).eos_token) == ("<end>", "</s>")
+    assert other_end.eos_token == TextTokenizer.load(str(tmp_path / "other")).eos_token == "<end>"
+    saved = json.loads((tmp_path / "other" / "tokenizer_config.json").read_text())
+    assert saved["eos_token"] == "</s>", "what ends a turn of a chat stays"
     loaded.save_folder(tmp_path / "kept" / "tokenizer")
     kept = TextTokenizer.load(str(tmp_path / "kept" / "tokenizer"))
     assert kept.fingerprint() == loaded.fingerprint()
-    assert (kept.bos_id, kept.settings.get("auto_map")) == (loaded.bos_id, None)
+    assert (kept.named_bos_id, kept.settings.get("auto_map")) == (loaded.named_bos_id, None)
+
+
+def llama_like(tokenizer, folder, settings=None, template=None):
+    """A folder whose tokenizer has <s>, which ``template`` puts somewhere."""
+    backend = Tokenizer.from_str(tokenizer.backend.to_str())
+    backend.add_special_tokens(["<s>", "<t>"])
+    if template is not None:
+        tokens = [(name, backend.token_to_id(name)) for name in ("<s>", "<t>")]
+        backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=tokens)
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings or {}))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "template", "begins"),
+    [
+        ({"bos_token": "<s>"}, None, None),  # SmolLM2's names one, and puts it nowhere
+        ({"bos_token": "<s>"}, "<s> $A", "<s>"),  # Llama's
+        ({}, "$A <t>", None),
+        ({"bos_token": "<s>", "add_bos_token": False}, "<s> $A", "<s>"),  # transformers goes by the file, too
+    ],
+)
+def test_documents_begin_as_the_tokenizer_begins_texts(tokenizer, tmp_path, settings, template, begins):
+    from transformers import PreTrainedTokenizerFast
+
+    folder = llama_like(tokenizer, tmp_path, settings, template)
+    loaded = TextTokenizer.load(folder)
+    assert loaded.bos_token == begins
+    begin = [] if begins is None else [loaded.backend.token_to_id(begins)]
+    words = loaded.encode("query key")
+    assert loaded.encode_prompt("query key") == [*begin, *words]
+    assert loaded.encode_documents(["query key", ""]) == [[*begin, *words, loaded.eos_id], [*begin, loaded.eos_id]]
+    assert loaded.begin([*begin, *words]) == [*begin, *words], "once"
+    theirs = PreTrainedTokenizerFast.from_pretrained(folder)("query key")["input_ids"]
+    assert theirs[: len(begin) + len(words)] == [*begin, *words]
+    loaded.save_folder(tmp_path / "kept")
+    kept = TextTokenizer.load(str(tmp_path / "kept"))
+    assert (kept.bos_token, kept.fingerprint()) == (begins, loaded.fingerprint())
+
+
+def test_what_begins_documents_can_be_said(tokenizer, text_config, tmp_path):
+    folder = llama_like(tokenizer, tmp_path, template="<s> $A")
+    own, without, other = (
+        build_tokenizer(text_config(tokenizer=folder, bos_token=x), tmp_path) for x in (None, "none", "<t>")
+    )
+    assert [x.bos_token for x in (own, without, other)] == ["<s>", None, "<t>"]
+    assert len({x.fingerprint() for x in (own, without, other)}) == 3
+    assert own.has_tokens_of(without)
+    assert own.has_tokens_of(other)
+    assert not own.has_tokens_of(tokenizer)
+    for tokenizers in (own, without, other):
+        tokenizers.save_folder(tmp_path / f"kept{tokenizers.bos_token}")
+        assert TextTokenizer.load(str(tmp_path / f"kept{tokenizers.bos_token}")).bos_token == tokenizers.bos_token
+        framing = tokenizers.framing().backend.encode("query").ids
+        assert framing == tokenizers.encode_prompt("query")
+    trained = build_tokenizer(text_config(bos_token="<s>"), tmp_path)
+    assert trained.encode_documents(["x"])[0][0] == trained.backend.token_to_id("<s>")
+    assert trained.vocab_size == tokenizer.vocab_size
+    with pytest.raises(ValueError, match=r"has no token '<u>'; name the one .* in data\.bos_token, or none"):
+        build_tokenizer(text_config(tokenizer=folder, bos_token="<u>"), tmp_path)
+    llama_like(tokenizer, tmp_path, template="<s> <t> $A")
+    with pytest.raises(ValueError, match=r"puts \['<s>', '<t>'\] before a text: name one in data\.bos_token"):
+        build_tokenizer(text_config(tokenizer=folder), tmp_path)
+    assert build_tokenizer(text_config(tokenizer=folder, bos_token="<t>"), tmp_path).bos_token == "<t>"
+
+
+def test_a_kept_tokenizer_knows_what_it_was(tokenizer, tmp_path):
+    tokenizer.save_folder(tmp_path / "kept")
+    other = Tokenizer.from_str(tokenizer.backend.to_str())
+    other.add_special_tokens(["<new>"])
+    other.save(str(tmp_path / "kept" / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"kept is another tokenizer than was saved there.*restore it"):
+        TextTokenizer.load(str(tmp_path / "kept"))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model": 3}', '{"model": {"type": "BPE"}}', "\xff"])

@@ -102,7 +102,7 @@ def test_a_run_keeps_its_tokenizer_and_needs_its_origin_no_more(folder, tmp_path
     assert target.validation_stream(found).tokenizer.fingerprint() == kept.fingerprint()
     target.check_tokenizer(found, kept)
     other = TextTokenizer(train_bpe(iter(["x"]), 257, "</s>"), "</s>")
-    with pytest.raises(ValueError, match=r"run/tokenizer is another tokenizer.*restore it"):
+    with pytest.raises(ValueError, match=r"step-00000002/tokenizer is another tokenizer.*restore it"):
         target.check_tokenizer(found, other)
     shutil.rmtree(run / "checkpoints" / "step-00000002")
     (run / "checkpoints" / "latest").write_text("step-00000001\n")
@@ -130,7 +130,7 @@ def test_an_export_has_the_tokenizer_and_its_ids(tmp_path):
     assert tokenizer("def f(x)", add_special_tokens=False)["input_ids"] == ours.encode("def f(x)")
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template) == ("<s>", "</s>", "{{ messages }}")
     config = json.loads((tmp_path / "back" / "config.json").read_text())
-    assert (config["bos_token_id"], config["eos_token_id"]) == (ours.bos_id, ours.eos_id)
+    assert (config["bos_token_id"], config["eos_token_id"]) == (ours.named_bos_id, ours.eos_id)
     assert config["model_type"] == "qwen2"
     assert read_config(tmp_path / "back") == read_config(folder)
     card = (tmp_path / "back" / "README.md").read_text()

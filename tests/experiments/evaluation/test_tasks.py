@@ -51,7 +51,7 @@ def test_a_generated_task_end_to_end(text_run):
     # The sparsity is that of the prompt.
     target, at = setting(text_run)
     config = EvaluateConfig(run=str(text_run), tasks=["vt"], lengths=[512], rows=1)
-    (task,) = build_tasks(config, target.train, validation_stream(target))
+    (task,) = build_tasks(config, target)
     ids = task.encoder.encode(task.set.samples[0])
     tally = SparsityTally()
     tally.add(at.model(torch.tensor([ids]), return_stats=True).stats, packed=False)
@@ -87,7 +87,7 @@ def test_an_interrupted_task_goes_on_from_the_answers_it_has(text_run, monkeypat
 def test_right_answers_score_and_the_heat_map_has_a_row_for_every_depth(text_run, monkeypatch):
     target, _ = setting(text_run)
     options = {"tasks": ["niah"], "lengths": [512], "rows": 22}
-    (task,) = build_tasks(EvaluateConfig(run="", **options), target.train, validation_stream(target))
+    (task,) = build_tasks(EvaluateConfig(run="", **options), target)
     tokenizer, samples = task.encoder.tokenizer, task.set.samples
     # Right for the first eleven, one of each depth, and at depth 0 for the second, too.
     generate, _ = answering(
