@@ -302,6 +302,12 @@ class AttentionBackend(nn.Module):
         attention, routing = 4 * channels * active_tokens, 2 * channels * routing_reads
         return AttentionFlops(attention, routing, projections=0.0, backward=2 * (attention + routing))
 
+    def numbers_read(self, active_tokens: float, routing_reads: float) -> float:
+        """Of keys, values, summaries and compressed tokens, what decoding a token has to fetch; arguments as ``flops``.
+        Here each takes part in a multiply-add, two operations, for every query head of a group."""
+        flops = self.flops(active_tokens, routing_reads)
+        return (flops.attention + flops.routing) / (2 * self.shape.group_size)
+
     def metrics(self) -> dict[str, float]:
         """Scalars worth logging, such as the current alpha."""
         return {}

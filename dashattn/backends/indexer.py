@@ -186,6 +186,11 @@ class IndexerBackend(AttentionBackend):
         selection = Selection.from_mask(mask, config.block_size)
         return operations.cached_attention(q, cache["k"], cache["v"], cache.lengths, selection, bias)
 
+    def numbers_read(self, active_tokens, routing_reads):
+        """An index key is fetched once for all heads."""
+        keys_and_values = 2 * self.shape.num_kv_heads * self.shape.head_dim * active_tokens
+        return keys_and_values + self.config.index_size * routing_reads
+
     def flops(self, active_tokens, routing_reads):
         config, shape = self.config, self.shape
         attention = 4 * shape.num_heads * shape.head_dim * active_tokens

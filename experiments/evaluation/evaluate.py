@@ -154,9 +154,7 @@ def bytes_read(model: Transformer, row: dict) -> float:
     """Bytes of keys, values, summaries and compressed tokens that a token attends to or scores, over all layers, in 16
     bits: what decoding one has to fetch. From the row's means of each layer."""
     reads = row["active_tokens_per_layer"], row["routing_reads_per_layer"]
-    layers = [backend.flops(*read) for backend, *read in zip(model.backends, *reads, strict=True)]
-    # A number that is read takes part in a multiply-add, two operations, for every query head of the group.
-    return 2 * sum(flops.attention + flops.routing for flops in layers) / (2 * model.backends[0].shape.group_size)
+    return 2 * sum(backend.numbers_read(*read) for backend, *read in zip(model.backends, *reads, strict=True))
 
 
 def describe(target: Target) -> dict:

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dashattn.backends import DashConfig, FullConfig, InfLLMv2Config, NSAConfig
+from dashattn.backends import DashConfig, FullConfig, IndexerConfig, InfLLMv2Config, NSAConfig
 from models import ModelConfig, Transformer
 from models.flops import count_parameters, flops_per_token, layer_reads, matmul_parameters
 
@@ -61,6 +61,17 @@ def test_infllmv2_routes_without_gradient():
     flops = flops_per_token(Transformer(CONFIG, InfLLMv2Config()), 64, **READS)
     assert flops.routing == HEADS * 3 * 2
     assert flops.backward == 2 * (flops.matmul + flops.attention)
+
+
+@pytest.mark.parametrize("gradient", ["kl", "prior"])
+def test_indexer_flops_by_hand(gradient):
+    """An index query for each KV head, and gradients of the index's input for the prior alone."""
+    flops = flops_per_token(Transformer(CONFIG, IndexerConfig(index_size=6, gradient=gradient)), 64, **READS)
+    kv_heads, layers = CONFIG.num_kv_heads, CONFIG.num_layers
+    index = 2 * layers * CONFIG.hidden_size * 6 * (kv_heads + 1)
+    assert flops.routing == 2 * layers * kv_heads * 6 * 3
+    assert flops.matmul == 2 * matmul_parameters(CONFIG) + index
+    assert flops.backward == 2 * flops.forward - (index if gradient == "kl" else 0)
 
 
 @pytest.mark.parametrize("shared_kv", [True, False])

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from test_hf import SHAPE, assert_same_logits, edit, minicpm, save
 from transformers import AutoModelForCausalLM
 
-from dashattn.backends import DashConfig, FullConfig, InfLLMv2Config, NSAConfig
+from dashattn.backends import DashConfig, FullConfig, IndexerConfig, InfLLMv2Config, NSAConfig
 from experiments.training.weights import find_weights, load_weights
 from models import Transformer
 from models.hf import check_same_attention, read_attention, read_config, read_step, write_folder
@@ -21,6 +21,7 @@ SPARSE = {
     "dash": DashConfig(chunk_size=8, router_scale=0.4, prior="raw", alpha_mode="learnable", summary_rope="mean"),
     "infllmv2": InfLLMv2Config(block_size=8, kernel_size=4, kernel_stride=2, topk=4, window_size=8),
     "nsa": NSA,
+    "indexer": IndexerConfig(block_size=8, index_size=6, topk=4),
     "full": FullConfig(layers={"1": {"name": "dash", "chunk_size": 8}}),
 }
 

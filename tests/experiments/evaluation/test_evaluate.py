@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 
 import train
-from dashattn.backends import DashConfig, NSAConfig
+from dashattn.backends import DashConfig, IndexerConfig, NSAConfig
 from data import IGNORE, Batch, build_data
 from experiments.evaluation import evaluate as evaluation
 from experiments.evaluation.config import EvaluateConfig
@@ -117,6 +117,13 @@ def test_bytes_read_count_what_the_heads_of_a_group_share_once(attention, routin
         Transformer(shape, attention), {"active_tokens_per_layer": [10.0] * 3, "routing_reads_per_layer": [3.0] * 3}
     )
     assert read == 2 * 3 * 2 * 4 * (2 * 10 + routing * 3)
+
+
+def test_bytes_read_count_an_index_key_once_for_all_heads():
+    shape = ModelConfig(16, 16, num_layers=1, num_heads=8, num_kv_heads=2, head_dim=4, max_seq_len=32, vocab_size=20)
+    model = Transformer(shape, IndexerConfig(index_size=5))
+    read = bytes_read(model, {"active_tokens_per_layer": [10.0], "routing_reads_per_layer": [3.0]})
+    assert read == 2 * (2 * 2 * 4 * 10 + 5 * 3)
 
 
 @pytest.mark.parametrize("packed", [False, True])

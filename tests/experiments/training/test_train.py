@@ -23,6 +23,7 @@ from train import train
 ATTENTION = {
     "full": ["attention=full"],
     "dash": ["attention=dash", "attention.chunk_size=16"],
+    "indexer": ["attention=indexer", "attention.block_size=8", "attention.topk=5", "attention.warmup_steps=20"],
     "infllmv2": [
         *("attention=infllmv2", "attention.block_size=16", "attention.kernel_size=8", "attention.kernel_stride=4"),
         *("attention.window_size=16", "attention.topk=3"),
