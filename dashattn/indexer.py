@@ -62,8 +62,8 @@ def indexer_attention(
 
     A block's score is the product of the token's index query with the index keys of the block's tokens, times
     ``I ** -0.5``: the largest one (``max``), or that with their mean. Candidates are the past blocks that are not
-    forced. On a GPU scores are made in PyTorch, a tile of queries at a time, but for the selection of top-k without a
-    prior; attention and masses run in the kernels.
+    forced. On a GPU attention, masses and the router run in kernels; but in PyTorch, a tile of queries at a time, the
+    scores of ``max``, unless they only select the top k, and those of ``kl``.
 
     Args:
         index_q: [B, T, Hkv, I], an index query for each KV head.
@@ -100,11 +100,12 @@ def indexer_attention(
     if dense:
         width = -(-index.num_blocks // WORD_BITS)
         selection = Selection(q.new_full((*k.shape[::2], q.shape[1], width), -1, dtype=torch.int32), block_size)
-    elif is_kernel and selector == "topk" and not with_prior and _kernels_select(index_q, block_size, index_pooling):
-        from dashattn.ops.indexer.triton import select
+    elif is_kernel and _kernels_route(index_q, block_size, index_pooling, selector, with_prior):
+        from dashattn.ops.indexer import triton as router
 
-        sizes = {"block_size": block_size, "topk": topk, **forced}
-        selection = select(index_q, index_k, pooling=index_pooling, **sizes, cu_seqlens=cu_seqlens)
+        chosen = {"block_size": block_size, "pooling": index_pooling, "selector": selector, "topk": topk}
+        chosen |= {"top_p": top_p, **forced, "prior": with_prior, "cu_seqlens": cu_seqlens}
+        selection, bias = router.index_routing(index_q, index_k, **chosen)
     else:
         selection, bias = index_routing(index, choice, prior=with_prior)
     kl = masses = None
@@ -136,8 +137,8 @@ def index_choice(selector: str, topk: int, top_p: float, init_blocks: int, local
     return Choice(selector, wanted, init_blocks, local_blocks)
 
 
-def _kernels_select(index_q: Tensor, block_size: int, pooling: str) -> bool:
-    """Whether the kernel that selects by compressed keys takes index queries like these."""
+def _kernels_route(index_q: Tensor, block_size: int, pooling: str, selector: str, prior: bool) -> bool:
+    """Whether the kernels of other routers take index queries like these."""
     from dashattn.ops.indexer.triton import unsupported
 
-    return unsupported(index_q, block_size, pooling) is None
+    return unsupported(index_q, block_size, pooling, selector, prior=prior) is None

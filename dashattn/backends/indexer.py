@@ -96,7 +96,7 @@ class IndexerBackend(AttentionBackend):
     share. They are not rotated: content alone chooses."""
 
     capabilities = Capabilities(
-        in_pytorch="index scores, but for the selection of topk with gradient=kl, and the whole index in decoding"
+        in_pytorch="index scores of KL, of index_pooling=max unless they only select the top k, and of decoding"
     )
     uncompiled = ("decode", "forward", "forward_with_loss")
 

@@ -36,21 +36,29 @@ def relative_error(x, expected):
 
 @pytest.mark.parametrize("is_packed", [False, True], ids=["one", "packed"])
 @pytest.mark.parametrize(
-    ("block_size", "pooling", "dtype"),
-    [(64, "max", BF16), (16, "max", BF16), (32, "max", FP32), (64, "mean", BF16), (128, "mean", FP32)],
+    ("block_size", "pooling", "selector", "dtype"),
+    [
+        (64, "max", "topk", BF16),
+        (16, "max", "topk", BF16),
+        (32, "max", "topk", FP32),
+        (64, "mean", "topk", BF16),
+        (128, "mean", "topp", FP32),
+        (64, "mean", "topp", BF16),
+    ],
 )
-def test_the_kernel_selects_what_the_definition_does(block_size, pooling, dtype, is_packed):
+def test_the_kernels_select_what_the_definition_does(block_size, pooling, selector, dtype, is_packed):
     """But for a few rows, in which blocks have nearly one score."""
     index_q, index_k = random(1, LENGTH, 2, 64, dtype=dtype), random(1, LENGTH, 64, dtype=dtype)
     forced, cu_seqlens = {"init_blocks": 1, "local_blocks": 2}, documents(is_packed)
     index = Index.make(index_q, index_k, block_size, pooling, cu_seqlens)
-    expected, _ = index_routing(index, Choice("topk", 6, **forced), prior=False)
-    sizes = {"block_size": block_size, "topk": 10, **forced}
-    found = kernels.select(index_q, index_k, pooling=pooling, **sizes, cu_seqlens=cu_seqlens)
+    expected, _ = index_routing(index, Choice(selector, 6 if selector == "topk" else 0.5, **forced), prior=False)
+    options = {"block_size": block_size, "selector": selector, "topk": 10, "top_p": 0.5, **forced, "prior": False}
+    found, _ = kernels.index_routing(index_q, index_k, pooling=pooling, **options, cu_seqlens=cu_seqlens)
     differing = (found.words != expected.words).any(-1).float().mean().item()
     assert differing <= 0.005
     own = document_positions(cu_seqlens, 1, LENGTH, "cuda") // block_size
-    assert torch.equal(found.mask().sum(-1), (own + 1).clamp(max=10)[..., None].expand(-1, -1, 2))
+    if selector == "topk":
+        assert torch.equal(found.mask().sum(-1), (own + 1).clamp(max=10)[..., None].expand(-1, -1, 2))
 
 
 @pytest.mark.parametrize("is_packed", [False, True], ids=["one", "packed"])
@@ -71,7 +79,10 @@ OPTIONS = {
     "topk": {},
     "mean": {"index_pooling": "mean"},
     "topp": {"selector": "topp", "top_p": 0.3},
+    "mean, topp": {"selector": "topp", "top_p": 0.3, "index_pooling": "mean"},
     "prior": {"gradient": "prior"},
+    "prior, mean": {"gradient": "prior", "index_pooling": "mean"},
+    "prior, mean, topp": {"gradient": "prior", "index_pooling": "mean", "selector": "topp", "top_p": 0.3},
     "warm-up": {"warmup_steps": 1},
 }
 

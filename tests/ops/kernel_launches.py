@@ -87,8 +87,8 @@ def prefill_and_training(length, heads, kv_heads, dim, init_chunks=0):
 def index_selection(length, kv_heads):
     """Groups of one query head, and as many windows to a block as there are tokens."""
     index_q, index_k = make(length, kv_heads, 64), make(length, 1, 64).squeeze(2)
-    sizes = dict(block_size=CHUNK, topk=3, init_blocks=0, local_blocks=0)
-    indexer.select(index_q, index_k, pooling="max", **sizes, cu_seqlens=None)
+    options = dict(block_size=CHUNK, selector="topk", topk=3, top_p=1.0, init_blocks=0, local_blocks=0, prior=False)
+    indexer.index_routing(index_q, index_k, pooling="max", **options, cu_seqlens=None)
 
 
 def hopper_forward(length, heads, kv_heads, dim):

@@ -31,8 +31,10 @@ def make(*shape):
         ({"dense": True}, CU_SEQLENS),
         ({"selector": "topp", "top_p": 0.7}, None),
         ({"gradient": "prior"}, CU_SEQLENS),
+        ({"gradient": "prior", "index_pooling": "mean"}, None),
+        ({"gradient": "prior", "index_pooling": "mean", "selector": "topp", "top_p": 0.7}, CU_SEQLENS),
     ],
-    ids=["max", "mean, packed", "dense, packed", "topp", "prior, packed"],
+    ids=["max", "mean, packed", "dense, packed", "topp", "prior, packed", "prior, mean", "prior, mean, topp, packed"],
 )
 def test_kernels_and_reference_agree(options, cu_seqlens):
     inputs = [make(1, LENGTH, heads, 16) for heads in (3, 1, 1)] + [make(1, LENGTH, 1, 8), make(1, LENGTH, 8)]
@@ -52,25 +54,29 @@ def test_kernels_and_reference_agree(options, cu_seqlens):
 
 
 @BOTH
-@pytest.mark.parametrize("pooling", ["max", "mean"])
-def test_the_kernel_selects_what_the_definition_does(pooling, cu_seqlens):
+@pytest.mark.parametrize(("pooling", "selector"), [("max", "topk"), ("mean", "topk"), ("mean", "topp")])
+def test_the_kernel_selects_what_the_definition_does(pooling, selector, cu_seqlens):
     batch = 1 if cu_seqlens is not None else 2
     index_q, index_k = torch.randn(batch, LENGTH, 2, 24, device=DEVICE), torch.randn(batch, LENGTH, 24, device=DEVICE)
     index_k[:, 20:40] = index_k[:, 20:21]  # ties
     forced = {"init_blocks": 0, "local_blocks": 0}
     index = Index.make(index_q, index_k, 16, pooling, cu_seqlens)
-    expected, _ = index_routing(index, Choice("topk", 1, **forced), prior=False)
-    found = kernels.select(index_q, index_k, block_size=16, pooling=pooling, topk=2, **forced, cu_seqlens=cu_seqlens)
+    expected, _ = index_routing(index, Choice(selector, 1 if selector == "topk" else 0.6, **forced), prior=False)
+    options = {"block_size": 16, "selector": selector, "topk": 2, "top_p": 0.6, **forced, "prior": False}
+    found, bias = kernels.index_routing(index_q, index_k, pooling=pooling, **options, cu_seqlens=cu_seqlens)
     assert torch.equal(found.words, expected.words)
+    assert bias is None
 
 
 def test_what_the_selecting_kernel_does_not_take():
     index_q = torch.randn(1, 9, 2, 24)
-    assert kernels.unsupported(index_q, 32, "max") is None
-    assert "at most 32 index keys" in kernels.unsupported(index_q, 64, "max")
-    assert kernels.unsupported(index_q.bfloat16(), 64, "max") is None
-    assert kernels.unsupported(index_q, 128, "mean") is None
-    assert "head sizes" in kernels.unsupported(index_q[..., :7], 32, "mean")
+    assert kernels.unsupported(index_q, 32, "max", "topk", prior=False) is None
+    assert "at most 32 index keys" in kernels.unsupported(index_q, 64, "max", "topk", prior=False)
+    assert kernels.unsupported(index_q.bfloat16(), 64, "max", "topk", prior=False) is None
+    assert "topk alone" in kernels.unsupported(index_q, 32, "max", "topp", prior=False)
+    assert "topk alone" in kernels.unsupported(index_q, 32, "max", "topk", prior=True)
+    assert kernels.unsupported(index_q, 128, "mean", "topp", prior=True) is None
+    assert "head sizes" in kernels.unsupported(index_q[..., :7], 32, "mean", "topk", prior=False)
 
 
 @BOTH

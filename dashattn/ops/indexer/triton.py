@@ -1,9 +1,10 @@
-"""Selection of the best blocks by an index on the GPU: the kernel that selects by compressed keys, given other inputs.
+"""The learned indexer's router on the GPU: the kernels of other routers, given other inputs.
 
-A KV head's index query is a group of one, and a token's index key a window of one token: the largest probability among
-a block's tokens is that of the largest product.
+A KV head's index query is a group of one. The mean of a block's index keys is a chunk's summary, and DashAttention's
+router has the selectors and the prior. A token's index key is a window of one token: the largest probability among a
+block's tokens is that of the largest product, by which the kernel of compressed keys selects the top k.
 
-Shapes: B batch, T tokens, H KV heads, I index size.
+Shapes: B batch, T tokens, H KV heads, I index size, N blocks.
 """
 
 from torch import Tensor
@@ -12,48 +13,69 @@ from dashattn.ops.band.triton_forward import tile_keys
 from dashattn.ops.block_scores.triton import select_blocks
 from dashattn.ops.block_sparse.triton import check_kernels_fit
 from dashattn.ops.compression.reference import mean_compress
+from dashattn.ops.dash_routing.triton import dash_routing
 from dashattn.selection import Selection
 
 
-def unsupported(index_q: Tensor, block_size: int, pooling: str) -> str | None:
-    """What keeps the kernel from index queries [B, T, H, I], if anything does."""
+def unsupported(index_q: Tensor, block_size: int, pooling: str, selector: str, *, prior: bool) -> str | None:
+    """What keeps the kernels from index queries [B, T, H, I], if anything does."""
     try:
         check_kernels_fit(index_q, block_size)
     except ValueError as error:
         return str(error)
-    if pooling == "max" and block_size > tile_keys(index_q.itemsize):
-        return f"the kernel takes blocks of at most {tile_keys(index_q.itemsize)} index keys of this type"
+    if pooling == "mean":
+        return None
+    if selector != "topk" or prior:
+        return "of the best token of a block the kernels have the selection of topk alone"
+    if block_size > tile_keys(index_q.itemsize):
+        return f"the kernels take blocks of at most {tile_keys(index_q.itemsize)} index keys of this type"
     return None
 
 
-def select(
+def index_routing(
     index_q: Tensor,
     index_k: Tensor,
     *,
     block_size: int,
     pooling: str,
+    selector: str,
     topk: int,
+    top_p: float,
     init_blocks: int,
     local_blocks: int,
+    prior: bool,
     cu_seqlens: Tensor | None,
-) -> Selection:
-    """As ``reference.index_routing`` with a ``Choice`` of topk and no prior; ``topk`` counts the forced blocks too.
+) -> tuple[Selection, Tensor | None]:
+    """As ``reference.index_routing``, where ``unsupported`` has no objection; the bias is float32 [B, T, H, N].
 
-    Scores that lie 87 or more below a row's largest one count as equal: their probabilities are 0 in float32.
+    Where the best token counts, scores that lie 87 or more below a row's largest one are equal: their probabilities are
+    0 in float32.
 
     Args:
         index_q: [B, T, H, I].
         index_k: [B, T, I].
+        topk: blocks in all, forced ones included.
     """
-    keys, size = index_k.detach()[:, :, None], 1
+    keys, heads = index_k[:, :, None], index_q.shape[2]
     if pooling == "mean":
-        size = block_size
-        keys = mean_compress(keys, size, size, cu_seqlens)
-    return select_blocks(
-        index_q.detach(),
-        keys.expand(-1, -1, index_q.shape[2], -1),
-        kernel_size=size,
-        kernel_stride=size,
+        means = mean_compress(keys, block_size, block_size, cu_seqlens)
+        return dash_routing(
+            index_q,
+            means.expand(-1, -1, heads, -1),
+            chunk_size=block_size,
+            selector=selector,
+            topk=topk,
+            top_p=top_p,
+            prior="raw" if prior else "none",
+            init_chunks=init_blocks,
+            local_chunks=local_blocks,
+            cu_seqlens=cu_seqlens,
+        )
+    selection = select_blocks(
+        index_q,
+        keys.expand(-1, -1, heads, -1),
+        kernel_size=1,
+        kernel_stride=1,
         pooling="max",
         block_size=block_size,
         topk=topk,
@@ -62,3 +84,4 @@ def select(
         scale=index_q.shape[-1] ** -0.5,
         cu_seqlens=cu_seqlens,
     )
+    return selection, None
