@@ -1,9 +1,10 @@
 """Triton kernel of the selectors that rank by a softmax: top-k and top-p in place of entmax.
 
-Scores are never written, as in ``triton_forward``, whose shapes and names hold here. What is kept per (token, query
-head) are the highest product q . k~ and, as tau, the base-2 logarithm of the sum of exponentials relative to it:
-log2 p = score_scale log2(e) (q . k~ - peak) - tau. Blocks are ranked by ``block_scores``' kernel, for which a chunk is
-a window as long as a block.
+Scores are never written. What is kept per (token, query head) are the highest product q . k~ and, as tau, the base-2
+logarithm of the sum of exponentials relative to it: log2 p = score_scale log2(e) (q . k~ - peak) - tau. Blocks are
+ranked by ``block_scores``' kernel, for which a chunk is a window as long as a block.
+
+Shapes and names as in ``triton_forward``.
 """
 
 import torch
