@@ -125,7 +125,7 @@ class TextTokenizer:
     def save(self, path: str | Path) -> None:
         """Write a tokenizer.json, atomically."""
         partial = f"{path}.{os.getpid()}.tmp"
-        self.backend.save(partial)
+        Path(partial).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
         os.replace(partial, path)
 
     def save_folder(self, folder: Path) -> None:
@@ -138,7 +138,8 @@ class TextTokenizer:
 
     def write_files(self, folder: Path) -> None:
         """The files of ``save_folder``, into a folder that exists."""
-        self.backend.save(str(folder / TOKENIZER))
+        # Not by ``save``, which tells a full disk by an Exception of no kind.
+        (folder / TOKENIZER).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
         # What the folder called its end may be that of a turn in a chat, not of a document: it stays.
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos_token, **self.settings}
         settings |= {_BEGIN: self.bos_token or NO_TOKEN, _END: self.eos_token, _FINGERPRINT: self.fingerprint()}
@@ -290,7 +291,10 @@ def build_tokenizer(config: PackedDataConfig, cache_dir: str | Path) -> TextToke
     corpora = [(corpus_fingerprint(corpus, cache_dir), weight) for corpus, weight in config.parts.values()]
     key = fingerprint(TRAINER_VERSION, corpora, settings)
     folder = build_once(Path(cache_dir) / "tokenizers" / key, build)
-    return TextTokenizer.load(str(folder), eos_token, config.bos_token)
+    try:
+        return TextTokenizer.load(str(folder), eos_token, config.bos_token)
+    except ValueError as error:
+        raise ValueError(f"{error}; or remove {folder}: the same tokenizer is trained again") from None
 
 
 def _training_texts(config: PackedDataConfig) -> Iterator[str]:

@@ -13,7 +13,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from dashattn.backends import BACKENDS, AttentionConfig
 from data import NO_TOKEN, DataConfig, MixtureDataConfig, MQARDataConfig, TextDataConfig
 from experiments.origin import take_from_origin
-from experiments.schema import to_config
+from experiments.schema import read_values, to_config
 from models import ModelConfig
 from slurm.launcher import LauncherConfig
 
@@ -141,21 +141,24 @@ def load_config(path: Path) -> TrainConfig:
     """The TrainConfig that a run directory's config.yaml holds.
 
     Raises:
-        ValueError: the file names an attention backend that does not exist here.
+        ValueError: the file is damaged, or names an attention backend that does not exist here.
     """
     return to_config(read_config(path))
 
 
 def read_config(path: Path) -> DictConfig:
     """As ``load_config``, as Hydra has it."""
-    saved = OmegaConf.load(path)
+    saved = read_values(path)
     if saved.attention.name not in BACKENDS:
         raise ValueError(f"{path}: no attention backend is called {saved.attention.name!r}")
     # The file holds values only; which classes they belong to, they say themselves.
     typed = OmegaConf.structured(TrainConfig)
     typed.attention = OmegaConf.structured(BACKENDS[saved.attention.name][0])
     telling = {"source": TextDataConfig, "corpora": MixtureDataConfig, "pairs_min": MQARDataConfig}
-    typed.data = OmegaConf.structured(next(schema for key, schema in telling.items() if key in saved.data))
+    schemas = [schema for key, schema in telling.items() if key in saved.data]
+    if not schemas:
+        raise ValueError(f"{path} is damaged (its data are of no kind known here): restore it from a copy")
+    typed.data = OmegaConf.structured(schemas[0])
     if "pairs_min" not in saved.data and "bos_token" not in saved.data:
         saved.data.bos_token = NO_TOKEN  # of before there was one
     return OmegaConf.merge(typed, saved)

@@ -2,14 +2,26 @@
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed
 from omegaconf.errors import OmegaConfBaseException
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what is wrong with a disk, not with us
+# What is wrong with a disk or with rights to it, not with us; and the mend.
+_DISK = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room there"),
+    **dict.fromkeys(
+        (errno.EROFS, errno.EACCES, errno.EPERM), "see that it may be read and written, or name another place"
+    ),
+    **dict.fromkeys((errno.EIO, errno.ESTALE), "see to the disk"),
+    **dict.fromkeys((errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR), "name another place"),
+}
+# How PyTorch's collectives tell that another process is gone.
+_LOST = re.compile(r"gloo|nccl|connection (closed|reset|was closed)|broken pipe|socket timeout", re.IGNORECASE)
 REQUEUE = 75  # exit code of a run that was asked to stop and wants to be started again; EX_TEMPFAIL of sysexits.h
 
 
@@ -33,9 +45,17 @@ class Occupied(Stopped):
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn a ValueError of the wrapped checks into one message and exit code 1; HYDRA_FULL_ERROR=1 shows it whole."""
+    """Turn a ValueError of the wrapped checks, or what is wrong with a disk, into one message and exit code 1;
+    HYDRA_FULL_ERROR=1 shows it whole."""
     with _one_message(ValueError, OmegaConfBaseException):
-        yield
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _DISK:
+                raise
+            raise ValueError(
+                f"{error}: {_DISK[error.errno]}; what is complete stays, and the same command goes on"
+            ) from error
 
 
 @contextmanager
@@ -51,12 +71,26 @@ def run_faults() -> Iterator[None]:
                 "only the placement (rows_per_micro_batch, the stage, the number of GPUs) may change on resume"
             ) from error
         except OSError as error:
-            if error.errno not in _NO_ROOM:
+            if error.errno not in _DISK:
                 raise
             raise Stopped(
-                f"{error}: make room where run_dir and cache_dir lie, and see that they may be written. The latest "
-                "checkpoint is intact, and the same command goes on from it"
+                f"{error}: {_DISK[error.errno]} (run_dir and cache_dir). The latest checkpoint is intact, and the same "
+                "command goes on from it"
             ) from error
+        except RuntimeError as error:
+            if not is_lost_rank(error):
+                raise
+            raise Stopped(
+                f"another rank was lost ({str(error).splitlines()[0]}): what that one said last is the cause. The "
+                "latest checkpoint is intact, and the same command goes on from it"
+            ) from error
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether a collective failed because another process is gone."""
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
+    )
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 
 from filelock import FileLock
@@ -98,8 +98,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path: Path, mend: str = "restore it from a copy") -> dict:
+def read_json(path: Path, mend: str = "restore it from a copy", keys: Sequence[str] = ()) -> dict:
     """The object that a file holds.
+
+    Args:
+        keys: that it must have.
 
     Raises:
         ValueError: there is none, or it is damaged; with ``mend``.
@@ -112,6 +115,9 @@ def read_json(path: Path, mend: str = "restore it from a copy") -> dict:
         raise ValueError(f"{path} is damaged ({error}): {mend}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} is damaged (it holds no JSON object): {mend}")
+    lacking = [key for key in keys if key not in value]
+    if lacking:
+        raise ValueError(f"{path} is damaged (it does not say {', '.join(lacking)}): {mend}")
     return value
 
 

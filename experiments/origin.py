@@ -19,6 +19,7 @@ from dashattn.backends import BACKENDS, AttentionConfig, FullConfig
 from data import NO_TOKEN, DataConfig, PackedDataConfig, TextTokenizer
 from data.tokenizer import TOKENIZER as TOKENIZER_FILE
 from experiments.files import CONFIG, TOKENIZER
+from experiments.schema import read_values
 from models.hf import is_hf_folder, read_attention, read_config
 
 LEFT_OPEN = "${init_from}"
@@ -64,7 +65,7 @@ def with_own_tokenizer(data: DataConfig, home: Path) -> DataConfig:
     from, and with the token that begins its documents."""
     if not isinstance(data, PackedDataConfig) or not (home / TOKENIZER).is_dir():
         return data
-    bos_token = _begins(OmegaConf.load(home / CONFIG).data) if data.bos_token is None else data.bos_token
+    bos_token = _begins(read_values(home / CONFIG).data) if data.bos_token is None else data.bos_token
     return replace(data, tokenizer=str(home / TOKENIZER), bos_token=bos_token)
 
 
@@ -117,7 +118,7 @@ def _tokens_of(origin: Path) -> _Tokens | None:
     if run is None:
         return None
     kept = run / TOKENIZER
-    return _Tokens("pairs_min" not in OmegaConf.load(run / CONFIG).data, str(kept) if kept.is_dir() else None)
+    return _Tokens("pairs_min" not in read_values(run / CONFIG).data, str(kept) if kept.is_dir() else None)
 
 
 def run_of(path: Path) -> Path | None:
@@ -149,7 +150,7 @@ def _own_config(cfg: DictConfig) -> DictConfig | None:
     with suppress(OmegaConfBaseException):  # a name made of values that are missing
         places.insert(0, Path(cfg.run_dir).expanduser())
     path = next((place / CONFIG for place in places if (place / CONFIG).is_file()), None)
-    return None if path is None else OmegaConf.load(path)
+    return None if path is None else read_values(path)
 
 
 def parse_branch(branch_from: str) -> tuple[Path, int]:
@@ -166,7 +167,7 @@ def _model_of(origin: Path) -> dict:
     run = run_of(origin)
     if run is None:
         raise ValueError(f"init_from={origin} is neither a run nor a Hugging Face folder: it has no config")
-    return OmegaConf.to_container(OmegaConf.load(run / CONFIG).model)
+    return OmegaConf.to_container(read_values(run / CONFIG).model)
 
 
 def _attention_of(origin: Path) -> DictConfig:
@@ -175,7 +176,7 @@ def _attention_of(origin: Path) -> DictConfig:
     run = run_of(origin)
     if run is None:
         raise ValueError(f"init_from={origin} is neither a run nor a Hugging Face folder: it has no config")
-    return OmegaConf.load(run / CONFIG).attention
+    return read_values(run / CONFIG).attention
 
 
 def _replace_attention(cfg: DictConfig, attention: DictConfig) -> None:
@@ -193,7 +194,7 @@ def _take_tokenizer(data: DictConfig, origin: Path) -> None:
     where the weights have none."""
     data.tokenizer = tokenizer_of(origin)
     if data.tokenizer is not None and not is_hf_folder(origin):
-        theirs = OmegaConf.load(run_of(origin) / CONFIG).data
+        theirs = read_values(run_of(origin) / CONFIG).data
         for key, value in (("bos_token", _begins(theirs)), ("eos_token", theirs.get("eos_token"))):
             if data[key] is None:
                 data[key] = value

@@ -1,13 +1,34 @@
 """From what Hydra composed to dataclasses, whichever they are; and values that all of them spell alike."""
 
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
 # By the names that configurations and rows have for them.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def read_values(path: Path) -> DictConfig:
+    """What the config.yaml of a run says. It holds values, for which nothing is looked up.
+
+    Raises:
+        ValueError: it is damaged, or refers to something else, an environment variable say.
+    """
+    try:
+        values = OmegaConf.load(path)
+        refers = "${" in path.read_text(encoding="utf-8")
+    except (OSError, ValueError, YAMLError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}): restore it from a copy") from None
+    lacking = [key for key in ("model", "attention", "data") if key not in values]
+    if not isinstance(values, DictConfig) or lacking:
+        raise ValueError(f"{path} is damaged (it has no {', '.join(lacking)}): restore it from a copy")
+    if refers:
+        raise ValueError(f"{path} refers to other values with ${{...}}, which no run writes: do not trust it")
+    return values
 
 
 def to_config(cfg: DictConfig) -> Any:

@@ -6,8 +6,6 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from submitit import SlurmExecutor
-
 from slurm.job import run_task
 from slurm.launcher import LauncherConfig
 
@@ -44,6 +42,8 @@ def submit(
     Raises:
         ValueError: Slurm will not take the job.
     """
+    from submitit import SlurmExecutor
+
     wrong = sorted(set(_NOT_IN_FOLDERS) & set(str(folder)))
     if wrong:
         raise ValueError(f"Slurm cannot write to {folder}, whose name has {' '.join(map(repr, wrong))}: take another")

@@ -1,11 +1,10 @@
 """The model card of an export: what a run was, from the files of its directory and nothing else."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 from experiments.evaluation.target import Target, trained_knob
-from experiments.files import GIT, METRICS, RESULTS, START, read_rows
+from experiments.files import GIT, METRICS, RESULTS, START, read_json, read_rows
 from experiments.training.checkpoint import read_state
 from models.hf import is_sparse
 
@@ -77,9 +76,4 @@ def _read(path: Path) -> dict:
     Raises:
         ValueError: it is damaged.
     """
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): restore it, or remove it to export without it") from None
+    return read_json(path, "restore it, or remove it to export without it") if path.exists() else {}

@@ -176,9 +176,9 @@ def describe(target: Target) -> dict:
 
 
 def _of_run(target: Target) -> dict:
-    git = read_json(target.home / GIT)
+    git = read_json(target.home / GIT, keys=("sha",))
     state = read_state(target.checkpoint)
-    start = read_json(target.home / START)
+    start = read_json(target.home / START, keys=("parameters",))
     return {
         "step": state["step"],
         "tokens": state["tokens"],

@@ -136,7 +136,7 @@ def validation_stream(target: Target) -> BatchStream:
         return stream
     if stream.tokenizer is not None:
         check_tokenizer(target, stream.tokenizer)
-    trained = read_json(target.home / START)["data"].get("tokens_fingerprint")
+    trained = read_json(target.home / START, keys=("data",))["data"].get("tokens_fingerprint")
     if trained is not None and stream.describe()["tokens_fingerprint"] != trained:
         raise ValueError(
             f"the corpus of data.name={train.data.name} has changed since {target.run_dir} was trained (its "

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from experiments.errors import user_errors
 from experiments.files import CONFIG, METRICS, read_rows, write_atomically
 from experiments.plots import COLOURS
+from experiments.schema import read_values
 from experiments.training.run_dir import flat
 
 PAGE = "report.html"
@@ -103,7 +104,7 @@ def read_run(path: Path) -> RunData:
     rows = read_rows(path / METRICS)
     if not any(row["split"] == "train" for row in rows):
         raise ValueError(f"{path / METRICS} has no training rows yet: wait for the run's first step")
-    config = OmegaConf.to_container(OmegaConf.load(path / CONFIG))
+    config = OmegaConf.to_container(read_values(path / CONFIG))
     return RunData(config.get("name") or path.name, flat(config), rows)
 
 

@@ -109,10 +109,7 @@ def record_done(run_dir: Path, commands: list[list[str]]) -> None:
 def read_done(run_dir: Path) -> dict:
     """What ``record_done`` wrote. Raises ValueError if it is damaged."""
     mend = "remove it; the cell's commands then look at what is there, and do what is missing"
-    record = read_json(run_dir / CELL, mend)
-    if "commands" not in record:
-        raise ValueError(f"{run_dir / CELL} is damaged (it names no commands): {mend}")
-    return record
+    return read_json(run_dir / CELL, mend, keys=("commands",))
 
 
 def cells(config: SweepConfig) -> list[Cell]:

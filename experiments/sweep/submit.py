@@ -109,7 +109,7 @@ def _in_queue(output_dir: Path) -> dict[str, str]:
     queued = queue(job_name(output_dir))
     unknown = sorted(queued.keys() - set(jobs.values()))
     if (folder / _SUBMITTING).exists():
-        names = read_json(folder / _SUBMITTING, "remove it")["cells"]
+        names = read_json(folder / _SUBMITTING, "remove it", keys=("cells",))["cells"]
         if unknown:
             array = unknown[0].split("_")[0]
             jobs |= {name: f"{array}_{i}" if len(names) > 1 else array for i, name in enumerate(names)}

@@ -49,6 +49,8 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 _ENGINE_TAG = "deepspeed"
 _STEP = re.compile(r"step-\d{8,}")
+# How PyTorch tells a file that it could not write.
+_NOT_WRITTEN = re.compile("inline_container|PytorchStreamWriter|cannot be opened|Parent directory")
 
 
 def step_name(step: int) -> str:
@@ -132,7 +134,7 @@ def read_manifest(checkpoint: Path) -> dict[str, dict]:
 
 def read_state(checkpoint: Path) -> dict:
     """What state.json holds. Raises ValueError if it is missing or damaged."""
-    return read_json(checkpoint / STATE, "take another checkpoint")
+    return read_json(checkpoint / STATE, "take another checkpoint", keys=("step",))
 
 
 def save_checkpoint(checkpoints: Path, state: dict, engine, ranks, *, keep: int, keep_every: int) -> Path:
@@ -186,6 +188,8 @@ def write_checkpoint(target: Path, state: dict, engine, ranks) -> None:
     except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch reports a full disk as RuntimeError
         if ranks.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, RuntimeError) and not _NOT_WRITTEN.search(str(error)):
+            raise  # a rank that was lost, or a fault of ours
         raise Stopped(
             f"{target} could not be written ({error}): see that {target.parent} is writable and has space. The "
             "checkpoints before it are intact, and the same command goes on from the latest"

@@ -31,17 +31,14 @@ def deepspeed_json(
         universal: a checkpoint of another number of ranks or stage will be loaded.
     """
     stage, precision = config.deepspeed.stage, config.deepspeed.precision
+    # DeepSpeed's default, 5e8 elements, would take gigabytes beside a small model; and it takes even numbers only.
+    bucket = min(parameters + parameters % 2, 500_000_000)
     result = {
         "train_micro_batch_size_per_gpu": rows,
         "gradient_accumulation_steps": micro_batches,
         # At stage 0 ``optimizer_step`` clips, because DeepSpeed would not tell the norm.
         "gradient_clipping": 0.0 if stage == 0 else config.optim.grad_clip,
-        # Buckets of 5e8 elements, DeepSpeed's default, would take gigabytes beside a small model.
-        "zero_optimization": {
-            "stage": stage,
-            "reduce_bucket_size": min(parameters, 500_000_000),
-            "allgather_bucket_size": min(parameters, 500_000_000),
-        },
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
         "checkpoint": {"load_universal": universal},

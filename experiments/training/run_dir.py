@@ -46,6 +46,7 @@ from experiments.files import (
 )
 from experiments.origin import parse_branch
 from experiments.provenance import environment, git_state
+from experiments.schema import read_values
 from experiments.training.checkpoint import (
     LATEST,
     STATE,
@@ -332,7 +333,7 @@ def _differences(run: Path, config: TrainConfig) -> dict[str, tuple]:
     try:
         saved = read_config(run / CONFIG)
     except OmegaConfBaseException:  # of a version that had other keys
-        saved = OmegaConf.load(run / CONFIG)
+        saved = read_values(run / CONFIG)
     old, new = flat(OmegaConf.to_container(saved, resolve=False)), flat(plain(config))
     for key in ("model.vocab_size", "data.bos_token"):
         if new.get(key) is None and key in old:

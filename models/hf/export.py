@@ -1,10 +1,12 @@
 """A ``Transformer`` as a Hugging Face folder."""
 
 import json
+import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -45,7 +47,7 @@ def write_folder(
         Names of the weights left out: with ``dense`` those of the attention backends.
 
     Raises:
-        ValueError: the folder exists, or no family has such a model.
+        ValueError: the folder exists or cannot be written, or no family has such a model.
     """
     if folder.exists():
         raise ValueError(f"{folder} exists: give a new folder")
@@ -57,13 +59,17 @@ def write_folder(
         theirs |= {key: sparse[key] for key in (KEY, STEP)} if dense else sparse
     left_out = sorted(name for name in weights if ".attention.backend." in name) if dense else []
     kept = {name: tensor for name, tensor in weights.items() if name not in left_out}
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
-    temporary.mkdir(parents=True)
-    save_file(their_weights(kept, FAMILIES[kind]), temporary / WEIGHTS, metadata={"format": "pt"})
-    (temporary / CONFIG).write_text(json.dumps(theirs, indent=2) + "\n")
-    # safetensors leaves its file to its owner alone.
-    (temporary / WEIGHTS).chmod((temporary / CONFIG).stat().st_mode)
-    write_more(temporary)
-    temporary.rename(folder)
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        save_file(their_weights(kept, FAMILIES[kind]), temporary / WEIGHTS, metadata={"format": "pt"})
+        (temporary / CONFIG).write_text(json.dumps(theirs, indent=2) + "\n")
+        # safetensors leaves its file to its owner alone.
+        (temporary / WEIGHTS).chmod((temporary / CONFIG).stat().st_mode)
+        write_more(temporary)
+        temporary.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder} cannot be written ({error}): make room, or name another place") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return left_out

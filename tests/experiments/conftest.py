@@ -1,3 +1,4 @@
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,17 @@ def make_config(tiny_overrides):
             return to_train_config(compose("train", tiny_overrides(name, *overrides)[0]))
 
     return make
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of a few MB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=7m", "tmpfs", str(path)], capture_output=True, text=True
+    )
+    if mount.returncode:
+        pytest.skip(f"a small tmpfs needs the right to mount: {mount.stderr.strip()}")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)

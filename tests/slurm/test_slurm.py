@@ -40,6 +40,10 @@ def slurm(tmp_path_factory):
         patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
         yield
         subprocess.run(["scancel", "--me"], check=True)
+        # What outlives its slurmd would drain a node of the next Slurm.
+        wait_for(
+            lambda: not subprocess.run(["squeue", "-h"], capture_output=True, check=True).stdout, "the queue to end"
+        )
     subprocess.run(["bash", folder / "stop.sh"], check=True)
 
 

@@ -294,20 +294,6 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_loudly(make_config, ca
     assert list(start["damaged_checkpoints"]) == ["step-00000003"]
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of a few MB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=7m", "tmpfs", str(path)], capture_output=True, text=True
-    )
-    if mount.returncode:
-        pytest.skip(f"a small tmpfs needs the right to mount: {mount.stderr.strip()}")
-    yield path
-    subprocess.run(["umount", str(path)], check=True)
-
-
 def test_a_full_disk_stops_the_run_and_leaves_what_was_there(make_config, small_disk):
     whole = train(make_config("whole", *KEEP_ALL))
     config = make_config("run", *KEEP_ALL, f"run_dir={small_disk / 'run'}")

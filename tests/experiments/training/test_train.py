@@ -90,6 +90,15 @@ def test_the_stage_changes_nothing_and_resume_is_exact(make_config, tmp_path, re
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_an_odd_number_of_parameters_trains(make_config, stage):
+    odd = ["model.num_layers=1", "model.num_heads=3", "model.num_kv_heads=3", "model.hidden_size=48", "steps=2"]
+    odd += [*ATTENTION["dash"], "attention.alpha_mode=learnable"]
+    run_dir = train(make_config("odd", *odd, f"deepspeed.stage={stage}"))
+    assert json.loads((run_dir / "start.json").read_text())["parameters"] % 2 == 1
+    assert losses(run_dir) == losses(train(make_config("plain", *odd, "deepspeed.stage=0")))
+
+
 def test_stage_3_gathers_a_layer_at_once(make_config, monkeypatch):
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 

@@ -1,0 +1,188 @@
+"""What a file that was damaged, a full disk or a lost process is told as: one line that names it and the mend."""
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from experiments.config import load_config, to_train_config
+from experiments.errors import Stopped, run_faults, user_errors
+from experiments.evaluation.config import EvaluateConfig
+from experiments.evaluation.evaluate import evaluate, find_target
+from experiments.evaluation.export import export
+from experiments.figures.run_page import read_run
+from experiments.files import CONFIGS
+from experiments.sweep.cells import Cell, record_done, write_plan
+from experiments.sweep.collect import collect
+from experiments.sweep.status import status
+from experiments.training.checkpoint import write_checkpoint
+from experiments.training.ranks import Ranks
+from tests.experiments.conftest import TINY
+from train import train
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache_dir):
+    """The folder of a sweep with one run, which was trained; not to be written to."""
+    folder = tmp_path_factory.mktemp("damage")
+    overrides = [
+        *TINY,
+        "steps=1",
+        "optim.warmup_steps=0",
+        "name=run",
+        f"run_dir={folder}/run",
+        f"cache_dir={cache_dir}",
+    ]
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        train(to_train_config(compose("train", overrides)))
+    return folder
+
+
+@pytest.fixture
+def sweep(whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "sweep")
+    cell = Cell("run", folder / "run", ("steps=1",), ("tasks=[loss]",), None)
+    record_done(cell.run_dir, cell.commands)
+    write_plan(folder, [cell])
+    return folder
+
+
+def evaluated(sweep):
+    config = EvaluateConfig(run=str(sweep / "run"), device="cpu")
+    return list(evaluate(config, find_target(config)))
+
+
+def started_again(sweep):
+    return train(load_config(sweep / "run" / "config.yaml"))
+
+
+def exported(sweep):
+    return export(sweep / "run", sweep / "exported")
+
+
+KEPT = "checkpoints/step-00000001"  # where a checkpoint has what it needs
+OF_RUN = (
+    *(f"{KEPT}/{name}" for name in ("git.json", "start.json", "config.yaml", "tokenizer/tokenizer.json")),
+    "results.jsonl",
+)
+COMMANDS = {
+    evaluated: OF_RUN,
+    exported: OF_RUN,
+    started_again: ("config.yaml",),
+    lambda sweep: collect(sweep, sweep.with_name("kept")): ("cell.json", "metrics.jsonl"),
+    lambda sweep: read_run(sweep / "run"): ("config.yaml", "metrics.jsonl"),
+}
+
+
+@pytest.mark.parametrize("content", [b"", b"{\n", b"\xff\xfe\x00\n", b"[]\n", b"7\n", b"{}\n"])
+def test_a_damaged_file_is_named_and_nothing_is_written(sweep, content):
+    for command, names in COMMANDS.items():
+        for name in names:
+            path = sweep / "run" / name
+            before = path.read_bytes() if path.exists() else None
+            if path.suffix == ".jsonl" and (content in (b"", b"{}\n") or (command is not evaluated and before is None)):
+                continue  # no row, or one of no columns
+            if content == b"{}\n" and command is exported and path.name in ("git.json", "start.json"):
+                continue  # the card says what is known
+            path.write_bytes(content)
+            found = {entry for entry in sweep.parent.rglob("*") if ".lock" not in entry.name}
+            with pytest.raises(ValueError, match=f"(?s){path.name}.*: .*") as error:
+                command(sweep)
+            assert "\n" not in str(error.value)
+            new = {entry for entry in sweep.parent.rglob("*") if ".lock" not in entry.name} - found
+            assert {entry.name for entry in new} <= {".evaluating"}
+            path.unlink() if before is None else path.write_bytes(before)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", "7", ""])
+def test_a_damaged_record_of_a_sweep_is_named(sweep, content):
+    assert [row[1] for row in status(sweep)] == ["done"]
+    for path in (sweep / "run" / "cell.json", sweep / "cells.json"):
+        before = path.read_text()
+        if path.name == "cells.json" and content in ("[]", "{}"):  # of no cells
+            continue
+        path.write_text(content)
+        with pytest.raises(ValueError, match=rf"{path.name} is damaged .*remove it"):
+            status(sweep)
+        path.write_text(before)
+
+
+def test_a_recorded_configuration_looks_nothing_up(sweep, monkeypatch):
+    monkeypatch.setenv("SECRET", "hunter2")
+    path = sweep / "run" / "config.yaml"
+    path.write_text(path.read_text().replace("name: run\n", "name: ${oc.env:SECRET}\n"))
+    with pytest.raises(ValueError, match=r"config.yaml refers to other values .* do not trust it"):
+        load_config(path)
+
+
+def test_an_export_that_finds_no_room_leaves_nothing(sweep, small_disk):
+    (small_disk / "filler").write_bytes(bytes(7 * 2**20 - 2**18))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"exported cannot be written .*No space left.*make room"):
+            export(sweep / "run", small_disk / "exported")
+        assert [path.name for path in small_disk.iterdir()] == ["filler"]
+    (small_disk / "filler").unlink()
+    export(sweep / "run", small_disk / "exported")
+
+
+def fill(path):
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+
+
+def test_an_evaluation_that_finds_no_room_names_the_file_and_goes_on(sweep, small_disk, capsys):
+    config = EvaluateConfig(run=str(sweep / "run"), device="cpu", output=str(small_disk / "rows"))
+    target = find_target(config)
+    (small_disk / "rows" / ".evaluating").mkdir(parents=True)
+    filler = small_disk / "filler"
+    fill(filler)
+    with pytest.raises(SystemExit), user_errors():
+        list(evaluate(config, target))
+    assert "No space left on device: " in (said := capsys.readouterr().err)
+    assert "make room there; what is complete stays, and the same command goes on" in said
+    filler.unlink()
+    assert len(list(evaluate(config, target))) == 1
+
+
+@pytest.mark.parametrize("number", [13, 28, 30, 122])
+def test_what_is_wrong_with_a_disk_is_one_line_and_a_fault_of_ours_is_not(number, capsys):
+    with pytest.raises(SystemExit), user_errors():
+        raise OSError(number, os.strerror(number), "/data/file")
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: [Errno {number}] {os.strerror(number)}: '/data/file': ")
+    assert "Traceback" not in said
+    with pytest.raises(FileNotFoundError), user_errors():
+        raise FileNotFoundError(2, "No such file or directory", "/data/file")
+
+
+GONE = "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242"
+
+
+class LosesARank:
+    def save_checkpoint(self, *_, **__):
+        raise RuntimeError(GONE)
+
+
+def test_a_lost_rank_is_not_reported_as_a_full_disk(tmp_path, capsys):
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    with pytest.raises(SystemExit), run_faults():
+        write_checkpoint(tmp_path / "step-00000001", {"step": 1}, LosesARank(), ranks)
+    said = capsys.readouterr().err
+    assert f"another rank was lost ({GONE}): what that one said last is the cause" in said
+    assert "space" not in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_fault_of_ours_while_saving_keeps_its_traceback(tmp_path):
+    class Breaks:
+        def save_checkpoint(self, *_, **__):
+            raise RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")
+
+    with pytest.raises(RuntimeError, match="must match") as fault, run_faults():
+        write_checkpoint(Path(tmp_path / "step-00000001"), {"step": 1}, Breaks(), Ranks(0, 1, torch.device("cpu")))
+    assert not isinstance(fault.value, Stopped)
