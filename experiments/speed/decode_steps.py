@@ -8,6 +8,7 @@ Shapes: B sequences, S tokens of capacity, Hq query heads, H KV heads, D head si
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -239,17 +240,26 @@ class GivenSelection:
     def cached_dash_routing(
         self, q: Tensor, summaries: Tensor, lengths: Tensor, *, chunk_size, router_scale, **options
     ):
-        """The union of the chunks that a group's heads select, without a prior."""
+        """The chunks that a group selects, of entmax the union of those of its heads; without a tempered prior."""
         from dashattn.ops.decode import triton as kernels
 
+        route = partial(reference.cached_dash_routing, q, summaries, lengths)
+        options |= {"chunk_size": chunk_size, "router_scale": router_scale}
+        # A softmax's prior of every candidate: the kernels' selection may hold one that the reference's does not.
         forced = options["init_chunks"], options["local_chunks"]
+        bias = route(**options | {"topk": summaries.shape[1] + sum(forced) + 1, "top_p": 1.0})[1]
         scale = router_scale * q.shape[-1] ** -0.5
-        words, _ = kernels.route(q.contiguous(), summaries, lengths, None, chunk_size, scale, False, None, forced)
+        if options["selector"] == "entmax":
+            words, _ = kernels.route(q.contiguous(), summaries, lengths, None, chunk_size, scale, False, None, forced)
+        else:
+            bound = options["topk"], options["top_p"] if options["selector"] == "topp" else None
+            words, _ = kernels.route_by_softmax(
+                q.contiguous(), summaries, lengths, chunk_size, scale, *bound, False, None, forced
+            )
         mask = Selection(words, chunk_size).mask().unflatten(2, (summaries.shape[2], -1)).any(3)
         made = Selection.from_mask(mask, chunk_size)
-        options |= {"chunk_size": chunk_size, "router_scale": router_scale, "prior": "none"}
-        self.selections.append((made, reference.cached_dash_routing(q, summaries, lengths, **options)[0]))
-        return made, None
+        self.selections.append((made, route(**options | {"prior": "none"})[0]))
+        return made, bias if options["prior"] == "raw" else None
 
 
 # what it is compared with

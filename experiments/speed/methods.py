@@ -151,12 +151,12 @@ def dash_options(problem: Problem) -> dict:
     return sizes | {"router_scale": problem.router_scale}
 
 
-def dash_routing(problem: Problem) -> Operation:
-    """Chunk summaries and selection, as a forward with a negligible prior does them."""
+def dash_routing(problem: Problem, **changes) -> Operation:
+    """Chunk summaries and selection, as a forward with a negligible prior does them. ``changes``: other options."""
     from dashattn.ops.chunk_summary.triton import chunk_summary
     from dashattn.ops.dash_routing.triton import dash_routing
 
-    options = dash_options(problem) | {"prior": "none"}
+    options = dash_options(problem) | changes | {"prior": "none"}
 
     def summarise():
         return chunk_summary(problem.k, problem.chunk_query, chunk_size=problem.shape.chunk_size)
@@ -170,12 +170,12 @@ def dash_routing(problem: Problem) -> Operation:
     return Operation(forward, {}, selections=selections)
 
 
-def dash_whole(problem: Problem) -> Operation:
-    """DashAttention: summaries, routing and attention with the tempered prior."""
+def dash_whole(problem: Problem, **changes) -> Operation:
+    """DashAttention: summaries, routing and attention with the tempered prior. ``changes``: other options."""
     size = problem.shape.chunk_size
-    options = dash_options(problem)
+    options = dash_options(problem) | changes
     leaves = leaves_of(problem, chunk_query=problem.chunk_query)
-    route = dash_routing(problem)
+    route = dash_routing(problem, **changes)
 
     def forward():
         return dash_attention(*leaves.values(), impl="triton", **options)
@@ -184,7 +184,8 @@ def dash_whole(problem: Problem) -> Operation:
         summaries = summary_reference.chunk_summary(k, chunk_query, chunk_size=size)
         # rounding the summaries to k's dtype is part of the definition
         summaries = summaries + (summaries.to(problem.k.dtype).float() - summaries).detach()
-        _, bias = routing_reference.dash_routing(q, summaries, **options)
+        # A softmax's prior of every candidate: the kernels' selection may hold one that the reference's does not.
+        _, bias = routing_reference.dash_routing(q, summaries, **options | {"topk": problem.length, "top_p": 1.0})
         return attention_reference.block_sparse_attention(q, k, v, route.forward(), bias)
 
     def reference():
@@ -202,6 +203,30 @@ def with_sink(prepare: Callable[[Problem], Operation]) -> Callable[[Problem], Op
         return replace(prepare(problem), **found)
 
     return prepare_with_sink
+
+
+def with_selector(prepare: Callable[..., Operation], name: str) -> Callable[[Problem], Operation]:
+    """The same with the selector of a variant, at the sparsity asked for."""
+
+    def prepare_with_selector(problem: Problem) -> Operation:
+        config = variant(name, problem.shape.chunk_size)
+        inputs = problem.q, problem.k, problem.v, problem.chunk_query
+
+        def options(knob: float) -> dict:
+            chosen = {"selector": config.selector, "prior": config.prior, "router_scale": config.router_scale}
+            return chosen | {config.knob: knob}
+
+        def sparsity(knob: float) -> float:
+            size = problem.shape.chunk_size
+            with torch.no_grad():
+                _, stats = dash_attention(*inputs, chunk_size=size, return_stats=True, **options(knob))
+            return float(stats.causal_sparsity())
+
+        found = nearest_knob(sparsity, problem.target, config, problem.length)
+        operation = prepare(problem, **options(found.knob))
+        return replace(operation, causal_sparsity=found.sparsity, router_scale=config.router_scale)
+
+    return prepare_with_selector
 
 
 WINDOWS = {"kernel_size": 32, "kernel_stride": 16}
@@ -339,6 +364,7 @@ def module_whole(name: str, problem: Problem) -> Operation:
     )
 
 
+_DASH_STAGES = ((ROUTING, dash_routing), (WHOLE, dash_whole))
 # What is known of a backend beside its module: operations of its own, and a reference given the kernels' selection.
 OPERATIONS = {
     "dash": [
@@ -346,10 +372,11 @@ OPERATIONS = {
         Method("dash", ROUTING, dash_routing),
         Method("dash", WHOLE, dash_whole),
     ],
-    "dash_sink": [
-        Method("dash_sink", ROUTING, with_sink(dash_routing)),
-        Method("dash_sink", WHOLE, with_sink(dash_whole)),
-    ],
+    "dash_sink": [Method("dash_sink", stage, with_sink(prepare)) for stage, prepare in _DASH_STAGES],
+    **{
+        name: [Method(name, stage, with_selector(prepare, name)) for stage, prepare in _DASH_STAGES]
+        for name in ("dash_topk", "dash_topp")
+    },
     "infllmv2": [Method("infllmv2", WHOLE, infllmv2_whole)],
     "nsa": [Method("nsa", WHOLE, nsa_whole)],
 }
@@ -364,5 +391,5 @@ BACKENDS = OPERATIONS | {
 
 def variant(name: str, chunk_size: int) -> AttentionConfig:
     """The configuration of a name of ``BACKENDS``, or of dense attention, at blocks of ``chunk_size`` keys."""
-    found = {key: config for kind, _ in REGISTRY.values() for key, config in kind.variants(chunk_size).items()}
-    return found[name]
+    kind = next(kind for kind, _ in REGISTRY.values() if name in kind.variants(64))
+    return kind.variants(chunk_size)[name]

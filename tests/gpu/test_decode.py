@@ -53,6 +53,10 @@ def test_types(dtype, num_tokens):
         {"init_chunks": 1},
         {"init_chunks": 2, "local_chunks": 3, "prior": "tempered"},
         {"init_chunks": 2046, "local_chunks": 1},
+        {"selector": "topk", "topk": 200, "init_chunks": 1},
+        {"selector": "topk", "topk": 60, "prior": "tempered", "sigma": 2.0},
+        {"selector": "topp", "top_p": 0.6, "init_chunks": 1},
+        {"selector": "topp", "top_p": 0.9, "prior": "tempered", "sigma": 2.0, "local_chunks": 3},
     ],
 )
 def test_long_sequences_and_options(options):
@@ -76,8 +80,13 @@ def check_routed(group, kv_heads, head_dim, chunk_size, dtype, num_tokens, lengt
     has_bias = options["prior"] != "none"
     forced = options.get("init_chunks", 0), options.get("local_chunks", 0)
     scale = 20.0 * head_dim**-0.5
-    words, bias = kernels.route(q, summaries, lengths, alpha, chunk_size, scale, has_bias, sigma, forced)
-    own = Selection(words, chunk_size).mask().unflatten(2, (kv_heads, group)).any(3)
+    kind = has_bias, sigma, forced
+    if "selector" in options:
+        bound = options.get("topk", 0), options.get("top_p")
+        words, bias = kernels.route_by_softmax(q, summaries, lengths, chunk_size, scale, *bound, *kind)
+    else:
+        words, bias = kernels.route(q, summaries, lengths, alpha, chunk_size, scale, *kind)
+    own = Selection(words, chunk_size).mask().unflatten(2, (kv_heads, -1)).any(3)
     differs = (own != wanted.mask()).any(-1)
     assert differs.float().mean() <= max(0.005, 1 / differs.numel())
     selection = Selection.from_mask(own[..., : summaries.shape[1]], chunk_size)
@@ -138,10 +147,12 @@ RAGGED = dict(hidden_size=384, num_layers=6, num_heads=6, head_dim=64, max_seq_l
         DashConfig(chunk_size=16, router_scale=4.0, prior="raw"),
         DashConfig(chunk_size=16, router_scale=4.0, prior="raw", init_chunks=1, local_chunks=2),
         DashConfig(chunk_size=16, router_scale=4.0),
+        DashConfig(chunk_size=16, selector="topk", topk=6, prior="raw", init_chunks=1),
+        DashConfig(chunk_size=16, selector="topp", top_p=0.6),
         InfLLMv2Config(block_size=16, kernel_size=8, kernel_stride=4, topk=8, window_size=16),
         NSAConfig(block_size=16, kernel_size=8, kernel_stride=4, topk=8, window_size=32),
     ],
-    ids=["full", "dash raw", "dash sink", "dash", "infllmv2", "nsa"],
+    ids=["full", "dash raw", "dash sink", "dash", "dash topk", "dash topp", "infllmv2", "nsa"],
 )
 @pytest.mark.parametrize("longest", [100, 400, 900])
 def test_many_prompts_of_all_lengths(attention, longest):

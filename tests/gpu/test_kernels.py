@@ -126,6 +126,47 @@ def test_dash_attention(group, alpha, router_scale, prior, sigma, cu_seqlens, fo
         assert relative_error(result, reference) < 8e-3
 
 
+@pytest.mark.parametrize(
+    ("group", "selector", "router_scale", "prior", "sigma", "cu_seqlens", "forced"),
+    [
+        (16, {"topk": 6}, 1.0, "raw", 1.0, None, (1, 0)),
+        (7, {"topk": 8}, 2.0, "tempered", 1e6, None, (0, 0)),
+        (3, {"topk": 5}, 2.0, "tempered", 0.5, (100, 100, 131, 700, 1500), (1, 1)),
+        (1, {"topk": 6}, 1.0, "none", 1.0, None, (1, 0)),
+        (16, {"top_p": 0.5}, 1.0, "raw", 1.0, None, (1, 0)),
+        (4, {"top_p": 0.3}, 2.0, "raw", 1.0, (100, 100, 131, 700, 1500), (0, 2)),
+        (3, {"top_p": 0.7}, 2.0, "tempered", 0.5, None, (0, 0)),
+        (2, {"top_p": 1.0}, 1.0, "raw", 1.0, None, (1, 0)),
+    ],
+)
+def test_other_selectors(group, selector, router_scale, prior, sigma, cu_seqlens, forced):
+    """Selection; output and gradients for the tokens that select alike."""
+    length, chunk, name = 1500, 64, "topk" if "topk" in selector else "topp"
+    cu_seqlens = None if cu_seqlens is None else packed(*cu_seqlens)
+    q, grad = (random(1, length, group, 128, dtype=BF16) for _ in range(2))
+    k, v = (random(1, length, 1, 128, dtype=BF16) for _ in range(2))
+    chunk_query = random(1, 128) * 0.2
+    options = dict(chunk_size=chunk, selector=name, **selector, router_scale=router_scale, prior=prior, sigma=sigma,
+                   cu_seqlens=cu_seqlens, init_chunks=forced[0], local_chunks=forced[1])  # fmt: skip
+
+    exact = [x.float().requires_grad_() for x in (q, k, v)] + [chunk_query.clone().requires_grad_()]
+    s = summary_reference.chunk_summary(exact[1], exact[3], chunk_size=chunk, cu_seqlens=cu_seqlens)
+    s = s + (s.to(BF16).float() - s).detach()  # the definition rounds summaries to k's dtype
+    selection, bias = routing_reference.dash_routing(exact[0], s, **options)
+    out = attention_reference.block_sparse_attention(*exact[:3], selection, bias, cu_seqlens=cu_seqlens)
+    inputs = [x.detach().requires_grad_() for x in (q, k, v, chunk_query)]
+    result, chosen = whole.dash_attention(*inputs, **options)
+
+    differs = (chosen.words[..., : selection.words.shape[-1]] != selection.words).any(-1)
+    assert differs.float().mean() < 0.005
+    alike = ~differs.any(1)[..., None, None]
+    count = len(inputs) if prior != "none" else 3
+    expected = [out * alike, *torch.autograd.grad(out, exact[:count], grad.float() * alike)]
+    results = [result * alike, *torch.autograd.grad(result, inputs[:count], grad * alike)]
+    for ours, reference in zip(results, expected, strict=True):
+        assert relative_error(ours, reference) < 8e-3
+
+
 @pytest.mark.parametrize("num_chunks", [256, 1024, 8192])
 @pytest.mark.parametrize("spread", [0.0, 0.01, 1.0])
 def test_thresholds_are_exact_at_any_chunk_count(num_chunks, spread):

@@ -1,5 +1,6 @@
 """A knob that training moves, compiled with Inductor and the kernels that run."""
 
+import pytest
 import torch
 
 from dashattn.backends import DashConfig
@@ -17,9 +18,9 @@ SHAPE = ModelConfig(
 )
 
 
-def build(target):
+def build(selector, target):
     torch.manual_seed(0)
-    attention = DashConfig(impl="triton", init_chunks=1, target_sparsity=target)
+    attention = DashConfig(impl="triton", selector=selector, init_chunks=1, target_sparsity=target)
     return Transformer(SHAPE, attention).to("cuda", torch.bfloat16)
 
 
@@ -29,15 +30,19 @@ def loss_and_gradients(model, input_ids):
     return sparsity, [output.loss, *torch.autograd.grad(output.loss, list(model.parameters()))]
 
 
-def test_a_moving_knob_compiles_nothing_anew_and_is_the_number(monkeypatch):
+@pytest.mark.parametrize(
+    ("selector", "knobs"),
+    [("entmax", (1.0, 300.0, 3000.0)), ("topk", (20, 12, 4)), ("topp", (0.9, 0.6, 0.3))],
+)
+def test_a_moving_knob_compiles_nothing_anew_and_is_the_number(selector, knobs, monkeypatch):
     monkeypatch.undo()  # the poisoning of conftest.py, which would be traced
-    number, moving = build(None), build(0.5)
+    number, moving = build(selector, None), build(selector, 0.5)
     moving.compile_layers(fullgraph=True)
     input_ids = torch.randint(512, (2, 2048), device="cuda")
     loss_and_gradients(moving, input_ids)  # compiles
     sparsities = []
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for knob in (1.0, 300.0, 3000.0):
+        for knob in knobs:
             for model in (number, moving):
                 model.set_knob(knob)
             expected, ours = (loss_and_gradients(model, input_ids) for model in (number, moving))

@@ -134,6 +134,18 @@ def test_dash_sink_is_dash_with_the_first_chunk_forced():
     assert not problem.selection.mask()[..., 0].all()
 
 
+@pytest.mark.parametrize("name", ["dash_topk", "dash_topp"])
+def test_other_selectors_are_held_to_the_reference_at_the_sparsity_asked_for(name):
+    pytest.importorskip("triton")
+    problem = make_problem("clustered", 160, 0.4, SHAPE, device="cuda" if torch.cuda.is_available() else "cpu")
+    for method in speed.BACKENDS[name]:
+        operation = method.prepare(problem)
+        errors = operation.errors(problem.grad)
+        assert errors.pop("selected rows") == 0
+        assert max(errors.values(), default=0) < 1e-3
+        assert operation.causal_sparsity == pytest.approx(0.4, abs=0.06)
+
+
 def kernel(factor=1.0, gradient=1.0):
     """A method whose output and gradients are off by these factors."""
 
@@ -300,7 +312,7 @@ def test_the_configuration_composes():
     ("override", "mend"),
     [
         ("patterns=[iid,random]", "shared, clustered, iid"),
-        ("backends=[full]", "dash, dash_sink, infllmv2, nsa"),
+        ("backends=[full]", "dash, dash_sink, dash_topk, dash_topp, infllmv2, nsa"),
         ("baselines=[fa2]", "flash_attention_3"),
         ("dtype=fp32", "bf16, fp16"),
         ("lengths=[1024,0]", "at least 1"),

@@ -104,6 +104,16 @@ def test_dash_sink_reads_the_first_chunk_at_the_sparsity_asked_for():
     assert all(made.mask()[..., 0].all() for made, _ in selections)
 
 
+@pytest.mark.parametrize("name", ["dash_topk", "dash_topp"])
+def test_other_selectors_read_as_much_as_asked_for(name):
+    inputs = make_inputs(SHAPE, 2, 512, [500], 0, DEVICE)
+    step, _ = build(name, inputs, 0.5)
+    errors, sparsity = step.check(inputs.device_lengths)
+    assert errors[SELECTED_BLOCKS] == 0
+    assert errors["out"] < 0.002
+    assert sparsity == pytest.approx(0.5, abs=0.06)
+
+
 # correctness gate
 
 
