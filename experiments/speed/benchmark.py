@@ -10,6 +10,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,23 +22,23 @@ from experiments.schema import DTYPES
 from experiments.speed.config import SpeedConfig
 from experiments.speed.decode import Decoding, Result
 from experiments.speed.inputs import Problem, Shape, make_problem
-from experiments.speed.measure import extra_mib, failed_check, graph_ms, measure, passes, run_jax, summary
+from experiments.speed.measure import call_ms, extra_mib, failed_check, graph_ms, measure, passes, run_jax, summary
 from experiments.speed.methods import BACKENDS, Method, UnavailableError, explain
-from experiments.speed.peers import BASELINES
-from experiments.speed.rows import DENSE, FLASH_3, PASSES
+from experiments.speed.peers import BASELINES, SDPA_FLASH
+from experiments.speed.rows import CUDNN, DENSE, FLASH_3, PASSES
 
-# Longer calls hide what the host does for the next one: they are not measured as CUDA graphs.
-GRAPHS_BELOW_MS = 5.0
+# In longer calls the host's share is nothing: they are not measured alone or as CUDA graphs.
+SHORT_MS = 50.0
 
 
 class Benchmark:
     """Yields the rows of one configuration."""
 
-    def __init__(self, config: SpeedConfig, device: str):
+    def __init__(self, config: SpeedConfig, device: str, deadline: float | None = None):
         self.config = config
         self.device = device
         self.shape = Shape(config.heads, config.kv_heads, config.head_dim, config.chunk_size, DTYPES[config.dtype])
-        self.deadline = time.monotonic() + config.time_budget
+        self.deadline = time.monotonic() + config.time_budget if deadline is None else deadline
         self.common = provenance(device) | {
             name: getattr(config, name)
             for name in ("heads", "kv_heads", "head_dim", "chunk_size", "dtype", "seed", "repetitions")
@@ -93,7 +94,8 @@ class Benchmark:
             row = self.row(method, pattern, problem.length, problem.target, name)
             scale = problem.router_scale if operation.router_scale is None else operation.router_scale
             row |= {"causal_sparsity": sparsity, "router_scale": scale, "errors": errors}
-            ours = any(method in methods for methods in BACKENDS.values())  # others may wait inside: no graphs
+            ours = any(method in methods for methods in BACKENDS.values())
+            graphs = ours or method.name in (CUDNN, SDPA_FLASH)  # others may wait inside
             failed = failed_check(errors, name, self.config.tolerance if ours else self.config.baseline_tolerance)
             if name not in calls:
                 yield row | {"status": "no backward"}
@@ -103,12 +105,14 @@ class Benchmark:
                 try:
                     times = measure(calls[name], self.config.warmup, self.config.repetitions)
                     extra = extra_mib(calls[name])
-                    short = ours and statistics.median(times) < GRAPHS_BELOW_MS
-                    replayed = graph_ms(calls[name], self.config.repetitions) if short else None
+                    short = statistics.median(times) < SHORT_MS
+                    called = call_ms(calls[name], self.config.repetitions) if short else None
+                    replayed = graph_ms(calls[name], self.config.repetitions) if short and graphs else None
                 except torch.OutOfMemoryError:
                     yield row | {"status": "out of memory"}
                     continue
-                yield row | {"status": "ok", "extra_mib": extra, "graph_ms": replayed} | summary(times)
+                alone = {"call_ms": called, "graph_ms": replayed}
+                yield row | {"status": "ok", "extra_mib": extra} | alone | summary(times)
 
     def errors(self, method: Method, pattern: str, sparsity: float | None) -> dict[str, float]:
         """The errors at the length of the check, computed once; what was raised there is raised again."""
@@ -143,6 +147,7 @@ class Benchmark:
             "ms": None,
             "ms_min": None,
             "ms_max": None,
+            "call_ms": None,
             "graph_ms": None,
             "extra_mib": None,
             "errors": {},
@@ -186,11 +191,19 @@ class Benchmark:
             torch.cuda.empty_cache()
 
 
+def measured(config: SpeedConfig, device: str) -> Iterator[dict]:
+    """The rows of every shape."""
+    deadline = time.monotonic() + config.time_budget
+    for shape in config.shapes or [(config.heads, config.kv_heads, config.head_dim)]:
+        sizes = dict(zip(("heads", "kv_heads", "head_dim"), shape, strict=True))
+        yield from Benchmark(replace(config, **sizes), device, deadline).rows()
+
+
 def run(config: SpeedConfig, device: str, say: Callable[[str], None] = print) -> None:
     """Measures, and writes every row as soon as it is there."""
     path = Path(config.output_dir) / SPEED
     path.parent.mkdir(parents=True, exist_ok=True)
-    for row in Benchmark(config, device).rows():
+    for row in measured(config, device):
         # JSON has no NaN, which is what a broken kernel's error can be; the check has already failed it.
         row["errors"] = {what: error if math.isfinite(error) else None for what, error in row["errors"].items()}
         append_rows(path, [row])

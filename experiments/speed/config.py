@@ -25,6 +25,8 @@ class SpeedConfig:
     heads: int = 32
     kv_heads: int = 2
     head_dim: int = 128
+    # [query heads, KV heads, head size] of layers to measure one after the other, in place of the three above
+    shapes: list[list[int]] = field(default_factory=list)
     chunk_size: int = 64
     dtype: str = "bf16"  # bf16 | fp16
     seed: int = 0
@@ -72,5 +74,9 @@ def check(config: SpeedConfig) -> None:
                 raise ValueError(f"{name} has {case}: [tokens, sequences] are needed, with at least a chunk of tokens")
     if config.decode_model and config.model is None:
         raise ValueError("decode_model needs a model: name one, as in model=1b, or set decode_model=[]")
-    if config.heads % config.kv_heads:
-        raise ValueError(f"heads={config.heads} is no multiple of kv_heads={config.kv_heads}")
+    for shape in config.shapes:
+        if len(shape) != 3 or min(shape) < 1:
+            raise ValueError(f"shapes has {shape}: [query heads, KV heads, head size] are needed")
+    for heads, kv_heads in [(config.heads, config.kv_heads), *(shape[:2] for shape in config.shapes)]:
+        if heads % kv_heads:
+            raise ValueError(f"heads={heads} is no multiple of kv_heads={kv_heads}")

@@ -5,6 +5,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 
 import torch
@@ -45,6 +46,18 @@ def graph_times(call: Callable[[], object], warmup: int, repetitions: int) -> li
     times = measure(graph.replay, warmup, repetitions)
     del result
     return times
+
+
+def call_ms(call: Callable[[], object], repetitions: int) -> float:
+    """Median milliseconds from the call to its end by the host's clock, each alone: the host's share counts in full."""
+    times = []
+    for _ in range(repetitions):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
 
 
 def graph_ms(call: Callable[[], object], repetitions: int) -> float | None:

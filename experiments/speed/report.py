@@ -28,6 +28,7 @@ from experiments.speed.rows import (
     setups,
     with_ratios,
 )
+from experiments.speed.shapes import shapes_table
 
 
 def break_even(line: Sequence[tuple[int, float]]) -> str:
@@ -60,8 +61,9 @@ def title(setup: tuple) -> str:
 
 def to_markdown(rows: Sequence[dict]) -> str:
     """All measurements, break-even lengths, and what was not measured and why."""
-    out = []
-    for setup, inside in setups(with_ratios(rows)).items():
+    rows = with_ratios(rows)
+    out = shapes_table(rows)
+    for setup, inside in setups(rows).items():
         out += [f"## {title(setup)}\n", *provenance_lines(inside)]
         at_once = [row for row in inside if row["pass"] in PASSES]
         if at_once:

@@ -45,39 +45,41 @@ def newest(rows: Iterable[dict]) -> list[dict]:
     return list(kept.values())
 
 
-def dense_times(rows: Iterable[dict]) -> dict[tuple, tuple[float, str]]:
-    """(run, length, batch, pass) -> (milliseconds of dense attention, what they are)."""
-    times: dict[tuple, tuple[float, str]] = {}
+def dense_times(rows: Iterable[dict]) -> dict[tuple, tuple[float, float, str]]:
+    """(run, shape, length, batch, pass) -> (milliseconds of dense attention, as a CUDA graph too, what they are)."""
+    times: dict[tuple, tuple[float, float, str]] = {}
     for row in rows:
         if row["status"] != "ok" or row["stage"] != DENSE:
             continue
         key = _case_of_dense(row)
+        called, graph = row["ms"], row.get("graph_ms") or row["ms"]
         if row["method"] == FLASH_3:
-            times[key] = (row["ms"], FLASH_3)
+            times[key] = (called, graph, FLASH_3)
         elif row["method"] == FULL:
-            times.setdefault(key, (row["ms"], "our full attention"))
+            times.setdefault(key, (called, graph, "our full attention"))
         elif row["method"] == CUDNN and row["pass"] in CUDNN_FACTORS:
             factor = CUDNN_FACTORS[row["pass"]]
-            times.setdefault(key, (row["ms"] * factor, f"cuDNN x {factor:.2f}"))
+            times.setdefault(key, (called * factor, graph * factor, f"cuDNN x {factor:.2f}"))
     return times
 
 
 def _case_of_dense(row: dict) -> tuple:
-    return (row["run"], row["length"], batch(row), row["pass"])
+    return (row["run"], *(row[name] for name in SETUP), row["length"], batch(row), row["pass"])
 
 
 def with_ratios(rows: Sequence[dict]) -> list[dict]:
     """The newest rows, each with ``against`` and the time of dense attention over its own, None if unknown.
 
-    ``ratio`` is of calls, ``graph_ratio`` of their replay as a CUDA graph where that was measured.
+    ``ratio`` is of calls, ``graph_ratio`` of their replay as a CUDA graph where that was measured: of both, or against
+    a row of calls, which for as long as dense attention takes hide what the host does.
     """
     times = dense_times(rows)
     found = []
     for row in newest(rows):
-        dense, against = times.get(_case_of_dense(row), (None, None))
+        dense, dense_graph, against = times.get(_case_of_dense(row), (None, None, None))
         ratio = dense / row["ms"] if dense and row["status"] == "ok" else None
         graph = row.get("graph_ms")  # rows written before graphs were measured lack it
-        graph_ratio = dense / graph if ratio and graph else None
+        graph_ratio = dense_graph / graph if ratio and graph else None
         found.append(row | {"ratio": ratio, "graph_ratio": graph_ratio, "against": against})
     return found
 

@@ -176,6 +176,7 @@ def rows_of(monkeypatch, tmp_path):
         monkeypatch.setitem(speed.BACKENDS, "dash", list(methods))
         monkeypatch.setattr(speed, "measure", lambda call, *_: [timed.append(call()) or 1.0, 3.0, 2.0])
         monkeypatch.setattr(speed, "extra_mib", lambda call: 5.0)
+        monkeypatch.setattr(speed, "call_ms", lambda call, *_: 2.5)
         monkeypatch.setattr(speed, "graph_ms", lambda call, *_: 1.5)
         lines = []
         speed.run(make_config(tmp_path, dtype="bf16", **changes), "cpu", lines.append)
@@ -192,11 +193,16 @@ def test_what_is_right_is_timed(rows_of):
         (length, name, "ok") for length in (64, 128) for name in (FORWARD, BOTH)
     ]
     assert timed == 4
-    assert {(row["ms"], row["graph_ms"]) for row in rows} == {(2.0, 1.5)}
+    assert {(row["ms"], row["call_ms"], row["graph_ms"]) for row in rows} == {(2.0, 2.5, 1.5)}
     assert {row["extra_mib"] for row in rows} == {5.0}
     assert set(rows[0]["errors"]) == {"out", "q", "k", "v"}
     assert max(rows[0]["errors"].values()) < 0.005
     assert 0 < rows[0]["causal_sparsity"] < rows[-1]["causal_sparsity"] < 0.6
+
+
+def test_each_shape_is_measured(rows_of):
+    rows, _ = rows_of(kernel(), shapes=[[6, 2, 16], [2, 2, 8]], lengths=[64])
+    assert [(row["heads"], row["kv_heads"], row["head_dim"]) for row in rows] == [(6, 2, 16)] * 2 + [(2, 2, 8)] * 2
 
 
 def test_a_wrong_output_is_not_timed(rows_of):
@@ -294,9 +300,9 @@ def test_a_backend_without_a_line_of_its_own_is_timed_as_its_module():
 # configuration
 
 
-def composed(*overrides):
+def composed(*overrides, name="speed"):
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return to_config(compose("speed", list(overrides)))
+        return to_config(compose(name, list(overrides)))
 
 
 def test_the_configuration_composes():
@@ -306,6 +312,7 @@ def test_the_configuration_composes():
     assert config.lengths[-1] == 131072
     with pytest.raises(ConfigCompositionException):
         composed("length=[3]")
+    check(composed(name="speed_shapes"))
 
 
 @pytest.mark.parametrize(
@@ -321,6 +328,8 @@ def test_the_configuration_composes():
         ("~model", "model=1b"),
         ("sparsities=[90]", "between 0 and 1"),
         ("heads=3", "multiple of kv_heads"),
+        ("shapes=[[9,2,64]]", "heads=9 is no multiple of kv_heads=2"),
+        ("shapes=[[9,3]]", r"shapes has \[9, 3\]: .query heads, KV heads, head size. are needed"),
         ("+length=3", "--cfg job"),
     ],
 )
@@ -452,6 +461,28 @@ def test_short_calls_stand_beside_their_graphs():
     assert "not reached, 1k or less as a CUDA graph" in table
 
 
+def test_graphs_are_compared_with_graphs():
+    rows = [make_row(CUDNN, 2.0, stage=DENSE, graph_ms=1.6), make_row("dash", 4.0, graph_ms=0.5)]
+    assert "4 (0.47x), 0.5 (3.04x)" in speed_report.to_markdown(rows)
+
+
+def test_shapes_stand_beside_each_other():
+    """Each against the fastest dense attention of its own run and shape, by the same clock."""
+    rows = []
+    for run, heads, factor in (("a", 32, 1), ("b", 16, 10)):
+        common = {"run": run, "heads": heads}
+        rows += [
+            make_row(CUDNN, 3.0 * factor, stage=DENSE, call_ms=4.0 * factor, graph_ms=2.0 * factor, **common),
+            make_row(FLASH_3, 5.0 * factor, stage=DENSE, **common),
+            make_row("dash", 1.0, call_ms=2.0, graph_ms=0.5, **common),
+        ]
+    table = speed_report.to_markdown(rows)
+    assert "| heads / KV heads of size | FlashAttention-3 | SDPA cuDNN | dash |" in table
+    assert "| 32 / 2 of 128 | 5 /  | 4 /  | 2.00x / ; 4.00x /  |" in table
+    assert "| 16 / 2 of 128 | 50 /  | 40 /  | 20.00x / ; 40.00x /  |" in table
+    assert "several models" not in speed_report.to_markdown([row for row in rows if row["heads"] == 32])
+
+
 def test_report_from_committed_rows(tmp_path, capsys):
     rows = [*a_run(), *(row | {"device": "another GPU"} for row in a_run("b"))]
     append_rows(tmp_path / SPEED, rows)
@@ -459,7 +490,7 @@ def test_report_from_committed_rows(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "some GPU" in out
     assert "another GPU" in out
-    names = {path.name for path in tmp_path.iterdir()}
+    names = {path.name for path in tmp_path.glob("[!.]*")}  # beside the lock of the rows
     figures = {"speed.png", "speed.pdf", "speed-2.png", "speed-2.pdf"}
     assert names == {"speed.jsonl", "speed.md", *figures}
 
