@@ -65,7 +65,7 @@ def read_config(folder: Path) -> ModelConfig:
     problems = _not_computed(theirs)
     values, rope = {}, None
     try:
-        rope = _read_rope(theirs)
+        rope = _read_rope(theirs, family)
     except ValueError as error:
         problems.append(str(error))
     try:
@@ -141,7 +141,7 @@ def _window(theirs: dict, family: Family) -> int | None:
     return _integer(theirs, "sliding_window")
 
 
-def _read_rope(theirs: dict) -> RopeConfig:
+def _read_rope(theirs: dict, family: Family) -> RopeConfig:
     """From ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (before)."""
     given = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     if not isinstance(given, dict):
@@ -152,8 +152,9 @@ def _read_rope(theirs: dict) -> RopeConfig:
     kinds = [given.pop(key) for key in ("rope_type", "type") if given.get(key) is not None] or ["default"]
     given = {key: value for key, value in given.items() if value is not None}
     kind = kinds[0]
-    if given.pop("partial_rotary_factor", theirs.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise ValueError("partial_rotary_factor: no family here that turns a part of a head")
+    partial = given.pop("partial_rotary_factor", theirs.get("partial_rotary_factor")) or 1.0
+    if partial != 1.0 and not family.partial_rotary:
+        raise ValueError(f"partial_rotary_factor {partial!r}: {family.architecture} turns whole heads")
     if kind != "default" and kind not in list(_ROPE):
         raise ValueError(f"rope type {kind!r}: only default, {', '.join(_ROPE)} are here")
     names = {} if kind == "default" else {"factor": "factor", **_ROPE[kind]}
@@ -161,6 +162,8 @@ def _read_rope(theirs: dict) -> RopeConfig:
         name = names["original_max_seq_len"]
         given[name] = given.get(name) or theirs.get(name) or _integer(theirs, "max_position_embeddings")
     values = {}
+    if partial != 1.0:
+        values["partial_rotary_factor"] = _real({"partial_rotary_factor": partial}, "partial_rotary_factor")
     for ours, name in names.items():
         if name not in given:
             continue
@@ -257,13 +260,17 @@ def family_of(config: ModelConfig) -> str:
         ValueError: there is none.
     """
     plain = ModelConfig(**{item.name: getattr(config, item.name) for item in fields(config) if item.name in _SHARED})
-    special = [f"model.rope.{name}={getattr(config.rope, name)}" for name in _OWN_ROPE if getattr(config.rope, name)]
+    rope, partial = config.rope, config.rotary_dim < config.head_dim
     for kind, family in FAMILIES.items():
+        if rope.max_period is not None or (partial and rope.scaling not in family.partial_rotary):
+            continue
         shape = {"num_hidden_layers": config.num_layers, "hidden_size": config.hidden_size}
         values = family.fixed | family.derived(shape | family.defaults | family.described(config))
         same = replace(plain, **values)
-        if not special and all(_same(getattr(same, item.name), getattr(config, item.name)) for item in fields(config)):
+        if all(_same(getattr(same, item.name), getattr(config, item.name)) for item in fields(config)):
             return kind
+    special = [f"model.rope.{name}={getattr(rope, name)}" for name in _RARE_ROPE if getattr(rope, name) is not None]
+    special += [f"model.rope.scaling={rope.scaling}"] if partial else []
     special += [
         f"model.{item.name}={getattr(config, item.name)}"
         for item in fields(config)
@@ -276,5 +283,5 @@ def family_of(config: ModelConfig) -> str:
 
 # Fields of a ModelConfig that every family has, with any value.
 _SHARED = (*_KEYS, "rope", "init_std", "embedding_init_std")
-# Of a RopeConfig, what no family has.
-_OWN_ROPE = ("max_period", "partial_rotary_factor")
+# Of a RopeConfig, what not every family has.
+_RARE_ROPE = ("max_period", "partial_rotary_factor")

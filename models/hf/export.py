@@ -62,7 +62,7 @@ def write_folder(
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.mkdir(parents=True)
-        save_file(their_weights(kept, FAMILIES[kind]), temporary / WEIGHTS, metadata={"format": "pt"})
+        save_file(their_weights(kept, FAMILIES[kind], config), temporary / WEIGHTS, metadata={"format": "pt"})
         (temporary / CONFIG).write_text(json.dumps(theirs, indent=2) + "\n")
         # safetensors leaves its file to its owner alone.
         (temporary / WEIGHTS).chmod((temporary / CONFIG).stat().st_mode)

@@ -31,6 +31,10 @@ _POST_NORM_NAMES = tuple(
 )
 
 
+# A projection that some families store as one, by rows -> ours.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
 @dataclass(frozen=True)
 class Family:
     """One ``model_type``.
@@ -43,6 +47,8 @@ class Family:
         derived: keys of config.json -> fields of a ``ModelConfig`` that take more than a new name, if there are any.
         described: the other way.
         has_window: ``sliding_window`` counts by itself, and not only with ``use_sliding_window``.
+        partial_rotary: the RoPE scalings with which it may turn the first channels of a head alone.
+        is_fused: the parts of each of ``FUSED`` are one tensor.
     """
 
     architecture: str
@@ -52,6 +58,8 @@ class Family:
     derived: Callable[[dict], dict] = lambda theirs: {}
     described: Callable[[ModelConfig], dict] = lambda config: {}
     has_window: bool = False
+    partial_rotary: tuple[str, ...] = ()
+    is_fused: bool = False
 
 
 def _minicpm_scales(theirs: dict) -> dict:
@@ -111,6 +119,19 @@ FAMILIES = {
         described=lambda config: {
             "no_rope_layers": [int(layer not in config.no_rope_layers) for layer in range(config.num_layers)]
         },
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        defaults={"rms_norm_eps": 1e-5},
+        described=lambda config: (
+            {
+                "partial_rotary_factor": config.rope.partial_rotary_factor,
+                "original_max_position_embeddings": config.rope.original_max_seq_len or config.max_seq_len,
+            }
+        ),
+        has_window=True,
+        partial_rotary=("none", "longrope"),
+        is_fused=True,
     ),
     "minicpm": Family(
         "MiniCPMForCausalLM",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.config import ModelConfig
 from models.hf.config import check_same_model, read_theirs
-from models.hf.families import Family
+from models.hf.families import FUSED, Family
 from models.hf.files import CONFIG, INDEX, WEIGHTS, check_whole, read_json
 
 # Buffers that older checkpoints hold and that follow from the configuration.
@@ -39,10 +39,11 @@ def read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
                 f"{folder} ties its embeddings, but {_HEAD} is another table: untie them (tie_word_embeddings in its "
                 f"{CONFIG})"
             )
+    weights = _unfused(weights, config, folder) if family.is_fused else weights
     for name in weights:
         if name.endswith(".chunk_query"):  # [Hkv * D] there, [Hkv, D] here
             weights[name] = weights[name].reshape(-1, config.head_dim)
-    return weights
+    return _reordered(weights, config, channel_halves(config))
 
 
 def check_files(folder: Path) -> None:
@@ -108,12 +109,68 @@ def _checked(path: Path, name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def their_weights(weights: dict[str, Tensor], family: Family) -> dict[str, Tensor]:
-    """Tensors of a ``Transformer`` under the names of a family."""
+def their_weights(weights: dict[str, Tensor], family: Family, config: ModelConfig) -> dict[str, Tensor]:
+    """Tensors of a ``Transformer`` of the shape ``config`` under the names of a family."""
+    weights = _reordered(weights, config, channel_halves(config).argsort())
+    weights = _fused(weights) if family.is_fused else weights
     result = {their_name(name, family): tensor for name, tensor in weights.items()}
     for name in result:
         if name.endswith(".indexer_q"):
             result[name] = result[name].flatten()
+    return result
+
+
+def channel_halves(config: ModelConfig) -> Tensor:
+    """Where our channels of a head stand in other code, int64 [D].
+
+    There the first R channels are turned, i together with i + R/2, and the others follow. Here i always goes with
+    i + D/2, so that each half has its part of those that are not turned.
+    """
+    turned, others = torch.arange(config.head_dim).split([config.rotary_dim, config.head_dim - config.rotary_dim])
+    return torch.cat([part for both in zip(turned.chunk(2), others.tensor_split(2), strict=True) for part in both])
+
+
+def _reordered(weights: dict[str, Tensor], config: ModelConfig, order: Tensor) -> dict[str, Tensor]:
+    """With the channels of queries and keys in another order, which changes no product of the two."""
+    if config.rotary_dim == config.head_dim:
+        return weights
+
+    def reorder(name: str, tensor: Tensor) -> Tensor:
+        if name.endswith(".chunk_query"):
+            return tensor[:, order]
+        if ".q_proj." in name or ".k_proj." in name:
+            return tensor.unflatten(0, (-1, config.head_dim))[:, order].flatten(0, 1)
+        return tensor
+
+    return {name: reorder(name, tensor) for name, tensor in weights.items()}
+
+
+def _unfused(weights: dict[str, Tensor], config: ModelConfig, folder: Path) -> dict[str, Tensor]:
+    """With the projections of ``FUSED`` apart."""
+    query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    rows = {"qkv_proj": (query_size, kv_size, kv_size), "gate_up_proj": (config.intermediate_size,) * 2}
+    result = {}
+    for name, tensor in weights.items():
+        fused = next((fused for fused in FUSED if f".{fused}." in name), None)
+        if fused is None:
+            result[name] = tensor
+            continue
+        if tensor.shape[0] != sum(rows[fused]):
+            raise ValueError(
+                f"{folder}: {name} has {tensor.shape[0]} rows, and {CONFIG} says {sum(rows[fused])}: copy the folder "
+                "again"
+            )
+        parts = zip(FUSED[fused], tensor.split(rows[fused]), strict=True)
+        result |= {name.replace(fused, part): own.contiguous() for part, own in parts}
+    return result
+
+
+def _fused(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    result = dict(weights)
+    for fused, (first, *others) in FUSED.items():
+        for name in [name for name in weights if f".{first}." in name]:
+            parts = [result.pop(name.replace(first, part)) for part in (first, *others)]
+            result[name.replace(first, fused)] = torch.cat(parts)
     return result
 
 

@@ -16,6 +16,8 @@ from transformers import (
     MistralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -77,6 +79,20 @@ KINDS = {
     "smollm3, one list": (
         *SMOLLM3,
         {"no_rope_layers": [0, 1], "tie_word_embeddings": False, "rope_parameters": YARN},
+        None,
+    ),
+}
+PHI3 = (Phi3Config, Phi3ForCausalLM)
+PARTIAL = {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.75}
+PARTIAL_LONGROPE = LONGROPE | {
+    **{"partial_rotary_factor": 0.75, "short_factor": [1.0, 1.3, 1.6], "long_factor": [1.5, 2.0, 4.0]},
+}
+KINDS |= {
+    "phi3": (*PHI3, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}, "llama"),
+    "phi3, a part of a head": (*PHI3, {"rope_parameters": PARTIAL, "tie_word_embeddings": True}, None),
+    "phi3, longrope": (
+        *PHI3,
+        {"rope_parameters": PARTIAL_LONGROPE, "original_max_position_embeddings": 32, "sliding_window": 200},
         None,
     ),
 }
@@ -361,7 +377,10 @@ def test_new_parameters_are_reported_and_start_at_zero(tmp_path):
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
         ({"rope_parameters": YARN | {"mscale": 0.7}}, "rope parameters mscale of type yarn"),
-        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor 0.5: LlamaForCausalLM turns whole heads",
+        ),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope.factor"),
         ({"rope_parameters": {"full_attention": LINEAR}}, "rope parameters full_attention"),
         ({"vocab_size": None}, "vocab_size"),
@@ -385,6 +404,32 @@ def test_missing_and_unexpected_tensors_are_named(tmp_path):
     with pytest.raises(
         ValueError, match=r"layers\.1\.mlp\.up_proj\.weight is not in the file; .*q_proj\.bias is not in"
     ):
+        read(tmp_path)
+
+
+def test_channels_and_fused_projections_come_back_under_a_sparse_attention_too(tmp_path):
+    save(tmp_path / "theirs", "phi3, a part of a head")
+    attention = DashConfig(chunk_size=8, router_scale=3.0)
+    model, _ = read(tmp_path / "theirs", attention)
+    with torch.no_grad():
+        for backend in model.backends:
+            backend.chunk_query.normal_()
+    write_folder(tmp_path / "back", model.config, model.state_dict(), attention)
+    back, new = read(tmp_path / "back", attention)
+    assert new == []
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in back.state_dict().items())
+    # In the file the chunk query stands in the order of the keys, so that others pool with it what we do.
+    weights = load_file(tmp_path / "back" / "model.safetensors")
+    keys = weights["model.layers.0.self_attn.qkv_proj.weight"][48:64]
+    theirs = (weights["model.layers.0.self_attn.indexer_q"].view(2, 8, 1) * keys.view(2, 8, -1)).sum(1)
+    ours = model.backends[0].chunk_query[..., None] * model.layers[0].attention.k_proj.weight.view(2, 8, -1)
+    torch.testing.assert_close(theirs, ours.sum(1))
+
+
+def test_fused_projections_of_other_sizes_are_named(tmp_path):
+    save(tmp_path, "phi3")
+    edit(tmp_path, intermediate_size=64)
+    with pytest.raises(ValueError, match=r"gate_up_proj\.weight has 160 rows, and config\.json says 128"):
         read(tmp_path)
 
 
@@ -428,8 +473,12 @@ def test_a_model_of_no_family_is_not_exported(tmp_path):
     model, _ = read(tmp_path / "theirs")
     with pytest.raises(ValueError, match=r"has model\.qkv_bias=True and model\.logit_scale=0\.5"):
         write_folder(tmp_path / "back", replace(model.config, logit_scale=0.5), model.state_dict(), FullConfig())
-    for name, value in (("max_period", 100), ("partial_rotary_factor", 0.5)):
-        config = replace(model.config, rope=replace(model.config.rope, **{name: value}))
-        with pytest.raises(ValueError, match=rf"has model\.rope\.{name}={value}.*cannot be exported"):
+    longest, linear = {"max_period": 100}, {"partial_rotary_factor": 0.5, "scaling": "linear", "factor": 2.0}
+    for values, message in (
+        (longest, r"has model\.rope\.max_period=100"),
+        (linear, r"has model\.rope\.partial_rotary_factor=0\.5 and model\.rope\.scaling=linear"),
+    ):
+        config = replace(model.config, rope=replace(model.config.rope, **values))
+        with pytest.raises(ValueError, match=rf"{message}.*cannot be exported"):
             write_folder(tmp_path / "back", config, model.state_dict(), FullConfig())
     assert not is_hf_folder(tmp_path / "back")
