@@ -66,6 +66,11 @@ def test_pretraining_continues_with_the_checkpoints_model(checkpoint):
     assert (config.model.hidden_size, config.data.tokenizer) == (32, str(checkpoint))
 
 
+def test_moba_is_top_k_of_mean_keys_without_a_prior():
+    attention = composed("attention=moba").attention
+    assert (attention.selector, attention.prior, attention.learn_summary) == ("topk", "none", False)
+
+
 def test_an_index_is_distilled_into_the_checkpoints_model(checkpoint):
     router = ["attention=indexer", "attention.warmup_steps=150", "optim.train_only=router"]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):

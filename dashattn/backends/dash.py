@@ -176,6 +176,10 @@ class DashBackend(AttentionBackend):
             return alpha.to(self.chunk_query.device) if isinstance(alpha, Tensor) else alpha
         return MIN_ALPHA + (MAX_ALPHA - MIN_ALPHA) * upcast(self.alpha_logit[share.query_heads]).sigmoid()
 
+    def flops(self, active_tokens, routing_reads):
+        flops = super().flops(active_tokens, routing_reads)
+        return flops if self.config.prior != "none" else replace(flops, backward=2 * flops.attention)
+
     def metrics(self) -> dict[str, float]:
         if self.config.selector != "entmax":
             return {}

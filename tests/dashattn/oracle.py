@@ -126,6 +126,19 @@ def touching(j, b, kernel_size, stride, block_size):
     return len(set(range(stride * j, stride * j + kernel_size)) & set(range(block_size * b, block_size * (b + 1))))
 
 
+def moba(q, k, v, *, block_size, topk):
+    """With a KV head for each query head."""
+    T, H, _ = q.shape
+    blocks = [[None] * H for _ in range(T)]
+    for t in range(T):
+        own = t // block_size
+        for h in range(H):
+            means = [k[b * block_size : (b + 1) * block_size, h].mean(0) for b in range(own)]
+            blocks[t][h] = top_blocks([mean @ q[t, h] for mean in means] + [0.0], own, topk, {own})
+    out = block_sparse(q, k, v, blocks, lambda *_: 0.0, block_size, q.shape[-1] ** -0.5)
+    return out, active_tokens(T, H, lambda t, h, s: s // block_size in blocks[t][h])
+
+
 def infllmv2(q, k, v, *, block_size, kernel_size, kernel_stride, topk, init_blocks, window_size):
     T, Hq, D = q.shape
     H = k.shape[1]

@@ -127,6 +127,15 @@ def test_dash_with_another_selector_equals_its_definition(shape, selector):
             assert_matches(result, oracle.dash(*arrays(q, k, v), r.numpy(), **options))
 
 
+@pytest.mark.parametrize("shape", [(5, 1, 1), (48, 2, 2), (67, 3, 3)], ids=str)
+def test_moba_equals_its_definition(shape):
+    """With the options of its preset."""
+    q, k, v = make_qkv(*shape)
+    options = {"chunk_size": 8, "selector": "topk", "topk": 3, "prior": "none"}
+    result = dash_attention(q, k, v, torch.zeros(shape[2], D, dtype=q.dtype), **options, return_stats=True)
+    assert_matches(result, oracle.moba(*arrays(q, k, v), block_size=8, topk=3))
+
+
 def test_ties_of_a_selector_go_to_the_lower_index():
     q, _, _ = make_qkv(67, 4, 2)
     for selector, expected in (({"topk": 4}, [0, 1, 2, 8]), ({"top_p": 0.5}, [0, 1, 2, 3, 8])):

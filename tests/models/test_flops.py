@@ -57,8 +57,9 @@ def test_dash_flops_by_hand():
     assert flops.backward == 2 * flops.forward
 
 
-def test_infllmv2_routes_without_gradient():
-    flops = flops_per_token(Transformer(CONFIG, InfLLMv2Config()), 64, **READS)
+@pytest.mark.parametrize("attention", [InfLLMv2Config(), DashConfig(prior="none")], ids=lambda config: config.name)
+def test_routing_without_a_gradient(attention):
+    flops = flops_per_token(Transformer(CONFIG, attention), 64, **READS)
     assert flops.routing == HEADS * 3 * 2
     assert flops.backward == 2 * (flops.matmul + flops.attention)
 
