@@ -349,7 +349,7 @@ def test_without_a_gpu_it_ends_in_one_message(tmp_path):
 
 
 def test_it_imports_without_what_only_training_needs():
-    absent = ("deepspeed", "datasets", "tokenizers", "safetensors", "wandb", "filelock", "psutil", "rich", "triton")
+    absent = ("deepspeed", "datasets", "tokenizers", "safetensors", "wandb", "psutil", "rich", "triton")
     code = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); import experiments.speed.benchmark"
     # PyTorch itself looks for triton; what it finds is not this test's concern
     code = code.replace("import sys;", "import sys, torch;")
