@@ -122,8 +122,8 @@ def test_a_knob_that_moves_compiles_nothing_anew(options):
     eager, compiled = build(attention), build(attention)
     backend = CompileCounterWithBackend("aot_eager")
     compiled.compile_layers(backend=backend, fullgraph=True)
-    input_ids, frames, read = torch.arange(50)[None], [], []
-    for knob in (1.0, 1e4, 1e6):
+    input_ids, frames, read = torch.arange(40)[None], [], []
+    for knob in (1.0, 1e6):
         results = []
         for model in (eager, compiled):
             model.set_knob(knob)
@@ -132,7 +132,7 @@ def test_a_knob_that_moves_compiles_nothing_anew(options):
             torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4)
         frames.append(backend.frame_count)
         read.append(eager(input_ids, return_stats=True).stats[0].causal_sparsity().item())
-    assert frames == frames[:1] * 3
+    assert frames == frames[:1] * 2
     assert read == sorted(set(read))  # the knob was heeded
 
 

@@ -1,0 +1,3 @@
+from tests.interpreter import hasten
+
+hasten()
