@@ -72,7 +72,7 @@ class Process:
         self._process.kill()
 
 
-def run(*arguments, processes: int = 1, env=None, timeout: float = 300) -> subprocess.CompletedProcess:
+def run(*arguments, processes: int = 1, cwd=ROOT, env=None, timeout: float = 300) -> subprocess.CompletedProcess:
     """Run ``python ARGUMENTS`` to its end; several processes are ranks to each other, as those of torchrun.
 
     Returns:
@@ -90,7 +90,7 @@ def run(*arguments, processes: int = 1, env=None, timeout: float = 300) -> subpr
         running, deadline = [], time.monotonic() + timeout
         for rank, (out, err) in enumerate(zip(outs, errs, strict=True)):
             ranked = environment | (dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)) if processes > 1 else {})
-            running.append(Process(command, env=ranked, stdout=out, stderr=err))
+            running.append(Process(command, cwd=cwd, env=ranked, stdout=out, stderr=err))
             stack.callback(running[-1].kill)
         codes = [process.wait(max(0, deadline - time.monotonic())) for process in running]
         said = ["".join(file.read() for file in files) for files in (outs, errs)]

@@ -1,6 +1,7 @@
 """Every YAML file under configs/ composes, and what the command line gets wrong is refused."""
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,11 @@ def test_every_sweep_composes_into_cells_that_can_be(name, tmp_path, checkpoint,
     monkeypatch.setenv("INIT_FROM", str(checkpoint))
     # A model is the checkpoint's; of other sweeps the bases are not trained yet, and the vocabulary is the data's.
     load, given = (to_train_config, []) if name == "real_model" else (to_config, ["model.vocab_size=1024"])
+
+    @cache
+    def evaluation(*overrides):
+        return to_config(compose("evaluate", ["run=x", *overrides]))
+
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         sweep = to_config(compose("sweep", [f"sweep={name}", f"output_dir={tmp_path}"]))
         assert len(cells(sweep)) % len(sweep.seeds) == 0
@@ -172,8 +178,8 @@ def test_every_sweep_composes_into_cells_that_can_be(name, tmp_path, checkpoint,
             config = check(load(compose("train", ["device=cpu", *given, *cell.train])))
             with torch.device("meta"):
                 Transformer(config.model, config.attention)
-            for evaluation in filter(None, (cell.evaluate, cell.evaluate_turned)):
-                evaluate = to_config(compose("evaluate", list(evaluation)))
+            for overrides in filter(None, (cell.evaluate, cell.evaluate_turned)):
+                evaluate = evaluation(*(each for each in overrides if not each.startswith(("run=", "label="))))
                 check_tasks(evaluate, config)
                 for knob in evaluate.knobs or ():
                     config.attention.with_knob(knob)

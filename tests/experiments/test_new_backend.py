@@ -2,13 +2,15 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
+from types import SimpleNamespace
 
 import pytest
 
+from experiments import signals
 from experiments.provenance import snapshot
+from experiments.sweep import run_cell as sweep
+from experiments.sweep.cells import read_plan
+from tests import forked
 from tests.experiments.conftest import TINY
 
 BACKEND = '''
@@ -79,21 +81,40 @@ def code(tmp_path_factory):
     return code
 
 
-def run(code, *arguments, flag="-m"):
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, flag, *arguments], cwd=code, env=environment, capture_output=True, text=True, timeout=600
-    )
+PLAN = """
+import sys
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+
+from experiments.files import CONFIGS
+from experiments.schema import to_config
+from experiments.sweep.cells import cells, register_sweep_config, write_plan
+
+register_sweep_config()
+with initialize_config_dir(CONFIGS, version_base="1.3"):
+    config = to_config(compose("sweep", sys.argv[1:]))
+    write_plan(Path(config.output_dir), cells(config))
+"""
+
+
+def run(code, *arguments):
+    done = forked.run(*arguments, cwd=code, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def test_it_is_trained_evaluated_and_drawn(code, cache_dir, tmp_path):
+def test_it_is_trained_evaluated_and_drawn(code, cache_dir, tmp_path, monkeypatch):
+    """A sweep plans its cell in the copy, and runs it from there."""
     train = ", ".join(TINY)
     (code / "configs/sweep/toy.yaml").write_text(SWEEP.format(train=f"{train}, cache_dir={cache_dir}"))
-    run(code, "experiments.sweep", "sweep=toy", f"output_dir={tmp_path}")
-    (cell,) = json.loads((tmp_path / "cells.json").read_text())
-    assert "attention.pieces=2" in cell["train"]
+    run(code, "-c", PLAN, "sweep=toy", f"output_dir={tmp_path}")
+    (cell,) = read_plan(tmp_path)
+    assert "attention.pieces=2" in cell.train
+    monkeypatch.setattr(signals, "subprocess", SimpleNamespace(Popen=forked.Process))
+    monkeypatch.setattr(sweep, "ROOT", code)
+    outcome = sweep.run_cell(cell, tmp_path / "logs", signals.Children())
+    assert outcome.status == "done", outcome.message
     (path,) = tmp_path.glob("*/results.jsonl")
     rows = [json.loads(line) for line in path.open()]
     sparsity = {row["knob"]: row["causal_sparsity"] for row in rows if row["task"] == "loss"}
@@ -101,15 +122,15 @@ def test_it_is_trained_evaluated_and_drawn(code, cache_dir, tmp_path):
     assert sparsity[4] == 0
     assert sparsity[1] == pytest.approx(1 - 4 * sum(range(1, 17)) / sum(range(1, 65)))
     assert {(row["backend"], row["knob_name"], row["trained_knob"]) for row in rows} == {("last_blocks", "pieces", 2)}
-    run(code, "experiments.figures", str(tmp_path / "figures"), str(tmp_path))
+    run(code, "-m", "experiments.figures", str(tmp_path / "figures"), str(tmp_path))
     tables = [list(csv.DictReader(file.open())) for file in (tmp_path / "figures").glob("*.csv")]
     assert {row["label"] for table in tables for row in table if "label" in row} == {"mine"}
 
 
 def test_its_numerics_are_measured(code, tmp_path):
     """The registry is all that the benchmarks know, too."""
-    run(code, "experiments.speed.numerics", str(tmp_path), "100")
+    run(code, "-m", "experiments.speed.numerics", str(tmp_path), "100")
     rows = [json.loads(line) for line in (tmp_path / "numerics.jsonl").open()]
     assert {row["tensor"] for row in rows if row["backend"] == "last_blocks"} == {"out", "dq", "dk", "dv"}
     timed = "from experiments.speed.methods import BACKENDS; print(*(m.stage for m in BACKENDS['last_blocks']))"
-    assert run(code, timed, flag="-c") == "whole\n"
+    assert run(code, "-c", timed) == "whole\n"
