@@ -1,10 +1,9 @@
 """Argument checks of the public functions. Every refusal says what was given and what is allowed."""
 
-import math
-
 import torch
 from torch import Tensor
 
+from dashattn.fields import NON_NEGATIVE_INT, POSITIVE, POSITIVE_INT, SPARSITY
 from dashattn.ops.block_scores.reference import POOLINGS
 from dashattn.ops.dash_routing.reference import PRIOR_HEADS, PRIORS, SELECTORS
 from dashattn.ops.entmax.reference import MAX_ALPHA, MIN_ALPHA
@@ -26,30 +25,26 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     check(value in allowed, f"{name} must be one of {', '.join(allowed)}; got {value!r}")
 
 
-# Numbers get their message only when they are refused: torch.compile cannot format one that it keeps symbolic.
+# The message is made only when a number is refused: torch.compile cannot format one that it keeps symbolic.
 
 
 def check_positive_int(**values: int) -> None:
     for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise ValueError(f"{name} must be a positive integer; got {value!r}")
+        POSITIVE_INT.check(name, value)
 
 
 def check_non_negative_int(**values: int) -> None:
     for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"{name} must be an integer of at least 0; got {value!r}")
+        NON_NEGATIVE_INT.check(name, value)
 
 
 def check_positive(**values: float) -> None:
     for name, value in values.items():
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-            raise ValueError(f"{name} must be a positive finite number; got {value!r}")
+        POSITIVE.check(name, value)
 
 
 def check_sparsity(name: str, value: float) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
-        raise ValueError(f"{name} must be a share of the keys in [0, 1), such as 0.75; got {value!r}")
+    SPARSITY.check(name, value)
 
 
 def knob_value(name: str, value: float | Tensor) -> float | None:

@@ -1,5 +1,5 @@
 """Training and validation batches: packed text, from one corpus or several, and multi-query associative recall.
-Imports nothing of the project."""
+Of the project it imports only how fields are checked."""
 
 from data.batch import IGNORE, Batch, BatchStream
 from data.config import NO_TOKEN, DataConfig, MixtureDataConfig, MQARDataConfig, PackedDataConfig, TextDataConfig

@@ -4,35 +4,40 @@ Validation happens in __post_init__, so a bad value fails when the config is bui
 """
 
 import itertools
-import math
 from dataclasses import dataclass, field, replace
+from typing import Annotated
+
+from dashattn.fields import (
+    MOST_LONG,
+    Checked,
+    Line,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OneOf,
+    PositiveFloat,
+    PositiveInt,
+    PositiveLong,
+    PositiveShare,
+    Range,
+    Seed,
+)
 
 SOURCES = ("hub", "files", "python_stdlib", "recall")
 PACKINGS = ("documents", "plain")
 PLACEMENTS = ("clustered", "spread")
 NO_TOKEN = "none"  # as data.bos_token: nothing begins a document
 MOST_FACTS = 10_000  # there are not enough different names for many more
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"data.{name}={value!r} is unknown; choose one of {', '.join(choices)}")
-
-
-def _at_least(name: str, value: int | None, least: int) -> None:
-    if value is not None and value < least:
-        raise ValueError(f"data.{name}={value} is too small; give at least {least}")
+LEAST_VOCABULARY = 257  # 256 bytes, and what ends a document
+SeqLen = Annotated[int, Range(int, 2, 2**31 - 1, "at least 2 tokens")]
+Facts = Annotated[int, Range(int, 1, MOST_FACTS, f"from 1 to {MOST_FACTS}")]
 
 
 @dataclass(kw_only=True)
-class DataConfig:
+class DataConfig(Checked, at="data"):
     """Base of all data configs. ``name`` labels result rows; ``seq_len`` is the tokens per row."""
 
-    name: str
-    seq_len: int
-
-    def __post_init__(self) -> None:
-        _at_least("seq_len", self.seq_len, 2)
+    name: Line
+    seq_len: SeqLen
 
     def at_length(self, length: int, **changes) -> "DataConfig":
         """These data in rows of ``length`` tokens, all of them, with other fields changed too."""
@@ -40,45 +45,39 @@ class DataConfig:
 
 
 @dataclass(kw_only=True)
-class CorpusConfig:
+class CorpusConfig(Checked, at="data"):
     """Where documents come from."""
 
-    source: str  # hub | files | python_stdlib | recall
+    source: Annotated[str, OneOf(SOURCES)]
 
     # hub: a data set on the Hugging Face hub
-    path: str | None = None  # its name, e.g. HuggingFaceFW/fineweb-edu
-    config_name: str | None = None
-    hub_split: str = "train"
-    revision: str | None = None
+    path: Line | None = None  # its name, e.g. HuggingFaceFW/fineweb-edu
+    config_name: Line | None = None
+    hub_split: Line = "train"
+    revision: Line | None = None
     # files: paths or globs, all of one kind: .txt (a file is a document), .json / .jsonl, .parquet
-    files: list[str] = field(default_factory=list)
-    text_column: str = "text"
+    files: list[Line] = field(default_factory=list)
+    text_column: Line = "text"
     # recall: max_documents generated documents that state facts and ask for them; see data/recall.py
-    facts_min: int = 1  # asked for in a document
-    facts_max: int = 8
-    hay_max: int = 64  # sentences around them, some 20 tokens each
-    recall_seed: int = 0
+    facts_min: Facts = 1  # asked for in a document
+    facts_max: Facts = 8
+    hay_max: NonNegativeInt = 64  # sentences around them, some 20 tokens each
+    recall_seed: Seed = 0
 
     # Read no more than this of the corpus (both splits together).
-    max_documents: int | None = None
-    max_bytes: int | None = None
+    max_documents: Annotated[int, Range(int, 2, MOST_LONG, "at least 2")] | None = None
+    max_bytes: PositiveLong | None = None
 
     def __post_init__(self) -> None:
-        _one_of("source", self.source, SOURCES)
+        super().__post_init__()
         if self.source == "hub" and not self.path:
             raise ValueError("data.source=hub needs data.path, the data set's name on the hub")
         if self.source == "files" and not self.files:
             raise ValueError("data.source=files needs data.files, a list of paths or globs")
         if self.source == "recall" and self.max_documents is None:
             raise ValueError("data.source=recall needs data.max_documents, the number of documents to generate")
-        _at_least("max_documents", self.max_documents, 2)
-        _at_least("max_bytes", self.max_bytes, 1)
-        _at_least("facts_min", self.facts_min, 1)
-        _at_least("facts_max", self.facts_max, self.facts_min)
-        _at_least("hay_max", self.hay_max, 0)
-        if self.facts_max > MOST_FACTS:
-            raise ValueError(f"data.facts_max={self.facts_max} is too large; give at most {MOST_FACTS}")
-        _at_least("recall_seed", self.recall_seed, 0)
+        if self.facts_max < self.facts_min:
+            raise ValueError(f"data.facts_max={self.facts_max} is too small; give at least {self.facts_min}")
 
     @property
     def capped(self) -> bool:
@@ -87,15 +86,10 @@ class CorpusConfig:
 
 
 @dataclass(kw_only=True)
-class MixedCorpusConfig(CorpusConfig):
+class MixedCorpusConfig(CorpusConfig, at="data.corpora"):
     """One corpus of a mixture."""
 
-    weight: float = 1.0  # its share of the rows, relative to the others' weights
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.weight < math.inf:
-            raise ValueError(f"data.corpora has weight={self.weight}; give a positive one, or leave the corpus out")
+    weight: PositiveFloat = 1.0  # its share of the rows, relative to the others' weights
 
 
 @dataclass(kw_only=True)
@@ -106,25 +100,27 @@ class PackedDataConfig(DataConfig):
     # cache.
     streaming: bool = False
 
-    validation_fraction: float = 0.02  # share of the documents, chosen by a hash of their content
-    validation_rows: int | None = 64  # rows of one evaluation, the same for every seed; null = all
+    # Share of the documents, chosen by a hash of their content.
+    validation_fraction: Annotated[float, Range(float, 0, 1, "between 0 and 1", but=(0, 1))] = 0.02
+    validation_rows: PositiveInt | None = 64  # rows of one evaluation, the same for every seed; null = all
 
     # A tokenizer.json, a folder that holds one, or a hub name; null = the one of init_from, or without it a byte-level
     # BPE that is trained on the corpora.
-    tokenizer: str | None = None
-    vocab_size: int = 2048  # of a trained tokenizer
-    tokenizer_bytes: int = 4_000_000  # it is trained on at most this much of the training split
+    tokenizer: Line | None = None
+    vocab_size: PositiveInt = 2048  # of a trained tokenizer
+    tokenizer_bytes: PositiveLong = 4_000_000  # it is trained on at most this much of the training split
     # Begins a document, a prompt and what the harness asks; null = what the tokenizer itself puts before a text, none =
     # nothing. Llama's and Mistral's put one there, SmolLM2's and one that is trained here do not.
-    bos_token: str | None = None
-    eos_token: str | None = None  # ends a document; null = what the tokenizer names, <|endoftext|> where it names none
+    bos_token: Line | None = None
+    eos_token: Line | None = None  # ends a document; null = what the tokenizer names, <|endoftext|> where it names none
 
-    pack: str = "documents"  # documents: attention stays inside a document; plain: it runs across the whole row
+    # documents: attention stays inside a document; plain: it runs across the whole row.
+    pack: Annotated[str, OneOf(PACKINGS)] = "documents"
     # Training documents packed with others of like length: [1024, 8192] are three buckets, of up to 1023 tokens, of
     # 1024 to 8191, and of more. A bucket's weight is how much oftener than once an epoch it is read: [1, 1, 3] reads
     # long documents three times as often, relative to the others of the corpus. No weights = all alike.
-    length_buckets: list[int] = field(default_factory=list)
-    length_weights: list[float] = field(default_factory=list)
+    length_buckets: list[PositiveInt] = field(default_factory=list)
+    length_weights: list[NonNegativeFloat] = field(default_factory=list)
 
     @property
     def parts(self) -> dict[str, tuple[CorpusConfig, float]]:
@@ -133,14 +129,9 @@ class PackedDataConfig(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _one_of("pack", self.pack, PACKINGS)
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1")
-        _at_least("validation_rows", self.validation_rows, 1)
-        _at_least("tokenizer_bytes", self.tokenizer_bytes, 1)
-        if self.tokenizer is None:
-            # The 256 bytes, and what begins and ends a document.
-            _at_least("vocab_size", self.vocab_size, 257 if self.bos_token in (None, NO_TOKEN) else 258)
+        least = LEAST_VOCABULARY + (self.bos_token not in (None, NO_TOKEN))
+        if self.tokenizer is None and self.vocab_size < least:
+            raise ValueError(f"data.vocab_size={self.vocab_size} is too small; give at least {least}")
         self._check_buckets()
         if self.streaming:
             self._check_streaming()
@@ -153,8 +144,8 @@ class PackedDataConfig(DataConfig):
             raise ValueError(
                 f"data.length_weights={weights} needs one weight more than data.length_buckets={bounds} has bounds"
             )
-        if not all(0 <= weight < math.inf for weight in weights) or (weights and not any(weights)):
-            raise ValueError(f"data.length_weights={weights} must not be negative, nor all 0")
+        if weights and not any(weights):
+            raise ValueError(f"data.length_weights={weights} must not be all 0")
 
     def _check_streaming(self) -> None:
         for corpus, _ in self.parts.values():
@@ -172,10 +163,6 @@ class PackedDataConfig(DataConfig):
 class TextDataConfig(PackedDataConfig, CorpusConfig):
     """One corpus."""
 
-    def __post_init__(self) -> None:
-        CorpusConfig.__post_init__(self)
-        PackedDataConfig.__post_init__(self)
-
     @property
     def parts(self) -> dict[str, tuple[CorpusConfig, float]]:
         return {self.name: (self, 1.0)}
@@ -185,7 +172,7 @@ class TextDataConfig(PackedDataConfig, CorpusConfig):
 class MixtureDataConfig(PackedDataConfig):
     """Several corpora, whose rows are mixed in proportion to their weights."""
 
-    corpora: dict[str, MixedCorpusConfig]
+    corpora: dict[Line, MixedCorpusConfig]
 
     def __post_init__(self) -> None:
         if not self.corpora:
@@ -202,33 +189,29 @@ class MQARDataConfig(DataConfig):
     """Multi-query associative recall (Zoology, arXiv 2312.04927), generated on the fly; see data/mqar.py."""
 
     # Key-value pairs of a sample, uniform between the two at seq_len; in proportion at the curriculum's lengths.
-    pairs_min: int
-    pairs_max: int
-    placement: str = "spread"  # of the pairs in the first half: spread | clustered (contiguous at the beginning)
+    pairs_min: PositiveInt
+    pairs_max: PositiveInt
+    # Of the pairs in the first half: spread | clustered (contiguous at the beginning).
+    placement: Annotated[str, OneOf(PLACEMENTS)] = "spread"
 
-    num_fillers: int = 16
-    num_keys: int = 64
-    num_values: int = 64
+    num_fillers: PositiveInt = 16
+    num_keys: PositiveInt = 64
+    num_values: PositiveInt = 64
 
-    query_density: float = 1.0  # share of the second half's two-token slots that hold a query
+    query_density: PositiveShare = 1.0  # share of the second half's two-token slots that hold a query
     # The answer follows its query in the input, as in language. False puts filler there: then a key that is
     # asked for twice can be answered only from its pair, never from the earlier answer near by.
     show_answers: bool = True
 
     # Micro-batches spent at each shorter length before seq_len, e.g. lengths [64, 128, 256], batches [200, 200, 200].
-    curriculum_lengths: list[int] = field(default_factory=list)
-    curriculum_batches: list[int] = field(default_factory=list)
+    curriculum_lengths: list[PositiveInt] = field(default_factory=list)
+    curriculum_batches: list[PositiveInt] = field(default_factory=list)
 
-    validation_rows: int = 256
-    validation_seed: int = 0  # validation samples depend on this, not on the run's seed: all seeds share them
+    validation_rows: PositiveInt = 256
+    validation_seed: Seed = 0  # validation samples depend on this, not on the run's seed: all seeds share them
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _one_of("placement", self.placement, PLACEMENTS)
-        _at_least("pairs_min", self.pairs_min, 1)
-        for name in ("num_fillers", "num_values", "validation_rows"):
-            _at_least(name, getattr(self, name), 1)
-        _at_least("validation_seed", self.validation_seed, 0)
         if self.pairs_max < self.pairs_min:
             raise ValueError(f"data.pairs_max={self.pairs_max} is below data.pairs_min={self.pairs_min}")
         if self.pairs_max > self.num_keys:
@@ -242,8 +225,6 @@ class MQARDataConfig(DataConfig):
                 f"data.pairs_max={self.pairs_max} does not fit into the first half of a row; "
                 f"at data.seq_len={self.seq_len} give at most {self.seq_len // 4}"
             )
-        if not 0 < self.query_density <= 1:
-            raise ValueError(f"data.query_density={self.query_density} must lie in (0, 1]")
         self._check_curriculum()
 
     def at_length(self, length: int, **changes) -> "MQARDataConfig":
@@ -264,5 +245,3 @@ class MQARDataConfig(DataConfig):
                     f"data.curriculum_lengths has {length}, which must be a multiple of 4 that divides "
                     f"data.seq_len={self.seq_len}, so that the tokens per batch stay constant"
                 )
-        for batches in self.curriculum_batches:
-            _at_least("curriculum_batches", batches, 1)

@@ -6,68 +6,92 @@ at composition. The YAML groups under configs/ hold values only.
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from dashattn.backends import BACKENDS, AttentionConfig
+from dashattn.fields import (
+    Checked,
+    Line,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OneOf,
+    Pattern,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    Seed,
+    Share,
+    Threads,
+)
 from data import NO_TOKEN, DataConfig, MixtureDataConfig, MQARDataConfig, TextDataConfig
 from experiments.origin import take_from_origin
-from experiments.schema import read_values, to_config
+from experiments.schema import DTYPES, read_values, to_config
 from models import ModelConfig
 from slurm.launcher import LauncherConfig
 
+Device = Annotated[str, OneOf(("auto", "cpu", "cuda"))]
+Momentum = Annotated[float, Range(float, 0, 1, "in [0, 1)", but=(1,))]
+# As Weights & Biases names them.
+Project = Annotated[
+    str, Pattern(r"(?=.*\S)[^\0-\x1f/\\#?%:]{1,128}", "a name of up to 128 characters, without /\\#?%:")
+]
+Tag = Annotated[str, Pattern(r"(?=.*\S)[^\0-\x1f]{1,64}", "a tag of 1 to 64 characters")]
+
 
 @dataclass
-class OptimConfig:
+class OptimConfig(Checked, at="optim"):
     """AdamW, the learning-rate schedule and gradient clipping."""
 
-    lr: float = MISSING
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
+    lr: PositiveFloat = MISSING
+    beta1: Momentum = 0.9
+    beta2: Momentum = 0.95
+    eps: PositiveFloat = 1e-8
     # eps of the routing vectors that attention backends hold, null = eps. DashAttention's tempered prior scales the
     # gradient of its chunk queries by 1 / sigma: far below an eps of 1e-8, where Adam hardly moves them.
-    routing_eps: float | None = None
+    routing_eps: PositiveFloat | None = None
     # Peak rate of all parameters that attention backends own, which a dense checkpoint does not bring; null = lr.
-    backend_lr: float | None = None
+    backend_lr: PositiveFloat | None = None
     # null = all parameters; router = those that attention backends own, the model around them stays as it is: to fit a
     # router to a dense checkpoint.
-    train_only: str | None = None
-    weight_decay: float = 0.1  # of the weights of linear layers only
-    grad_clip: float = 1.0  # largest global L2 norm of the gradient; 0 = no clipping
-    schedule: str = "cosine"  # constant | cosine | wsd (warm-up, stable, decay), each after a linear warm-up
-    warmup_steps: int = 0
-    decay_fraction: float = 0.2  # wsd: share of all steps, at the end, in which the rate falls linearly
-    min_lr_ratio: float = 0.1  # the rate at the end of cosine and wsd, as a share of lr
+    train_only: Annotated[str, OneOf(("router",))] | None = None
+    weight_decay: NonNegativeFloat = 0.1  # of the weights of linear layers only
+    grad_clip: NonNegativeFloat = 1.0  # largest global L2 norm of the gradient; 0 = no clipping
+    # wsd is warm-up, stable, decay; each comes after a linear warm-up.
+    schedule: Annotated[str, OneOf(("constant", "cosine", "wsd"))] = "cosine"
+    warmup_steps: NonNegativeInt = 0
+    decay_fraction: Share = 0.2  # wsd: share of all steps, at the end, in which the rate falls linearly
+    min_lr_ratio: Share = 0.1  # the rate at the end of cosine and wsd, as a share of lr
 
 
 @dataclass
-class DeepSpeedConfig:
+class DeepSpeedConfig(Checked, at="deepspeed"):
     """What the generated DeepSpeed configuration depends on beside the batch size and the clipping."""
 
-    stage: int = 1  # ZeRO stage, 0-3
-    precision: str = "auto"  # auto (bf16 on a GPU, fp32 on a CPU) | fp32 | bf16 | fp16
+    stage: Annotated[int, OneOf((0, 1, 2, 3))] = 1  # ZeRO stage
+    precision: Annotated[str, OneOf(("auto", *DTYPES))] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
 
 
 @dataclass
-class LoggerConfig:
+class LoggerConfig(Checked, at="logger"):
     """Weights & Biases, beside metrics.jsonl, which is always written."""
 
-    mode: str = "offline"  # off | offline (files under the run directory) | online
-    project: str = "dashattn"
-    entity: str | None = None
-    group: str | None = None
-    tags: list[str] = field(default_factory=list)
+    mode: Annotated[str, OneOf(("off", "offline", "online"))] = "offline"  # offline: files under the run directory
+    project: Project = "dashattn"
+    entity: Line | None = None
+    group: Project | None = None
+    tags: list[Tag] = field(default_factory=list)
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Checked):
     """One training run. A row is one sequence of data.seq_len tokens; a step is one optimizer step."""
 
-    name: str = MISSING
-    run_dir: str = "outputs/${name}"
-    cache_dir: str = MISSING  # tokenizers and tokenized text, shared by runs
+    name: Line = MISSING
+    run_dir: Line = "outputs/${name}"
+    cache_dir: Line = MISSING  # tokenizers and tokenized text, shared by runs
 
     model: ModelConfig = MISSING  # vocab_size null = the data's
     attention: AttentionConfig = MISSING
@@ -77,38 +101,40 @@ class TrainConfig:
     logger: LoggerConfig = MISSING
     launcher: LauncherConfig | None = None  # null = this process, slurm = a job
 
-    seed: int = 0
-    steps: int = MISSING
-    rows_per_batch: int = MISSING  # rows a step learns from, over all ranks and micro-batches
-    rows_per_micro_batch: int | None = None  # rows of one forward pass on one rank; null = no accumulation
+    seed: Seed = 0
+    steps: PositiveInt = MISSING
+    rows_per_batch: PositiveInt = MISSING  # rows a step learns from, over all ranks and micro-batches
+    rows_per_micro_batch: PositiveInt | None = None  # rows of one forward pass on one rank; null = no accumulation
     # Ranks that share each row they read: its tokens, and in attention its heads (DeepSpeed-Ulysses). Where it does not
     # divide model.num_kv_heads, some heads are computed more than once. For training; an evaluation does without.
-    sequence_parallel: int = 1
+    sequence_parallel: PositiveInt = 1
     # Run directory, checkpoint or Hugging Face folder whose weights are loaded at step 0; its shape with
     # model=checkpoint, and its tokenizer where data.tokenizer is null.
-    init_from: str | None = None
+    init_from: Line | None = None
     any_tokenizer: bool = False  # start from weights that were trained on other tokens than the data's
     # RUN@STEP: begin with that checkpoint as if it were this run's own, with its optimizer and its place in the data.
     # All values are given as for RUN, but for what may change on a resume, and for steps and the schedule, where they
     # leave the learning rates of the steps before STEP as they were.
-    branch_from: str | None = None
+    branch_from: Line | None = None
     any_attention: bool = False  # start from a folder whose weights were trained with another sparse attention
 
-    log_every: int = 10
-    stats_every: int = 50  # attention statistics (sparsity) of a logged step that is a multiple of this; 0 = never
-    eval_every: int = 200  # validation loss, also at the end; 0 = never
-    save_every: int = 1000  # a checkpoint is written at the end in any case; 0 = only there
-    keep_checkpoints: int = 2  # the newest ones; 0 = all
-    keep_every: int = 0  # those of a multiple of this many steps are kept for good; 0 = none
-    max_skipped_steps: int = 10  # in a row, because loss or gradient is not finite, before the run stops
+    log_every: PositiveInt = 10
+    # Attention statistics (sparsity) of a logged step that is a multiple of this; 0 = never.
+    stats_every: NonNegativeInt = 50
+    eval_every: NonNegativeInt = 200  # validation loss, also at the end; 0 = never
+    save_every: NonNegativeInt = 1000  # a checkpoint is written at the end in any case; 0 = only there
+    keep_checkpoints: NonNegativeInt = 2  # the newest ones; 0 = all
+    keep_every: NonNegativeInt = 0  # those of a multiple of this many steps are kept for good; 0 = none
+    max_skipped_steps: PositiveInt = 10  # in a row, because loss or gradient is not finite, before the run stops
 
     activation_checkpointing: bool = False  # keep each layer's input only; a third more work, a fraction of the memory
     compile: bool = False  # torch.compile the layers and the loss; ZeRO stages 0-2
-    peak_tflops: float | None = None  # of one device, for MFU; null = from a table by its name, none in fp32
-    profile_steps: int = 0  # steps of this launch to trace with PyTorch's profiler into traces/, after the first 4
+    peak_tflops: PositiveFloat | None = None  # of one device, for MFU; null = from a table by its name, none in fp32
+    # Steps of this launch to trace with PyTorch's profiler into traces/, after the first 4.
+    profile_steps: NonNegativeInt = 0
 
-    device: str = "auto"
-    threads: int | None = None  # of PyTorch on the CPU; null = PyTorch's choice
+    device: Device = "auto"
+    threads: Threads | None = None  # of PyTorch on the CPU; null = PyTorch's choice
 
 
 def register_configs() -> None:

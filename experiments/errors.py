@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed
+from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 # What is wrong with a disk or with rights to it, not with us; and the mend.
@@ -45,9 +46,9 @@ class Occupied(Stopped):
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn a ValueError of the wrapped checks, or what is wrong with a disk, into one message and exit code 1;
+    """Turn a ValueError of the checks, Hydra's error, or a fault of a disk into one message and exit code 1;
     HYDRA_FULL_ERROR=1 shows it whole."""
-    with _one_message(ValueError, OmegaConfBaseException):
+    with _one_message(ValueError, OmegaConfBaseException, HydraException):
         try:
             yield
         except OSError as error:

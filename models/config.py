@@ -2,6 +2,9 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Annotated
+
+from dashattn.fields import MOST_FLOAT, Checked, NonNegativeInt, OneOf, PositiveFloat, PositiveInt, PositiveShare, Range
 
 # Which fields each RoPE scaling must be given, and which it may be given besides.
 _ROPE_REQUIRED = {
@@ -20,35 +23,32 @@ _ROPE_OPTIONAL = {
 
 
 @dataclass
-class RopeConfig:
+class RopeConfig(Checked, at="model.rope"):
     """Rotary position embedding. The parameters mean what they mean in Hugging Face configs.
 
     Raises ValueError when ``scaling`` is unknown, lacks a parameter, or is given one that it would ignore.
     """
 
-    theta: float = 10000.0
-    scaling: str = "none"  # none | linear | llama3 | yarn | longrope
-    factor: float | None = None  # context extension; longrope: null = max_seq_len / original_max_seq_len
-    original_max_seq_len: int | None = None  # length of the first pretraining stage, in tokens
-    low_freq_factor: float | None = None  # llama3
-    high_freq_factor: float | None = None  # llama3
-    beta_fast: float | None = None  # yarn, null = 32 rotations over the original length
-    beta_slow: float | None = None  # yarn, null = 1
-    short_factor: list[float] | None = (
-        None  # longrope, one a channel pair that is turned, up to original_max_seq_len tokens
-    )
-    long_factor: list[float] | None = None  # longrope, the same, for longer sequences
-    attention_factor: float | None = None  # yarn and longrope: multiplies cos and sin; null = the published formula
+    theta: Annotated[float, Range(float, 1, MOST_FLOAT, "above 1; 10000 is the usual base", but=(1,))] = 10000.0
+    scaling: Annotated[str, OneOf(tuple(_ROPE_REQUIRED))] = "none"
+    factor: PositiveFloat | None = None  # context extension; longrope: null = max_seq_len / original_max_seq_len
+    original_max_seq_len: PositiveInt | None = None  # length of the first pretraining stage, in tokens
+    low_freq_factor: PositiveFloat | None = None  # llama3
+    high_freq_factor: PositiveFloat | None = None  # llama3
+    beta_fast: PositiveFloat | None = None  # yarn, null = 32 rotations over the original length
+    beta_slow: PositiveFloat | None = None  # yarn, null = 1
+    # longrope, one a channel pair that is turned, up to original_max_seq_len tokens; and for longer sequences.
+    short_factor: list[PositiveFloat] | None = None
+    long_factor: list[PositiveFloat] | None = None
+    # yarn and longrope: multiplies cos and sin; null = the published formula.
+    attention_factor: PositiveFloat | None = None
     # Tokens. A channel pair that takes more of them for one turn is not turned, and what it holds is content without a
     # position (HoPE, arXiv 2410.21216): the length of the training rows, which longer rows leave as it is. null = none.
-    max_period: int | None = None
-    partial_rotary_factor: float | None = None  # share of a head's channels that are turned at all; null = 1
+    max_period: PositiveInt | None = None
+    partial_rotary_factor: PositiveShare | None = None  # share of a head's channels that are turned at all; null = 1
 
     def __post_init__(self):
-        if self.scaling not in _ROPE_REQUIRED:
-            raise ValueError(f"rope.scaling={self.scaling!r} is unknown: use one of {', '.join(_ROPE_REQUIRED)}")
-        if not 1 < self.theta < math.inf:
-            raise ValueError(f"rope.theta={self.theta} must exceed 1: 10000 is the usual base")
+        super().__post_init__()
         required = _ROPE_REQUIRED[self.scaling]
         for name in _ROPE_PARAMETERS:
             value = getattr(self, name)
@@ -60,9 +60,8 @@ class RopeConfig:
                 raise ValueError(
                     f"rope.scaling={self.scaling} does not use rope.{name}: set rope.{name}=null or change rope.scaling"
                 )
-            values = value if name in ("short_factor", "long_factor") else [value]
-            if not values or not all(0 < number < math.inf for number in values):
-                raise ValueError(f"rope.{name}={value} must be positive and finite")
+            if value == []:
+                raise ValueError(f"rope.{name} is empty: it needs a number for each channel pair")
         if self.scaling == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(
                 f"rope.high_freq_factor={self.high_freq_factor} must exceed "
@@ -73,18 +72,16 @@ class RopeConfig:
                 f"rope.max_period={self.max_period} is below one turn of the fastest channel pair, 6.28 tokens: give "
                 "the length of the training rows, or null to turn all"
             )
-        if self.partial_rotary_factor is not None and self.partial_rotary_factor > 1:
-            raise ValueError(f"rope.partial_rotary_factor={self.partial_rotary_factor} is a share: give at most 1")
 
 
 _ROPE_PARAMETERS = [name for name in RopeConfig.__dataclass_fields__ if name not in ("theta", "scaling")]
 
 
-_CHOICES = {"norm_position": ("pre", "post"), "qk_norm": ("none", "head", "width")}
+Layers = Annotated[int, Range(int, 1, 10_000, "a number of layers from 1 to 10000")]
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Checked, at="model"):
     """Decoder-only transformer: RMSNorm, SwiGLU, RoPE, grouped-query attention.
 
     The three ``*_scale`` multipliers are MiniCPM's: embedding_scale = scale_emb, residual_scale = scale_depth /
@@ -93,44 +90,36 @@ class ModelConfig:
     Raises ValueError for shapes that cannot be built.
     """
 
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_seq_len: int  # tokens the model is meant for; longer inputs run and measure extrapolation
-    vocab_size: int | None = None  # null = the data's; set before the model is built
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_layers: Layers
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt
+    head_dim: PositiveInt
+    max_seq_len: PositiveInt  # tokens the model is meant for; longer inputs run and measure extrapolation
+    vocab_size: PositiveInt | None = None  # null = the data's; set before the model is built
     rope: RopeConfig = field(default_factory=RopeConfig)
-    no_rope_layers: list[int] = field(default_factory=list)  # indices, from 0, of layers whose q and k are not turned
-    norm_eps: float = 1e-5
-    norm_position: str = "pre"  # pre | post: of a block's input, or of what it adds to the residual stream
-    qk_norm: str = "none"  # none | head | width: RMSNorm before RoPE, over each head, or over all heads at once
+    # Indices, from 0, of layers whose q and k are not turned.
+    no_rope_layers: list[NonNegativeInt] = field(default_factory=list)
+    norm_eps: PositiveShare = 1e-5
+    # Of a block's input, or of what it adds to the residual stream.
+    norm_position: Annotated[str, OneOf(("pre", "post"))] = "pre"
+    # RMSNorm before RoPE, over each head, or over all heads at once.
+    qk_norm: Annotated[str, OneOf(("none", "head", "width"))] = "none"
     qkv_bias: bool = False
     tie_embeddings: bool = False
-    embedding_scale: float = 1.0
-    residual_scale: float = 1.0
-    logit_scale: float = 1.0
-    init_std: float = 0.02
-    embedding_init_std: float | None = None  # null = init_std
+    embedding_scale: PositiveFloat = 1.0
+    residual_scale: PositiveFloat = 1.0
+    logit_scale: PositiveFloat = 1.0
+    init_std: PositiveFloat = 0.02
+    embedding_init_std: PositiveFloat | None = None  # null = init_std
 
     def __post_init__(self):
         # What runs were configured with when one kind of QK-norm was all there was.
         self.qk_norm = {"True": "head", "False": "none"}.get(str(self.qk_norm), self.qk_norm)
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"model.{name}={getattr(self, name)!r} is unknown: use one of {', '.join(choices)}")
-        positive = (
-            *("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
-            *("max_seq_len", "vocab_size", "norm_eps", "embedding_scale", "residual_scale", "logit_scale"),
-            *("init_std", "embedding_init_std"),
-        )
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"model.{name}={value} must be positive and finite")
+        super().__post_init__()
         if self.num_heads % self.num_kv_heads:
-            divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
+            divisors = [n for n in range(1, min(self.num_heads, 256) + 1) if self.num_heads % n == 0]
             raise ValueError(
                 f"model.num_heads={self.num_heads} is not a multiple of "
                 f"model.num_kv_heads={self.num_kv_heads}: choose num_kv_heads among {divisors}"

@@ -1,1 +1,2 @@
-"""Jobs of Slurm: arrays, what a task of a job does, and queueing again. Imports nothing of the project."""
+"""Jobs of Slurm: arrays, what a task of a job does, and queueing again. Of the project it imports only how fields are
+checked."""

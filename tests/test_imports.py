@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # What each package may import beside itself; all else at the top level are scripts, which nobody imports.
 MAY_IMPORT = {
     "dashattn": set(),
-    "data": set(),
-    "slurm": set(),
+    "data": {"dashattn"},
+    "slurm": {"dashattn"},
     "models": {"dashattn"},
     "experiments": {"dashattn", "data", "models", "slurm"},
 }
@@ -105,6 +105,12 @@ def test_arrows_between_packages_point_one_way():
         and package(found.imported) not in MAY_IMPORT.get(package(found.importer), MAY_IMPORT)
     ]
     assert not wrong
+
+
+@pytest.mark.parametrize("importer", ["data", "slurm"])
+def test_of_the_attention_library_others_may_take_how_fields_are_checked(importer):
+    taken = {i.imported for i in imports() if package(i.importer) == importer and package(i.imported) != importer}
+    assert taken == {"dashattn.fields"}
 
 
 def test_no_module_is_part_of_a_circle():

@@ -1,12 +1,13 @@
 """Backends without a router of their own: the sink and a window, and the oracle."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from dashattn.backends.base import ALL_HEADS, AttentionBackend, Capabilities
 from dashattn.backends.options import AttentionConfig, forced_keys
-from dashattn.checks import check_forced, check_oracle
+from dashattn.checks import SELECTS, check_forced, check_oracle
 from dashattn.controls import mass_bound, oracle_attention, sink_window_attention, window_selection
+from dashattn.fields import Line, NonNegativeInt, OneOf, PositiveInt, PositiveShare
 from dashattn.ops.decode.reference import new_positions
 from dashattn.ops.true_mass.reference import mass_selection
 
@@ -15,10 +16,10 @@ from dashattn.ops.true_mass.reference import mass_selection
 class SinkWindowConfig(AttentionConfig):
     """Options of ``sink_window_attention``."""
 
-    name: str = "sink_window"
-    block_size: int = 64
-    init_blocks: int = 1
-    local_blocks: int = 16
+    name: Line = "sink_window"
+    block_size: PositiveInt = 64
+    init_blocks: NonNegativeInt = 1
+    local_blocks: NonNegativeInt = 16
 
     knob: ClassVar[str | None] = "local_blocks"
     blocks: ClassVar[str | None] = "block_size"
@@ -52,13 +53,13 @@ class SinkWindowBackend(AttentionBackend):
 class OracleConfig(AttentionConfig):
     """Options of ``oracle_attention``; the knob is the bound that ``select`` names."""
 
-    name: str = "oracle"
-    block_size: int = 64
-    select: str = "topk"
-    topk: int = 16
-    top_p: float = 0.9
-    init_blocks: int = 1
-    local_blocks: int = 4
+    name: Line = "oracle"
+    block_size: PositiveInt = 64
+    select: Annotated[str, OneOf(SELECTS)] = "topk"
+    topk: PositiveInt = 16
+    top_p: PositiveShare = 0.9
+    init_blocks: NonNegativeInt = 1
+    local_blocks: NonNegativeInt = 4
 
     blocks: ClassVar[str | None] = "block_size"
 

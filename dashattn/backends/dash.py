@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,17 @@ from dashattn.backends.base import ALL_HEADS, AttentionBackend, HeadShare
 from dashattn.backends.options import AttentionConfig, forced_keys
 from dashattn.cache import CacheField
 from dashattn.checks import check
+from dashattn.fields import Line, NonNegativeInt, OneOf, PositiveFloat, PositiveInt, PositiveShare, Range
 from dashattn.functional import dash_attention, unsupported_priors
 from dashattn.ops.chunk_summary.reference import chunk_summary
-from dashattn.ops.dash_routing.reference import candidate_chunks, chunk_probabilities, chunk_scores, dash_routing
+from dashattn.ops.dash_routing.reference import (
+    PRIOR_HEADS,
+    PRIORS,
+    candidate_chunks,
+    chunk_probabilities,
+    chunk_scores,
+    dash_routing,
+)
 from dashattn.ops.decode.reference import new_positions
 from dashattn.ops.dtypes import upcast
 from dashattn.ops.entmax.reference import MAX_ALPHA, MIN_ALPHA
@@ -26,6 +34,7 @@ KNOBS = {"entmax": "router_scale", "topk": "topk", "topp": "top_p"}
 ALPHA_MODES = ("fixed", "scheduled", "learnable")
 SUMMARY_KEYS = ("rotated", "unrotated")
 SUMMARY_ROPES = ("none", "mean")
+Alpha = Annotated[float, Range(float, MIN_ALPHA, MAX_ALPHA, f"in [{MIN_ALPHA}, {MAX_ALPHA}]")]
 
 
 @dataclass
@@ -46,23 +55,23 @@ class DashConfig(AttentionConfig):
         learn_summary: false leaves the chunk queries at zero, and summaries mean-pooled keys.
     """
 
-    name: str = "dash"
-    chunk_size: int = 64
-    selector: str = "entmax"
-    alpha: float = 1.5
-    alpha_mode: str = "fixed"
-    alpha_start: float = 1.25
-    alpha_steps: int = 0
-    router_scale: float = 1.0
-    topk: int = 16
-    top_p: float = 0.9
-    prior: str = "tempered"
-    sigma: float = 1e6
-    prior_heads: str = "group"
-    init_chunks: int = 0
-    local_chunks: int = 0
-    summary_keys: str = "rotated"
-    summary_rope: str = "none"
+    name: Line = "dash"
+    chunk_size: PositiveInt = 64
+    selector: Annotated[str, OneOf(tuple(KNOBS))] = "entmax"
+    alpha: Alpha = 1.5
+    alpha_mode: Annotated[str, OneOf(ALPHA_MODES)] = "fixed"
+    alpha_start: Alpha = 1.25
+    alpha_steps: NonNegativeInt = 0
+    router_scale: PositiveFloat = 1.0
+    topk: PositiveInt = 16
+    top_p: PositiveShare = 0.9
+    prior: Annotated[str, OneOf(PRIORS)] = "tempered"
+    sigma: PositiveFloat = 1e6
+    prior_heads: Annotated[str, OneOf(PRIOR_HEADS)] = "group"
+    init_chunks: NonNegativeInt = 0
+    local_chunks: NonNegativeInt = 0
+    summary_keys: Annotated[str, OneOf(SUMMARY_KEYS)] = "rotated"
+    summary_rope: Annotated[str, OneOf(SUMMARY_ROPES)] = "none"
     learn_summary: bool = True
 
     blocks: ClassVar[str | None] = "chunk_size"
@@ -87,27 +96,21 @@ class DashConfig(AttentionConfig):
         return samples | {"dash, sink": sink} | controls
 
     def __post_init__(self) -> None:
-        checks.check_choice("selector", self.selector, tuple(KNOBS))
         super().__post_init__()
         checks.check_dash(
             *(self.chunk_size, self.selector, self.router_scale, self.topk, self.top_p),
             *(self.prior, self.sigma, self.prior_heads, self.init_chunks, self.local_chunks),
         )
-        checks.check_choice("summary_keys", self.summary_keys, SUMMARY_KEYS)
-        checks.check_choice("summary_rope", self.summary_rope, SUMMARY_ROPES)
         check(
             self.summary_keys == "rotated" or self.summary_rope == "none",
             "summary_rope=mean rotates the chunk query for rotated keys: set summary_rope=none or summary_keys=rotated",
         )
-        checks.check_choice("alpha_mode", self.alpha_mode, ALPHA_MODES)
         check(
             self.selector == "entmax" or self.alpha_mode == "fixed",
             f"alpha_mode={self.alpha_mode} moves entmax's alpha, which selector={self.selector} does not have: set "
             "alpha_mode=fixed",
         )
-        checks.check_alpha(self.alpha)
         if self.alpha_mode == "scheduled":
-            checks.check_alpha(self.alpha_start)
             check(
                 self.alpha_steps > 0,
                 f"alpha_mode=scheduled needs alpha_steps > 0 (from alpha_start to alpha); got {self.alpha_steps}",

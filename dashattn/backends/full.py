@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from dashattn.backends.base import ALL_HEADS, AttentionBackend
 from dashattn.backends.options import AttentionConfig
+from dashattn.fields import Line
 from dashattn.functional import full_attention
 
 
@@ -11,7 +12,7 @@ from dashattn.functional import full_attention
 class FullConfig(AttentionConfig):
     """Dense causal attention; no options."""
 
-    name: str = "full"
+    name: Line = "full"
 
 
 class FullBackend(AttentionBackend):

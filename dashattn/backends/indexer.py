@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from dashattn.backends.base import ALL_HEADS, AttentionBackend, AttentionFlops, 
 from dashattn.backends.options import AttentionConfig, forced_keys
 from dashattn.cache import CacheField
 from dashattn.checks import check
+from dashattn.fields import Line, NonNegativeInt, OneOf, PositiveFloat, PositiveInt, PositiveShare
 from dashattn.indexer import index_choice, indexer_attention
 from dashattn.ops.compression.reference import mean_compress
 from dashattn.ops.decode.reference import new_positions
@@ -36,18 +37,18 @@ class IndexerConfig(AttentionConfig):
             learns from the masses of all blocks. An evaluation is sparse from the beginning. For ``gradient=kl``.
     """
 
-    name: str = "indexer"
-    block_size: int = 64
-    index_size: int = 64
-    index_pooling: str = "max"
-    selector: str = "topk"
-    topk: int = 16
-    top_p: float = 0.9
-    init_blocks: int = 1
-    local_blocks: int = 1
-    gradient: str = "kl"
-    kl_weight: float = 1.0
-    warmup_steps: int = 0
+    name: Line = "indexer"
+    block_size: PositiveInt = 64
+    index_size: PositiveInt = 64
+    index_pooling: Annotated[str, OneOf(checks.INDEX_POOLINGS)] = "max"
+    selector: Annotated[str, OneOf(tuple(KNOBS))] = "topk"
+    topk: PositiveInt = 16
+    top_p: PositiveShare = 0.9
+    init_blocks: NonNegativeInt = 1
+    local_blocks: NonNegativeInt = 1
+    gradient: Annotated[str, OneOf(checks.INDEX_GRADIENTS)] = "kl"
+    kl_weight: PositiveFloat = 1.0
+    warmup_steps: NonNegativeInt = 0
 
     blocks: ClassVar[str | None] = "block_size"
 
@@ -61,12 +62,8 @@ class IndexerConfig(AttentionConfig):
         return {"indexer": config, "indexer, prior": cls(block_size=32, topk=8, gradient="prior")}
 
     def __post_init__(self) -> None:
-        checks.check_choice("selector", self.selector, tuple(KNOBS))
         super().__post_init__()
         checks.check_indexer(**self.sizes)
-        checks.check_positive_int(index_size=self.index_size)
-        checks.check_non_negative_int(warmup_steps=self.warmup_steps)
-        checks.check_positive(kl_weight=self.kl_weight)
         check(
             self.gradient == "kl" or self.warmup_steps == 0,
             f"warmup_steps={self.warmup_steps} is of gradient=kl, whose masses need attention to everything: set "

@@ -7,6 +7,7 @@ from dashattn.backends.base import ALL_HEADS, AttentionBackend
 from dashattn.backends.options import AttentionConfig, forced_keys
 from dashattn.cache import CacheField
 from dashattn.checks import check_infllmv2
+from dashattn.fields import Line, NonNegativeInt, PositiveInt
 from dashattn.functional import infllmv2_attention
 from dashattn.ops.compression.reference import mean_compress
 from dashattn.routing import topk_routing
@@ -16,13 +17,13 @@ from dashattn.routing import topk_routing
 class InfLLMv2Config(AttentionConfig):
     """Sizes as in ``infllmv2_attention``."""
 
-    name: str = "infllmv2"
-    block_size: int = 64
-    kernel_size: int = 32
-    kernel_stride: int = 16
-    topk: int = 64
-    init_blocks: int = 1
-    window_size: int = 1024
+    name: Line = "infllmv2"
+    block_size: PositiveInt = 64
+    kernel_size: PositiveInt = 32
+    kernel_stride: PositiveInt = 16
+    topk: PositiveInt = 64
+    init_blocks: NonNegativeInt = 1
+    window_size: NonNegativeInt = 1024
 
     knob: ClassVar[str | None] = "topk"
     blocks: ClassVar[str | None] = "block_size"

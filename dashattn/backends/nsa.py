@@ -2,17 +2,17 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dashattn import checks
 from dashattn.backends.base import ALL_HEADS, AttentionBackend, AttentionFlops, HeadShare
 from dashattn.backends.options import AttentionConfig, forced_keys
 from dashattn.cache import CacheField
 from dashattn.checks import check, check_nsa
+from dashattn.fields import Line, NonNegativeInt, OneOf, PositiveInt
 from dashattn.functional import nsa_attention
 from dashattn.ops.compression.reference import compress_windows
 from dashattn.ops.dtypes import upcast
@@ -34,16 +34,16 @@ class NSAConfig(AttentionConfig):
             projections of their own, as in the paper.
     """
 
-    name: str = "nsa"
-    variant: str = "paper"
+    name: Line = "nsa"
+    variant: Annotated[str, OneOf(VARIANTS)] = "paper"
     shared_kv: bool = True
-    block_size: int = 64
-    kernel_size: int = 32
-    kernel_stride: int = 16
-    topk: int = 16
-    init_blocks: int = 1
-    local_blocks: int = 2
-    window_size: int = 512
+    block_size: PositiveInt = 64
+    kernel_size: PositiveInt = 32
+    kernel_stride: PositiveInt = 16
+    topk: PositiveInt = 16
+    init_blocks: NonNegativeInt = 1
+    local_blocks: PositiveInt = 2
+    window_size: NonNegativeInt = 512
 
     knob: ClassVar[str | None] = "topk"
     blocks: ClassVar[str | None] = "block_size"
@@ -64,7 +64,6 @@ class NSAConfig(AttentionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.check_choice("variant", self.variant, VARIANTS)
         check_nsa(**self.selection, window_size=self.window_size)
         if self.variant == "minicpm":
             check(

@@ -3,13 +3,13 @@
 import dataclasses
 import itertools
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from dashattn import checks
 from dashattn.checks import check
+from dashattn.fields import Checked, Line, OneOf, Sparsity
 from dashattn.implementation import IMPLS
 from dashattn.stats import SPARSITY_COUNTS, AttentionStats
 
@@ -18,7 +18,7 @@ SPARSITY_CONTROLS = ("hold", "start", "none")
 
 
 @dataclass
-class AttentionConfig:
+class AttentionConfig(Checked, at="attention"):
     """Fields that all backends share.
 
     Attributes:
@@ -32,12 +32,12 @@ class AttentionConfig:
             is found and then stays; ``none``: the target is not heeded.
     """
 
-    name: str = "???"
-    impl: str = "auto"
+    name: Line = "???"
+    impl: Annotated[str, OneOf(IMPLS)] = "auto"
     layers: Any = None  # a mapping; a command line may add keys to none but an untyped one
-    target_sparsity: float | None = None
-    sparsity_count: str = "causal"
-    sparsity_control: str = "hold"
+    target_sparsity: Sparsity | None = None
+    sparsity_count: Annotated[str, OneOf(SPARSITY_COUNTS)] = "causal"
+    sparsity_control: Annotated[str, OneOf(SPARSITY_CONTROLS)] = "hold"
 
     knob: ClassVar[str | None] = None
     """The field that sets the sparsity, if there is one."""
@@ -46,15 +46,11 @@ class AttentionConfig:
     """The field that holds the keys per block, if there are blocks."""
 
     def __post_init__(self) -> None:
-        checks.check_choice("attention.impl", self.impl, IMPLS)
-        checks.check_choice("attention.sparsity_count", self.sparsity_count, SPARSITY_COUNTS)
-        checks.check_choice("attention.sparsity_control", self.sparsity_control, SPARSITY_CONTROLS)
-        if self.target_sparsity is not None:
-            check(
-                self.knob is not None,
-                f"attention={self.name} has no sparsity knob: set attention.target_sparsity=null",
-            )
-            checks.check_sparsity("attention.target_sparsity", self.target_sparsity)
+        super().__post_init__()
+        check(
+            self.target_sparsity is None or self.knob is not None,
+            f"attention={self.name} has no sparsity knob: set attention.target_sparsity=null",
+        )
 
     @property
     def controls_sparsity(self) -> bool:

@@ -1,15 +1,18 @@
 """What an evaluation can be told, and the tasks it names."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from dashattn.backends import AttentionConfig
+from dashattn.fields import Checked, Line, NonNegativeFloat, NonNegativeInt, OneOf, PositiveInt, Seed, Sparsity, Threads
+from dashattn.stats import SPARSITY_COUNTS
 from data import DataConfig, MQARDataConfig
 from data.prompts import TEMPLATES
 from data.task_sets import SUITES, TEXT_TASKS
-from experiments.config import TrainConfig, register_configs
+from experiments.config import Device, TrainConfig, register_configs
 from experiments.evaluation.lm_eval_task import PREFIX
 from experiments.evaluation.tasks.decoding import DECODE
 from experiments.evaluation.tasks.streams import STREAM_TASKS, MQARForm
@@ -19,45 +22,45 @@ TASKS = (*STREAM_TASKS, ROUTING, DECODE, *SUITES, *TEXT_TASKS)
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(Checked):
     """One evaluation."""
 
-    run: str = MISSING  # run directory (its latest checkpoint), one of its checkpoints, or a Hugging Face folder
-    output: str | None = None  # directory of the rows; null = the run's, of a folder outputs/FOLDER-ATTENTION
+    run: Line = MISSING  # run directory (its latest checkpoint), one of its checkpoints, or a Hugging Face folder
+    output: Line | None = None  # directory of the rows; null = the run's, of a folder outputs/FOLDER-ATTENTION
     # Of a folder, which is scored as it is, without any training:
     attention: AttentionConfig | None = None  # null = what it was trained with, dense if it says nothing
     any_attention: bool = False  # even where it was trained with another sparse one
     any_tokenizer: bool = False  # even text with another tokenizer than the weights', whose tokens mean something else
     data: DataConfig | None = None  # the text it is scored on, with its tokenizer unless data.tokenizer names one
-    cache_dir: str = "~/.cache/dashattn"
+    cache_dir: Line = "~/.cache/dashattn"
     # On the run's validation split: loss | position | recall | sparsity. Generated: ruler (its 13) | niah_single_1 ...
     # qa_2 | niah (heat map) | niah_values (1 to 16 values of a key) | json_kv. Of the router: routing. Time of a token:
     # decode. Of lm-evaluation-harness: lm_eval/NAME.
-    tasks: list[str] = field(default_factory=lambda: ["loss"])
-    lengths: list[int] | None = None  # tokens of a row, or of prompt and answer; null = the run's data.seq_len
-    knobs: list[float] | None = None  # values of the sparsity knob; null = the one trained with
+    tasks: list[Line] = field(default_factory=lambda: ["loss"])
+    lengths: list[PositiveInt] | None = None  # tokens of a row, or of prompt and answer; null = the run's data.seq_len
+    knobs: list[NonNegativeFloat] | None = None  # values of the sparsity knob; null = the one trained with
     # In place of knobs: sparsities in [0, 1), averaged over the layers, for each of which the knob is found on training
     # rows of each length; counted causal | paper.
-    sparsities: list[float] | None = None
-    sparsity_count: str = "causal"
+    sparsities: list[Sparsity] | None = None
+    sparsity_count: Annotated[str, OneOf(SPARSITY_COUNTS)] = "causal"
     # Rows of the validation split, or samples of each other task; null = as many as the run validates on, 100 of
     # generated tasks, 32 for routing, all of lm_eval's.
-    rows: int | None = None
-    rows_per_batch: int = 8
-    label: str | None = None  # line in tables and figures; null = the backend's, of a folder "BACKEND, untrained"
-    device: str = "auto"
-    threads: int | None = None
+    rows: PositiveInt | None = None
+    rows_per_batch: PositiveInt = 8
+    label: Line | None = None  # line in tables and figures; null = the backend's, of a folder "BACKEND, untrained"
+    device: Device = "auto"
+    threads: Threads | None = None
 
     mqar: MQARForm = field(default_factory=MQARForm)  # MQAR in another form than trained on
-    template: str = "base"  # base | chatml | llama3 | mistral: how a generated task is put to the model
-    samples_seed: int = 0  # of generated tasks
-    haystack: str | None = None  # text file, or RULER's PaulGrahamEssays.json; null = the run's held-out text
-    squad: str | None = None  # SQuAD's dev-v2.0.json, for qa_1
-    hotpotqa: str | None = None  # hotpot_dev_distractor_v1.json, for qa_2
-    harness_path: str | None = None  # directory with task definitions for lm_eval beside its own
-    harness_fewshot: int | None = None  # solved examples before each question; null = as the task says
+    template: Annotated[str, OneOf(tuple(TEMPLATES))] = "base"  # how a generated task is put to the model
+    samples_seed: Seed = 0  # of generated tasks
+    haystack: Line | None = None  # text file, or RULER's PaulGrahamEssays.json; null = the run's held-out text
+    squad: Line | None = None  # SQuAD's dev-v2.0.json, for qa_1
+    hotpotqa: Line | None = None  # hotpot_dev_distractor_v1.json, for qa_2
+    harness_path: Line | None = None  # directory with task definitions for lm_eval beside its own
+    harness_fewshot: NonNegativeInt | None = None  # solved examples before each question; null = as the task says
     # What routing looks at in a run trained on text; a run trained on MQAR is probed on MQAR.
-    probes: list[str] = field(default_factory=lambda: ["niah_single_2", "niah_multikey_2", "niah_values"])
+    probes: list[Line] = field(default_factory=lambda: ["niah_single_2", "niah_multikey_2", "niah_values"])
 
 
 def register_evaluate_config() -> None:
@@ -80,9 +83,7 @@ def check_tasks(config: EvaluateConfig, train: TrainConfig) -> None:
     unknown = sorted(set(config.tasks) - set(TASKS) - set(harness))
     if unknown or not config.tasks:
         raise ValueError(f"tasks={list(config.tasks)}: choose from {', '.join(TASKS)}, {PREFIX}NAME")
-    if config.template not in TEMPLATES:
-        raise ValueError(f"template={config.template}: choose one of {', '.join(TEMPLATES)}")
-    if config.lengths is not None and (not config.lengths or min(config.lengths) < 1):
+    if config.lengths is not None and not config.lengths:
         raise ValueError(f"lengths={list(config.lengths)}: give at least one, in tokens, or null")
     is_mqar = isinstance(train.data, MQARDataConfig)
     generated = [name for name in config.tasks if name in TEXT_TASKS or name in SUITES] + harness

@@ -64,10 +64,6 @@ def find_target(config: EvaluateConfig) -> Target:
 def check_request(config: EvaluateConfig, train: TrainConfig) -> None:
     """Refuses what a run of the configuration ``train`` cannot be asked. Raises ValueError."""
     check_tasks(config, train)
-    for name in ("rows", "rows_per_batch", "threads"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value}: at least 1 is needed")
     setpoints(config, train)
 
 

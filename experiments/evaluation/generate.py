@@ -17,8 +17,21 @@ import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
+from dashattn.fields import (
+    AnyText,
+    Checked,
+    Line,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    PositiveShare,
+    Seed,
+    Threads,
+)
 from data import TextTokenizer
 from data.cache import fingerprint
+from experiments.config import Device
 from experiments.errors import user_errors
 from experiments.evaluation.target import build_model, locate
 from experiments.files import CONFIGS
@@ -27,23 +40,23 @@ from models.generate import Sampling, generate
 
 
 @dataclass
-class GenerateConfig:
+class GenerateConfig(Checked):
     """One batch of prompts."""
 
-    run: str = MISSING  # run directory (its latest checkpoint), or one of its checkpoints
-    prompt: str | None = None
-    prompts: list[str] = field(default_factory=list)  # in its place: several, of any length, continued at once
-    max_new_tokens: int = 200
-    stop_tokens: list[str] = field(default_factory=list)  # of one token each, beside the one that ends a text
-    temperature: float = 0.0  # 0 = the likeliest token
-    top_p: float = 1.0
-    top_k: int = 0  # 0 = all tokens
-    repetition_penalty: float = 1.0
-    seed: int = 0  # each prompt draws for itself, whatever stands beside it
-    knob: float | None = None  # value of the sparsity knob; null = the one trained with
+    run: Line = MISSING  # run directory (its latest checkpoint), or one of its checkpoints
+    prompt: AnyText | None = None
+    prompts: list[AnyText] = field(default_factory=list)  # in its place: several, of any length, continued at once
+    max_new_tokens: PositiveInt = 200
+    stop_tokens: list[AnyText] = field(default_factory=list)  # of one token each, beside the one that ends a text
+    temperature: NonNegativeFloat = 0.0  # 0 = the likeliest token
+    top_p: PositiveShare = 1.0
+    top_k: NonNegativeInt = 0  # 0 = all tokens
+    repetition_penalty: PositiveFloat = 1.0
+    seed: Seed = 0  # each prompt draws for itself, whatever stands beside it
+    knob: NonNegativeFloat | None = None  # value of the sparsity knob; null = the one trained with
     compile: bool = False  # torch.compile the layers, which takes a while at the first token
-    device: str = "auto"
-    threads: int | None = None
+    device: Device = "auto"
+    threads: Threads | None = None
 
 
 class Printer:

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import torch
 
-from dashattn.checks import check_choice, check_sparsity
-from dashattn.stats import SPARSITY_COUNTS
 from data import build_data
 from data.cache import fingerprint
 from experiments.config import TrainConfig
@@ -58,11 +56,9 @@ def setpoints(config: EvaluateConfig, train: TrainConfig) -> list[Setpoint]:
         raise ValueError("sparsities=[] names none: give at least one, such as 0.75, or null")
     if train.attention.knob is None:
         raise ValueError(f"attention={train.attention.name} has no sparsity knob: leave sparsities away")
-    check_choice("sparsity_count", config.sparsity_count, SPARSITY_COUNTS)
     layers = turned_layers(train.attention, train.model.num_layers)
     packed = _is_packed(train) and bool(set(config.tasks) & set(STREAM_TASKS))
     for sparsity in config.sparsities:
-        check_sparsity("each of sparsities", sparsity)
         for length in config.lengths or [train.data.seq_len]:
             check_reachable(layers, sparsity, config.sparsity_count, length, packed=packed)
     return [Setpoint(target=sparsity, count=config.sparsity_count) for sparsity in dict.fromkeys(config.sparsities)]

@@ -11,7 +11,7 @@ from experiments.config import TrainConfig, load_config
 from experiments.files import CONFIG, START, TOKENIZER, WEIGHTS, read_json
 from experiments.origin import run_of, with_own_tokenizer
 from experiments.schema import DTYPES
-from experiments.training.check import DEVICES, resolve
+from experiments.training.check import resolve
 from experiments.training.checkpoint import read_manifest, read_state
 from experiments.training.run_dir import config_hash
 from experiments.training.weights import find_weights, load_weights
@@ -100,8 +100,6 @@ def locate(run: str, device: str, output: str | None = None) -> Target:
 
 
 def check_device(device: str) -> None:
-    if device not in DEVICES:
-        raise ValueError(f"device={device}: choose one of {', '.join(DEVICES)}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but PyTorch sees no GPU: use device=cpu")
 

@@ -1,9 +1,11 @@
 """What the speed benchmark can be told."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from hydra.core.config_store import ConfigStore
 
+from dashattn.fields import Checked, Line, OneOf, PositiveFloat, PositiveInt, Seed, Sparsity
 from experiments.speed.inputs import PATTERNS
 from experiments.speed.methods import BACKENDS, OPERATIONS
 from experiments.speed.peers import BASELINES
@@ -13,33 +15,33 @@ KERNEL_DTYPES = ("bf16", "fp16")
 
 
 @dataclass
-class SpeedConfig:
+class SpeedConfig(Checked):
     """One benchmark; causal, batch 1 except where sequences are decoded."""
 
-    output_dir: str = "outputs/speed"
-    lengths: list[int] = field(default_factory=lambda: [2**i for i in range(10, 18)])
-    sparsities: list[float] = field(default_factory=lambda: [0.75, 0.9])  # causal
-    patterns: list[str] = field(default_factory=lambda: list(PATTERNS))  # shared | clustered | iid
-    backends: list[str] = field(default_factory=lambda: list(OPERATIONS))
-    baselines: list[str] = field(default_factory=lambda: list(BASELINES))
-    heads: int = 32
-    kv_heads: int = 2
-    head_dim: int = 128
+    output_dir: Line = "outputs/speed"
+    lengths: list[PositiveInt] = field(default_factory=lambda: [2**i for i in range(10, 18)])
+    sparsities: list[Sparsity] = field(default_factory=lambda: [0.75, 0.9])  # causal
+    patterns: list[Line] = field(default_factory=lambda: list(PATTERNS))  # shared | clustered | iid
+    backends: list[Line] = field(default_factory=lambda: list(OPERATIONS))
+    baselines: list[Line] = field(default_factory=lambda: list(BASELINES))
+    heads: PositiveInt = 32
+    kv_heads: PositiveInt = 2
+    head_dim: PositiveInt = 128
     # [query heads, KV heads, head size] of layers to measure one after the other, in place of the three above
-    shapes: list[list[int]] = field(default_factory=list)
-    chunk_size: int = 64
-    dtype: str = "bf16"  # bf16 | fp16
-    seed: int = 0
-    check_length: int = 2500  # of the comparison with the reference, whose memory grows with its square
-    tolerance: float = 0.005  # relative RMS error of output and gradients
-    baseline_tolerance: float = 0.02  # of others' kernels: some sum a group's gradients in 16 bits
-    warmup: int = 3  # calls before the timed ones
-    repetitions: int = 12  # timed calls; their median counts
+    shapes: list[list[PositiveInt]] = field(default_factory=list)
+    chunk_size: PositiveInt = 64
+    dtype: Annotated[str, OneOf(KERNEL_DTYPES)] = "bf16"
+    seed: Seed = 0
+    check_length: PositiveInt = 2500  # of the comparison with the reference, whose memory grows with its square
+    tolerance: PositiveFloat = 0.005  # relative RMS error of output and gradients
+    baseline_tolerance: PositiveFloat = 0.02  # of others' kernels: some sum a group's gradients in 16 bits
+    warmup: PositiveInt = 3  # calls before the timed ones
+    repetitions: PositiveInt = 12  # timed calls; their median counts
     # [tokens, sequences] of one token's step in a layer, and in a whole model with random weights; [] leaves it out
-    decode: list[list[int]] = field(default_factory=lambda: [[2**15, 1], [2**17, 1], [2**19, 1], [2**15, 16]])
-    decode_model: list[list[int]] = field(default_factory=lambda: [[2**15, 1], [2**17, 1]])
+    decode: list[list[PositiveInt]] = field(default_factory=lambda: [[2**15, 1], [2**17, 1], [2**19, 1], [2**15, 16]])
+    decode_model: list[list[PositiveInt]] = field(default_factory=lambda: [[2**15, 1], [2**17, 1]])
     model: ModelConfig | None = None  # of decode_model
-    time_budget: float = 1500.0  # seconds; what is left then gets a row that says so
+    time_budget: PositiveFloat = 1500.0  # seconds; what is left then gets a row that says so
 
 
 def register_speed_config() -> None:
@@ -58,19 +60,13 @@ def check(config: SpeedConfig) -> None:
         wrong = [value for value in getattr(config, name) if value not in known]
         if wrong:
             raise ValueError(f"{name} has {', '.join(wrong)}: choose from {', '.join(known)}")
-    if config.dtype not in KERNEL_DTYPES:
-        raise ValueError(f"dtype={config.dtype}: choose one of {', '.join(KERNEL_DTYPES)}")
-    sizes = ("heads", "kv_heads", "head_dim", "chunk_size", "check_length", "warmup", "repetitions")
-    for name, value in [*((n, getattr(config, n)) for n in sizes), *(("lengths", n) for n in config.lengths)]:
-        if value < 1:
-            raise ValueError(f"{name} has {value}: at least 1 is needed")
-    if not all(0 < s < 1 for s in config.sparsities):
+    if 0 in config.sparsities:
         raise ValueError(f"sparsities lie between 0 and 1; got {config.sparsities}")
     if not (config.lengths or config.decode or config.decode_model):
         raise ValueError("nothing to measure: lengths, decode or decode_model needs an entry")
     for name in ("decode", "decode_model"):
         for case in getattr(config, name):
-            if len(case) != 2 or case[0] < config.chunk_size or case[1] < 1:
+            if len(case) != 2 or case[0] < config.chunk_size:
                 raise ValueError(f"{name} has {case}: [tokens, sequences] are needed, with at least a chunk of tokens")
     if config.decode_model and config.model is None:
         raise ValueError("decode_model needs a model: name one, as in model=1b, or set decode_model=[]")

@@ -25,6 +25,7 @@ from hydra.errors import MissingConfigException
 from omegaconf import MISSING, OmegaConf
 
 from dashattn.backends import AttentionConfig
+from dashattn.fields import Checked, Line, NonNegativeFloat, PositiveInt, Seed, Sparsity, Text, Threads
 from experiments.config import register_configs
 from experiments.files import CELL, CONFIGS, PLAN, locked, read_json, write_atomically
 from experiments.overrides import override
@@ -32,39 +33,40 @@ from slurm.launcher import LauncherConfig
 
 
 @dataclass
-class ArmConfig:
+class ArmConfig(Checked, at="studies.arms"):
     """One line of a frontier: a backend and its options."""
 
-    train: list[str] = MISSING  # overrides of train.py
-    trained_knobs: list[float] = field(default_factory=list)  # a cell for each; empty = one, as ``train`` says
-    knobs: list[float] | None = None  # evaluated at each; null = the one trained with
-    sparsities: list[float] | None = None  # in place of knobs: those for which evaluate.py finds the knob
-    turned: float | None = None  # of several trained knobs the one that is evaluated at these; null = each
-    evaluate: list[str] | None = None  # overrides of its only evaluate.py, in place of the study's; null = the study's
+    train: list[Text] = MISSING  # overrides of train.py
+    # A cell for each; empty = one, as ``train`` says.
+    trained_knobs: list[NonNegativeFloat] = field(default_factory=list)
+    knobs: list[NonNegativeFloat] | None = None  # evaluated at each; null = the one trained with
+    sparsities: list[Sparsity] | None = None  # in place of knobs: those for which evaluate.py finds the knob
+    turned: NonNegativeFloat | None = None  # of several trained knobs the one that is evaluated at these; null = each
+    evaluate: list[Text] | None = None  # overrides of its only evaluate.py, in place of the study's; null = the study's
 
 
 @dataclass
-class StudyConfig:
+class StudyConfig(Checked, at="studies"):
     """A task, and the arms that are compared on it."""
 
-    train: list[str] = MISSING  # overrides of train.py for every cell
-    base: list[str] | None = None  # overrides of one more run per seed, from whose weights all arms continue
-    evaluate: list[str] = MISSING  # overrides of evaluate.py
-    evaluate_turned: list[str] | None = None  # of one more evaluate.py, which takes the arms' knobs; null = that one
-    arms: dict[str, ArmConfig] = MISSING
+    train: list[Text] = MISSING  # overrides of train.py for every cell
+    base: list[Text] | None = None  # overrides of one more run per seed, from whose weights all arms continue
+    evaluate: list[Text] = MISSING  # overrides of evaluate.py
+    evaluate_turned: list[Text] | None = None  # of one more evaluate.py, which takes the arms' knobs; null = that one
+    arms: dict[Line, ArmConfig] = MISSING
 
 
 @dataclass
-class SweepConfig:
+class SweepConfig(Checked):
     """Studies x arms x trained knobs x seeds."""
 
-    name: str = MISSING
-    output_dir: str = "outputs/${name}"
-    seeds: list[int] = field(default_factory=lambda: [0])
-    jobs: int = 1  # cells at a time
-    threads: int | None = None  # PyTorch's CPU threads of a cell; null = PyTorch's choice
+    name: Line = MISSING
+    output_dir: Line = "outputs/${name}"
+    seeds: list[Seed] = field(default_factory=lambda: [0])
+    jobs: PositiveInt = 1  # cells at a time
+    threads: Threads | None = None  # PyTorch's CPU threads of a cell; null = PyTorch's choice
     launcher: LauncherConfig | None = None  # null = here, slurm = one task of a job array for each cell
-    studies: dict[str, StudyConfig] = MISSING
+    studies: dict[Line, StudyConfig] = MISSING
 
 
 def register_sweep_config() -> None:
@@ -122,8 +124,6 @@ def cells(config: SweepConfig) -> list[Cell]:
         raise ValueError("a sweep needs at least one study, one arm in each and one seed")
     if len(set(config.seeds)) != len(config.seeds):
         raise ValueError(f"seeds={list(config.seeds)} names a seed twice")
-    if config.jobs < 1:
-        raise ValueError(f"jobs={config.jobs}: at least 1 is needed")
     found = [
         cell
         for name, study in config.studies.items()

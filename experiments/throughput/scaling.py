@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
 
 import hydra
 import torch
@@ -25,6 +26,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
 from dashattn.backends import TRAINABLE
+from dashattn.fields import Checked, Line, NonNegativeInt, OneOf, PositiveInt, Text
 from experiments.config import TrainConfig, register_configs, to_train_config
 from experiments.errors import user_errors
 from experiments.files import CONFIGS, SCALING, append_rows, read_rows
@@ -38,28 +40,28 @@ from experiments.training.ranks import Ranks, init_ranks, world_size
 
 
 @dataclass
-class Mode:
+class Mode(Checked, at="modes"):
     """How the ranks divide the work of a step, which is the same for any number of them."""
 
-    length: int = 8192
-    stage: int = 1
+    length: PositiveInt = 8192
+    stage: Annotated[int, OneOf((0, 1, 2, 3))] = 1
     shares_rows: bool = False  # each row is of all ranks, as sequence_parallel says; else ranks read different ones
     compile: bool = True
     activation_checkpointing: bool = False
-    tokens_per_step: int = 131072
-    tokens_per_micro_batch: int = 32768
-    warmup: int = 2  # steps before the timed ones: compilation
-    steps: int = 5  # timed
+    tokens_per_step: PositiveInt = 131072
+    tokens_per_micro_batch: PositiveInt = 32768
+    warmup: NonNegativeInt = 2  # steps before the timed ones: compilation
+    steps: PositiveInt = 5  # timed
 
 
 @dataclass
-class ParallelConfig:
+class ParallelConfig(Checked):
     """One benchmark, of all processes of a launch."""
 
-    output_dir: str = "outputs/parallel"
-    train: list[str] = MISSING  # overrides of train.py, for all runs
-    backends: list[str] = field(default_factory=lambda: list(TRAINABLE))
-    modes: dict[str, Mode] = MISSING
+    output_dir: Line = "outputs/parallel"
+    train: list[Text] = MISSING  # overrides of train.py, for all runs
+    backends: list[Line] = field(default_factory=lambda: list(TRAINABLE))
+    modes: dict[Line, Mode] = MISSING
 
 
 def register_parallel_config() -> None:
@@ -83,12 +85,10 @@ def compose_run(config: ParallelConfig, backend: str, mode: Mode, ranks: int, ru
         ValueError: what it says cannot be trained.
     """
     for whole, part in (("tokens_per_step", "tokens_per_micro_batch"), ("tokens_per_micro_batch", "length")):
-        if getattr(mode, part) < 1 or getattr(mode, whole) % getattr(mode, part):
+        if getattr(mode, whole) % getattr(mode, part):
             raise ValueError(
                 f"{whole}={getattr(mode, whole)} is no multiple of {part}={getattr(mode, part)}: change one of them"
             )
-    if mode.warmup < 0 or mode.steps < 1:
-        raise ValueError(f"steps={mode.steps} after warmup={mode.warmup}: one after none at least is needed")
     rows, micro_batch_rows = mode.tokens_per_step // mode.length, mode.tokens_per_micro_batch // mode.length
     overrides = [
         *config.train,

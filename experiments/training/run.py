@@ -403,7 +403,7 @@ def judge(run: Run, step: int, read: Read, done: Update) -> str | None:
     """``skipped``, ``spike`` or None; what went wrong is recorded with the place in the data that it happened at.
 
     Raises:
-        Stopped: too many steps in a row were skipped.
+        Stopped: too many steps in a row were skipped, or all there were, or the last one, and validation fails, too.
     """
     # With fp16 an infinite gradient is a step that loss scaling skips.
     is_finite = done.grad_norm is not None or run.config.deepspeed.precision == "fp16"
@@ -413,7 +413,10 @@ def judge(run: Run, step: int, read: Read, done: Update) -> str | None:
         if run.ranks.is_main:
             run.watch.record(anomaly, step, done.loss, norm, positions)
         run.metrics.print(f"WARNING: step {step} {anomaly}: loss {done.loss:.4g}, grad_norm {norm:.4g}")
-    if run.watch.is_hopeless():
+    # A run may be shorter than the limit: for weights that it ends at with a step skipped only the validation speaks.
+    ends_skipped = anomaly == "skipped" and step == run.config.steps
+    has_failed = ends_skipped and (run.watch.skipped == step or not math.isfinite(_validation_loss(run)))
+    if run.watch.is_hopeless() or has_failed:
         # To be looked at, under a name that no resume takes: from this state no step has been finite.
         kept = run.run_dir.checkpoints / f"stopped-{step_name(step)}"
         write_checkpoint(kept, _state(run, step, run.train_data.state_dict()), run.engine, run.ranks)
@@ -457,7 +460,7 @@ def validate(run: Run, step: int) -> None:
         Stopped: the validation data cannot be read; the step is saved.
     """
     try:
-        loss = validation_loss(run.engine, run.validation_data, run.ranks)
+        loss = _validation_loss(run)
     except DataError as error:
         if run.saved < step:
             save(run, step)
@@ -467,6 +470,10 @@ def validate(run: Run, step: int) -> None:
         ) from error
     run.metrics.write({"step": step, "split": "validation", "tokens": run.tokens, "loss": loss})
     run.clock.restart()
+
+
+def _validation_loss(run: Run) -> float:
+    return validation_loss(run.engine, run.validation_data, run.ranks)
 
 
 def save(run: Run, step: int, position: dict | None = None) -> None:

@@ -217,7 +217,7 @@ def test_the_index_learns_where_the_attention_looks():
         (lambda: IndexerConfig(index_pooling="sum"), "index_pooling must be one of max, mean"),
         (lambda: IndexerConfig(gradient="none"), "gradient must be one of kl, prior"),
         (lambda: IndexerConfig(topk=2), "topk 2 < 3"),
-        (lambda: IndexerConfig(top_p=float("nan")), r"top_p must lie in \(0, 1\]"),
+        (lambda: IndexerConfig(top_p=float("nan")), r"top_p must be a share in \(0, 1\]"),
         (lambda: IndexerConfig(kl_weight=float("nan")), "kl_weight must be a positive finite number"),
         (lambda: IndexerConfig(kl_weight=0.0), "kl_weight must be a positive finite number"),
         (lambda: IndexerConfig(index_size=0), "index_size must be a positive integer"),

@@ -21,6 +21,7 @@ import torch
 
 from dashattn.backends.base import ALL_HEADS, AttentionBackend, Capabilities
 from dashattn.backends.options import AttentionConfig
+from dashattn.fields import Line, PositiveInt
 from dashattn.ops.block_sparse.reference import block_sparse_attention
 from dashattn.selection import Selection
 from dashattn.stats import selection_stats
@@ -28,9 +29,9 @@ from dashattn.stats import selection_stats
 
 @dataclass
 class LastBlocksConfig(AttentionConfig):
-    name: str = "last_blocks"
-    piece_size: int = 16
-    pieces: int = 2
+    name: Line = "last_blocks"
+    piece_size: PositiveInt = 16
+    pieces: PositiveInt = 2
 
     knob: ClassVar[str | None] = "pieces"
     blocks: ClassVar[str | None] = "piece_size"

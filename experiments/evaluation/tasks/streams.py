@@ -10,11 +10,14 @@ sparsity   causal sparsity of every layer and KV head, and active tokens by posi
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from dashattn.fields import Checked, OneOf, PositiveInt, PositiveShare
 from data import IGNORE, Batch, BatchStream, DataConfig, MQARDataConfig
+from data.config import PLACEMENTS
 from experiments.evaluation.tasks.base import Setting, SparsityTally, Task, count, halving, quantiles, row
 from models import ModelOutput
 
@@ -22,13 +25,13 @@ STREAM_TASKS = ("loss", "position", "recall", "sparsity")
 
 
 @dataclass
-class MQARForm:
+class MQARForm(Checked, at="mqar"):
     """Another form of MQAR than the run was trained on; null = as trained. Meanings: data/config.py."""
 
-    pairs_min: int | None = None
-    pairs_max: int | None = None
-    placement: str | None = None
-    query_density: float | None = None
+    pairs_min: PositiveInt | None = None
+    pairs_max: PositiveInt | None = None
+    placement: Annotated[str, OneOf(PLACEMENTS)] | None = None
+    query_density: PositiveShare | None = None
     show_answers: bool | None = None
 
     def given(self) -> dict:

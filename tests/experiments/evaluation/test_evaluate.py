@@ -285,9 +285,10 @@ def test_a_failing_evaluation_keeps_the_rows_before_it(recall_run, monkeypatch):
     [
         ({"tasks": ["perplexity"]}, "choose from loss, position, recall"),
         ({"tasks": []}, "choose from"),
-        ({"knobs": [-1.0]}, "router_scale must be a positive"),
-        ({"rows": 0}, "rows=0"),
-        ({"device": "tpu"}, "device=tpu"),
+        ({"knobs": [0.0]}, "router_scale must be a positive"),
+        ({"knobs": [-1.0]}, r"knobs\[0\] must be a finite number of at least 0"),
+        ({"rows": 0}, "rows must be a positive integer"),
+        ({"device": "tpu"}, "device must be one of auto, cpu, cuda"),
         ({"run": "/nonexistent"}, "no intact weights in /nonexistent"),
     ],
 )

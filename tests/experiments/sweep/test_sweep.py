@@ -108,7 +108,7 @@ def test_an_arm_may_have_an_evaluation_of_its_own(tmp_path):
     [
         ({"seeds": [0, 0]}, "names a seed twice"),
         ({"seeds": []}, "at least one study"),
-        ({"jobs": 0}, "jobs=0"),
+        ({"jobs": 0}, "jobs must be a positive integer"),
     ],
 )
 def test_refusals(tmp_path, changes, message):
@@ -263,7 +263,7 @@ def test_a_failing_process_is_reported_with_its_last_words(tmp_path, monkeypatch
     study.arms = {"dash": ArmConfig(train=["attention=dash", "attention.chunk_size=0"])}
     (outcome,) = run_sweep(config, Console(file=io.StringIO())).values()
     assert outcome.status == "failed"
-    assert "chunk_size must be a positive integer; got 0" in outcome.message
+    assert "chunk_size must be a positive integer, below 2**31; got 0" in outcome.message
     assert "text-dash-seed0.log" in outcome.message
 
 

@@ -160,6 +160,20 @@ def test_a_diverged_run_overwrites_no_checkpoint(make_config):
     assert [path.name[:13] for path in (Path(config.run_dir) / "checkpoints").iterdir()] == ["stopped-step-"]
 
 
+@pytest.mark.parametrize("options", [[], ["optim.lr=1e30", "optim.warmup_steps=0"]])
+def test_a_run_that_was_never_finite_does_not_end_well_however_short_it_is(make_config, at_step, options):
+    config = make_config("run", *options)
+    at_step.update({} if options else {step: not_a_number for step in (1, 2, 3, 4)})
+    with pytest.raises(Stopped, match=r"up to step 4.*Lower optim"):
+        train(config)
+    assert [path.name[:13] for path in (Path(config.run_dir) / "checkpoints").iterdir()] == ["stopped-step-"]
+
+
+def test_a_last_step_that_is_skipped_ends_a_run_whose_weights_are_finite(make_config, at_step):
+    at_step[4] = not_a_number
+    assert state(train(make_config("run")), 4)["skipped_steps"] == 1
+
+
 def test_a_spike_is_seen_and_a_noisy_slope_is_not(tmp_path):
     watch = LossWatch(tmp_path / "anomalies.jsonl", skipped=0, limit=3)
     noise = torch.rand(400, generator=torch.Generator().manual_seed(0))
