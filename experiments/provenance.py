@@ -4,10 +4,10 @@ import hashlib
 import json
 import os
 import platform
+import secrets
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -106,7 +106,9 @@ def provenance(device: str) -> dict:
 def snapshot(folder: Path) -> Path:
     """Copy the code into ``folder``, once for all jobs with the same one, with its git state; returns the copy."""
     folder.mkdir(parents=True, exist_ok=True)
-    copy = Path(tempfile.mkdtemp(prefix=".code-", dir=folder))
+    # Not mkdtemp's, which would shut colleagues out.
+    copy = folder / f".code-{secrets.token_hex(4)}"
+    copy.mkdir()
     for name in _CODE:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
@@ -121,6 +123,5 @@ def snapshot(folder: Path) -> Path:
     if target.exists():
         shutil.rmtree(copy)
     else:
-        os.chmod(copy, 0o755)
         os.replace(copy, target)
     return target

@@ -9,6 +9,7 @@ kernels, elsewhere the reference in lower precision.
 
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from dashattn.backends import BACKENDS, AttentionBackend, AttentionConfig, AttentionShape, build_backend
 from experiments.errors import user_errors
-from experiments.files import NUMERICS, append_rows, read_rows
+from experiments.files import NUMERICS, append_rows, columns_of, read_rows
 from experiments.provenance import device_name
 from experiments.schema import DTYPES
 
@@ -78,8 +79,7 @@ def write_numerics(root: Path, length: int) -> int:
             columns = common | {"backend": name, "dtype": dtype}
             if tuple(columns[key] for key in keys) not in done:
                 rows = [columns | row for row in measure(name, dtype, length, device)]
-                append_rows(root / NUMERICS, rows)
-                count += len(rows)
+                count += len(append_rows(root / NUMERICS, rows, partial(columns_of, names=keys)))
     return count
 
 

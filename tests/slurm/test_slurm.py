@@ -18,7 +18,7 @@ from experiments.sweep.cells import ArmConfig, StudyConfig, SweepConfig
 from experiments.sweep.status import status
 from experiments.sweep.submit import job_name, read_jobs, submit_run, submit_sweep
 from slurm.launcher import LauncherConfig
-from slurm.queue import queue
+from slurm.queue import ended, queue
 from train import train
 
 ROOT = Path(__file__).parents[2]
@@ -221,12 +221,13 @@ def test_a_run_waits_for_its_process_that_lives_on_where_the_node_was_given_up(s
         subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], check=True)
 
 
-def test_the_status_says_how_slurm_ended_a_job(slurm, tiny_overrides, tmp_path):
+def test_the_status_says_how_slurm_ended_a_job(slurm, tiny_overrides, tmp_path, monkeypatch):
+    late = ["sbatch", "--parsable", "--time=1", f"--error={tmp_path}/%j_0_log.err", "--wrap=exec sleep 300"]
+    late = subprocess.run(late, capture_output=True, text=True, check=True, cwd=tmp_path).stdout.strip()
     common = [o for o in tiny_overrides("x")[0] if not o.startswith(("name=", "run_dir="))]
-    arms = {name: ArmConfig(train=["attention=full", "steps=4000"]) for name in ("late", "killed", "cancelled")}
+    arms = {name: ArmConfig(train=["attention=full", "steps=4000"]) for name in ("killed", "cancelled")}
     study = StudyConfig(train=common, base=["attention=full"], evaluate=["tasks=[loss]", "threads=1"], arms=arms)
-    launcher = replace(HERE, jobs=3, signal_s=1)
-    config = SweepConfig("s", str(tmp_path / "s"), studies={"t": study}, launcher=launcher)
+    config = SweepConfig("s", str(tmp_path / "s"), studies={"t": study}, launcher=HERE)
     submit_sweep(config)
 
     def rows():
@@ -236,14 +237,18 @@ def test_the_status_says_how_slurm_ended_a_job(slurm, tiny_overrides, tmp_path):
     wait_for(lambda: all(losses(tmp_path / "s" / f"t-{arm}-seed0") for arm in arms), "all arms to train")
     jobs = read_jobs(tmp_path / "s")
     subprocess.run(["scancel", jobs["t-cancelled-seed0"]], check=True)
-    for name, number in (("killed", signal.SIGKILL), ("late", signal.SIGSTOP)):  # stopped, it hears no signal
-        (process,) = processes(f"name=t-{name}-seed0")
-        os.kill(process, number)
-    subprocess.run(["scontrol", "update", f"jobid={jobs['t-late-seed0']}", "timelimit=1"], check=True)
+    (process,) = processes("name=t-killed-seed0")
+    os.kill(process, signal.SIGKILL)
     wait_for(lambda: not queued(tmp_path / "s"), "the jobs to end")
     found = {name: (row[0], row[2]) for name, row in rows().items()}
     assert found["base"] == ("done", "")
     assert found["killed"][0] == "failed"
     assert "killed by signal 9 (SIGKILL)" in found["killed"][1]
-    assert found["late"][0] == "timed out"
     assert found["cancelled"][0] == "cancelled"
+
+    look = ["squeue", "--noheader", f"--jobs={late}", "--states=all", "--format=%T"]
+    wait_for(lambda: b"TIMEOUT" in subprocess.run(look, capture_output=True).stdout, "the time limit")
+    assert ended(tmp_path, [late]) == {late: "timed out"}
+    monkeypatch.setenv("PATH", str(tmp_path))  # when Slurm has forgotten the jobs
+    assert ended(tmp_path, [late]) == {late: "timed out"}
+    assert ended(tmp_path / "s" / "slurm", [jobs["t-cancelled-seed0"]]) == {jobs["t-cancelled-seed0"]: "cancelled"}
