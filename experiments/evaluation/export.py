@@ -19,6 +19,7 @@ from experiments.evaluation.card import model_card
 from experiments.evaluation.target import locate
 from experiments.files import TOKENIZER, WEIGHTS
 from experiments.training.checkpoint import read_state
+from experiments.training.weights import by_layer
 from models.hf import write_folder
 
 
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str]) -> None:
         left_out = export(run_dir, folder, dense="--dense" in arguments)
         print(f"{folder} written from {run_dir}")
         if left_out:
-            print(f"it attends densely; left out: {', '.join(left_out)}")
+            print(f"it attends densely; left out: {by_layer(left_out)}")
 
 
 if __name__ == "__main__":

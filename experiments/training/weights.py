@@ -53,7 +53,7 @@ class Loaded:
     def __str__(self) -> str:
         """In a line, the layers of a parameter together."""
         lists = {"new": self.new_parameters, "dropped": self.dropped_parameters}
-        return "; ".join(f"{what}: {_by_layer(names) or 'none'}" for what, names in lists.items())
+        return "; ".join(f"{what}: {by_layer(names) or 'none'}" for what, names in lists.items())
 
 
 def load_weights(model: nn.Module, path: Path) -> Loaded:
@@ -92,7 +92,7 @@ def load_weights(model: nn.Module, path: Path) -> Loaded:
     return Loaded(sorted(missing), sorted(dropped))
 
 
-def _by_layer(names: Iterable[str]) -> str:
+def by_layer(names: Iterable[str]) -> str:
     """Each parameter with its layers, in the notation of ``attention.layers``."""
     found: dict[str, list[int]] = {}
     for name in names:
