@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dashattn.backends import DashConfig, FullConfig, InfLLMv2Config, NSAConfig
+from dashattn.backends import DashConfig, FullConfig, IndexerConfig, InfLLMv2Config, NSAConfig
 from experiments.files import write_atomically
 from experiments.training.checkpoint import _remove_old, damage, latest_checkpoint, seal
 from experiments.training.ranks import Ranks
@@ -61,6 +61,7 @@ KINDS = {
     "dash": DashConfig(chunk_size=8, alpha_mode="learnable"),
     "dash but the first": DashConfig(chunk_size=8, layers={"0": "full"}),
     "infllmv2": InfLLMv2Config(window_size=8, **SMALL),
+    "indexer": IndexerConfig(block_size=8, index_size=4, topk=4),
     "nsa": NSAConfig(window_size=8, **SMALL),
     "nsa, own kv": NSAConfig(window_size=8, shared_kv=False, **SMALL),
     "nsa, longer windows": NSAConfig(window_size=8, **SMALL | {"kernel_size": 8}),
