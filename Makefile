@@ -24,11 +24,11 @@ figures: install
 	$(PY) -m experiments.figures $(FIGURES) $(STUDIES)
 
 test: install lint
-	$(PY) -m pytest -n 2 -m "not slow"
+	$(PY) -m pytest -n 2 --dist worksteal -m "not slow"
 
 # The tests that take minutes, too.
 test-all: install lint
-	$(PY) -m pytest -n 2
+	$(PY) -m pytest -n 2 --dist worksteal
 
 # For the night: a run is killed a hundred times, a preparation thirty times, a sweep five times.
 test-crash: install
