@@ -35,9 +35,9 @@ def build_once(directory: Path, build: Callable[[Path], None]) -> Path:
         try:
             build(folder)
             os.replace(folder, directory)
-        except OSError:
+        except OSError as error:
             if not directory.exists():
-                raise
+                raise OSError(error.errno, error.strerror, str(directory)) from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     return directory

@@ -184,6 +184,8 @@ def main() -> None:
         counts = collect(arguments.output, arguments.sources, arguments.match)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {arguments.output} cannot be written ({error}): make room, or name another place")
     print(
         f"{arguments.output}: {counts['documents']:,} documents, {counts['bytes'] / 1e6:,.1f} MB; left out: "
         f"{counts['no documents']:,} files that are none, {counts['duplicates']:,} duplicates"

@@ -125,7 +125,7 @@ class TextTokenizer:
     def save(self, path: str | Path) -> None:
         """Write a tokenizer.json, atomically."""
         partial = f"{path}.{os.getpid()}.tmp"
-        Path(partial).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        _write(self.backend, Path(partial))
         os.replace(partial, path)
 
     def save_folder(self, folder: Path) -> None:
@@ -138,8 +138,7 @@ class TextTokenizer:
 
     def write_files(self, folder: Path) -> None:
         """The files of ``save_folder``, into a folder that exists."""
-        # Not by ``save``, which tells a full disk by an Exception of no kind.
-        (folder / TOKENIZER).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        _write(self.backend, folder / TOKENIZER)
         # What the folder called its end may be that of a turn in a chat, not of a document: it stays.
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos_token, **self.settings}
         settings |= {_BEGIN: self.bos_token or NO_TOKEN, _END: self.eos_token, _FINGERPRINT: self.fingerprint()}
@@ -185,6 +184,11 @@ class TextTokenizer:
         settings.pop(_BEGIN, None)
         begin = own_begin if bos_token is None else None if bos_token == NO_TOKEN else bos_token
         return cls(backend, eos_token or own_end, name, settings, begin)
+
+
+def _write(backend: Tokenizer, path: Path) -> None:
+    """Not by its own ``save``, which tells a full disk by an Exception of no kind."""
+    path.write_text(backend.to_str(pretty=True), encoding="utf-8")
 
 
 def _from_hub(name: str) -> Tokenizer:
@@ -285,7 +289,7 @@ def build_tokenizer(config: PackedDataConfig, cache_dir: str | Path) -> TextToke
 
     def build(folder: Path) -> None:
         texts = _training_texts(config)
-        train_bpe(texts, config.vocab_size, *special_tokens).save(str(folder / TOKENIZER))
+        _write(train_bpe(texts, config.vocab_size, *special_tokens), folder / TOKENIZER)
 
     settings = [config.vocab_size, config.tokenizer_bytes, *special_tokens, config.validation_fraction]
     corpora = [(corpus_fingerprint(corpus, cache_dir), weight) for corpus, weight in config.parts.values()]

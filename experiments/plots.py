@@ -1,7 +1,10 @@
 """What figures share: one set of colours and marks, panels in rows, files that appear whole."""
 
+import io
 from collections.abc import Iterable
 from pathlib import Path
+
+from experiments.files import write_atomically
 
 COLOURS = ("#c1272d", "#0071bc", "#e08a00", "#2e8b57", "#7b3f9e", "#8c6239", "#0b7a75", "#d1495b", "#30638e")
 MARKS = ("o", "s", "^", "D", "v", "P")
@@ -43,9 +46,9 @@ def legend_below(figure, axes: Iterable, columns: int = 4) -> None:
 
 def save(figure, path: Path) -> None:
     """``path`` with .png and with .pdf; closes the figure."""
-    for suffix in (".png", ".pdf"):
-        temporary = path.with_name(f".{path.name}{suffix}")
+    for kind in ("png", "pdf"):
+        drawn = io.BytesIO()
         # No date in the file: the same rows give the same bytes.
-        figure.savefig(temporary, dpi=160, metadata={"CreationDate": None} if suffix == ".pdf" else None)
-        temporary.replace(path.with_name(path.name + suffix))
+        figure.savefig(drawn, format=kind, dpi=160, metadata={"CreationDate": None} if kind == "pdf" else None)
+        write_atomically(path.with_name(f"{path.name}.{kind}"), drawn.getvalue())
     pyplot().close(figure)

@@ -77,10 +77,10 @@ def _written(path: Path) -> str | None:
     """What was written into a job's log when it was ended."""
     said = path.read_text(errors="replace") if path.is_file() else ""
     ends = re.findall(r"CANCELLED AT \S+ (?:DUE TO ([A-Z ]+) )?\*\*\*|task \d+: (Killed)$", said, re.MULTILINE)
-    if not ends:
-        return None
-    why, is_killed = ends[-1]
-    return "killed by signal 9" if is_killed else _SAID.get(why)
+    end = None
+    for why, is_killed in ends:  # what is cancelled may be killed then
+        end = end or "killed by signal 9" if is_killed else _SAID.get(why)
+    return end
 
 
 def _end(state: str, exit_code: str) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.errors import REQUEUE
-from experiments.files import ROOT
+from experiments.files import ROOT, naming
 from experiments.signals import Children
 from experiments.sweep.cells import Cell, record_done
 
@@ -33,7 +33,7 @@ def run_cell(cell: Cell, log_dir: Path, children: Children, rank: int = 0) -> Ou
     log_path = log_dir / (f"{cell.name}.log" if rank == 0 else f"{cell.name}.rank{rank}.log")
     # The first command is the training, which all ranks of a job do together; an evaluation is one process.
     for command in cell.commands if rank == 0 else cell.commands[:1]:
-        with log_path.open("ab") as log:
+        with naming(log_path), log_path.open("ab") as log:
             log.write(f"$ {shlex.join(command)}\n".encode())
             log.flush()
             code = children.run(

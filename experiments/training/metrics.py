@@ -13,7 +13,7 @@ import torch
 
 from dashattn.stats import AttentionStats
 from experiments.config import TrainConfig, plain
-from experiments.files import METRICS, read_rows, write_atomically
+from experiments.files import METRICS, naming, read_rows, write_atomically
 
 _SHOWN = (
     *("split", "loss", "auxiliary_loss", "lr", "grad_norm", "tokens_per_s", "data_wait", "mfu_causal", "mfu_sparse"),
@@ -110,8 +110,9 @@ class MetricsWriter:
         """Add a row; ``step`` and ``split`` say what it is about."""
         if not self._main:
             return
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        with naming(Path(self._file.name)):
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
         if self._wandb is not None:
             values = {key: value for key, value in row.items() if isinstance(value, int | float)}
             named = {f"{row['split']}/{key}": value for key, value in values.items() if key != "step"}

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+import data.collect
 from experiments.config import load_config, to_train_config
 from experiments.errors import Stopped, run_faults, user_errors
 from experiments.evaluation.config import EvaluateConfig
@@ -20,6 +22,7 @@ from experiments.sweep.cells import Cell, record_done, write_plan
 from experiments.sweep.collect import collect
 from experiments.sweep.status import status
 from experiments.training.checkpoint import write_checkpoint
+from experiments.training.prepare import prepare
 from experiments.training.ranks import Ranks
 from tests.experiments.conftest import TINY
 from train import train
@@ -147,6 +150,36 @@ def test_an_evaluation_that_finds_no_room_names_the_file_and_goes_on(sweep, smal
     assert "make room there; what is complete stays, and the same command goes on" in said
     filler.unlink()
     assert len(list(evaluate(config, target))) == 1
+
+
+@pytest.mark.parametrize("room", [0, 2**17])
+def test_a_preparation_that_finds_no_room_leaves_no_half_and_goes_on(make_config, small_disk, capsys, room):
+    """No room for the tokenizer; for the tokens."""
+    cache = small_disk / "cache"
+    config = make_config("run", "data.max_bytes=400000", f"cache_dir={cache}")
+    cache.mkdir()
+    fill(small_disk / "filler")
+    os.truncate(small_disk / "filler", (small_disk / "filler").stat().st_size - room)
+    for _ in range(2):
+        with pytest.raises(SystemExit), user_errors():
+            prepare(config)
+        said = capsys.readouterr().err
+        assert re.match(r"error: .*No space left on device.*: ?.*make room", said), said
+        assert str(cache) in said
+        assert not list(cache.rglob("*.tmp-*"))
+        assert not list(cache.glob("tokens/*/.shard-*"))
+    (small_disk / "filler").unlink()
+    prepare(config)
+
+
+def test_a_collection_that_finds_no_room_is_one_line_and_leaves_nothing(small_disk, tmp_path, monkeypatch):
+    (tmp_path / "text.py").write_text("".join(f"print({i})\n" for i in range(4000)))
+    fill(small_disk / "filler")
+    before = set(small_disk.iterdir())
+    monkeypatch.setattr("sys.argv", ["collect", str(small_disk / "corpus.jsonl"), str(tmp_path / "text.py")])
+    with pytest.raises(SystemExit, match=r"corpus.jsonl cannot be written .*No space left.*make room"):
+        data.collect.main()
+    assert set(small_disk.iterdir()) == before
 
 
 @pytest.mark.parametrize("number", [13, 28, 30, 122])

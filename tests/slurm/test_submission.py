@@ -294,6 +294,9 @@ LOGS = {
     "8": "slurmstepd-n1: error: *** STEP 8.0 ON n1 CANCELLED AT 2026-11-29T21:53:08 ***",
     "9": "srun: error: n1: task 0: Killed\nsrun: Force Terminated StepId=3.0",
     "10": "Traceback ...",
+    "12": "slurmstepd-n1: error: *** JOB 4 ON n1 CANCELLED AT 2026-11-29T21:53:08 ***\nsrun: error: n1: task 0: Killed",
+    "13": "slurmstepd-n1: error: *** JOB 4 ON n1 CANCELLED AT 2026-11-29T21:53:08 DUE TO JOB REQUEUE ***\n"
+    "srun: error: n1: task 0: Killed",
 }
 
 
@@ -302,7 +305,8 @@ def test_without_accounting_the_jobs_own_logs_tell_it(tmp_path, monkeypatch):
     for job, text in LOGS.items():
         (tmp_path / f"{job}_0_log.err").write_text(f"submitit INFO\n{text}\n")
     assert ended(tmp_path, [*LOGS, "11"]) == {
-        **{"7_0": "timed out", "7_1": "preempted", "8": "cancelled", "9": "killed by signal 9"}
+        **{"7_0": "timed out", "7_1": "preempted", "8": "cancelled", "9": "killed by signal 9"},
+        **{"12": "cancelled", "13": "killed by signal 9"},
     }
 
 

@@ -267,6 +267,21 @@ def test_a_failing_process_is_reported_with_its_last_words(tmp_path, monkeypatch
     assert "text-dash-seed0.log" in outcome.message
 
 
+def test_a_cell_that_was_killed_says_so_and_not_what_it_said_last(tmp_path, monkeypatch):
+    script = "import os; print('step 7/9  loss 5.1', flush=True); os.kill(os.getpid(), 9)"
+    run = Children.run
+    monkeypatch.setattr(
+        Children, "run", lambda self, command, **options: run(self, [sys.executable, "-c", script], **options)
+    )
+    config = make_config(tmp_path, seeds=[0])
+    config.studies["text"].base = None
+    outcomes = run_sweep(config, Console(file=io.StringIO()))
+    assert {outcome.status for outcome in outcomes.values()} == {"failed"}
+    message = "error: killed by signal 9 (SIGKILL), as by the kernel where memory ran out"
+    assert all(outcome.message.startswith(message) for outcome in outcomes.values())
+    assert {row[1:] for row in status(tmp_path)} == {("failed", "", message)}
+
+
 def test_a_signal_reaches_the_running_cell_and_no_other_starts(tmp_path, monkeypatch):
     """The sweep waits for the cell to save and to exit."""
     script = (

@@ -339,7 +339,7 @@ def test_a_disk_that_fills_up_between_checkpoints_ends_in_one_message(make_confi
         with pytest.raises(SystemExit, match="1"), run_faults():
             train(config)
         message = capsys.readouterr().err
-        assert "No space left on device" in message
+        assert "No space left on device: " in message
         assert "make room" in message
         assert "Traceback" not in message
     filler.unlink()
