@@ -93,6 +93,9 @@ TESTED = {
     "python train.py model=checkpoint init_from=smollm2 attention=indexer attention.warmup_steps=150 "
     "optim.train_only=router",
     "INIT_FROM=smollm2 python -m experiments.sweep sweep=real_model jobs=3",  # test_configs.py
+    # experiments/test_identity.py
+    "python train.py optim=wsd steps=20000 save_every=1000 keep_checkpoints=0 name=trunk ...",
+    "python train.py optim=wsd steps=10000 branch_from=outputs/trunk@8000 name=branch ...",
     # experiments/evaluation/test_folder.py
     "python evaluate.py run=smollm2 attention=dash_sink sparsities=[0.5,0.75] data=real_text",
     "python -m experiments.evaluation.export --dense outputs/debug-dash debug-hf",  # experiments/test_origin.py

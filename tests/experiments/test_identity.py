@@ -97,6 +97,9 @@ def test_a_copied_checkpoint_is_whole(make, tmp_path, capsys):
     with pytest.raises(ValueError, match="matches no file"):
         list(evaluate(config := replace(config, tasks=["loss"]), find_target(config)))
 
+    harness = pytest.importorskip("experiments.evaluation.harness").HarnessModel(str(copy), device="cpu")
+    assert harness.tok_encode("the water") == ids
+
     export(copy, tmp_path / "exported")
     assert TextTokenizer.load(str(tmp_path / "exported")).encode("the water") == ids
     other = write_corpus(tmp_path / "corpora" / "other.jsonl", seed=1)
