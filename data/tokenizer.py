@@ -222,7 +222,8 @@ def _read_settings(folder: Path) -> dict:
             value = given.get(key)
             if isinstance(value, dict):  # a token with options of how it is matched
                 value = value.get("content")
-            if isinstance(value, str | bool) or (key == "chat_template" and isinstance(value, list)):
+            kind = bool if key.startswith("add_") else str
+            if isinstance(value, kind) or (key == "chat_template" and isinstance(value, list)):
                 settings[key] = value
     if (folder / "chat_template.jinja").is_file():
         settings["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")

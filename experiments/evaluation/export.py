@@ -12,15 +12,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 from experiments.errors import user_errors
 from experiments.evaluation.card import model_card
 from experiments.evaluation.target import locate
 from experiments.files import TOKENIZER, WEIGHTS
 from experiments.training.checkpoint import read_state
 from experiments.training.weights import by_layer
-from models.hf import write_folder
+from models.hf import read_tensors, write_folder
 
 
 def export(run_dir: Path, folder: Path, *, dense: bool = False) -> list[str]:
@@ -47,7 +45,7 @@ def export(run_dir: Path, folder: Path, *, dense: bool = False) -> list[str]:
     return write_folder(
         folder,
         config.model,
-        load_file(target.checkpoint / WEIGHTS),
+        read_tensors(target.checkpoint / WEIGHTS),
         config.attention,
         step=read_state(target.checkpoint)["step"],
         dense=dense,

@@ -4,13 +4,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import nn
 
 from dashattn.backends import AttentionBackend
 from experiments.files import WEIGHTS
 from experiments.training.checkpoint import STATE, damage, latest_checkpoint
-from models.hf import is_hf_folder, read_weights
+from models.hf import is_hf_folder, read_tensors, read_weights
 
 
 def find_weights(source: str | Path) -> Path:
@@ -67,7 +66,7 @@ def load_weights(model: nn.Module, path: Path) -> Loaded:
     Raises:
         ValueError: for any other difference, naming it.
     """
-    weights = read_weights(path, model.config) if path.is_dir() else load_file(path)
+    weights = read_weights(path, model.config) if path.is_dir() else read_tensors(path)
     own = model.state_dict()
     backends = [f"{name}." for name, module in model.named_modules() if isinstance(module, AttentionBackend)]
 

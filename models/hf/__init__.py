@@ -7,7 +7,7 @@ architectures are the rows of ``models.hf.families``.
 from models.hf.attention import check_same_attention, is_sparse, read_attention, read_step
 from models.hf.config import check_same_model, is_hf_folder, read_config
 from models.hf.export import write_folder
-from models.hf.weights import check_files, read_weights
+from models.hf.weights import check_files, read_tensors, read_weights
 
 __all__ = [
     "check_files",
@@ -18,6 +18,7 @@ __all__ = [
     "read_attention",
     "read_config",
     "read_step",
+    "read_tensors",
     "read_weights",
     "write_folder",
 ]

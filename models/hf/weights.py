@@ -46,6 +46,15 @@ def read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     return _reordered(weights, config, channel_halves(config))
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Those of a safetensors file, by their own names.
+
+    Raises:
+        ValueError: it is missing, cut short or no safetensors, or tensors are no finite floats.
+    """
+    return _read_file(path, None)
+
+
 def check_files(folder: Path) -> None:
     """Refuse a folder whose files are not all there, or cut short, without reading them.
 

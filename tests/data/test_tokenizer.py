@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, processors
 
 from data.corpora import iterate_documents
-from data.tokenizer import TextTokenizer, build_tokenizer
+from data.tokenizer import DEFAULT_EOS, TextTokenizer, build_tokenizer
 
 
 @pytest.fixture
@@ -164,3 +164,12 @@ def test_damaged_files_are_named_with_their_size(tokenizer, tmp_path, content):
     (tmp_path / "tokenizer_config.json").write_bytes(b"[]")
     with pytest.raises(ValueError, match=r"tokenizer_config\.json holds no JSON object"):
         TextTokenizer.load(str(tmp_path))
+
+
+def test_settings_of_wrong_types_are_left_out(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "tokenizer.json")
+    junk = (None, True, -1, 2.5, [], [1], {}, {"content": True}, {"content": None}, 10**30)
+    for key in ("bos_token", "eos_token", "add_bos_token", "chat_template"):
+        for value in junk:
+            (tmp_path / "tokenizer_config.json").write_text(json.dumps({key: value}))
+            assert TextTokenizer.load(str(tmp_path)).eos_token == DEFAULT_EOS

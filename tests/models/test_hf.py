@@ -395,6 +395,21 @@ def test_what_cannot_be_mapped_is_named(tmp_path, change, message):
         read(tmp_path)
 
 
+def test_a_weights_file_alone_is_read_as_carefully(tmp_path):
+    path = tmp_path / "model.safetensors"
+    for tensor, message in (
+        (torch.ones(3, dtype=torch.int8), "weight is int8"),
+        (torch.full((3,), torch.nan), "weight has values that are not finite"),
+        (torch.ones(3), "does not fit"),
+    ):
+        save_file({"weight": tensor}, path)
+        with pytest.raises(ValueError, match=message):
+            load_weights(torch.nn.Linear(2, 1), find_weights(path))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="is cut short or no safetensors file"):
+        load_weights(torch.nn.Linear(2, 1), find_weights(path))
+
+
 def test_missing_and_unexpected_tensors_are_named(tmp_path):
     save(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
