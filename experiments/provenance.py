@@ -104,7 +104,11 @@ def provenance(device: str) -> dict:
 
 
 def snapshot(folder: Path) -> Path:
-    """Copy the code into ``folder``, once for all jobs with the same one, with its git state; returns the copy."""
+    """Copy the code into ``folder``, once for all jobs with the same one, with its git state; returns the copy.
+
+    Raises:
+        ValueError: a copy that is there already was changed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     # Not mkdtemp's, which would shut colleagues out.
     copy = folder / f".code-{secrets.token_hex(4)}"
@@ -116,12 +120,22 @@ def snapshot(folder: Path) -> Path:
             shutil.copy(ROOT / name, copy)
     git, diff = git_state()
     (copy / _SNAPSHOT).write_text(json.dumps({"git": git, "diff": diff}, indent=1) + "\n")
-    digest = hashlib.sha256()
-    for path in sorted(path for path in copy.rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(copy)}\0".encode() + path.read_bytes())
-    target = folder / f"code-{digest.hexdigest()[:12]}"
-    if target.exists():
-        shutil.rmtree(copy)
-    else:
+    target = folder / f"code-{_digest(copy)}"
+    if not target.exists():
         os.replace(copy, target)
+        return target
+    shutil.rmtree(copy)
+    for compiled in list(target.rglob("__pycache__")):  # Python would run it in place of the source
+        shutil.rmtree(compiled, ignore_errors=True)
+    if _digest(target) != target.name.removeprefix("code-"):
+        raise ValueError(f"{target} holds other code than its name says: move it away, and it is copied anew")
     return target
+
+
+def _digest(folder: Path) -> str:
+    """Differs with what any file of the code holds and is called."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(folder)}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()[:12]

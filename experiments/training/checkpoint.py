@@ -29,6 +29,7 @@ from types import MappingProxyType
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from experiments.errors import Stopped
 from experiments.files import (
@@ -48,6 +49,13 @@ STATE = "state.json"
 MANIFEST = "manifest.json"
 LATEST = "latest"
 _ENGINE_TAG = "deepspeed"
+# What DeepSpeed's own files need beside what PyTorch takes for weights alone: plain values all of them.
+_HARMLESS = {
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+}
 _STEP = re.compile(r"step-\d{8,}")
 # How PyTorch tells a file that it could not write.
 _NOT_WRITTEN = re.compile("inline_container|PytorchStreamWriter|cannot be opened|Parent directory")
@@ -120,6 +128,26 @@ def damage(checkpoint: Path, *, rank: int = 0, world_size: int = 1, names: Colle
             problems.append(f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}")
         elif index % world_size == rank and sha256(path) != entry["sha256"]:
             problems.append(f"{name} has another checksum")
+    return problems
+
+
+def foreign_code(checkpoint: Path, *, rank: int = 0, world_size: int = 1) -> list[str]:
+    """What loading DeepSpeed's files, which are pickles, would call beside what every checkpoint of ours does.
+
+    They are searched for it, not loaded. Checksums say nothing here: who writes a file can write its manifest.
+
+    Args:
+        rank, world_size: this rank's share of the files is searched.
+    """
+    problems = []
+    for path in sorted((checkpoint / _ENGINE_TAG).rglob("*"))[rank::world_size]:
+        if path.is_dir():
+            continue
+        try:
+            names = sorted(set(get_unsafe_globals_in_checkpoint(str(path))) - _HARMLESS)
+        except Exception as error:  # of several libraries' kinds: whatever cannot be searched is not loaded
+            names = [f"something that cannot be searched: {' '.join(str(error).split())}"]
+        problems += [f"{path.relative_to(checkpoint)} calls {', '.join(names)}"] if names else []
     return problems
 
 
