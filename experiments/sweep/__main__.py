@@ -9,10 +9,13 @@ from experiments.help import answer_help
 if __name__ == "__main__":
     answer_help("sweep")  # before PyTorch is imported
 
+import os
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import hydra
+import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -30,6 +33,7 @@ def run_sweep(config: SweepConfig, console: Console) -> dict[str, Outcome]:
     """Does what is missing, ``config.jobs`` cells at a time. A signal is passed on to them, and no other one starts."""
     waiting = cells(config)
     write_plan(Path(config.output_dir), waiting)
+    lanes = gpu_lanes(visible_gpus(), config.gpus_per_cell)
     outcomes: dict[str, Outcome] = {}
     for cell in waiting:
         if cell.is_done():
@@ -42,7 +46,7 @@ def run_sweep(config: SweepConfig, console: Console) -> dict[str, Outcome]:
     console.print(f"{config.name}: {len(waiting)} cells to do, {len(outcomes)} done before", highlight=False)
 
     log_dir = Path(config.output_dir) / "logs"
-    running: dict[Future, Cell] = {}
+    running: dict[Future, tuple[Cell, tuple[str, ...]]] = {}
     with Children() as children, ThreadPoolExecutor(config.jobs) as pool:
         # In the order of the configuration, so that what it names first is there first; a cell whose base is still
         # being trained lets those behind it pass.
@@ -56,9 +60,11 @@ def run_sweep(config: SweepConfig, console: Console) -> dict[str, Outcome]:
                     outcomes[cell.name] = Outcome("skipped", message=f"{cell.base} {base.status}")
                     continue
                 console.print(f"  start  {cell.name}", highlight=False)
-                running[pool.submit(run_cell, cell, log_dir, children)] = cell
+                taken = [lane for _, lane in running.values()]
+                gpus = min(lanes, key=taken.count)
+                running[pool.submit(run_cell, cell, log_dir, children, gpus=gpus)] = cell, gpus
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                cell = running.pop(future)
+                cell, _ = running.pop(future)
                 outcome = outcomes[cell.name] = future.result()
                 console.print(
                     f"  {outcome.status:6} {cell.name}  {outcome.seconds:.0f} s  {outcome.message}",
@@ -66,6 +72,24 @@ def run_sweep(config: SweepConfig, console: Console) -> dict[str, Outcome]:
                     markup=False,
                 )
     return outcomes
+
+
+def gpu_lanes(gpus: Sequence[str], per_cell: int) -> list[tuple[str, ...]]:
+    """The GPUs that cells share out among them, ``per_cell`` at a time; a lane without any where there is none.
+
+    Raises:
+        ValueError: there are fewer than a cell needs.
+    """
+    if len(gpus) < per_cell and (gpus or per_cell > 1):
+        raise ValueError(f"gpus_per_cell={per_cell}, and this machine shows {len(gpus)} GPUs: set it to what there is")
+    return [tuple(gpus[i : i + per_cell]) for i in range(0, len(gpus) - per_cell + 1, per_cell)] or [()]
+
+
+def visible_gpus() -> list[str]:
+    """Names as of CUDA_VISIBLE_DEVICES, which may hold what is not a number."""
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    count = torch.cuda.device_count()
+    return named[:count] if named else [str(index) for index in range(count)]
 
 
 def print_outcomes(outcomes: dict[str, Outcome], console: Console) -> None:

@@ -63,7 +63,8 @@ class SweepConfig(Checked):
     name: Line = MISSING
     output_dir: Line = "outputs/${name}"
     seeds: list[Seed] = field(default_factory=lambda: [0])
-    jobs: PositiveInt = 1  # cells at a time
+    jobs: PositiveInt = 1  # cells at a time, dealt out to the GPUs of this machine
+    gpus_per_cell: PositiveInt = 1  # that train it together, by torchrun; of a job it is launcher.gpus_per_node
     threads: Threads | None = None  # PyTorch's CPU threads of a cell; null = PyTorch's choice
     launcher: LauncherConfig | None = None  # null = here, slurm = one task of a job array for each cell
     studies: dict[Line, StudyConfig] = MISSING

@@ -7,13 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.errors import REQUEUE
 from experiments.files import ROOT, naming
-from experiments.signals import Children
+from experiments.signals import STOP_SIGNALS, Children
 from experiments.sweep.cells import Cell, record_done
+
+_SIGNALS = ",".join(number.name for number in (*STOP_SIGNALS, signal.SIGINT))  # passed on, so that every rank saves
+_TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--signals-to-handle", _SIGNALS, "--nproc-per-node"]
 
 
 @dataclass(frozen=True)
@@ -26,22 +30,28 @@ class Outcome:
     message: str = ""
 
 
-def run_cell(cell: Cell, log_dir: Path, children: Children, rank: int = 0) -> Outcome:
-    """Runs the cell's commands. Ranks beside the first only train, and log for themselves."""
+def run_cell(cell: Cell, log_dir: Path, children: Children, rank: int = 0, gpus: Sequence[str] = ()) -> Outcome:
+    """Runs the cell's commands. Ranks beside the first only train, and log for themselves.
+
+    Args:
+        gpus: names that it may use, as of CUDA_VISIBLE_DEVICES; several train together. Empty: those that it finds.
+    """
     start = time.perf_counter()
     log_dir.mkdir(parents=True, exist_ok=True)
     log_path = log_dir / (f"{cell.name}.log" if rank == 0 else f"{cell.name}.rank{rank}.log")
+    visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
     # The first command is the training, which all ranks of a job do together; an evaluation is one process.
     for command in cell.commands if rank == 0 else cell.commands[:1]:
         with naming(log_path), log_path.open("ab") as log:
             log.write(f"$ {shlex.join(command)}\n".encode())
             log.flush()
+            launcher = [*_TORCHRUN, str(len(gpus))] if len(gpus) > 1 and command[0] == "train.py" else []
             code = children.run(
-                [sys.executable, str(ROOT / command[0]), *command[1:]],
+                [sys.executable, *launcher, str(ROOT / command[0]), *command[1:]],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                env=os.environ | {"PYTHONUNBUFFERED": "1"} | visible,
             )
         if code != 0:
             # Asked to stop, by a signal of its own or by one passed on to it: no failure, and its work is saved.

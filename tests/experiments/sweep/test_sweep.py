@@ -11,6 +11,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 from filelock import FileLock
 from rich.console import Console
 
@@ -143,7 +144,7 @@ def ran(monkeypatch):
     """Cells 'run' by recording their names and failing when told to."""
     names, failing = [], set()
 
-    def run_cell(cell, log_dir, children):
+    def run_cell(cell, log_dir, children, gpus):
         names.append(cell.name)
         if cell.name in failing:
             return Outcome("failed", 1.0, "boom")
@@ -253,6 +254,38 @@ def test_a_cell_has_the_name_of_a_directory(tmp_path):
     config.studies["text"].arms = {"a/b": ArmConfig(train=["attention=full"])}
     with pytest.raises(ValueError, match=r"text-a/b-seed0 .*leave `/` out"):
         cells(config)
+
+
+def test_cells_share_the_gpus_out_among_them(tmp_path, monkeypatch):
+    """As many side by side as jobs say, each on the GPU with the fewest others; several train by torchrun."""
+    started, lock, both = [], threading.Lock(), threading.Barrier(2, timeout=30)
+
+    def start(self, command, env, **_):
+        with lock:
+            started.append((command, env.get("CUDA_VISIBLE_DEVICES")))
+        if any(word.endswith("train.py") for word in command):
+            both.wait()
+        return 0
+
+    monkeypatch.setattr(Children, "run", start)
+    monkeypatch.setattr("experiments.sweep.run_cell.record_done", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5,7")
+    config = make_config(tmp_path, seeds=[0, 1], jobs=2, gpus_per_cell=2)
+    config.studies["text"] = StudyConfig(
+        train=["experiment=debug"], evaluate=["tasks=[loss]"], arms={"full": ArmConfig(train=["attention=full"])}
+    )
+    outcomes = run_sweep(config, Console(file=io.StringIO()))
+    assert [outcome.status for outcome in outcomes.values()] == ["done"] * 2
+    trained = [(command, gpus) for command, gpus in started if any(word.endswith("train.py") for word in command)]
+    assert sorted(gpus for _, gpus in trained) == ["2,3", "5,7"]
+    assert all("torch.distributed.run" in command and "--nproc-per-node" in command for command, _ in trained)
+    evaluated = [(command, gpus) for command, gpus in started if (command, gpus) not in trained]
+    assert sorted(gpus for _, gpus in evaluated) == ["2,3", "5,7"]
+    assert not any("torch.distributed.run" in command for command, _ in evaluated)
+
+    with pytest.raises(ValueError, match="gpus_per_cell=8, and this machine shows 4 GPUs"):
+        run_sweep(make_config(tmp_path, gpus_per_cell=8), Console(file=io.StringIO()))
 
 
 def test_a_failing_process_is_reported_with_its_last_words(tmp_path, monkeypatch):
