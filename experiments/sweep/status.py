@@ -1,10 +1,10 @@
 """How a sweep stands: ``python -m experiments.sweep.status outputs/NAME``, wherever its cells run."""
 
 import argparse
+import fcntl
 import sys
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 
@@ -61,14 +61,15 @@ def _cell_status(
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether a process trains there: it holds the lock."""
-    if not path.exists():
-        return False
+    """Whether a process trains there: it holds the lock. A colleague may only be able to read the file."""
     try:
-        with FileLock(path, timeout=0):
-            return False
-    except Timeout:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
         return True
+    return False
 
 
 def main() -> None:
