@@ -158,7 +158,8 @@ class DashBackend(AttentionBackend):
     def set_knob(self, value):
         super().set_knob(value)
         config = self.config
-        self.knobs = {name: getattr(config, name) for name in KNOBS.values()}
+        self.numbers = {name: getattr(config, name) for name in KNOBS.values()}
+        self.knobs = dict(self.numbers)  # as training takes them
         if config.holds_sparsity:
             # A tensor: for a number torch.compile would compile anew at each value. On the host, where kernels are
             # given it, so that nothing waits for the device.
@@ -194,7 +195,7 @@ class DashBackend(AttentionBackend):
         q, k = self._router_qk(q, k, rope) or (q, k)
         rope = self._summary_rope(rope)
         summaries = chunk_summary(k, self.chunk_query, chunk_size=config.chunk_size, rope=rope)
-        options = self._routing_options(self.alpha()) | {"prior": "none", "prior_heads": config.prior_heads}
+        options = self._routing_options(self.alpha(), self.numbers) | {"prior": "none"}
         selection, _ = dash_routing(q, summaries, **options)
         own_chunk = torch.arange(length, device=q.device) // config.chunk_size
         num_chunks = -(-length // config.chunk_size)
@@ -212,7 +213,7 @@ class DashBackend(AttentionBackend):
             k,
             v,
             self.chunk_query[share.kv_heads],
-            **self._routing_options(self.alpha(share)) | self.knobs,
+            **self._routing_options(self.alpha(share), self.knobs),
             prior_heads=config.prior_heads,
             router_qk=self._router_qk(q, k, rope),
             summary_rope=self._summary_rope(rope),
@@ -221,11 +222,10 @@ class DashBackend(AttentionBackend):
             return_stats=return_stats,
         )
 
-    def _routing_options(self, alpha: float | Tensor) -> dict:
+    def _routing_options(self, alpha: float | Tensor, knobs: dict[str, float | Tensor]) -> dict:
         """What prefill and decoding, kernels and references take alike."""
-        config = self.config
-        names = ("chunk_size", "selector", *KNOBS.values(), "prior", "sigma", "init_chunks", "local_chunks")
-        return {name: getattr(config, name) for name in names} | {"alpha": alpha}
+        names = ("chunk_size", "selector", "prior", "sigma", "init_chunks", "local_chunks")
+        return {name: getattr(self.config, name) for name in names} | {"alpha": alpha} | knobs
 
     @property
     def _needs_tables(self) -> bool:
@@ -295,7 +295,7 @@ class DashBackend(AttentionBackend):
     def _attend(self, q, cache, hidden, operations, new=None):
         """``new``: the token, where it is not written yet."""
         config = self.config
-        options = self._routing_options(self.alpha())
+        options = self._routing_options(self.alpha(), self.numbers)
         router_q = q
         if config.summary_keys == "unrotated":
             row = torch.arange(q.shape[0], device=q.device)[:, None]

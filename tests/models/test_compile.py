@@ -114,8 +114,17 @@ def test_around_an_indexer_that_stays_as_it_is_the_layer_compiles(options):
             assert expected.abs().max() > 0
 
 
-@pytest.mark.parametrize("options", [{}, {"summary_keys": "unrotated"}], ids=str)
-def test_a_knob_that_moves_compiles_nothing_anew(options):
+@pytest.mark.parametrize(
+    ("options", "knobs"),
+    [
+        ({}, (1.0, 1e6)),
+        ({"summary_keys": "unrotated"}, (1.0, 1e6)),
+        ({"selector": "topk"}, (3, 1)),
+        pytest.param({"selector": "topp"}, (1.0, 1e-5), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_knob_that_moves_compiles_nothing_anew(options, knobs):
     pytest.importorskip("triton")
     torch._dynamo.reset()
     attention = DashConfig(chunk_size=16, impl="triton", target_sparsity=0.5, **options)
@@ -123,7 +132,7 @@ def test_a_knob_that_moves_compiles_nothing_anew(options):
     backend = CompileCounterWithBackend("aot_eager")
     compiled.compile_layers(backend=backend, fullgraph=True)
     input_ids, frames, read = torch.arange(40)[None], [], []
-    for knob in (1.0, 1e6):
+    for knob in knobs:
         results = []
         for model in (eager, compiled):
             model.set_knob(knob)
