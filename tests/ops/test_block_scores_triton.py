@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from dashattn.ops.block_scores import triton as kernels
+from dashattn.ops.block_scores import triton_select
 from dashattn.ops.block_scores.reference import topk_selection
 from dashattn.ops.compression.reference import compressed_attention, num_windows
 from dashattn.selection import Selection
@@ -61,6 +62,24 @@ def test_selection_equals_the_reference(
     assert not words[..., used:].any()
 
 
+def test_heads_of_a_group_in_several_parts(monkeypatch):
+    """Three times eight heads, of which the last four are none, and four tokens."""
+    monkeypatch.setattr(triton_select, "QUERY_BYTES", 2**13)
+    triton_select.select_tile.cache_clear()
+    assert triton_select.select_tile(20, 16, 4) == dict(TOKENS=4, HEADS=8, PARTS=3)
+    windows, options = dict(kernel_size=8, kernel_stride=4), dict(scale=1.0, cu_seqlens=None)
+    blocks = dict(pooling="max", block_size=16, topk=4, init_blocks=1, local_blocks=1)
+    q, k = torch.randn(1, 100, 20, 16), torch.randn(1, num_windows(100, 8, 4), 1, 16)
+    expected = reference(q, k, windows, blocks, **options)
+    assert torch.equal(kernels.select_blocks(q, k, **windows, **blocks, **options).words, expected.words)
+    triton_select.select_tile.cache_clear()
+
+
+@pytest.mark.parametrize(("group", "tile"), [(3, (32, 1, 3)), (7, (32, 1, 7)), (4, (32, 2, 2)), (16, (16, 4, 4))])
+def test_no_head_of_a_real_model_is_idle(group, tile):
+    assert tuple(triton_select.select_tile(group, 128, 2).values()) == tile
+
+
 def test_ties_go_to_the_lower_index():
     """Equal keys give equal scores everywhere; two keys that stand out tie with each other."""
     windows = dict(kernel_size=8, kernel_stride=8)
@@ -70,6 +89,14 @@ def test_ties_go_to_the_lower_index():
     k[:, [8, 15]] = 0.5  # of blocks 4 and 7
     selection = kernels.select_blocks(q, k, **windows, **blocks, scale=1.0, cu_seqlens=None)
     assert selection.mask()[0, -1, 0].nonzero().flatten().tolist() == [0, 1, 4, 7, 9]
+
+
+def test_ties_fill_words():
+    windows = dict(kernel_size=8, kernel_stride=8)
+    blocks = dict(pooling="max", block_size=16, topk=35, init_blocks=1, local_blocks=1)
+    q, k = torch.ones(1, 600, 1, 16), torch.zeros(1, 75, 1, 16)
+    selection = kernels.select_blocks(q, k, **windows, **blocks, scale=1.0, cu_seqlens=None)
+    assert selection.mask()[0, -1, 0].nonzero().flatten().tolist() == [*range(34), 37]
 
 
 def test_scores_that_underflow_still_fill_topk():
