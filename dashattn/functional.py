@@ -11,6 +11,7 @@ returns ``(out, AttentionStats)``.
 
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from dashattn import checks
@@ -277,6 +278,14 @@ def nsa_attention(
         "init_blocks": init_blocks,
         "local_blocks": local_blocks,
     }
+    if window_size and k_window is None:
+        k_window, v_window = k, v
+    if is_kernel and not _needs_grad(q, k, v, compressed_k, compressed_v, gates, k_window, v_window):
+        from dashattn.ops.nsa_attention.triton import nsa_forward
+
+        tensors = (q, k, v, compressed_k, compressed_v, gates, k_window, v_window)
+        out, selection = nsa_forward(*tensors, **windows, **blocks, window_size=window_size, **options)
+        return (out, _stats_with_windows(q, selection, windows, cu_seqlens, window_size)) if return_stats else out
     if is_kernel:
         from dashattn.ops.band.triton import compressed_attention as attend_compressed
         from dashattn.ops.band.triton import window_attention as attend_window
@@ -293,12 +302,15 @@ def nsa_attention(
         )
     branches = [out_compressed, attend(q, k, v, selection, **options)]
     if window_size:
-        k_window, v_window = (k, v) if k_window is None else (k_window, v_window)
         branches.append(attend_window(q, k_window, v_window, window_size=window_size, **options))
     out = combine(gates, branches).to(q.dtype)
     if not return_stats:
         return out
     return out, _stats_with_windows(q, selection, windows, cu_seqlens, window_size)
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _attend_windows_and_select(

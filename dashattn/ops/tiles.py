@@ -5,10 +5,13 @@ range ``documents[d] .. documents[d + 1]`` of them. A tile never crosses a docum
 the slot ``documents[d] // size + d + i``: a closed form, with room for every tile, so that the grid ``n // size + M``
 needs no synchronisation with the device (slots past a document's last tile stay idle).
 
-The rows of a query tile are (token, head of the group), the group padded to a power of two.
+The rows of a query tile are (token, head of the group). Where a kernel sums over the group, or has no registers left,
+the group is padded to a power of two; elsewhere as many tokens as fit lie side by side: of 64 rows a group of 7 leaves
+one idle, and not eight.
 
 Shapes: B batch, T tokens, n = B T, M documents, Hq query heads, H KV heads, D head size. In kernels GROUP = Hq / H and
-GROUP_P is that padded, HEAD_DIM = D and DIM is that padded; a name in capitals is a constant of the compiled kernel.
+GROUP_P is that padded, ROWS the rows of a tile, HEAD_DIM = D and DIM is that padded; a name in capitals is a constant
+of the compiled kernel.
 """
 
 from dataclasses import dataclass
@@ -39,17 +42,17 @@ def locate_tile(documents, slot, num_documents, SIZE: tl.constexpr):
 
 
 @triton.jit
-def query_rows(start, end, first, kv_head, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr,
-               TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):  # fmt: skip
+def query_rows(start, end, first, kv_head, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, PER_TOKEN: tl.constexpr,
+               TOKENS: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):  # fmt: skip
     """Rows of the query tile that begins at position ``first`` of the document ``start .. end``.
 
     Returns each row's position, query head, whether it stands for a query, its number in [n * Hq], and its entries'
-    offsets in [n * Hq, D] with the mask of those that exist.
+    offsets in [n * Hq, D] with the mask of those that exist. ``PER_TOKEN``: rows of a token, GROUP or GROUP_P.
     """
-    row = tl.arange(0, TOKENS * GROUP_P)
-    position = first + row // GROUP_P
-    query_head = kv_head * GROUP + row % GROUP_P
-    valid = (start + position < end) & (row % GROUP_P < GROUP)
+    row = tl.arange(0, ROWS)
+    position = first + row // PER_TOKEN
+    query_head = kv_head * GROUP + row % PER_TOKEN
+    valid = (start + position < end) & (row % PER_TOKEN < GROUP) & (row < TOKENS * PER_TOKEN)
     flat_row = (start + position).to(tl.int64) * (KV_HEADS * GROUP) + query_head
     dim = tl.arange(0, DIM)
     in_tile = valid[:, None] & (dim < HEAD_DIM)[None, :]
@@ -121,7 +124,18 @@ class Geometry:
 
     def tile_tokens(self, rows: int) -> int:
         """Tokens of a tile of about ``rows`` rows (64 at most: their choices are the bits of one integer)."""
+        return max(1, min(64, rows // self.group))
+
+    def padded_tile_tokens(self, rows: int) -> int:
+        """As ``tile_tokens``, a power of two, where groups are padded."""
         return max(1, min(64, rows // self.padded_group))
+
+    def tile(self, rows: int, packed: bool = True) -> dict[str, int]:
+        """Constants of kernels that take either: rows of a token, of a tile of about ``rows``, and its tokens."""
+        per_token, tokens = self.padded_group, self.padded_tile_tokens(rows)
+        if packed:
+            per_token, tokens = self.group, self.tile_tokens(rows)
+        return dict(PER_TOKEN=per_token, ROWS=power_of_2_from(tokens * per_token), TOKENS=tokens)
 
 
 def geometry(q: Tensor, kv_heads: int, cu_seqlens: Tensor | None) -> Geometry:

@@ -33,6 +33,8 @@ RUNS = 5
 CLEARLY_FASTER = 0.98  # of the first option's time: what is less is noise
 L2_BYTES = 2**28  # a few times the cache of any device
 
+UNTELLING = ("KV_HEADS", "GROUP", "PER_TOKEN", "HEAD_DIM", "BRANCH", "BRANCHES")
+
 _chosen: dict[tuple, Options] = {}
 _untimed: dict[tuple, Options] = {}
 
@@ -94,9 +96,9 @@ def _device_name(device: torch.device) -> str:
 
 
 def _telling(constants: dict) -> dict:
-    """Constants that make a difference to speed: of numbers of heads only whether there are any."""
+    """Constants that make a difference to speed: of numbers of heads only whether there are any, and no gates."""
     constants = {name: value > 0 if name.endswith("HEADS") else value for name, value in constants.items()}
-    return {name: value for name, value in constants.items() if name not in ("KV_HEADS", "GROUP", "HEAD_DIM")}
+    return {name: value for name, value in constants.items() if name not in UNTELLING}
 
 
 def _launch_first_that_fits(run: Callable[[Options], None], options: Sequence[Options], call: dict) -> Options:

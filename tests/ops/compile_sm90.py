@@ -50,6 +50,7 @@ again = {kernel.metadata.name for kernel in kernels if id(kernel) not in known}
 
 launches.decoding(**sizes)
 launches.largest_tiles()
+launches.hopper_sizes()
 launches.index_selection(256, kv_heads=2)
 
 for kernel in {id(kernel): kernel for kernel in kernels}.values():

@@ -19,8 +19,10 @@ from dashattn.ops.compression.reference import num_windows
 from dashattn.ops.dash_attention.triton import dash_attention
 from dashattn.ops.decode import triton as decode
 from dashattn.ops.decode import triton_attention, triton_compression, triton_routing, triton_selection
+from dashattn.ops.gates.share import Share
 from dashattn.ops.gates.triton import gated_sum
 from dashattn.ops.indexer import triton as indexer
+from dashattn.ops.nsa_attention.triton import nsa_forward
 from dashattn.ops.tiles import geometry
 from dashattn.selection import Selection
 
@@ -82,6 +84,21 @@ def prefill_and_training(length, heads, kv_heads, dim, init_chunks=0):
     for pooling in ("max", "weighted"):
         blocks = dict(pooling=pooling, block_size=CHUNK, topk=2, init_blocks=0, local_blocks=1)
         select_blocks(q, compressed[0], lse, **windows, **blocks)
+    gates = torch.ones(1, length, heads, 3, dtype=q.dtype)
+    nsa_forward(q.detach(), k, v, *compressed, gates, k, v, window_size=100, **windows, **blocks)
+
+
+def hopper_sizes():
+    """Every block size and head size, the bias with the most heads: the kernel's registers are given it by hand."""
+    for dim in (64, 128):
+        for block in (32, 64, 128):
+            q, k, v = (make(128, h, dim) for h in (6, 2, 2))
+            geo = geometry(q, 2, None)
+            everything = Selection.from_mask(torch.ones(1, 128, 2, 128 // block, dtype=torch.bool), block)
+            words = attention.flatten_words(everything.words)
+            lists = tile_lists(words, geo, block, hopper.tile_tokens(geo))
+            bias = torch.zeros(128, 6, 128 // block)
+            hopper.forward(q[0], k[0], v[0], bias, lists, geo, block, 0.1)
 
 
 def index_selection(length, kv_heads):
@@ -97,10 +114,13 @@ def hopper_forward(length, heads, kv_heads, dim):
     geo = geometry(q, kv_heads, None)
     mask = torch.ones(1, length, kv_heads, -(-length // CHUNK), dtype=torch.bool)
     words = attention.flatten_words(Selection.from_mask(mask, CHUNK).words)
-    lists = tile_lists(words, geo, CHUNK, geo.tile_tokens(128))
+    lists = tile_lists(words, geo, CHUNK, hopper.tile_tokens(geo))
     for bias_heads in (0, kv_heads, heads):
         bias = torch.zeros(length, bias_heads, mask.shape[-1]) if bias_heads else None
         hopper.forward(q[0], k[0], v[0], bias, lists, geo, CHUNK, 0.1)
+    for branch in range(2):
+        share = Share(torch.ones(length, heads, 3, dtype=q.dtype), branch, torch.zeros_like(q[0]))
+        hopper.forward(q[0], k[0], v[0], None, lists, geo, CHUNK, 0.1, share)
 
 
 def decoding(heads, kv_heads, dim):

@@ -10,7 +10,7 @@ seen from where it comes:
 
 A product of an index with another, or with what is not constant, can leave 32 bits; so can a token's number times heads
 or channels. Indices of tiles times the tokens of a tile are tokens. To tell the two apart the kernels are compiled for
-3 KV heads of 5 query heads and 40 channels: tiles have powers of two, up to 64.
+3 KV heads of 15 query heads and 40 channels: of such groups 2, 4 or 8 tokens make a tile, a power of two.
 """
 
 import json
@@ -198,7 +198,7 @@ if __name__ == "__main__":
     compiled = []
     triton.compiler.compile = first_stage
     launches.compile_launches(compiled.append)
-    sizes = dict(heads=15, kv_heads=3)
+    sizes = dict(heads=45, kv_heads=3)
     launches.prefill_and_training(300, **sizes, dim=40)
     launches.hopper_forward(300, **sizes, dim=128)
     launches.decoding(**sizes, dim=40)

@@ -35,7 +35,7 @@ def run(attention, q, k, v, selection, bias, grad, cu_seqlens):
     ("batch", "length", "group", "kv_heads", "head_dim", "block_size", "bias_heads", "dtype"),
     [
         (1, 37, 1, 1, 16, 16, "query", torch.float32),
-        (2, 35, 3, 1, 16, 16, "kv", torch.float32),
+        (2, 35, 3, 1, 72, 16, "kv", torch.float32),  # key gradients with the group padded
         (1, 40, 4, 2, 32, 32, None, torch.float32),
         (1, 33, 7, 1, 24, 16, "query", torch.float32),
         (1, 1, 2, 1, 16, 16, "kv", torch.float32),

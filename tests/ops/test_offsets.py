@@ -18,12 +18,7 @@ BOUNDED = {
     # Tokens of a document, from the number of a tile of compressed keys.
     "first_seen = tile * KEYS * STRIDE + SIZE - 1",
     # Bit patterns of numbers that are not negative, between two of which these lie.
-    "probe = base[:, None] + step[:, None] * tl.arange(0, PROBES)[None, :]",
-    "low = tl.where(passed > 0, base + (passed - 1) * step, low)",
-    "high = tl.where(passed < PROBES, tl.minimum(high, base + passed * step), high)",
-    # A program's part of a scratch of which 528 exist.
-    "place = tl.arange(0, TOKENS)[None, :] * row_stride + (key // RATIO + tl.arange(0, BLOCKS))[:, None]",
-    "place = scratch + tl.arange(0, TOKENS)[:, None] * row_stride + block[None, :]",
+    "probes += (low + (i + 1) * step,)",
     # Tiles: as many as programs of other kernels, of which CUDA allows 2**31.
     "while tile < num_slots * KV_HEADS:",
     # At most the number of blocks and one share more.

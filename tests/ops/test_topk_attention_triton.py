@@ -48,6 +48,20 @@ def test_nsa(pooling, window_size, cu_seqlens):
     assert_implementations_agree(nsa_attention, [q, k, v, *compressed, gates], **options)
 
 
+@pytest.mark.parametrize(("window_size", "cu_seqlens"), [(20, None), (0, CU_SEQLENS)])
+def test_nsa_without_gradients_adds_branches_up_as_it_goes(window_size, cu_seqlens):
+    inputs = [*make_qkv(), *(make(1, num_windows(70, 8, 4), 1, 16) for _ in range(2))]
+    gates = torch.rand(1, 70, 3, 3 if window_size else 2, device=DEVICE)
+    options = SIZES | {"window_size": window_size, "cu_seqlens": cu_seqlens, "return_stats": True}
+    out, stats = nsa_attention(*inputs, gates, impl="triton", **options)
+    with torch.no_grad():
+        lean, lean_stats = nsa_attention(*inputs, gates, impl="triton", **options)
+    assert out.requires_grad
+    assert not lean.requires_grad
+    torch.testing.assert_close(lean, out.detach(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(lean_stats.active_tokens, stats.active_tokens)
+
+
 def test_nsa_window_with_its_own_keys():
     q, k, v = make_qkv(length=40)
     rest = [make(1, num_windows(40, 8, 4), 1, 16) for _ in range(2)]

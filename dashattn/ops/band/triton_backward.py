@@ -20,7 +20,7 @@ from dashattn.ops.band.triton_forward import (
     tile_keys,
     visible_keys,
 )
-from dashattn.ops.block_sparse.triton_backward import delta, key_grad_options, query_grad_options
+from dashattn.ops.block_sparse.triton_backward import delta, key_grad_options, packs, query_grad_options
 from dashattn.ops.block_sparse.triton_forward import key_descriptor
 from dashattn.ops.tiles import LOG2E, Geometry, locate_tile, query_rows
 from dashattn.ops.tuning import around, launch
@@ -45,8 +45,9 @@ def _query_grad_keys(dq, q, do, lse, delta, k_desc, v_desc, kv_head, first_key, 
 def band_query_grad_kernel(
     q_ptr, k_desc, v_desc, do_ptr, lse_ptr, delta_ptr, dq_ptr, documents, key_starts, scale, scale_log2,
     num_slots, num_documents, span,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, TOKENS: tl.constexpr, KEYS: tl.constexpr,
-    SIZE: tl.constexpr, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    KEYS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     kv_head = pid // num_slots
@@ -56,9 +57,8 @@ def band_query_grad_kernel(
         return
     first_key = tl.load(key_starts + document)
 
-    ROWS: tl.constexpr = TOKENS * GROUP_P
     position, _, valid, flat_row, offset, in_tile = query_rows(
-        start, end, index * TOKENS, kv_head, KV_HEADS, GROUP, GROUP_P, TOKENS, HEAD_DIM, DIM
+        start, end, index * TOKENS, kv_head, KV_HEADS, GROUP, PER_TOKEN, TOKENS, ROWS, HEAD_DIM, DIM
     )
     position = tl.minimum(position, end - start - 1)
     q = tl.load(q_ptr + offset, mask=in_tile, other=0.0)
@@ -89,8 +89,9 @@ def band_query_grad_kernel(
 def band_key_grad_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, documents, key_starts, scale, scale_log2,
     num_keys, num_documents, span, splits,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, TOKENS: tl.constexpr, KEYS: tl.constexpr,
-    SIZE: tl.constexpr, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    KEYS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Takes every ``splits``-th of the query tiles that see the tile of keys. Logits stand as [key, row]."""
     kv_head = tl.program_id(0) % KV_HEADS
@@ -108,9 +109,8 @@ def band_key_grad_kernel(
     k = tl.load(k_ptr + offset, mask=in_keys, other=0.0)
     v = tl.load(v_ptr + offset, mask=in_keys, other=0.0)
 
-    ROWS: tl.constexpr = TOKENS * GROUP_P
     row = tl.arange(0, ROWS)
-    query_head = kv_head * GROUP + row % GROUP_P
+    query_head = kv_head * GROUP + row % PER_TOKEN
     dk = tl.zeros([KEYS, DIM], tl.float32)
     dv = tl.zeros([KEYS, DIM], tl.float32)
     # A key is seen from its end on, until ``span`` more keys have ended. From the last query back, so that programs
@@ -118,8 +118,8 @@ def band_key_grad_kernel(
     first_seen = tile * KEYS * STRIDE + SIZE - 1
     seen_end = tl.minimum(first_seen + (KEYS - 1 + span) * STRIDE, end - start)
     for query_tile in range(split, tl.cdiv(seen_end - first_seen, TOKENS), splits):
-        position = seen_end - (query_tile + 1) * TOKENS + row // GROUP_P
-        valid = (position >= first_seen) & (row % GROUP_P < GROUP)
+        position = seen_end - (query_tile + 1) * TOKENS + row // PER_TOKEN
+        valid = (position >= first_seen) & (row % PER_TOKEN < GROUP) & (row < TOKENS * PER_TOKEN)
         flat_row = (start + position).to(tl.int64) * (KV_HEADS * GROUP) + query_head
         row_offset = flat_row[:, None] * HEAD_DIM + dim[None, :]
         in_tile = valid[:, None] & (dim < HEAD_DIM)[None, :]
@@ -154,7 +154,7 @@ def backward(
     keys = tile_keys(q.itemsize)
     span = band.limit(geo)
     options = query_grad_options(geo.padded_dim, keys, q.itemsize)
-    constants = band_constants(geo, band, q.dtype, options["rows"])
+    constants = band_constants(geo, band, q.dtype, options["rows"], packs(geo))
     slots = geo.slots(constants["TOKENS"])
     launch(
         band_query_grad_kernel, (slots * geo.kv_heads,),
@@ -169,7 +169,7 @@ def backward(
     dk, dv = (torch.zeros(splits, *k.shape, dtype=dtype, device=k.device) for _ in range(2))
     options = key_grad_options(geo.padded_dim, keys, q.itemsize)
     first = options["launch"][0]
-    constants = band_constants(geo, band, q.dtype, options["rows"])
+    constants = band_constants(geo, band, q.dtype, options["rows"], packs(geo))
     launch(
         band_key_grad_kernel, (programs, splits),
         q, k, v, do, lse, delta_nH, dk, dv, geo.documents, starts, scale, scale * LOG2E, k.shape[0],

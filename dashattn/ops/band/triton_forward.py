@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dashattn.ops.block_sparse.triton_forward import NO_PEAK, forward_options, key_descriptor, precision
+from dashattn.ops.gates.share import Share, share_constants, shared_out
 from dashattn.ops.tiles import LOG2E, Geometry, locate_tile, multiples, query_rows
 from dashattn.ops.tuning import launch
 
@@ -100,10 +101,11 @@ def _attend_keys(acc, total, peak, q, k_desc, v_desc, kv_head, first_key, key, b
 
 @triton.jit(do_not_specialize=["num_slots", "num_documents", "span"])
 def band_kernel(
-    q_ptr, k_desc, v_desc, out_ptr, lse_ptr, documents, key_starts, scale_log2, num_slots, num_documents, span,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, TOKENS: tl.constexpr, KEYS: tl.constexpr,
-    SIZE: tl.constexpr, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, HAS_V: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q_ptr, k_desc, v_desc, gates_ptr, out_ptr, lse_ptr, documents, key_starts, scale_log2, num_slots, num_documents,
+    span,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    KEYS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
+    HAS_V: tl.constexpr, BRANCH: tl.constexpr, BRANCHES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Late tiles have most to do: they go first, and those of one KV head run together and share it in the L2 cache.
     pid = tl.program_id(0)
@@ -114,9 +116,8 @@ def band_kernel(
         return
     first_key = tl.load(key_starts + document)
 
-    ROWS: tl.constexpr = TOKENS * GROUP_P
     position, _, valid, flat_row, offset, in_tile = query_rows(
-        start, end, index * TOKENS, kv_head, KV_HEADS, GROUP, GROUP_P, TOKENS, HEAD_DIM, DIM
+        start, end, index * TOKENS, kv_head, KV_HEADS, GROUP, PER_TOKEN, TOKENS, ROWS, HEAD_DIM, DIM
     )
     position = tl.minimum(position, end - start - 1)
     q = tl.load(q_ptr + offset, mask=in_tile, other=0.0)
@@ -143,7 +144,8 @@ def band_kernel(
     empty = total == 0.0
     if HAS_V:
         acc = acc / tl.where(empty, 1.0, total)[:, None]
-        tl.store(out_ptr + offset, acc.to(out_ptr.dtype.element_ty), mask=in_tile)
+        out = shared_out(acc, gates_ptr, out_ptr, flat_row, valid, offset, in_tile, BRANCH, BRANCHES)
+        tl.store(out_ptr + offset, out, mask=in_tile)
     # An infinite normaliser makes every probability of an empty row 0 wherever it is formed again.
     tl.store(lse_ptr + flat_row, tl.where(empty, float("inf"), peak + tl.log2(total)), mask=valid)
 
@@ -153,22 +155,22 @@ def tile_keys(itemsize: int) -> int:
     return 32 if itemsize == 4 else 64
 
 
-def band_constants(geo: Geometry, band: Band, dtype: torch.dtype, rows: int) -> dict:
+def band_constants(geo: Geometry, band: Band, dtype: torch.dtype, rows: int, packed: bool = True) -> dict:
     return dict(
-        KV_HEADS=geo.kv_heads, GROUP=geo.group, GROUP_P=geo.padded_group, TOKENS=geo.tile_tokens(rows),
-        KEYS=tile_keys(dtype.itemsize), SIZE=band.size, STRIDE=band.stride, HEAD_DIM=geo.head_dim, DIM=geo.padded_dim,
-        PRECISION=precision(dtype),
+        KV_HEADS=geo.kv_heads, GROUP=geo.group, **geo.tile(rows, packed), KEYS=tile_keys(dtype.itemsize),
+        SIZE=band.size, STRIDE=band.stride, HEAD_DIM=geo.head_dim, DIM=geo.padded_dim, PRECISION=precision(dtype),
     )  # fmt: skip
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor | None, starts: Tensor, geo: Geometry, band: Band, scale: float
-) -> tuple[Tensor | None, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor | None, starts: Tensor, geo: Geometry, band: Band, scale: float,
+    share: Share | None = None,
+) -> tuple[Tensor | None, Tensor]:  # fmt: skip
     """Output [n, Hq, D] (None without v) and base-2 log-normalisers, float32 [n, Hq]. All flat and contiguous.
 
     A token that sees no key gives 0, its normaliser is infinite.
     """
-    out = None if v is None else torch.empty_like(q)
+    out = share.out if share is not None else None if v is None else torch.empty_like(q)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     keys = tile_keys(q.itemsize)
     options = forward_options(geo.padded_dim, keys, q.itemsize)
@@ -176,8 +178,9 @@ def forward(
     slots = geo.slots(constants["TOKENS"])
     launch(
         band_kernel, (slots * geo.kv_heads,),
-        q, key_descriptor(k, geo, keys), None if v is None else key_descriptor(v, geo, keys), out, lse, geo.documents,
-        starts, scale * LOG2E, slots, geo.num_documents, band.limit(geo), HAS_V=v is not None,
-        options=options["launch"], tokens=geo.tokens, **constants,
+        q, key_descriptor(k, geo, keys), None if v is None else key_descriptor(v, geo, keys),
+        None if share is None else share.gates, out, lse, geo.documents, starts, scale * LOG2E, slots,
+        geo.num_documents, band.limit(geo), HAS_V=v is not None, **share_constants(share),
+        restore=[] if share is None else [out], options=options["launch"], tokens=geo.tokens, **constants,
     )  # fmt: skip
     return out, lse

@@ -24,6 +24,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from dashattn.ops.block_sparse.schedule import TileLists
 from dashattn.ops.block_sparse.triton_forward import stages_that_fit
+from dashattn.ops.gates.share import Share, share_constants
 from dashattn.ops.tiles import LOG2E, Geometry, locate_tile
 
 # The same barrier among the warps of a partition has another name from Triton 3.7 on.
@@ -90,12 +91,13 @@ def _attend_block(acc, total, peak, q, k_ring, v_ring, full, empty, entry, block
 
 
 @gluon.jit
-def _multiply(q_ptr, out_ptr, lse_ptr, bias_ptr, q_tiles, k_ring, v_ring, full, empty, block_list, choice_list, past,
-              num_blocks, start, end, first, kv_head, bias_width, scale_log2, PART: gl.constexpr,
-              KV_HEADS: gl.constexpr, GROUP: gl.constexpr, GROUP_P: gl.constexpr, BLOCK: gl.constexpr,
-              DIM: gl.constexpr, STAGES: gl.constexpr, BIAS_HEADS: gl.constexpr):  # fmt: skip
+def _multiply(q_ptr, out_ptr, lse_ptr, bias_ptr, gates_ptr, q_tiles, k_ring, v_ring, full, empty, block_list,
+              choice_list, past, num_blocks, start, end, first, kv_head, bias_width, scale_log2, PART: gl.constexpr,
+              KV_HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK: gl.constexpr,
+              DIM: gl.constexpr, STAGES: gl.constexpr, BIAS_HEADS: gl.constexpr, BRANCH: gl.constexpr,
+              BRANCHES: gl.constexpr):  # fmt: skip
     """Tile PART of the two. ``first``: position of the first token of the pair of tiles in its document."""
-    TOKENS: gl.constexpr = ROWS // GROUP_P
+    TOKENS: gl.constexpr = ROWS // GROUP
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
@@ -103,17 +105,17 @@ def _multiply(q_ptr, out_ptr, lse_ptr, bias_ptr, q_tiles, k_ring, v_ring, full, 
 
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LOAD))
     dim = gl.arange(0, DIM, layout=gl.SliceLayout(0, LOAD))
-    in_tile = (start + first + row // GROUP_P < end) & (row % GROUP_P < GROUP)
-    flat_row = (start + first + row // GROUP_P).to(gl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP + row % GROUP_P
+    in_tile = (start + first + row // GROUP < end) & (row < TOKENS * GROUP)
+    flat_row = (start + first + row // GROUP).to(gl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP + row % GROUP
     q_tile = q_tiles.index(PART)
     q_tile.store(gl.load(q_ptr + flat_row[:, None] * DIM + dim[None, :], mask=in_tile[:, None], other=0.0))
     _barrier()
     q = q_tile.load(gl.DotOperandLayout(0, LOGITS, 2))
 
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LOGITS))
-    token = row // GROUP_P
+    token = row // GROUP
     position = first + token
-    query_head = kv_head * GROUP + row % GROUP_P
+    query_head = kv_head * GROUP + row % GROUP
     HAS_BIAS: gl.constexpr = BIAS_HEADS > 0
     bias_row = None
     if HAS_BIAS:
@@ -127,7 +129,7 @@ def _multiply(q_ptr, out_ptr, lse_ptr, bias_ptr, q_tiles, k_ring, v_ring, full, 
     choice = gl.load(choice_list, mask=num_blocks > 0, other=0)
     block = 0
     for entry in range(past):
-        mine = (choice >> (PART * TOKENS)) & ONES
+        mine = ((choice >> (PART * TOKENS)) & ONES).to(gl.int32)
         choice = gl.load(choice_list + entry + 1, mask=entry + 1 < num_blocks, other=0)
         if HAS_BIAS:
             block = gl.load(block_list + entry)
@@ -136,7 +138,7 @@ def _multiply(q_ptr, out_ptr, lse_ptr, bias_ptr, q_tiles, k_ring, v_ring, full, 
             BLOCK, DIM, STAGES, HAS_BIAS, False,
         )  # fmt: skip
     for entry in range(past, num_blocks):
-        mine = (choice >> (PART * TOKENS)) & ONES
+        mine = ((choice >> (PART * TOKENS)) & ONES).to(gl.int32)
         choice = gl.load(choice_list + entry + 1, mask=entry + 1 < num_blocks, other=0)
         block = gl.load(block_list + entry)
         acc, total, peak = _attend_block(
@@ -147,21 +149,28 @@ def _multiply(q_ptr, out_ptr, lse_ptr, bias_ptr, q_tiles, k_ring, v_ring, full, 
     has_keys = total > 0.0
     lse = gl.where(has_keys, peak + gl.log2(total), float("inf"))
     row_offset = (start + position).to(gl.int64) * (KV_HEADS * GROUP) + query_head
-    valid = (start + position < end) & (row % GROUP_P < GROUP)
+    valid = (start + position < end) & (row < TOKENS * GROUP)
     gl.store(lse_ptr + row_offset, lse, mask=valid)
-    inverse = gl.convert_layout(gl.where(has_keys, 1.0 / total, 0.0), gl.SliceLayout(1, OUT))
-    out = gl.convert_layout((acc * inverse[:, None]).to(out_ptr.dtype.element_ty), LOAD)
+    weight = gl.where(has_keys, 1.0 / total, 0.0)
+    if BRANCH >= 0:
+        weight *= gl.load(gates_ptr + row_offset * BRANCHES + BRANCH, mask=valid, other=0.0).to(gl.float32)
+    weight = gl.convert_layout(weight, gl.SliceLayout(1, OUT))
+    out = gl.convert_layout((acc * weight[:, None]).to(out_ptr.dtype.element_ty), LOAD)
+    if BRANCH > 0:
+        before = gl.load(out_ptr + flat_row[:, None] * DIM + dim[None, :], mask=in_tile[:, None], other=0.0)
+        out = (out.to(gl.float32) + before.to(gl.float32)).to(out_ptr.dtype.element_ty)
     gl.store(out_ptr + flat_row[:, None] * DIM + dim[None, :], out, mask=in_tile[:, None])
 
 
 @gluon.jit(do_not_specialize=["num_slots", "num_documents", "list_width", "bias_width"])
 def forward_kernel(
-    q_ptr, k_desc, v_desc, bias_ptr, out_ptr, lse_ptr, documents, blocks, choices, counts, scale_log2,
+    q_ptr, k_desc, v_desc, bias_ptr, gates_ptr, out_ptr, lse_ptr, documents, blocks, choices, counts, scale_log2,
     num_slots, num_documents, list_width, bias_width,
-    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, GROUP_P: gl.constexpr, BLOCK: gl.constexpr, DIM: gl.constexpr,
-    BIAS_HEADS: gl.constexpr, STAGES: gl.constexpr,
+    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK: gl.constexpr, DIM: gl.constexpr,
+    BIAS_HEADS: gl.constexpr, STAGES: gl.constexpr, BRANCH: gl.constexpr, BRANCHES: gl.constexpr,
+    WORKER_REGS: gl.constexpr,
 ):  # fmt: skip
-    TOKENS: gl.constexpr = 2 * ROWS // GROUP_P
+    TOKENS: gl.constexpr = 2 * (ROWS // GROUP)
     pid = gl.program_id(0)
     kv_head = pid // num_slots
     slot = num_slots - 1 - pid % num_slots
@@ -186,19 +195,37 @@ def forward_kernel(
     # fmt: off
     gl.warp_specialize(
         [
-            (_multiply, (q_ptr, out_ptr, lse_ptr, bias_ptr, q_tiles, k_ring, v_ring, full, empty, blocks + list_start,
-                         choices + list_start, past, num_blocks, start, end, index * TOKENS, kv_head, bias_width,
-                         scale_log2, 0, KV_HEADS, GROUP, GROUP_P, BLOCK, DIM, STAGES, BIAS_HEADS)),
-            (_multiply, (q_ptr, out_ptr, lse_ptr, bias_ptr, q_tiles, k_ring, v_ring, full, empty, blocks + list_start,
-                         choices + list_start, past, num_blocks, start, end, index * TOKENS, kv_head, bias_width,
-                         scale_log2, 1, KV_HEADS, GROUP, GROUP_P, BLOCK, DIM, STAGES, BIAS_HEADS)),
+            (_multiply, (q_ptr, out_ptr, lse_ptr, bias_ptr, gates_ptr, q_tiles, k_ring, v_ring, full, empty,
+                         blocks + list_start, choices + list_start, past, num_blocks, start, end, index * TOKENS,
+                         kv_head, bias_width, scale_log2, 0, KV_HEADS, GROUP, BLOCK, DIM, STAGES, BIAS_HEADS, BRANCH,
+                         BRANCHES)),
+            (_multiply, (q_ptr, out_ptr, lse_ptr, bias_ptr, gates_ptr, q_tiles, k_ring, v_ring, full, empty,
+                         blocks + list_start, choices + list_start, past, num_blocks, start, end, index * TOKENS,
+                         kv_head, bias_width, scale_log2, 1, KV_HEADS, GROUP, BLOCK, DIM, STAGES, BIAS_HEADS, BRANCH,
+                         BRANCHES)),
             (_fetch, (k_desc, v_desc, k_ring, v_ring, full, empty, blocks + list_start, num_blocks, start, kv_head,
                       BLOCK, DIM, STAGES)),
         ],
         worker_num_warps=[4, 1],
-        worker_num_regs=[240, 24],
+        worker_num_regs=[WORKER_REGS, 24],
     )
     # fmt: on
+
+
+def registers(head_dim: int, block_size: int) -> dict[str, int]:
+    """Registers of a thread as the kernel starts, and of one that multiplies.
+
+    Heads of 64 have half the products for each exponential: two programs share a multiprocessor, so that four groups of
+    warps take turns (at 32k tokens 13 % less time).
+    """
+    if head_dim == 64 and block_size <= 64:
+        return dict(maxnreg=80, WORKER_REGS=112)
+    return dict(maxnreg=168, WORKER_REGS=240)
+
+
+def tile_tokens(geo: Geometry) -> int:
+    """Tokens of the two tiles of a program."""
+    return 2 * geo.tile_tokens(64)
 
 
 def supported(q: Tensor, geo: Geometry, block_size: int) -> bool:
@@ -208,17 +235,18 @@ def supported(q: Tensor, geo: Geometry, block_size: int) -> bool:
         and q.dtype in (torch.bfloat16, torch.float16)
         and geo.head_dim in (64, 128)
         and block_size in (32, 64, 128)
-        and 4 <= geo.padded_group <= 64  # at most 32 tokens in the two tiles
+        and 2 <= geo.group <= 64  # at most 64 tokens in the two tiles
     )
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lists: TileLists, geo: Geometry, block_size: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """As ``triton_forward.forward``; ``lists`` for tiles of 128 rows."""
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lists: TileLists, geo: Geometry, block_size: int,
+    scale: float, share: Share | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As ``triton_forward.forward``; ``lists`` for tiles of ``tile_tokens``."""
     # Beside the ring: the two query tiles, and a third of their size to change the layout of the output.
     stages = stages_that_fit(3 * 64 * geo.head_dim * q.itemsize, 2 * block_size * geo.head_dim * q.itemsize, 4)
-    out = torch.empty_like(q)
+    out = torch.empty_like(q) if share is None else share.out
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     slots = geo.slots(lists.tokens)
     dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[q.dtype]
@@ -226,9 +254,11 @@ def forward(
     layout = gl.NVMMASharedLayout.get_default_for(tile, dtype)
     k_desc, v_desc = (TensorDescriptor.from_tensor(x.flatten(1), tile, layout) for x in (k, v))
     forward_kernel[(slots * geo.kv_heads,)](
-        q, k_desc, v_desc, bias, out, lse, geo.documents, lists.blocks, lists.choices, lists.counts, scale * LOG2E,
+        q, k_desc, v_desc, bias, None if share is None else share.gates, out, lse, geo.documents, lists.blocks,
+        lists.choices, lists.counts, scale * LOG2E,
         slots, geo.num_documents, lists.blocks.shape[-1], 0 if bias is None else bias.shape[-1],
-        KV_HEADS=geo.kv_heads, GROUP=geo.group, GROUP_P=geo.padded_group, BLOCK=block_size, DIM=geo.head_dim,
-        BIAS_HEADS=0 if bias is None else bias.shape[1], STAGES=stages, num_warps=4, maxnreg=168,
+        KV_HEADS=geo.kv_heads, GROUP=geo.group, BLOCK=block_size, DIM=geo.head_dim,
+        BIAS_HEADS=0 if bias is None else bias.shape[1], STAGES=stages, **share_constants(share),
+        **registers(geo.head_dim, block_size), num_warps=4,
     )  # fmt: skip
     return out, lse

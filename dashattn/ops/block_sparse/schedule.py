@@ -23,20 +23,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dashattn.ops.tiles import Geometry, bitwise_or, locate_tile
+from dashattn.ops.tiles import Geometry, bitwise_or, locate_tile, power_of_2_from
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_words", "num_slots", "num_documents"])
 def _tile_list_kernel(
     words, documents, blocks, choices, counts, num_tokens, num_words, num_slots, num_documents,
-    TOKENS: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr,
+    TOKENS: tl.constexpr, TOKENS_P: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0)
     kv_head = tl.program_id(1)
     _, start, end, index = locate_tile(documents, slot, num_documents, TOKENS)
-    token = tl.arange(0, TOKENS)
+    token = tl.arange(0, TOKENS_P)
     position = index * TOKENS + token
-    valid = start + position < end
+    valid = (token < TOKENS) & (start + position < end)
     own = tl.where(valid, position // BLOCK, -1)  # a token past the document's end has no block, and so none before it
     list_row = kv_head.to(tl.int64) * num_slots + slot
     row = list_row * (num_words * 32)
@@ -209,14 +209,14 @@ def _key_capacity(geo: Geometry, block_size: int) -> int:
 
 def tile_lists(words: Tensor, geo: Geometry, block_size: int, tile_tokens: int) -> TileLists:
     """``words``: int32 [H, n, W]. Bits above a token's own block are ignored."""
-    slots, width = geo.slots(tile_tokens), words.shape[-1]
+    slots, width, padded = geo.slots(tile_tokens), words.shape[-1], power_of_2_from(tile_tokens)
     shape = (geo.kv_heads, slots, width * 32)
     blocks = torch.empty(shape, dtype=torch.int32, device=words.device)
     choices = torch.empty(shape, dtype=_choice_dtype(tile_tokens), device=words.device)
     counts = torch.empty(geo.kv_heads, slots, 2, dtype=torch.int32, device=words.device)
     _tile_list_kernel[(slots, geo.kv_heads)](
         words, geo.documents, blocks, choices, counts, geo.tokens, width, slots, geo.num_documents,
-        TOKENS=tile_tokens, BLOCK=block_size, WORDS=max(1, min(8, 128 // tile_tokens)), num_warps=4,
+        TOKENS=tile_tokens, TOKENS_P=padded, BLOCK=block_size, WORDS=max(1, min(8, 128 // padded)), num_warps=4,
     )  # fmt: skip
     return TileLists(blocks, choices, counts, tile_tokens)
 

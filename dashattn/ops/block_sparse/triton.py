@@ -27,6 +27,7 @@ from dashattn.ops.block_sparse.triton_backward import (
     query_grad_options,
 )
 from dashattn.ops.block_sparse.triton_forward import forward, forward_options
+from dashattn.ops.gates.share import Share
 from dashattn.ops.tiles import Geometry, flatten_tokens, geometry
 from dashattn.selection import Selection
 
@@ -37,15 +38,16 @@ def flatten_words(words: Tensor) -> Tensor:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, words: Tensor, bias: Tensor | None, geo: Geometry, block_size: int, scale: float
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, words: Tensor, bias: Tensor | None, geo: Geometry, block_size: int, scale: float,
+    share: Share | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The forward on flat, contiguous tensors with the fastest kernel there is for them."""
     hopper = _hopper(q, geo, block_size)
     lists = tile_lists(words, geo, block_size, _forward_tile(hopper, q, geo, block_size))
     if hopper is not None:
-        return hopper.forward(q, k, v, bias, lists, geo, block_size, scale)
+        return hopper.forward(q, k, v, bias, lists, geo, block_size, scale, share)
     options = forward_options(geo.padded_dim, block_size, q.itemsize)
-    return forward(q, k, v, bias, lists, geo, block_size, scale, options)
+    return forward(q, k, v, bias, lists, geo, block_size, scale, options, share)
 
 
 def _hopper(q: Tensor, geo: Geometry, block_size: int) -> ModuleType | None:
@@ -60,7 +62,7 @@ def _hopper(q: Tensor, geo: Geometry, block_size: int) -> ModuleType | None:
 def _forward_tile(hopper: ModuleType | None, q: Tensor, geo: Geometry, block_size: int) -> int:
     """Tokens of a query tile."""
     if hopper is not None:
-        return geo.tile_tokens(128)
+        return hopper.tile_tokens(geo)
     return geo.tile_tokens(forward_options(geo.padded_dim, block_size, q.itemsize)["rows"])
 
 
@@ -77,7 +79,7 @@ def check_backward_room(
     """As ``check_forward_room``; the gradient of the bias is [n, ``grad_heads``, ``grad_blocks``]."""
     by_key = key_grad_options(geo.padded_dim, block_size, q.itemsize)
     window = key_grad_window(geo, block_size, q.itemsize, by_key["keys"])
-    tile = geo.tile_tokens(query_grad_options(geo.padded_dim, block_size, q.itemsize)["rows"])
+    tile = geo.padded_tile_tokens(query_grad_options(geo.padded_dim, block_size, q.itemsize)["rows"])
     by_query = tile_list_bytes(geo, num_words, tile) + bias_bytes(geo, grad_heads, grad_blocks)
     needed = words_bytes(geo, num_words) + bias_bytes(geo, geo.kv_heads, bias_blocks)
     check_room(needed + max(by_query, key_list_bytes(geo, block_size, window)), geo, q.device)
@@ -145,7 +147,7 @@ def _backward_op(
     lists = key_lists(flat, geo, block_size, key_grad_window(geo, block_size, q.itemsize, options["keys"]))
     dk, dv = key_grad(q_nHD, k_nHD, v_nHD, bias, do_nHD, lse, delta_nH, lists, geo, block_size, scale, options)
     options = query_grad_options(geo.padded_dim, block_size, q.itemsize)
-    lists = tile_lists(flat, geo, block_size, geo.tile_tokens(options["rows"]))
+    lists = tile_lists(flat, geo, block_size, geo.padded_tile_tokens(options["rows"]))
     bias_grad = q.new_zeros(geo.tokens, bias_heads, bias_blocks, dtype=torch.float32)
     dq = query_grad(
         q_nHD, k_nHD, v_nHD, bias, do_nHD, lse, delta_nH, lists, geo, block_size, scale,

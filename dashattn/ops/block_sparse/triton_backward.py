@@ -94,7 +94,7 @@ def query_grad_kernel(
 
     ROWS: tl.constexpr = TOKENS * GROUP_P
     position, query_head, valid, flat_row, offset, in_tile = query_rows(
-        start, end, index * TOKENS, kv_head, KV_HEADS, GROUP, GROUP_P, TOKENS, HEAD_DIM, DIM
+        start, end, index * TOKENS, kv_head, KV_HEADS, GROUP, GROUP_P, TOKENS, ROWS, HEAD_DIM, DIM
     )
     token = tl.arange(0, ROWS) // GROUP_P
     in_group = tl.arange(0, ROWS) % GROUP_P < GROUP
@@ -145,17 +145,16 @@ def query_grad_kernel(
 @triton.jit
 def _key_grad_tokens(
     dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, bias_ptr, list_ptr, first, stop, block, first_key, kv_head,
-    scale_log2, bias_width, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr,
-    TOKENS: tl.constexpr, KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BIAS_HEADS: tl.constexpr,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    scale_log2, bias_width, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, PER_TOKEN: tl.constexpr,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
+    BIAS_HEADS: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what TOKENS tokens of the list, all heads of the group, give to one block. Logits stand as [key, row]."""
-    row = tl.arange(0, TOKENS * GROUP_P)
-    place = first + row // GROUP_P
-    listed = place < stop
-    valid = listed & (row % GROUP_P < GROUP)
-    token = tl.load(list_ptr + place, mask=listed, other=0)
-    query_head = kv_head * GROUP + row % GROUP_P
+    row = tl.arange(0, ROWS)
+    place = first + row // PER_TOKEN
+    valid = (place < stop) & (row % PER_TOKEN < GROUP) & (row < TOKENS * PER_TOKEN)
+    token = tl.load(list_ptr + place, mask=valid, other=0)
+    query_head = kv_head * GROUP + row % PER_TOKEN
     flat_row = token.to(tl.int64) * (KV_HEADS * GROUP) + query_head
     dim = tl.arange(0, DIM)
     offset = flat_row[:, None] * HEAD_DIM + dim[None, :]
@@ -187,8 +186,9 @@ def key_grad_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, sums_ptr, turns, documents, list_tokens,
     list_bases, counts, offsets, scale, scale_log2, num_tokens, num_slots, num_documents, capacity, num_windows, window,
     bias_width,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
-    KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BIAS_HEADS: tl.constexpr, PRECISION: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr, KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BIAS_HEADS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What the tokens of one window give to one block.
 
@@ -231,12 +231,14 @@ def key_grad_kernel(
     for first in range(begin, near, TOKENS):
         dk, dv = _key_grad_tokens(
             dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, bias_ptr, list_ptr, first, near, block, first_key, kv_head,
-            scale_log2, bias_width, KV_HEADS, GROUP, GROUP_P, TOKENS, KEYS, HEAD_DIM, DIM, BIAS_HEADS, True, PRECISION,
+            scale_log2, bias_width, KV_HEADS, GROUP, PER_TOKEN, ROWS, TOKENS, KEYS, HEAD_DIM, DIM, BIAS_HEADS, True,
+            PRECISION,
         )  # fmt: skip
     for first in range(tl.maximum(begin, near), stop, TOKENS):
         dk, dv = _key_grad_tokens(
             dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, bias_ptr, list_ptr, first, stop, block, first_key, kv_head,
-            scale_log2, bias_width, KV_HEADS, GROUP, GROUP_P, TOKENS, KEYS, HEAD_DIM, DIM, BIAS_HEADS, False, PRECISION,
+            scale_log2, bias_width, KV_HEADS, GROUP, PER_TOKEN, ROWS, TOKENS, KEYS, HEAD_DIM, DIM, BIAS_HEADS, False,
+            PRECISION,
         )  # fmt: skip
 
     sums_ptr += offset
@@ -263,6 +265,14 @@ def delta(out: Tensor, grad: Tensor) -> Tensor:
     result = torch.empty(out.shape[:2], dtype=torch.float32, device=out.device)
     _delta_kernel[(-(-rows // 32),)](out, grad, result, rows, HEAD_DIM=head_dim, DIM=power_of_2_from(head_dim), ROWS=32)
     return result
+
+
+def packs(geo: Geometry) -> bool:
+    """Whether the kernels of the backward that gather or mask rows leave none idle (``Geometry.tile``).
+
+    With heads of 128 what divisions by a group of 7 keep in registers spills, and costs more than the idle rows.
+    """
+    return geo.padded_dim <= 64
 
 
 @cache
@@ -336,8 +346,8 @@ def key_grad(
         q, k, v, bias, do, lse, delta_, dk, dv, sums, turns, geo.documents, lists.tokens, lists.bases, lists.counts,
         lists.offsets, scale, scale * LOG2E, geo.tokens, slots, geo.num_documents, lists.tokens.shape[1], windows,
         lists.window, 0 if bias is None else bias.shape[-1],
-        KV_HEADS=geo.kv_heads, GROUP=geo.group, GROUP_P=geo.padded_group, TOKENS=geo.tile_tokens(options["rows"]),
-        BLOCK=block_size, KEYS=options["keys"], HEAD_DIM=geo.head_dim, DIM=geo.padded_dim,
+        KV_HEADS=geo.kv_heads, GROUP=geo.group, **geo.tile(options["rows"], packed=packs(geo)), BLOCK=block_size,
+        KEYS=options["keys"], HEAD_DIM=geo.head_dim, DIM=geo.padded_dim,
         BIAS_HEADS=0 if bias is None else bias.shape[1], PRECISION=precision(q.dtype),
         options=options["launch"], tokens=geo.tokens, restore=[turns],
     )  # fmt: skip

@@ -145,7 +145,7 @@ def _backward_op(
     dk, dv = key_grad(q_nHD, k_nHD, v_nHD, bias, do_nHD, lse, delta_nH, by_key, geo, chunk_size, scale, options)
     del by_key
     options = query_grad_options(geo.padded_dim, chunk_size, q.itemsize)
-    lists = tile_lists(flat_words, geo, chunk_size, geo.tile_tokens(options["rows"]))
+    lists = tile_lists(flat_words, geo, chunk_size, geo.padded_tile_tokens(options["rows"]))
     # Only selected entries are written, and only they are read.
     shape = (geo.tokens, geo.kv_heads, blocks)
     bias_grad = None if prior == "none" else torch.empty(shape, dtype=torch.float32, device=q.device)
@@ -153,7 +153,7 @@ def _backward_op(
     if bias_grad is None:
         dqueries, dalpha = torch.zeros(queries.shape, dtype=torch.float32, device=q.device), None
     else:
-        router_tokens = geo.tile_tokens(router["rows"])
+        router_tokens = geo.padded_tile_tokens(router["rows"])
         if lists.tokens != router_tokens:
             lists = tile_lists(flat_words, geo, chunk_size, router_tokens)
         dsummaries, dalpha = route_backward(

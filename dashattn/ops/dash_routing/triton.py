@@ -147,7 +147,7 @@ def _prior_backward_op(
     dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
     router = router_options(geo.padded_dim, q.itemsize)
     flat_words = flatten_words(words)
-    lists = tile_lists(flat_words, geo, chunk_size, geo.tile_tokens(router["rows"]))
+    lists = tile_lists(flat_words, geo, chunk_size, geo.padded_tile_tokens(router["rows"]))
     dsummaries, dalpha = route_backward(
         flatten_tokens(q), _flat_summaries(summaries), alpha, summary_starts(geo, chunk_size), peak.flatten(0, 1),
         tau.flatten(0, 1), grad.flatten(0, 1).float().contiguous(), dq.flatten(0, 1), flat_words, lists, geo,

@@ -54,7 +54,7 @@ def load_tile(q_ptr, alpha_ptr, start, end, index, kv_head, score_scale, init_ch
     of their candidates, q, alpha, and the factors that turn a product q . k~ into a score x and z into p (``power``).
     """
     position, query_head, valid, flat_row, offset, in_tile = query_rows(
-        start, end, index * TOKENS, kv_head, KV_HEADS, GROUP, GROUP_P, TOKENS, HEAD_DIM, DIM
+        start, end, index * TOKENS, kv_head, KV_HEADS, GROUP, GROUP_P, TOKENS, TOKENS * GROUP_P, HEAD_DIM, DIM
     )
     q = tl.load(q_ptr + offset, mask=in_tile, other=0.0)
     own = tl.where(valid, position // BLOCK, -1)
@@ -300,8 +300,9 @@ def router_options(dim: int, itemsize: int) -> dict[str, int]:
 
 
 def router_constants(geo: Geometry, chunk_size: int, square: bool, dtype: torch.dtype, options: dict[str, int]) -> dict:
+    tokens = geo.padded_tile_tokens(options["rows"])
     return dict(
-        KV_HEADS=geo.kv_heads, GROUP=geo.group, GROUP_P=geo.padded_group, TOKENS=geo.tile_tokens(options["rows"]),
+        KV_HEADS=geo.kv_heads, GROUP=geo.group, GROUP_P=geo.padded_group, TOKENS=tokens,
         BLOCK=chunk_size, CHUNKS=options["chunks"], HEAD_DIM=geo.head_dim, DIM=geo.padded_dim, SQUARE=square,
         PRECISION=precision(dtype),
     )  # fmt: skip

@@ -26,7 +26,7 @@ def _masses_op(
     check_backward_room(q, geo, block_size, words.shape[-1], 0, geo.kv_heads, num_blocks)
     q_nHD, k_nHD = flatten_tokens(q), flatten_tokens(k)
     options = query_grad_options(geo.padded_dim, block_size, q.itemsize)
-    lists = tile_lists(flatten_words(words), geo, block_size, geo.tile_tokens(options["rows"]))
+    lists = tile_lists(flatten_words(words), geo, block_size, geo.padded_tile_tokens(options["rows"]))
     sums = q.new_zeros(geo.tokens, geo.kv_heads, num_blocks, dtype=torch.float32)
     lse = lse.flatten(0, 1).contiguous()
     query_grad(
