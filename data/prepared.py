@@ -135,8 +135,9 @@ def usable_cpus() -> int:
 def _read_complete(folder: Path) -> dict | None:
     """What complete.json holds; None without it, or if it is damaged: then the shards are looked at again."""
     try:
-        return json.loads((folder / COMPLETE).read_text())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        complete = json.loads((folder / COMPLETE).read_bytes())
+        return {"shards": int(complete["shards"]), "dtype": np.dtype(complete["dtype"]).name}
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError):
         return None
 
 

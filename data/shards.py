@@ -22,6 +22,7 @@ import numpy as np
 
 SHARD = "shard.json"
 BLOCK = 2**16  # bytes
+_COUNTS = ("documents", "tokens", "bytes")  # of a part
 
 
 def shard_name(index: int) -> str:
@@ -123,8 +124,10 @@ class ShardWriter:
 def read_summary(shard: Path) -> dict:
     """What shard.json holds. Raises DamagedShardError if it cannot be read."""
     try:
-        return json.loads((shard / SHARD).read_text())
-    except (OSError, ValueError) as error:
+        summary = json.loads((shard / SHARD).read_bytes())
+        parts = {name: {key: int(part[key]) for key in _COUNTS} for name, part in summary["parts"].items()}
+        return {"documents": int(summary["documents"]), "parts": parts}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamagedShardError(shard, f"{SHARD}: {error}") from None
 
 

@@ -85,8 +85,11 @@ def build_set(
         (folder / "samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     folder = build_once(cache_dir / "tasks" / f"{name}-{length}-{key}", build)
-    head, *rows = (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-    return TaskSet(task, length, key, json.loads(head)["differs"], [Sample(**json.loads(row)) for row in rows])
+    try:
+        head, *rows = (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+        return TaskSet(task, length, key, json.loads(head)["differs"], [Sample(**json.loads(row)) for row in rows])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{folder} is damaged ({error}): remove it, and its samples are made again") from None
 
 
 def generate(

@@ -150,7 +150,7 @@ def _start_wandb(run_dir: Path, config: TrainConfig):
     # The same id again makes a resumed run one curve.
     id_file = run_dir / "wandb_id"
     if not id_file.exists():
-        id_file.write_text(secrets.token_hex(4))
+        write_atomically(id_file, secrets.token_hex(4))
     run = wandb.init(
         dir=str(run_dir),
         id=id_file.read_text(),

@@ -178,6 +178,7 @@ DAMAGES = {
     "truncated": lambda shard: os.truncate(shard / "train-0.tokens", 100),
     "lost": shutil.rmtree,
     "summary": lambda shard: (shard / "shard.json").write_text("{"),
+    "summary of another kind": lambda shard: (shard / "shard.json").write_text('{"parts": []}'),
     "token": lambda shard: flip(shard / "train-0.tokens", 2000),
     "ends": lambda shard: flip(shard / "train-0.npz", 150),
 }
@@ -232,10 +233,11 @@ def test_every_token_is_counted_as_a_target_but_the_first_of_each_document(make,
         assert part.target_counts.tolist() == [targets[token] for token in range(len(part.target_counts))]
 
 
-def test_a_damaged_word_that_all_is_there_costs_nothing(make, small_shards, tmp_path):
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"shards": 3, "dtype": "text"}'])
+def test_a_damaged_word_that_all_is_there_costs_nothing(make, small_shards, tmp_path, content):
     make()
     whole = contents(entry(tmp_path))
-    (entry(tmp_path) / "complete.json").write_text("")
+    (entry(tmp_path) / "complete.json").write_text(content)
     make()
     assert contents(entry(tmp_path)) == whole
 

@@ -341,6 +341,16 @@ def test_sets_are_made_once_and_again_for_another_seed(encoder, tmp_path, monkey
         build_set("niah_single_2", encoder, seed=0, **options)
 
 
+@pytest.mark.parametrize("content", ["", "{\n", "[]\n", "{}\n", '{"differs": null}\n{"prompt": 1}\n'])
+def test_a_damaged_set_is_named_with_the_mend(encoder, tmp_path, content):
+    options = {"length": 600, "count": 1, "seed": 0, "material": MATERIAL, "cache_dir": tmp_path}
+    build_set("niah_single_2", encoder, **options)
+    (samples,) = tmp_path.rglob("samples.jsonl")
+    samples.write_text(content)
+    with pytest.raises(ValueError, match=r"niah_single_2-600-\w+ is damaged .*: remove it"):
+        build_set("niah_single_2", encoder, **options)
+
+
 def test_evidence_is_found_in_the_tokens(tokenizer, encoder):
     backend = Tokenizer.from_str(tokenizer.backend.to_str())
     backend.add_special_tokens(["<s>"])
