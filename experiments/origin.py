@@ -20,6 +20,7 @@ from data import NO_TOKEN, DataConfig, PackedDataConfig, TextTokenizer
 from data.tokenizer import TOKENIZER as TOKENIZER_FILE
 from experiments.files import CONFIG, TOKENIZER
 from experiments.schema import read_values
+from models import ModelConfig
 from models.hf import is_hf_folder, read_attention, read_config
 
 LEFT_OPEN = "${init_from}"
@@ -49,7 +50,7 @@ def take_from_origin(cfg: DictConfig) -> DictConfig:
         _replace_attention(cfg, _attention_of(origin) if own is None else own.attention)
         own = own or _own_config(cfg)  # the attention's name may be part of the directory's
     if left_open:
-        values = _flat(_model_of(origin) if own is None else OmegaConf.to_container(own.model))
+        values = _flat(_known_model(origin) if own is None else OmegaConf.to_container(own.model))
         for key in left_open:
             OmegaConf.update(cfg, f"model.{key}", values.get(key))
     if "tokenizer" in cfg.data and cfg.data.tokenizer is None:
@@ -127,6 +128,21 @@ def run_of(path: Path) -> Path | None:
     return next((folder for folder in (path, *path.parents[:3]) if (folder / CONFIG).is_file()), None)
 
 
+def model_of(origin: Path) -> ModelConfig | None:
+    """The model of a Hugging Face folder, a run, one of its checkpoints or a checkpoint's weights; None: there is no
+    configuration.
+
+    Raises:
+        ValueError: it cannot be read, or describes no model.
+    """
+    if is_hf_folder(origin):
+        return read_config(origin)
+    run = run_of(origin)
+    if run is None:
+        return None
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), read_values(run / CONFIG).model))
+
+
 def tokenizer_of(origin: Path) -> str | None:
     """Where the tokenizer of the weights is; None: of a run that kept none.
 
@@ -161,13 +177,11 @@ def parse_branch(branch_from: str) -> tuple[Path, int]:
     return Path(run).expanduser(), int(step)
 
 
-def _model_of(origin: Path) -> dict:
-    if is_hf_folder(origin):
-        return asdict(read_config(origin))
-    run = run_of(origin)
-    if run is None:
+def _known_model(origin: Path) -> dict:
+    model = model_of(origin)
+    if model is None:
         raise ValueError(f"init_from={origin} is neither a run nor a Hugging Face folder: it has no config")
-    return OmegaConf.to_container(read_values(run / CONFIG).model)
+    return asdict(model)
 
 
 def _attention_of(origin: Path) -> DictConfig:

@@ -9,10 +9,10 @@ from dashattn.backends import AttentionBackend, AttentionShape, build_backends
 from data import PackedDataConfig, TextTokenizer
 from experiments.config import TrainConfig
 from experiments.files import CONFIG
-from experiments.origin import check_origin_tokenizer
+from experiments.origin import check_origin_tokenizer, model_of
 from experiments.sparsity import check_reachable, turned_layers
 from experiments.training.ranks import world_size
-from models.hf import check_files, check_same_attention, check_same_model, is_hf_folder, read_config
+from models.hf import check_continues, check_files, check_same_attention, check_same_model, is_hf_folder
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -186,10 +186,14 @@ def _check_origin(config: TrainConfig) -> None:
     is_begun = (Path(config.run_dir).expanduser() / CONFIG).exists()
     if not (config.any_tokenizer or is_begun):
         check_origin_tokenizer(config.data, folder)
-    if not is_hf_folder(folder):
+    theirs = None if is_begun and not is_hf_folder(folder) else model_of(folder)
+    if theirs is None:
         return
-    vocab_size = config.model.vocab_size or read_config(folder).vocab_size
-    check_same_model(replace(config.model, vocab_size=vocab_size), folder)
+    model = replace(config.model, vocab_size=config.model.vocab_size or theirs.vocab_size)
+    if not is_hf_folder(folder):
+        check_continues(model, theirs, folder)
+        return
+    check_same_model(model, folder)
     if not config.any_attention:
         check_same_attention(config.attention, folder, [config.data.seq_len])
     check_files(folder)

@@ -183,29 +183,39 @@ def _read_rope(theirs: dict, family: Family) -> RopeConfig:
 
 
 def check_same_model(config: ModelConfig, folder: Path) -> None:
-    """Refuse a model that would compute something else with the folder's weights.
-
-    Free are the context length up to a sliding window, and how positions go on from the checkpoint's: where it scales
-    no RoPE, a scaling and ``max_period``, and where the context is longer than its own, a larger theta. Floats are
-    compared as float32: a config.json may hold that rounding of ours.
+    """Refuse a model that would compute something else with the folder's weights. Free is what ``check_continues``
+    leaves free, and the context length up to a sliding window.
 
     Raises:
         ValueError: with the overrides that make the two agree.
     """
-    theirs = read_config(folder)
     window = _window(*read_theirs(folder))
     if window is not None and config.max_seq_len > window:
         raise ValueError(
             f"{folder} has sliding_window {window}, and every layer sees the whole context here: set "
             f"model.max_seq_len={window}, within which that is the same"
         )
-    rope = config.rope
-    if rope.scaling == "longrope" and rope.factor is None:
-        rope = replace(rope, factor=config.max_seq_len / rope.original_max_seq_len)
-    ours = replace(config, rope=rope, **{name: getattr(theirs, name) for name in _FREE})
-    if config.max_seq_len > theirs.max_seq_len and rope.theta > theirs.rope.theta:
+    check_continues(config, read_config(folder), folder)
+
+
+def check_continues(config: ModelConfig, theirs: ModelConfig, origin: Path) -> None:
+    """Refuse a model that would compute something else with weights of the model ``theirs``.
+
+    Free are the context length, and how positions go on: where theirs scales no RoPE, a scaling and ``max_period``, and
+    where the context is longer than its own, a larger theta. Floats are compared as float32: a config.json may hold
+    that rounding of ours.
+
+    Args:
+        origin: of the weights, for the message.
+
+    Raises:
+        ValueError: with the overrides that make the two agree.
+    """
+    theirs = replace(theirs, rope=_with_factor(theirs))
+    ours = replace(config, rope=_with_factor(config), **{name: getattr(theirs, name) for name in _FREE})
+    if config.max_seq_len > theirs.max_seq_len and ours.rope.theta > theirs.rope.theta:
         ours = replace(ours, rope=replace(ours.rope, theta=theirs.rope.theta))
-    if theirs.rope.scaling == "none" and _same(ours.rope.theta, theirs.rope.theta):
+    if (theirs.rope.scaling, theirs.rope.max_period) == ("none", None) and _same(ours.rope.theta, theirs.rope.theta):
         partial = {"partial_rotary_factor": ours.rope.partial_rotary_factor}
         ours = replace(ours, rope=replace(theirs.rope, **partial))
     different = [
@@ -215,7 +225,15 @@ def check_same_model(config: ModelConfig, folder: Path) -> None:
         if item.name != "rope" and not _same(getattr(have, item.name), getattr(want, item.name))
     ]
     if different:
-        raise ValueError(f"the model is not the one in {folder}: set {' '.join(different)}, or take model=checkpoint")
+        raise ValueError(f"the model is not the one in {origin}: set {' '.join(different)}, or take model=checkpoint")
+
+
+def _with_factor(config: ModelConfig) -> RopeConfig:
+    """Its RoPE, longrope's factor said."""
+    rope = config.rope
+    if rope.scaling != "longrope" or rope.factor is not None:
+        return rope
+    return replace(rope, factor=config.max_seq_len / rope.original_max_seq_len)
 
 
 def _same(a, b) -> bool:

@@ -50,7 +50,7 @@ def configure(tmp_path, *overrides, data=TEXT):
 def test_the_file_leaves_every_value_of_the_model_open():
     values = OmegaConf.to_container(OmegaConf.load(CONFIGS / "model" / "checkpoint.yaml"), resolve=False)
     rope = values.pop("rope")
-    assert rope == {"theta": LEFT_OPEN, "scaling": LEFT_OPEN}
+    assert rope == dict.fromkeys(("theta", "scaling", "partial_rotary_factor"), LEFT_OPEN)
     assert all(item.default is None for item in fields(RopeConfig) if item.name not in rope)
     names = {item.name for item in fields(ModelConfig)} - {"rope"}
     assert values == {name: LEFT_OPEN for name in names} | {"defaults": ["model_schema", "_self_"]}
@@ -111,12 +111,23 @@ def test_a_run_keeps_its_tokenizer_and_needs_its_origin_no_more(folder, tmp_path
 
 
 def test_a_run_that_continues_another_reads_text_as_it_does(folder, tmp_path):
-    first = train(configure(tmp_path, f"init_from={folder}"))
+    first = train(configure(tmp_path, f"init_from={folder}", "model.rope.max_period=64"))
     second = configure(tmp_path, f"init_from={first}", f"run_dir={tmp_path / 'second'}", "data.max_bytes=300000")
     assert second.model == load_config(first / "config.yaml").model
     assert second.data.tokenizer == str(first / "tokenizer")
     checkpoint = first / "checkpoints" / "step-00000002"
     assert configure(tmp_path, f"init_from={checkpoint}", f"run_dir={tmp_path / 'second'}").model == second.model
+    assert second.model.rope.max_period == 64
+    longer = ("model.max_seq_len=4096", f"init_from={first}", f"run_dir={tmp_path / 'second'}")
+    assert check(configure(tmp_path, *longer)).model.rope.max_period == 64
+    for other, mend in (
+        ("model.rope.scaling=none", r"model\.rope\.max_period=64"),
+        ("model.rope.max_period=32", r"model\.rope\.max_period=64"),
+        ("model.rope.partial_rotary_factor=0.5", r"model\.rope\.partial_rotary_factor=null"),
+        ("model.norm_eps=0.1", r"model\.norm_eps=1e-06"),
+    ):
+        with pytest.raises(ValueError, match=rf"the model is not the one in .*step-00000002: set {mend}, or take"):
+            check(configure(tmp_path, f"init_from={checkpoint}", f"run_dir={tmp_path / 'second'}", other))
     start = json.loads((train(second) / "start.json").read_text())
     assert start["tokenizer"] == json.loads((first / "start.json").read_text())["tokenizer"]
 
