@@ -1,13 +1,16 @@
 import gzip
 import io
 import json
+import os
 import shutil
 import subprocess
 import tarfile
+import zipfile
 
 import pytest
 
 from data import TextDataConfig
+from data import collect as module
 from data.collect import clean, collect, html_text, main
 from data.corpora import iterate_documents
 
@@ -21,6 +24,14 @@ def archive(files, mode="w:xz"):
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def zipped(files):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, content in files.items():
+            packed.writestr(name, content)
     return buffer.getvalue()
 
 
@@ -67,8 +78,10 @@ def test_globs_and_patterns_choose(sources, tmp_path):
     with pytest.raises(ValueError, match="matches no file"):
         collect(output, [str(sources / "nothing*")], [])
     (sources / "broken.tar.xz").write_bytes((sources / "outer.tar").read_bytes()[:700])
-    with pytest.raises(ValueError, match=r"broken\.tar\.xz cannot be read"):
-        collect(output, [str(sources)], [])
+    told = []
+    counts = collect(output, [str(sources)], [], lambda name, why: told.append(name))
+    assert first_letters(output) == ["a", "b", "c", "d"], "what is beside it is read"
+    assert (counts["unreadable"], told[-1]) == (len(told), str(sources / "broken.tar.xz"))
 
 
 @pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb")
@@ -81,8 +94,49 @@ def test_a_debian_package_is_read_without_installing_it(sources, tmp_path):
     collect(tmp_path / "corpus.jsonl", [str(tmp_path / "texts.deb")], [])
     assert sorted(first_letters(tmp_path / "corpus.jsonl")) == ["a", "b", "c", "d"]
     (tmp_path / "texts.deb").write_bytes(b"no package")
-    with pytest.raises(ValueError, match=r"texts\.deb cannot be read"):
+    with pytest.raises(ValueError, match="no document among 1 files, 1 of which cannot be read"):
         collect(tmp_path / "corpus.jsonl", [str(tmp_path / "texts.deb")], [])
+
+
+def test_what_cannot_be_read_is_named_and_ends_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MOST_UNPACKED", 2**20)
+    folder, prose = tmp_path / "folder", PROSE.encode()
+    folder.mkdir()
+    (tmp_path / "secret.txt").write_text("secret\n" + PROSE)
+    bad = {
+        "corrupt.gz": gzip.compress(b"x" + prose)[:-20],
+        "bomb.gz": gzip.compress(bytes(10**7)),
+        "bomb.tar.gz": gzip.compress(archive({"a.txt": bytes(2**24)}, "w")),
+        "none.tar.gz": b"no archive",
+        "broken.zip": zipped({"z.txt": b"z\n" + prose})[:-30],
+        "large.txt": b"word " * 10**6,
+    }
+    for name, content in bad.items():
+        (folder / name).write_bytes(content)
+    (folder / "link.txt").symlink_to(tmp_path / "secret.txt")
+    (folder / "device").symlink_to("/dev/zero")
+    inner = {"none.tar.xz": b"no archive", "i.txt": b"i\n" + prose, "cut.gz": b"\x1f\x8b"}
+    (folder / "good.tar").write_bytes(archive(inner, "w"))
+    (folder / "SHOUT.TXT.GZ").write_bytes(gzip.compress(b"s\n" + prose))
+    (folder / "[1].txt").write_bytes(b"g\n" + prose)
+    (folder / "PACK.ZIP").write_bytes(zipped({"p.txt": b"p\n" + prose, "inner.zip": zipped({"q.txt": b"q\n" + prose})}))
+    (folder / os.fsdecode(b"\xff.txt")).write_bytes(b"f\n" + prose)
+    told = {}
+    counts = collect(tmp_path / "corpus.jsonl", [str(folder)], [], lambda name, why: told.update({name: why}))
+    assert sorted(first_letters(tmp_path / "corpus.jsonl")) == ["f", "g", "i", "p", "q", "s"]
+    named = {name.removeprefix(f"{folder}/") for name in told}
+    assert named == {*bad, "bomb.tar.gz/a.txt", "link.txt", "device", "good.tar/none.tar.xz", "good.tar/cut.gz"}
+    assert counts["unreadable"] == len(named)
+    assert "leads out" in told[f"{folder}/link.txt"]
+    collect(tmp_path / "one.jsonl", [str(folder / "[1].txt")], [])
+    assert first_letters(tmp_path / "one.jsonl") == ["g"]
+
+
+@pytest.mark.parametrize("piece", [" ", "\t\f", "\n ", "<a ", "<a b='", "<!--", "<p\n", "<p>", "&"])
+def test_no_text_takes_hours(piece):
+    content = (piece * 300_000)[:300_000].encode()
+    assert clean("x.txt", content) is None or piece.startswith("<")
+    assert "<" not in (clean("x.html", content) or "")
 
 
 def test_cleaning():
