@@ -154,7 +154,7 @@ def test_other_tokens_than_the_weights_are_refused_unless_asked_for(make, tmp_pa
         for step in (check, prepare) if config.data.name == "local" else (check,):
             with pytest.raises(ValueError, match=r"has other tokens than .* was trained on.*any_tokenizer=true"):
                 step(config)
-        check(replace(config, any_tokenizer=True, init_from=str(text_run)))
+    check(make("a", f"init_from={text_run}", f"data.tokenizer={tmp_path / 'other'}", "any_tokenizer=true"))
 
     folder = dict(run=str(exported), data=make("b").data, device="cpu")
     named = replace(folder["data"], tokenizer=str(tmp_path / "other"))
