@@ -402,6 +402,8 @@ def test_topk_methods(method, cu_seqlens):
         results.append([out.detach(), *torch.autograd.grad(out, inputs, grad.to(kind))])
     for expected, result in zip(*results, strict=True):
         assert relative_error(result, expected) < TOLERANCE[BF16]
+    with torch.no_grad():
+        assert relative_error(attention(*inputs), results[0][0]) < TOLERANCE[BF16]
 
 
 def test_topk_methods_wait_for_nothing_and_repeat_themselves():

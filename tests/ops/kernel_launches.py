@@ -19,7 +19,6 @@ from dashattn.ops.compression.reference import num_windows
 from dashattn.ops.dash_attention.triton import dash_attention
 from dashattn.ops.decode import triton as decode
 from dashattn.ops.decode import triton_attention, triton_compression, triton_routing, triton_selection
-from dashattn.ops.gates.share import Share
 from dashattn.ops.gates.triton import gated_sum
 from dashattn.ops.indexer import triton as indexer
 from dashattn.ops.nsa_attention.triton import nsa_forward
@@ -118,9 +117,6 @@ def hopper_forward(length, heads, kv_heads, dim):
     for bias_heads in (0, kv_heads, heads):
         bias = torch.zeros(length, bias_heads, mask.shape[-1]) if bias_heads else None
         hopper.forward(q[0], k[0], v[0], bias, lists, geo, CHUNK, 0.1)
-    for branch in range(2):
-        share = Share(torch.ones(length, heads, 3, dtype=q.dtype), branch, torch.zeros_like(q[0]))
-        hopper.forward(q[0], k[0], v[0], None, lists, geo, CHUNK, 0.1, share)
 
 
 def decoding(heads, kv_heads, dim):

@@ -24,7 +24,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from dashattn.ops.block_sparse.schedule import TileLists
 from dashattn.ops.block_sparse.triton_forward import stages_that_fit
-from dashattn.ops.gates.share import Share, share_constants
 from dashattn.ops.tiles import LOG2E, Geometry, locate_tile
 
 # The same barrier among the warps of a partition has another name from Triton 3.7 on.
@@ -91,11 +90,10 @@ def _attend_block(acc, total, peak, q, k_ring, v_ring, full, empty, entry, block
 
 
 @gluon.jit
-def _multiply(q_ptr, out_ptr, lse_ptr, bias_ptr, gates_ptr, q_tiles, k_ring, v_ring, full, empty, block_list,
-              choice_list, past, num_blocks, start, end, first, kv_head, bias_width, scale_log2, PART: gl.constexpr,
-              KV_HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK: gl.constexpr,
-              DIM: gl.constexpr, STAGES: gl.constexpr, BIAS_HEADS: gl.constexpr, BRANCH: gl.constexpr,
-              BRANCHES: gl.constexpr):  # fmt: skip
+def _multiply(q_ptr, out_ptr, lse_ptr, bias_ptr, q_tiles, k_ring, v_ring, full, empty, block_list, choice_list, past,
+              num_blocks, start, end, first, kv_head, bias_width, scale_log2, PART: gl.constexpr,
+              KV_HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK: gl.constexpr, DIM: gl.constexpr,
+              STAGES: gl.constexpr, BIAS_HEADS: gl.constexpr):  # fmt: skip
     """Tile PART of the two. ``first``: position of the first token of the pair of tiles in its document."""
     TOKENS: gl.constexpr = ROWS // GROUP
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
@@ -151,24 +149,17 @@ def _multiply(q_ptr, out_ptr, lse_ptr, bias_ptr, gates_ptr, q_tiles, k_ring, v_r
     row_offset = (start + position).to(gl.int64) * (KV_HEADS * GROUP) + query_head
     valid = (start + position < end) & (row < TOKENS * GROUP)
     gl.store(lse_ptr + row_offset, lse, mask=valid)
-    weight = gl.where(has_keys, 1.0 / total, 0.0)
-    if BRANCH >= 0:
-        weight *= gl.load(gates_ptr + row_offset * BRANCHES + BRANCH, mask=valid, other=0.0).to(gl.float32)
-    weight = gl.convert_layout(weight, gl.SliceLayout(1, OUT))
-    out = gl.convert_layout((acc * weight[:, None]).to(out_ptr.dtype.element_ty), LOAD)
-    if BRANCH > 0:
-        before = gl.load(out_ptr + flat_row[:, None] * DIM + dim[None, :], mask=in_tile[:, None], other=0.0)
-        out = (out.to(gl.float32) + before.to(gl.float32)).to(out_ptr.dtype.element_ty)
+    inverse = gl.convert_layout(gl.where(has_keys, 1.0 / total, 0.0), gl.SliceLayout(1, OUT))
+    out = gl.convert_layout((acc * inverse[:, None]).to(out_ptr.dtype.element_ty), LOAD)
     gl.store(out_ptr + flat_row[:, None] * DIM + dim[None, :], out, mask=in_tile[:, None])
 
 
 @gluon.jit(do_not_specialize=["num_slots", "num_documents", "list_width", "bias_width"])
 def forward_kernel(
-    q_ptr, k_desc, v_desc, bias_ptr, gates_ptr, out_ptr, lse_ptr, documents, blocks, choices, counts, scale_log2,
+    q_ptr, k_desc, v_desc, bias_ptr, out_ptr, lse_ptr, documents, blocks, choices, counts, scale_log2,
     num_slots, num_documents, list_width, bias_width,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK: gl.constexpr, DIM: gl.constexpr,
-    BIAS_HEADS: gl.constexpr, STAGES: gl.constexpr, BRANCH: gl.constexpr, BRANCHES: gl.constexpr,
-    WORKER_REGS: gl.constexpr,
+    BIAS_HEADS: gl.constexpr, STAGES: gl.constexpr, WORKER_REGS: gl.constexpr,
 ):  # fmt: skip
     TOKENS: gl.constexpr = 2 * (ROWS // GROUP)
     pid = gl.program_id(0)
@@ -195,14 +186,12 @@ def forward_kernel(
     # fmt: off
     gl.warp_specialize(
         [
-            (_multiply, (q_ptr, out_ptr, lse_ptr, bias_ptr, gates_ptr, q_tiles, k_ring, v_ring, full, empty,
-                         blocks + list_start, choices + list_start, past, num_blocks, start, end, index * TOKENS,
-                         kv_head, bias_width, scale_log2, 0, KV_HEADS, GROUP, BLOCK, DIM, STAGES, BIAS_HEADS, BRANCH,
-                         BRANCHES)),
-            (_multiply, (q_ptr, out_ptr, lse_ptr, bias_ptr, gates_ptr, q_tiles, k_ring, v_ring, full, empty,
-                         blocks + list_start, choices + list_start, past, num_blocks, start, end, index * TOKENS,
-                         kv_head, bias_width, scale_log2, 1, KV_HEADS, GROUP, BLOCK, DIM, STAGES, BIAS_HEADS, BRANCH,
-                         BRANCHES)),
+            (_multiply, (q_ptr, out_ptr, lse_ptr, bias_ptr, q_tiles, k_ring, v_ring, full, empty, blocks + list_start,
+                         choices + list_start, past, num_blocks, start, end, index * TOKENS, kv_head, bias_width,
+                         scale_log2, 0, KV_HEADS, GROUP, BLOCK, DIM, STAGES, BIAS_HEADS)),
+            (_multiply, (q_ptr, out_ptr, lse_ptr, bias_ptr, q_tiles, k_ring, v_ring, full, empty, blocks + list_start,
+                         choices + list_start, past, num_blocks, start, end, index * TOKENS, kv_head, bias_width,
+                         scale_log2, 1, KV_HEADS, GROUP, BLOCK, DIM, STAGES, BIAS_HEADS)),
             (_fetch, (k_desc, v_desc, k_ring, v_ring, full, empty, blocks + list_start, num_blocks, start, kv_head,
                       BLOCK, DIM, STAGES)),
         ],
@@ -240,13 +229,12 @@ def supported(q: Tensor, geo: Geometry, block_size: int) -> bool:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lists: TileLists, geo: Geometry, block_size: int,
-    scale: float, share: Share | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lists: TileLists, geo: Geometry, block_size: int, scale: float
+) -> tuple[Tensor, Tensor]:
     """As ``triton_forward.forward``; ``lists`` for tiles of ``tile_tokens``."""
     # Beside the ring: the two query tiles, and a third of their size to change the layout of the output.
     stages = stages_that_fit(3 * 64 * geo.head_dim * q.itemsize, 2 * block_size * geo.head_dim * q.itemsize, 4)
-    out = torch.empty_like(q) if share is None else share.out
+    out = torch.empty_like(q)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     slots = geo.slots(lists.tokens)
     dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[q.dtype]
@@ -254,11 +242,10 @@ def forward(
     layout = gl.NVMMASharedLayout.get_default_for(tile, dtype)
     k_desc, v_desc = (TensorDescriptor.from_tensor(x.flatten(1), tile, layout) for x in (k, v))
     forward_kernel[(slots * geo.kv_heads,)](
-        q, k_desc, v_desc, bias, None if share is None else share.gates, out, lse, geo.documents, lists.blocks,
-        lists.choices, lists.counts, scale * LOG2E,
+        q, k_desc, v_desc, bias, out, lse, geo.documents, lists.blocks, lists.choices, lists.counts, scale * LOG2E,
         slots, geo.num_documents, lists.blocks.shape[-1], 0 if bias is None else bias.shape[-1],
         KV_HEADS=geo.kv_heads, GROUP=geo.group, BLOCK=block_size, DIM=geo.head_dim,
-        BIAS_HEADS=0 if bias is None else bias.shape[1], STAGES=stages, **share_constants(share),
-        **registers(geo.head_dim, block_size), num_warps=4,
+        BIAS_HEADS=0 if bias is None else bias.shape[1], STAGES=stages, num_warps=4,
+        **registers(geo.head_dim, block_size),
     )  # fmt: skip
     return out, lse

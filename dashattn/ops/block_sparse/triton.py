@@ -27,7 +27,6 @@ from dashattn.ops.block_sparse.triton_backward import (
     query_grad_options,
 )
 from dashattn.ops.block_sparse.triton_forward import forward, forward_options
-from dashattn.ops.gates.share import Share
 from dashattn.ops.tiles import Geometry, flatten_tokens, geometry
 from dashattn.selection import Selection
 
@@ -38,16 +37,15 @@ def flatten_words(words: Tensor) -> Tensor:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, words: Tensor, bias: Tensor | None, geo: Geometry, block_size: int, scale: float,
-    share: Share | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, words: Tensor, bias: Tensor | None, geo: Geometry, block_size: int, scale: float
+) -> tuple[Tensor, Tensor]:
     """The forward on flat, contiguous tensors with the fastest kernel there is for them."""
     hopper = _hopper(q, geo, block_size)
     lists = tile_lists(words, geo, block_size, _forward_tile(hopper, q, geo, block_size))
     if hopper is not None:
-        return hopper.forward(q, k, v, bias, lists, geo, block_size, scale, share)
+        return hopper.forward(q, k, v, bias, lists, geo, block_size, scale)
     options = forward_options(geo.padded_dim, block_size, q.itemsize)
-    return forward(q, k, v, bias, lists, geo, block_size, scale, options, share)
+    return forward(q, k, v, bias, lists, geo, block_size, scale, options)
 
 
 def _hopper(q: Tensor, geo: Geometry, block_size: int) -> ModuleType | None:

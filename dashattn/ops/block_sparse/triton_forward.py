@@ -18,7 +18,6 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dashattn.ops.block_sparse.schedule import TileLists
-from dashattn.ops.gates.share import Share, share_constants, shared_out
 from dashattn.ops.tiles import LOG2E, Geometry, locate_tile, power_of_2_from, query_rows
 from dashattn.ops.tuning import around, launch
 
@@ -60,11 +59,10 @@ def _attend_block(
 
 @triton.jit(do_not_specialize=["num_slots", "num_documents", "list_width", "bias_width"])
 def forward_kernel(
-    q_ptr, k_desc, v_desc, bias_ptr, gates_ptr, out_ptr, lse_ptr, documents, blocks, choices, counts, scale_log2,
+    q_ptr, k_desc, v_desc, bias_ptr, out_ptr, lse_ptr, documents, blocks, choices, counts, scale_log2,
     num_slots, num_documents, list_width, bias_width,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
-    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BIAS_HEADS: tl.constexpr, BRANCH: tl.constexpr, BRANCHES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BIAS_HEADS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Late tiles have most to do: they go first, and those of one KV head run together and share it in the L2 cache.
     pid = tl.program_id(0)
@@ -111,8 +109,7 @@ def forward_kernel(
 
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
-    out = shared_out(acc, gates_ptr, out_ptr, flat_row, valid, offset, in_tile, BRANCH, BRANCHES)
-    tl.store(out_ptr + offset, out, mask=in_tile)
+    tl.store(out_ptr + offset, acc.to(out_ptr.dtype.element_ty), mask=in_tile)
     # An infinite normaliser makes every probability of an empty row 0 in the backward too.
     tl.store(lse_ptr + flat_row, tl.where(empty, float("inf"), peak + tl.log2(total)), mask=valid)
 
@@ -153,22 +150,20 @@ def forward_options(dim: int, block_size: int, itemsize: int) -> dict:
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lists: TileLists, geo: Geometry, block_size: int,
-    scale: float, options: dict, share: Share | None = None,
+    scale: float, options: dict,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output [n, Hq, D] and base-2 log-normalisers, float32 [n, Hq]. All tensors flat and contiguous."""
-    out = torch.empty_like(q) if share is None else share.out
+    out = torch.empty_like(q)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     slots = geo.slots(lists.tokens)
     launch(
         forward_kernel, (slots * geo.kv_heads,),
-        q, key_descriptor(k, geo, block_size), key_descriptor(v, geo, block_size), bias,
-        None if share is None else share.gates, out, lse,
+        q, key_descriptor(k, geo, block_size), key_descriptor(v, geo, block_size), bias, out, lse,
         geo.documents, lists.blocks, lists.choices, lists.counts, scale * LOG2E,
         slots, geo.num_documents, lists.blocks.shape[-1], 0 if bias is None else bias.shape[-1],
         KV_HEADS=geo.kv_heads, GROUP=geo.group, ROWS=power_of_2_from(lists.tokens * geo.group), TOKENS=lists.tokens,
         BLOCK=block_size,
         HEAD_DIM=geo.head_dim, DIM=geo.padded_dim, BIAS_HEADS=0 if bias is None else bias.shape[1],
-        **share_constants(share), PRECISION=precision(q.dtype), options=options["launch"], tokens=geo.tokens,
-        restore=[] if share is None else [out],
+        PRECISION=precision(q.dtype), options=options["launch"], tokens=geo.tokens,
     )  # fmt: skip
     return out, lse

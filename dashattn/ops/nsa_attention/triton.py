@@ -1,4 +1,4 @@
-"""NSA without gradients in one PyTorch operator: each branch adds its share to the output, none is stored by itself.
+"""NSA without gradients in one PyTorch operator, whose branches add up in the output: one at most is kept beside it.
 
 Shapes: B batch, T tokens, J windows, Hq query heads, H KV heads, D head size, W words of 32 blocks; flat tensors
 [B * T, ...] have the suffix ``_n``.
@@ -35,7 +35,9 @@ def _forward_op(
         q_n, compressed[0], lse, starts, geo, windows, num_blocks, block_size, topk, init_blocks, local_blocks,
         pooling == "max", scale,
     )  # fmt: skip
-    attend(q_n, k_n, v_n, words, None, geo, block_size, scale, Share(gates_n, 1, out))
+    selected, _ = attend(q_n, k_n, v_n, words, None, geo, block_size, scale)
+    out.addcmul_(gates_n[..., 1:2], selected)
+    del selected
     if k_window is not None:
         band = Band(1, 1, window_size)
         keys = (flatten_keys(x) for x in (k_window, v_window))
