@@ -10,8 +10,9 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-from dashattn.backends import Capabilities
+from dashattn.backends import BACKENDS, Capabilities
 from dashattn.backends.dash import DashBackend
+from dashattn.integrations.transformers import PRESETS
 from experiments.config import TrainConfig, load_config, plain, register_configs, to_train_config
 from experiments.evaluation.config import check_tasks, register_evaluate_config
 from experiments.schema import to_config
@@ -87,6 +88,11 @@ def test_a_saved_configuration_loads_as_the_same_one(attention, data, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(OmegaConf.to_yaml(plain(config)))
     assert load_config(path) == config
+
+
+def test_the_attentions_of_transformers_are_those_composed_here():
+    assert {name: composed(f"attention={name}").attention for name in PRESETS} == PRESETS
+    assert {preset.name for preset in PRESETS.values()} == BACKENDS.keys() - {"full"}
 
 
 def test_attention_by_layer_is_composed_checked_saved_and_loaded(tmp_path):

@@ -197,6 +197,11 @@ def test_generators_of_tasks_are_had_without_the_rest_of_data():
     assert [str(found) for found in imports() if found.importer == "data.tasks"] == []
 
 
+def test_nothing_needs_the_libraries_that_it_can_be_used_in():
+    others = [i for i in imports() if not i.importer.startswith("dashattn.integrations")]
+    assert [str(found) for found in others if found.imported.startswith("dashattn.integrations")] == []
+
+
 def test_scripts_start_without_what_only_work_needs():
     """A wrong override is answered before anything slow is loaded; PyTorch itself is there for its dtypes."""
     heavy = ["deepspeed", "datasets", "transformers", "torch._dynamo", "triton", "wandb", "matplotlib", "lm_eval"]

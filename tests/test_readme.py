@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from rich.console import Console
@@ -24,6 +25,7 @@ from experiments import signals
 from experiments.schema import to_config
 from experiments.sweep.__main__ import run_sweep
 from tests import forked
+from tests.checkpoints import make_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -243,6 +245,14 @@ def test_make_pareto_killed_and_again(tmp_path):
     assert "0 cells to do, 5 done before" in again
 
 
+def test_a_checkpoint_inside_transformers(tmp_path, monkeypatch):
+    monkeypatch.chdir(make_folder(tmp_path / "smollm2").parent)
+    (snippet,) = [code for code in blocks("python") if "transformers" in code]
+    names = {}
+    exec(snippet, names)
+    assert names["model"](torch.arange(70)[None]).logits.shape == (1, 70, 310)
+
+
 def test_the_library_installs_alone(tmp_path, tmp_path_factory):
     """From a source distribution only dashattn is installed; it imports, and the README's snippet runs, with nothing
     else of the project."""
@@ -264,7 +274,7 @@ def test_the_library_installs_alone(tmp_path, tmp_path_factory):
         "tuning.jsonl",
     }
     assert {p.name for p in tmp_path.iterdir() if p.is_dir() and not p.name.endswith(".dist-info")} == {"dashattn"}
-    (snippet,) = blocks("python")
+    (snippet,) = [code for code in blocks("python") if "transformers" not in code]
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{snippet}\nassert 'models' not in sys.modules\n"
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,1 @@
+"""DashAttention and its rivals inside other libraries; a module a library, which imports it."""

@@ -1,0 +1,273 @@
+"""transformers' models with the attentions of this library, held to our own model of the same weights."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from dashattn.integrations.transformers import MODEL_TYPES, PRESETS, register
+from experiments.training.weights import find_weights, load_weights
+from models import Transformer
+from models.generate import generate
+from models.hf import read_config
+from tests.checkpoints import make_folder
+
+CHUNKS = {"chunk_size": 4, "router_scale": 30.0}
+WINDOWS = {"block_size": 4, "kernel_size": 4, "kernel_stride": 2, "topk": 3, "window_size": 4}
+OPTIONS = {
+    "dash": CHUNKS,
+    "dash_sink": CHUNKS,
+    "dash_topk": {"chunk_size": 4, "topk": 3},
+    "dash_topp": {"chunk_size": 4, "top_p": 0.3},
+    "moba": {"chunk_size": 4, "topk": 3},
+    "infllmv2": WINDOWS,
+    "sink_window": {"block_size": 4, "local_blocks": 1},
+    "oracle": {"block_size": 4, "topk": 3, "local_blocks": 0},
+}
+CLASSES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "olmo2": "Olmo2",
+    "phi3": "Phi3",
+    "smollm3": "SmolLM3",
+}
+LENGTH = 50
+IDS = torch.randint(2, 300, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _registered():
+    register()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folder of a model type, made once; weights large enough for attention that is far from uniform."""
+    made = {}
+
+    def folder(kind="llama"):
+        if kind not in made:
+            classes = tuple(getattr(transformers, f"{CLASSES[kind]}{end}") for end in ("Config", "ForCausalLM"))
+            made[kind] = make_folder(tmp_path_factory.mktemp(kind), classes, initializer_range=0.4)
+        return made[kind]
+
+    return folder
+
+
+def theirs(folder, name, **options):
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=name).eval()
+    model.config.dashattn = OPTIONS.get(name, {}) | options
+    return model
+
+
+def ours(folder, name, **options):
+    preset = PRESETS[name]
+    config = type(preset)(**vars(preset) | OPTIONS[name] | options)
+    model = Transformer(read_config(folder), config)
+    load_weights(model, find_weights(folder))
+    return model.eval()
+
+
+def assert_close(x, y):
+    torch.testing.assert_close(x, y, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@torch.no_grad()
+def test_a_prompt_has_our_logits(folders, name):
+    logits = theirs(folders(), name)(IDS).logits
+    assert_close(logits, ours(folders(), name)(IDS).logits)
+    dense = theirs(folders(), "sdpa")(IDS).logits
+    assert (logits - dense).abs().amax() > 0.1, "nothing was left out"
+
+
+@pytest.mark.parametrize("kind", MODEL_TYPES)
+@torch.no_grad()
+def test_every_architecture(folders, kind):
+    assert_close(theirs(folders(kind), "dash_sink")(IDS).logits, ours(folders(kind), "dash_sink")(IDS).logits)
+
+
+LENGTHS = [30, 7, 19]
+
+
+def unpadded():
+    return [IDS[0, :length].tolist() for length in LENGTHS]
+
+
+def padded(side, lengths):
+    """Rows of the first tokens of ``IDS[0]``, and their mask."""
+    column, length = torch.arange(max(lengths)), torch.tensor(lengths)[:, None]
+    mask = column >= max(lengths) - length if side == "left" else column < length
+    ids = torch.zeros(mask.shape, dtype=torch.int64).masked_scatter(mask, torch.cat([IDS[0, :n] for n in lengths]))
+    return ids, mask.long()
+
+
+def new_tokens(model, ids, count, **options):
+    length = ids.shape[1]
+    options = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0, "eos_token_id": 309} | options
+    return model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, **options)[:, length:]
+
+
+@pytest.mark.parametrize("name", ["dash_sink", "infllmv2", "sink_window"])
+def test_64_greedy_tokens_are_ours(folders, name):
+    """Of prompts of different length, padded on the left."""
+    ids, mask = padded("left", LENGTHS)
+    generated = new_tokens(theirs(folders(), name), ids, 64, attention_mask=mask)
+    assert generated.tolist() == generate(ours(folders(), name), unpadded(), max_new_tokens=64)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"cache_implementation": "static"}], ids=["beams", "static"])
+def test_another_cache_or_search_generates_what_no_cache_does(folders, options):
+    model = theirs(folders(), "dash_sink")
+    ids, mask = padded("left", LENGTHS)
+    call = {"attention_mask": mask, "num_beams": options.get("num_beams", 1)}
+    expected = new_tokens(model, ids, 16, **call, use_cache=False)
+    assert torch.equal(new_tokens(model, ids, 16, **call | options), expected)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("chunks", [(30, 20), (1, 7, 42), (8, 8, 34)], ids=str)
+@torch.no_grad()
+def test_several_tokens_at_a_time_behind_a_cache(folders, name, chunks):
+    model = theirs(folders(), name)
+    cache = DynamicCache(config=model.config)
+    logits = [model(ids, past_key_values=cache).logits for ids in IDS.split(chunks, dim=1)]
+    assert_close(torch.cat(logits, 1), model(IDS).logits)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_padded_rows_have_the_logits_they_have_alone(folders, name, side):
+    """Whether position_ids count the padding or not."""
+    model = theirs(folders(), name)
+    ids, mask = padded(side, LENGTHS)
+    for positions in (None, (mask.cumsum(1) - 1).clamp(min=0)):
+        logits = model(ids, attention_mask=mask, position_ids=positions).logits
+        for row, n in enumerate(LENGTHS):
+            assert_close(logits[row][mask[row].bool()], model(IDS[:1, :n]).logits[0])
+
+
+@torch.no_grad()
+def test_a_row_that_begins_among_new_tokens(folders):
+    """A padded prompt that is read in pieces, of which the first holds no token of the second row."""
+    model, cache = theirs(folders(), "dash_sink"), DynamicCache()
+    ids, mask = padded("left", [30, 7])
+    logits = [
+        model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache).logits for a, b in [(0, 20), (20, 30)]
+    ]
+    logits = torch.cat(logits, 1)
+    assert_close(logits[0], model(IDS[:1, :30]).logits[0])
+    assert_close(logits[1, -7:], model(IDS[:1, :7]).logits[0])
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@torch.no_grad()
+def test_packed_documents_have_the_logits_they_have_alone(folders, name):
+    model, lengths = theirs(folders(), name), [[20, 9, 21], [43, 7]]
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    logits = model(IDS, position_ids=positions, use_cache=False).logits
+    for row, counts in enumerate(lengths):
+        for own, document in zip(logits[row].split(counts), IDS[row].split(counts), strict=True):
+            assert_close(own, model(document[None]).logits[0])
+
+
+def test_gradients_pass_through_a_cache_too(folders):
+    model = theirs(folders(), "dash_sink")
+
+    def gradient(read):
+        model.zero_grad()
+        read().square().sum().backward()
+        return model.model.layers[0].self_attn.k_proj.weight.grad.clone()
+
+    def in_pieces():
+        cache = DynamicCache()
+        return torch.cat([model(ids, past_key_values=cache).logits for ids in IDS.split(25, dim=1)], 1)
+
+    whole = gradient(lambda: model(IDS).logits)
+    torch.testing.assert_close(gradient(in_pieces), whole, rtol=1e-3, atol=1e-3 * whole.abs().amax().item())
+
+
+@torch.no_grad()
+def test_options_are_read_from_the_configuration(folders, tmp_path):
+    """A knob turns between two forward passes, and a saved folder keeps its options."""
+    model = theirs(folders(), "dash")
+    sparse = model(IDS).logits
+    model.config.dashattn = OPTIONS["dash"] | {"router_scale": 1e-3}
+    assert (model(IDS).logits - sparse).abs().amax() > 0.1
+    model.config.dashattn = OPTIONS["dash"]
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="dash").eval()
+    assert json.loads((tmp_path / "config.json").read_text())["dashattn"] == OPTIONS["dash"]
+    assert_close(again(IDS).logits, sparse)
+
+
+@torch.no_grad()
+def test_layers_may_differ(folders):
+    layers = {"0": "full"}
+    logits = theirs(folders(), "dash_sink", layers=layers)(IDS).logits
+    assert_close(logits, ours(folders(), "dash_sink", layers=layers)(IDS).logits)
+    assert (logits - theirs(folders(), "dash_sink")(IDS).logits).abs().amax() > 0.1
+
+
+HOLE = torch.ones_like(IDS)
+HOLE[1, 20] = 0
+RESTART = torch.arange(LENGTH).remainder(20)[None]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "call", "words"),
+    [
+        ("nsa", {}, {}, "nsa has parameters of its own .* choose dash_sink"),
+        ("indexer", {}, {}, "indexer has parameters of its own .* choose dash_sink"),
+        ("dash", {"alpha_mode": "learnable"}, {}, r"\(alpha_logit\)"),
+        ("dash", {"alpha_mode": "scheduled", "alpha_steps": 5}, {}, "alpha_mode=fixed"),
+        ("dash", {"summary_keys": "unrotated"}, {}, "summary_keys=rotated"),
+        ("dash", {"layers": {"1": {"summary_rope": "mean"}}}, {}, "summary_rope=none"),
+        ("dash", {"topk_blocks": 3}, {}, "has no option topk_blocks; it has .*chunk_size"),
+        ("dash", {"target_sparsity": 0.5}, {}, "has no option target_sparsity"),
+        ("dash", {"router_scale": float("nan")}, {}, "router_scale must be a positive finite"),
+        ("dash", {}, {"attention_mask": HOLE}, "has holes .*padding_side"),
+        ("dash", {}, {"attention_mask": torch.ones(2, 1, LENGTH, LENGTH)}, "takes attention_mask .B, S."),
+        ("dash", {}, {"attention_mask": HOLE[:, :9]}, "a column for each of 50 tokens"),
+        ("dash", {}, {"position_ids": RESTART}, "pass use_cache=False"),
+        ("dash", {}, {"position_ids": RESTART, "attention_mask": padded("left", [50, 45])[1]}, "count on from 0"),
+        ("dash", {}, {"cu_seq_lens_q": torch.tensor([0, 100])}, "pass position_ids alone"),
+        ("dash", {}, {"output_attentions": True}, "output_attentions=False"),
+        ("dash", {}, {"is_causal": False}, "is causal"),
+    ],
+)
+@torch.no_grad()
+def test_what_is_not_computed_is_refused(folders, name, options, call, words):
+    model = theirs(folders(), name, **options)
+    with pytest.raises(ValueError, match=words) as refusal:
+        model(IDS, **call)
+    assert "\n" not in str(refusal.value)
+
+
+@torch.no_grad()
+def test_a_sliding_window_that_rows_outgrow_is_refused(folders):
+    model = AutoModelForCausalLM.from_pretrained(folders("mistral"), attn_implementation="dash", sliding_window=30)
+    model(IDS[:, :30])
+    with pytest.raises(ValueError, match="rows of 31 tokens outgrow the sliding window of 30"):
+        model(IDS[:, :31])
+    with pytest.raises(ValueError, match="sliding_window=None"):
+        new_tokens(model, IDS[:, :28], 8)
+
+
+def test_dropout_is_refused(folders):
+    model = AutoModelForCausalLM.from_pretrained(folders(), attn_implementation="dash", attention_dropout=0.1)
+    with pytest.raises(ValueError, match="attention_dropout=0"):
+        model.train()(IDS)
+
+
+def test_another_architecture_is_refused():
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=310)
+    config = transformers.Gemma2Config(**shape, num_key_value_heads=2, head_dim=8)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="dash")
+    with pytest.raises(ValueError, match="not gemma2: choose 'sdpa'"):
+        model(IDS)
