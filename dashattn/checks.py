@@ -156,7 +156,7 @@ def check_dash(
         check_top_p(top_p)
     moving, topk = isinstance(topk, Tensor), knob_value("topk", topk)
     if topk is not None:
-        topk = int(topk) if moving and topk == int(topk) else topk
+        topk = int(topk) if moving and topk.is_integer() else topk
         forced = (init_chunks, local_chunks + 1) if selector == "topk" else (0, 0)
         check_topk(topk, *forced, "raise topk or lower init_chunks or local_chunks")
 

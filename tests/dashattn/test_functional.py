@@ -510,6 +510,8 @@ REFUSALS = {
     "no top_p": (dash_attention, {"chunk_query": R, "top_p": torch.nan}, r"top_p must lie in \(0, 1\]; got nan"),
     "moving top_p": (dash_attention, {"chunk_query": R, "top_p": torch.ones(1)}, r"top_p that is a tensor must be"),
     "moving topk": (dash_attention, {"chunk_query": R, "topk": DOUBLE(2.5)}, "topk must be a positive integer"),
+    "infinite topk": (dash_attention, {"chunk_query": R, "topk": DOUBLE(torch.inf)}, "topk must be a positive integer"),
+    "topk NaN": (dash_attention, {"chunk_query": R, "topk": DOUBLE(torch.nan)}, "topk must be a positive integer"),
     "init_chunks": (dash_attention, {"chunk_query": R, "init_chunks": -1}, "init_chunks must be an integer of at"),
     "local_chunks": (dash_attention, {"chunk_query": R, "local_chunks": 1.0}, "local_chunks must be an integer of at"),
     "sigma": (dash_attention, {"chunk_query": R, "sigma": -1.0}, "sigma must be a positive"),

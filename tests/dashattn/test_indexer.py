@@ -103,6 +103,19 @@ def test_kl_of_packed_documents_is_that_of_each(inputs):
         assert packed.item() == pytest.approx(sum(alone).item() / T, abs=1e-12)
 
 
+@pytest.mark.parametrize("head_weights", [None, (0.2, 0.3, 0.1)])
+def test_kl_is_as_exact_in_bfloat16_as_what_it_is_given(inputs, head_weights):
+    """A third, the weight of each of three heads, is no number of bfloat16."""
+    q, _, _, index_q, index_k = (x.bfloat16() for x in inputs)
+    given = [q, q[:, :, :3], q[:, :, :3], torch.cat([index_q, index_q[:, :, :1] + 1], dim=2), index_k]
+    options = OPTIONS | {"return_kl": True, "head_weights": head_weights}
+    found, expected = (
+        indexer_attention(*(x.to(dtype) for x in given), **options).kl for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert expected > 0.1
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_the_gradient_by_a_score_is_the_difference_of_the_two_distributions(inputs):
     """``u - m``, over the tokens and KV heads that the mean is of: each block has a channel of the index of its own."""
     q, k, v, _, _ = inputs

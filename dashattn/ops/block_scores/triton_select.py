@@ -3,7 +3,7 @@
 Given the log-normalisers of a first pass, a program forms the probabilities of a tile of tokens again (k q^T on the
 tensor cores), sums them over the group, pools them to blocks and finds each token's best: no probability leaves the
 chip. Block scores do, into a scratch of the program's own, which its tiles reuse and the L2 cache holds:
-PROGRAMS * 8 bytes * tokens of a tile * blocks, at most 138 MiB at 64k tokens.
+PROGRAMS * 8 bytes * tokens of a tile * blocks, at most 132 MiB at 64k tokens in blocks of 64.
 
 At 32k tokens, 32 heads and a stride of 16 there are 1.1e9 causal (row, window) pairs: 0.27 TFLOP of products, as in the
 first pass. A tile is tokens, COLUMNS / TOKENS heads of the group at a time: heads are summed by the thread that holds
