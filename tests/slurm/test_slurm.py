@@ -218,9 +218,8 @@ def test_a_run_waits_for_its_process_that_lives_on_where_the_node_was_given_up(s
         assert len(list((run_dir / "resumed").iterdir())) == 1
     finally:
         subprocess.run(["slurmd", "-f", folder / "slurm.conf", "-N", node], check=True)
-        subprocess.run(
-            ["scontrol", "update", f"nodename={node}", "state=resume"], check=False
-        )  # unless it is back already
+        # Unless it is back already.
+        subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], check=False)
 
 
 def test_the_status_says_how_slurm_ended_a_job(slurm, tiny_overrides, tmp_path, monkeypatch):
