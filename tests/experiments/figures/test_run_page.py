@@ -12,7 +12,7 @@ from experiments.figures.run_page import main
 
 def make_run(path, steps=(1, 2, 3), layers=3, config="attention:\n  name: dash\nsteps: 3\n", **columns):
     path.mkdir()
-    (path / "config.yaml").write_text(f"name: {path.name}\n{config}")
+    (path / "config.yaml").write_text(f"name: {path.name}\nmodel: {{}}\ndata: {{}}\n{config}")
     with (path / "metrics.jsonl").open("w") as file:
         for step in steps:
             row = {"step": step, "split": "train", "tokens": 100 * step, "loss": 4.0 - step, "lr": 1e-3}

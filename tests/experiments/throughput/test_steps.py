@@ -1,7 +1,9 @@
 """The throughput benchmark at toy size: what is measured, with which setting, and what becomes of failures."""
 
 import gc
+import json
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -116,7 +118,7 @@ def test_a_failure_is_a_row_and_frees_the_model(make_benchmark, monkeypatch):
 
 
 def test_what_the_time_does_not_suffice_for_is_said(make_benchmark):
-    rows = list(Benchmark(make_benchmark("time_budget=0", "backends=[full]"), "cpu").rows())
+    rows = list(Benchmark(make_benchmark("time_budget=1e-9", "backends=[full]"), "cpu").rows())
     assert [row["status"] for row in rows] == ["out of time", "ok"]  # no setting was measured: nothing to go on with
 
 
@@ -125,16 +127,14 @@ def test_what_the_time_does_not_suffice_for_is_said(make_benchmark):
     [
         ("backends=[flash]", "backends has flash: choose from full"),
         ("patterns=[]", "patterns has no entry"),
-        ("sparsity=1.5", "between 0 and 1"),
-        ("steps=0", "at least 1"),
+        ("sparsity=1.5", r"sparsity .*got 1\.5"),
+        ("steps=0", r"steps .*got 0"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(make_benchmark, override, message):
-    config = make_benchmark()
     name, value = override.split("=")
-    setattr(config, name, {"[flash]": ["flash"], "[]": [], "1.5": 1.5, "0": 0}[value])
     with pytest.raises(ValueError, match=message):
-        check_throughput(config)
+        check_throughput(replace(make_benchmark(), **{name: json.loads(value.replace("flash", '"flash"'))}))
 
 
 def test_a_micro_batch_holds_a_row_and_a_run_is_checked_beforehand(make_benchmark):
@@ -206,5 +206,5 @@ def test_a_command_line_refuses_what_cannot_be_trained(command, tmp_path):
     overrides = ["backends=[full]", "train=['model=debug','optim.lr=-1']", f"output_dir={tmp_path / 'out'}"]
     done = forked.run("-m", command, *overrides)
     assert done.returncode != 0
-    assert "optim.lr=-1.0: a positive learning rate is needed" in done.stderr
+    assert "optim.lr must be a positive finite number" in done.stderr
     assert not (tmp_path / "out").exists()
