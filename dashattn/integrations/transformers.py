@@ -10,6 +10,9 @@ The names are those of ``configs/attention``, with the same values; ``config.das
 changes any option of the chosen one (a field of its dataclass in ``dashattn.backends``) and is read in every forward
 pass. DashAttention's chunk queries are zero, as in a model that was dense.
 
+An export of a sparse run (``experiments.evaluation.export``) loads without ``attn_implementation``, attends as its
+``config.attention`` says, and has its chunk queries. Another one may be given.
+
 Keys come from transformers' cache, whichever it is, and nothing is kept beside it: a step of generation makes the
 summaries of all cached chunks anew and copies the keys, which costs O(S) a token. Under gradients it costs O(S^2).
 Rows may be padded on either side, each as it would be alone; documents packed in rows are told by position_ids that
@@ -20,12 +23,21 @@ Shapes: B rows, T tokens of the query, S keys, H heads, D head size.
 
 import json
 from dataclasses import fields, replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch.func import functional_call
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+)
 
 from dashattn.backends import BACKENDS, AttentionBackend, AttentionConfig, AttentionShape, DashConfig, build_backends
 from dashattn.checks import check
@@ -39,6 +51,8 @@ PRESETS: dict[str, AttentionConfig] = {
 }
 # Others may bias, cap or window their logits.
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3", "smollm3")
+EXPORT = "dashattn"  # the model_type of exports
+QUERIES = "indexer_q"  # of a layer of an export, [Hkv * D]
 _NO_OPTIONS = {"name", "target_sparsity", "sparsity_count", "sparsity_control"}  # of those who train
 
 
@@ -52,6 +66,57 @@ def register() -> None:
     for name in PRESETS:
         AttentionInterface.register(name, partial(_attention, name))
         AttentionMaskInterface.register(name, _rows)
+    AutoConfig.register(EXPORT, ExportConfig, exist_ok=True)
+
+
+class ExportConfig(PreTrainedConfig):
+    """What ``model_type`` in an export's config.json stands for: the configuration of its ``base_model_type``."""
+
+    model_type = EXPORT
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        kind, attention = config_dict.get("base_model_type"), config_dict.get("attention")
+        check(kind in MODEL_TYPES, f"config.json: base_model_type={kind!r} is none of {', '.join(MODEL_TYPES)}")
+        name = attention.get("name") if isinstance(attention, dict) else None
+        check(
+            name in PRESETS,
+            f"config.json: attention {name!r} does not run in transformers: read the folder with evaluate.py",
+        )
+        return _export_config(kind).from_dict({**config_dict, "attn_implementation": name}, **kwargs)
+
+
+@cache
+def _export_config(kind: str) -> type[PreTrainedConfig]:
+    """A configuration class of exports, known to ``AutoModelForCausalLM``."""
+    base_config = CONFIG_MAPPING[kind]
+    base_model = MODEL_FOR_CAUSAL_LM_MAPPING[base_config]
+    config_class = type(f"DashAttn{base_config.__name__}", (base_config,), {"model_type": EXPORT})
+
+    class DashAttnForCausalLM(base_model):
+        def __init__(self, config):
+            super().__init__(config)
+            for layer in self.model.layers:
+                weight = layer.self_attn.o_proj.weight  # [E, Hq * D]
+                head_dim = weight.shape[1] // config.num_attention_heads
+                shape = AttentionShape(
+                    config.hidden_size, config.num_attention_heads, config.num_key_value_heads, head_dim
+                )
+                backend = _backend(config.attention["name"], layer.self_attn, shape, torch.float32, torch.device("cpu"))
+                if hasattr(backend, "chunk_query"):
+                    setattr(layer.self_attn, QUERIES, nn.Parameter(weight.new_zeros(backend.chunk_query.numel())))
+
+        @classmethod
+        def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+            missing = sorted(name for name in info["missing_keys"] if name.endswith(QUERIES))
+            # Nobody would have given them a value.
+            check(not missing, f"the checkpoint has no {', '.join(missing)}: export the run again")
+            return (model, info) if output_loading_info else model
+
+    DashAttnForCausalLM.config_class = config_class
+    AutoModelForCausalLM.register(config_class, DashAttnForCausalLM)
+    return config_class
 
 
 def _rows(
@@ -113,7 +178,8 @@ def _attention(
     q_BTHD, k_BSHD, v_BSHD = (x.transpose(1, 2) for x in (query, key, value))
     (batch, num_tokens), num_keys = q_BTHD.shape[:2], k_BSHD.shape[1]
     _check_call(name, module.config, attention_mask, dropout, position_ids, options)
-    backend = _backend(name, module, query, key)
+    shape = AttentionShape(module.config.hidden_size, query.shape[1], key.shape[1], query.shape[3])
+    backend = _backend(name, module, shape, query.dtype, query.device)
     if attention_mask is None:
         rows_B3 = torch.tensor([0, num_keys, num_keys - num_tokens], device=query.device).expand(batch, 3)
     else:
@@ -126,16 +192,29 @@ def _attention(
         "config.sliding_window=None, or config.layer_types to full_attention",
     )
     position_BT = position_ids.to(query.device).expand(batch, num_tokens)
+    cu_seqlens = None
     if attention_mask is None and num_tokens == num_keys:
         cu_seqlens = _documents(position_BT, options)
-        if cu_seqlens is not None:
-            q_BTHD, k_BSHD, v_BSHD = (x.flatten(0, 1)[None] for x in (q_BTHD, k_BSHD, v_BSHD))
-            return backend(q_BTHD, k_BSHD, v_BSHD, cu_seqlens=cu_seqlens).view(
-                batch, num_tokens, *q_BTHD.shape[2:]
-            ), None
     else:
         _check_positions(position_BT, rows_B3)
-    return _attend(backend, q_BTHD, k_BSHD, v_BSHD, rows_B3), None
+    own = {}
+    if hasattr(module, QUERIES) and hasattr(backend, "chunk_query"):
+        own["backend.chunk_query"] = getattr(module, QUERIES).to(query.dtype).view_as(backend.chunk_query)
+    return functional_call(_Layer(backend), own, (q_BTHD, k_BSHD, v_BSHD, rows_B3, cu_seqlens)), None
+
+
+class _Layer(nn.Module):
+    """A backend, whose parameters a call may exchange."""
+
+    def __init__(self, backend: AttentionBackend):
+        super().__init__()
+        self.backend = backend
+
+    def forward(self, q_BTHD, k_BSHD, v_BSHD, rows_B3, cu_seqlens):
+        if cu_seqlens is None:
+            return _attend(self.backend, q_BTHD, k_BSHD, v_BSHD, rows_B3)
+        packed = (x.flatten(0, 1)[None] for x in (q_BTHD, k_BSHD, v_BSHD))
+        return self.backend(*packed, cu_seqlens=cu_seqlens).view_as(q_BTHD)
 
 
 def _attend(backend: AttentionBackend, q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, rows_B3: Tensor) -> Tensor:
@@ -196,7 +275,7 @@ def _check_positions(position_BT: Tensor, rows_B3: Tensor) -> None:
 
 def _check_call(name, config, attention_mask, dropout, position_ids, options) -> None:
     check(
-        config.model_type in MODEL_TYPES,
+        config.model_type in (*MODEL_TYPES, EXPORT),
         f"attn_implementation={name!r} is for {', '.join(MODEL_TYPES)}, not {config.model_type}: choose 'sdpa'",
     )
     check(
@@ -217,13 +296,19 @@ def _check_call(name, config, attention_mask, dropout, position_ids, options) ->
         check(options.get(given) is None, f"attn_implementation={name!r} does not take {given}: {mend}")
 
 
-def _backend(name: str, module: nn.Module, query: Tensor, key: Tensor) -> AttentionBackend:
+def _backend(name, module: nn.Module, shape: AttentionShape, dtype, device) -> AttentionBackend:
+    """That of the layer whose attention ``module`` is."""
     config = module.config
     options = getattr(config, "dashattn", None) or {}
+    if config.model_type == EXPORT and config.attention["name"] == PRESETS[name].name:
+        check(
+            not options,
+            "config.dashattn is not read where config.attention has the options of an export: set them there",
+        )
+        options = {option: value for option, value in config.attention.items() if option not in _NO_OPTIONS}
     check(isinstance(options, dict), f"config.dashattn must be a mapping of options; got {options!r}")
-    shape = AttentionShape(config.hidden_size, query.shape[1], key.shape[1], query.shape[3])
     settings = json.dumps(options, sort_keys=True)
-    return _backends(name, settings, shape, config.num_hidden_layers, query.dtype, query.device)[module.layer_idx]
+    return _backends(name, settings, shape, config.num_hidden_layers, dtype, device)[module.layer_idx]
 
 
 @lru_cache(maxsize=64)
@@ -237,7 +322,7 @@ def _backends(name, settings, shape, num_layers, dtype, device) -> list[Attentio
         f"config.dashattn: {name} has no option {', '.join(unknown)}; it has {', '.join(sorted(allowed))}",
     )
     config = replace(preset, **options)
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.device("cpu"):  # whatever a model is being built under
         backends = build_backends(config, shape, num_layers)
         for backend in backends:
             _check_config(backend.config)

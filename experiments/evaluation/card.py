@@ -46,8 +46,9 @@ def model_card(target: Target, *, dense: bool) -> str:
 
 
 _HOW = (
-    "`init_from=FOLDER model=checkpoint attention=checkpoint` of the code base that made it. Other libraries do not "
-    "know its `model_type`: with dense attention these weights are another model."
+    "`init_from=FOLDER model=checkpoint attention=checkpoint` of the code base that made it; or, unless `nsa` or "
+    "`indexer` attends, transformers' `AutoModelForCausalLM` after `dashattn.integrations.transformers.register()`. "
+    "Other libraries do not know its `model_type`: with dense attention these weights are another model."
 )
 _WARNING = (
     "**These weights were trained with the sparse attention above and are written as those of a dense model**, which "

@@ -4,8 +4,9 @@
     python -m experiments.evaluation.export --dense outputs/run FOLDER
 
 A dense run becomes a folder that transformers loads. A sparse run's folder has the parameters and options of its
-attention, which this code base reads (``attention=checkpoint``) and transformers refuses; with ``--dense`` they are
-left out, and transformers attends densely. README.md of the folder says which it was.
+attention, which this code base reads (``attention=checkpoint``) and transformers by itself refuses
+(``dashattn.integrations.transformers`` makes it load them); with ``--dense`` they are left out, and transformers
+attends densely. README.md of the folder says which it was.
 """
 
 import sys

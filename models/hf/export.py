@@ -33,7 +33,7 @@ def write_folder(
     """Write a folder of the family that computes what the model does; weights keep their dtype.
 
     A dense model is one that transformers loads. A sparse one has the backend's parameters and options besides, and a
-    ``model_type`` that transformers refuses.
+    ``model_type`` that transformers refuses, unless ``dashattn.integrations.transformers`` has told it.
 
     Args:
         weights: consolidated weights of a ``Transformer`` of the shape ``config`` with ``attention``.

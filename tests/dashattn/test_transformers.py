@@ -5,13 +5,15 @@ import json
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from dashattn.backends import DashConfig, FullConfig, NSAConfig
 from dashattn.integrations.transformers import MODEL_TYPES, PRESETS, register
 from experiments.training.weights import find_weights, load_weights
 from models import Transformer
 from models.generate import generate
-from models.hf import read_config
+from models.hf import read_attention, read_config, write_folder
 from tests.checkpoints import make_folder
 
 CHUNKS = {"chunk_size": 4, "router_scale": 30.0}
@@ -271,3 +273,84 @@ def test_another_architecture_is_refused():
     model = AutoModelForCausalLM.from_config(config, attn_implementation="dash")
     with pytest.raises(ValueError, match="not gemma2: choose 'sdpa'"):
         model(IDS)
+
+
+def exported(folder, path, name, **options):
+    """A run's model with chunk queries that were learned, and its export."""
+    model = ours(folder, name, **options)
+    with torch.no_grad():
+        for backend in model.backends:
+            if hasattr(backend, "chunk_query"):
+                backend.chunk_query.normal_(std=2.0, generator=torch.Generator().manual_seed(1))
+    write_folder(path, model.config, model.state_dict(), model.attention)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "olmo2", "phi3", "smollm3"])
+@torch.no_grad()
+def test_an_export_loads_with_its_options_and_chunk_queries(folders, tmp_path, kind):
+    model = exported(folders(kind), tmp_path / "export", "dash_sink")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
+    logits = model(IDS).logits
+    assert_close(loaded(IDS).logits, logits)
+    assert (logits - ours(folders(kind), "dash_sink")(IDS).logits).abs().amax() > 0.1, "the queries change nothing"
+    loaded.save_pretrained(tmp_path / "again")
+    assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()(IDS).logits, logits)
+    back = Transformer(read_config(tmp_path / "again"), read_attention(tmp_path / "again"))
+    load_weights(back, find_weights(tmp_path / "again"))
+    assert_close(back(IDS).logits, logits)
+
+
+@pytest.mark.parametrize("name", ["dash_topk", "infllmv2", "sink_window"])
+def test_an_export_continues_ragged_prompts_as_we_do(folders, tmp_path, name):
+    model = exported(folders(), tmp_path / "export", name, layers={"1": "full"} if name == "infllmv2" else None)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
+    ids, mask = padded("left", LENGTHS)
+    generated = new_tokens(loaded, ids, 24, attention_mask=mask)
+    assert generated.tolist() == generate(model, unpadded(), max_new_tokens=24)
+
+
+def test_chunk_queries_that_are_missing_are_refused(folders, tmp_path):
+    exported(folders(), tmp_path / "export", "dash")
+    weights = load_file(tmp_path / "export" / "model.safetensors")
+    del weights["model.layers.1.self_attn.indexer_q"]
+    save_file(weights, tmp_path / "export" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"has no model.layers.1.self_attn.indexer_q: export the run again"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+
+
+def test_chunk_queries_of_an_export_learn(folders, tmp_path):
+    exported(folders(), tmp_path / "export", "dash", prior="raw")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    loaded(IDS, labels=IDS).loss.backward()
+    assert all(layer.self_attn.indexer_q.grad.abs().amax() > 0 for layer in loaded.model.layers)
+
+
+@torch.no_grad()
+def test_an_export_may_be_read_otherwise(folders, tmp_path):
+    exported(folders(), tmp_path / "export", "dash")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "export", attn_implementation="sdpa").eval()
+    assert_close(dense(IDS).logits, theirs(folders(), "sdpa")(IDS).logits)
+    window = AutoModelForCausalLM.from_pretrained(tmp_path / "export", attn_implementation="sink_window").eval()
+    window.config.dashattn = OPTIONS["sink_window"]
+    assert_close(window(IDS).logits, theirs(folders(), "sink_window")(IDS).logits)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    loaded.config.dashattn = {"router_scale": 2.0}
+    with pytest.raises(ValueError, match=r"config\.attention"):
+        loaded(IDS)
+
+
+@pytest.mark.parametrize(
+    ("attention", "words"),
+    [
+        (NSAConfig(block_size=8, kernel_size=8, kernel_stride=4, window_size=8), "nsa has parameters of its own"),
+        (FullConfig(layers={"1": "dash"}), "attention 'full' does not run in transformers"),
+        (DashConfig(alpha_mode="scheduled", alpha_steps=3), "alpha_mode=fixed"),
+    ],
+    ids=["nsa", "full", "scheduled"],
+)
+def test_an_export_that_cannot_be_read_is_refused(folders, tmp_path, attention, words):
+    model = Transformer(read_config(folders()), attention)
+    write_folder(tmp_path / "export", model.config, model.state_dict(), attention)
+    with pytest.raises(ValueError, match=words):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "export")
