@@ -9,6 +9,7 @@ from typing import Annotated
 
 from dashattn.fields import (
     MOST_LONG,
+    AnyText,
     Checked,
     Line,
     NonNegativeFloat,
@@ -55,9 +56,16 @@ class CorpusConfig(Checked, at="data"):
     config_name: Line | None = None
     hub_split: Line = "train"
     revision: Line | None = None
-    # files: paths or globs, all of one kind: .txt (a file is a document), .json / .jsonl, .parquet
+    # files: paths or globs of .txt, .json, .jsonl / .ndjson and .parquet, also packed (.gz, .zst, .xz, .bz2)
     files: list[Line] = field(default_factory=list)
     text_column: Line = "text"
+    # Of a .txt: what stands between its documents. Null = the whole file is one, unless it has more characters than
+    # document_bytes: then it is cut at ends of paragraphs; null there = never.
+    document_separator: AnyText | None = None
+    document_bytes: PositiveInt | None = 1_000_000
+    # Rows and files that cannot be read and are left out, by name, before the corpus is refused; while streaming, of
+    # each file.
+    bad_rows: NonNegativeInt = 100
     # recall: max_documents generated documents that state facts and ask for them; see data/recall.py
     facts_min: Facts = 1  # asked for in a document
     facts_max: Facts = 8
@@ -72,6 +80,8 @@ class CorpusConfig(Checked, at="data"):
         super().__post_init__()
         if self.source == "hub" and not self.path:
             raise ValueError("data.source=hub needs data.path, the data set's name on the hub")
+        if self.document_separator == "":
+            raise ValueError("data.document_separator='' separates nothing; give a text, or null")
         if self.source == "files" and not self.files:
             raise ValueError("data.source=files needs data.files, a list of paths or globs")
         if self.source == "recall" and self.max_documents is None:

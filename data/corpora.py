@@ -14,10 +14,8 @@ from typing import NamedTuple
 from data.cache import fingerprint
 from data.config import CorpusConfig
 from data.digests import file_digests
+from data.files import DataSourceError, column, file_kind, file_texts, text_of
 from data.recall import RECALL_VERSION, recall_document
-
-BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 
 # Source files outside these sizes (bytes) are stubs or generated tables.
 SMALLEST_SOURCE, LARGEST_SOURCE = 256, 256 * 1024
@@ -26,10 +24,6 @@ SMALLEST_SOURCE, LARGEST_SOURCE = 256, 256 * 1024
 class Document(NamedTuple):
     id: str
     text: str
-
-
-class DataSourceError(ValueError):
-    """A corpus that the configuration may name rightly, but that cannot be read now."""
 
 
 def digest(text: str) -> bytes:
@@ -53,6 +47,8 @@ def iterate_documents(corpus: CorpusConfig) -> Iterator[Document]:
         documents = _python_sources()
     elif corpus.source == "recall":
         documents = (Document(str(index), row["text"]) for index, row in enumerate(_recall_rows(corpus)))
+    elif corpus.source == "files":
+        documents = _file_documents(corpus)
     else:
         documents = _dataset_documents(corpus)
     total_bytes = 0
@@ -78,6 +74,8 @@ def corpus_fingerprint(corpus: CorpusConfig, cache_dir: str | Path) -> str:
         paths = data_files(corpus)
         with source_errors(corpus):
             contents = [*file_digests(paths, cache_dir), corpus.text_column]
+            if any(file_kind(path) == "text" for path in paths):
+                contents += [corpus.document_separator, corpus.document_bytes]
     else:
         contents = [corpus.path, corpus.config_name, corpus.hub_split, corpus.revision, corpus.text_column]
     return fingerprint(corpus.source, contents, corpus.max_documents, corpus.max_bytes)
@@ -105,23 +103,34 @@ def data_files(corpus: CorpusConfig) -> list[str]:
     """Absolute paths of all files that data.files names, sorted. ValueError when a pattern matches nothing."""
     paths: set[str] = set()
     for pattern in corpus.files:
-        matches = [path for path in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(path)]
+        path = os.path.expanduser(pattern)
+        found = [path] if os.path.exists(path) else glob.glob(path, recursive=True)
+        matches = [path for path in found if os.path.isfile(path)]
         if not matches:
             raise ValueError(f"data.files has {pattern!r}, which matches no file")
         paths.update(os.path.abspath(path) for path in matches)
+    unknown = sorted(path for path in paths if file_kind(path) is None)
+    if unknown:
+        raise ValueError(
+            f"data.files has {unknown[0]}: names must end in .txt, .json, .jsonl, .ndjson or .parquet, and packed ones "
+            "in .gz, .zst, .xz or .bz2 after that"
+        )
     return sorted(paths)
 
 
-def _builder(paths: list[str]) -> str:
-    """The ``datasets`` builder for files of one kind."""
-    kinds = set()
-    for path in paths:
-        stem, suffix = os.path.splitext(path)
-        kinds.add(os.path.splitext(stem)[1] if suffix in COMPRESSED else suffix)
-    builders = {BUILDERS.get(kind) for kind in kinds}
-    if len(builders) != 1 or None in builders:
-        raise ValueError(f"data.files must be of one kind out of {', '.join(BUILDERS)}; found {sorted(kinds)}")
-    return builders.pop()
+def _file_documents(corpus: CorpusConfig) -> Iterator[Document]:
+    texts = file_texts(data_files(corpus), corpus)
+    for index in itertools.count():
+        with source_errors(corpus):
+            text = next(texts, None)
+        if text is None:
+            return
+        yield Document(str(index), text)
+
+
+def _file_rows(corpus: CorpusConfig, paths: list[str]) -> Iterator[dict]:
+    for text in file_texts(paths, corpus, are_all=False):
+        yield {corpus.text_column: text}
 
 
 def open_dataset(corpus: CorpusConfig, streaming: bool = True):
@@ -135,15 +144,13 @@ def open_dataset(corpus: CorpusConfig, streaming: bool = True):
 
     if corpus.source == "recall":
         return datasets.IterableDataset.from_generator(_recall_rows, gen_kwargs={"corpus": corpus})
-    if corpus.source == "hub":
-        load = functools.partial(
-            datasets.load_dataset, corpus.path, corpus.config_name, split=corpus.hub_split, revision=corpus.revision
+    if corpus.source == "files":  # a list is read in parts, so that a resumed run begins at a file, not at the first
+        return datasets.IterableDataset.from_generator(
+            _file_rows, gen_kwargs={"corpus": corpus, "paths": data_files(corpus)}
         )
-    else:
-        paths = data_files(corpus)
-        builder = _builder(paths)
-        options = {"sample_by": "document"} if builder == "text" else {}
-        load = functools.partial(datasets.load_dataset, builder, data_files=paths, split="train", **options)
+    load = functools.partial(
+        datasets.load_dataset, corpus.path, corpus.config_name, split=corpus.hub_split, revision=corpus.revision
+    )
     with source_errors(corpus):
         dataset = load(streaming=streaming)
     columns = dataset.column_names
@@ -157,6 +164,8 @@ def source_errors(corpus: CorpusConfig) -> Iterator[None]:
     """Turns whatever the libraries below say of a source they cannot read into a DataSourceError."""
     try:
         yield
+    except DataSourceError:
+        raise
     except Exception as error:  # network, file system, decompression and parsers: each has errors of its own
         name = f"data.path={corpus.path!r}" if corpus.source == "hub" else f"data.files={list(corpus.files)}"
         raise DataSourceError(
@@ -167,18 +176,13 @@ def source_errors(corpus: CorpusConfig) -> Iterator[None]:
 
 def row_text(row: dict, corpus: CorpusConfig) -> str:
     """The document in one row of a data set; empty for a null. ValueError when it has no text column."""
-    if corpus.text_column not in row:
-        raise ValueError(f"data.text_column={corpus.text_column!r} is not among the columns {sorted(row)}")
-    text = row[corpus.text_column]
-    if text is not None and not isinstance(text, str):
-        raise ValueError(f"data.text_column={corpus.text_column!r} holds {type(text).__name__}, not text")
-    return text or ""
+    return text_of(column(row, corpus), corpus)
 
 
 def _dataset_documents(corpus: CorpusConfig) -> Iterator[Document]:
-    # Local files need no second copy as Arrow tables, and of a capped hub corpus only the head is downloaded. A hub
-    # corpus that is read whole is downloaded as usual, so that a copy already on this machine serves offline.
-    rows = iter(open_dataset(corpus, streaming=corpus.source == "files" or corpus.capped))
+    # Of a capped hub corpus only the head is downloaded. One that is read whole is downloaded as usual, so that a copy
+    # already on this machine serves offline.
+    rows = iter(open_dataset(corpus, streaming=corpus.capped))
     for index in itertools.count():
         with source_errors(corpus):
             row = next(rows, None)

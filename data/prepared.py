@@ -121,8 +121,9 @@ def prepare(
     for split, found in (("train", training), (VALIDATION, len(parts[VALIDATION]))):
         if split in splits and not found:
             raise ValueError(
-                f"the corpus has no {split} document; take more of it, or change "
-                f"data.validation_fraction={config.validation_fraction}"
+                f"the corpus has no {split} document; take more of it, change "
+                f"data.validation_fraction={config.validation_fraction}, or make more documents of large text files "
+                f"(data.document_separator, or a smaller data.document_bytes={corpus.document_bytes})"
             )
     return PreparedCorpus(key, training, parts[VALIDATION])
 

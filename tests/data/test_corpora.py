@@ -1,12 +1,16 @@
+import bz2
+import datetime
 import gzip
 import hashlib
 import json
+import lzma
 import os
 import shutil
 
 import pytest
 
-from data import DataSourceError, TextDataConfig, digests
+import data
+from data import DataSourceError, TextDataConfig, corpora, digests
 from data.corpora import corpus_fingerprint, iterate_documents, split_of
 from data.digests import file_digests
 
@@ -43,6 +47,99 @@ def test_jsonl_parquet_and_compressed_files_give_the_same_documents(tmp_path):
         assert texts(files_config(tmp_path / name, text_column="body")) == expected
 
 
+def test_packed_files_and_any_spelling_of_names_give_the_same_documents(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"text": f"document {index}", "n": index} for index in range(5)]
+    expected = [row["text"] for row in rows]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    contents = {
+        "X.JSONL": lines,
+        "x.ndjson": b"\xef\xbb\xbf" + lines,
+        "x.jsonl.zst": pa.compress(lines, codec="zstd", asbytes=True),
+        "x.jsonl.bz2": bz2.compress(lines),
+        "x.JSON.XZ": lzma.compress(lines),
+        "list.json": json.dumps(rows, indent=1).encode(),
+        "rows.json": b"".join(json.dumps(row, indent=1).encode() for row in rows),
+        "[ab]*.jsonl": lines,
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        assert texts(files_config(tmp_path / name)) == expected, name
+    binary = pa.table({"text": pa.array([text.encode() for text in expected], pa.binary())})
+    pq.write_table(binary, tmp_path / "binary.parquet")
+    dictionary = pa.table({"text": pa.array(expected).dictionary_encode(), "n": pa.array(range(5))})
+    pq.write_table(dictionary, tmp_path / "dictionary.parquet")
+    assert texts(files_config(tmp_path / "*.parquet")) == expected * 2
+    (tmp_path / "t.TXT").write_text("a text")
+    assert texts(files_config(tmp_path / "t.TXT", tmp_path / "X.JSONL")) == [*expected, "a text"]
+
+
+def test_of_a_row_only_the_text_is_parsed(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    others = [{"day": "2026-01-01"}, {"day": 3}, {"day": {"a": [1]}}, {}, {"day": None, "x": [{}]}]
+    rows = [{"text": f"document {index}", **other} for index, other in enumerate(others)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert texts(files_config(tmp_path / "x.jsonl")) == [row["text"] for row in rows]
+    for index, values in enumerate(([1], ["a"], [datetime.date(2026, 1, 1)])):
+        pq.write_table(pa.table({"text": [f"{index}"], "day": values}), tmp_path / f"{index}.parquet")
+    assert texts(files_config(tmp_path / "*.parquet")) == ["0", "1", "2"]
+
+
+def test_what_cannot_be_read_is_left_out_and_named_up_to_a_limit(tmp_path, capsys, monkeypatch):
+    good = [b'{"text": "a"}', b'{"text": "b"}', b'{"text": "c"}']
+    bad = [b"{", b"[1]", b'{"body": "x"}', b'{"text": 3}', b'{"text": "\\ud800"}', b'{"text": "\xff"}']
+    rows = [good[0], *bad, b"", b'{"text": null}', b'{"text": ""}', good[1]]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(rows))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(good[2] + b"\n" + good[2] * 99)[:-9])
+    (tmp_path / "c.parquet").write_bytes(b"no parquet")
+    (tmp_path / "d.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "e.json").write_text("[{}")
+    (tmp_path / "f.txt").write_text("f")
+    config = files_config(tmp_path / "*")
+    assert [text for text in texts(config) if text != "c"] == ["a", "b", "f"]
+    told = capsys.readouterr().err
+    for name in ("a.jsonl, row 2", "a.jsonl, row 7", "b.jsonl.gz", "c.parquet", "d.txt"):
+        assert f"{tmp_path}/{name}:" in told
+    assert "left out: 10 rows" not in told
+    with pytest.raises(
+        DataSourceError, match=r"4 rows or files .* more than data\.bad_rows=3, the last .*a\.jsonl, row 5"
+    ):
+        texts(files_config(tmp_path / "*", bad_rows=3))
+    (tmp_path / "g.jsonl").symlink_to(tmp_path / "gone")
+    (tmp_path / "gone").mkdir()  # as a disk that fails: nobody knows what is in it
+    monkeypatch.setattr(corpora, "data_files", lambda corpus: [str(tmp_path / "f.txt"), str(tmp_path / "g.jsonl")])
+    with pytest.raises(DataSourceError, match=r"cannot be read \(IsADirectoryError"):
+        texts(config)
+    monkeypatch.undo()
+    with pytest.raises(DataSourceError, match=r"no document; 1 rows or files were left out: .*c\.parquet"):
+        texts(files_config(tmp_path / "c.parquet"))
+
+
+def test_a_large_text_is_split_into_documents(tmp_path, text_config):
+    path = tmp_path / "book.txt"
+    path.write_text("one\n\n---\ntwo\nlines\n---\n \n---\nthree")
+    assert texts(files_config(path, document_separator="---\n")) == ["one\n\n", "two\nlines\n", "three"]
+    paragraphs = [f"paragraph {index} " * 9 + "\n\n" for index in range(300)]
+    path.write_text("".join(paragraphs))
+    assert len(texts(files_config(path))) == 1
+    found = texts(files_config(path, document_bytes=2000))
+    assert "".join(found) == path.read_text()
+    assert all(1000 < len(text) <= 2000 and text.endswith("\n\n") for text in found[:-1])
+    path.write_text("x" * 5000)
+    assert list(map(len, texts(files_config(path, document_bytes=2000)))) == [2000, 2000, 1000]
+    assert len(texts(files_config(path, document_bytes=None))) == 1
+    with pytest.raises(ValueError, match=r"no validation document.*data\.document_separator"):
+        data.build_data(
+            text_config(files=[str(path)], validation_fraction=1e-9), split="train", cache_dir=tmp_path, seed=0, rows=1
+        )
+    with pytest.raises(ValueError, match="separates nothing"):
+        files_config(path, document_separator="")
+
+
 def test_empty_and_null_documents_are_skipped(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": null}\n{"text": ""}\n{"text": "b"}\n')
     assert texts(files_config(tmp_path / "x.jsonl")) == ["a", "b"]
@@ -55,9 +152,9 @@ def test_bad_files_are_named(tmp_path, corpus):
         texts(files_config(corpus, text_column="body"))
     with pytest.raises(ValueError, match="holds int, not text"):
         texts(files_config(corpus, text_column="extra"))
-    (tmp_path / "x.txt").write_text("text")
-    with pytest.raises(ValueError, match="of one kind"):
-        texts(files_config(corpus, tmp_path / "x.txt"))
+    (tmp_path / "x.pdf").write_text("text")
+    with pytest.raises(ValueError, match=r"x\.pdf: names must end in"):
+        texts(files_config(corpus, tmp_path / "x.pdf"))
 
 
 @pytest.mark.parametrize("max_documents", [None, 5])
