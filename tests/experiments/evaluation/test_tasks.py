@@ -87,7 +87,7 @@ def test_an_interrupted_task_goes_on_from_the_answers_it_has(text_run, monkeypat
 def test_right_answers_score_and_the_heat_map_has_a_row_for_every_depth(text_run, monkeypatch):
     target, _ = setting(text_run)
     options = {"tasks": ["niah"], "lengths": [512], "rows": 22}
-    (task,) = build_tasks(EvaluateConfig(run="", **options), target)
+    (task,) = build_tasks(EvaluateConfig(run=str(text_run), **options), target)
     tokenizer, samples = task.encoder.tokenizer, task.set.samples
     # Right for the first eleven, one of each depth, and at depth 0 for the second, too.
     generate, _ = answering(
@@ -303,13 +303,17 @@ def test_dense_mass_is_the_models_own_attention(recall_run):
         ({"tasks": ["recall"], "lengths": []}, "give at least one"),
         ({"tasks": ["recall"], "lengths": [30]}, "must be a multiple of 4"),
         ({"tasks": ["recall"], "lengths": [16]}, "data.pairs_max=8 does not fit"),
-        ({"tasks": ["recall"], "template": "alpaca"}, "choose one of base"),
-        ({"tasks": ["recall"], "mqar": MQARForm(placement="middle")}, "choose one of clustered, spread"),
+        ({"tasks": ["recall"], "template": "alpaca"}, "must be one of base"),
     ],
 )
 def test_refusals_of_a_recall_run(recall_run, changes, message):
     with pytest.raises(ValueError, match=message):
         run(recall_run, **changes)
+
+
+def test_a_placement_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match=r"mqar\.placement must be one of clustered, spread"):
+        MQARForm(placement="middle")
 
 
 @pytest.mark.parametrize(
