@@ -71,6 +71,7 @@ MAY_DIFFER = (
     *("activation_checkpointing", "peak_tflops", "profile_steps", "rows_per_micro_batch", "sequence_parallel"),
     *("threads", "data.validation_rows", "data.files", "deepspeed.stage", "any_tokenizer", "branch_from"),
 )
+_CORPUS = re.compile(r"data\.corpora\..+\.")
 _FILES = re.compile(r"data\.corpora\..+\.files")
 # A branch may say these otherwise, too, where they leave the learning rates of the steps before it as they were.
 _OF_SCHEDULE = ("steps", "optim.schedule", "optim.warmup_steps", "optim.decay_fraction", "optim.min_lr_ratio")
@@ -80,6 +81,9 @@ _OF_SCHEDULE = ("steps", "optim.schedule", "optim.warmup_steps", "optim.decay_fr
 _NOT_HASHED = frozenset(MAY_DIFFER) - {"eval_every", "threads", "data.validation_rows", "data.files"}
 _LATER = {
     "data.bos_token": (None, NO_TOKEN),  # null: of data without text
+    "data.document_separator": (None,),
+    "data.document_bytes": (1_000_000,),
+    "data.bad_rows": (100,),
     "model.rope.max_period": (None,),
     "model.rope.partial_rotary_factor": (None,),
     "optim.train_only": (None,),
@@ -136,6 +140,7 @@ def config_hash(config: TrainConfig) -> str:
     """SHA-256 over the values that a run is known by; it keeps the one that it began with."""
 
     def is_as_ever(key: str, value: object) -> bool:
+        key = _CORPUS.sub("data.", key)
         group, _, name = key.partition(".")
         return value in _LATER.get(f"{config.attention.name}.{name}" if group == "attention" else key, ())
 
