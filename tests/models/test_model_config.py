@@ -22,6 +22,7 @@ NON_EMBEDDING = {
     "10m": (9 * MILLION, 11 * MILLION),
     "60m": (55 * MILLION, 65 * MILLION),
     "160m": (150 * MILLION, 170 * MILLION),
+    "240m": (235 * MILLION, 245 * MILLION),
     "350m": (335 * MILLION, 365 * MILLION),
     "1b": (0.95 * BILLION, 1.1 * BILLION),
     "3b": (2.7 * BILLION, 3.1 * BILLION),
