@@ -203,6 +203,7 @@ def test_no_field_takes_nonsense_or_ends_in_a_traceback(case, folder, monkeypatc
     entry, overrides, use, prefix = CASES[case]
     overrides = [override.replace("FOLDER", str(folder)) for override in overrides]
     monkeypatch.setattr("torch.set_num_threads", lambda _: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # a name may be one of the hub
     wrong = []
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         base = compose(entry, overrides)
