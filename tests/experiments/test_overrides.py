@@ -66,7 +66,7 @@ def test_any_mixture_of_what_is_special_is_read_as_it_is():
         assert read(override("run_dir", value)) == value, value
 
 
-@pytest.mark.parametrize("value", ["outputs/real_model/real-dash-seed0", "text-dash-knob0.5-seed1", "/work/a_b/c.d"])
+@pytest.mark.parametrize("value", ["outputs/real_model/real-dash-seed0", "text-dash-knob0.5-seed1", "/data/a_b/c.d"])
 def test_what_needs_no_quotes_has_none(value):
     """Records of completed commands are compared as texts."""
     assert override("run_dir", value) == f"run_dir={value}"
