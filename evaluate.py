@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from experiments.errors import user_errors
 from experiments.evaluation.config import register_evaluate_config
 from experiments.evaluation.evaluate import evaluate, find_target
-from experiments.files import RESULTS
+from experiments.files import CONFIGS, RESULTS
 from experiments.schema import to_config
 
 register_evaluate_config()
@@ -37,7 +37,7 @@ def line(row: dict) -> str:
     return "  ".join([*parts, f"causal sparsity {row['causal_sparsity']:.1%}"])
 
 
-@hydra.main(config_path="configs", config_name="evaluate", version_base="1.3")
+@hydra.main(config_path=CONFIGS, config_name="evaluate", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     with user_errors():
         config = to_config(cfg)

@@ -37,8 +37,8 @@ Facts = Annotated[int, Range(int, 1, MOST_FACTS, f"from 1 to {MOST_FACTS}")]
 class DataConfig(Checked, at="data"):
     """Base of all data configs. ``name`` labels result rows; ``seq_len`` is the tokens per row."""
 
-    name: Line
-    seq_len: SeqLen
+    name: Line  # labels result rows
+    seq_len: SeqLen  # tokens per row
 
     def at_length(self, length: int, **changes) -> "DataConfig":
         """These data in rows of ``length`` tokens, all of them, with other fields changed too."""
@@ -49,32 +49,32 @@ class DataConfig(Checked, at="data"):
 class CorpusConfig(Checked, at="data"):
     """Where documents come from."""
 
-    source: Annotated[str, OneOf(SOURCES)]
+    source: Annotated[str, OneOf(SOURCES)]  # where the documents are
 
     # hub: a data set on the Hugging Face hub
     path: Line | None = None  # its name, e.g. HuggingFaceFW/fineweb-edu
-    config_name: Line | None = None
-    hub_split: Line = "train"
-    revision: Line | None = None
+    config_name: Line | None = None  # of a data set that has several
+    hub_split: Line = "train"  # split of the data set
+    revision: Line | None = None  # commit or tag; null = the newest
     # files: paths or globs of .txt, .json, .jsonl / .ndjson and .parquet, also packed (.gz, .zst, .xz, .bz2)
     files: list[Line] = field(default_factory=list)
-    text_column: Line = "text"
+    text_column: Line = "text"  # field of a row that holds the text
     # Of a .txt: what stands between its documents. Null = the whole file is one, unless it has more characters than
     # document_bytes: then it is cut at ends of paragraphs; null there = never.
     document_separator: AnyText | None = None
-    document_bytes: PositiveInt | None = 1_000_000
+    document_bytes: PositiveInt | None = 1_000_000  # characters of a file without separator from which on it is cut
     # Rows and files that cannot be read and are left out, by name, before the corpus is refused; while streaming, of
     # each file.
     bad_rows: NonNegativeInt = 100
     # recall: max_documents generated documents that state facts and ask for them; see data/recall.py
     facts_min: Facts = 1  # asked for in a document
-    facts_max: Facts = 8
+    facts_max: Facts = 8  # at most, in a document
     hay_max: NonNegativeInt = 64  # sentences around them, some 20 tokens each
-    recall_seed: Seed = 0
+    recall_seed: Seed = 0  # of the generated documents
 
     # Read no more than this of the corpus (both splits together).
     max_documents: Annotated[int, Range(int, 2, MOST_LONG, "at least 2")] | None = None
-    max_bytes: PositiveLong | None = None
+    max_bytes: PositiveLong | None = None  # as max_documents, in bytes of text
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,6 +130,7 @@ class PackedDataConfig(DataConfig):
     # 1024 to 8191, and of more. A bucket's weight is how much oftener than once an epoch it is read: [1, 1, 3] reads
     # long documents three times as often, relative to the others of the corpus. No weights = all alike.
     length_buckets: list[PositiveInt] = field(default_factory=list)
+    # Of length_buckets, one more than there are bounds.
     length_weights: list[NonNegativeFloat] = field(default_factory=list)
 
     @property
@@ -182,7 +183,7 @@ class TextDataConfig(PackedDataConfig, CorpusConfig):
 class MixtureDataConfig(PackedDataConfig):
     """Several corpora, whose rows are mixed in proportion to their weights."""
 
-    corpora: dict[Line, MixedCorpusConfig]
+    corpora: dict[Line, MixedCorpusConfig]  # by name
 
     def __post_init__(self) -> None:
         if not self.corpora:
@@ -200,13 +201,13 @@ class MQARDataConfig(DataConfig):
 
     # Key-value pairs of a sample, uniform between the two at seq_len; in proportion at the curriculum's lengths.
     pairs_min: PositiveInt
-    pairs_max: PositiveInt
+    pairs_max: PositiveInt  # most pairs of a sample
     # Of the pairs in the first half: spread | clustered (contiguous at the beginning).
     placement: Annotated[str, OneOf(PLACEMENTS)] = "spread"
 
-    num_fillers: PositiveInt = 16
-    num_keys: PositiveInt = 64
-    num_values: PositiveInt = 64
+    num_fillers: PositiveInt = 16  # tokens that mean nothing
+    num_keys: PositiveInt = 64  # different keys
+    num_values: PositiveInt = 64  # different values
 
     query_density: PositiveShare = 1.0  # share of the second half's two-token slots that hold a query
     # The answer follows its query in the input, as in language. False puts filler there: then a key that is
@@ -215,9 +216,9 @@ class MQARDataConfig(DataConfig):
 
     # Micro-batches spent at each shorter length before seq_len, e.g. lengths [64, 128, 256], batches [200, 200, 200].
     curriculum_lengths: list[PositiveInt] = field(default_factory=list)
-    curriculum_batches: list[PositiveInt] = field(default_factory=list)
+    curriculum_batches: list[PositiveInt] = field(default_factory=list)  # at each of curriculum_lengths
 
-    validation_rows: PositiveInt = 256
+    validation_rows: PositiveInt = 256  # rows of one evaluation
     validation_seed: Seed = 0  # validation samples depend on this, not on the run's seed: all seeds share them
 
     def __post_init__(self) -> None:

@@ -45,10 +45,10 @@ Tag = Annotated[str, Pattern(r"(?=.*\S)[^\0-\x1f]{1,64}", "a tag of 1 to 64 char
 class OptimConfig(Checked, at="optim"):
     """AdamW, the learning-rate schedule and gradient clipping."""
 
-    lr: PositiveFloat = MISSING
-    beta1: Momentum = 0.9
-    beta2: Momentum = 0.95
-    eps: PositiveFloat = 1e-8
+    lr: PositiveFloat = MISSING  # peak learning rate
+    beta1: Momentum = 0.9  # decay of Adam's mean of gradients
+    beta2: Momentum = 0.95  # decay of Adam's mean of their squares
+    eps: PositiveFloat = 1e-8  # added to Adam's denominator
     # eps of the routing vectors that attention backends hold, null = eps. DashAttention's tempered prior scales the
     # gradient of its chunk queries by 1 / sigma: far below an eps of 1e-8, where Adam hardly moves them.
     routing_eps: PositiveFloat | None = None
@@ -61,7 +61,7 @@ class OptimConfig(Checked, at="optim"):
     grad_clip: NonNegativeFloat = 1.0  # largest global L2 norm of the gradient; 0 = no clipping
     # wsd is warm-up, stable, decay; each comes after a linear warm-up.
     schedule: Annotated[str, OneOf(("constant", "cosine", "wsd"))] = "cosine"
-    warmup_steps: NonNegativeInt = 0
+    warmup_steps: NonNegativeInt = 0  # in which the rate rises linearly from 0
     decay_fraction: Share = 0.2  # wsd: share of all steps, at the end, in which the rate falls linearly
     min_lr_ratio: Share = 0.1  # the rate at the end of cosine and wsd, as a share of lr
 
@@ -79,30 +79,30 @@ class LoggerConfig(Checked, at="logger"):
     """Weights & Biases, beside metrics.jsonl, which is always written."""
 
     mode: Annotated[str, OneOf(("off", "offline", "online"))] = "offline"  # offline: files under the run directory
-    project: Project = "dashattn"
-    entity: Line | None = None
-    group: Project | None = None
-    tags: list[Tag] = field(default_factory=list)
+    project: Project = "dashattn"  # that the run is filed under
+    entity: Line | None = None  # user or team; null = the account's default
+    group: Project | None = None  # runs that are shown together; null = none
+    tags: list[Tag] = field(default_factory=list)  # to find runs by
 
 
 @dataclass
 class TrainConfig(Checked):
     """One training run. A row is one sequence of data.seq_len tokens; a step is one optimizer step."""
 
-    name: Line = MISSING
-    run_dir: Line = "outputs/${name}"
+    name: Line = MISSING  # of the run; made of what it trains unless given
+    run_dir: Line = "outputs/${name}"  # all that the run writes; a run that is there is resumed
     cache_dir: Line = MISSING  # tokenizers and tokenized text, shared by runs
 
     model: ModelConfig = MISSING  # vocab_size null = the data's
-    attention: AttentionConfig = MISSING
-    data: DataConfig = MISSING
-    optim: OptimConfig = MISSING
-    deepspeed: DeepSpeedConfig = MISSING
-    logger: LoggerConfig = MISSING
+    attention: AttentionConfig = MISSING  # the backend and its options
+    data: DataConfig = MISSING  # what the rows are made of
+    optim: OptimConfig = MISSING  # optimizer and learning rate
+    deepspeed: DeepSpeedConfig = MISSING  # how memory is divided among GPUs, and the precision
+    logger: LoggerConfig = MISSING  # where metrics go beside metrics.jsonl
     launcher: LauncherConfig | None = None  # null = this process, slurm = a job
 
-    seed: Seed = 0
-    steps: PositiveInt = MISSING
+    seed: Seed = 0  # of weights and of the order of the data
+    steps: PositiveInt = MISSING  # optimizer steps in all
     rows_per_batch: PositiveInt = MISSING  # rows a step learns from, over all ranks and micro-batches
     rows_per_micro_batch: PositiveInt | None = None  # rows of one forward pass on one rank; null = no accumulation
     # Ranks that share each row they read: its tokens, and in attention its heads (DeepSpeed-Ulysses). Where it does not
@@ -118,7 +118,7 @@ class TrainConfig(Checked):
     branch_from: Line | None = None
     any_attention: bool = False  # start from a folder whose weights were trained with another sparse attention
 
-    log_every: PositiveInt = 10
+    log_every: PositiveInt = 10  # steps from one row of metrics to the next
     # Attention statistics (sparsity) of a logged step that is a multiple of this; 0 = never.
     stats_every: NonNegativeInt = 50
     eval_every: NonNegativeInt = 200  # validation loss, also at the end; 0 = never
@@ -133,7 +133,7 @@ class TrainConfig(Checked):
     # Steps of this launch to trace with PyTorch's profiler into traces/, after the first 4.
     profile_steps: NonNegativeInt = 0
 
-    device: Device = "auto"
+    device: Device = "auto"  # auto: a GPU if there is one
     threads: Threads | None = None  # of PyTorch on the CPU; null = PyTorch's choice
 
 

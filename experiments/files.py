@@ -62,6 +62,16 @@ def check_writable(directory: Path, mend: str) -> None:
         raise ValueError(f"{directory} cannot be written: {existing} is not writable; {mend}")
 
 
+def check_exists(path: Path, mend: str) -> None:
+    """Refuse a path at which nothing is.
+
+    Raises:
+        ValueError: with ``mend``.
+    """
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: {mend}")
+
+
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Around what writes ``path``: an OSError that names no file, of a full disk say, names it."""

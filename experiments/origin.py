@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dashattn.backends import BACKENDS, AttentionConfig, FullConfig
 from data import NO_TOKEN, DataConfig, PackedDataConfig, TextTokenizer
 from data.tokenizer import TOKENIZER as TOKENIZER_FILE
-from experiments.files import CONFIG, TOKENIZER
+from experiments.files import CONFIG, TOKENIZER, check_exists
 from experiments.schema import read_values
 from models import ModelConfig
 from models.hf import is_hf_folder, read_attention, read_config
@@ -178,13 +178,19 @@ def parse_branch(branch_from: str) -> tuple[Path, int]:
 
 
 def _known_model(origin: Path) -> dict:
+    _check_origin_exists(origin)
     model = model_of(origin)
     if model is None:
         raise ValueError(f"init_from={origin} is neither a run nor a Hugging Face folder: it has no config")
     return asdict(model)
 
 
+def _check_origin_exists(origin: Path) -> None:
+    check_exists(origin, "init_from takes a run directory, a checkpoint or a Hugging Face folder")
+
+
 def _attention_of(origin: Path) -> DictConfig:
+    _check_origin_exists(origin)
     if is_hf_folder(origin):
         return OmegaConf.structured(read_attention(origin) or FullConfig())
     run = run_of(origin)

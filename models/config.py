@@ -29,8 +29,9 @@ class RopeConfig(Checked, at="model.rope"):
     Raises ValueError when ``scaling`` is unknown, lacks a parameter, or is given one that it would ignore.
     """
 
+    # Base of the angles; larger turns slower.
     theta: Annotated[float, Range(float, 1, MOST_FLOAT, "above 1; 10000 is the usual base", but=(1,))] = 10000.0
-    scaling: Annotated[str, OneOf(tuple(_ROPE_REQUIRED))] = "none"
+    scaling: Annotated[str, OneOf(tuple(_ROPE_REQUIRED))] = "none"  # how the angles change for longer rows
     factor: PositiveFloat | None = None  # context extension; longrope: null = max_seq_len / original_max_seq_len
     original_max_seq_len: PositiveInt | None = None  # length of the first pretraining stage, in tokens
     low_freq_factor: PositiveFloat | None = None  # llama3
@@ -39,7 +40,7 @@ class RopeConfig(Checked, at="model.rope"):
     beta_slow: PositiveFloat | None = None  # yarn, null = 1
     # longrope, one a channel pair that is turned, up to original_max_seq_len tokens; and for longer sequences.
     short_factor: list[PositiveFloat] | None = None
-    long_factor: list[PositiveFloat] | None = None
+    long_factor: list[PositiveFloat] | None = None  # as short_factor, for longer sequences
     # yarn and longrope: multiplies cos and sin; null = the published formula.
     attention_factor: PositiveFloat | None = None
     # Tokens. A channel pair that takes more of them for one turn is not turned, and what it holds is content without a
@@ -90,28 +91,28 @@ class ModelConfig(Checked, at="model"):
     Raises ValueError for shapes that cannot be built.
     """
 
-    hidden_size: PositiveInt
-    intermediate_size: PositiveInt
-    num_layers: Layers
-    num_heads: PositiveInt
-    num_kv_heads: PositiveInt
-    head_dim: PositiveInt
+    hidden_size: PositiveInt  # channels of the residual stream
+    intermediate_size: PositiveInt  # channels inside the MLP
+    num_layers: Layers  # attention and MLP together are one
+    num_heads: PositiveInt  # query heads of a layer
+    num_kv_heads: PositiveInt  # heads of keys and values, which divide num_heads
+    head_dim: PositiveInt  # channels of a head
     max_seq_len: PositiveInt  # tokens the model is meant for; longer inputs run and measure extrapolation
     vocab_size: PositiveInt | None = None  # null = the data's; set before the model is built
-    rope: RopeConfig = field(default_factory=RopeConfig)
+    rope: RopeConfig = field(default_factory=RopeConfig)  # rotary position embedding
     # Indices, from 0, of layers whose q and k are not turned.
     no_rope_layers: list[NonNegativeInt] = field(default_factory=list)
-    norm_eps: PositiveShare = 1e-5
+    norm_eps: PositiveShare = 1e-5  # added to the mean square in RMSNorm
     # Of a block's input, or of what it adds to the residual stream.
     norm_position: Annotated[str, OneOf(("pre", "post"))] = "pre"
     # RMSNorm before RoPE, over each head, or over all heads at once.
     qk_norm: Annotated[str, OneOf(("none", "head", "width"))] = "none"
-    qkv_bias: bool = False
-    tie_embeddings: bool = False
-    embedding_scale: PositiveFloat = 1.0
-    residual_scale: PositiveFloat = 1.0
-    logit_scale: PositiveFloat = 1.0
-    init_std: PositiveFloat = 0.02
+    qkv_bias: bool = False  # the projections to q, k and v have one
+    tie_embeddings: bool = False  # the output head is the embedding table
+    embedding_scale: PositiveFloat = 1.0  # factor of the embeddings
+    residual_scale: PositiveFloat = 1.0  # factor of what a block adds to the residual stream
+    logit_scale: PositiveFloat = 1.0  # factor of what the output head reads
+    init_std: PositiveFloat = 0.02  # of the normal distribution that weights are drawn from
     embedding_init_std: PositiveFloat | None = None  # null = init_std
 
     def __post_init__(self):

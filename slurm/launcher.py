@@ -11,10 +11,10 @@ from dashattn.fields import Checked, Line, NonNegativeInt, PositiveFloat, Positi
 class LauncherConfig(Checked, at="launcher"):
     """What a job asks Slurm for. One rank runs on each GPU; all of a run's nodes are one job."""
 
-    partition: Line | None = None
-    account: Line | None = None
-    qos: Line | None = None
-    nodes: PositiveInt = 1
+    partition: Line | None = None  # as of sbatch; null = the cluster's default
+    account: Line | None = None  # that the time is charged to
+    qos: Line | None = None  # quality of service
+    nodes: PositiveInt = 1  # that train together
     gpus_per_node: NonNegativeInt = 1  # 0 = none; then a node has one rank
     cpus_per_task: PositiveInt = 8  # of a rank
     mem_gb: PositiveFloat | None = None  # of a node

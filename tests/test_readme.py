@@ -62,6 +62,7 @@ EVALUATE = "python evaluate.py run=outputs/debug-dash tasks=[loss,position] knob
 
 # What a test below stands for; the README's ``...`` are its own.
 TESTED = {
+    "make install",  # this
     "make pareto",
     "make test",  # this
     "make test-all",  # this, and what is marked slow
@@ -84,6 +85,7 @@ TESTED = {
     "python -m experiments.throughput",  # experiments/throughput/test_steps.py
     "python -m experiments.throughput.scaling",  # experiments/throughput/test_scaling.py
     "pip install .",
+    "pip install --editable '.[train]'",  # experiments/test_cli.py
     "python -m data.collect corpora/notes.jsonl ~/notes '*.deb'",  # data/test_collect.py
     "python -m experiments.training.prepare data=mixture",  # experiments/training/test_prepare.py
     # models/test_hf.py, experiments/training/test_train.py
@@ -257,7 +259,7 @@ def test_the_library_installs_alone(tmp_path, tmp_path_factory):
     """From a source distribution only dashattn is installed; it imports, and the README's snippet runs, with nothing
     else of the project."""
     source, dist = (tmp_path_factory.mktemp(name) for name in ("source", "dist"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "dashattn_command.py"):
         shutil.copy(ROOT / name, source)
     for name in ("dashattn", "models"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -273,7 +275,14 @@ def test_the_library_installs_alone(tmp_path, tmp_path_factory):
         "py.typed",
         "tuning.jsonl",
     }
-    assert {p.name for p in tmp_path.iterdir() if p.is_dir() and not p.name.endswith(".dist-info")} == {"dashattn"}
+    folders = {p.name for p in tmp_path.iterdir() if p.is_dir() and not p.name.endswith(".dist-info")}
+    assert folders - {"__pycache__"} == {"dashattn", "bin"}
+    # Of the commands it has the name, which says what they need.
+    assert (tmp_path / "bin" / "dashattn").exists()
+    command = [sys.executable, str(tmp_path / "dashattn_command.py"), "train"]
+    refused = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "only the attention library is installed here: clone the repository" in refused.stderr
     (snippet,) = [code for code in blocks("python") if "transformers" not in code]
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{snippet}\nassert 'models' not in sys.modules\n"
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)

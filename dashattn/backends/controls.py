@@ -17,9 +17,9 @@ class SinkWindowConfig(AttentionConfig):
     """Options of ``sink_window_attention``."""
 
     name: Line = "sink_window"
-    block_size: PositiveInt = 64
-    init_blocks: NonNegativeInt = 1
-    local_blocks: NonNegativeInt = 16
+    block_size: PositiveInt = 64  # keys per block
+    init_blocks: NonNegativeInt = 1  # first blocks, always read
+    local_blocks: NonNegativeInt = 16  # blocks before a token's own, always read
 
     knob: ClassVar[str | None] = "local_blocks"
     blocks: ClassVar[str | None] = "block_size"
@@ -54,12 +54,12 @@ class OracleConfig(AttentionConfig):
     """Options of ``oracle_attention``; the knob is the bound that ``select`` names."""
 
     name: Line = "oracle"
-    block_size: PositiveInt = 64
-    select: Annotated[str, OneOf(SELECTS)] = "topk"
-    topk: PositiveInt = 16
-    top_p: PositiveShare = 0.9
-    init_blocks: NonNegativeInt = 1
-    local_blocks: NonNegativeInt = 4
+    block_size: PositiveInt = 64  # keys per block
+    select: Annotated[str, OneOf(SELECTS)] = "topk"  # topk, or top_p: the fewest blocks whose mass reaches it
+    topk: PositiveInt = 16  # blocks in all, forced ones included
+    top_p: PositiveShare = 0.9  # share of the attention's mass that the blocks hold
+    init_blocks: NonNegativeInt = 1  # first blocks, always read
+    local_blocks: NonNegativeInt = 4  # blocks before a token's own, always read
 
     blocks: ClassVar[str | None] = "block_size"
 

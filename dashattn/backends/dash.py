@@ -56,18 +56,20 @@ class DashConfig(AttentionConfig):
     """
 
     name: Line = "dash"
-    chunk_size: PositiveInt = 64
+    chunk_size: PositiveInt = 64  # keys per chunk
+    # entmax, topk, or topp: the fewest chunks whose softmax reaches top_p.
     selector: Annotated[str, OneOf(tuple(KNOBS))] = "entmax"
     alpha: Alpha = 1.5
     alpha_mode: Annotated[str, OneOf(ALPHA_MODES)] = "fixed"
-    alpha_start: Alpha = 1.25
-    alpha_steps: NonNegativeInt = 0
-    router_scale: PositiveFloat = 1.0
-    topk: PositiveInt = 16
-    top_p: PositiveShare = 0.9
+    alpha_start: Alpha = 1.25  # of a schedule, its first value
+    alpha_steps: NonNegativeInt = 0  # of a schedule, in optimiser steps
+    router_scale: PositiveFloat = 1.0  # factor of the scores; larger = sparser, of topk and topp sharper
+    topk: PositiveInt = 16  # of selector topk: chunks in all, forced ones included
+    top_p: PositiveShare = 0.9  # of selector topp
+    # Of the attention's logits, made of the router's probabilities.
     prior: Annotated[str, OneOf(PRIORS)] = "tempered"
-    sigma: PositiveFloat = 1e6
-    prior_heads: Annotated[str, OneOf(PRIOR_HEADS)] = "group"
+    sigma: PositiveFloat = 1e6  # temperature of the tempered prior
+    prior_heads: Annotated[str, OneOf(PRIOR_HEADS)] = "group"  # a prior for each group of heads, or for each query head
     init_chunks: NonNegativeInt = 0
     local_chunks: NonNegativeInt = 0
     summary_keys: Annotated[str, OneOf(SUMMARY_KEYS)] = "rotated"

@@ -38,14 +38,16 @@ class IndexerConfig(AttentionConfig):
     """
 
     name: Line = "indexer"
-    block_size: PositiveInt = 64
+    block_size: PositiveInt = 64  # keys per block
     index_size: PositiveInt = 64
+    # Score of a block: of its best token, or of the mean of its index keys.
     index_pooling: Annotated[str, OneOf(checks.INDEX_POOLINGS)] = "max"
+    # topk, or topp: the fewest blocks whose softmax reaches top_p.
     selector: Annotated[str, OneOf(tuple(KNOBS))] = "topk"
-    topk: PositiveInt = 16
-    top_p: PositiveShare = 0.9
-    init_blocks: NonNegativeInt = 1
-    local_blocks: NonNegativeInt = 1
+    topk: PositiveInt = 16  # blocks in all, forced ones included
+    top_p: PositiveShare = 0.9  # of selector topp
+    init_blocks: NonNegativeInt = 1  # first blocks, always read
+    local_blocks: NonNegativeInt = 1  # blocks before a token's own, always read
     gradient: Annotated[str, OneOf(checks.INDEX_GRADIENTS)] = "kl"
     kl_weight: PositiveFloat = 1.0
     warmup_steps: NonNegativeInt = 0

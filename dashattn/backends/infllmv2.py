@@ -18,12 +18,12 @@ class InfLLMv2Config(AttentionConfig):
     """Sizes as in ``infllmv2_attention``."""
 
     name: Line = "infllmv2"
-    block_size: PositiveInt = 64
-    kernel_size: PositiveInt = 32
-    kernel_stride: PositiveInt = 16
-    topk: PositiveInt = 64
-    init_blocks: NonNegativeInt = 1
-    window_size: NonNegativeInt = 1024
+    block_size: PositiveInt = 64  # keys per selected block
+    kernel_size: PositiveInt = 32  # tokens of a window whose mean key scores blocks
+    kernel_stride: PositiveInt = 16  # tokens between the beginnings of two windows
+    topk: PositiveInt = 64  # blocks in all, forced ones included
+    init_blocks: NonNegativeInt = 1  # first blocks, always selected
+    window_size: NonNegativeInt = 1024  # tokens before a token's own block that are always selected, whole blocks
 
     knob: ClassVar[str | None] = "topk"
     blocks: ClassVar[str | None] = "block_size"

@@ -37,13 +37,13 @@ class NSAConfig(AttentionConfig):
     name: Line = "nsa"
     variant: Annotated[str, OneOf(VARIANTS)] = "paper"
     shared_kv: bool = True
-    block_size: PositiveInt = 64
-    kernel_size: PositiveInt = 32
-    kernel_stride: PositiveInt = 16
-    topk: PositiveInt = 16
-    init_blocks: NonNegativeInt = 1
-    local_blocks: PositiveInt = 2
-    window_size: NonNegativeInt = 512
+    block_size: PositiveInt = 64  # keys per selected block
+    kernel_size: PositiveInt = 32  # tokens of a compressed window
+    kernel_stride: PositiveInt = 16  # tokens between the beginnings of two windows
+    topk: PositiveInt = 16  # selected blocks in all, forced ones included
+    init_blocks: NonNegativeInt = 1  # first blocks, always selected
+    local_blocks: PositiveInt = 2  # last blocks up to a token's own, always selected
+    window_size: NonNegativeInt = 512  # keys of the sliding-window branch; 0 = no such branch
 
     knob: ClassVar[str | None] = "topk"
     blocks: ClassVar[str | None] = "block_size"

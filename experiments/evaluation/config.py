@@ -16,6 +16,7 @@ from experiments.config import Device, TrainConfig, register_configs
 from experiments.evaluation.lm_eval_task import PREFIX
 from experiments.evaluation.tasks.decoding import DECODE
 from experiments.evaluation.tasks.streams import STREAM_TASKS, MQARForm
+from experiments.help import did_you_mean
 
 ROUTING = "routing"
 TASKS = (*STREAM_TASKS, ROUTING, DECODE, *SUITES, *TEXT_TASKS)
@@ -32,7 +33,7 @@ class EvaluateConfig(Checked):
     any_attention: bool = False  # even where it was trained with another sparse one
     any_tokenizer: bool = False  # even text with another tokenizer than the weights', whose tokens mean something else
     data: DataConfig | None = None  # the text it is scored on, with its tokenizer unless data.tokenizer names one
-    cache_dir: Line = "~/.cache/dashattn"
+    cache_dir: Line = "~/.cache/dashattn"  # of the data that it is scored on, as of train.py
     # On the run's validation split: loss | position | recall | sparsity. Generated: ruler (its 13) | niah_single_1 ...
     # qa_2 | niah (heat map) | niah_values (1 to 16 values of a key) | json_kv. Of the router: routing. Time of a token:
     # decode. Of lm-evaluation-harness: lm_eval/NAME.
@@ -42,14 +43,14 @@ class EvaluateConfig(Checked):
     # In place of knobs: sparsities in [0, 1), averaged over the layers, for each of which the knob is found on training
     # rows of each length; counted causal | paper.
     sparsities: list[Sparsity] | None = None
-    sparsity_count: Annotated[str, OneOf(SPARSITY_COUNTS)] = "causal"
+    sparsity_count: Annotated[str, OneOf(SPARSITY_COUNTS)] = "causal"  # how these count keys: causal | paper
     # Rows of the validation split, or samples of each other task; null = as many as the run validates on, 100 of
     # generated tasks, 32 for routing, all of lm_eval's.
     rows: PositiveInt | None = None
-    rows_per_batch: PositiveInt = 8
+    rows_per_batch: PositiveInt = 8  # rows that go through the model at once; halved where memory is short
     label: Line | None = None  # line in tables and figures; null = the backend's, of a folder "BACKEND, untrained"
-    device: Device = "auto"
-    threads: Threads | None = None
+    device: Device = "auto"  # auto: a GPU if there is one
+    threads: Threads | None = None  # of PyTorch on the CPU; null = PyTorch's choice
 
     mqar: MQARForm = field(default_factory=MQARForm)  # MQAR in another form than trained on
     template: Annotated[str, OneOf(tuple(TEMPLATES))] = "base"  # how a generated task is put to the model
@@ -82,7 +83,9 @@ def check_tasks(config: EvaluateConfig, train: TrainConfig) -> None:
     harness = [name for name in config.tasks if name.startswith(PREFIX)]
     unknown = sorted(set(config.tasks) - set(TASKS) - set(harness))
     if unknown or not config.tasks:
-        raise ValueError(f"tasks={list(config.tasks)}: choose from {', '.join(TASKS)}, {PREFIX}NAME")
+        meant = did_you_mean(unknown[0], TASKS).removesuffix("?").removeprefix(": ") if unknown else ""
+        choose = f"choose from {', '.join(TASKS)}, {PREFIX}NAME"
+        raise ValueError(f"tasks={list(config.tasks)}: {f'{meant}? Or ' if meant else ''}{choose}")
     if config.lengths is not None and not config.lengths:
         raise ValueError(f"lengths={list(config.lengths)}: give at least one, in tokens, or null")
     is_mqar = isinstance(train.data, MQARDataConfig)

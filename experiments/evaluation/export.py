@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.arguments import parse
 from experiments.errors import user_errors
 from experiments.evaluation.card import model_card
 from experiments.evaluation.target import locate
@@ -57,15 +58,9 @@ def export(run_dir: Path, folder: Path, *, dense: bool = False) -> list[str]:
 
 def main(arguments: Sequence[str]) -> None:
     with user_errors():
-        places = [argument for argument in arguments if argument != "--dense"]
-        if len(places) != 2 or any(place.startswith("-") for place in places):
-            raise ValueError(
-                "give a run directory and a new folder: python -m experiments.evaluation.export [--dense] outputs/run "
-                "FOLDER"
-            )
-        run_dir, folder = (Path(place).expanduser() for place in places)
-        left_out = export(run_dir, folder, dense="--dense" in arguments)
-        print(f"{folder} written from {run_dir}")
+        given = parse("experiments.evaluation.export", arguments)
+        left_out = export(given.run, given.folder, dense=given.dense)
+        print(f"{given.folder} written from {given.run}")
         if left_out:
             print(f"it attends densely; left out: {by_layer(left_out)}")
 

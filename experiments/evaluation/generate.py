@@ -44,19 +44,19 @@ class GenerateConfig(Checked):
     """One batch of prompts."""
 
     run: Line = MISSING  # run directory (its latest checkpoint), or one of its checkpoints
-    prompt: AnyText | None = None
+    prompt: AnyText | None = None  # the text to continue
     prompts: list[AnyText] = field(default_factory=list)  # in its place: several, of any length, continued at once
-    max_new_tokens: PositiveInt = 200
+    max_new_tokens: PositiveInt = 200  # of each prompt
     stop_tokens: list[AnyText] = field(default_factory=list)  # of one token each, beside the one that ends a text
     temperature: NonNegativeFloat = 0.0  # 0 = the likeliest token
-    top_p: PositiveShare = 1.0
+    top_p: PositiveShare = 1.0  # share of the probability that is drawn from; 1 = all
     top_k: NonNegativeInt = 0  # 0 = all tokens
-    repetition_penalty: PositiveFloat = 1.0
+    repetition_penalty: PositiveFloat = 1.0  # divides the logits of tokens that are there already; 1 = none
     seed: Seed = 0  # each prompt draws for itself, whatever stands beside it
     knob: NonNegativeFloat | None = None  # value of the sparsity knob; null = the one trained with
     compile: bool = False  # torch.compile the layers, which takes a while at the first token
-    device: Device = "auto"
-    threads: Threads | None = None
+    device: Device = "auto"  # auto: a GPU if there is one
+    threads: Threads | None = None  # of PyTorch on the CPU; null = PyTorch's choice
 
 
 class Printer:

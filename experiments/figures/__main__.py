@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.arguments import parse
 from experiments.errors import user_errors
 from experiments.figures.curves import (
     make_lengths,
@@ -76,17 +77,15 @@ def write_figures(output: Path, studies: Sequence[Study]) -> list[Figure]:
 
 def main(arguments: Sequence[str]) -> None:
     with user_errors():
-        if len(arguments) < 2:
-            raise ValueError("usage: python -m experiments.figures OUTPUT STUDY...")
-        output, *roots = map(Path, arguments)
-        studies = [load_study(root) for root in roots]
+        given = parse("experiments.figures", arguments)
+        studies = [load_study(root) for root in given.studies]
         names = [study.name for study in studies]
         if len(set(names)) != len(names):
             raise ValueError(f"studies {', '.join(names)}: two have the same name, and so would their figures")
-        missing = write_figures(output, studies)
+        missing = write_figures(given.output, studies)
     for figure in missing:
         print(f"missing: {figure.number}. {figure.title} (rows come from {figure.needs})")
-    print(f"{len(FIGURES) - len(missing)} of {len(FIGURES)} figures: {output / 'index.html'}")
+    print(f"{len(FIGURES) - len(missing)} of {len(FIGURES)} figures: {given.output / 'index.html'}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from data.task_sets import SUITES
 from experiments.figures.setpoints import is_as_trained, with_setpoints
-from experiments.files import RESULTS, UNTRAINED, read_rows
+from experiments.files import RESULTS, UNTRAINED, check_exists, read_rows
 
 HIGHER_IS_BETTER = {
     **dict.fromkeys(("accuracy", "match", "acc", "acc_norm", "exact_match"), True),
@@ -78,6 +78,7 @@ def load_rows(root: Path) -> list[dict]:
     Raises:
         ValueError: there are none.
     """
+    check_exists(root, "name a directory of evaluated runs")
     rows = of_frontiers(row for path in sorted(root.rglob(RESULTS)) for row in read_rows(path))
     rows = [row for row in rows if not is_ablation(row)]
     if not rows:

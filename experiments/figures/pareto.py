@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 
+from experiments.arguments import parse
 from experiments.errors import user_errors
 from experiments.figures.frontier import (
     SOLVED,
@@ -165,9 +166,7 @@ def _stretch(ax) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     with user_errors():
-        if len(arguments) != 1:
-            raise ValueError("usage: python -m experiments.figures.pareto DIRECTORY_OF_RUNS")
-        root = Path(arguments[0])
+        root = parse("experiments.figures.pareto", arguments).directory
         found = points(load_rows(root))
         text = to_markdown(found)
         write_atomically(root / "pareto.md", text)

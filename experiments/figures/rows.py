@@ -8,7 +8,7 @@ from statistics import mean
 
 from experiments.figures.frontier import newest
 from experiments.figures.setpoints import AtSparsity, is_as_trained
-from experiments.files import METRICS, NUMERICS, RESULTS, SCALING, SPEED, THROUGHPUT, read_rows
+from experiments.files import METRICS, NUMERICS, RESULTS, SCALING, SPEED, THROUGHPUT, check_exists, read_rows
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Study:
 
 def load_study(root: Path) -> Study:
     """Raises ValueError if the directory has no rows."""
+    check_exists(root, "name directories of runs, of studies or of measurements")
     training: dict[str, list[dict]] = {}
     for path in sorted(root.rglob(METRICS)):
         for row in read_rows(path):

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from experiments.arguments import parse
 from experiments.errors import user_errors
-from experiments.files import CONFIG, METRICS, read_rows, write_atomically
+from experiments.files import CONFIG, METRICS, check_exists, read_rows, write_atomically
 from experiments.plots import COLOURS
 from experiments.schema import read_values
 from experiments.training.run_dir import flat
@@ -99,6 +100,7 @@ class RunData:
 
 def read_run(path: Path) -> RunData:
     """Raises ValueError for what is no run directory or has no training rows yet."""
+    check_exists(path, "name a run directory")
     if not (path / CONFIG).exists():
         raise ValueError(f"{path} is no run directory (it has no {CONFIG})")
     rows = read_rows(path / METRICS)
@@ -252,11 +254,7 @@ def _short(value: float) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     with user_errors():
-        if not arguments:
-            raise ValueError(
-                "give run directories: python -m experiments.figures.run_page outputs/run [outputs/other ...]"
-            )
-        paths = [Path(argument).expanduser() for argument in arguments]
+        paths = parse("experiments.figures.run_page", arguments).runs
         write_atomically(paths[0] / PAGE, page([read_run(path) for path in paths]))
         print(paths[0] / PAGE)
 

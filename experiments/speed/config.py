@@ -18,20 +18,20 @@ KERNEL_DTYPES = ("bf16", "fp16")
 class SpeedConfig(Checked):
     """One benchmark; causal, batch 1 except where sequences are decoded."""
 
-    output_dir: Line = "outputs/speed"
-    lengths: list[PositiveInt] = field(default_factory=lambda: [2**i for i in range(10, 18)])
+    output_dir: Line = "outputs/speed"  # of rows, table and figure
+    lengths: list[PositiveInt] = field(default_factory=lambda: [2**i for i in range(10, 18)])  # in tokens
     sparsities: list[Sparsity] = field(default_factory=lambda: [0.75, 0.9])  # causal
     patterns: list[Line] = field(default_factory=lambda: list(PATTERNS))  # shared | clustered | iid
-    backends: list[Line] = field(default_factory=lambda: list(OPERATIONS))
-    baselines: list[Line] = field(default_factory=lambda: list(BASELINES))
-    heads: PositiveInt = 32
-    kv_heads: PositiveInt = 2
-    head_dim: PositiveInt = 128
+    backends: list[Line] = field(default_factory=lambda: list(OPERATIONS))  # names of operations
+    baselines: list[Line] = field(default_factory=lambda: list(BASELINES))  # dense attention of others
+    heads: PositiveInt = 32  # query heads
+    kv_heads: PositiveInt = 2  # heads of keys and values
+    head_dim: PositiveInt = 128  # channels of a head
     # [query heads, KV heads, head size] of layers to measure one after the other, in place of the three above
     shapes: list[list[PositiveInt]] = field(default_factory=list)
-    chunk_size: PositiveInt = 64
-    dtype: Annotated[str, OneOf(KERNEL_DTYPES)] = "bf16"
-    seed: Seed = 0
+    chunk_size: PositiveInt = 64  # keys per block
+    dtype: Annotated[str, OneOf(KERNEL_DTYPES)] = "bf16"  # of all inputs
+    seed: Seed = 0  # of the inputs
     check_length: PositiveInt = 2500  # of the comparison with the reference, whose memory grows with its square
     tolerance: PositiveFloat = 0.005  # relative RMS error of output and gradients
     baseline_tolerance: PositiveFloat = 0.02  # of others' kernels: some sum a group's gradients in 16 bits
@@ -39,6 +39,7 @@ class SpeedConfig(Checked):
     repetitions: PositiveInt = 12  # timed calls; their median counts
     # [tokens, sequences] of one token's step in a layer, and in a whole model with random weights; [] leaves it out
     decode: list[list[PositiveInt]] = field(default_factory=lambda: [[2**15, 1], [2**17, 1], [2**19, 1], [2**15, 16]])
+    # A whole model's step, as decode.
     decode_model: list[list[PositiveInt]] = field(default_factory=lambda: [[2**15, 1], [2**17, 1]])
     model: ModelConfig | None = None  # of decode_model
     time_budget: PositiveFloat = 1500.0  # seconds; what is left then gets a row that says so

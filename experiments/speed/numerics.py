@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dashattn.backends import BACKENDS, AttentionBackend, AttentionConfig, AttentionShape, build_backend
+from experiments.arguments import parse
 from experiments.errors import user_errors
 from experiments.files import NUMERICS, append_rows, columns_of, read_rows
 from experiments.provenance import device_name
@@ -85,13 +86,11 @@ def write_numerics(root: Path, length: int) -> int:
 
 def main(arguments: Sequence[str]) -> None:
     with user_errors():
-        if len(arguments) not in (1, 2):
-            raise ValueError("usage: python -m experiments.speed.numerics DIRECTORY [LENGTH]")
-        length = int(arguments[1]) if len(arguments) == 2 else 1000
-        if length < 1:
-            raise ValueError(f"LENGTH is {length}: at least 1 is needed")
-        count = write_numerics(Path(arguments[0]), length)
-    print(f"{count} new rows in {Path(arguments[0]) / NUMERICS}")
+        given = parse("experiments.speed.numerics", arguments)
+        if given.length < 1:
+            raise ValueError(f"LENGTH is {given.length}: at least 1 is needed")
+        count = write_numerics(given.directory, given.length)
+    print(f"{count} new rows in {given.directory / NUMERICS}")
 
 
 if __name__ == "__main__":

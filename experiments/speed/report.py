@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from experiments.arguments import parse
 from experiments.errors import user_errors
-from experiments.files import SPEED, read_rows, write_atomically
+from experiments.files import SPEED, check_exists, read_rows, write_atomically
 from experiments.plots import COLOURS, pyplot, save
 from experiments.speed.rows import (
     CASE,
@@ -318,9 +319,9 @@ def write_report(root: Path) -> str:
 def print_report(module: str, write: Callable[[Path], str], arguments: Sequence[str]) -> None:
     """The command line of a module that writes a report into a directory of rows and returns its table."""
     with user_errors():
-        if len(arguments) != 1:
-            raise ValueError(f"usage: python -m {module} DIRECTORY")
-        table = write(Path(arguments[0]))
+        directory = parse(module, arguments).directory
+        check_exists(directory, "name the directory of a benchmark's rows")
+        table = write(directory)
     print(table)
 
 

@@ -27,7 +27,7 @@ from omegaconf import MISSING, OmegaConf
 from dashattn.backends import AttentionConfig
 from dashattn.fields import Checked, Line, NonNegativeFloat, PositiveInt, Seed, Sparsity, Text, Threads
 from experiments.config import register_configs
-from experiments.files import CELL, CONFIGS, PLAN, locked, read_json, write_atomically
+from experiments.files import CELL, CONFIGS, PLAN, check_exists, locked, read_json, write_atomically
 from experiments.overrides import override
 from slurm.launcher import LauncherConfig
 
@@ -53,21 +53,21 @@ class StudyConfig(Checked, at="studies"):
     base: list[Text] | None = None  # overrides of one more run per seed, from whose weights all arms continue
     evaluate: list[Text] = MISSING  # overrides of evaluate.py
     evaluate_turned: list[Text] | None = None  # of one more evaluate.py, which takes the arms' knobs; null = that one
-    arms: dict[Line, ArmConfig] = MISSING
+    arms: dict[Line, ArmConfig] = MISSING  # by name
 
 
 @dataclass
 class SweepConfig(Checked):
     """Studies x arms x trained knobs x seeds."""
 
-    name: Line = MISSING
-    output_dir: Line = "outputs/${name}"
-    seeds: list[Seed] = field(default_factory=lambda: [0])
+    name: Line = MISSING  # of the sweep
+    output_dir: Line = "outputs/${name}"  # a run directory in it for each cell
+    seeds: list[Seed] = field(default_factory=lambda: [0])  # a cell for each
     jobs: PositiveInt = 1  # cells at a time, dealt out to the GPUs of this machine
     gpus_per_cell: PositiveInt = 1  # that train it together, by torchrun; of a job it is launcher.gpus_per_node
     threads: Threads | None = None  # PyTorch's CPU threads of a cell; null = PyTorch's choice
     launcher: LauncherConfig | None = None  # null = here, slurm = one task of a job array for each cell
-    studies: dict[Line, StudyConfig] = MISSING
+    studies: dict[Line, StudyConfig] = MISSING  # by name
 
 
 def register_sweep_config() -> None:
@@ -232,6 +232,7 @@ def write_plan(output_dir: Path, found: list[Cell]) -> None:
 
 def read_plan(output_dir: Path) -> list[Cell]:
     """The cells that ``write_plan`` recorded. Raises ValueError if the directory is no sweep's."""
+    check_exists(output_dir, "give the sweep's output_dir")
     path = output_dir / PLAN
     if not path.exists():
         raise ValueError(f"{output_dir} is no sweep's directory (it has no {PLAN}): give the sweep's output_dir")

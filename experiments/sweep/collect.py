@@ -13,8 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.arguments import parse
 from experiments.errors import user_errors
-from experiments.files import CELL, CELLS, METRICS, RESULTS, locked, read_rows, write_atomically
+from experiments.files import CELL, CELLS, METRICS, RESULTS, check_exists, locked, read_rows, write_atomically
 from experiments.sweep.cells import read_done, record_done
 
 
@@ -25,6 +26,7 @@ def collect(source: Path, target: Path) -> dict[str, int]:
     Raises:
         ValueError: there is nothing to collect, or the target lies below the source.
     """
+    check_exists(source, "name the directory of a sweep or of a run")
     if target.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"{target} lies in {source}, whose rows it would count twice: name another directory")
     found = {
@@ -50,6 +52,7 @@ def restore(source: Path, target: Path) -> int:
     Raises:
         ValueError: there are none.
     """
+    check_exists(source, "give the directory that rows were collected in")
     rows = [row for row in read_rows(source / CELLS) if len(row["commands"]) > 1]
     if not rows:
         raise ValueError(f"{source / CELLS} names no cell: give the directory that rows were collected in")
@@ -62,14 +65,13 @@ def restore(source: Path, target: Path) -> int:
 
 def main(arguments: Sequence[str]) -> None:
     with user_errors():
-        if len(arguments) == 3 and arguments[0] == "--restore":
-            source, target = map(Path, arguments[1:])
-            print(f"{restore(source, target)} cells of {source} count as done in {target}")
+        given = parse("experiments.sweep.collect", arguments)
+        if given.restore:
+            done = restore(given.source, given.target)
+            print(f"{done} cells of {given.source} count as done in {given.target}")
             return
-        if len(arguments) != 2:
-            raise ValueError("usage: python -m experiments.sweep.collect [--restore] FROM TO")
-        counts = collect(*map(Path, arguments))
-    print(", ".join(f"{count} rows in {Path(arguments[1]) / name}" for name, count in counts.items()))
+        counts = collect(given.source, given.target)
+    print(", ".join(f"{count} rows in {given.target / name}" for name, count in counts.items()))
 
 
 if __name__ == "__main__":

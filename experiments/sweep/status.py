@@ -1,6 +1,5 @@
 """How a sweep stands: ``python -m experiments.sweep.status outputs/NAME``, wherever its cells run."""
 
-import argparse
 import fcntl
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from experiments.arguments import parse
 from experiments.errors import user_errors
 from experiments.files import LOCK, METRICS, SUBMITTED, read_rows
 from experiments.sweep.cells import Cell, read_plan
@@ -73,10 +73,8 @@ def _is_locked(path: Path) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("output_dir", type=Path, help="a sweep's")
     with user_errors():
-        rows = status(parser.parse_args().output_dir)
+        rows = status(parse("experiments.sweep.status", sys.argv[1:]).output_dir)
     table = Table("cell", "status", "step", "why")
     for row in rows:
         table.add_row(*row)

@@ -43,13 +43,13 @@ from experiments.training.ranks import Ranks, init_ranks, world_size
 class Mode(Checked, at="modes"):
     """How the ranks divide the work of a step, which is the same for any number of them."""
 
-    length: PositiveInt = 8192
-    stage: Annotated[int, OneOf((0, 1, 2, 3))] = 1
+    length: PositiveInt = 8192  # tokens of a row
+    stage: Annotated[int, OneOf((0, 1, 2, 3))] = 1  # ZeRO stage
     shares_rows: bool = False  # each row is of all ranks, as sequence_parallel says; else ranks read different ones
-    compile: bool = True
-    activation_checkpointing: bool = False
-    tokens_per_step: PositiveInt = 131072
-    tokens_per_micro_batch: PositiveInt = 32768
+    compile: bool = True  # the layers and the loss
+    activation_checkpointing: bool = False  # as of train.py
+    tokens_per_step: PositiveInt = 131072  # over all ranks
+    tokens_per_micro_batch: PositiveInt = 32768  # of one forward pass on one rank
     warmup: NonNegativeInt = 2  # steps before the timed ones: compilation
     steps: PositiveInt = 5  # timed
 
@@ -58,10 +58,10 @@ class Mode(Checked, at="modes"):
 class ParallelConfig(Checked):
     """One benchmark, of all processes of a launch."""
 
-    output_dir: Line = "outputs/parallel"
+    output_dir: Line = "outputs/parallel"  # of rows and table
     train: list[Text] = MISSING  # overrides of train.py, for all runs
-    backends: list[Line] = field(default_factory=lambda: list(TRAINABLE))
-    modes: dict[Line, Mode] = MISSING
+    backends: list[Line] = field(default_factory=lambda: list(TRAINABLE))  # names of attention backends
+    modes: dict[Line, Mode] = MISSING  # by name
 
 
 def register_parallel_config() -> None:

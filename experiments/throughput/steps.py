@@ -44,23 +44,24 @@ LOADER_SECONDS = 2.0
 class Setting(Checked, at="settings"):
     """How a step is computed."""
 
-    micro_batch_tokens: PositiveInt = 32768
-    compile: bool = True
-    activation_checkpointing: bool = False
+    micro_batch_tokens: PositiveInt = 32768  # of one forward pass
+    compile: bool = True  # the layers and the loss
+    activation_checkpointing: bool = False  # as of train.py
 
 
 @dataclass
 class ThroughputConfig(Checked):
     """One benchmark, of one process."""
 
-    output_dir: Line = "outputs/throughput"
+    output_dir: Line = "outputs/throughput"  # of rows, table and figure
     train: list[Text] = MISSING  # overrides of train.py, for all runs
-    lengths: list[PositiveInt] = field(default_factory=lambda: [8192, 16384, 32768])
-    backends: list[Line] = field(default_factory=lambda: list(TRAINABLE))
+    lengths: list[PositiveInt] = field(default_factory=lambda: [8192, 16384, 32768])  # of rows, in tokens
+    backends: list[Line] = field(default_factory=lambda: list(TRAINABLE))  # names of attention backends
     sparsity: Sparsity = 0.75  # causal, on average over the layers
     # Of sparse backends' inputs: shared | clustered | iid. Neighbours in a trained model choose similar chunks, and the
     # kernels serve neighbours together; untrained, each token would choose for itself, which is iid, the worst case.
     patterns: list[Line] = field(default_factory=lambda: ["clustered", "iid"])
+    # The fastest that fits is taken for all.
     settings: list[Setting] = field(
         default_factory=lambda: [
             Setting(),

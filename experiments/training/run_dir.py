@@ -41,6 +41,7 @@ from experiments.files import (
     SUBMITTED,
     TOKENIZER,
     WEIGHTS,
+    check_exists,
     check_writable,
     read_json,
     write_atomically,
@@ -194,6 +195,7 @@ def _begin(path: Path, config: TrainConfig, damaged: Mapping[str, str]) -> RunDi
     if config.branch_from is None:
         return RunDir(path)
     run, step = parse_branch(config.branch_from)
+    check_exists(run, f"branch_from={config.branch_from} takes RUN@STEP")
     checkpoint, named = run / "checkpoints" / step_name(step), f"branch_from={config.branch_from}"
     if not (checkpoint / STATE).exists():
         names = sorted(found.name.removeprefix("step-") for found in checkpoint.parent.glob("step-*"))

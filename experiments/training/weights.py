@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from dashattn.backends import AttentionBackend
-from experiments.files import WEIGHTS
+from experiments.files import WEIGHTS, check_exists
 from experiments.training.checkpoint import STATE, damage, latest_checkpoint
 from models.hf import is_hf_folder, read_tensors, read_weights
 
@@ -22,6 +22,7 @@ def find_weights(source: str | Path) -> Path:
     source = Path(source).expanduser()
     if source.is_file() or is_hf_folder(source):
         return source
+    check_exists(source, f"give a run directory, a checkpoint, a {WEIGHTS} or a Hugging Face folder")
     checkpoints = source / "checkpoints"
     checkpoint = latest_checkpoint(checkpoints) if checkpoints.is_dir() else source
     problems = ["no checkpoint yet"] if checkpoint is None else damage(checkpoint, names=(WEIGHTS, STATE))

@@ -28,11 +28,11 @@ STREAM_TASKS = ("loss", "position", "recall", "sparsity")
 class MQARForm(Checked, at="mqar"):
     """Another form of MQAR than the run was trained on; null = as trained. Meanings: data/config.py."""
 
-    pairs_min: PositiveInt | None = None
-    pairs_max: PositiveInt | None = None
-    placement: Annotated[str, OneOf(PLACEMENTS)] | None = None
-    query_density: PositiveShare | None = None
-    show_answers: bool | None = None
+    pairs_min: PositiveInt | None = None  # fewest key-value pairs of a sample
+    pairs_max: PositiveInt | None = None  # most key-value pairs of a sample
+    placement: Annotated[str, OneOf(PLACEMENTS)] | None = None  # of the pairs in the first half
+    query_density: PositiveShare | None = None  # share of the second half's two-token slots that hold a query
+    show_answers: bool | None = None  # the answer follows its query
 
     def given(self) -> dict:
         values = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -289,7 +289,7 @@ def test_a_failing_evaluation_keeps_the_rows_before_it(recall_run, monkeypatch):
         ({"knobs": [-1.0]}, r"knobs\[0\] must be a finite number of at least 0"),
         ({"rows": 0}, "rows must be a positive integer"),
         ({"device": "tpu"}, "device must be one of auto, cpu, cuda"),
-        ({"run": "/nonexistent"}, "no intact weights in /nonexistent"),
+        ({"run": "/nonexistent"}, "/nonexistent does not exist: give a run directory"),
     ],
 )
 def test_refusals(recall_run, changes, message):

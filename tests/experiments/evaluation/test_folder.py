@@ -116,6 +116,6 @@ def test_what_cannot_be_scored_gets_one_line(folder, tmp_path):
     (window / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
         find_target(configure(tmp_path, window, "lengths=[128]"))
-    with pytest.raises(ValueError, match=r"no intact weights in .*nowhere"):
+    with pytest.raises(ValueError, match=r"nowhere does not exist: give a run directory"):
         find_target(configure(tmp_path, tmp_path / "nowhere"))
     assert not (tmp_path / "rows").exists()

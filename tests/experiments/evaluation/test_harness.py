@@ -343,7 +343,7 @@ def test_refusals(run_dir):
     for batch_size in ("auto", 0):
         with pytest.raises(ValueError, match=f"batch_size={batch_size}"):
             HarnessModel(str(run_dir), batch_size=batch_size, device="cpu")
-    with pytest.raises(ValueError, match="no intact weights in"):
+    with pytest.raises(ValueError, match="/nonexistent does not exist"):
         HarnessModel("/nonexistent")
 
 

@@ -90,4 +90,4 @@ def test_what_cannot_be_drawn(tmp_path, capsys):
         report.read_run(make_run(tmp_path / "run", steps=()))
     with pytest.raises(SystemExit):
         main([])
-    assert "give run directories" in capsys.readouterr().err
+    assert "arguments are required: runs" in capsys.readouterr().err

@@ -1,0 +1,194 @@
+"""``dashattn``: its commands, their help, and what is said of names that do not exist."""
+
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import yaml
+
+from experiments.arguments import PATH_COMMANDS, parse
+from experiments.cli import COMMANDS, main
+from experiments.errors import user_errors
+from experiments.files import CONFIGS, ROOT
+from experiments.help import SCHEMAS, Command, advice, did_you_mean, help_page
+from experiments.options import Schema
+
+# What takes lm_eval's import, and says what that says.
+OF_LM_EVAL = {"harness"}
+
+
+def all_schemas() -> set[Schema]:
+    """Those of every command and of every choice of its groups, with what lies below them."""
+    found: set[Schema] = set()
+
+    def add(schema: Schema) -> None:
+        if schema not in found:
+            found.add(schema)
+            for option in schema.options().values():
+                if option.schema is not None:
+                    add(option.schema)
+
+    for name in SCHEMAS:
+        command = Command(name, ())
+        for schema in (command.schema, *(kind for group in command.groups for kind in command.kinds(group))):
+            add(schema)
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - OF_LM_EVAL))
+def test_every_command_has_help(name, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["dashattn"])
+    with suppress(SystemExit):
+        main([name, "--help"])
+    page = capsys.readouterr().out
+    assert len(page.splitlines()) > 5
+    what = COMMANDS[name][0]
+    if what not in PATH_COMMANDS and what != "data.collect":
+        assert "Options (key=value" in page
+
+
+def test_every_option_is_explained_where_it_is_defined():
+    schemas = all_schemas()
+    assert {"TrainConfig", "DashConfig", "OracleConfig", "MixedCorpusConfig", "ArmConfig", "Mode"} <= {
+        schema.name for schema in schemas
+    }
+    bare = [
+        f"{schema.name}.{option.name}"
+        for schema in schemas
+        for option in schema.options().values()
+        if not option.comment
+    ]
+    assert bare == []
+
+
+def test_help_has_values_choices_and_comments():
+    page = help_page("train")
+    lines = [" ".join(line.split()) for line in page.splitlines()]
+    for line in (
+        "steps=200",  # of the YAML
+        "keep_checkpoints=2",  # of the dataclass
+        "optim.lr=0.001",
+        "[constant | cosine | wsd] wsd is warm-up, stable, decay; each comes after a linear warm-up.",
+        "[at least 2 tokens] tokens per row",
+        "attention.alpha=1.5",
+        "data.corpora.NAME.weight=1.0",
+    ):
+        assert line in lines, line
+    assert any(line.startswith("[in [1.01, 2.0]] entmax's alpha") for line in lines)  # computed, and of a docstring
+    assert "attention=infllmv2|infllmv2_fine" in page
+    chosen = help_page("train", ["attention=dash"])
+    assert "attention.router_scale=" in chosen
+    assert "attention.kernel_size=" not in chosen
+    assert "attention.router_scale=4.0" in help_page("train", ["attention=dash_fine"])
+
+
+@pytest.mark.parametrize(
+    ("command", "overrides", "message"),
+    [
+        ("train", "attentoin=dash", "attentoin does not exist: did you mean attention"),
+        ("train", "attention=dahs", "attention=dahs does not exist: did you mean dash?"),
+        ("train", "model=zzz", "model=zzz does not exist: choose from 10m, 160m"),
+        ("train", "model.hiden_size=3", "model.hiden_size does not exist: did you mean model.hidden_size?"),
+        ("train", "lr=3", "lr does not exist: did you mean optim.lr?"),
+        ("train", "model.rope.theat=3", "model.rope.theat does not exist: did you mean theta?"),
+        (
+            "train",
+            "attention.chunk_size=16",
+            "attention.chunk_size: choose attention=dash first (attention=full has no",
+        ),
+        ("train", "attention=dash attention.window_size=8", "choose attention=infllmv2 or attention=nsa first"),
+        ("train", "launcher.partition=gpu", "launcher.partition: choose launcher=slurm first (nothing is chosen)"),
+        ("train", "experiment=debgu", "experiment=debgu does not exist: did you mean debug?"),
+        ("train", "data=mixture data.corpora.pyton.weight=2", "did you mean python?"),
+        ("train", "data=mixture data.corpora.python.wieght=2", "did you mean weight?"),
+        ("evaluate", "run=x attention.chunk_size=16", "choose attention=dash first (nothing is chosen)"),
+        ("evaluate", "tsks=[loss]", "tsks does not exist: did you mean tasks?"),
+        ("sweep", "sweep=fronteir", "sweep=fronteir does not exist: did you mean frontier"),
+        ("sweep", "sweep=frontier studies.recall.arms.dash-rwa.turned=4", "did you mean dash-raw"),
+        ("scaling", "modes.zreo1.steps=3", "modes.zreo1 does not exist: did you mean zero1"),
+        ("generate", "promt=x", "promt does not exist: did you mean prompt"),
+    ],
+)
+def test_advice(command, overrides, message):
+    assert message in advice(command, overrides.split())
+
+
+@pytest.mark.parametrize(
+    ("command", "overrides"),
+    [
+        ("train", "steps=3 +x=3 ++y.z=1 ~launcher hydra.run.dir=x hydra/launcher=basic -m"),
+        ("train", "attention=dash,full attention.target_sparsity=0.5 seed=0,1"),
+        ("train", "attention=dash attention.layers={0-1:full} attention.router_scale=4"),
+        ("train", "experiment=continue_pretraining data.corpora.python_doc.weight=2"),  # its data are others
+        ("train", "experiment=recall data.pairs_max=4"),
+        ("train", "launcher=slurm launcher.sbatch_args.constraint=h100"),
+        ("speed", "--config-name speed_shapes nonsense=1"),
+        ("sweep", "sweep=smoke jobs=2 studies.recall.arms.full.train=[]"),
+    ],
+)
+def test_what_may_be_right_is_left_to_hydra(command, overrides):
+    assert advice(command, overrides.split()) is None
+
+
+def test_nothing_that_is_committed_gets_advice():
+    """Every override that a sweep gives its commands."""
+    count = 0
+    for file in Path(CONFIGS, "sweep").glob("*.yaml"):
+        for study in Command("sweep", [f"sweep={file.stem}"]).values.get("studies", {}).values():
+            for arm in study.get("arms", {}).values():
+                overrides = [str(x) for x in (*study.get("train", []), *arm.get("train", []))]
+                assert advice("train", overrides) is None, (file, overrides)
+                count += 1
+            assert advice("evaluate", [str(x) for x in study.get("evaluate", [])]) is None
+            assert advice("train", [str(x) for x in (*study.get("train", []), *(study.get("base") or []))]) is None
+    assert count > 50
+
+
+def test_a_backend_of_another_package_is_none_of_ours(monkeypatch):
+    found = type("EntryPoints", (), {"names": {"theirs"}})
+    monkeypatch.setattr("experiments.help.entry_points", lambda group: found)
+    assert advice("train", ["attention=theirs", "attention.anything=1"]) is None
+
+
+def test_a_command_that_does_not_exist(capsys):
+    with pytest.raises(SystemExit):
+        main(["trian"])
+    assert "dashattn trian does not exist: did you mean train?" in capsys.readouterr().err
+    main([])
+    out = capsys.readouterr().out
+    assert all(f"\n  {name} " in out for name in COMMANDS)
+    assert did_you_mean("nothing like it", COMMANDS) == ""
+
+
+def test_paths_are_asked_for_in_one_line(capsys):
+    with pytest.raises(SystemExit), user_errors():
+        parse("experiments.sweep.collect", ["outputs/smoke"])
+    assert "the following arguments are required: target; usage: python -m" in capsys.readouterr().err
+
+
+def test_help_comes_fast_from_anywhere_and_wrong_names_end_in_one_line(tmp_path):
+    """As the console script starts it, in another folder; before PyTorch is imported."""
+
+    def start(*arguments):
+        command = [sys.executable, "-X", "importtime", str(ROOT / "dashattn_command.py"), *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if "|" in line}
+        assert not imported & {"torch", "hydra", "omegaconf", "numpy"}
+        said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+        return done.returncode, done.stdout, said
+
+    code, page, _ = start("evaluate", "--help")
+    assert code == 0
+    assert "tasks=[loss]" in page
+    code, _, said = start("train", "attention=dahs")
+    assert (code, said) == (1, ["error: attention=dahs does not exist: did you mean dash?"])
+
+
+def test_the_configurations_name_their_schemas():
+    """``SCHEMAS`` are those that configs/NAME.yaml begin with."""
+    for name, schema in SCHEMAS.items():
+        first = yaml.safe_load(Path(CONFIGS, f"{name}.yaml").read_text())["defaults"][0]
+        source = (ROOT / schema.module.replace(".", "/")).with_suffix(".py").read_text()
+        assert f'store(name="{first}", node={schema.name})' in source
