@@ -1,6 +1,5 @@
 """Where results come from: the code and its git state, the environment, the device; and copies of the code for jobs."""
 
-import hashlib
 import json
 import os
 import platform
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 
 from experiments.files import ROOT
+from slurm.code import digest
 
 # What a job runs; all else, corpora and runs among it, stays where it is.
 _CODE = ("dashattn", "data", "models", "experiments", "slurm", "configs", "train.py", "evaluate.py")
@@ -120,22 +120,13 @@ def snapshot(folder: Path) -> Path:
             shutil.copy(ROOT / name, copy)
     git, diff = git_state()
     (copy / _SNAPSHOT).write_text(json.dumps({"git": git, "diff": diff}, indent=1) + "\n")
-    target = folder / f"code-{_digest(copy)}"
+    target = folder / f"code-{digest(copy)}"
     if not target.exists():
         os.replace(copy, target)
         return target
     shutil.rmtree(copy)
     for compiled in list(target.rglob("__pycache__")):  # Python would run it in place of the source
         shutil.rmtree(compiled, ignore_errors=True)
-    if _digest(target) != target.name.removeprefix("code-"):
+    if target.name != f"code-{digest(target)}":
         raise ValueError(f"{target} holds other code than its name says: move it away, and it is copied anew")
     return target
-
-
-def _digest(folder: Path) -> str:
-    """Differs with what any file of the code holds and is called."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        content = path.read_bytes()
-        digest.update(f"{path.relative_to(folder)}\0{len(content)}\0".encode() + content)
-    return digest.hexdigest()[:12]

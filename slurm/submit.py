@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from slurm.code import check
 from slurm.job import run_task
 from slurm.launcher import LauncherConfig
 
@@ -34,7 +35,8 @@ def submit(
         calls: no more than ``max_array_size``.
         name: of the job.
         folder: for what Slurm and submitit say.
-        code: folder of the modules that the job imports, in place of what lies in the directory of the command.
+        code: folder of the modules that the job imports, in place of what lies in the directory of the command; called
+            as ``slurm.code.check`` says.
         again: exit code of ``work`` that asks for the task to be queued again.
         after: id of a job that must have succeeded before.
         behind: id of a job that must have ended before.
@@ -50,14 +52,18 @@ def submit(
     needs = [f"{kind}:{job}" for kind, job in (("afterok", after), ("afterany", behind)) if job is not None]
     try:
         executor = SlurmExecutor(folder, python=launcher.python)
-        executor.update_parameters(**_parameters(launcher, name, code, again, needs))
+        executor.update_parameters(**_parameters(launcher, name, folder, code, again, needs))
         jobs = executor.map_array(run_task, [work] * len(calls), *zip(*calls, strict=True))
+        for job in jobs:  # what a job unpickles is its user's to write, whatever the umask
+            job.paths.submitted_pickle.chmod(job.paths.submitted_pickle.stat().st_mode & ~0o022)
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         raise ValueError(f"Slurm does not take the job ({error}): see the launcher's values") from error
     return [job.job_id for job in jobs]
 
 
-def _parameters(launcher: LauncherConfig, name: str, code: Path, again: int, needs: Sequence[str]) -> dict:
+def _parameters(
+    launcher: LauncherConfig, name: str, folder: Path, code: Path, again: int, needs: Sequence[str]
+) -> dict:
     """submitit's, for a job of ``launcher`` that runs ``code``."""
     more = {"requeue": True, **launcher.sbatch_args}
     if needs:
@@ -79,7 +85,12 @@ def _parameters(launcher: LauncherConfig, name: str, code: Path, again: int, nee
         # A rank that is lost takes the others along: they would wait for it.
         "srun_args": ["--kill-on-bad-exit=1", *launcher.srun_args],
         # The copy of the code, and not what lies in the directory where the command was given.
-        "setup": [*launcher.setup, f"export PYTHONPATH={shlex.quote(str(code))}", "export PYTHONSAFEPATH=1"],
+        "setup": [
+            *launcher.setup,
+            *check(code, f"{shlex.quote(str(folder))}/{_TASK}_submitted.pkl"),
+            f"export PYTHONPATH={shlex.quote(str(code))}",
+            "export PYTHONSAFEPATH=1",
+        ],
         "teardown": ["code=$?", f"[ $code != {again} ] || scontrol requeue {_TASK}", "exit $code"],
     }
     return {key: value for key, value in parameters.items() if value is not None}

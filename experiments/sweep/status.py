@@ -30,19 +30,18 @@ def status(output_dir: Path) -> list[tuple[str, str, str, str]]:
         job = jobs.get(cell.name)
         state = rows[cell.base][1] if cell.base in rows else None
         base = None if state in (None, "done") else f"{cell.base} ({state})"
-        rows[cell.name] = _cell_status(cell, output_dir, queued.get(job), ends.get(job), base)
+        said = _said(output_dir / "logs" / f"{cell.name}.log", output_dir / SUBMITTED / f"{job}_0_log.err")
+        rows[cell.name] = _cell_status(cell, said, queued.get(job), ends.get(job), base)
     return list(rows.values())
 
 
 def _cell_status(
-    cell: Cell, output_dir: Path, queued: tuple[str, str] | None, end: str | None, base: str | None
+    cell: Cell, said: str | None, queued: tuple[str, str] | None, end: str | None, base: str | None
 ) -> tuple[str, str, str, str]:
-    """``queued``: state and reason of its job in the queue; ``end``: of a job that is there no more; ``base``: the cell
-    it continues from and that one's state, unless it is done."""
+    """``said``: its last words, if it ever began; ``queued``: state and reason of its job in the queue; ``end``: of a
+    job that is there no more; ``base``: the cell it continues from and that one's state, unless it is done."""
     metrics = read_rows(cell.run_dir / METRICS)
     step = str(metrics[-1]["step"]) if metrics else ""
-    log = output_dir / "logs" / f"{cell.name}.log"
-    said = last_words(log) if log.exists() else ""
     if cell.is_done():
         return cell.name, "done", step, ""
     if queued is not None:
@@ -55,9 +54,17 @@ def _cell_status(
     if end not in (None, "failed", "completed"):
         # Slurm cancels a job whose base did not succeed.
         return cell.name, end, step, said or (f"continues from {base}" if end == "cancelled" and base else "")
-    if log.exists():
+    if said is not None:
         return cell.name, "failed", step, said
     return cell.name, "missing", step, ""
+
+
+def _said(log: Path, job_log: Path) -> str | None:
+    """The last words of a cell, or of its job where that ended before the cell began; None: neither said anything."""
+    lines = job_log.read_text(errors="replace").splitlines() if job_log.is_file() else []
+    if lines and lines[-1].startswith("error: "):  # a job that would not begin says no more
+        return lines[-1]
+    return last_words(log) if log.exists() else last_words(job_log) if lines else None
 
 
 def _is_locked(path: Path) -> bool:

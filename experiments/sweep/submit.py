@@ -1,6 +1,7 @@
 """Submits runs and sweeps as jobs of Slurm, with the code as it is now.
 
-DIR/slurm/code-*/          copies of the code, by content: what changes here later does not reach a job that waits
+DIR/slurm/code-*/          copies of the code, by content: what changes here later does not reach a job that waits, and
+                           one that was changed itself runs in no job
 DIR/slurm/jobs.json        cell -> its latest job
 DIR/slurm/submitting.json  cells of an array while it is handed to Slurm
 DIR/slurm/*.out .err       what Slurm and submitit say; what the programs say is in DIR/logs/

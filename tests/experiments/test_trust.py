@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -54,9 +55,10 @@ def test_a_copy_of_the_code_is_what_its_name_says(tmp_path):
     (compiled / "config.cpython-311.pyc").write_bytes(b"planted")
     assert snapshot(tmp_path) == code
     assert not compiled.exists()
-    for name in ("train.py", "data/new.py"):
+    changes = [partial((code / name).write_text, "print('other')\n") for name in ("train.py", "data/new.py")]
+    for change in (*changes, partial((code / "torch").symlink_to, tmp_path)):
         shutil.copytree(code, tmp_path / "kept")
-        (code / name).write_text("print('other')\n")
+        change()
         with pytest.raises(ValueError, match="holds other code than its name says"):
             snapshot(tmp_path)
         shutil.rmtree(code)

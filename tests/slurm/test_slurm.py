@@ -123,6 +123,35 @@ def test_a_sweep_is_preempted_requeued_and_finished_by_a_second_call(slurm, make
     assert "failed" not in shown
 
 
+def test_a_requeued_job_does_not_begin_with_code_that_was_changed(slurm, tiny_overrides, tmp_path):
+    common = [o for o in tiny_overrides("x")[0] if not o.startswith(("name=", "run_dir="))]
+    arms = {"long": ArmConfig(train=["attention=full", "steps=300"])}
+    study = StudyConfig(train=common, evaluate=["tasks=[loss]", "threads=1"], arms=arms)
+    config = SweepConfig(name="s", output_dir=str(tmp_path / "s"), studies={"t": study}, launcher=HERE)
+    submit_sweep(config)
+    (job,), run_dir = read_jobs(tmp_path / "s").values(), tmp_path / "s" / "t-long-seed0"
+    wait_for(lambda: len(losses(run_dir)) >= 20, "the cell to train")
+    subprocess.run(["scancel", "--signal=USR1", job], check=True)
+    wait_for(lambda: queued(tmp_path / "s").get(job) == "PENDING", "it to be queued again")
+    before, (code,) = losses(run_dir), (tmp_path / "s" / "slurm").glob("code-*")
+    (code / "slurm" / "job.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    begin_now(job)
+    wait_for(lambda: not queued(tmp_path / "s"), "the job to end")
+    ((_, state, _, why),) = status(tmp_path / "s")
+    assert (state, why) == (
+        "failed",
+        f"error: {code} holds other code than its name says: move it away and submit again",
+    )
+    assert not (tmp_path / "ran").exists()
+    assert losses(run_dir) == before
+    with pytest.raises(ValueError, match="holds other code than its name says: move it away"):
+        submit_sweep(config)
+    code.rename(tmp_path / "away")
+    submit_sweep(config)
+    wait_for(lambda: not queued(tmp_path / "s"), "the job to end")
+    assert [row[1] for row in status(tmp_path / "s")] == ["done"]
+
+
 def test_a_run_on_two_nodes_with_its_evaluation(slurm, make_config, tiny_overrides):
     alone = train(make_config("alone"))
     overrides, run_dir = tiny_overrides("run", "sequence_parallel=2")

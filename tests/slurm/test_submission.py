@@ -1,6 +1,8 @@
 """What sbatch is given; no Slurm is needed: the programs here stand for it."""
 
+import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -93,9 +95,9 @@ def test_every_value_of_the_launcher_reaches_the_batch_script(scripts, make_conf
     }
     assert {key: flags(script).get(key) for key in asked} == asked
 
-    module, nccl, path, safe, _, srun, *after = commands(script)
+    module, nccl, _, _, _, path, safe, _, srun, *after = commands(script)
     assert (module, nccl, safe) == ("module load cuda/13", "export NCCL_DEBUG=INFO", "export PYTHONSAFEPATH=1")
-    assert re.fullmatch(r"export PYTHONPATH=\S+/run/slurm/code-[0-9a-f]{12}", path)
+    assert re.fullmatch(r"export PYTHONPATH=\S+/run/slurm/code-[0-9a-f]{32}", path)
     assert srun.startswith("srun --unbuffered ")
     assert (
         "--kill-on-bad-exit=1 --container-image=image.sqsh apptainer exec --nv image.sif python -u -m submitit" in srun
@@ -133,6 +135,48 @@ def test_only_the_exit_code_that_asks_for_it_queues_the_task_again(
     environment = {"PATH": f"{tmp_path}/programs:/bin", "SLURM_JOB_ID": "7", **array}
     assert subprocess.run(["bash", scripts / "7.sh"], env=environment).returncode == code
     assert (tmp_path / "said").read_text() == requeued
+
+
+def test_a_job_begins_with_the_code_and_the_call_that_were_submitted(scripts, make_config, tiny_overrides, tmp_path):
+    config = make_config("run")
+    config.launcher = LauncherConfig(gpus_per_node=0)
+    submit_run(config, tiny_overrides("run")[0])
+    (folder,) = (tmp_path / "run").glob("slurm")
+    (code,) = folder.glob("code-*")
+    (tmp_path / "programs" / "srun").write_text(f"#!/bin/sh\necho \"$PYTHONDONTWRITEBYTECODE\" > {tmp_path}/began\n")
+
+    def begin():
+        """(exit code, whether anything ran, what it said) of a start of the job, which a requeue repeats."""
+        (tmp_path / "began").unlink(missing_ok=True)
+        environment = {"PATH": f"{tmp_path}/programs:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+        done = subprocess.run(["bash", scripts / "7.sh"], env=environment, capture_output=True, text=True)
+        return done.returncode, (tmp_path / "began").exists(), done.stderr
+
+    assert begin() == (0, True, "")
+    assert (tmp_path / "began").read_text() == "1\n", "what it compiles is not kept there"
+    refusal = f"error: {code} holds other code than its name says: move it away and submit again\n"
+    source, kept = code / "slurm" / "job.py", (code / "slurm" / "job.py").read_bytes()
+    compiled = code / "slurm" / "__pycache__" / "job.cpython-311.pyc"
+    for change, undo in (
+        (lambda: source.write_bytes(kept + b"\n"), lambda: source.write_bytes(kept)),
+        (lambda: source.unlink(), lambda: source.write_bytes(kept)),
+        (lambda: (compiled.parent.mkdir(), compiled.touch()), lambda: shutil.rmtree(compiled.parent)),
+        (lambda: (code / "torch").symlink_to(tmp_path), lambda: (code / "torch").unlink()),  # a package of its own
+        (lambda: (code / "torch.py").symlink_to("/dev/null"), lambda: (code / "torch.py").unlink()),
+        (lambda: code.rename(tmp_path / "moved"), lambda: (tmp_path / "moved").rename(code)),
+    ):
+        change()
+        returncode, began, said = begin()
+        assert (returncode, began, said.splitlines(keepends=True)[-1]) == (1, False, refusal)
+        undo()
+    assert begin() == (0, True, "")
+
+    pickled = folder / "7_submitted.pkl"
+    assert pickled.stat().st_mode & 0o022 == 0
+    if os.geteuid() == 0:
+        os.chown(pickled, 12345, -1)
+        refusal = f"error: {pickled} was written by another user: remove it and submit again\n"
+        assert begin() == (1, False, refusal)
 
 
 @pytest.fixture
@@ -330,6 +374,8 @@ def test_the_status_tells_why_a_cell_waits_or_ended(scripts, sweep, tmp_path):
     sacct.chmod(stat.S_IRWXU)
     (tmp_path / "s" / "logs").mkdir()
     (tmp_path / "s" / "logs" / "t-dash-seed0.log").write_text("$ train.py\nstopped by SIGTERM and saved at step 3\n")
+    refused = "error: code-1 holds other code than its name says"
+    (tmp_path / "s" / "slurm" / "9_1_0_log.err").write_text(f"srun: error: of an earlier life\n{refused}\n")
     rows = {name.removeprefix("t-"): (state, why) for name, state, _, why in status(tmp_path / "s")}
     assert rows == {
         "base-seed0": ("pending", "Priority"),
@@ -337,5 +383,5 @@ def test_the_status_tells_why_a_cell_waits_or_ended(scripts, sweep, tmp_path):
         "dash-seed0": ("preempted", "stopped by SIGTERM and saved at step 3"),
         "base-seed1": ("timed out", ""),
         "dense-seed1": ("cancelled", "continues from t-base-seed1 (timed out)"),
-        "dash-seed1": ("missing", ""),
+        "dash-seed1": ("failed", refused),
     }
