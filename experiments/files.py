@@ -3,6 +3,7 @@ rows of JSON that several processes add to, and checksums."""
 
 import contextlib
 import csv
+import fcntl
 import hashlib
 import io
 import json
@@ -33,6 +34,7 @@ EVALUATING = ".evaluating"  # folder of locks: what evaluations that go side by 
 WEIGHTS = "model.safetensors"  # of a checkpoint
 # Of a sweep:
 CELL = "cell.json"  # in a run directory: the commands that completed
+CELL_LOCK = ".cell.lock"  # there, too: of the sweep that runs the cell on its machine
 PLAN = "cells.json"
 CELLS = "cells.jsonl"  # collected: a row for each cell
 # Of a benchmark:
@@ -47,6 +49,18 @@ UNTRAINED = "untrained"  # ends the label of rows of weights that were trained e
 def locked(path: Path) -> FileLock:
     """A context for one process at a time: around what reads ``path`` and writes it anew. Not to be nested."""
     return FileLock(path.with_name(f".{path.name}.lock"), poll_interval=0.01)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock in this file, which this user may only be able to read."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def check_writable(directory: Path, mend: str) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 # Of names and contents. What is no plain file, a link say, counts by its name: none is in a copy that was just made.
 _DIGEST = (
-    "{ find . ! -type f -print0 | LC_ALL=C sort -z; find . -type f -print0 | LC_ALL=C sort -z | xargs -0 -r sha256sum; }"
-    " | sha256sum | cut -c -32"
+    "{ find . ! -type f -print0 | LC_ALL=C sort -z; "
+    "find . -type f -print0 | LC_ALL=C sort -z | xargs -0 -r sha256sum; } | sha256sum | cut -c -32"
 )
 
 

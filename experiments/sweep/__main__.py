@@ -1,7 +1,8 @@
 """Sweeps: every cell of a study is a training run and its evaluation; only what is missing is done.
 
 A cell that fails stops no other; its last words stand in the table at the end and all it said in ``logs/``. A cell that
-missing ones continue from (the study's ``base``) is done first. With ``launcher=slurm`` what is missing is submitted.
+missing ones continue from (the study's ``base``) is done first. A cell that another process runs is left to it, and
+done here if that does not get it done. With ``launcher=slurm`` what is missing is submitted.
 """
 
 from experiments.help import answer_help
@@ -10,12 +11,14 @@ if __name__ == "__main__":
     answer_help("sweep")  # before PyTorch is imported
 
 import os
+import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import hydra
 import torch
+from filelock import FileLock
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -24,9 +27,11 @@ from experiments.errors import REQUEUE, user_errors
 from experiments.files import CONFIGS
 from experiments.schema import to_config
 from experiments.signals import Children
-from experiments.sweep.cells import Cell, SweepConfig, cells, register_sweep_config, write_plan
+from experiments.sweep.cells import Cell, SweepConfig, cells, register_sweep_config, take, write_plan
 from experiments.sweep.run_cell import Outcome, run_cell
 from experiments.sweep.submit import submit_sweep
+
+LOOK_SECONDS = 0.5  # between looks at cells that another process runs
 
 
 def run_sweep(config: SweepConfig, console: Console) -> dict[str, Outcome]:
@@ -46,7 +51,8 @@ def run_sweep(config: SweepConfig, console: Console) -> dict[str, Outcome]:
     console.print(f"{config.name}: {len(waiting)} cells to do, {len(outcomes)} done before", highlight=False)
 
     log_dir = Path(config.output_dir) / "logs"
-    running: dict[Future, tuple[Cell, tuple[str, ...]]] = {}
+    running: dict[Future, tuple[Cell, tuple[str, ...], FileLock]] = {}
+    elsewhere: set[str] = set()  # names of cells that another process was seen to run
     with Children() as children, ThreadPoolExecutor(config.jobs) as pool:
         # In the order of the configuration, so that what it names first is there first; a cell whose base is still
         # being trained lets those behind it pass.
@@ -55,16 +61,34 @@ def run_sweep(config: SweepConfig, console: Console) -> dict[str, Outcome]:
                 base = Outcome("done") if cell.base is None else outcomes.get(cell.base)
                 if base is None or len(running) >= config.jobs:
                     continue
-                waiting.remove(cell)
                 if base.status not in ("done", "was done"):
+                    waiting.remove(cell)
                     outcomes[cell.name] = Outcome("skipped", message=f"{cell.base} {base.status}")
                     continue
+                lock = take(cell)
+                if lock is None and children.received is None:
+                    if cell.name not in elsewhere:
+                        console.print(f"  waits  {cell.name}  is run by another process", highlight=False, markup=False)
+                    elsewhere.add(cell.name)
+                    continue
+                waiting.remove(cell)
+                if lock is None:
+                    outcomes[cell.name] = Outcome("stopped", message="is run by another process")
+                    continue
+                if cell.is_done():
+                    lock.release()
+                    outcomes[cell.name] = Outcome("was done", message="by another process")
+                    continue
                 console.print(f"  start  {cell.name}", highlight=False)
-                taken = [lane for _, lane in running.values()]
+                taken = [lane for _, lane, _ in running.values()]
                 gpus = min(lanes, key=taken.count)
-                running[pool.submit(run_cell, cell, log_dir, children, gpus=gpus)] = cell, gpus
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                cell, _ = running.pop(future)
+                running[pool.submit(run_cell, cell, log_dir, children, gpus=gpus)] = cell, gpus, lock
+            if not running and waiting:
+                time.sleep(LOOK_SECONDS)
+            look = LOOK_SECONDS if elsewhere else None
+            for future in wait(running, timeout=look, return_when=FIRST_COMPLETED).done:
+                cell, _, lock = running.pop(future)
+                lock.release()
                 outcome = outcomes[cell.name] = future.result()
                 console.print(
                     f"  {outcome.status:6} {cell.name}  {outcome.seconds:.0f} s  {outcome.message}",

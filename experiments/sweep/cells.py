@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -27,7 +28,18 @@ from omegaconf import MISSING, OmegaConf
 from dashattn.backends import AttentionConfig
 from dashattn.fields import Checked, Line, NonNegativeFloat, PositiveInt, Seed, Sparsity, Text, Threads
 from experiments.config import register_configs
-from experiments.files import CELL, CONFIGS, PLAN, check_exists, locked, read_json, write_atomically
+from experiments.files import (
+    CELL,
+    CELL_LOCK,
+    CONFIGS,
+    LOCK,
+    PLAN,
+    check_exists,
+    is_locked,
+    locked,
+    read_json,
+    write_atomically,
+)
 from experiments.overrides import override
 from slurm.launcher import LauncherConfig
 
@@ -102,6 +114,29 @@ class Cell:
         # evaluation alone, train.py finds its run complete and ends at once.
         record = self.run_dir / CELL
         return record.exists() and read_done(self.run_dir)["commands"] == self.commands
+
+
+def is_in_hand(cell: Cell) -> bool:
+    """Whether a process runs it on this machine, or trains it anywhere."""
+    return is_locked(cell.run_dir / CELL_LOCK) or is_locked(cell.run_dir / LOCK)
+
+
+def take(cell: Cell) -> FileLock | None:
+    """The lock on a cell, to be released when it is run; None: another process runs it.
+
+    Raises:
+        OSError: its run directory cannot be written.
+    """
+    cell.run_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(cell.run_dir / CELL_LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    if is_locked(cell.run_dir / LOCK):  # by a job, by hand, or by a sweep that was killed
+        lock.release()
+        return None
+    return lock
 
 
 def record_done(run_dir: Path, commands: list[list[str]]) -> None:

@@ -1,6 +1,5 @@
 """How a sweep stands: ``python -m experiments.sweep.status outputs/NAME``, wherever its cells run."""
 
-import fcntl
 import sys
 from pathlib import Path
 
@@ -9,8 +8,8 @@ from rich.table import Table
 
 from experiments.arguments import parse
 from experiments.errors import user_errors
-from experiments.files import LOCK, METRICS, SUBMITTED, read_rows
-from experiments.sweep.cells import Cell, read_plan
+from experiments.files import METRICS, SUBMITTED, read_rows
+from experiments.sweep.cells import Cell, is_in_hand, read_plan
 from experiments.sweep.run_cell import last_words
 from experiments.sweep.submit import job_name, read_jobs
 from slurm.queue import ended, queue
@@ -49,7 +48,7 @@ def _cell_status(
         if state not in ("PENDING", "REQUEUED"):
             return cell.name, "running", step, ""
         return cell.name, "pending", step, f"waits for {base}" if base else reason.replace("None", "")
-    if _is_locked(cell.run_dir / LOCK):
+    if is_in_hand(cell):
         return cell.name, "running", step, ""
     if end not in (None, "failed", "completed"):
         # Slurm cancels a job whose base did not succeed.
@@ -65,18 +64,6 @@ def _said(log: Path, job_log: Path) -> str | None:
     if lines and lines[-1].startswith("error: "):  # a job that would not begin says no more
         return lines[-1]
     return last_words(log) if log.exists() else last_words(job_log) if lines else None
-
-
-def _is_locked(path: Path) -> bool:
-    """Whether a process trains there: it holds the lock. A colleague may only be able to read the file."""
-    try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
 
 
 def main() -> None:

@@ -309,7 +309,7 @@ def open_run_dir(
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(run.path / LOCK)
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=0.2, poll_interval=0.02)  # who only looks whether it is held has it for a moment
     except Timeout:
         if int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0:
             raise Occupied(

@@ -143,7 +143,7 @@ def test_a_job_begins_with_the_code_and_the_call_that_were_submitted(scripts, ma
     submit_run(config, tiny_overrides("run")[0])
     (folder,) = (tmp_path / "run").glob("slurm")
     (code,) = folder.glob("code-*")
-    (tmp_path / "programs" / "srun").write_text(f"#!/bin/sh\necho \"$PYTHONDONTWRITEBYTECODE\" > {tmp_path}/began\n")
+    (tmp_path / "programs" / "srun").write_text(f'#!/bin/sh\necho "$PYTHONDONTWRITEBYTECODE" > {tmp_path}/began\n')
 
     def begin():
         """(exit code, whether anything ran, what it said) of a start of the job, which a requeue repeats."""

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from filelock import FileLock
 from rich.console import Console
 
 from experiments import signals
-from experiments.files import CELL, read_rows
+from experiments.files import CELL, CELL_LOCK, read_rows
 from experiments.signals import Children
 from experiments.sweep import __main__ as sweep
 from experiments.sweep.__main__ import run_sweep
@@ -156,6 +157,11 @@ def ran(monkeypatch):
     return names, failing
 
 
+def status_of(config):
+    write_plan(Path(config.output_dir), cells(config))
+    return status(Path(config.output_dir))
+
+
 def run(config):
     return {name: outcome.status for name, outcome in run_sweep(config, Console(file=io.StringIO())).items()}
 
@@ -286,6 +292,60 @@ def test_cells_share_the_gpus_out_among_them(tmp_path, monkeypatch):
 
     with pytest.raises(ValueError, match="gpus_per_cell=8, and this machine shows 4 GPUs"):
         run_sweep(make_config(tmp_path, gpus_per_cell=8), Console(file=io.StringIO()))
+
+
+def test_the_same_sweep_twice_at_once_does_each_cell_once(tmp_path):
+    command = [sys.executable, "-m", "experiments.sweep", "sweep=smoke", f"output_dir={tmp_path / 'smoke'}", "jobs=1"]
+    command += ["studies.recall.base=null", "~studies.recall.arms.infllmv2", "~studies.recall.arms.nsa"]
+    running = [forked.Process(command, stdout=(tmp_path / f"said{i}").open("w")) for i in range(2)]
+    assert [process.wait(300) for process in running] == [0, 0]
+    said = [(tmp_path / f"said{i}").read_text() for i in range(2)]
+    names = [f"recall-{arm}-seed0" for arm in ("full", "dash")]
+    assert any(f"waits  {names[0]}  is run by another process" in text for text in said)
+    for name in names:
+        assert sum(f"start  {name}" in text for text in said) == 1, said
+        assert (tmp_path / "smoke" / "logs" / f"{name}.log").read_text().count("$ train.py") == 1
+        assert len([row for row in read_rows(tmp_path / "smoke" / name / "metrics.jsonl") if row["step"] == 3]) >= 1
+    assert all("failed" not in text and text.count("done") >= len(names) for text in said)
+    assert {row[1] for row in status(tmp_path / "smoke")} == {"done"}
+
+
+@pytest.mark.parametrize("name", [".cell.lock", ".lock"])
+def test_what_another_process_does_not_get_done_is_done_here(tmp_path, ran, monkeypatch, name):
+    """It may be a sweep, or a run that one left behind when it was killed."""
+    names, _ = ran
+    monkeypatch.setattr(sweep, "LOOK_SECONDS", 0.01)
+    config = make_config(tmp_path, seeds=[0])
+    busy, (base, *arms) = tmp_path / "text-full-seed0", [cell.name for cell in cells(config)]
+    busy.mkdir()
+    lock, said = FileLock(busy / name, thread_local=False), io.StringIO()
+    lock.acquire()
+    assert {row[0]: row[1] for row in status_of(config)}[busy.name] == "running"
+
+    def release():
+        while len(names) < 3:
+            time.sleep(0.01)
+        lock.release()
+
+    other = threading.Thread(target=release)
+    other.start()
+    outcomes = run_sweep(config, Console(file=said, width=200))
+    other.join()
+    assert {outcome.status for outcome in outcomes.values()} == {"done"}
+    assert names == [base, *(arm for arm in arms if arm != busy.name), busy.name]
+    assert said.getvalue().count("waits  text-full-seed0  is run by another process") == 1
+
+
+def test_a_sweep_that_waits_for_another_process_can_be_stopped(tmp_path, ran, monkeypatch):
+    monkeypatch.setattr(sweep, "LOOK_SECONDS", 0.01)
+    config = make_config(tmp_path, seeds=[0])
+    (tmp_path / "text-base-seed0").mkdir()
+    with FileLock(tmp_path / "text-base-seed0" / CELL_LOCK):
+        stop = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
+        stop.start()
+        statuses = run(config)
+    assert statuses["text-base-seed0"] == "stopped"
+    assert set(statuses.values()) == {"stopped", "skipped"}
 
 
 def test_a_failing_process_is_reported_with_its_last_words(tmp_path, monkeypatch):
