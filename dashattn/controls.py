@@ -4,7 +4,6 @@ Layout, ``cu_seqlens``, ``impl`` and ``return_stats`` as in ``functional.py``. B
 selected per token and KV head; the token's own block always is. No bias, and no gradient to the selection.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -13,11 +12,10 @@ from torch import Tensor
 from dashattn import checks
 from dashattn.documents import document_positions, per_document
 from dashattn.functional import Output
-from dashattn.implementation import use_kernels, without_autocast
-from dashattn.ops.block_sparse.reference import block_sparse_attention
+from dashattn.implementation import without_autocast
 from dashattn.ops.true_mass.reference import forced_blocks, mass_selection
+from dashattn.selected import selected_attention
 from dashattn.selection import Selection
-from dashattn.stats import selection_stats
 
 
 @without_autocast
@@ -50,8 +48,9 @@ def sink_window_attention(
         position = torch.arange(q_BTHD.shape[1], device=q.device)[None]
         return window_selection(position, k_BTHD.shape, block_size, init_blocks, local_blocks)
 
-    reads = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
-    return _attend(q, k, v, select, reads, block_size, scale, cu_seqlens, impl, return_stats)
+    selection = Selection.concatenate(per_document(select, cu_seqlens, q, k))
+    call = {"scale": scale, "cu_seqlens": cu_seqlens, "impl": impl, "return_stats": return_stats}
+    return selected_attention(q, k, v, selection, **call)
 
 
 @without_autocast
@@ -92,7 +91,9 @@ def oracle_attention(
         return choose(q_BTHD, k_BTHD, torch.arange(q_BTHD.shape[1], device=q.device).expand(q.shape[0], -1))
 
     reads = document_positions(cu_seqlens, *q.shape[:2], q.device) + 1  # it scores every key
-    return _attend(q, k, v, select_blocks, reads, block_size, scale, cu_seqlens, impl, return_stats)
+    selection = Selection.concatenate(per_document(select_blocks, cu_seqlens, q, k))
+    call = {"scale": scale, "cu_seqlens": cu_seqlens, "impl": impl, "return_stats": return_stats}
+    return selected_attention(q, k, v, selection, routing_reads=reads, **call)
 
 
 def window_selection(
@@ -109,23 +110,3 @@ def window_selection(
 def mass_bound(select: str, topk: int, top_p: float) -> dict:
     """The one of the two that ``select`` names, as ``mass_selection`` takes it."""
     return {"topk": topk} if select == "topk" else {"top_p": top_p}
-
-
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    select: Callable[[Tensor, Tensor], Selection],
-    routing_reads: Tensor,
-    block_size: int,
-    scale: float | None,
-    cu_seqlens: Tensor | None,
-    impl: str,
-    return_stats: bool,
-) -> Output:
-    selection = Selection.concatenate(per_document(select, cu_seqlens, q, k))
-    attend = block_sparse_attention
-    if use_kernels(impl, q, block_size):
-        from dashattn.ops.block_sparse.triton import block_sparse_attention as attend
-    out = attend(q, k, v, selection, scale=scale, cu_seqlens=cu_seqlens)
-    return (out, selection_stats(selection, routing_reads, cu_seqlens)) if return_stats else out

@@ -6,7 +6,8 @@ its own sequence, with its own grid of chunks and blocks.
 
 ``impl``: ``auto`` (on a GPU the Triton kernels, where they take the arguments; the reference elsewhere), ``triton``
 (the kernels, or a ValueError that says what they do not take), ``reference``. With ``return_stats=True`` a function
-returns ``(out, AttentionStats)``.
+returns ``(out, AttentionStats)``. With ``return_selection=True``, where there is that, it returns ``(result, Chosen)``,
+for ``selected_attention`` of another layer.
 """
 
 from functools import partial
@@ -31,10 +32,11 @@ from dashattn.ops.dash_routing.reference import dash_routing
 from dashattn.ops.full.reference import sdpa_attention
 from dashattn.ops.gates.reference import gated_sum
 from dashattn.ops.window.reference import window_attention
-from dashattn.selection import Selection
+from dashattn.selection import Chosen, Selection
 from dashattn.stats import AttentionStats, dense_stats, selection_stats
 
 Output = Tensor | tuple[Tensor, AttentionStats]
+Handing = Output | tuple[Output, Chosen]  # the second with ``return_selection``
 
 
 @without_autocast
@@ -86,7 +88,8 @@ def dash_attention(
     cu_seqlens: Tensor | None = None,
     impl: str = "auto",
     return_stats: bool = False,
-) -> Output:
+    return_selection: bool = False,
+) -> Handing:
     """DashAttention (arXiv 2605.18753): alpha-entmax over chunk summaries selects chunks and biases the softmax.
 
     Args:
@@ -135,24 +138,30 @@ def dash_attention(
     route = {"selector": selector, "alpha": alpha, "router_scale": router_scale, "topk": topk, "top_p": top_p}
     route |= {"prior": prior, "sigma": sigma, "init_chunks": init_chunks, "local_chunks": local_chunks}
     route |= {"cu_seqlens": cu_seqlens}
-    if use_kernels(impl, q, chunk_size, unsupported_priors(prior_heads)):
-        from dashattn.ops.dash_attention.triton import dash_attention as attend
+    is_kernel = use_kernels(impl, q, chunk_size, unsupported_priors(prior_heads))
+    if (
+        is_kernel and router_qk is None and not return_selection
+    ):  # all in one, which has one q and k, and hides the bias
+        from dashattn.ops.dash_attention.triton import dash_attention as attend_whole
 
         sizes = {"chunk_size": chunk_size, "scale": scale}
-        out, selection = attend(
-            q, k, v, chunk_query, summary_rope=summary_rope, router_qk=router_qk, **sizes, **route
-        )  # fmt: skip
+        out, selection = attend_whole(q, k, v, chunk_query, summary_rope=summary_rope, **sizes, **route)
     else:
+        pool, choose, attend = chunk_summary, dash_routing, block_sparse_attention
+        if is_kernel:
+            from dashattn.ops.block_sparse.triton import block_sparse_attention as attend
+            from dashattn.ops.chunk_summary.triton import chunk_summary as pool
+            from dashattn.ops.dash_routing.triton import dash_routing as choose
+
         router_q, router_k = router_qk or (q, k)
-        pool = {"chunk_size": chunk_size, "cu_seqlens": cu_seqlens, "rope": summary_rope}
-        summaries = chunk_summary(router_k, chunk_query, **pool)
-        selection, bias = dash_routing(router_q, summaries, chunk_size=chunk_size, prior_heads=prior_heads, **route)
-        out = block_sparse_attention(q, k, v, selection, bias, scale=scale, cu_seqlens=cu_seqlens)
-    if not return_stats:
-        return out
-    own_chunk = document_positions(cu_seqlens, *q.shape[:2], q.device) // chunk_size
-    candidates = (own_chunk - local_chunks - init_chunks).clamp_min(0)
-    return out, selection_stats(selection, candidates, cu_seqlens)
+        summaries = pool(router_k, chunk_query, chunk_size=chunk_size, cu_seqlens=cu_seqlens, rope=summary_rope)
+        selection, bias = choose(router_q, summaries, chunk_size=chunk_size, prior_heads=prior_heads, **route)
+        out = attend(q, k, v, selection, bias, scale=scale, cu_seqlens=cu_seqlens)
+    if return_stats:
+        own_chunk = document_positions(cu_seqlens, *q.shape[:2], q.device) // chunk_size
+        candidates = (own_chunk - local_chunks - init_chunks).clamp_min(0)
+        out = out, selection_stats(selection, candidates, cu_seqlens)
+    return (out, Chosen(selection.words, bias)) if return_selection else out
 
 
 @without_autocast
@@ -171,7 +180,8 @@ def infllmv2_attention(
     cu_seqlens: Tensor | None = None,
     impl: str = "auto",
     return_stats: bool = False,
-) -> Output:
+    return_selection: bool = False,
+) -> Handing:
     """InfLLM v2 (arXiv 2509.24663): top-k blocks by attention over mean-pooled keys; no new parameters.
 
     Args:
@@ -208,9 +218,9 @@ def infllmv2_attention(
         attend = block_sparse_attention
         _, selection = _attend_windows_and_select(q.detach(), compressed_k, None, windows, blocks, **options)
     out = attend(q, k, v, selection, **options)
-    if not return_stats:
-        return out
-    return out, _stats_with_windows(q, selection, windows, cu_seqlens)
+    if return_stats:
+        out = out, _stats_with_windows(q, selection, windows, cu_seqlens)
+    return (out, Chosen(selection.words, None)) if return_selection else out
 
 
 @without_autocast

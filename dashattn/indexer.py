@@ -15,7 +15,7 @@ from dashattn.implementation import use_kernels, without_autocast
 from dashattn.ops.block_sparse.reference import block_sparse_attention
 from dashattn.ops.indexer.reference import Choice, Index, index_kl, index_routing
 from dashattn.ops.true_mass.reference import block_masses
-from dashattn.selection import WORD_BITS, Selection
+from dashattn.selection import WORD_BITS, Chosen, Selection
 from dashattn.stats import AttentionStats, selection_stats
 
 
@@ -27,11 +27,13 @@ class IndexerOutput(NamedTuple):
         stats: if asked for.
         kl: float32 or float64 [], if asked for: what ``index_kl`` says of the index, in nats, a mean over tokens and KV
             heads. Differentiable by index queries and keys alone.
+        chosen: for ``selected_attention`` of another layer.
     """
 
     out: Tensor
     stats: AttentionStats | None
     kl: Tensor | None
+    chosen: Chosen
 
 
 @without_autocast
@@ -130,7 +132,7 @@ def indexer_attention(
         candidates = (index.own - local_blocks - init_blocks).clamp_min(0)
         reads = candidates * (block_size if index_pooling == "max" else 1)
         stats = selection_stats(selection, reads, cu_seqlens)
-    return IndexerOutput(out, stats, kl)
+    return IndexerOutput(out, stats, kl, Chosen(selection.words, bias))
 
 
 def index_choice(selector: str, topk: int, top_p: float, init_blocks: int, local_blocks: int) -> Choice:

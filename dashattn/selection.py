@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,3 +45,17 @@ class Selection:
         bits = torch.arange(WORD_BITS, device=self.words.device, dtype=torch.int32)
         mask_BHTWb = (self.words[..., None] >> bits) & 1
         return mask_BHTWb.flatten(-2).bool().transpose(1, 2)
+
+
+class Chosen(NamedTuple):
+    """What a layer attended to, for later layers to take over. Tensors alone, as they pass from module to module.
+
+    Attributes:
+        words: those of a ``Selection``, int32 [B, Hkv, T, W]; where kernels decode perhaps [B, Hq, T, W], of which a
+            group's are united.
+        bias: [B, T, Hkv or Hq, N], the router's prior, which was added to the logits of each block; None: nothing was.
+            Differentiable by what the router was given.
+    """
+
+    words: Tensor
+    bias: Tensor | None

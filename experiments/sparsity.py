@@ -182,7 +182,7 @@ def turned_layers(attention: AttentionConfig, num_layers: int) -> list[Attention
     """The configurations of the layers that the knob turns, as ``Transformer.turned``."""
     known = {name: kind for name, (kind, _) in BACKENDS.items()}
     layers = layer_configs(attention, num_layers, known)
-    return [own for own in layers if own.name == attention.name and own.knob is not None]
+    return [own for own, _ in layers if own.name == attention.name and own.knob is not None]
 
 
 def knob_span(layers: Sequence[AttentionConfig], length: int) -> tuple[float, float]:

@@ -18,6 +18,7 @@ from dashattn.cache import LayerCache
 from dashattn.checks import check
 from dashattn.documents import document_positions
 from dashattn.rope import apply_rope
+from dashattn.selection import Chosen
 from dashattn.stats import AttentionStats
 from models.cache import ModelCache
 from models.config import ModelConfig
@@ -66,8 +67,10 @@ class Transformer(nn.Module):
         # Backends draw their own initial values, so they come after all that is shared between them.
         shape = AttentionShape(config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim)
         backends = build_backends(attention, shape, config.num_layers)
-        for layer, backend in zip(self.layers, backends, strict=True):
+        sources = {backend.source for backend in backends}
+        for index, (layer, backend) in enumerate(zip(self.layers, backends, strict=True)):
             layer.attention.backend = backend
+            layer.attention.hands_on = index in sources
 
     @torch.no_grad()
     def _init_parameters(self) -> None:
@@ -137,14 +140,18 @@ class Transformer(nn.Module):
         rope = rope_tables(self.config, position_ids, cu_seqlens, lengths=lengths)
         hidden_BTE = self.embedding(self._own(input_ids_BT)) * self.config.embedding_scale
         stats, losses = [] if return_stats else None, []
-        for layer in self.layers:
-            inputs = (hidden_BTE, rope, cu_seqlens, return_stats)
+        selections: dict[int, Chosen] = {}  # of layers from which others take them over
+        for index, layer in enumerate(self.layers):
+            taken = selections.get(layer.attention.backend.source)
+            inputs = (hidden_BTE, rope, cu_seqlens, return_stats, None, taken)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 # No layer draws random numbers.
                 outputs = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 outputs = layer(*inputs)
-            hidden_BTE, layer_stats, layer_loss = outputs
+            hidden_BTE, layer_stats, layer_loss, chosen = outputs
+            if chosen is not None:
+                selections[index] = chosen
             if return_stats:
                 stats.append(layer_stats)
             if layer_loss is not None:
@@ -205,8 +212,12 @@ class Transformer(nn.Module):
             counts_B = torch.tensor(list(new_tokens), dtype=torch.int32, device=input_ids_BT.device)
         rope = cache.rope(num_tokens, counts_B)
         hidden_BTE = self.embedding(input_ids_BT) * self.config.embedding_scale
-        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            hidden_BTE, _, _ = layer(hidden_BTE, rope, None, False, layer_cache)
+        selections: dict[int, Chosen] = {}
+        for index, (layer, layer_cache) in enumerate(zip(self.layers, cache.layers, strict=True)):
+            taken = selections.get(layer.attention.backend.source)
+            hidden_BTE, _, _, chosen = layer(hidden_BTE, rope, None, False, layer_cache, taken)
+            if chosen is not None:
+                selections[index] = chosen
         if counts_B is not None:
             hidden_BTE = hidden_BTE.take_along_dim(counts_B.long()[:, None, None] - 1, 1)
         head = self.embedding.weight if self.lm_head is None else self.lm_head.weight
@@ -272,15 +283,16 @@ class TransformerBlock(nn.Module):
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, x_BTE, rope, cu_seqlens, return_stats, cache: LayerCache | None = None
-    ) -> tuple[Tensor, AttentionStats | None, Tensor | None]:
+        self, x_BTE, rope, cu_seqlens, return_stats, cache: LayerCache | None = None, taken: Chosen | None = None
+    ) -> tuple[Tensor, AttentionStats | None, Tensor | None, Chosen | None]:
+        """The outputs beside the first are those of ``Attention``."""
         into_BTE = x_BTE if self.post_norm else self.attention_norm(x_BTE)
-        out_BTE, stats, loss = self.attention(into_BTE, rope, cu_seqlens, return_stats, cache)
+        out_BTE, stats, loss, chosen = self.attention(into_BTE, rope, cu_seqlens, return_stats, cache, taken)
         if self.post_norm:
             out_BTE = self.attention_norm(out_BTE)
         x_BTE = torch.add(x_BTE, out_BTE, alpha=self.residual_scale)
         out_BTE = self.mlp_norm(self.mlp(x_BTE)) if self.post_norm else self.mlp(self.mlp_norm(x_BTE))
-        return torch.add(x_BTE, out_BTE, alpha=self.residual_scale), stats, loss
+        return torch.add(x_BTE, out_BTE, alpha=self.residual_scale), stats, loss, chosen
 
 
 class Attention(nn.Module):
@@ -291,6 +303,7 @@ class Attention(nn.Module):
     """
 
     backend: AttentionBackend
+    hands_on: bool = False  # its selection, from which later layers take theirs
     sequence: SequenceParallel | None = None
 
     def __init__(self, config: ModelConfig, index: int):
@@ -308,9 +321,12 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = (RMSNorm(size, config.norm_eps) for size in sizes)
 
     def forward(
-        self, x_BTE, rope, cu_seqlens, return_stats, cache: LayerCache | None = None
-    ) -> tuple[Tensor, AttentionStats | None, Tensor | None]:
-        """The output, the stats and the backend's auxiliary loss, None without gradients."""
+        self, x_BTE, rope, cu_seqlens, return_stats, cache: LayerCache | None = None, taken: Chosen | None = None
+    ) -> tuple[Tensor, AttentionStats | None, Tensor | None, Chosen | None]:
+        """The output, the stats, the backend's auxiliary loss, None without gradients, and what it ``hands_on``.
+
+        ``taken``: what the layer has handed on from which this one takes its selection.
+        """
         q, k, v = self.q_proj(x_BTE), self.k_proj(x_BTE), self.v_proj(x_BTE)
         if self.qk_norm == "width":  # here, where a process that shares the sequence has all heads of its tokens
             q, k = self.q_norm(q), self.k_norm(k)
@@ -321,21 +337,25 @@ class Attention(nn.Module):
         if not self.turns:
             rope = no_rotation(rope)
         q_BTHD, k_BTHD = apply_rope(q_BTHD, *rope), apply_rope(k_BTHD, *rope)
+        qkv, options = (q_BTHD, k_BTHD, v_BTHD), {"rope": rope, "hidden": x_BTE}
+        options |= {"return_selection": True} if self.hands_on else {}
+        options |= {} if taken is None else {"taken": taken}
         if cache is not None:
-            out_BTHD = self.backend.decode(q_BTHD, k_BTHD, v_BTHD, cache, hidden=x_BTE, rope=rope)
-            return self.o_proj(out_BTHD.flatten(-2)), None, None
-        qkv, options = (q_BTHD, k_BTHD, v_BTHD), {"rope": rope, "cu_seqlens": cu_seqlens, "return_stats": return_stats}
-        options |= {"hidden": x_BTE, "share": share}
+            out = self.backend.decode(*qkv, cache, **options)
+            out_BTHD, chosen = out if self.hands_on else (out, None)
+            return self.o_proj(out_BTHD.flatten(-2)), None, None, chosen
+        options |= {"cu_seqlens": cu_seqlens, "return_stats": return_stats, "share": share}
         loss = None
         if torch.is_grad_enabled():
             out, loss = self.backend.forward_with_loss(*qkv, **options)
         else:
             out = self.backend(*qkv, **options)
+        out, chosen = out if self.hands_on else (out, None)
         out_BTHD, stats = out if return_stats else (out, None)
         if self.sequence is not None:
             out_BTHD = self.sequence.scatter(out_BTHD)
             stats = stats and self.sequence.all_heads(stats)
-        return self.o_proj(out_BTHD.flatten(-2)), stats, loss
+        return self.o_proj(out_BTHD.flatten(-2)), stats, loss, chosen
 
 
 class SwiGLU(nn.Module):

@@ -13,9 +13,11 @@ from dashattn.backends.dash import DashBackend, DashConfig
 from dashattn.backends.full import FullBackend, FullConfig
 from dashattn.backends.indexer import IndexerBackend, IndexerConfig
 from dashattn.backends.infllmv2 import InfLLMv2Backend, InfLLMv2Config
-from dashattn.backends.layers import layer_configs
+from dashattn.backends.layers import LayerAttention, layer_configs
 from dashattn.backends.nsa import NSABackend, NSAConfig
 from dashattn.backends.options import AttentionConfig
+from dashattn.backends.sharing import SharingBackend
+from dashattn.checks import check
 
 BACKENDS: dict[str, tuple[type[AttentionConfig], type[AttentionBackend]]] = {
     "full": (FullConfig, FullBackend),
@@ -52,10 +54,23 @@ def build_backends(config: AttentionConfig, shape: AttentionShape, num_layers: i
     """A backend for each of ``num_layers`` layers, as ``config`` and its ``layers`` say.
 
     Raises:
-        ValueError: as ``build_backend``, or ``layers`` that cannot be read.
+        ValueError: as ``build_backend``, or ``layers`` that cannot be read, or a selection that cannot be taken over.
     """
     known = {name: kind for name, (kind, _) in BACKENDS.items()}
-    return [build_backend(own, shape) for own in layer_configs(config, num_layers, known)]
+    return [_build_layer(own, shape) for own in layer_configs(config, num_layers, known)]
+
+
+def _build_layer(layer: LayerAttention, shape: AttentionShape) -> AttentionBackend:
+    config, source = layer
+    if source is None:
+        return build_backend(config, shape)
+    able = [name for name, (_, backend) in BACKENDS.items() if backend.capabilities.hands_on]
+    check(
+        config.name in able,
+        f"attention.layers: layer {source} has no selection that another layer could take over, since its attention is "
+        f"{config.name}: share_selection_from works with {', '.join(able)}",
+    )
+    return SharingBackend(config, shape, source)
 
 
 __all__ = [
@@ -73,6 +88,7 @@ __all__ = [
     "InfLLMv2Config",
     "NSAConfig",
     "OracleConfig",
+    "SharingBackend",
     "SinkWindowConfig",
     "build_backend",
     "build_backends",

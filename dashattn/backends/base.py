@@ -11,10 +11,11 @@ from dashattn import checks
 from dashattn.backends.options import AttentionConfig
 from dashattn.cache import CacheField, CacheLayout, DecodeCache, LayerCache
 from dashattn.checks import check
-from dashattn.functional import Output
+from dashattn.functional import Handing, Output
 from dashattn.implementation import use_kernels
 from dashattn.ops.decode import reference as decode_reference
 from dashattn.routing import Routing
+from dashattn.selection import Chosen, Selection
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Capabilities:
         train: more than evaluation.
         max_head_dim: largest head size.
         max_group_size: most query heads per KV head.
+        hands_on: its selection to later layers (``return_selection``).
         in_pytorch: what runs in PyTorch on a GPU, too, for want of kernels; to be told to who trains there.
     """
 
@@ -49,6 +51,7 @@ class Capabilities:
     train: bool = True
     max_head_dim: int = 256
     max_group_size: int = 32
+    hands_on: bool = False
     in_pytorch: str | None = None
 
 
@@ -116,6 +119,8 @@ class AttentionBackend(nn.Module):
         The attention of new tokens, written already, over all that is there, in terms of ``operations``: the module of
         the kernels or that of the reference, which have the same names. A row that is padded attends to what it may;
         nobody looks at it.
+    ``_select(q, cache, hidden, operations)``
+        In its place, where attention is a softmax over blocks: which ones these are. What ``hands_on`` has this.
     ``_step(q, k, v, cache, hidden, rope)``
         The two together. A backend overrides it if one kernel writes and attends.
 
@@ -125,6 +130,7 @@ class AttentionBackend(nn.Module):
     """
 
     capabilities = Capabilities()
+    source: int | None = None  # the layer whose selection it takes over
     uncompiled: tuple[str, ...] = ("decode",)  # methods that torch.compile calls as they are
 
     def __init__(self, config: AttentionConfig, shape: AttentionShape):
@@ -146,6 +152,8 @@ class AttentionBackend(nn.Module):
     ) -> Output:
         """Attends causally.
 
+        What ``hands_on`` its selection takes ``return_selection``, too, and returns then ``(result, Chosen)``.
+
         Args:
             q: post-RoPE [B, T, Hq, D].
             k, v: [B, T, Hkv, D], k post-RoPE.
@@ -160,7 +168,7 @@ class AttentionBackend(nn.Module):
         """
         raise NotImplementedError
 
-    def forward_with_loss(self, q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Output, Tensor | None]:
+    def forward_with_loss(self, q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Handing, Tensor | None]:
         """What ``forward`` returns, and a loss of the backend's own, which training adds to the model's.
 
         The loss is float32 or float64 [], a mean over the tokens of q, and over KV heads by the ``kv_weights`` of a
@@ -182,7 +190,9 @@ class AttentionBackend(nn.Module):
         *,
         hidden: Tensor | None = None,
         rope: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
+        return_selection: bool = False,
+        taken: Chosen | None = None,
+    ) -> Tensor | tuple[Tensor, Chosen]:
         """Writes new tokens into the cache, behind the sequences there, and attends from them.
 
         The same outputs as ``forward`` over the whole sequences. Nothing is differentiable. The lengths stay: call
@@ -192,6 +202,8 @@ class AttentionBackend(nn.Module):
             q, k, v, hidden: as in ``forward``, of T >= 1 new tokens.
             cache: a layer of a ``DecodeCache``.
             rope: (cos, sin) of the new tokens, each [T, D] or [B, T, D].
+            return_selection: also return the selection, as ``forward`` does; of what ``hands_on``.
+            taken: what the layer ``source`` returned in the same step, if there is one.
 
         Returns:
             [B, T, Hq, D] in q's dtype; without meaning where a row is padded.
@@ -208,8 +220,16 @@ class AttentionBackend(nn.Module):
             rope = tuple(table.expand(q.shape[0], -1, -1) for table in rope)
         if cache.is_empty:  # a prompt from its beginning: what forward is for
             self._write(k, v, cache, hidden, rope)
-            return self(q, k, v, hidden=hidden, rope=rope)
-        return self._step(q, k, v, cache, hidden, rope)
+            handing = {"return_selection": True} if return_selection else {}
+            handing |= {} if taken is None else {"taken": taken}
+            return self(q, k, v, hidden=hidden, rope=rope, **handing)
+        if taken is None and not return_selection:
+            return self._step(q, k, v, cache, hidden, rope)
+        self._write(k, v, cache, hidden, rope)
+        operations = self._decode_operations(q)
+        chosen = self._select(q, cache, hidden, operations) if taken is None else taken
+        out = self._attend_chosen(q, cache, chosen, operations)
+        return (out, chosen) if return_selection else out
 
     @torch.no_grad()
     def write(self, k: Tensor, v: Tensor, cache: LayerCache, *, hidden=None, rope=None) -> None:
@@ -263,7 +283,15 @@ class AttentionBackend(nn.Module):
 
     def _attend(self, q: Tensor, cache: LayerCache, hidden, operations) -> Tensor:
         """Attention from the new tokens, written already, over the cache."""
+        return self._attend_chosen(q, cache, self._select(q, cache, hidden, operations), operations)
+
+    def _select(self, q: Tensor, cache: LayerCache, hidden, operations) -> Chosen:
+        """The blocks that the new tokens attend to."""
         raise NotImplementedError
+
+    def _attend_chosen(self, q: Tensor, cache: LayerCache, chosen: Chosen, operations) -> Tensor:
+        selection = Selection(chosen.words, self.block_size)
+        return operations.cached_attention(q, cache["k"], cache["v"], cache.lengths, selection, chosen.bias)
 
     def _decode_operations(self, x: Tensor):
         """The module of decode operations, kernels or reference, that takes tensors like ``x``."""

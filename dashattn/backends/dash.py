@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dashattn import checks
-from dashattn.backends.base import ALL_HEADS, AttentionBackend, HeadShare
+from dashattn.backends.base import ALL_HEADS, AttentionBackend, Capabilities, HeadShare
 from dashattn.backends.options import AttentionConfig, forced_keys
-from dashattn.cache import CacheField
+from dashattn.cache import CacheField, LayerCache
 from dashattn.checks import check
 from dashattn.fields import Line, NonNegativeInt, OneOf, PositiveFloat, PositiveInt, PositiveShare, Range
 from dashattn.functional import dash_attention, unsupported_priors
@@ -29,6 +29,7 @@ from dashattn.ops.dtypes import upcast
 from dashattn.ops.entmax.reference import MAX_ALPHA, MIN_ALPHA
 from dashattn.rope import undo_rope
 from dashattn.routing import Routing
+from dashattn.selection import Chosen
 
 KNOBS = {"entmax": "router_scale", "topk": "topk", "topp": "top_p"}
 ALPHA_MODES = ("fixed", "scheduled", "learnable")
@@ -145,6 +146,8 @@ class DashConfig(AttentionConfig):
 class DashBackend(AttentionBackend):
     """Owns the chunk queries (zero: summaries start as mean-pooled keys) and, if learnable, alpha."""
 
+    capabilities = Capabilities(hands_on=True)
+
     def __init__(self, config: DashConfig, shape):
         super().__init__(config, shape)
         queries = torch.zeros(shape.num_kv_heads, shape.head_dim)
@@ -208,7 +211,19 @@ class DashBackend(AttentionBackend):
         logits = scores.masked_fill(~candidates_TN, -torch.inf).flatten(1, 2).transpose(1, 2)
         return Routing(selection, p_BTHN, logits)
 
-    def forward(self, q, k, v, *, hidden=None, rope=None, cu_seqlens=None, return_stats=False, share=ALL_HEADS):
+    def forward(
+        self,
+        q,
+        k,
+        v,
+        *,
+        hidden=None,
+        rope=None,
+        cu_seqlens=None,
+        return_stats=False,
+        return_selection=False,
+        share=ALL_HEADS,
+    ):
         config = self.config
         return dash_attention(
             q,
@@ -222,6 +237,7 @@ class DashBackend(AttentionBackend):
             cu_seqlens=cu_seqlens,
             impl=config.impl,
             return_stats=return_stats,
+            return_selection=return_selection,
         )
 
     def _routing_options(self, alpha: float | Tensor, knobs: dict[str, float | Tensor]) -> dict:
@@ -296,20 +312,27 @@ class DashBackend(AttentionBackend):
 
     def _attend(self, q, cache, hidden, operations, new=None):
         """``new``: the token, where it is not written yet."""
-        config = self.config
+        if not hasattr(operations, "routed_attention"):
+            return super()._attend(q, cache, hidden, operations)
+        # The kernels route and attend in one.
         options = self._routing_options(self.alpha(), self.numbers)
-        router_q = q
-        if config.summary_keys == "unrotated":
-            row = torch.arange(q.shape[0], device=q.device)[:, None]
-            position = new_positions(cache.lengths, q.shape[1])
-            router_q = undo_rope(q, *(cache[name][row, position, 0] for name in ("cos", "sin")))
-        if hasattr(operations, "routed_attention"):  # the kernels route and attend in one
-            caches = cache["k"], cache["v"], cache["summaries"]
-            return operations.routed_attention(q, *caches, cache.lengths, **options, new=new, router_q=router_q)
-        selection, bias = operations.cached_dash_routing(
-            router_q, cache["summaries"], cache.lengths, prior_heads=config.prior_heads, **options
-        )
-        return operations.cached_attention(q, cache["k"], cache["v"], cache.lengths, selection, bias)
+        caches = cache["k"], cache["v"], cache["summaries"]
+        router_q = self._cached_router_q(q, cache)
+        return operations.routed_attention(q, *caches, cache.lengths, **options, new=new, router_q=router_q)
+
+    def _select(self, q, cache, hidden, operations):
+        options = self._routing_options(self.alpha(), self.numbers) | {"prior_heads": self.config.prior_heads}
+        router_q = self._cached_router_q(q, cache)
+        selection, bias = operations.cached_dash_routing(router_q, cache["summaries"], cache.lengths, **options)
+        return Chosen(selection.words, bias)
+
+    def _cached_router_q(self, q: Tensor, cache: LayerCache) -> Tensor:
+        """What the router takes for the q of new tokens."""
+        if self.config.summary_keys == "rotated":
+            return q
+        row = torch.arange(q.shape[0], device=q.device)[:, None]
+        position = new_positions(cache.lengths, q.shape[1])
+        return undo_rope(q, *(cache[name][row, position, 0] for name in ("cos", "sin")))
 
     def _decode_kernels(self, x, unsupported=None):
         return super()._decode_kernels(x, unsupported_priors(self.config.prior_heads))

@@ -18,7 +18,7 @@ from dashattn.ops.compression.reference import mean_compress
 from dashattn.ops.decode.reference import new_positions
 from dashattn.ops.indexer.reference import Index, block_scores
 from dashattn.routing import Routing
-from dashattn.selection import Selection
+from dashattn.selection import Chosen, Selection
 
 KNOBS = {"topk": "topk", "topp": "top_p"}
 
@@ -95,7 +95,8 @@ class IndexerBackend(AttentionBackend):
     share. They are not rotated: content alone chooses."""
 
     capabilities = Capabilities(
-        in_pytorch="index scores of KL, of index_pooling=max unless they only select the top k, and of decoding"
+        hands_on=True,
+        in_pytorch="index scores of KL, of index_pooling=max unless they only select the top k, and of decoding",
     )
     uncompiled = ("decode", "forward", "forward_with_loss")
 
@@ -110,23 +111,33 @@ class IndexerBackend(AttentionBackend):
     def set_step(self, step):
         self.is_dense = self.config.is_dense_at(step)
 
-    def forward(self, q, k, v, *, hidden=None, rope=None, cu_seqlens=None, return_stats=False, share=ALL_HEADS):
-        found = self._attend_whole(q, k, v, hidden, share, cu_seqlens=cu_seqlens, return_stats=return_stats)
-        return (found.out, found.stats) if return_stats else found.out
+    def forward(self, q, k, v, **options):
+        return self._attend_whole(q, k, v, **options)[0]
 
-    def forward_with_loss(
-        self, q, k, v, *, hidden=None, rope=None, cu_seqlens=None, return_stats=False, share=ALL_HEADS
+    def forward_with_loss(self, q, k, v, **options):
+        result, kl = self._attend_whole(q, k, v, **options, return_kl=self.config.gradient == "kl")
+        return result, None if kl is None else self.config.kl_weight * kl
+
+    def _attend_whole(
+        self,
+        q,
+        k,
+        v,
+        *,
+        hidden=None,
+        rope=None,
+        cu_seqlens=None,
+        return_stats=False,
+        return_selection=False,
+        share=ALL_HEADS,
+        return_kl=False,
     ):
-        options = {"cu_seqlens": cu_seqlens, "return_stats": return_stats}
-        options |= {"return_kl": self.config.gradient == "kl", "head_weights": share.kv_weights}
-        found = self._attend_whole(q, k, v, hidden, share, **options)
-        loss = None if found.kl is None else self.config.kl_weight * found.kl
-        return (found.out, found.stats) if return_stats else found.out, loss
-
-    def _attend_whole(self, q, k, v, hidden, share, **options):
         config = self.config
-        options |= {"dense": self.training and self.is_dense, "impl": config.impl}
-        return indexer_attention(q, k, v, *self._index(hidden, share), **config.sizes, **options)
+        options = {"dense": self.training and self.is_dense, "impl": config.impl, "cu_seqlens": cu_seqlens}
+        options |= {"return_stats": return_stats, "return_kl": return_kl, "head_weights": share.kv_weights}
+        found = indexer_attention(q, k, v, *self._index(hidden, share), **config.sizes, **options)
+        result = (found.out, found.stats) if return_stats else found.out
+        return (result, found.chosen) if return_selection else result, found.kl
 
     def _index(self, hidden: Tensor | None, share: HeadShare = ALL_HEADS) -> tuple[Tensor, Tensor]:
         """Index queries [B, T, Hkv, I] and keys [B, T, I]."""
@@ -173,7 +184,7 @@ class IndexerBackend(AttentionBackend):
             pool = partial(mean_compress, kernel_size=size, kernel_stride=size)
             cache.write_windows(k.shape[1], size, size, lambda keys: (pool(keys),), ["index_k"], ["index_means"])
 
-    def _attend(self, q, cache, hidden, operations):
+    def _select(self, q, cache, hidden, operations):
         config, choice = self.config, index_choice(**self._choice)
         if config.index_pooling == "mean":
             keys = cache["index_means"]
@@ -182,8 +193,7 @@ class IndexerBackend(AttentionBackend):
         own = new_positions(cache.lengths, q.shape[1]) // config.block_size
         mask, chosen, log_p = choice(block_scores(self._index(hidden)[0], keys, keys.shape[1]), own)
         bias = log_p.masked_fill(~chosen, 0) if config.gradient == "prior" else None
-        selection = Selection.from_mask(mask, config.block_size)
-        return operations.cached_attention(q, cache["k"], cache["v"], cache.lengths, selection, bias)
+        return Chosen(Selection.from_mask(mask, config.block_size).words, bias)
 
     def numbers_read(self, active_tokens, routing_reads):
         """An index key is fetched once for all heads."""

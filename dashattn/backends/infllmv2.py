@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from dashattn.backends.base import ALL_HEADS, AttentionBackend
+from dashattn.backends.base import ALL_HEADS, AttentionBackend, Capabilities
 from dashattn.backends.options import AttentionConfig, forced_keys
 from dashattn.cache import CacheField
 from dashattn.checks import check_infllmv2
@@ -11,6 +11,7 @@ from dashattn.fields import Line, NonNegativeInt, PositiveInt
 from dashattn.functional import infllmv2_attention
 from dashattn.ops.compression.reference import mean_compress
 from dashattn.routing import topk_routing
+from dashattn.selection import Chosen
 
 
 @dataclass
@@ -66,6 +67,8 @@ class InfLLMv2Config(AttentionConfig):
 class InfLLMv2Backend(AttentionBackend):
     """No parameters: the selection carries no gradient."""
 
+    capabilities = Capabilities(hands_on=True)
+
     def flops(self, active_tokens, routing_reads):
         flops = super().flops(active_tokens, routing_reads)
         return replace(flops, backward=2 * flops.attention)
@@ -78,7 +81,19 @@ class InfLLMv2Backend(AttentionBackend):
             **config.selection,
         )
 
-    def forward(self, q, k, v, *, hidden=None, rope=None, cu_seqlens=None, return_stats=False, share=ALL_HEADS):
+    def forward(
+        self,
+        q,
+        k,
+        v,
+        *,
+        hidden=None,
+        rope=None,
+        cu_seqlens=None,
+        return_stats=False,
+        return_selection=False,
+        share=ALL_HEADS,
+    ):
         config = self.config
         return infllmv2_attention(
             q,
@@ -88,6 +103,7 @@ class InfLLMv2Backend(AttentionBackend):
             cu_seqlens=cu_seqlens,
             impl=config.impl,
             return_stats=return_stats,
+            return_selection=return_selection,
         )
 
     @property
@@ -110,7 +126,7 @@ class InfLLMv2Backend(AttentionBackend):
 
         cache.write_windows(k.shape[1], size, stride, compress, ["k"], ["compressed_k"])
 
-    def _attend(self, q, cache, hidden, operations):
+    def _select(self, q, cache, hidden, operations):
         _, selection = operations.cached_window_routing(
             q,
             cache["compressed_k"],
@@ -118,4 +134,4 @@ class InfLLMv2Backend(AttentionBackend):
             cache.lengths,
             **self.config.selection,
         )
-        return operations.cached_attention(q, cache["k"], cache["v"], cache.lengths, selection)
+        return Chosen(selection.words, None)

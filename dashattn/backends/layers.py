@@ -4,28 +4,47 @@
     {*/4: full}                                         every fourth layer, from layer 0 on
     {0: full, 1-31/2: {name: sink_window}, "*": dash}   several; a layer takes the first entry that names it
     {0-3: {chunk_size: 32}}                             other options of the same backend
+    {*/4: dash, "*": {share_selection_from: -1}}        a router in every fourth layer, for the three that follow, too
 
 A key is ``*`` or a range ``FIRST-LAST`` or ``LAYER``, with ``/STEP`` for every STEP-th of them, or several of these
 with blanks between. A value is a backend's name, with its default options, or a mapping of options; without ``name``
 those are changes of the chosen backend.
+
+``share_selection_from`` names an earlier layer, or counts back from the layer's own with a negative number. The layer
+has no router: each token attends to the blocks that it attended to there, with this layer's queries, keys and values.
+What the router added to the logits is added here, too, and so the layer's gradient teaches that router; an index that
+learns by KL learns from the masses of its own layer alone. A selection that was taken over may be taken over again.
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from dashattn.backends.options import AttentionConfig
 from dashattn.checks import check
 
 _OF_ALL_LAYERS = {"layers", "target_sparsity", "sparsity_count", "sparsity_control"}
 _RANGE = re.compile(r"(?:\*|(\d+)(?:-(\d+))?)(?:/(\d+))?")
+_SHARE = "share_selection_from"
+
+
+class LayerAttention(NamedTuple):
+    """What a layer attends with.
+
+    Attributes:
+        config: without ``layers``; that of ``source``, if there is one.
+        source: the layer whose selection it takes over; None: it has one of its own, or none.
+    """
+
+    config: AttentionConfig
+    source: int | None = None
 
 
 def layer_configs(
     config: AttentionConfig, num_layers: int, known: Mapping[str, type[AttentionConfig]]
-) -> list[AttentionConfig]:
-    """The configuration of each layer, without ``layers``.
+) -> list[LayerAttention]:
+    """The configuration of each layer.
 
     Args:
         known: the config class of each backend's name.
@@ -38,13 +57,43 @@ def layer_configs(
         f"attention.layers={config.layers!r}: give a mapping, as in {{0-1: full}}",
     )
     chosen = replace(config, layers=None)
-    found: list[AttentionConfig | None] = [None] * num_layers
+    found: list[AttentionConfig | int | None] = [None] * num_layers
     for key, value in (config.layers or {}).items():
-        own = _config(chosen, str(key), value, known)
+        shares = isinstance(value, Mapping) and _SHARE in value
+        own = _shared_layer(str(key), value) if shares else _config(chosen, str(key), value, known)
         for layer in _layers(str(key), num_layers):
             if found[layer] is None:
                 found[layer] = own
-    return [chosen if own is None else own for own in found]
+    layers: list[LayerAttention] = []
+    for layer, own in enumerate(found):
+        if not isinstance(own, int):
+            layers.append(LayerAttention(chosen if own is None else own))
+            continue
+        source = own if own >= 0 else layer + own
+        check(
+            0 <= source < layer,
+            f"attention.layers: {_SHARE}={own} names layer {source} for layer {layer}: take an earlier one, or give "
+            f"layer {layer} an attention of its own",
+        )
+        of_source = layers[source]
+        layers.append(of_source if of_source.source is not None else LayerAttention(of_source.config, source))
+    return layers
+
+
+def _shared_layer(key: str, options: Mapping) -> int:
+    """The layer that ``share_selection_from`` names, as it is written."""
+    layer = options[_SHARE]
+    check(
+        isinstance(layer, int) and not isinstance(layer, bool),
+        f"attention.layers {key}: {_SHARE}={layer!r} is no layer: give its number, or -1 for the one before",
+    )
+    others = sorted(map(str, options.keys() - {_SHARE}))
+    check(
+        not others,
+        f"attention.layers {key}: a layer with {_SHARE} attends with the options of that one: leave out "
+        f"{', '.join(others)}",
+    )
+    return layer
 
 
 def _layers(key: str, num_layers: int) -> list[int]:

@@ -326,6 +326,11 @@ def _backends(name, settings, shape, num_layers, dtype, device) -> list[Attentio
         backends = build_backends(config, shape, num_layers)
         for backend in backends:
             _check_config(backend.config)
+            check(
+                backend.source is None,
+                "config.dashattn: transformers hands no selection from layer to layer: leave share_selection_from out "
+                "of layers, or read the checkpoint with train.py init_from",
+            )
             own = {parameter for parameter, _ in backend.named_parameters()} - {"chunk_query"}
             check(
                 not own,

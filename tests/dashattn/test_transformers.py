@@ -230,6 +230,7 @@ RESTART = torch.arange(LENGTH).remainder(20)[None]
         ("dash", {"alpha_mode": "scheduled", "alpha_steps": 5}, {}, "alpha_mode=fixed"),
         ("dash", {"summary_keys": "unrotated"}, {}, "summary_keys=rotated"),
         ("dash", {"layers": {"1": {"summary_rope": "mean"}}}, {}, "summary_rope=none"),
+        ("dash", {"layers": {"1": {"share_selection_from": 0}}}, {}, "leave share_selection_from out of layers"),
         ("dash", {"topk_blocks": 3}, {}, "has no option topk_blocks; it has .*chunk_size"),
         ("dash", {"target_sparsity": 0.5}, {}, "has no option target_sparsity"),
         ("dash", {"router_scale": float("nan")}, {}, "router_scale must be a positive finite"),
@@ -346,8 +347,9 @@ def test_an_export_may_be_read_otherwise(folders, tmp_path):
         (NSAConfig(block_size=8, kernel_size=8, kernel_stride=4, window_size=8), "nsa has parameters of its own"),
         (FullConfig(layers={"1": "dash"}), "attention 'full' does not run in transformers"),
         (DashConfig(alpha_mode="scheduled", alpha_steps=3), "alpha_mode=fixed"),
+        (DashConfig(layers={"1": {"share_selection_from": 0}}), "leave share_selection_from out of layers"),
     ],
-    ids=["nsa", "full", "scheduled"],
+    ids=["nsa", "full", "scheduled", "shared"],
 )
 def test_an_export_that_cannot_be_read_is_refused(folders, tmp_path, attention, words):
     model = Transformer(read_config(folders()), attention)

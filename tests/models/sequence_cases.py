@@ -36,6 +36,7 @@ BACKENDS = {
     "nsa-own-kv": NSAConfig(**SIZES, topk=3, window_size=8, shared_kv=False),
     "nsa-minicpm": NSAConfig(**SIZES, variant="minicpm", topk=3, window_size=0),
 }
+ONE_ROUTER = {"1": {"share_selection_from": 0}}
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,10 @@ CASES = {
     "full-no-groups": Case(FullConfig(), 2, {"num_kv_heads": 4}),
     "full-wide-norm": Case(FullConfig(), 2, {"qk_norm": "width", "norm_position": "post", "no_rope_layers": [1]}),
     "dash-checkpointed": Case(BACKENDS["dash"], 2, checkpointed=True),
+    **{
+        f"{name}-shared": Case(replace(BACKENDS[name], layers=ONE_ROUTER), 3, {"num_heads": 6}, packed=True)
+        for name in ("dash", "indexer")
+    },
     "full-compiled": Case(FullConfig(), 2, compiled=True),
 }
 

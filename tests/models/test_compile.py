@@ -38,9 +38,9 @@ def _poisoned_empty():
     """Nothing is poisoned here: torch.compile would trace the poisoning."""
 
 
-def build(attention):
+def build(attention, **changes):
     torch.manual_seed(0)
-    return Transformer(SHAPE, attention)
+    return Transformer(replace(SHAPE, **changes), attention)
 
 
 def loss_and_gradients(model, input_ids, **options):
@@ -96,6 +96,25 @@ def test_a_layer_compiles_once_into_one_graph(attention):
             torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4)
         frames.append(backend.frame_count)
     assert frames[1] == frames[0] + 1  # the loss's, of which the number of tokens is a symbol from the second one on
+
+
+def test_layers_that_share_a_selection_compile_once_each_into_one_graph():
+    """The selection and its bias go from graph to graph, and the bias's gradient back."""
+    pytest.importorskip("triton")
+    torch._dynamo.reset()
+    layers = {"1": {"share_selection_from": 0}}
+    attention = DashConfig(chunk_size=16, impl="triton", prior="raw", router_scale=4.0, layers=layers)
+    eager, compiled = (build(attention, num_layers=2, init_std=0.3) for _ in range(2))
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled.compile_layers(backend=backend, fullgraph=True)
+    frames = []
+    for length in (36, 49):
+        input_ids = torch.randint(50, (1, length))
+        results = [loss_and_gradients(model, input_ids) for model in (eager, compiled)]
+        for ours, expected in zip(*results, strict=True):
+            torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4)
+        frames.append(backend.frame_count)
+    assert frames[1] == frames[0] + 1  # the loss's
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient": "prior"}, {"warmup_steps": 1}], ids=str)

@@ -17,7 +17,12 @@ DASH = DashConfig(chunk_size=4, router_scale=1e4, prior="raw")
 
 def names(layers, count=6, chosen=DASH):
     config = type(chosen)(**{**vars(chosen), "layers": layers})
-    return [own.name for own in layer_configs(config, count, KNOWN)]
+    return [own.name for own, _ in layer_configs(config, count, KNOWN)]
+
+
+def sources(layers, count=6, chosen=DASH):
+    config = type(chosen)(**{**vars(chosen), "layers": layers})
+    return [source for _, source in layer_configs(config, count, KNOWN)]
 
 
 @pytest.mark.parametrize(
@@ -42,11 +47,41 @@ def test_options_change_the_chosen_backend_or_name_another():
     config = DashConfig(
         impl="reference", layers={"0": {"chunk_size": 32}, "1": {"name": "sink_window", "local_blocks": 2}}
     )
-    first, second, third = layer_configs(config, 3, KNOWN)
+    first, second, third = (own for own, _ in layer_configs(config, 3, KNOWN))
     assert (first.name, first.chunk_size, third.chunk_size) == ("dash", 32, 64)
     assert (second.local_blocks, second.impl) == (2, "reference")
     assert not first.layers
     assert not third.layers
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ({"0-1": "full"}, [None] * 6),
+        ({"1-5": {"share_selection_from": 0}}, [None, 0, 0, 0, 0, 0]),
+        (
+            {"*/3": "dash", "*": {"share_selection_from": -1}},
+            [None, 0, 0, None, 3, 3],
+        ),  # what is taken over is handed on
+        ({"2": {"share_selection_from": -2}, "4": {"share_selection_from": 2}}, [None, None, 0, None, 0, None]),
+        ({"1": "full", "3-5/2": {"share_selection_from": -1}}, [None, None, None, 2, None, 4]),
+    ],
+)
+def test_layers_take_over_the_selection_of_earlier_ones(layers, expected):
+    assert sources(layers) == expected
+
+
+def test_a_layer_that_takes_a_selection_over_has_the_options_of_its_source():
+    layers = {
+        "0": {"chunk_size": 32},
+        "1": {"share_selection_from": 0},
+        "2": "infllmv2",
+        "3": {"share_selection_from": 2},
+    }
+    configs = [own for own, _ in layer_configs(DashConfig(layers=layers), 4, KNOWN)]
+    assert configs[0] == configs[1]
+    assert configs[2] == configs[3]
+    assert (configs[1].chunk_size, configs[3].name) == (32, "infllmv2")
 
 
 @pytest.mark.parametrize(
@@ -66,11 +101,25 @@ def test_options_change_the_chosen_backend_or_name_another():
         ({"0": {"router_scale": -1.0}}, "router_scale must be a positive"),
         ({"0": 3}, "a backend's name or a mapping"),
         ("full", "give a mapping"),
+        ({"*": {"share_selection_from": -1}}, "names layer -1 for layer 0: take an earlier one"),
+        ({"1": {"share_selection_from": 1}}, "names layer 1 for layer 1: take an earlier one"),
+        ({"1": {"share_selection_from": 5}}, "names layer 5 for layer 1: take an earlier one"),
+        ({"1": {"share_selection_from": True}}, "share_selection_from=True is no layer"),
+        ({"1": {"share_selection_from": "0"}}, "share_selection_from='0' is no layer"),
+        ({"1": {"share_selection_from": float("nan")}}, "share_selection_from=nan is no layer"),
+        ({"1": {"share_selection_from": 0, "chunk_size": 8}}, "with the options of that one: leave out chunk_size"),
     ],
 )
 def test_what_cannot_be_is_named(layers, message):
     with pytest.raises(ValueError, match=message):
         names(layers)
+
+
+@pytest.mark.parametrize("name", ["full", "nsa", "sink_window"])
+def test_an_attention_without_a_selection_to_hand_on_is_refused(name):
+    layers = {"1": name, "2": {"share_selection_from": 1}}
+    with pytest.raises(ValueError, match=f"layer 1 has no selection .* its attention is {name}: .* dash, indexer$"):
+        build(layers)
 
 
 def build(layers, chosen=DASH):

@@ -6,6 +6,8 @@ import torch
 pytest.importorskip("triton")
 
 from dashattn import dash_attention
+from dashattn.selected import selected_attention
+from dashattn.selection import Selection
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CU_SEQLENS = torch.tensor([0, 1, 30, 54], dtype=torch.int32, device=DEVICE)
@@ -60,6 +62,22 @@ def test_a_query_and_keys_of_the_routers_own(options):
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
     assert (results[0][-1].abs().max() > 0) == (options["prior"] != "none")
+
+
+@pytest.mark.parametrize("options", [{"prior": "raw"}, {"prior": "raw", "cu_seqlens": CU_SEQLENS}], ids=str)
+def test_a_selection_that_another_layer_takes_over(options):
+    inputs, others = make_inputs(), make_inputs()[:3]
+    documents = {"cu_seqlens": options.get("cu_seqlens")}
+    results = []
+    for impl in ("triton", "reference"):
+        call = {"chunk_size": 16, "router_scale": 3.0, "impl": impl, "return_selection": True}
+        out, chosen = dash_attention(*inputs, **call, **options)
+        taken = selected_attention(*others, Selection(chosen.words, 16), chosen.bias, impl=impl, **documents)
+        weight = torch.linspace(-1, 1, out.numel(), device=DEVICE).view_as(out)
+        grads = torch.autograd.grad((out * weight - taken * weight).sum(), [*inputs, *others])
+        results.append((out, taken, *grads))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_learned_alpha_gets_its_gradient():

@@ -108,6 +108,7 @@ def test_routing_and_attention(group, alpha, router_scale, prior, sigma, dtype, 
     assert out.dtype == dtype
     error = ((out - expected).float().norm() / expected.float().norm()).item()
     assert error < (1e-3 if dtype == torch.float16 else 1e-5)
+    assert torch.equal(attend_in_steps(q, k, v, summaries, lengths, options), out)
 
 
 @pytest.mark.parametrize(
@@ -137,6 +138,13 @@ def test_routing_by_another_selector_and_attention(group, selector, router_scale
     out = kernels.routed_attention(q, k, v, summaries, lengths, chunk_size=BLOCK, **options)
     error = ((out - expected).float().norm() / expected.float().norm()).item()
     assert error < (1e-3 if dtype == torch.float16 else 1e-5)
+    assert torch.equal(attend_in_steps(q, k, v, summaries, lengths, options), out)
+
+
+def attend_in_steps(q, k, v, summaries, lengths, options):
+    """As where other layers take the selection over."""
+    selection, bias = kernels.cached_dash_routing(q, summaries, lengths, chunk_size=BLOCK, **options)
+    return kernels.cached_attention(q, k, v, lengths, selection, bias)
 
 
 @pytest.mark.parametrize("pooling", ["max", "weighted"])

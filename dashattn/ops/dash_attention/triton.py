@@ -14,7 +14,6 @@ from torch import Tensor
 from dashattn.ops.block_sparse.schedule import key_lists, tile_lists
 from dashattn.ops.block_sparse.triton import (
     attend,
-    block_sparse_attention,
     check_backward_room,
     check_forward_room,
     check_kernels_fit,
@@ -29,7 +28,6 @@ from dashattn.ops.block_sparse.triton_backward import (
     query_grad_options,
 )
 from dashattn.ops.chunk_summary.triton import (
-    chunk_summary,
     pooling_queries,
     summarise,
     summarise_backward,
@@ -38,7 +36,6 @@ from dashattn.ops.chunk_summary.triton import (
 from dashattn.ops.dash_routing.triton import (
     alpha_of_heads,
     check_prior_heads,
-    dash_routing,
     has_forward_bias,
     joined_scale,
     num_blocks,
@@ -208,7 +205,6 @@ def dash_attention(
     prior_heads: str = "group",
     init_chunks: int = 0,
     local_chunks: int = 0,
-    router_qk: tuple[Tensor, Tensor] | None = None,
     summary_rope: tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
@@ -216,16 +212,6 @@ def dash_attention(
     """The references of summaries, router and attention in one: the output [B, T, Hq, D] and the selection."""
     check_prior_heads(prior_heads)
     check_kernels_fit(q, chunk_size)
-    if router_qk is not None:  # step by step: the operator above has one q and one k
-        summaries = chunk_summary(
-            router_qk[1], chunk_query, chunk_size=chunk_size, cu_seqlens=cu_seqlens, rope=summary_rope
-        )
-        selection, bias = dash_routing(
-            router_qk[0], summaries, chunk_size=chunk_size, selector=selector, alpha=alpha, router_scale=router_scale,
-            topk=topk, top_p=top_p, prior=prior, sigma=sigma, init_chunks=init_chunks, local_chunks=local_chunks,
-            cu_seqlens=cu_seqlens,
-        )  # fmt: skip
-        return block_sparse_attention(q, k, v, selection, bias, scale=scale, cu_seqlens=cu_seqlens), selection
     head_scale = q.shape[-1] ** -0.5
     queries = pooling_queries(k, chunk_query, chunk_size, cu_seqlens, summary_rope)
     factor, score_scale = split_scale(router_scale, head_scale)

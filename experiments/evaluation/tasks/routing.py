@@ -1,6 +1,7 @@
 """What the router finds: at the tokens that answer a question, against the blocks that hold the answer and against
-dense attention. Backends without a router give no rows. All blocks counted here lie before the token's own. The router
-answers for its candidates: a block that is forced is selected, but no mass of the router can lie on it.
+dense attention. Backends without a router give no rows; in a layer that takes over the selection of another, that one's
+router is held against the layer's own attention. All blocks counted here lie before the token's own. The router answers
+for its candidates: a block that is forced is selected, but no mass of the router can lie on it.
 
 Metrics, means over questions; ``per_head`` holds them by layer and KV head:
 
@@ -19,6 +20,7 @@ Metrics, means over questions; ``per_head`` holds them by layer and KV head:
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -131,17 +133,24 @@ def observe(setting: Setting, probe: Probe, measured: Measured) -> None:
     """One forward pass; every layer's router is asked on its inputs as they come by."""
     layers: list[dict] = []
     active: list[tuple[int, Tensor]] = []
+    routings: dict[int, Routing | None] = {}
 
-    def look(backend, args, kwargs):
+    def look(index, backend, args, kwargs):
         q, k, v = args
-        routing = backend.route(q, k, v, hidden=kwargs["hidden"], rope=kwargs["rope"])
+        if backend.source is None:
+            routing = routings[index] = backend.route(q, k, v, hidden=kwargs["hidden"], rope=kwargs["rope"])
+        else:  # what was chosen there, against what is attended to here
+            routing = routings[backend.source]
         if routing is None:
             return
         scores, needed, selected_PH = score_routing(routing, q, k, probe)
         layers.append(scores)
         active.append((needed, selected_PH.flatten().int().cpu()))
 
-    hooks = [backend.register_forward_pre_hook(look, with_kwargs=True) for backend in setting.model.backends]
+    hooks = [
+        backend.register_forward_pre_hook(partial(look, index), with_kwargs=True)
+        for index, backend in enumerate(setting.model.backends)
+    ]
     try:
         ids = torch.tensor([probe.input_ids], device=setting.device)
         measured.sparsity.add(setting.model.hidden_states(ids, return_stats=True)[1], packed=False)

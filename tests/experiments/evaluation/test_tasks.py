@@ -1,8 +1,11 @@
 """Tasks on a trained checkpoint: what their rows say, against the model and against counting by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from dashattn.backends import DashConfig
 from dashattn.routing import Routing
 from dashattn.selection import Selection
 from data import build_data
@@ -16,6 +19,7 @@ from experiments.evaluation.tasks.decoding import token_ms
 from experiments.evaluation.tasks.routing import Measured, Probe, mqar_probes, observe, score_routing
 from experiments.evaluation.tasks.streams import MQARForm, data_at, first_queries
 from experiments.files import read_rows
+from models import ModelConfig, Transformer
 
 
 def run(run_dir, **options):
@@ -281,6 +285,19 @@ def test_evidence_in_the_queries_own_block_is_no_question_to_the_router():
     scores, _, _ = score_routing(routing, q, q, Probe([0] * 4, [3], [[(2, 3)]], [(2, 3)]))
     assert scores["recall"][1].tolist() == [0]
     assert scores["mass_recall"][1].tolist() == [1]
+
+
+def test_a_layer_that_shares_a_selection_holds_it_against_its_own_attention():
+    shape = dict(vocab_size=70, hidden_size=16, intermediate_size=16, num_layers=2, num_heads=2, num_kv_heads=1)
+    attention = DashConfig(chunk_size=8, router_scale=30.0, layers={"1": {"share_selection_from": 0}})
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**shape, head_dim=8, max_seq_len=64, init_std=0.5), attention)
+    measured = Measured()
+    at = SimpleNamespace(model=model, device=torch.device("cpu"))
+    observe(at, Probe(list(range(64)), [40, 63], [[(0, 2)], [(3, 9)]], [(0, 2)]), measured)
+    (recall, shared_recall), (mass, shared_mass) = measured.sums["recall"], measured.sums["mass_recall"]
+    assert recall == shared_recall
+    assert mass != shared_mass
 
 
 def test_dense_mass_is_the_models_own_attention(recall_run):

@@ -60,6 +60,7 @@ KINDS = {
     "full": FullConfig(),
     "dash": DashConfig(chunk_size=8, alpha_mode="learnable"),
     "dash but the first": DashConfig(chunk_size=8, layers={"0": "full"}),
+    "dash, one router": DashConfig(chunk_size=8, layers={"1": {"share_selection_from": 0}}),
     "infllmv2": InfLLMv2Config(window_size=8, **SMALL),
     "indexer": IndexerConfig(block_size=8, index_size=4, topk=4),
     "nsa": NSAConfig(window_size=8, **SMALL),
