@@ -7,8 +7,8 @@
     python train.py launcher=slurm launcher.nodes=2 ...    # submit it as a job
     python train.py --cfg job                              # show everything that can be set
 
-Starting a run in its own directory again resumes it from the latest checkpoint. SIGTERM, SIGUSR1 and SIGUSR2 save at
-the next step and exit with code 75, which asks to be started again; a second signal exits at once.
+Starting a run in its own directory again resumes it from the latest checkpoint. Ctrl-C, SIGTERM, SIGUSR1 and
+SIGUSR2 save at the next step and exit with code 75, which asks to be started again; a second one exits at once.
 """
 
 from experiments.help import answer_help
@@ -44,6 +44,7 @@ from experiments.training.run import (
     save,
     stop_without_data,
     take_step,
+    tell_end,
     validate,
 )
 
@@ -75,6 +76,7 @@ def loop(run: Run, request: StopRequest) -> None:
         Stopped: the run ended earlier, with all on disk that is needed to go on.
     """
     config = run.config
+    request.saves = run.metrics.stopping
     if owes_validation(config, run.run_dir):
         validate(run, run.run_dir.step)
     for step in range(run.run_dir.step + 1, config.steps + 1):
@@ -91,6 +93,7 @@ def loop(run: Run, request: StopRequest) -> None:
 
         done = take_step(run, step, read, with_norms=is_logged, with_stats=with_stats or is_to_hold)
         anomaly = judge(run, step, read, done)
+        run.metrics.advance(step)
         # A resumed run begins after its checkpoint and drops the rows behind it. So this step's row is written before
         # the step is saved: nobody would make up for it. A skipped step stands in anomalies.jsonl; its
         # row here would hold a loss or a norm that is no number.
@@ -107,6 +110,7 @@ def loop(run: Run, request: StopRequest) -> None:
         if read.stops and not is_last:
             by = request.received.name if request.received else "a signal to another rank"
             raise Preempted(f"stopped by {by} and saved at step {step}: the same command goes on from there")
+    tell_end(run)
 
 
 @hydra.main(version_base="1.3", config_path=CONFIGS, config_name="train")

@@ -76,9 +76,11 @@ class DeepSpeedConfig(Checked, at="deepspeed"):
 
 @dataclass
 class LoggerConfig(Checked, at="logger"):
-    """Weights & Biases, beside metrics.jsonl, which is always written."""
+    """Weights & Biases or TensorBoard, beside metrics.jsonl, which is always written. Only the former has a project,
+    an entity, a group and tags."""
 
-    mode: Annotated[str, OneOf(("off", "offline", "online"))] = "offline"  # offline: files under the run directory
+    # offline: files under the run directory, as of tensorboard
+    mode: Annotated[str, OneOf(("off", "offline", "online", "tensorboard"))] = "offline"
     project: Project = "dashattn"  # that the run is filed under
     entity: Line | None = None  # user or team; null = the account's default
     group: Project | None = None  # runs that are shown together; null = none

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ import torch
 import torch.distributed
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
+
+from experiments.signals import interruptible
 
 # What is wrong with a disk or with rights to it, not with us; and the mend.
 _DISK = {
@@ -96,8 +99,18 @@ def is_lost_rank(error: BaseException) -> bool:
 
 @contextmanager
 def _one_message(*kinds: type[Exception]) -> Iterator[None]:
+    is_first = os.environ.get("RANK", "0") == "0"
     try:
-        yield
+        with interruptible():
+            yield
+    except KeyboardInterrupt:
+        if is_first:
+            print("interrupted: what is complete stays, and the same command goes on", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
+    except Preempted as error:  # no fault, and of all ranks alike
+        if is_first:
+            print(error, file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
     except kinds as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise

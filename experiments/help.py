@@ -14,6 +14,7 @@ import yaml
 
 from experiments.files import CONFIGS
 from experiments.options import REQUIRED, Option, Schema, schema_of_choice, spell
+from experiments.signals import end_silently
 
 # The schema of each configs/NAME.yaml, as it registers it.
 SCHEMAS = {
@@ -31,10 +32,11 @@ _WIDTH = 118
 
 def answer_help(config_name: str) -> None:
     """End the process with the help of configs/NAME.yaml if the command line asks for it, or with what is wrong with
-    the names in it.
+    the names in it; and without a word on Ctrl-C, until there is something to say about it.
 
     Called before the imports that take long, by what is started as NAME. Hydra's own help explains no value.
     """
+    end_silently()
     arguments = sys.argv[1:]
     if {"-h", "--help"}.intersection(arguments):
         print(help_page(config_name, arguments))

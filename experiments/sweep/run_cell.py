@@ -16,7 +16,7 @@ from experiments.files import ROOT, naming
 from experiments.signals import STOP_SIGNALS, Children
 from experiments.sweep.cells import Cell, record_done
 
-_SIGNALS = ",".join(number.name for number in (*STOP_SIGNALS, signal.SIGINT))  # passed on, so that every rank saves
+_SIGNALS = ",".join(number.name for number in STOP_SIGNALS)  # passed on, so that every rank saves
 _TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--signals-to-handle", _SIGNALS, "--nproc-per-node"]
 
 

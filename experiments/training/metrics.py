@@ -1,4 +1,4 @@
-"""metrics.jsonl, the progress display and Weights & Biases: one row, three readers."""
+"""metrics.jsonl, the terminal, and Weights & Biases or TensorBoard: one row, three readers."""
 
 import json
 import resource
@@ -14,11 +14,7 @@ import torch
 from dashattn.stats import AttentionStats
 from experiments.config import TrainConfig, plain
 from experiments.files import METRICS, naming, read_rows, write_atomically
-
-_SHOWN = (
-    *("split", "loss", "auxiliary_loss", "lr", "grad_norm", "tokens_per_s", "data_wait", "mfu_causal", "mfu_sparse"),
-    *("causal_sparsity", "knob", "alpha"),
-)
+from experiments.training.display import Display
 
 
 def drop_rows_after(path: Path, step: int) -> None:
@@ -79,67 +75,65 @@ class Clock:
 
 
 class MetricsWriter:
-    """Writes rows to metrics.jsonl, to the terminal and to Weights & Biases; silent unless ``main``."""
+    """Writes rows to metrics.jsonl, to the terminal and to the logger; silent unless ``main``."""
 
-    def __init__(self, run_dir: Path, config: TrainConfig, *, main: bool):
-        self._main = main
-        self._file = self._wandb = self._progress = None
+    def __init__(self, run_dir: Path, config: TrainConfig, *, main: bool, step: int = 0):
+        """``step``: the one that the run stands at."""
+        self._file = self._wandb = self._tensorboard = self._display = None
         if not main:
             return
-        from rich import console, progress
-
-        self._steps = config.steps
-        self._console = console.Console(highlight=False)
         self._file = (run_dir / METRICS).open("a", encoding="utf-8")
-        if config.logger.mode != "off":
+        if config.logger.mode == "tensorboard":
+            self._tensorboard = _start_tensorboard(run_dir, step)
+        elif config.logger.mode != "off":
             self._wandb = _start_wandb(run_dir, config)
-        if self._console.is_terminal:
-            self._progress = progress.Progress(
-                progress.TextColumn(config.name),
-                progress.BarColumn(),
-                progress.MofNCompleteColumn(),
-                progress.TextColumn("{task.fields[loss]}"),
-                progress.TimeElapsedColumn(),
-                progress.TimeRemainingColumn(),
-                console=self._console,
-            )
-            self._task = self._progress.add_task(config.name, total=config.steps, loss="")
-            self._progress.start()
+        self._display = Display(config, step)
 
     def write(self, row: dict) -> None:
         """Add a row; ``step`` and ``split`` say what it is about."""
-        if not self._main:
+        if self._file is None:
             return
         with naming(Path(self._file.name)):
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
+        values = {f"{row['split']}/{key}": row[key] for key in row if isinstance(row[key], int | float)}
+        del values[f"{row['split']}/step"]
         if self._wandb is not None:
-            values = {key: value for key, value in row.items() if isinstance(value, int | float)}
-            named = {f"{row['split']}/{key}": value for key, value in values.items() if key != "step"}
-            self._wandb.log(named | {"step": row["step"]})
-        if self._progress is not None and row["split"] == "train":
-            self._progress.update(self._task, completed=row["step"], loss=f"loss {row['loss']:.4f}")
-        else:
-            shown = "  ".join(f"{key} {_short(row[key])}" for key in _SHOWN if key in row)
-            self.print(f"step {row['step']}/{self._steps}  {shown}")
+            self._wandb.log(values | {"step": row["step"]})
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, row["step"])
+        self._display.show(row)
+
+    def advance(self, step: int) -> None:
+        """Step ``step`` is done, logged or not."""
+        if self._display is not None:
+            self._display.advance(step)
+
+    def stopping(self) -> None:
+        """The run was asked to stop, and is about to."""
+        if self._display is not None:
+            self._display.stopping()
 
     def print(self, text: str) -> None:
         """A line for the reader of the terminal."""
-        if self._main:
-            self._console.print(text, markup=False, soft_wrap=True)
+        if self._display is not None:
+            self._display.print(text)
 
     def close(self) -> None:
         """End the display and the logger; the file is complete after every row."""
-        if self._progress is not None:
-            self._progress.stop()
+        for open_ in (self._display, self._tensorboard, self._file):
+            if open_ is not None:
+                open_.close()
         if self._wandb is not None:
             self._wandb.finish()
-        if self._file is not None:
-            self._file.close()
 
 
-def _short(value) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _start_tensorboard(run_dir: Path, step: int):
+    from torch.utils.tensorboard import SummaryWriter
+
+    # A resumed run repeats steps: what was written of those behind its checkpoint is hidden.
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
 
 def _start_wandb(run_dir: Path, config: TrainConfig):

@@ -26,6 +26,7 @@ from experiments.sparsity import HOLD_EVERY, Hold, count_keys, knob_span
 from experiments.training.anomalies import LossWatch
 from experiments.training.check import accumulation
 from experiments.training.checkpoint import load_checkpoint, save_checkpoint, step_name, write_checkpoint
+from experiments.training.display import next_command
 from experiments.training.engine import (
     DataError,
     backend_metrics,
@@ -97,7 +98,7 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
     # and wrong weights are refused before the data are prepared.
     if run_dir.step >= config.steps and not owes_validation(config, run_dir):
         if os.environ.get("RANK", "0") == "0":
-            print(f"{run_dir.path} is complete: {run_dir.step} steps")
+            print(f"{run_dir.path} is complete: {run_dir.step} steps\nnext: {next_command(config)}")
         return None
     weights = None  # a run that resumes has its own, and the folder it began with may be gone
     if config.init_from is not None and run_dir.checkpoint is None:
@@ -154,7 +155,9 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
     if run_dir.checkpoint is not None:
         scratch = run_dir.checkpoints if run_dir.is_resharded else None
         load_checkpoint(run_dir.checkpoint, engine, ranks, reshard_in=scratch)
-    metrics = resources.enter_context(closing(MetricsWriter(run_dir.path, config, main=ranks.is_main)))
+    metrics = resources.enter_context(
+        closing(MetricsWriter(run_dir.path, config, main=ranks.is_main, step=run_dir.step))
+    )
     peak = peak_tflops(config, device_name(config.device))
     in_pytorch = sorted({backend.capabilities.in_pytorch for backend in model.backends} - {None})
     knows_peak = peak is not None or config.device == "cpu"
@@ -487,6 +490,12 @@ def save(run: Run, step: int, position: dict | None = None) -> None:
     save_checkpoint(run.run_dir.checkpoints, state, run.engine, run.ranks, **keep)
     run.saved = step
     run.clock.restart()
+
+
+def tell_end(run: Run) -> None:
+    """Where the run's last checkpoint is, and what to type next."""
+    run.metrics.print(f"complete: {run.run_dir.checkpoints / step_name(run.config.steps)}")
+    run.metrics.print(f"next: {next_command(run.config)}")
 
 
 def stop_without_data(run: Run, step: int, read: Read) -> Stopped:

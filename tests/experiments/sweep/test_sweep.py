@@ -375,7 +375,8 @@ def test_a_cell_that_was_killed_says_so_and_not_what_it_said_last(tmp_path, monk
     assert {row[1:] for row in status(tmp_path)} == {("failed", "", message)}
 
 
-def test_a_signal_reaches_the_running_cell_and_no_other_starts(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_the_running_cell_and_no_other_starts(tmp_path, monkeypatch, number):
     """The sweep waits for the cell to save and to exit."""
     script = (
         "import pathlib, signal, sys, time\n"
@@ -383,7 +384,7 @@ def test_a_signal_reaches_the_running_cell_and_no_other_starts(tmp_path, monkeyp
         "    time.sleep(0.5)\n"
         "    pathlib.Path(sys.argv[1], 'saved').touch()\n"
         "    sys.exit(75)\n"
-        "signal.signal(signal.SIGTERM, save)\n"
+        f"signal.signal({number:d}, save)\n"
         "pathlib.Path(sys.argv[1], 'started').touch()\n"
         "time.sleep(60)\n"
     )
@@ -395,9 +396,9 @@ def test_a_signal_reaches_the_running_cell_and_no_other_starts(tmp_path, monkeyp
     def send():
         while not (tmp_path / "started").exists():
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
-    sender = threading.Thread(target=send)
+    before, sender = signal.getsignal(number), threading.Thread(target=send)
     sender.start()
     outcomes = run_sweep(make_config(tmp_path, seeds=[0]), Console(file=io.StringIO()))
     sender.join()
@@ -405,7 +406,7 @@ def test_a_signal_reaches_the_running_cell_and_no_other_starts(tmp_path, monkeyp
     statuses = {name.removesuffix("-seed0"): outcome.status for name, outcome in outcomes.items()}
     arms = ("full", "dash-knob1", "dash-knob4")
     assert statuses == {"text-base": "stopped"} | {f"text-{arm}": "skipped" for arm in arms}
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(number) is before
 
 
 def test_the_status_tells_what_is_done_runs_and_failed(tmp_path, ran):

@@ -1,0 +1,159 @@
+"""What a run says on a terminal and in a pipe, and what Ctrl-C leaves there."""
+
+import os
+import pty
+import re
+import select
+import shlex
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train as train_module
+from experiments.errors import Preempted, run_faults
+from experiments.files import read_rows
+from experiments.signals import StopRequest, end_silently, interruptible
+from experiments.training.display import Display, next_command
+from tests import forked
+
+ROOT = Path(__file__).parents[3]
+DASH = ("attention=dash", "attention.chunk_size=8", "attention.router_scale=20", "stats_every=1")
+
+
+def at_terminal(command, interrupt_at):
+    """Run a command at a terminal, with Ctrl-C once it has said ``interrupt_at``.
+
+    Returns its exit code and its lines, without colours; each as it was at last and all that it was before.
+    """
+    main, own = pty.openpty()
+    screen = SimpleNamespace(name=os.ttyname(own))
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "150"}
+    process = forked.Process(command, env=environment, stdout=screen, stderr=subprocess.STDOUT)
+    said, is_sent = b"", False
+
+    def read(seconds):
+        return os.read(main, 1 << 16) if select.select([main], [], [], seconds)[0] else b""
+
+    while process.poll() is None:
+        said += read(0.05)
+        if not is_sent and interrupt_at in said:
+            is_sent = True
+            process.send_signal(signal.SIGINT)
+    os.close(own)
+    with suppress(OSError):  # the end of a terminal
+        while part := read(1):
+            said += part
+    os.close(main)
+    plain = re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", said).decode()
+    return process.returncode, [re.sub(" +", " ", line).split("\r") for line in plain.split("\r\n")]
+
+
+def test_a_terminal_shows_what_a_pipe_shows_and_ctrl_c_saves(tiny_overrides):
+    overrides, run_dir = tiny_overrides("run", *DASH, "steps=24")
+    command = [sys.executable, "train.py", *overrides]
+    code, lines = at_terminal(command, b"step 5/24")
+    assert code == 75
+    last = read_rows(run_dir / "metrics.jsonl")[-1]["step"]
+    assert 5 <= last < 24
+    said = [line[-1] for line in lines if line[-1].strip()]
+    assert said[-1] == f"stopped by SIGINT and saved at step {last}: the same command goes on from there"
+    assert not any("Traceback" in part or "error" in part for line in lines for part in line)
+    bars = [part for line in lines for part in line if part.startswith("run ")]
+    assert len({found[1] for bar in bars if (found := re.search(r"(\d+)/24 ETA \d:\d\d:\d\d", bar))}) > 1
+
+    piped = forked.run("train.py", *overrides, "log_every=8")
+    assert piped.returncode == 0, piped.stderr
+    assert not piped.stderr
+    resumed, *rows, complete, following = piped.stdout.splitlines()[1:]
+    assert f"at step {last}" in resumed
+    fields = r"step \d+/24 loss [\d.]+ lr [\d.e-]+ gradient [\d.e-]+ [\d,]+ tokens/s sparsity [\d.]+% alpha [\d.]+"
+    fields += r" memory [\d.]+ GiB( ETA \d:\d\d:\d\d)?"
+    at_last = [line for line in said if line.startswith("step")]
+    assert len(at_last) == last
+    for line in [*at_last[2:], *rows]:
+        assert re.fullmatch(fields, re.sub(" +", " ", line)), line
+    assert complete == f"complete: {run_dir}/checkpoints/step-00000024"
+    assert following == f"next: python evaluate.py run={run_dir} 'sparsities=[0.5]'"
+
+
+def test_the_time_left_moves_with_every_step(make_config, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("rich.console.monotonic", lambda: now)
+    display = Display(make_config("run", "steps=100"), step=40)
+    shown = []
+    for step in range(41, 46):
+        now += 90.0  # of a large model: longer than rich looks back by itself
+        display.advance(step)
+        shown.append(display.eta)
+    assert shown == ["-", "1:27:00", "1:25:30", "1:24:00", "1:22:30"]
+    display.close()
+
+
+def test_ctrl_c_before_there_is_anything_to_save_is_one_line(capsys, monkeypatch):
+    with pytest.raises(SystemExit) as end, run_faults(), StopRequest():
+        os.kill(os.getpid(), signal.SIGINT)
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "interrupted: what is complete stays, and the same command goes on\n"
+    monkeypatch.setenv("RANK", "1")  # one of many says it
+    with pytest.raises(SystemExit), run_faults(), StopRequest():
+        os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(SystemExit, match="75"), run_faults():
+        raise Preempted("stopped by SIGINT")
+    assert not capsys.readouterr().err
+
+
+def test_ctrl_c_of_another_job_is_not_heard():
+    """A script's background jobs ignore SIGINT, which comes to all that the terminal has."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        end_silently()
+        with interruptible(), StopRequest() as request:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert request.received is None
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_while_importing_says_nothing():
+    code = "import os, signal, sys; from experiments.help import answer_help; answer_help('train'); "
+    done = subprocess.run(
+        [sys.executable, "-c", code + "os.kill(os.getpid(), signal.SIGINT)"], cwd=ROOT, capture_output=True
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
+
+
+@pytest.mark.parametrize(
+    ("options", "sparsities"),
+    [
+        (["attention=full"], []),
+        (["attention=dash", "attention.chunk_size=8"], ["sparsities=[0.5]"]),  # 75 % of 64 tokens cannot be had
+        (["attention=dash", "attention.chunk_size=8", "data.seq_len=256"], ["sparsities=[0.5,0.75,0.9]"]),
+    ],
+)
+def test_the_next_command_is_one_that_can_be_typed(make_config, options, sparsities):
+    config = replace(make_config("run", *options), run_dir="my runs/a=1, b")
+    python, script, run, *rest = shlex.split(next_command(config))
+    assert (python, script, rest) == ("python", "evaluate.py", sparsities)
+    assert OverridesParser.create().parse_override(run).value() == "my runs/a=1, b"
+
+
+def test_tensorboard_shows_a_resumed_run_as_one(make_config):
+    config = make_config("run", "logger=tensorboard", "steps=4", "save_every=2", "keep_checkpoints=0", "eval_every=4")
+    run_dir = train_module.train(config)
+    (run_dir / "checkpoints" / "latest").write_text("step-00000002\n")
+    train_module.train(config)
+    shown = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    assert [event.step for event in shown.Scalars("train/loss")] == [1, 2, 3, 4]
+    losses = {(row["split"], row["step"]): row["loss"] for row in read_rows(run_dir / "metrics.jsonl")}
+    for split in ("train", "validation"):
+        for event in shown.Scalars(f"{split}/loss"):
+            assert event.value == pytest.approx(losses[split, event.step])
