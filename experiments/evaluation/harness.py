@@ -9,6 +9,7 @@ know it. From evaluate.py: ``tasks=[lm_eval/hellaswag]``, which makes rows like 
 import functools
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from lm_eval.api.instance import Instance
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from dashattn.stats import AttentionStats
 from data import IGNORE, TextTokenizer
 from data.cache import fingerprint
+from experiments.errors import user_errors
 from experiments.evaluation.lm_eval_options import read_options
 from experiments.evaluation.target import build_model, locate
 from experiments.evaluation.tasks.base import SparsityTally, in_parts
@@ -38,7 +40,7 @@ class HarnessModel(TemplateLM):
         knob: of the attention's sparsity; None: as trained.
         batch_size: rows of a forward pass.
         max_length: tokens of context and continuation; longer contexts lose their beginning. None: model.max_seq_len.
-        device: auto | cpu | cuda; lm_eval's --device, where cuda:0 is the same as cuda.
+        device: auto | cpu | cuda; lm_eval's --device, where cuda:0 is the same as cuda. None: auto.
 
     Raises:
         ValueError: no such run, or one that was not trained on text.
@@ -299,7 +301,19 @@ def _cut(text: str, stops: Sequence[str]) -> str:
     return text[: min(ends)] if ends else text
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """lm_eval's command line. Without ``--device`` it takes what the machine has; lm_eval's own choice is cuda:0."""
     from lm_eval.__main__ import cli_evaluate
+    from lm_eval.config import evaluate_config
 
-    cli_evaluate()
+    @dataclass(slots=True)
+    class Config(evaluate_config.EvaluatorConfig):
+        device: str | None = "auto"
+
+    evaluate_config.EvaluatorConfig = Config
+    with user_errors():
+        cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

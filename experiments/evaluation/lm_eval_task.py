@@ -1,12 +1,16 @@
 """Tasks of lm-evaluation-harness, as rows like those of any other task: ``tasks=[lm_eval/hellaswag]``."""
 
+import contextlib
 import functools
+import os
+import sys
 from collections.abc import Iterator, Sequence
 
 from data import TextTokenizer
 from experiments.evaluation.tasks.base import Setting, Task, row
 
 PREFIX = "lm_eval/"
+_BOOTSTRAP = 1000  # resamplings, for the standard error of what is no mean
 
 
 @functools.cache
@@ -47,19 +51,37 @@ class HarnessTask(Task):
         from experiments.evaluation.harness import HarnessModel
 
         model = HarnessModel.of(setting.model, self.tokenizer, self.rows_per_batch, self.columns["length"])
-        results = lm_eval.simple_evaluate(
-            model,
-            tasks=[self.task],
-            num_fewshot=self.fewshot,
-            limit=self.columns["rows"],
-            task_manager=self.manager,
-            bootstrap_iters=0,
-            log_samples=False,
-        )["results"]
+        with contextlib.redirect_stdout(sys.stderr), _in_this_process():  # stdout is for rows
+            results = lm_eval.simple_evaluate(
+                model,
+                tasks=[self.task],
+                num_fewshot=self.fewshot,
+                limit=self.columns["rows"],
+                task_manager=self.manager,
+                bootstrap_iters=_BOOTSTRAP,
+                log_samples=False,
+            )["results"]
         sparsity = model.sparsity.columns()
         for task, scores in results.items():
             for name, score in scores.items():
                 metric, _, filtered = name.partition(",")
                 if isinstance(score, float) and not metric.endswith("_stderr"):
+                    stderr = scores.get(f"{metric}_stderr,{filtered}")  # "N/A" of what lm_eval knows none for
+                    known = {"stderr": stderr if isinstance(stderr, float) else None, "samples": scores["sample_len"]}
                     metric = metric if filtered in ("", "none") else f"{metric} ({filtered})"
-                    yield sparsity | row(self.names[0], metric, score, part=task if task != self.task else None)
+                    part = task if task != self.task else None
+                    yield sparsity | row(self.names[0], metric, score, part=part, **known)
+
+
+@contextlib.contextmanager
+def _in_this_process() -> Iterator[None]:
+    """lm_eval resamples here, and not by a process for each core, which takes longer to start."""
+    name = "DISABLE_MULTIPROC"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before

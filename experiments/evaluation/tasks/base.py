@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from experiments.intervals import ratio_stderr
 from models import Transformer
 
 T, R = TypeVar("T"), TypeVar("R")
@@ -22,6 +23,7 @@ class Setting:
 
     Attributes:
         checkpoint: tells it from all others that ``run_dir`` keeps something of.
+        advance: to be called with the share of a pass that is done, 0 to 1.
     """
 
     model: Transformer
@@ -29,6 +31,7 @@ class Setting:
     knob: float | None
     checkpoint: str
     run_dir: Path
+    advance: Callable[[float], None] = lambda share: None
 
 
 class Task(ABC):
@@ -118,8 +121,18 @@ class SparsityTally:
 
 
 def row(task: str, metric: str, score: float, **columns) -> dict:
-    """A result. ``position``: null, or the first and last position of the tokens it is about."""
-    return {"task": task, "metric": metric, "score": score, "position": None, **columns}
+    """A result.
+
+    Attributes of it beside its arguments: ``position`` is null, or the first and last position of the tokens it is
+    about; ``stderr`` the score's standard error over ``samples``, both null where that means nothing or is not known.
+    """
+    unknown = {"position": None, "stderr": None, "samples": None}
+    return {"task": task, "metric": metric, "score": score, **unknown, **columns}
+
+
+def scatter(sums: Sequence[float], counts: Sequence[float]) -> dict:
+    """``stderr`` and ``samples`` of a mean over what samples hold, from sum and count of each."""
+    return {"stderr": ratio_stderr(sums, counts), "samples": sum(count > 0 for count in counts)}
 
 
 def mean(values: Iterable[float]) -> float:

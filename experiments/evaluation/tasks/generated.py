@@ -16,7 +16,7 @@ import torch
 from data.cache import fingerprint
 from data.prompts import PromptEncoder
 from data.task_sets import TaskSet
-from experiments.evaluation.tasks.base import Setting, SparsityTally, Task, in_parts, mean, row
+from experiments.evaluation.tasks.base import Setting, SparsityTally, Task, in_parts, mean, row, scatter
 from experiments.files import append_rows, read_rows
 from models.generate import generate
 
@@ -43,13 +43,14 @@ class GeneratedTask(Task):
         columns["seconds"] = sum(answer["seconds"] for answer in answers)
         (name,) = self.names
         if name != "niah":
-            yield columns | row(name, "match", mean(answer["score"] for answer in answers))
+            scores = [answer["score"] for answer in answers]
+            yield columns | row(name, "match", mean(scores), **scatter(scores, [1] * len(scores)))
             return
         by_depth = defaultdict(list)
         for sample, answer in zip(self.set.samples, answers, strict=True):
             by_depth[sample.depth].append(answer["score"])
         for depth, scores in sorted(by_depth.items()):
-            yield columns | row(name, "match", mean(scores), depth=depth)
+            yield columns | row(name, "match", mean(scores), depth=depth, **scatter(scores, [1] * len(scores)))
 
     def answer(self, setting: Setting) -> list[dict]:
         """Every sample's prediction, score, seconds and sparsity, in order; generates those that are missing."""
@@ -57,8 +58,9 @@ class GeneratedTask(Task):
         path.parent.mkdir(exist_ok=True)
         done = {answer["index"] for answer in read_rows(path)}
         missing = [i for i in range(len(self.set.samples)) if i not in done]
-        for _, answers in in_parts(missing, self.prompts_per_batch, partial(self._answer_batch, setting)):
+        for indices, answers in in_parts(missing, self.prompts_per_batch, partial(self._answer_batch, setting)):
             append_rows(path, answers, itemgetter("index"))
+            setting.advance((indices[-1] + 1) / len(self.set.samples))
         kept = {answer["index"]: answer for answer in read_rows(path)}
         return [kept[i] for i in range(len(self.set.samples))]
 

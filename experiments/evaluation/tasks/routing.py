@@ -31,7 +31,7 @@ from dashattn.routing import Routing, past_blocks
 from data import IGNORE, BatchStream, MQARDataConfig
 from data.prompts import PromptEncoder
 from data.task_sets import TaskSet
-from experiments.evaluation.tasks.base import Setting, SparsityTally, Task, count, halving, quantiles, row
+from experiments.evaluation.tasks.base import Setting, SparsityTally, Task, count, halving, quantiles, row, scatter
 from experiments.evaluation.tasks.streams import first_queries
 
 CHUNK_LOGITS = 2**27  # of attention, held at once
@@ -90,8 +90,9 @@ class RoutingTask(Task):
 
     def run(self, setting: Setting, names: Sequence[str]) -> Iterator[dict]:
         measured = Measured()
-        for probe in self.probes:
+        for done, probe in enumerate(self.probes, start=1):
             halving(lambda _: observe(setting, probe, measured), 1)  # noqa: B023
+            setting.advance(done / len(self.probes))
         if not measured.sums:
             return
         sparsity = measured.sparsity.columns()
@@ -104,7 +105,7 @@ class RoutingTask(Task):
                 [t / n if n else None for t, n in zip(totals, counts, strict=True)]
                 for totals, counts in zip(total_LH.tolist(), count_LH.tolist(), strict=True)
             ]
-            yield sparsity | row("routing", metric, score, per_head=per_head)
+            yield sparsity | row("routing", metric, score, per_head=per_head, **scatter(*measured.probes[metric]))
         for relevant, counts in sorted(measured.active.items()):
             low, _, high = quantiles(counts)
             score = (counts * torch.arange(len(counts))).sum().item() / counts.sum().item()
@@ -117,6 +118,7 @@ class Measured:
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, Tensor] = {}
+        self.probes: dict[str, tuple[list[float], list[float]]] = {}  # over layers and heads, of each probe
         self.active: dict[int, Tensor] = {}  # by the number of blocks needed, counts of selected ones
         self.sparsity = SparsityTally()
 
@@ -126,6 +128,9 @@ class Measured:
             sums, counts = (torch.stack([layer[metric][i] for layer in layers]).double().cpu() for i in (0, 1))
             self.sums[metric] = self.sums.get(metric, 0) + sums
             self.counts[metric] = self.counts.get(metric, 0) + counts
+            of_probes = self.probes.setdefault(metric, ([], []))
+            of_probes[0].append(sums.sum().item())
+            of_probes[1].append(counts.sum().item())
 
 
 @torch.inference_mode()

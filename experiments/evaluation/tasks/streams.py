@@ -8,6 +8,7 @@ recall     share of MQAR queries answered right, of those that ask for their key
 sparsity   causal sparsity of every layer and KV head, and active tokens by position
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated
@@ -18,7 +19,7 @@ from torch import Tensor
 from dashattn.fields import Checked, OneOf, PositiveInt, PositiveShare
 from data import IGNORE, Batch, BatchStream, DataConfig, MQARDataConfig
 from data.config import PLACEMENTS
-from experiments.evaluation.tasks.base import Setting, SparsityTally, Task, count, halving, quantiles, row
+from experiments.evaluation.tasks.base import Setting, SparsityTally, Task, count, halving, quantiles, row, scatter
 from models import ModelOutput
 
 STREAM_TASKS = ("loss", "position", "recall", "sparsity")
@@ -56,7 +57,7 @@ class StreamTask(Task):
             self.columns["variant"] = ", ".join(f"{k}={v}" for k, v in form.given().items()) or None
 
     def run(self, setting: Setting, names: Sequence[str]) -> Iterator[dict]:
-        tally = measure(setting, self.stream, names)
+        tally = measure(setting, self.stream, names, self.columns["rows"])
         for name in names:
             for scores in SCORES[name](tally):
                 yield tally.sparsity.columns() | scores
@@ -86,10 +87,10 @@ class Tally:
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
         self.sparsity = SparsityTally()
-        self.loss = self.targets = self.right = self.queries = 0.0
+        self.loss = self.targets = 0.0
         self.by_row: list[tuple[str | None, float, int]] = []  # corpus, nats and targets of each row
-        self.bin_loss: dict[int, float] = {}
-        self.bin_targets: dict[int, float] = {}
+        self.recalled: list[tuple[int, int]] = []  # queries answered right, and all, of each row
+        self.by_bin: dict[int, list[tuple[float, int]]] = {}  # nats and targets in the bin, of each row with some
         self.bin_active: dict[int, Tensor] = {}  # counts of active tokens of every layer, KV head and token in the bin
 
     def add(self, batch: Batch, output: ModelOutput) -> None:
@@ -102,13 +103,14 @@ class Tally:
         self.by_row += zip(batch.sources or [None] * rows, *sums, strict=True)
         if "recall" in self.names:
             first_BT = first_queries(batch.input_ids, targets_BT)
-            self.queries += first_BT.sum().item()
-            self.right += (output.is_likeliest & first_BT).sum().item()
+            right_BT = output.is_likeliest & first_BT
+            self.recalled += zip(right_BT.sum(1).tolist(), first_BT.sum(1).tolist(), strict=True)
         bins = position_bins(batch.position_ids).expand_as(targets_BT)
         for index in bins[targets_BT].unique().tolist():
             inside = (bins == index) & targets_BT
-            self.bin_loss[index] = self.bin_loss.get(index, 0.0) + losses_BT[inside].sum().item()
-            self.bin_targets[index] = self.bin_targets.get(index, 0.0) + inside.sum().item()
+            sums = (losses_BT.where(inside, 0).view(rows, -1).sum(1).tolist(), inside.view(rows, -1).sum(1).tolist())
+            held = [pair for pair in zip(*sums, strict=True) if pair[1]]
+            self.by_bin[index] = self.by_bin.get(index, []) + held
         self.sparsity.add(stats, packed=batch.cu_seqlens is not None)
         if "sparsity" in self.names:
             bins = position_bins(stats[0].positions)
@@ -117,23 +119,29 @@ class Tally:
                 self.bin_active[index] = count(active_BTLH[bins == index], self.bin_active.get(index))
 
 
-def measure(setting: Setting, stream: BatchStream, names: Sequence[str]) -> Tally:
-    """One pass over a validation stream; where memory does not suffice, again with half its rows at once."""
+def measure(setting: Setting, stream: BatchStream, names: Sequence[str], num_rows: int | None = None) -> Tally:
+    """One pass over a validation stream; where memory does not suffice, again with half its rows at once.
+
+    Args:
+        num_rows: of the stream, if known, to tell how far the pass is.
+    """
 
     def one_pass(rows: int) -> Tally:
         stream.rows = rows
-        return _measure(setting, stream, names)
+        return _measure(setting, stream, names, num_rows)
 
     return halving(one_pass, stream.rows)[0]
 
 
 @torch.inference_mode()
-def _measure(setting: Setting, stream: BatchStream, names: Sequence[str]) -> Tally:
+def _measure(setting: Setting, stream: BatchStream, names: Sequence[str], num_rows: int | None) -> Tally:
     tally = Tally(names)
     for batch in stream:
         batch = batch.to(setting.device)
         options = {"position_ids": batch.position_ids, "cu_seqlens": batch.cu_seqlens, "return_stats": True}
         tally.add(batch, setting.model(batch.input_ids, labels=batch.labels, **options))
+        if num_rows is not None:
+            setting.advance(len(tally.by_row) / num_rows)
     return tally
 
 
@@ -144,16 +152,21 @@ def _loss_rows(tally: Tally) -> Iterator[dict]:
         own = [index for index, corpus in enumerate(corpora) if corpus == name]
         by_corpus[name] = sum(nats[index] for index in own) / sum(targets[index] for index in own)
     by_row = {"corpus": corpora, "nats": nats, "targets": targets}
-    yield row("loss", "nats", tally.loss / tally.targets, by_corpus=by_corpus, by_row=by_row)
+    known = scatter(nats, targets)
+    yield row("loss", "nats", tally.loss / tally.targets, by_corpus=by_corpus, by_row=by_row, **known)
 
 
 def _position_rows(tally: Tally) -> Iterator[dict]:
-    for index in sorted(tally.bin_loss):
-        yield row("position", "nats", tally.bin_loss[index] / tally.bin_targets[index], position=bin_span(index))
+    for index, held in sorted(tally.by_bin.items()):
+        nats, targets = zip(*held, strict=True)
+        yield row(
+            "position", "nats", math.fsum(nats) / sum(targets), position=bin_span(index), **scatter(nats, targets)
+        )
 
 
 def _recall_rows(tally: Tally) -> Iterator[dict]:
-    yield row("recall", "accuracy", tally.right / tally.queries)
+    right, asked = zip(*tally.recalled, strict=True)
+    yield row("recall", "accuracy", sum(right) / sum(asked), **scatter(right, asked))
 
 
 def _sparsity_rows(tally: Tally) -> Iterator[dict]:

@@ -1,10 +1,9 @@
 """Our checkpoint under lm-evaluation-harness, offline: tasks of a local file, against the model asked directly."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import stdev
 
 import pytest
 import torch
@@ -24,6 +23,7 @@ from models.generate import Sampling
 pytest.importorskip("lm_eval")
 import lm_eval
 from lm_eval.api.instance import Instance
+from lm_eval.config import evaluate_config
 from lm_eval.tasks import TaskManager
 
 from experiments.evaluation import harness
@@ -312,7 +312,10 @@ def test_rows_from_evaluate(run_dir, task_dir):
     metrics = {row["task"]: row["metric"] for row in rows}
     assert metrics == dict(zip(names, ("acc", "byte_perplexity", "exact_match"), strict=True))
     assert [row["knob"] for row in rows] == [1.0] * 3 + [30.0] * 3
-    assert {row["rows"] for row in rows} == {4}
+    assert {row["rows"] for row in rows} == {row["samples"] for row in rows} == {4}
+    right = 4 * rows[0]["score"]
+    assert rows[0]["stderr"] == pytest.approx(stdev([1] * round(right) + [0] * round(4 - right)) / 2)
+    assert [row["stderr"] is None for row in rows[:3]] == [False, True, False]  # lm_eval has none for a perplexity
     assert rows[0]["causal_sparsity"] < rows[3]["causal_sparsity"]
     assert list(evaluate(config, find_target(config))) == []
     config.tasks = ["lm_eval/none"]
@@ -320,23 +323,23 @@ def test_rows_from_evaluate(run_dir, task_dir):
         list(evaluate(config, find_target(config)))
 
 
-@pytest.mark.slow
-def test_lm_evals_own_command_line(run_dir, task_dir, tmp_path):
-    command = (
-        *("--model", "dashattn", "--model_args", f"run={run_dir},knob=4.0", "--batch_size", "2", "--device", "cpu"),
-        *("--tasks", "tiny_choice", "--include_path", str(task_dir), "--limit", "2", "--output_path", str(tmp_path)),
-    )
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.evaluation.harness", *command],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "tiny_choice" in done.stdout
+def test_lm_evals_own_command_line(run_dir, task_dir, tmp_path, monkeypatch, capsys):
+    """Without ``--device``, where lm_eval would take a GPU."""
+    command = ["--model", "dashattn", "--model_args", f"run={run_dir},knob=4.0", "--batch_size", "2", "--limit", "3"]
+    command += ["--tasks", "tiny_choice", "--include_path", str(task_dir), "--output_path", str(tmp_path)]
+    monkeypatch.setattr(evaluate_config, "EvaluatorConfig", evaluate_config.EvaluatorConfig)  # ``main`` replaces it
+    monkeypatch.setattr("sys.argv", ["harness", *command])
+    harness.main()
+    said = capsys.readouterr().out.splitlines()
+    table = [[cell.strip() for cell in line.split("|")] for line in said if line.startswith("|")]
+    assert table[0][1:5] == ["Tasks", "Version", "Filter", "n-shot"]
+    assert [row[1] for row in table[2:]] == ["tiny_choice"]
     (path,) = tmp_path.rglob("results_*.json")
     assert 0 <= json.loads(path.read_text())["results"]["tiny_choice"]["acc,none"] <= 1
+    monkeypatch.setattr("sys.argv", ["harness", *command[:3], "run=/nonexistent", *command[4:]])
+    with pytest.raises(SystemExit, match="1"):
+        harness.main()
+    assert "error: no intact weights in /nonexistent" in capsys.readouterr().err
 
 
 def test_refusals(run_dir):

@@ -1,0 +1,68 @@
+"""Standard errors and intervals against their definitions, and against what they promise."""
+
+import random
+from statistics import mean, stdev
+
+import pytest
+
+from experiments.intervals import interval, ratio_stderr
+
+
+def test_of_equal_samples_it_is_the_usual_standard_error():
+    values = [0.1, 0.4, 0.9, 0.3]
+    assert ratio_stderr(values, [1] * 4) == pytest.approx(stdev(values) / 2)
+    assert ratio_stderr([10 * v for v in values], [10] * 4) == pytest.approx(stdev(values) / 2)
+    assert ratio_stderr([5.0, 0.0], [2, 0]) is None  # one sample holds all
+
+
+def test_of_unequal_samples_it_is_how_much_the_mean_moves():
+    draw, means, errors = random.Random(0), [], []
+    for _ in range(2000):
+        counts = [draw.choice((1, 5, 10)) for _ in range(100)]
+        sums = [count * draw.gauss(2.0, 0.5) for count in counts]
+        means.append(sum(sums) / sum(counts))
+        errors.append(ratio_stderr(sums, counts))
+    assert mean(errors) == pytest.approx(stdev(means), rel=0.05)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.95])
+@pytest.mark.parametrize("says_stderr", [False, True])
+def test_intervals_of_shares_hold_the_true_one_as_often_as_they_say(share, says_stderr):
+    draw, held, count = random.Random(1), 0, 33
+    for _ in range(2000):
+        hits = [float(draw.random() < share) for _ in range(count)]
+        row = {"metric": "match", "score": mean(hits), "rows": count}
+        if says_stderr:
+            row |= {"stderr": ratio_stderr(hits, [1] * count), "samples": count}
+        low, high = interval(row)
+        assert 0 <= low < high <= 1
+        held += low <= share <= high
+    assert 0.93 <= held / 2000 <= 0.99
+
+
+def test_the_interval_of_a_loss_is_students_over_rows_also_of_rows_from_before():
+    nats, targets = [30.0, 32.0, 29.0, 37.0], [10, 10, 10, 10]
+    row = {"metric": "nats", "score": 3.2, "by_row": {"nats": nats, "targets": targets}}
+    low, high = interval(row)
+    half = 3.182446 * stdev(n / 10 for n in nats) / 2  # of the t distribution with 3 degrees of freedom
+    assert (low, high) == pytest.approx((3.2 - half, 3.2 + half), rel=1e-5)
+    known = {"metric": "nats", "score": 3.2, "stderr": ratio_stderr(nats, targets), "samples": 4}
+    assert interval(known) == pytest.approx((low, high))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"metric": "accuracy", "score": 0.9, "rows": 64},  # queries of a row hang together: how, it does not say
+        {"metric": "match", "score": 0.5, "rows": 10, "depth": 0.5},  # some of the ten
+        {"metric": "nats", "score": 3.0, "rows": 16},
+        {"metric": "ms", "score": 3.0, "rows": 1, "stderr": None, "samples": None},
+    ],
+)
+def test_what_says_nothing_of_its_samples_has_none(row):
+    assert interval(row) is None
+
+
+def test_samples_that_all_agree_leave_room_for_others():
+    low, high = interval({"metric": "match", "score": 1.0, "stderr": 0.0, "samples": 33})
+    assert (low, high) == (pytest.approx(33 / (33 + 1.959964**2), abs=1e-6), pytest.approx(1.0))
