@@ -48,8 +48,8 @@ def test_a_moving_knob_compiles_nothing_anew_and_is_the_number(selector, knobs, 
                 model.set_knob(knob)
             expected, ours = (loss_and_gradients(model, input_ids) for model in (number, moving))
             assert abs(ours[0] - expected[0]) < 0.01
-            # Inductor rounds to 16 bits at other places, and a chunk at the edge of the support comes or goes: a gradient
-            # that only the prior makes may then be another one.
+            # Inductor rounds to 16 bits at other places, and a chunk at the edge of the support comes or goes: what
+            # only the prior makes may then be another gradient.
             compared = ours[1] if dtype == torch.float32 else ours[1][:1]
             for a, b in zip(compared, expected[1], strict=dtype == torch.float32):
                 error = (a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-6)
