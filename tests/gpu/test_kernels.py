@@ -1,5 +1,6 @@
 """Triton and Gluon kernels at real sizes and types against the references (relative RMS error, float32 reference)."""
 
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -36,6 +37,16 @@ def random(*shape, dtype=FP32):
     return torch.randn(*shape, device="cuda").to(dtype)
 
 
+@contextmanager
+def deterministic(enabled=True):
+    """Where sums need no fixed order, other kernels may run."""
+    torch.use_deterministic_algorithms(enabled)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def packed(*ends):
     return torch.tensor([0, *ends], dtype=torch.int32, device="cuda")
 
@@ -44,6 +55,12 @@ def packed(*ends):
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_group_sizes(group, dtype):
     check_attention(1, 700, group, 1, 128, 64, "kv", dtype)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("group", [1, 2, 3, 5, 7, 8])
+def test_gradients_by_key_and_by_query(group, head_dim):
+    check_attention(1, 700, group, 2, head_dim, 64, None, BF16, packed(3, 3, 130, 700))
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
@@ -75,14 +92,21 @@ def check_attention(batch, length, group, kv_heads, head_dim, block_size, bias_h
     if bias_heads is not None:
         bias = [random(batch, length, kv_heads * (group if bias_heads == "query" else 1), num_blocks)]
     results = []
-    for function, kind in ((attention_reference, FP32), (attention, dtype)):
+    for function, kind, fixed_order in (
+        (attention_reference, FP32, False),
+        (attention, dtype, True),
+        (attention, dtype, False),
+    ):
         inputs = [x.to(kind).requires_grad_() for x in (q, k, v)] + [b.clone().requires_grad_() for b in bias]
-        out = function.block_sparse_attention(*inputs[:3], selection, *inputs[3:], cu_seqlens=cu_seqlens)
-        results.append([out.detach(), *torch.autograd.grad(out, inputs, grad.to(kind))])
-    for expected, result in zip(*results, strict=True):
+        with deterministic(fixed_order):
+            out = function.block_sparse_attention(*inputs[:3], selection, *inputs[3:], cu_seqlens=cu_seqlens)
+            results.append([out.detach(), *torch.autograd.grad(out, inputs, grad.to(kind))])
+    expected, *others = results
+    for result in others:
+        errors = list(map(relative_error, result, expected))
         # a bias gradient is a difference of sums over a whole block: its error is that of dp, its size often less
-        slack = 3 if expected.shape[-1] == num_blocks and expected is results[0][-1] and bias else 1
-        assert relative_error(result, expected) < TOLERANCE[dtype] * slack
+        allowed = [TOLERANCE[dtype]] * 4 + [TOLERANCE[dtype] * 3] * len(bias)
+        assert all(error < most for error, most in zip(errors, allowed, strict=True)), errors
 
 
 @pytest.mark.parametrize(
@@ -206,12 +230,13 @@ def test_offsets_past_two_to_the_31st():
 
 
 def test_equal_inputs_give_equal_gradients():
-    q, k, v = (random(1, 2000, heads, 128, dtype=BF16).requires_grad_() for heads in (16, 1, 1))
+    q, k, v = (random(1, 2000, heads, 128, dtype=BF16).requires_grad_() for heads in (8, 1, 1))
     chunk_query = torch.zeros(1, 128, device="cuda", requires_grad=True)
 
     def gradients():
-        out, _ = whole.dash_attention(q, k, v, chunk_query, chunk_size=64, prior="raw")
-        return torch.autograd.grad(out.float().square().sum(), (q, k, v, chunk_query))
+        with deterministic():
+            out, _ = whole.dash_attention(q, k, v, chunk_query, chunk_size=64)
+            return torch.autograd.grad(out, (q, k, v, chunk_query), torch.ones_like(out))
 
     assert all(torch.equal(a, b) for a, b in zip(gradients(), gradients(), strict=True))
 
@@ -228,7 +253,7 @@ def replayed(step):
 
 def test_nothing_waits_for_the_device():
     """Kernels are compiled first; then forward and backward are recorded as one CUDA graph, which forbids waiting."""
-    q, k, v = (random(1, 1000, heads, 128, dtype=BF16).requires_grad_() for heads in (16, 1, 1))
+    q, k, v = (random(1, 1000, heads, 128, dtype=BF16).requires_grad_() for heads in (8, 1, 1))
     chunk_query = torch.zeros(1, 128, device="cuda", requires_grad=True)
 
     def step():
@@ -237,7 +262,8 @@ def test_nothing_waits_for_the_device():
 
     expected = step()
     recorded = replayed(step)
-    assert all(torch.equal(a, b) for a, b in zip(recorded, expected, strict=True))
+    assert relative_error(recorded[0], expected[0]) < 1e-3  # dq, whose sums have no fixed order
+    assert all(torch.equal(a, b) for a, b in zip(recorded[1:], expected[1:], strict=True))
 
 
 def test_no_recompilation_for_another_length():

@@ -40,12 +40,12 @@ launches.compile_launches(kernels.append)
 sizes = dict(heads=32, kv_heads=2, dim=128)
 
 launches.prefill_and_training(256, **sizes)
-launches.hopper_forward(256, **sizes)
+launches.hopper_attention(256, **sizes)
 known = set(map(id, kernels))
 # Triton would take 1 for a constant, and multiples of 16 for a case of their own.
 for length, init_chunks in ((1, 1), (300, 2), (2064, 16)):
     launches.prefill_and_training(length, init_chunks=init_chunks, **sizes)
-    launches.hopper_forward(length, **sizes)
+    launches.hopper_attention(length, **sizes)
 again = {kernel.metadata.name for kernel in kernels if id(kernel) not in known}
 
 launches.decoding(**sizes)

@@ -12,9 +12,9 @@ from triton.runtime.jit import JITFunction
 from dashattn.backends.nsa import MeanMLP
 from dashattn.ops.band import triton as band
 from dashattn.ops.block_scores.triton import select_blocks
-from dashattn.ops.block_sparse import hopper
+from dashattn.ops.block_sparse import hopper, hopper_backward
 from dashattn.ops.block_sparse import triton as attention
-from dashattn.ops.block_sparse.schedule import tile_lists
+from dashattn.ops.block_sparse.schedule import key_lists, tile_lists
 from dashattn.ops.compression.reference import num_windows
 from dashattn.ops.dash_attention.triton import dash_attention
 from dashattn.ops.decode import triton as decode
@@ -98,6 +98,13 @@ def hopper_sizes():
             lists = tile_lists(words, geo, block, hopper.tile_tokens(geo))
             bias = torch.zeros(128, 6, 128 // block)
             hopper.forward(q[0], k[0], v[0], bias, lists, geo, block, 0.1)
+            if block > 32:
+                _hopper_backward(q, k, v, words, bias, geo, block, torch.zeros_like(bias))
+
+
+def _hopper_backward(q, k, v, words, bias, geo, block, bias_grad):
+    lists, rows = key_lists(words, geo, block, 256), torch.zeros(q.shape[1:3])
+    hopper_backward.backward(q[0], k[0], v[0], bias, q[0], rows, rows, lists, geo, block, 0.1, bias_grad)
 
 
 def index_selection(length, kv_heads):
@@ -107,7 +114,7 @@ def index_selection(length, kv_heads):
     indexer.index_routing(index_q, index_k, pooling="max", **options, cu_seqlens=None)
 
 
-def hopper_forward(length, heads, kv_heads, dim):
+def hopper_attention(length, heads, kv_heads, dim):
     """``dim``: 64 or 128."""
     q, k, v = (make(length, h, dim) for h in (heads, kv_heads, kv_heads))
     geo = geometry(q, kv_heads, None)
@@ -117,6 +124,7 @@ def hopper_forward(length, heads, kv_heads, dim):
     for bias_heads in (0, kv_heads, heads):
         bias = torch.zeros(length, bias_heads, mask.shape[-1]) if bias_heads else None
         hopper.forward(q[0], k[0], v[0], bias, lists, geo, CHUNK, 0.1)
+        _hopper_backward(q, k, v, words, bias, geo, CHUNK, bias)
 
 
 def decoding(heads, kv_heads, dim):

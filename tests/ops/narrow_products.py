@@ -200,7 +200,7 @@ if __name__ == "__main__":
     launches.compile_launches(compiled.append)
     sizes = dict(heads=45, kv_heads=3)
     launches.prefill_and_training(300, **sizes, dim=40)
-    launches.hopper_forward(300, **sizes, dim=128)
+    launches.hopper_attention(300, **sizes, dim=128)
     launches.decoding(**sizes, dim=40)
     faulty[(1,)](torch.zeros(1), 7, 7, HEADS=3, HEAD_DIM=40, TOKENS=16)
     reports = {}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dashattn.ops.block_sparse.schedule import (
+    TileLists,
     bias_bytes,
     check_room,
     key_list_bytes,
@@ -55,6 +56,38 @@ def _hopper(q: Tensor, geo: Geometry, block_size: int) -> ModuleType | None:
     from dashattn.ops.block_sparse import hopper  # Gluon has no interpreter and asks for a GPU
 
     return hopper if hopper.supported(q, geo, block_size) else None
+
+
+def _hopper_backward(q: Tensor, bias: Tensor | None, geo: Geometry, block_size: int) -> ModuleType | None:
+    """The backward by key, where it takes the call and sums need no fixed order."""
+    if not q.is_cuda or torch.are_deterministic_algorithms_enabled():
+        return None
+    from dashattn.ops.block_sparse import hopper_backward
+
+    return hopper_backward if hopper_backward.supported(q, bias, geo, block_size) else None
+
+
+def gradients(
+    q: Tensor, k: Tensor, v: Tensor, words: Tensor, bias: Tensor | None, do: Tensor, out: Tensor, lse: Tensor,
+    geo: Geometry, block_size: int, scale: float, bias_grad: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, TileLists | None]:  # fmt: skip
+    """The backward on flat, contiguous tensors with the fastest kernels there are for them.
+
+    Returns dq, dk and dv, and the lists by query where it made any. ``bias_grad``: float32 [n, H or Hq, N], whose
+    selected entries are written.
+    """
+    delta_nH = delta(out, do)
+    by_key = key_grad_options(geo.padded_dim, block_size, q.itemsize)
+    key_list = key_lists(words, geo, block_size, key_grad_window(geo, block_size, q.itemsize, by_key["keys"]))
+    hopper = _hopper_backward(q, bias, geo, block_size)
+    if hopper is not None:
+        return *hopper.backward(q, k, v, bias, do, lse, delta_nH, key_list, geo, block_size, scale, bias_grad), None
+    dk, dv = key_grad(q, k, v, bias, do, lse, delta_nH, key_list, geo, block_size, scale, by_key)
+    del key_list
+    by_query = query_grad_options(geo.padded_dim, block_size, q.itemsize)
+    lists = tile_lists(words, geo, block_size, geo.padded_tile_tokens(by_query["rows"]))
+    dq = query_grad(q, k, v, bias, do, lse, delta_nH, lists, geo, block_size, scale, bias_grad, by_query)
+    return dq, dk, dv, lists
 
 
 def _forward_tile(hopper: ModuleType | None, q: Tensor, geo: Geometry, block_size: int) -> int:
@@ -136,20 +169,12 @@ def _backward_op(
     """dq, dk, dv and the bias gradient, float32 [B, T, bias_heads, bias_blocks] (0 where not selected)."""
     geo = geometry(q, k.shape[2], cu_seqlens)
     check_backward_room(q, geo, block_size, words.shape[-1], 0, bias_heads, bias_blocks)
-    q_nHD, k_nHD, v_nHD, do_nHD, out_nHD = (flatten_tokens(x) for x in (q, k, v, grad, out))
+    flat = (flatten_tokens(x) for x in (q, k, v))
     bias = None if block_bias is None else block_bias.flatten(0, 1).contiguous()
-    flat = flatten_words(words)
-    lse = lse.flatten(0, 1).contiguous()
-    delta_nH = delta(out_nHD, do_nHD)
-    options = key_grad_options(geo.padded_dim, block_size, q.itemsize)
-    lists = key_lists(flat, geo, block_size, key_grad_window(geo, block_size, q.itemsize, options["keys"]))
-    dk, dv = key_grad(q_nHD, k_nHD, v_nHD, bias, do_nHD, lse, delta_nH, lists, geo, block_size, scale, options)
-    options = query_grad_options(geo.padded_dim, block_size, q.itemsize)
-    lists = tile_lists(flat, geo, block_size, geo.padded_tile_tokens(options["rows"]))
     bias_grad = q.new_zeros(geo.tokens, bias_heads, bias_blocks, dtype=torch.float32)
-    dq = query_grad(
-        q_nHD, k_nHD, v_nHD, bias, do_nHD, lse, delta_nH, lists, geo, block_size, scale,
-        bias_grad if bias_heads else None, options,
+    dq, dk, dv, _ = gradients(
+        *flat, flatten_words(words), bias, flatten_tokens(grad), flatten_tokens(out), lse.flatten(0, 1).contiguous(),
+        geo, block_size, scale, bias_grad if bias_heads else None,
     )  # fmt: skip
     return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), bias_grad.view(*q.shape[:2], bias_heads, bias_blocks)
 
@@ -189,7 +214,8 @@ def block_sparse_attention(
 ) -> Tensor:
     """As ``reference.block_sparse_attention``; blocks of 16, 32, 64 or 128 keys, head sizes 16 to 256, no float64.
 
-    The backward sums in a fixed order: equal inputs give equal gradients.
+    In torch's deterministic mode the backward sums in a fixed order: equal inputs give equal gradients. On Hopper it
+    otherwise adds dq up in whatever order its programs come.
     """
     return attention_and_normalisers(q, k, v, selection, block_bias, scale=scale, cu_seqlens=cu_seqlens)[0]
 

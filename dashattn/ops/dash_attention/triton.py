@@ -11,21 +11,14 @@ float32 [n, H, N].
 import torch
 from torch import Tensor
 
-from dashattn.ops.block_sparse.schedule import key_lists, tile_lists
+from dashattn.ops.block_sparse.schedule import tile_lists
 from dashattn.ops.block_sparse.triton import (
     attend,
     check_backward_room,
     check_forward_room,
     check_kernels_fit,
     flatten_words,
-)
-from dashattn.ops.block_sparse.triton_backward import (
-    delta,
-    key_grad,
-    key_grad_options,
-    key_grad_window,
-    query_grad,
-    query_grad_options,
+    gradients,
 )
 from dashattn.ops.chunk_summary.triton import (
     pooling_queries,
@@ -136,22 +129,17 @@ def _backward_op(
         q_nHD, summaries, alpha, starts, flat_words, peak, tau, geo, chunk_size, blocks, score_scale, forced, prior,
         sigma, softmax, router,
     )  # fmt: skip
-    delta_nH = delta(out_nHD, do_nHD)
-    options = key_grad_options(geo.padded_dim, chunk_size, q.itemsize)
-    by_key = key_lists(flat_words, geo, chunk_size, key_grad_window(geo, chunk_size, q.itemsize, options["keys"]))
-    dk, dv = key_grad(q_nHD, k_nHD, v_nHD, bias, do_nHD, lse, delta_nH, by_key, geo, chunk_size, scale, options)
-    del by_key
-    options = query_grad_options(geo.padded_dim, chunk_size, q.itemsize)
-    lists = tile_lists(flat_words, geo, chunk_size, geo.padded_tile_tokens(options["rows"]))
     # Only selected entries are written, and only they are read.
     shape = (geo.tokens, geo.kv_heads, blocks)
     bias_grad = None if prior == "none" else torch.empty(shape, dtype=torch.float32, device=q.device)
-    dq = query_grad(q_nHD, k_nHD, v_nHD, bias, do_nHD, lse, delta_nH, lists, geo, chunk_size, scale, bias_grad, options)
+    dq, dk, dv, lists = gradients(
+        q_nHD, k_nHD, v_nHD, flat_words, bias, do_nHD, out_nHD, lse, geo, chunk_size, scale, bias_grad
+    )
     if bias_grad is None:
         dqueries, dalpha = torch.zeros(queries.shape, dtype=torch.float32, device=q.device), None
     else:
         router_tokens = geo.padded_tile_tokens(router["rows"])
-        if lists.tokens != router_tokens:
+        if lists is None or lists.tokens != router_tokens:
             lists = tile_lists(flat_words, geo, chunk_size, router_tokens)
         dsummaries, dalpha = route_backward(
             q_nHD, summaries, alpha, starts, peak, tau, bias_grad, dq, flat_words, lists, geo, chunk_size,
