@@ -5,10 +5,11 @@ What can be measured stands in ``experiments/evaluation/tasks``; here it is run,
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
@@ -17,7 +18,7 @@ from data.cache import fingerprint
 from experiments.config import TrainConfig
 from experiments.evaluation.config import EvaluateConfig, check_tasks
 from experiments.evaluation.folder import locate_folder
-from experiments.evaluation.knobs import setpoints, turn_knob
+from experiments.evaluation.knobs import Setpoint, setpoints, turn_knob
 from experiments.evaluation.select import build_tasks
 from experiments.evaluation.target import Target, build_model, locate, trained_knob
 from experiments.evaluation.tasks.base import Setting, Task
@@ -68,50 +69,97 @@ def check_request(config: EvaluateConfig, train: TrainConfig) -> None:
 
 
 def evaluate(config: EvaluateConfig, target: Target) -> Iterator[dict]:
-    """Evaluates at every knob value or sparsity that has rows missing; yields the rows, which are on disk by then.
+    """``Evaluation.run``, without a watcher."""
+    return Evaluation(config, target).run()
 
-    Evaluations may go side by side, of one run too: each takes passes that no other one has in hand, and looks at the
-    end that those were finished. No row is written twice.
-    """
-    train = target.train
-    device = torch.device(train.device)
-    path = target.rows_dir / RESULTS
-    target.rows_dir.mkdir(parents=True, exist_ok=True)
-    own_label = f"{train.attention.name}, {UNTRAINED}" if target.is_untrained else train.attention.name
-    common = describe(target) | target.identity | {"label": config.label or own_label}
-    tasks = build_tasks(config, target)
-    identity = {key: common[key] for key in ("checkpoint", "label", *target.identity)}
-    passes = [
-        (task, place, identity | place.columns() | task.columns) for place in setpoints(config, train) for task in tasks
-    ]
 
-    def missing(task: Task, asked: dict) -> list[str]:
-        done = {row["task"] for row in read_rows(path) if all(row.get(key) == value for key, value in asked.items())}
-        return [name for name in task.names if name not in done]
+class Pass(NamedTuple):
+    """A task at one place of the knob; ``asked``: columns that tell its rows from those of other passes."""
 
-    source, model = (target.checkpoint.name, *target.identity.values()), None
-    for waits in (False, True):
-        left = []
-        for task, place, asked in passes:
-            if not missing(task, asked):
-                continue
-            with in_hand(target.rows_dir, asked, waits=waits) as is_free:
-                if not is_free:
-                    left.append((task, place, asked))
-                    continue
-                names = missing(task, asked)  # another evaluation may just have made them
-                if not names:
-                    continue
-                model = model or build_model(target)
-                knob = turn_knob(model, place, task, config, target)
-                start = time.perf_counter()
-                rows = list(task.run(Setting(model, device, knob, "-".join(source), target.rows_dir), names))
-                when = {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": time.perf_counter() - start}
-                shared = common | task.columns | place.columns() | {"knob": knob} | when
-                new = [shared | row | {"bytes_read": bytes_read(model, row)} for row in rows]
-                _check_finite(new)
-                yield from append_rows(path, new, partial(columns_of, names=(*asked, "task")))
-        passes = left
+    task: Task
+    place: Setpoint
+    asked: dict
+
+
+class Evaluation:
+    """Every task at every knob value or sparsity that was asked for."""
+
+    def __init__(self, config: EvaluateConfig, target: Target):
+        """Raises ValueError: as ``build_tasks``."""
+        self._config, self._target = config, target
+        self._path = target.rows_dir / RESULTS
+        train = target.train
+        target.rows_dir.mkdir(parents=True, exist_ok=True)
+        own_label = f"{train.attention.name}, {UNTRAINED}" if target.is_untrained else train.attention.name
+        self._common = describe(target) | target.identity | {"label": config.label or own_label}
+        tasks = build_tasks(config, target)
+        identity = {key: self._common[key] for key in ("checkpoint", "label", *target.identity)}
+        self._passes = [
+            Pass(task, place, identity | place.columns() | task.columns)
+            for place in setpoints(config, train)
+            for task in tasks
+        ]
+
+    def rows(self) -> list[dict]:
+        """What there is of all that was asked for, whoever made it, pass by pass."""
+        kept = read_rows(self._path)
+        return [row for one in self._passes for row in _rows_of(one, kept) if row["task"] in one.task.names]
+
+    def run(self, watch: Callable[[float], None] = lambda share: None) -> Iterator[dict]:
+        """Does the passes that have rows missing; yields the rows, which are on disk by then.
+
+        Evaluations may go side by side, of one run too: each takes passes that no other one has in hand, and looks at
+        the end that those were finished. No row is written twice.
+
+        Args:
+            watch: called with the share of the work that is done, 0 to 1.
+        """
+        passes = [one for one in self._passes if self._missing(one)]
+        whole, done, model = sum(map(_weight, passes)), 0, None
+        for waits in (False, True):
+            left = []
+            for one in passes:
+                with in_hand(self._target.rows_dir, one.asked, waits=waits) as is_free:
+                    if not is_free:
+                        left.append(one)
+                        continue
+                    names = self._missing(one)  # another evaluation may just have made them
+                    rows = []
+                    if names:
+                        model = model or build_model(self._target)
+                        so_far, weight = done / whole, _weight(one) / whole
+                        rows = self._do(one, names, model, lambda share, a=so_far, b=weight: watch(a + b * share))
+                    done += _weight(one)
+                    watch(done / whole)
+                    yield from rows
+            passes = left
+
+    def _missing(self, one: Pass) -> list[str]:
+        done = {row["task"] for row in _rows_of(one, read_rows(self._path))}
+        return [name for name in one.task.names if name not in done]
+
+    def _do(self, one: Pass, names: Sequence[str], model: Transformer, advance: Callable[[float], None]) -> list[dict]:
+        """Makes the rows of a pass, and keeps them. Returns those that were not there."""
+        config, target, task = self._config, self._target, one.task
+        knob = turn_knob(model, one.place, task, config, target)
+        start = time.perf_counter()
+        source = "-".join((target.checkpoint.name, *target.identity.values()))
+        setting = Setting(model, torch.device(target.train.device), knob, source, target.rows_dir, advance)
+        rows = list(task.run(setting, names))
+        when = {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": time.perf_counter() - start}
+        shared = self._common | task.columns | one.place.columns() | {"knob": knob} | when
+        new = [shared | row | {"bytes_read": bytes_read(model, row)} for row in rows]
+        _check_finite(new)
+        return append_rows(self._path, new, partial(columns_of, names=(*one.asked, "task")))
+
+
+def _rows_of(one: Pass, rows: Sequence[dict]) -> list[dict]:
+    return [row for row in rows if all(row.get(key) == value for key, value in one.asked.items())]
+
+
+def _weight(one: Pass) -> int:
+    """How much work a pass is among others: the tokens it reads."""
+    return one.task.columns["length"] * (one.task.columns["rows"] or 1)
 
 
 @contextmanager

@@ -198,8 +198,10 @@ def test_two_evaluations_at_once_share_the_work(recall_run):
     assert [process.wait(300) for process in running] == [0, 0]
     rows = [(row["task"], row["length"], row["knob"]) for row in read_rows(recall_run / "results.jsonl")]
     assert sorted(rows) == sorted(product(("loss", "recall"), (32, 64), (0.5, 1, 2, 4, 8, 16)))
-    new = [re.search(r"(\d+) new rows", (recall_run / f"said{i}").read_text())[1] for i in range(2)]
-    assert sum(map(int, new)) == 24
+    said = [(recall_run / f"said{i}").read_text() for i in range(2)]
+    assert sum(int(re.search(r"(\d+) new rows", text)[1]) for text in said) == 24
+    tables = {text[text.rindex("router_scale 0.5 ") : text.rindex("\n", 0, -1)] for text in said}
+    assert len(tables) == 1  # of all that there is, whoever made it
 
 
 def test_what_another_evaluation_has_in_hand_is_left_to_it_and_looked_at_again(recall_run, monkeypatch, capsys):

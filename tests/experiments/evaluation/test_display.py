@@ -1,0 +1,64 @@
+"""What an evaluation says at its end, and on the way there."""
+
+from experiments.evaluation.config import EvaluateConfig
+from experiments.evaluation.display import Display
+from experiments.evaluation.evaluate import Evaluation, find_target
+
+ROW = {
+    **{"task": "vt", "metric": "match", "score": 0.5, "position": None, "stderr": 0.1, "samples": 25, "rows": 25},
+    **{"length": 512, "knob": 2.0, "knob_name": "topk", "target_sparsity": None, "causal_sparsity": 0.75},
+}
+
+
+def test_the_table_has_every_score_with_its_interval(capsys):
+    rows = [
+        ROW,
+        ROW | {"knob": 4.0, "causal_sparsity": 0.5, "score": 0.25, "stderr": None, "samples": None, "metric": "nats"},
+        ROW | {"task": "position", "metric": "nats", "score": 2.0, "position": [4, 7], "causal_sparsity": 0.7},
+        ROW | {"task": "lm_eval/a", "part": "[b]", "knob": 4.0, "causal_sparsity": 0.5},
+        ROW | {"task": "niah", "target_sparsity": 0.9, "sparsity_count": "paper", "differs": "haystack: none"},
+    ]
+    Display().show_table(rows)
+    said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert said[:2] == [
+        "topk 2 topk 4 for 0.9 (paper)",
+        "task tokens 70.0% to 75.0% left out 50.0% left out 75.0% left out",
+    ]
+    assert said[3:8] == [
+        "vt match 512 0.500 [0.318, 0.682] - -",
+        "vt nats 512 - 0.2500 -",
+        "position 4-7 512 2.0000 [1.7936, 2.2064] - -",
+        "lm_eval/a match part [b] 512 - 0.500 [0.318, 0.682] -",
+        "niah match 512 - - 0.500 [0.318, 0.682]",
+    ]
+    assert said[8:] == [
+        "[low, high]: 95% confidence interval over rows, prompts or questions; "
+        "of vt it is not known how samples scatter",
+        "niah differs from the original task: haystack: none",
+    ]
+
+
+def test_it_is_whole_also_where_nothing_was_new(recall_run, capsys):
+    config = EvaluateConfig(run=str(recall_run), tasks=["loss"], knobs=[1.0, 5.0], device="cpu")
+    first = list(Evaluation(config, find_target(config)).run())
+    config.tasks, config.knobs = ["recall", "loss"], [5.0, 1.0]
+    again = Evaluation(config, find_target(config))
+    new = list(again.run())
+    assert [(row["task"], row["knob"]) for row in new] == [("recall", 5.0), ("recall", 1.0)]
+    order = [(row["task"], row["knob"]) for row in again.rows()]
+    assert sorted(order) == [(task, knob) for task in ("loss", "recall") for knob in (1.0, 5.0)]
+    assert [knob for _, knob in order] == [5.0, 5.0, 1.0, 1.0]
+    assert [row for row in again.rows() if row["task"] == "loss"] == first[::-1]
+    assert list(again.run()) == []
+    config.label = "of another name"
+    assert Evaluation(config, find_target(config)).rows() == []
+
+
+def test_progress_goes_from_nothing_to_all_with_every_batch(text_run):
+    config = EvaluateConfig(run=str(text_run), tasks=["loss", "json_kv", "routing"], knobs=[1.0, 20.0], device="cpu")
+    config.rows, config.rows_per_batch, config.lengths, config.probes = 4, 1, [512], ["niah_single_1"]
+    shares = []
+    list(Evaluation(config, find_target(config)).run(lambda share: shares.append(round(share, 9))))
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    assert len(set(shares)) == 2 * 3 * 4
