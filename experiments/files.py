@@ -3,6 +3,7 @@ rows of JSON that several processes add to, and checksums."""
 
 import contextlib
 import csv
+import errno
 import fcntl
 import hashlib
 import io
@@ -63,8 +64,14 @@ def is_locked(path: Path) -> bool:
     return False
 
 
+def is_foreign(path: Path, *, follow_symlinks: bool = True) -> bool:
+    """Whether another user than this process's owns a file."""
+    return path.stat(follow_symlinks=follow_symlinks).st_uid != os.geteuid()
+
+
 def check_writable(directory: Path, mend: str) -> None:
-    """Refuse a directory, which need not be there yet, that this user cannot write to.
+    """Refuse a directory, which need not be there yet, that this user cannot write to, or in which another one's links
+    would lead what is written elsewhere.
 
     Raises:
         ValueError: with ``mend``.
@@ -74,6 +81,9 @@ def check_writable(directory: Path, mend: str) -> None:
     existing = next(parent for parent in (directory, *directory.absolute().parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(f"{directory} cannot be written: {existing} is not writable; {mend}")
+    for path in directory.iterdir() if directory.exists() else ():
+        if path.is_symlink() and is_foreign(path, follow_symlinks=False):
+            raise ValueError(f"{path} is a link of another user to {path.resolve()}: remove it; {mend}")
 
 
 def check_exists(path: Path, mend: str) -> None:
@@ -103,7 +113,10 @@ def write_atomically(path: Path, text: str | bytes) -> None:
     Raises:
         OSError: it cannot be written; the error names ``path``.
     """
-    path = path.resolve()  # a link stays one
+    if path.is_symlink():  # it stays one
+        if is_foreign(path, follow_symlinks=False):
+            raise OSError(errno.EPERM, "a link of another user", str(path))
+        path = path.resolve()
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as file:

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dashattn.backends import BACKENDS, AttentionConfig, FullConfig
 from data import NO_TOKEN, DataConfig, PackedDataConfig, TextTokenizer
 from data.tokenizer import TOKENIZER as TOKENIZER_FILE
-from experiments.files import CONFIG, TOKENIZER, check_exists
+from experiments.files import CONFIG, TOKENIZER, check_exists, is_foreign
 from experiments.schema import read_values
 from models import ModelConfig
 from models.hf import is_hf_folder, read_attention, read_config
@@ -161,12 +161,24 @@ def tokenizer_of(origin: Path) -> str | None:
 
 
 def _own_config(cfg: DictConfig) -> DictConfig | None:
-    """The configuration of a run that was started before, or of the one that it branches off."""
+    """The configuration of a run that was started before, or of the one that it branches off.
+
+    Raises:
+        ValueError: it is damaged, or another user's and names a tokenizer for this process to read.
+    """
     places = [] if cfg.get("branch_from") is None else [parse_branch(cfg.branch_from)[0]]
     with suppress(OmegaConfBaseException):  # a name made of values that are missing
         places.insert(0, Path(cfg.run_dir).expanduser())
     path = next((place / CONFIG for place in places if (place / CONFIG).is_file()), None)
-    return None if path is None else read_values(path)
+    if path is None:
+        return None
+    own = read_values(path)
+    if own.data.get("tokenizer") is not None and cfg.data.get("tokenizer") is None and is_foreign(path):
+        raise ValueError(
+            f"{path} is another user's, and would have this process read data.tokenizer={own.data.tokenizer}: name the "
+            f"tokenizer yourself, data.tokenizer={path.parent / TOKENIZER} if that is it"
+        )
+    return own
 
 
 def parse_branch(branch_from: str) -> tuple[Path, int]:

@@ -33,7 +33,10 @@ class EvaluateConfig(Checked):
     any_attention: bool = False  # even where it was trained with another sparse one
     any_tokenizer: bool = False  # even text with another tokenizer than the weights', whose tokens mean something else
     data: DataConfig | None = None  # the text it is scored on, with its tokenizer unless data.tokenizer names one
-    cache_dir: Line = "~/.cache/dashattn"  # of the data that it is scored on, as of train.py
+    # Of the data that it is scored on, as of train.py; also for a run that another user wrote, while a run of one's own
+    # has its own.
+    cache_dir: Line = "~/.cache/dashattn"
+    any_data: bool = False  # read what a run that another user wrote names as its text: files, a data set on the hub
     # On the run's validation split: loss | position | recall | sparsity. Generated: ruler (its 13) | niah_single_1 ...
     # qa_2 | niah (heat map) | niah_values (1 to 16 values of a key) | json_kv. Of the router: routing. Time of a token:
     # decode. Of lm-evaluation-harness: lm_eval/NAME.

@@ -53,7 +53,7 @@ def find_target(config: EvaluateConfig) -> Target:
     if is_hf_folder(Path(config.run).expanduser()):
         target = locate_folder(config)
     else:
-        target = locate(config.run, config.device, config.output)
+        target = locate(config.run, config.device, config.output, cache_dir=config.cache_dir, any_data=config.any_data)
         for name in ("attention", "data"):
             if getattr(config, name) is not None:
                 raise ValueError(f"{name}=... is for a Hugging Face folder: the run {config.run} has its own")

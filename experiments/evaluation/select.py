@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from data import MQARDataConfig, TextTokenizer
+from data import MQARDataConfig
 from data.prompts import PromptEncoder
 from data.task_sets import SUITES, TEXT_TASKS, TaskSet, build_set, held_out_text
 from data.tasks.material import Material, read_haystack
@@ -36,7 +36,7 @@ def build_tasks(config: EvaluateConfig, target: Target) -> list[Task]:
     if isinstance(train.data, MQARDataConfig):
         return [task for length in lengths for task in _mqar_tasks(config, train, length)]
     tasks: list[Task] = []
-    sets = _Sets(config, train, target.tokenizer)
+    sets = _Sets(config, target)
     for length in lengths:
         tasks += _stream_tasks(config, train, length) + _decoding_tasks(config, train, length)
         for name in expand([name for name in config.tasks if name in TEXT_TASKS or name in SUITES]):
@@ -95,9 +95,9 @@ def _mqar_tasks(config: EvaluateConfig, train: TrainConfig, length: int) -> list
 class _Sets:
     """Task sets for one run's tokenizer; the material is read when the first set needs it."""
 
-    def __init__(self, config: EvaluateConfig, train: TrainConfig, tokenizer: TextTokenizer) -> None:
-        self.config, self.train = config, train
-        self.encoder = PromptEncoder(tokenizer, config.template)
+    def __init__(self, config: EvaluateConfig, target: Target) -> None:
+        self.config, self.target, self.train = config, target, target.train
+        self.encoder = PromptEncoder(target.tokenizer, config.template)
         self.haystack: Material | None = None
 
     def material(self, needs: str | None) -> Material:
@@ -110,6 +110,7 @@ class _Sets:
             if self.config.haystack is not None:
                 self.haystack = read_haystack(Path(self.config.haystack).expanduser())
             else:
+                self.target.check_reads()
                 # Enough for samples of the longest length to begin at different places.
                 words = 4 * max(self.config.lengths or [self.train.data.seq_len])
                 self.haystack = held_out_text(self.train.data, words)

@@ -8,7 +8,7 @@ import torch
 
 from data import BatchStream, DataConfig, PackedDataConfig, TextTokenizer, build_data, build_tokenizer
 from experiments.config import TrainConfig, load_config
-from experiments.files import CONFIG, START, TOKENIZER, WEIGHTS, read_json
+from experiments.files import CONFIG, START, TOKENIZER, WEIGHTS, is_foreign, read_json
 from experiments.origin import run_of, with_own_tokenizer
 from experiments.schema import DTYPES
 from experiments.training.check import resolve
@@ -30,6 +30,7 @@ class Target:
         train: as composed, but for the device, and the knob where training found one for its target sparsity. Of a
             folder what a training run would be configured with that started from it.
         output: where rows are kept in place of ``run_dir``.
+        unread: what the configuration names to be read, of a run of another user: not to be read unasked.
     """
 
     run_dir: Path
@@ -37,6 +38,7 @@ class Target:
     home: Path
     train: TrainConfig
     output: Path | None = None
+    unread: tuple[str, ...] = ()
 
     @property
     def rows_dir(self) -> Path:
@@ -68,16 +70,33 @@ class Target:
         data = self.train.data
         if not isinstance(data, PackedDataConfig):
             return None
+        if not (self.home / TOKENIZER).is_dir():
+            self.check_reads()
         # Of runs of before tokenizers were kept it is trained once more.
         tokenizer = build_tokenizer(data, Path(self.train.cache_dir).expanduser())
         if not self.is_untrained:
             check_tokenizer(self, tokenizer)
         return tokenizer
 
+    def check_reads(self) -> None:
+        """Before anything is read that the configuration names. Raises ValueError if nobody here asked for that."""
+        if self.unread:
+            raise ValueError(
+                f"{self.home / CONFIG} is another user's, and would have this process read {', '.join(self.unread)}: "
+                "look whether it may; then evaluate.py takes any_data=true, and everything a copy of the run, which is "
+                "yours"
+            )
 
-def locate(run: str, device: str, output: str | None = None) -> Target:
+
+def locate(
+    run: str, device: str, output: str | None = None, *, cache_dir: str = "~/.cache/dashattn", any_data: bool = False
+) -> Target:
     """The checkpoint that ``run`` names (a run directory's latest, or one of its checkpoints), for a device; its rows
     are kept in ``output``, None = in the run directory.
+
+    Args:
+        cache_dir: of a run that another user wrote, in place of the one that its configuration names.
+        any_data: read the text that such a run names.
 
     Raises:
         ValueError: no such run, or no such device.
@@ -90,13 +109,27 @@ def locate(run: str, device: str, output: str | None = None) -> Target:
         raise ValueError(f"{checkpoint} has no {CONFIG}, nor does it lie in a run directory: copy it there")
     run_dir = checkpoint.parents[1] if (checkpoint.parents[1] / CONFIG).exists() else checkpoint
     check_device(device)
-    train = load_config(home / CONFIG)
+    train, is_others = load_config(home / CONFIG), is_foreign(home / CONFIG)
     train = replace(train, device=device, data=with_own_tokenizer(train.data, home))
-    train = resolve(train)
+    train = resolve(replace(train, cache_dir=cache_dir) if is_others else train)
+    unread = _named(train.data, home) if is_others and not any_data else ()
     found = read_state(checkpoint).get("sparsity")
     attention = train.attention if found is None else train.attention.with_knob(found["knob"])
     kept = None if output is None else Path(output).expanduser()
-    return Target(run_dir, checkpoint, home, replace(train, attention=attention), kept)
+    return Target(run_dir, checkpoint, home, replace(train, attention=attention), kept, unread)
+
+
+def _named(data: DataConfig, home: Path) -> tuple[str, ...]:
+    """What is read of ``data`` that does not lie in ``home``: files, and names on the hub."""
+    if not isinstance(data, PackedDataConfig):
+        return ()
+    found = [] if data.tokenizer in (None, str(home / TOKENIZER)) else [f"data.tokenizer={data.tokenizer}"]
+    for corpus, _ in data.parts.values():
+        if corpus.source == "files":
+            found.append(f"data.files={list(corpus.files)}")
+        elif corpus.source == "hub":
+            found.append(f"data.path={corpus.path}")
+    return tuple(found)
 
 
 def check_device(device: str) -> None:
@@ -128,6 +161,7 @@ def build_stream(data: DataConfig, seed: int, rows_per_batch: int, cache_dir: Pa
 def validation_stream(target: Target) -> BatchStream:
     """The run's validation batches. Raises ValueError if the corpus or its tokenizer is another than it was trained
     on."""
+    target.check_reads()
     train = target.train
     stream = build_stream(train.data, train.seed, 1, Path(train.cache_dir).expanduser())
     if target.is_untrained:

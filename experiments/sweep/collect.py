@@ -50,17 +50,24 @@ def restore(source: Path, target: Path) -> int:
     their number. Bases are left out: what is missing needs their weights.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or one's name would lead elsewhere.
     """
     check_exists(source, "give the directory that rows were collected in")
     rows = [row for row in read_rows(source / CELLS) if len(row["commands"]) > 1]
     if not rows:
         raise ValueError(f"{source / CELLS} names no cell: give the directory that rows were collected in")
+    wrong = next((row["run"] for row in rows if not _is_directory_name(row["run"])), None)
+    if wrong is not None:
+        raise ValueError(f"{source / CELLS} names a cell {wrong!r}, which is no directory's name: do not trust it")
     missing = [row for row in rows if not any((target / row["run"]).glob("*"))]
     for row in missing:
         (target / row["run"]).mkdir(parents=True, exist_ok=True)
         record_done(target / row["run"], row["commands"])
     return len(missing)
+
+
+def _is_directory_name(name: object) -> bool:
+    return isinstance(name, str) and name not in ("", "..") and Path(name).name == name
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -164,7 +164,8 @@ def find_run_dir(config: TrainConfig, damaged: Mapping[str, str] | None = None) 
             else; or if it cannot be written.
     """
     path = Path(config.run_dir).expanduser()
-    check_writable(path, "give another run_dir=...")
+    for directory in (path, path / "checkpoints"):
+        check_writable(directory, "give another run_dir=...")
     # A lock or a submission alone is the trace of a run that did not come to begin.
     if not path.exists() or all(entry.name == SUBMITTED or entry.name.startswith(".") for entry in path.iterdir()):
         return _begin(path, config, damaged or {})

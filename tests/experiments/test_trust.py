@@ -1,12 +1,23 @@
 """What another user has written is read as data: it runs nothing."""
 
+import json
 import os
 import shutil
+import sys
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import ValidationError
 
+from experiments.config import load_config, read_config
+from experiments.evaluation.config import EvaluateConfig
+from experiments.evaluation.evaluate import evaluate, find_target
+from experiments.evaluation.export import export
+from experiments.evaluation.generate import GenerateConfig, run_generation
+from experiments.files import write_atomically
 from experiments.provenance import snapshot
 from experiments.training.checkpoint import seal
 from experiments.training.ranks import Ranks
@@ -64,3 +75,133 @@ def test_a_copy_of_the_code_is_what_its_name_says(tmp_path):
         shutil.rmtree(code)
         (tmp_path / "kept").rename(code)
     assert snapshot(tmp_path) == code
+
+
+_touched: list[str] | None = None  # what is opened, listed or made, while somebody asks; a hook cannot be removed
+
+
+@sys.addaudithook
+def _note(event, arguments):
+    if _touched is not None and event in ("open", "os.mkdir", "os.scandir", "os.listdir", "os.rename"):
+        _touched.extend(str(argument) for argument in arguments[:2])
+
+
+@contextmanager
+def touched(place):
+    """Paths below ``place`` that are opened, listed or made in the context."""
+    global _touched
+    found, _touched = [], []
+    try:
+        yield found
+    finally:
+        found += [path for path in _touched if path.startswith(str(place))]
+        _touched = None
+
+
+_NO_PLACES = ("layers", "bos_token", "eos_token", "text_column", "document_separator")
+
+
+def point_to(path, place):
+    """Let every value in a config.yaml that may be ``place`` be it."""
+    values, typed = OmegaConf.load(path), read_config(path)
+    changed = []
+
+    def walk(node, prefix=""):
+        for key, value in list(OmegaConf.to_container(node).items()):
+            name = f"{prefix}{key}"
+            if isinstance(value, dict):
+                walk(node[key], f"{name}.")
+            elif key not in _NO_PLACES and (value is None or isinstance(value, str | list)):
+                node[key] = [str(place)] if isinstance(value, list) else str(place)
+                with suppress(ValueError, ValidationError):
+                    OmegaConf.update(typed, name, node[key])  # at once where it takes no text
+                    OmegaConf.save(values, path)
+                    load_config(path)
+                    changed.append(name)
+                    continue
+                node[key] = value
+
+    walk(values)
+    values.launcher = {"python": str(place), "setup": [f"touch {place}"]}
+    OmegaConf.save(values, path)
+    return changed
+
+
+@pytest.fixture
+def foreign(make_config, tmp_path, monkeypatch):
+    """A run of another user, whose configuration names a file of this user's wherever it can."""
+    corpus, private = tmp_path / "corpus.jsonl", tmp_path / "private" / "letters.jsonl"
+    private.parent.mkdir()
+    for path, word in ((corpus, "water"), (private, "secret")):
+        rows = ({"text": f"{word} {i} runs under old bridges and nobody counts the stones " * 3} for i in range(150))
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("attention=dash", "data=local", f"data.files=[{corpus}]", "data.validation_fraction=0.1")
+    run = train(
+        make_config(
+            "run",
+            *options,
+            "data.max_bytes=null",
+            "attention.chunk_size=16",
+            "steps=1",
+            "optim.warmup_steps=0",
+            f"cache_dir={tmp_path / 'cache'}",
+        )
+    )
+    for path in (run / "config.yaml", run / "checkpoints" / "step-00000001" / "config.yaml"):
+        changed = set(point_to(path, private))
+    at_least = {"cache_dir", "run_dir", "init_from", "branch_from", "data.files", "data.path", "data.tokenizer"}
+    assert changed >= at_least
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    return run, private.parent
+
+
+def test_what_a_foreign_run_names_is_neither_read_nor_written(foreign, make_config, tmp_path, capsys):
+    run, private = foreign
+    asked = dict(run=str(run), lengths=[768], rows=1, device="cpu", threads=1, cache_dir=str(tmp_path / "own"))
+
+    def evaluated(**changes):
+        config = EvaluateConfig(**asked | changes)
+        return list(evaluate(config, find_target(config)))
+
+    with touched(private) as found:
+        assert len(evaluated(tasks=["vt"])) == 1  # its text is made, and kept in the evaluator's own cache
+        for changes in (dict(tasks=["loss"]), dict(tasks=["niah_single_2"]), dict(tasks=["vt"], sparsities=[0.5])):
+            with pytest.raises(ValueError, match=r"another user's.*read data\.files=\[.*letters\.jsonl.*any_data=true"):
+                evaluated(**changes)
+        run_generation(GenerateConfig(str(run), "the water", max_new_tokens=2, threads=1))
+        export(run, tmp_path / "exported")
+        options = ("data=local", f"data.files=[{tmp_path / 'corpus.jsonl'}]", f"init_from={run}")
+        make_config("other", *options)
+        with pytest.raises(ValueError, match=r"another user's.*data\.tokenizer=.*run/tokenizer if that is it"):
+            make_config("run", *options)  # which would go on in its directory
+        make_config("run", *options, f"data.tokenizer={run / 'tokenizer'}")
+    assert found == []
+    assert (tmp_path / "own" / "tasks").is_dir()
+    with touched(private) as found, pytest.raises(ValueError, match="has changed since"):
+        evaluated(tasks=["loss"], any_data=True)
+    assert found == [str(private / "letters.jsonl")] * len(found) != []
+
+    for kept in run.rglob("tokenizer"):
+        shutil.rmtree(kept)
+    with touched(private) as found, pytest.raises(ValueError, match=r"read data\.tokenizer=.*letters.*, data\.files="):
+        run_generation(GenerateConfig(str(run), "the water", max_new_tokens=2, threads=1))
+    assert found == []
+
+
+def test_links_of_another_user_lead_nothing_elsewhere(make_config, tmp_path, monkeypatch):
+    run = train(config := make_config("run", "steps=1", "optim.warmup_steps=0"))
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    asked = EvaluateConfig(run=str(run), device="cpu")
+    for name, command in (
+        ("results.jsonl", partial(find_target, asked)),
+        (".evaluating", partial(find_target, asked)),
+        ("metrics.jsonl", partial(train, config)),
+        ("checkpoints/latest", partial(train, config)),
+    ):
+        (run / name).unlink(missing_ok=True)
+        (run / name).symlink_to(tmp_path / "private")
+        with pytest.raises(ValueError, match=rf"{name} is a link of another user to .*private: remove it"):
+            command()
+        with pytest.raises(OSError, match="a link of another user"):
+            write_atomically(run / name, "x")
+        (run / name).unlink()

@@ -204,6 +204,10 @@ def test_a_study_continues_where_only_its_rows_are_left(tmp_path, ran):
     assert restore(tmp_path / "kept", tmp_path / "runs") == 0
     with pytest.raises(ValueError, match="names no cell"):
         restore(tmp_path, tmp_path / "runs")
+    for name in ("..", "../elsewhere", str(tmp_path / "elsewhere")):
+        (tmp_path / "kept" / "cells.jsonl").write_text(json.dumps({"run": name, "commands": [["a"], ["b"]]}) + "\n")
+        with pytest.raises(ValueError, match="which is no directory's name: do not trust it"):
+            restore(tmp_path / "kept", tmp_path / "runs")
 
 
 def test_one_trained_knob_may_be_the_one_that_is_turned(tmp_path):
