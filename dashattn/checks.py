@@ -148,6 +148,11 @@ def check_dash(
     check_choice("prior", prior, PRIORS)
     check_positive(sigma=sigma)
     check_choice("prior_heads", prior_heads, PRIOR_HEADS)
+    check(
+        prior != "mass" or prior_heads == "group",
+        f"prior=mass has the scores of every query head for itself, and no prior_heads={prior_heads}: set "
+        "prior_heads=group",
+    )
     check_non_negative_int(init_chunks=init_chunks, local_chunks=local_chunks)
     router_scale, top_p = knob_value("router_scale", router_scale), knob_value("top_p", top_p)
     if router_scale is not None:

@@ -28,6 +28,7 @@ from dashattn.ops.compression.reference import (
     num_windows,
     visible_windows,
 )
+from dashattn.ops.dash_routing.mass import mass_bias
 from dashattn.ops.dash_routing.reference import dash_routing
 from dashattn.ops.full.reference import sdpa_attention
 from dashattn.ops.gates.reference import gated_sum
@@ -104,7 +105,9 @@ def dash_attention(
             float64 tensors [] on the CPU, which torch.compile takes at every value without compiling anew.
         topk: of selector topk: chunks per token in all, the forced ones included; its sparsity knob.
         top_p: of selector topp: in (0, 1], probability that the selected candidates reach; its sparsity knob.
-        prior: ``raw``, ``tempered`` or ``none``; see ``dash_routing``.
+        prior: ``raw``, ``tempered``, ``mass`` or ``none``; see ``dash_routing``. With ``mass`` (HiLS, arXiv 2607.02980)
+            keys are normalised within their chunk, and chunks mixed by the router's softmax; see
+            ``ops.dash_routing.mass``, which is PyTorch on a GPU, too, as the router then is.
         sigma: temperature of the tempered prior.
         prior_heads: ``group`` or ``head``.
         summary_rope: (cos, sin), each [T, D] or [B, T, D], makes the summaries translation-invariant.
@@ -139,9 +142,13 @@ def dash_attention(
     route |= {"prior": prior, "sigma": sigma, "init_chunks": init_chunks, "local_chunks": local_chunks}
     route |= {"cu_seqlens": cu_seqlens}
     is_kernel = use_kernels(impl, q, chunk_size, unsupported_priors(prior_heads))
-    if (
-        is_kernel and router_qk is None and not return_selection
-    ):  # all in one, which has one q and k, and hides the bias
+    by_mass = prior == "mass"
+    check(
+        not (by_mass and return_selection),
+        "prior='mass' weighs chunks by the layer's own keys, which no other layer can take over: use another prior",
+    )
+    if is_kernel and not by_mass and router_qk is None and not return_selection:
+        # All in one, which has one q and k, and hides the bias.
         from dashattn.ops.dash_attention.triton import dash_attention as attend_whole
 
         sizes = {"chunk_size": chunk_size, "scale": scale}
@@ -151,11 +158,15 @@ def dash_attention(
         if is_kernel:
             from dashattn.ops.block_sparse.triton import block_sparse_attention as attend
             from dashattn.ops.chunk_summary.triton import chunk_summary as pool
+        if is_kernel and not by_mass:
             from dashattn.ops.dash_routing.triton import dash_routing as choose
 
         router_q, router_k = router_qk or (q, k)
         summaries = pool(router_k, chunk_query, chunk_size=chunk_size, cu_seqlens=cu_seqlens, rope=summary_rope)
         selection, bias = choose(router_q, summaries, chunk_size=chunk_size, prior_heads=prior_heads, **route)
+        if by_mass:
+            forced = {"init_chunks": init_chunks, "local_chunks": local_chunks}
+            bias = mass_bias(q, k, bias, selection, **forced, scale=scale, cu_seqlens=cu_seqlens)
         out = attend(q, k, v, selection, bias, scale=scale, cu_seqlens=cu_seqlens)
     if return_stats:
         own_chunk = document_positions(cu_seqlens, *q.shape[:2], q.device) // chunk_size

@@ -13,7 +13,7 @@ from dashattn.backends.dash import DashBackend, DashConfig
 from dashattn.backends.full import FullBackend, FullConfig
 from dashattn.backends.indexer import IndexerBackend, IndexerConfig
 from dashattn.backends.infllmv2 import InfLLMv2Backend, InfLLMv2Config
-from dashattn.backends.layers import LayerAttention, layer_configs
+from dashattn.backends.layers import layer_configs
 from dashattn.backends.nsa import NSABackend, NSAConfig
 from dashattn.backends.options import AttentionConfig
 from dashattn.backends.sharing import SharingBackend
@@ -57,20 +57,20 @@ def build_backends(config: AttentionConfig, shape: AttentionShape, num_layers: i
         ValueError: as ``build_backend``, or ``layers`` that cannot be read, or a selection that cannot be taken over.
     """
     known = {name: kind for name, (kind, _) in BACKENDS.items()}
-    return [_build_layer(own, shape) for own in layer_configs(config, num_layers, known)]
-
-
-def _build_layer(layer: LayerAttention, shape: AttentionShape) -> AttentionBackend:
-    config, source = layer
-    if source is None:
-        return build_backend(config, shape)
-    able = [name for name, (_, backend) in BACKENDS.items() if backend.capabilities.hands_on]
-    check(
-        config.name in able,
-        f"attention.layers: layer {source} has no selection that another layer could take over, since its attention is "
-        f"{config.name}: share_selection_from works with {', '.join(able)}",
-    )
-    return SharingBackend(config, shape, source)
+    backends: list[AttentionBackend] = []
+    for layer in layer_configs(config, num_layers, known):
+        if layer.source is None:
+            backends.append(build_backend(layer.config, shape))
+            continue
+        able = [name for name, (_, backend) in BACKENDS.items() if backend.capabilities.hands_on]
+        check(
+            backends[layer.source].capabilities.hands_on,
+            f"attention.layers: layer {layer.source} has no selection that another layer could take over, since its "
+            f"attention is {layer.config.name}{' with prior=mass' if layer.config.name in able else ''}: "
+            f"share_selection_from works with {', '.join(able)}",
+        )
+        backends.append(SharingBackend(layer.config, shape, layer.source))
+    return backends
 
 
 __all__ = [

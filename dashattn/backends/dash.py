@@ -16,6 +16,7 @@ from dashattn.checks import check
 from dashattn.fields import Line, NonNegativeInt, OneOf, PositiveFloat, PositiveInt, PositiveShare, Range
 from dashattn.functional import dash_attention, unsupported_priors
 from dashattn.ops.chunk_summary.reference import chunk_summary
+from dashattn.ops.dash_routing.mass import cached_mass_bias
 from dashattn.ops.dash_routing.reference import (
     PRIOR_HEADS,
     PRIORS,
@@ -54,6 +55,8 @@ class DashConfig(AttentionConfig):
             turn by no angle (HoPE, partial RoPE) are content in both.
         summary_rope: ``none``, or ``mean``: the chunk query is rotated at every position of the chunk and averaged.
         learn_summary: false leaves the chunk queries at zero, and summaries mean-pooled keys.
+        prior: ``raw``, ``tempered``, ``none``: the logarithm of the router's probability as a bias of the logits, a
+            part of it or nothing; ``mass``: the router's score in place of what a chunk's keys weigh together.
     """
 
     name: Line = "dash"
@@ -96,7 +99,7 @@ class DashConfig(AttentionConfig):
         samples = {f"dash, {prior}": cls(chunk_size=32, router_scale=4.0, prior=prior) for prior in priors}
         sink = cls(chunk_size=32, router_scale=4.0, prior="raw", init_chunks=1, local_chunks=1)
         controls = {f"dash, {name}": replace(sink, selector=name, topk=8, top_p=0.7) for name in ("topk", "topp")}
-        return samples | {"dash, sink": sink} | controls
+        return samples | {"dash, sink": sink, "hils": replace(sink, selector="topk", topk=8, prior="mass")} | controls
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -150,6 +153,10 @@ class DashBackend(AttentionBackend):
 
     def __init__(self, config: DashConfig, shape):
         super().__init__(config, shape)
+        if config.prior == "mass":
+            what = "the router and the sums of every chunk's exponentials, and all of decoding"
+            self.capabilities = replace(self.capabilities, hands_on=False, in_pytorch=what)
+            self.uncompiled = ("decode", "forward", "forward_with_loss")
         queries = torch.zeros(shape.num_kv_heads, shape.head_dim)
         self.chunk_query = nn.Parameter(queries, requires_grad=config.learn_summary)
         self.alpha_logit = None
@@ -264,7 +271,8 @@ class DashBackend(AttentionBackend):
         return undo_rope(q, *self._tables(rope)), undo_rope(k, *rope)
 
     def decodes_statically(self, cache):
-        return self._decode_kernels(cache["k"]) is not None
+        # In PyTorch the search for entmax's threshold looks whether it has ended.
+        return self.config.selector != "entmax" or self._decode_kernels(cache["k"]) is not None
 
     @property
     def block_size(self):
@@ -324,6 +332,9 @@ class DashBackend(AttentionBackend):
         options = self._routing_options(self.alpha(), self.numbers) | {"prior_heads": self.config.prior_heads}
         router_q = self._cached_router_q(q, cache)
         selection, bias = operations.cached_dash_routing(router_q, cache["summaries"], cache.lengths, **options)
+        if self.config.prior == "mass":
+            forced = {name: options[name] for name in ("init_chunks", "local_chunks")}
+            bias = cached_mass_bias(q, cache["k"], cache.lengths, bias, selection, **forced)
         return Chosen(selection.words, bias)
 
     def _cached_router_q(self, q: Tensor, cache: LayerCache) -> Tensor:
@@ -335,4 +346,7 @@ class DashBackend(AttentionBackend):
         return undo_rope(q, *(cache[name][row, position, 0] for name in ("cos", "sin")))
 
     def _decode_kernels(self, x, unsupported=None):
-        return super()._decode_kernels(x, unsupported_priors(self.config.prior_heads))
+        unsupported = unsupported_priors(self.config.prior_heads)
+        if self.config.prior == "mass":
+            unsupported = "the kernels decode without prior='mass'"
+        return super()._decode_kernels(x, unsupported)

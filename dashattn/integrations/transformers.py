@@ -47,6 +47,7 @@ PRESETS: dict[str, AttentionConfig] = {
     "dash_sink": DashConfig(init_chunks=1),
     "dash_topk": DashConfig(selector="topk", prior="raw"),
     "dash_topp": DashConfig(selector="topp", prior="raw"),
+    "hils": DashConfig(selector="topk", prior="mass", local_chunks=1),
     "moba": DashConfig(selector="topk", prior="none", learn_summary=False),
 }
 # Others may bias, cap or window their logits.

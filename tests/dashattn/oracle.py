@@ -70,7 +70,7 @@ def dash(q, k, v, r, *, chunk_size, router_scale, prior, sigma, prior_heads, sel
             chunk = router_k[c * C : c * C + C, h]
             summaries[c, h] = softmax(chunk @ query / math.sqrt(D)) @ chunk
 
-    p = np.zeros((T, Hq, T // C + 1))
+    p, weights = np.zeros((T, Hq, T // C + 1)), np.zeros((T, Hq, T // C + 1))
     blocks = [[None] * H for _ in range(T)]
     forced = []
     for t in range(T):
@@ -80,6 +80,7 @@ def dash(q, k, v, r, *, chunk_size, router_scale, prior, sigma, prior_heads, sel
         for head in range(Hq):
             if candidates:
                 scores = router_scale * summaries[candidates, head // group] @ router_q[t, head] / math.sqrt(D)
+                weights[t, head, candidates] = C * np.exp(scores)
                 if selector == "entmax":
                     p[t, head, candidates] = entmax(scores, alpha[head] if np.ndim(alpha) else alpha)
                 else:
@@ -103,7 +104,19 @@ def dash(q, k, v, r, *, chunk_size, router_scale, prior, sigma, prior_heads, sel
         mean = np.mean([math.log(weights[j]) for j in blocks[t][h] - forced[t] if weights[j] > 0])
         return ((math.log(weights[c]) if weights[c] > 0 else 0.0) - mean) / sigma
 
-    out = block_sparse(q, k, v, blocks, bias, C, D**-0.5)
+    out = np.zeros((T, Hq, D)) if prior == "mass" else block_sparse(q, k, v, blocks, bias, C, D**-0.5)
+    for t, head in (
+        np.ndindex(T, Hq) if prior == "mass" else ()
+    ):  # a mean of attentions: of each chunk, and of all forced
+        h = head // group
+        keys = [s for s in range(t + 1) if s // C in forced[t]]
+        terms = [(np.exp(k[keys, h] @ q[t, head] / math.sqrt(D)).sum(), keys)]
+        for c in blocks[t][h] - forced[t]:
+            terms.append((weights[t, head, c], range(c * C, c * C + C)))
+        total = sum(weight for weight, _ in terms)
+        out[t, head] = sum(
+            weight / total * attend(q[t, head], k[list(keys), h], v[list(keys), h], D**-0.5) for weight, keys in terms
+        )
     return out, active_tokens(T, H, lambda t, h, s: s // C in blocks[t][h])
 
 

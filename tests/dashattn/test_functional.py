@@ -67,8 +67,12 @@ def dash_topp(q, k, v, **options):
     return dash(q, k, v, selector="topp", top_p=0.7, **SINK, **options)
 
 
+def hils(q, k, v, **options):
+    return dash(q, k, v, selector="topk", topk=4, prior="mass", init_chunks=1, **options)
+
+
 BACKENDS = {"full": full_attention, "dash": dash, "dash sink": dash_sink, "infllmv2": infllm, "nsa": nsa_shared}
-BACKENDS |= {"dash topk": dash_topk, "dash topp": dash_topp}
+BACKENDS |= {"dash topk": dash_topk, "dash topp": dash_topp, "hils": hils}
 each_backend = pytest.mark.parametrize("attention", BACKENDS.values(), ids=BACKENDS.keys())
 
 
@@ -160,6 +164,31 @@ def test_dash_with_a_query_and_keys_of_the_routers_own_equals_its_definition(sha
     options = {**DASH, "alpha": 1.4, "prior": "raw", "sigma": 1.0, "prior_heads": "group", "init_chunks": 1}
     result = dash_attention(q, k, v, r, **options, router_qk=router_qk, return_stats=True)
     assert_matches(result, oracle.dash(*arrays(q, k, v), r.numpy(), **options, router_qk=arrays(*router_qk)))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("selector", [{"topk": 4}, {"top_p": 0.6}, {"selector": "entmax"}], ids=str)
+def test_hils_equals_its_definition(shape, selector):
+    q, k, v = make_qkv(*shape)
+    r = torch.randn(k.shape[2], D, dtype=torch.float64)
+    options = {**DASH, "prior": "mass", "sigma": 1.0, "prior_heads": "group"}
+    options |= {"selector": "topk" if "topk" in selector else "topp", **selector}
+    for init_chunks, local_chunks in ((0, 0), (1, 2)):
+        options |= {"init_chunks": init_chunks, "local_chunks": local_chunks}
+        result = dash_attention(q, k, v, r, **options, return_stats=True)
+        assert_matches(result, oracle.dash(*arrays(q, k, v), r.numpy(), **options))
+
+
+def test_hils_over_chunks_of_equal_keys_is_block_sparse_attention():
+    q, k, v = make_qkv(61, 6, 2)
+    k, r = k[:, ::8].repeat_interleave(8, dim=1)[:, :61], torch.randn(2, D, dtype=torch.float64)
+    options = {"chunk_size": 8, "selector": "topk", "topk": 4, "return_stats": True}
+    weighed, stats = dash_attention(q, k, v, r, prior="mass", **options)
+    plain, plain_stats = dash_attention(q, k, v, r, prior="none", **options)
+    torch.testing.assert_close(weighed, plain, rtol=0, atol=1e-12)
+    assert torch.equal(stats.active_tokens, plain_stats.active_tokens)
+    scaled, _ = dash_attention(q, k, v, r, prior="mass", router_scale=2.0, **options)
+    assert (scaled - plain).abs().max() > 1e-3
 
 
 def test_chunks_that_are_all_forced_are_dense_attention():
@@ -339,7 +368,7 @@ def test_packed_equals_separate(attention):
 @each_backend
 def test_permuting_kv_groups_permutes_the_output(attention):
     q, k, v = make_qkv(45, 6, 2)
-    if attention in (dash, dash_sink, dash_topk, dash_topp):
+    if attention in (dash, dash_sink, dash_topk, dash_topp, hils):
         attention = functools.partial(attention, chunk_query=torch.ones(2, D, dtype=q.dtype))
     swapped = attention(q.unflatten(2, (2, 3)).flip(2).flatten(2, 3), k.flip(2), v.flip(2))
     torch.testing.assert_close(swapped.unflatten(2, (2, 3)).flip(2).flatten(2, 3), attention(q, k, v))
@@ -499,7 +528,7 @@ REFUSALS = {
     "alphas": (dash_attention, {"chunk_query": R, "alpha": torch.tensor([1.5, 1.5, 0.9, 2.0])}, r"\[1.01, 2.0\]; got"),
     "no alpha": (dash_attention, {"chunk_query": R, "alpha": torch.tensor(torch.nan)}, r"\[1.01, 2.0\]; got nan"),
     "alpha heads": (dash_attention, {"chunk_query": R, "alpha": torch.full((3,), 1.5)}, "one entry per query head"),
-    "prior": (dash_attention, {"chunk_query": R, "prior": "log"}, "raw, tempered, none"),
+    "prior": (dash_attention, {"chunk_query": R, "prior": "log"}, "raw, tempered, mass, none"),
     "prior_heads": (dash_attention, {"chunk_query": R, "prior_heads": "all"}, "group, head"),
     "router_scale": (dash_attention, {"chunk_query": R, "router_scale": 0.0}, "router_scale must be a positive"),
     "selector": (dash_attention, {"chunk_query": R, "selector": "softmax"}, "entmax, topk, topp"),

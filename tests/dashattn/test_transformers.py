@@ -23,6 +23,7 @@ OPTIONS = {
     "dash_sink": CHUNKS,
     "dash_topk": {"chunk_size": 4, "topk": 3},
     "dash_topp": {"chunk_size": 4, "top_p": 0.3},
+    "hils": {"chunk_size": 8, "topk": 4},
     "moba": {"chunk_size": 4, "topk": 3},
     "infllmv2": WINDOWS,
     "sink_window": {"block_size": 4, "local_blocks": 1},

@@ -115,6 +115,11 @@ def test_what_cannot_be_is_named(layers, message):
         names(layers)
 
 
+def test_a_selection_weighed_by_the_layers_own_keys_is_not_handed_on():
+    with pytest.raises(ValueError, match="its attention is dash with prior=mass: share_selection_from works with"):
+        build({"1": {"share_selection_from": 0}}, DashConfig(chunk_size=4, prior="mass"))
+
+
 @pytest.mark.parametrize("name", ["full", "nsa", "sink_window"])
 def test_an_attention_without_a_selection_to_hand_on_is_refused(name):
     layers = {"1": name, "2": {"share_selection_from": 1}}

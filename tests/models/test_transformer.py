@@ -30,6 +30,7 @@ BACKENDS = {
     "dash": DashConfig(chunk_size=8),
     "dash, rotated summaries": DashConfig(chunk_size=8, summary_rope="mean"),
     "dash, one router": DashConfig(chunk_size=8, prior="raw", layers={"1": {"share_selection_from": 0}}),
+    "hils": DashConfig(chunk_size=8, selector="topk", topk=3, prior="mass"),
     "infllmv2": InfLLMv2Config(block_size=8, kernel_size=4, kernel_stride=2, topk=4, window_size=8),
     "nsa": NSAConfig(**NSA_SIZES),
     "nsa, own k and v": NSAConfig(**NSA_SIZES, shared_kv=False),

@@ -30,6 +30,7 @@ def make_inputs(num_heads=4, num_kv_heads=2, length=54, head_dim=16):
         {"prior": "raw", "alpha": 1.3},
         {"prior": "raw", "cu_seqlens": CU_SEQLENS},
         {"prior": "raw", "init_chunks": 1, "local_chunks": 1},
+        {"prior": "mass", "selector": "topk", "topk": 3, "cu_seqlens": CU_SEQLENS},
     ],
     ids=str,
 )

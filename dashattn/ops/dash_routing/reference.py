@@ -18,7 +18,7 @@ from dashattn.ops.entmax.reference import entmax
 from dashattn.selection import Selection
 
 SELECTORS = ("entmax", "topk", "topp")
-PRIORS = ("raw", "tempered", "none")
+PRIORS = ("raw", "tempered", "mass", "none")
 PRIOR_HEADS = ("group", "head")
 
 
@@ -49,7 +49,8 @@ def dash_routing(
     its logarithm is not). ``topk``: softmax; so many with the largest p that there are ``topk`` chunks with the forced
     ones. ``topp``: softmax; the fewest with the largest p that together reach ``top_p``. Ties go to the lower index.
 
-    ``raw`` is log p, ``tempered`` is (log p - mean over the selected candidates) / sigma.
+    ``raw`` is log p, ``tempered`` is (log p - mean over the selected candidates) / sigma. ``mass`` gives the scores of
+    every query head in place of a bias, of which ``mass.mass_bias`` makes one.
 
     Args:
         q: queries after RoPE [B, T, Hq, D].
@@ -59,14 +60,14 @@ def dash_routing(
         router_scale: gamma, a float or a tensor []; larger selects fewer chunks, or as many from sharper probabilities.
         topk: chunks in all, forced ones included; a number or a tensor [].
         top_p: in (0, 1]; a number or a tensor []. 1 selects all candidates.
-        prior: raw | tempered | none.
+        prior: raw | tempered | mass | none.
         prior_heads: ``group``: one prior from the group's mean probability. ``head``: each query head its own.
         init_chunks, local_chunks: forced chunks; at least 0.
 
     Returns:
-        The selection, and the bias [B, T, H, N] (``prior_heads`` group), [B, T, Hq, N] (head) or None (prior none),
-        float32 (float64 for float64), with N = ceil(longest document / chunk_size). Entries that are not selected
-        hold 0; with raw head priors -inf marks selected chunks off the head's own support.
+        The selection, and the bias [B, T, H, N] (``prior_heads`` group), [B, T, Hq, N] (head, or prior mass) or None
+        (prior none), float32 (float64 for float64), with N = ceil(longest document / chunk_size). Entries that are not
+        selected hold 0; with raw head priors -inf marks selected chunks off the head's own support.
     """
     options = dict(selector=selector, alpha=alpha, router_scale=router_scale, topk=topk, top_p=top_p)
     options |= dict(prior=prior, sigma=sigma, prior_heads=prior_heads)
@@ -131,7 +132,10 @@ def select_chunks(
     selected = chosen_BTHN | (visible_BTN & ~candidates_BTN)[:, :, None]
     if prior == "none":
         return selected, None
-    bias = _prior(log_p, support, prior, sigma, prior_heads)
+    if prior == "mass":
+        bias = scores.masked_fill(~support.any(2, keepdim=True), 0)
+    else:
+        bias = _prior(log_p, support, prior, sigma, prior_heads)
     return selected, F.pad(bias, (0, missing)).flatten(1, 2).transpose(1, 2)
 
 
