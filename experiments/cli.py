@@ -17,6 +17,7 @@ COMMANDS = {
     "train": ("train.py", "train one model, or go on with it"),
     "evaluate": ("evaluate.py", "score a checkpoint or a Hugging Face folder along its sparsity knob"),
     "sweep": ("experiments.sweep", "train and evaluate the cells of a study that are missing"),
+    "plan": ("experiments.plan", "memory and time of a run or a sweep, before a job is queued"),
     "pareto": ("experiments.figures.pareto", "table and figure of accuracy against measured sparsity"),
     "generate": ("experiments.evaluation.generate", "continue prompts with a trained model"),
     "export": ("experiments.evaluation.export", "write a run's model as a Hugging Face folder"),

@@ -25,6 +25,7 @@ SCHEMAS = {
     "speed": Schema("experiments.speed.config", "SpeedConfig"),
     "throughput": Schema("experiments.throughput.steps", "ThroughputConfig"),
     "scaling": Schema("experiments.throughput.scaling", "ParallelConfig"),
+    "plan": Schema("experiments.plan", "PlanConfig"),
 }
 _CHOICE_SCHEMAS = "experiments.config"  # registers those of the groups' choices
 _WIDTH = 118
@@ -75,6 +76,10 @@ def advice(config_name: str, overrides: Sequence[str]) -> str | None:
     """
     if any(argument.startswith(("-cn", "--config-name", "-cp", "--config-path", "-cd")) for argument in overrides):
         return None
+    if config_name == "plan":  # what is none of its own is of what is planned
+        own = SCHEMAS["plan"].options()
+        others = [override for override in overrides if override.partition("=")[0] not in own]
+        return advice("sweep" if any(other.startswith("sweep=") for other in others) else "train", others)
     command = Command(config_name, overrides)
     for override in overrides:
         found = re.fullmatch(r"([A-Za-z_][\w./-]*)=(.*)", override, re.DOTALL)

@@ -103,6 +103,9 @@ TESTED = {
     # experiments/evaluation/test_folder.py
     "python evaluate.py run=smollm2 attention=dash_sink sparsities=[0.5,0.75] data=real_text",
     "python -m experiments.evaluation.export --dense outputs/debug-dash debug-hf",  # experiments/test_origin.py
+    # experiments/test_plan.py
+    "dashattn plan model=8b model.vocab_size=73448 data.seq_len=32768 attention=dash gpus=64 gpu=H200 sparsity=0.75",
+    "dashattn plan sweep=from_scratch gpu=H100",
     "python train.py launcher=slurm launcher.partition=gpu ...",  # slurm/
     "python -m experiments.sweep sweep=pareto launcher=slurm",  # slurm/
     "python -m experiments.sweep.status outputs/pareto",  # slurm/

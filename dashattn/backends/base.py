@@ -336,6 +336,20 @@ class AttentionBackend(nn.Module):
         flops = self.flops(active_tokens, routing_reads)
         return (flops.attention + flops.routing) / (2 * self.shape.group_size)
 
+    def kept_bytes(self, length: int, itemsize: int) -> float:
+        """What the kernels keep of a token for the backward pass beside q, k, v and the output, in bytes, in an
+        unpacked row of ``length`` tokens of a type of ``itemsize`` bytes: here a float32 number for each query head,
+        and where there are blocks a bit for each of them and each KV head."""
+        return 4 * self.shape.num_heads + 4 * self.shape.num_kv_heads * -(-self._num_blocks(length) // 32)
+
+    def scratch_bytes(self, length: int, itemsize: int) -> float:
+        """What the kernels take for a token in the backward pass beside gradients of their inputs, in bytes; arguments
+        as ``kept_bytes``. Here the lists of the tokens that choose a block, which have room for all that may."""
+        return 4 * self.shape.num_kv_heads * (self._num_blocks(length) + 1) / 2 if self.config.blocks else 0
+
+    def _num_blocks(self, length: int) -> int:
+        return 0 if self.config.blocks is None else -(-length // getattr(self.config, self.config.blocks))
+
     def metrics(self) -> dict[str, float]:
         """Scalars worth logging, such as the current alpha."""
         return {}

@@ -18,6 +18,7 @@ from dashattn.functional import dash_attention, unsupported_priors
 from dashattn.ops.chunk_summary.reference import chunk_summary
 from dashattn.ops.dash_routing.mass import cached_mass_bias
 from dashattn.ops.dash_routing.reference import (
+    NEGLIGIBLE_SIGMA,
     PRIOR_HEADS,
     PRIORS,
     candidate_chunks,
@@ -195,6 +196,18 @@ class DashBackend(AttentionBackend):
     def flops(self, active_tokens, routing_reads):
         flops = super().flops(active_tokens, routing_reads)
         return flops if self.config.prior != "none" else replace(flops, backward=2 * flops.attention)
+
+    def kept_bytes(self, length, itemsize):
+        """Of each query head its highest score and its threshold, too, and of each chunk its summary."""
+        summary = self.shape.num_kv_heads * self.shape.head_dim * itemsize / self.config.chunk_size
+        return super().kept_bytes(length, itemsize) + 8 * self.shape.num_heads + summary
+
+    def scratch_bytes(self, length, itemsize):
+        """The gradient of the prior's logarithm, too, for every chunk, and itself where it is a bias."""
+        config = self.config
+        priors = 0 if config.prior == "none" else 1 + (config.prior == "raw" or config.sigma < NEGLIGIBLE_SIGMA)
+        lists = super().scratch_bytes(length, itemsize)
+        return lists + 4 * priors * self.shape.num_kv_heads * self._num_blocks(length)
 
     def metrics(self) -> dict[str, float]:
         if self.config.selector != "entmax":

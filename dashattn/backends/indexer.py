@@ -200,6 +200,12 @@ class IndexerBackend(AttentionBackend):
         keys_and_values = 2 * self.shape.num_kv_heads * self.shape.head_dim * active_tokens
         return keys_and_values + self.config.index_size * routing_reads
 
+    def kept_bytes(self, length, itemsize):
+        """Index queries and keys, too, and the scores of all blocks with their probabilities, in float32."""
+        index = (self.shape.num_kv_heads + 1) * self.config.index_size * itemsize
+        scores = 4 * self.shape.num_kv_heads * self._num_blocks(length)
+        return super().kept_bytes(length, itemsize) + index + 2 * scores
+
     def flops(self, active_tokens, routing_reads):
         config, shape = self.config, self.shape
         attention = 4 * shape.num_heads * shape.head_dim * active_tokens

@@ -96,7 +96,7 @@ def compose_run(config: ParallelConfig, backend: str, mode: Mode, ranks: int, ru
         *(f"rows_per_batch={rows}", f"rows_per_micro_batch={micro_batch_rows}", f"compile={mode.compile}"),
         *(f"activation_checkpointing={mode.activation_checkpointing}", f"deepspeed.stage={mode.stage}"),
         *(f"sequence_parallel={ranks if mode.shares_rows else 1}", f"steps={mode.warmup + mode.steps}"),
-        *("optim.warmup_steps=0", override("run_dir", str(run_dir))),
+        *("optim.warmup_steps=0", "check_memory=false", override("run_dir", str(run_dir))),
     ]
     return check(to_train_config(hydra.compose("train", overrides)), ranks)
 

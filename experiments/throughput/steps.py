@@ -118,7 +118,7 @@ def compose_run(config: ThroughputConfig, backend: str, length: int, setting: Se
         ),
         *(f"rows_per_micro_batch={rows}", f"rows_per_batch={rows * batches}", f"compile={setting.compile}"),
         *(f"activation_checkpointing={setting.activation_checkpointing}", f"steps={config.warmup + config.steps}"),
-        "optim.warmup_steps=0",
+        *("optim.warmup_steps=0", "check_memory=false"),  # whether it fits is what is measured
     ]
     return check(to_train_config(hydra.compose("train", overrides)))
 
@@ -203,8 +203,10 @@ def wait_for(run: Run) -> None:
 def attempt(compose: Callable[[Path], TrainConfig], device: str, work: Callable[[Run], dict]) -> dict:
     """What ``work`` finds with a run of the configuration that ``compose`` makes for a run directory, and its status;
     or why it could not. The run is freed in any case."""
+    held = 0
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()  # DeepSpeed has kept an engine's states after its end: no case's own
     run, found = None, {}
     try:
         with tempfile.TemporaryDirectory() as directory, ExitStack() as resources:
@@ -212,6 +214,8 @@ def attempt(compose: Callable[[Path], TrainConfig], device: str, work: Callable[
             with torch.device(device):  # draws the weights there: on a CPU that takes longer than the steps
                 run = build(composed, (), resources)
             found = {"status": "ok"} | work(run)
+            if held:
+                found["peak_memory_mib"] -= held / 2**20
     except Exception as error:  # what breaks must not take the others' measurements with it
         status, detail = explain(error)
         found = {"status": status, "detail": detail}

@@ -39,6 +39,7 @@ from experiments.training.engine import (
     to_host,
     validation_loss,
 )
+from experiments.training.memory import check_room
 from experiments.training.metrics import Clock, MetricsWriter, attention_metrics, peak_memory_mib
 from experiments.training.optim import build_optimizer, check_order, freeze, learning_rate, parameter_order
 from experiments.training.ranks import Ranks, init_ranks
@@ -108,6 +109,7 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
     ranks = init_ranks(config.device, config.sequence_parallel)
     run_dir = verify_checkpoint(run_dir, config, ranks)
     rows, micro_batches = accumulation(config, ranks.world_size)
+    check_room(config, ranks)
 
     train_data, validation_data = _open_data(config, run_dir, ranks, rows)
     check_start(run_dir, train_data.describe())

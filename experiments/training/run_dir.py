@@ -69,7 +69,14 @@ from experiments.training.ranks import world_size
 MAY_DIFFER = (
     *("name", "run_dir", "cache_dir", "logger", "launcher", "log_every", "stats_every", "eval_every"),
     *("save_every", "keep_checkpoints", "keep_every", "max_skipped_steps"),
-    *("activation_checkpointing", "peak_tflops", "profile_steps", "rows_per_micro_batch", "sequence_parallel"),
+    *(
+        "activation_checkpointing",
+        "check_memory",
+        "peak_tflops",
+        "profile_steps",
+        "rows_per_micro_batch",
+        "sequence_parallel",
+    ),
     *("threads", "data.validation_rows", "data.files", "deepspeed.stage", "any_tokenizer", "branch_from"),
 )
 _CORPUS = re.compile(r"data\.corpora\..+\.")

@@ -13,14 +13,11 @@ from dashattn.ops.block_sparse.schedule import tile_lists
 from dashattn.ops.block_sparse.triton import check_kernels_fit, flatten_words
 from dashattn.ops.chunk_summary.triton import summary_starts
 from dashattn.ops.dash_routing import triton_forward, triton_softmax
+from dashattn.ops.dash_routing.reference import NEGLIGIBLE_SIGMA
 from dashattn.ops.dash_routing.triton_backward import route_backward
 from dashattn.ops.dash_routing.triton_forward import prior_bias, router_options
 from dashattn.ops.tiles import Geometry, flatten_tokens, geometry
 from dashattn.selection import Selection
-
-# From this sigma on a tempered prior (|log p| < 100) changes a weight by less than 1e-4 of itself, a twentieth of
-# bfloat16's rounding: 16-bit forwards leave it out. Its gradient is always there.
-NEGLIGIBLE_SIGMA = 1e6
 
 
 def has_forward_bias(prior: str, sigma: float, dtype: torch.dtype) -> bool:

@@ -1,0 +1,206 @@
+"""``dashattn plan``: its numbers against the committed rows, and what train.py refuses by them."""
+
+from collections import defaultdict
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from experiments import plan, rates
+from experiments.config import TrainConfig, to_train_config
+from experiments.files import CONFIGS, ROOT, SCALING, THROUGHPUT, read_rows
+from experiments.training import memory, run
+from experiments.training.memory import GIB, check_memory, check_room, estimate_memory, fits, meta_model
+
+RESULTS = ROOT / "results"
+
+
+def configure(*overrides: str) -> TrainConfig:
+    """As for a GPU, with the vocabulary's size."""
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        config = to_train_config(compose("train", ["deepspeed.precision=bf16", *overrides]))
+    return replace(config, model=replace(config.model, vocab_size=memory.vocabulary(config)))
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Of each backend, at the size that the rows were measured with: configuration and model."""
+    names = ("full", "dash", "infllmv2", "nsa")
+    found = {name: configure("model=350m", "model.vocab_size=32768", f"attention={name}") for name in names}
+    return {name: (config, meta_model(config)) for name, config in found.items()}
+
+
+def measured_rows(name):
+    return [
+        row
+        for path in sorted(RESULTS.glob(f"*/{name}"))
+        for row in read_rows(path)
+        if row["status"] == "ok" and "parameters" in row
+    ]
+
+
+def estimate(models, row):
+    """Memory that is planned for a row."""
+    config, model = models[row["backend"]]
+    ranks, length = row.get("ranks", 1), row["length"]
+    count = (row.get("micro_batch_tokens") or row["tokens_per_micro_batch"]) // length
+    config = replace(
+        config,
+        data=config.data.at_length(length),
+        deepspeed=replace(config.deepspeed, stage=row.get("stage", 1)),
+        rows_per_micro_batch=count,
+        rows_per_batch=count * ranks,
+        sequence_parallel=ranks if row.get("shares_rows") else 1,
+        compile=row["compile"],
+        activation_checkpointing=row["activation_checkpointing"],
+    )
+    return estimate_memory(config, ranks, model)
+
+
+def test_memory_is_what_one_gpu_was_measured_to_take(models):
+    rows = [row for name in (THROUGHPUT, SCALING) for row in measured_rows(name) if row.get("ranks", 1) == 1]
+    assert len(rows) > 30
+    for row in rows:
+        assert estimate(models, row).peak / 2**20 == pytest.approx(row["peak_memory_mib"], rel=0.02), row
+
+
+def test_memory_is_what_two_gpus_were_measured_to_take(models):
+    """Beside what a launch still held of its cases before, which these rows count, too: once the optimizer's part of
+    the last one, or at stage 3 all states of every one."""
+    launches = defaultdict(list)
+    for row in measured_rows(SCALING):
+        if row["ranks"] == 2:
+            launches[row["run"]].append(row)
+    count = 0
+    for rows in launches.values():
+        left = 0.0
+        for before, row in zip([None, *rows], rows, strict=False):
+            own = estimate(models, row)
+            held = [0.0] + ([] if before is None else [estimate(models, before).optimizer, left])
+            nearest = min(held, key=lambda x: abs(own.peak + x - row["peak_memory_mib"] * 2**20))
+            assert (own.peak + nearest) / 2**20 == pytest.approx(row["peak_memory_mib"], rel=0.05), row
+            left += (own.weights + own.gradients + own.optimizer) * (row["stage"] == 3)
+            count += nearest == 0
+    assert count > 10
+
+
+@pytest.mark.parametrize(
+    ("study", "cell", "changes"),
+    [
+        ("frontier_h100", "recall-base-seed0", []),
+        ("frontier_h100", "recall-nsa-knob12-seed0", []),
+        ("text_h200", "text-infllmv2-seed0", []),
+        # Its weights and its corpora are not part of this: their shape is.
+        ("real_model_h200", "real-full-seed0", ["model=smollm2_135m", "data=python_stdlib", "data.seq_len=8192"]),
+    ],
+)
+def test_memory_is_what_a_run_of_a_study_took(study, cell, changes):
+    (commands,) = [row["commands"] for row in read_rows(RESULTS / study / "cells.jsonl") if row["run"] == cell]
+    told = [x for x in commands[0][1:] if not x.startswith(("init_from=", "name=", "run_dir=", "logger="))]
+    peaks = [r.get("peak_memory_mib", 0) for r in read_rows(RESULTS / study / "metrics.jsonl") if r["run"] == cell]
+    assert estimate_memory(configure(*told, *changes), 1).peak / 2**20 == pytest.approx(max(peaks), rel=0.06)
+
+
+@pytest.fixture(scope="module")
+def measured():
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        return rates.rows()
+
+
+def test_rates_are_those_measured(measured):
+    fitted = rates.fit(measured)
+    assert {row.device for row in measured} == {"H100", "H200"}
+    off = [fitted.ratio(row) for row in measured]
+    assert len(off) > 40
+    assert 0.9 < min(off) <= max(off) < 1.1
+    assert all(cost > 0 for kind, cost in fitted.cost.items() if kind[0] == "attention")
+
+
+def test_rates_of_rows_that_were_not_fitted(measured):
+    """Each length on an H100 by the others."""
+    for device, backend in ((row.device, row.backend) for row in measured if row.device == "H100"):
+        lengths = [row for row in measured if (row.device, row.backend) == (device, backend)]
+        for row in lengths:
+            others = [other for other in measured if other is not row]
+            found = rates.fit(others)
+            assert row.rate * found.seconds(row.work, device) == pytest.approx(1, rel=0.12), row
+
+
+@pytest.mark.parametrize(("model", "vocab_size"), [("60m", 32768), ("8b", 73448)])
+def test_any_size_on_any_number_of_gpus(model, vocab_size, measured):
+    config = configure(f"model={model}", f"model.vocab_size={vocab_size}", "attention=dash", "rows_per_batch=512")
+    peaks, speeds = [], []
+    for gpus in (1, 8, 512):
+        options = plan.PlanConfig(gpus=gpus, gpu="H200", sparsity=0.75)
+        found = plan.plan_run(replace(config, rows_per_micro_batch=1), options, measured)
+        assert 0 < found.rate.least <= found.rate.tokens_per_s <= found.rate.most
+        peaks.append(found.memory.peak)
+        speeds.append(found.rate.tokens_per_s / gpus)
+        assert "GPUs were not measured" in plan.describe(found) or gpus < 3
+    assert peaks[0] > peaks[1] > peaks[2]
+    assert speeds[0] > speeds[1] == speeds[2]
+    found = plan.plan_run(replace(config, rows_per_micro_batch=1), plan.PlanConfig(gpu="A100"), measured)
+    assert any("no rows of this kind of GPU" in note for note in found.rate.notes)
+
+
+def test_sparser_is_faster_and_packs_take_less_with_checkpointing(measured):
+    rows = ["data.seq_len=32768", "model.max_seq_len=32768"]
+    config = configure("model=350m", "model.vocab_size=32768", "attention=dash", *rows)
+    dense, sparse = (
+        plan.plan_run(config, plan.PlanConfig(gpu="H100", sparsity=sparsity), measured) for sparsity in (0.0, 0.9)
+    )
+    assert sparse.rate.tokens_per_s > 1.5 * dense.rate.tokens_per_s
+    assert dense.other.peak < dense.memory.peak / 2
+    held = replace(config, attention=replace(config.attention, target_sparsity=0.9))
+    assert plan.plan_run(held, plan.PlanConfig(gpu="H100"), measured).rate == sparse.rate
+
+
+def test_what_cannot_fit_is_refused_with_what_would(monkeypatch):
+    config = configure("model=1b", "model.vocab_size=32768", "rows_per_batch=64", "data.seq_len=2048")
+    room = 40 * GIB
+    with pytest.raises(ValueError, match=r"a GPU has 40\.0 GiB, and this run takes .* on each of 1") as refused:
+        check_memory(config, 1, room)
+    message = str(refused.value)
+    assert f"{estimate_memory(config, 1).peak / GIB:.1f}" in message
+    assert "check_memory=false tries it all the same" in message
+    mend = message.partition("with rows_per_micro_batch=")[2].split()[0]
+    smaller = replace(config, rows_per_micro_batch=int(mend))
+    assert fits(smaller, 1, room)
+    assert not fits(replace(config, rows_per_micro_batch=2 * int(mend)), 1, room)
+    check_memory(smaller, 1, room)
+    with pytest.raises(ValueError, match="take more GPUs, a smaller model or shorter rows"):
+        check_memory(config, 1, 2 * GIB)
+
+    gpu = SimpleNamespace(total_memory=room)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    ranks = SimpleNamespace(device=torch.device("cuda"), world_size=1)
+    with pytest.raises(ValueError, match="check_memory=false"):
+        check_room(config, ranks)
+    check_room(replace(config, check_memory=False), ranks)
+    check_room(config, SimpleNamespace(device=torch.device("cpu"), world_size=1))
+
+
+def test_a_run_is_refused_before_its_data_are_read(tmp_path, monkeypatch):
+    def refuse(config, ranks):
+        raise ValueError("does not fit")
+
+    monkeypatch.setattr(run, "check_room", refuse)
+    monkeypatch.setattr(run, "_open_data", None)
+    config = configure("experiment=debug", "device=cpu", f"run_dir={tmp_path / 'run'}")
+    with pytest.raises(ValueError, match="does not fit"):
+        run.build(config, [], None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_said():
+    page = plan.run_plan(["model=60m", "attention=dash", "gpus=2", "gpu=H100", "deepspeed=zero2"])
+    for line in ("2 x H100, ZeRO stage 2, bf16", "activations", "lists of the sparse kernels", "tokens/s", "fits"):
+        assert line in page
+    page = plan.run_plan(["sweep=smoke", "gpu=H200"])
+    assert "5 runs, one after the other" in page
+    with pytest.raises(ValueError, match=r"gpu=H300 is not known: choose from H100"):
+        plan.run_plan(["gpu=H300"])
+    with pytest.raises(ValueError, match="rows_per_batch=16 does not divide among 3 ranks"):
+        plan.run_plan(["gpus=3"])
