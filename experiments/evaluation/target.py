@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from dashattn.ops.full.reference import use_flash_attention_3
 from data import BatchStream, DataConfig, PackedDataConfig, TextTokenizer, build_data, build_tokenizer
 from experiments.config import TrainConfig, load_config
 from experiments.files import CONFIG, START, TOKENIZER, WEIGHTS, is_foreign, read_json
@@ -151,6 +152,7 @@ def build_model(target: Target) -> Transformer:
     if loaded.differs:
         print(f"weights of {checkpoint}; {loaded}")
     model.set_step(read_step(checkpoint) if target.is_untrained else read_state(checkpoint)["step"])
+    use_flash_attention_3(torch.device(train.device))
     return model.to(train.device, DTYPES[train.deepspeed.precision]).eval()
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed
 
+from dashattn.ops.full.reference import use_flash_attention_3
+
 
 def world_size() -> int:
     """Number of ranks of this launch, as torchrun says it; 1 without a launcher."""
@@ -87,6 +89,7 @@ def init_ranks(device: str, sequence_parallel: int = 1) -> Ranks:
     torch_device = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
     if device == "cuda":
         torch.cuda.set_device(torch_device)
+    use_flash_attention_3(torch_device)
 
     import deepspeed
     from deepspeed.accelerator import get_accelerator

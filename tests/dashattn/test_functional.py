@@ -1,17 +1,24 @@
 """The public functions against the token-by-token oracle, and the properties that users rely on."""
 
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import oracle
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 from dashattn import dash_attention, full_attention, infllmv2_attention, nsa_attention
 from dashattn.ops.block_scores.reference import topk_selection
 from dashattn.ops.compression.reference import num_windows
 from dashattn.ops.dash_routing.reference import dash_routing
-from dashattn.ops.full.reference import pays_for_a_plan
+from dashattn.ops.full.reference import (
+    dense_kernels,
+    flash_attention_3_is_active,
+    pays_for_a_plan,
+    use_flash_attention_3,
+)
 
 D = 8
 BLOCKS = {"block_size": 8, "kernel_size": 4, "kernel_stride": 2}
@@ -586,3 +593,33 @@ def test_where_a_plan_for_dense_attention_pays(shape, expected):
     assert pays_for_a_plan(torch.Size(shape))
     with torch.no_grad():
         assert pays_for_a_plan(torch.Size(shape)) == expected
+
+
+@pytest.fixture
+def hopper(monkeypatch, tmp_path):
+    """A device of its capability, and a package of FlashAttention-3's name; what a test activates ends with it."""
+    pytest.importorskip("torch.nn.attention._registry")  # from PyTorch 2.11 on
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    (tmp_path / "flash_attn_interface.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    yield torch.device("cuda")
+    torch.nn.attention.restore_flash_attention_impl(_raise_warn=False)
+
+
+def test_flash_attention_3_comes_before_cudnn_once_a_program_takes_it(hopper, monkeypatch):
+    q = torch.zeros(1, 8192, 8, 128, dtype=torch.bfloat16)
+    assert dense_kernels(q, None)[0] == SDPBackend.CUDNN_ATTENTION
+    impls = torch.nn.attention._registry._FLASH_ATTENTION_IMPLS
+    monkeypatch.setitem(impls, "FA3", lambda: SimpleNamespace(remove=lambda: None))
+    use_flash_attention_3(torch.device("cpu"))
+    assert not flash_attention_3_is_active()
+    use_flash_attention_3(hopper)
+    assert flash_attention_3_is_active()
+    assert dense_kernels(q, None)[0] == SDPBackend.FLASH_ATTENTION
+    assert dense_kernels(q.float(), None)[0] == SDPBackend.CUDNN_ATTENTION  # which then goes on to the next
+
+
+def test_a_flash_attention_3_that_pytorch_cannot_use_is_told_and_left(hopper):
+    with pytest.warns(UserWarning, match="flash_attn_interface is installed, but PyTorch cannot use it"):
+        use_flash_attention_3(hopper)
+    assert not flash_attention_3_is_active()

@@ -1,6 +1,8 @@
 """Dense causal attention through PyTorch's SDPA. Shapes: B batch, T tokens, Hq / Hkv heads, D head size."""
 
+import warnings
 from contextlib import nullcontext
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dashattn.documents import per_document
 
-# cuDNN's kernels are the fastest on Hopper, but plan each new shape. PyTorch's own choice differs with the heads.
+# cuDNN's kernels are the fastest that PyTorch brings for Hopper, but plan each new shape. PyTorch's own choice differs
+# with the heads.
 PLANLESS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, *PLANLESS]
 ROW_UNIT = 128  # tokens; rows of a data set have a multiple of it
@@ -40,8 +43,34 @@ def sdpa_attention(
             )
         return out.transpose(1, 2)
 
-    kernels = CUDNN_FIRST if cu_seqlens is None and pays_for_a_plan(q.shape) else PLANLESS
+    kernels = dense_kernels(q, cu_seqlens)
     return torch.cat(per_document(attend, cu_seqlens, q, k, v), dim=1)
+
+
+def dense_kernels(q: Tensor, cu_seqlens: Tensor | None) -> list[SDPBackend]:
+    """What SDPA may take, first what it should."""
+    if flash_attention_3_is_active() and q.dtype in HALVES:
+        return PLANLESS
+    return CUDNN_FIRST if cu_seqlens is None and pays_for_a_plan(q.shape) else PLANLESS
+
+
+def flash_attention_3_is_active() -> bool:
+    """Whether PyTorch's FlashAttention is version 3 in this process, which on Hopper is faster than cuDNN."""
+    return getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)() == "FA3"
+
+
+def use_flash_attention_3(device: torch.device) -> None:
+    """Lets PyTorch's FlashAttention be version 3, for the whole process, where flash_attn_interface is installed and
+    ``device`` is a Hopper. For programs, not for libraries; a package that PyTorch cannot use is warned of."""
+    has_impls = hasattr(torch.nn.attention, "activate_flash_attention_impl")  # from PyTorch 2.11 on
+    if device.type != "cuda" or not has_impls or find_spec("flash_attn_interface") is None:
+        return
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return
+    try:
+        torch.nn.attention.activate_flash_attention_impl("FA3")
+    except (ImportError, RuntimeError, OSError) as error:
+        warnings.warn(f"flash_attn_interface is installed, but PyTorch cannot use it: {error}", stacklevel=2)
 
 
 def pays_for_a_plan(shape_BTHD: torch.Size) -> bool:
