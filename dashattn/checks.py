@@ -100,6 +100,17 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Non
         check_cu_seqlens(cu_seqlens, q)
 
 
+def check_max_seqlen(max_seqlen: int, cu_seqlens: Tensor | None) -> None:
+    """On a GPU it is checked there, and nobody waits: below the longest document CUDA stops with an error."""
+    check(cu_seqlens is not None, "max_seqlen is the length of the longest packed document: pass cu_seqlens, too")
+    lengths = cu_seqlens.diff()
+    is_bound = (lengths <= max_seqlen).all()
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        check(bool(is_bound), f"max_seqlen={max_seqlen} is below the length of a document, {lengths.tolist()}")
+    else:
+        torch._assert_async(is_bound, "max_seqlen is below the length of a document")
+
+
 def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
     check(q.shape[0] == 1, f"cu_seqlens packs the documents of one row: B must be 1; got {q.shape[0]}")
     check(

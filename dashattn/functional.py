@@ -48,10 +48,15 @@ def full_attention(
     *,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     impl: str = "auto",
     return_stats: bool = False,
 ) -> Output:
     """Exact causal softmax attention through PyTorch's ``scaled_dot_product_attention``.
+
+    Args:
+        max_seqlen: tokens of the longest packed document, or more. FlashAttention launches as many blocks of threads
+            for each document, so that without it many short documents in a long row take several times as long.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
@@ -59,7 +64,9 @@ def full_attention(
     checks.check_qkv(q, k, v, cu_seqlens)
     checks.check_choice("impl", impl, IMPLS)
     check(impl != "triton", "full_attention has no Triton kernels, it is PyTorch's SDPA: use impl='auto'")
-    out = sdpa_attention(q, k, v, scale=scale, cu_seqlens=cu_seqlens)
+    if max_seqlen is not None:
+        checks.check_max_seqlen(max_seqlen, cu_seqlens)
+    out = sdpa_attention(q, k, v, scale=scale, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
     if not return_stats:
         return out
     return out, dense_stats(*k.shape[:3], k.device, cu_seqlens)

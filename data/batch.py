@@ -20,6 +20,7 @@ class Batch:
     labels: Tensor  # int64 [B, T]
     position_ids: Tensor  # int64 [B, T], position in the document
     cu_seqlens: Tensor | None = None  # int32 [N + 1], the documents' boundaries when B == 1 holds packed documents
+    max_seqlen: int | None = None  # tokens of the longest of these
     sources: tuple[str, ...] = ()  # of each row of text the corpus it comes from; none where rows are generated
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -28,6 +29,7 @@ class Batch:
             self.labels.to(device, non_blocking=True),
             self.position_ids.to(device, non_blocking=True),
             None if self.cu_seqlens is None else self.cu_seqlens.to(device, non_blocking=True),
+            self.max_seqlen,
             self.sources,
         )
 
@@ -35,7 +37,7 @@ class Batch:
         """In page-locked memory, from which ``to`` copies while the GPU computes."""
         cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.pin_memory()
         tensors = (self.input_ids.pin_memory(), self.labels.pin_memory(), self.position_ids.pin_memory(), cu_seqlens)
-        return Batch(*tensors, self.sources)
+        return Batch(*tensors, self.max_seqlen, self.sources)
 
     @property
     def num_tokens(self) -> int:

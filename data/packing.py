@@ -57,9 +57,11 @@ def collate(rows: list[Row], pack: str) -> Batch:
         position_ids = np.broadcast_to(np.arange(seq_len), tokens.shape).copy()
         return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(position_ids))
     starts = np.concatenate([row.starts + index * seq_len for index, row in enumerate(rows)])
+    boundaries = np.append(starts, tokens.size)
     return Batch(
         input_ids=torch.from_numpy(tokens.reshape(1, -1)),
         labels=torch.from_numpy(labels.reshape(1, -1)),
         position_ids=torch.from_numpy(positions(starts, tokens.size)[None]),
-        cu_seqlens=torch.from_numpy(np.append(starts, tokens.size).astype(np.int32)),
+        cu_seqlens=torch.from_numpy(boundaries.astype(np.int32)),
+        max_seqlen=int(np.diff(boundaries).max()),
     )

@@ -279,8 +279,9 @@ def calibrate(
         keys = torch.zeros(2, dtype=torch.float64, device=device)
         for batch in batches:
             # With labels, because then the logits of all tokens are never there at once.
-            where = {"position_ids": batch.position_ids, "cu_seqlens": batch.cu_seqlens}
-            output = model(batch.input_ids, labels=batch.labels, return_stats=True, **where)
+            documents = {"cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen}
+            options = {"position_ids": batch.position_ids, **documents, "return_stats": True}
+            output = model(batch.input_ids, labels=batch.labels, **options)
             keys += count_keys(model, output.stats, count)
         active, counted = total(*keys.tolist())
         return 1 - active / counted

@@ -22,6 +22,7 @@ from dashattn.selection import Chosen
 from dashattn.stats import AttentionStats
 from models.cache import ModelCache
 from models.config import ModelConfig
+from models.layers import RMSNorm, SwiGLU
 from models.loss import IGNORE, chunk_loss, cross_entropy
 from models.rope import no_rotation, rope_tables
 from models.sequence_parallel import SequenceParallel
@@ -93,6 +94,7 @@ class Transformer(nn.Module):
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
         lengths: Tensor | None = None,
         return_stats: bool = False,
     ) -> ModelOutput:
@@ -107,11 +109,12 @@ class Transformer(nn.Module):
             labels: int64 [B, T], the target of each position (already shifted); -100 is ignored.
             position_ids: integer [T] or [B, T], position in the document; by default counted from ``cu_seqlens``.
             cu_seqlens: int32 [N + 1], boundaries of packed documents, with B = 1; None = every row is one document.
+            max_seqlen: tokens of the longest of these, for dense attention to be faster; None = not known.
             lengths: integer [B], tokens of each row where rows are padded at their end with any token. What stands at a
                 row's own tokens is then what it would be alone.
             return_stats: fill ``ModelOutput.stats``.
         """
-        options = {"position_ids": position_ids, "cu_seqlens": cu_seqlens, "lengths": lengths}
+        options = {"position_ids": position_ids, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "lengths": lengths}
         hidden_BTE, stats, auxiliary_loss = self.hidden_states(input_ids_BT, **options, return_stats=return_stats)
         head = self.embedding.weight if self.lm_head is None else self.lm_head.weight
         if labels is None:
@@ -126,6 +129,7 @@ class Transformer(nn.Module):
         *,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
         lengths: Tensor | None = None,
         return_stats: bool = False,
     ) -> tuple[Tensor, list[AttentionStats] | None, Tensor | None]:
@@ -143,7 +147,7 @@ class Transformer(nn.Module):
         selections: dict[int, Chosen] = {}  # of layers from which others take them over
         for index, layer in enumerate(self.layers):
             taken = selections.get(layer.attention.backend.source)
-            inputs = (hidden_BTE, rope, cu_seqlens, return_stats, None, taken)
+            inputs = (hidden_BTE, rope, cu_seqlens, return_stats, None, taken, max_seqlen)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 # No layer draws random numbers.
                 outputs = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -283,11 +287,20 @@ class TransformerBlock(nn.Module):
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, x_BTE, rope, cu_seqlens, return_stats, cache: LayerCache | None = None, taken: Chosen | None = None
+        self,
+        x_BTE,
+        rope,
+        cu_seqlens,
+        return_stats,
+        cache: LayerCache | None = None,
+        taken: Chosen | None = None,
+        max_seqlen: int | None = None,
     ) -> tuple[Tensor, AttentionStats | None, Tensor | None, Chosen | None]:
         """The outputs beside the first are those of ``Attention``."""
         into_BTE = x_BTE if self.post_norm else self.attention_norm(x_BTE)
-        out_BTE, stats, loss, chosen = self.attention(into_BTE, rope, cu_seqlens, return_stats, cache, taken)
+        out_BTE, stats, loss, chosen = self.attention(
+            into_BTE, rope, cu_seqlens, return_stats, cache, taken, max_seqlen
+        )
         if self.post_norm:
             out_BTE = self.attention_norm(out_BTE)
         x_BTE = torch.add(x_BTE, out_BTE, alpha=self.residual_scale)
@@ -321,7 +334,14 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = (RMSNorm(size, config.norm_eps) for size in sizes)
 
     def forward(
-        self, x_BTE, rope, cu_seqlens, return_stats, cache: LayerCache | None = None, taken: Chosen | None = None
+        self,
+        x_BTE,
+        rope,
+        cu_seqlens,
+        return_stats,
+        cache: LayerCache | None = None,
+        taken: Chosen | None = None,
+        max_seqlen: int | None = None,
     ) -> tuple[Tensor, AttentionStats | None, Tensor | None, Chosen | None]:
         """The output, the stats, the backend's auxiliary loss, None without gradients, and what it ``hands_on``.
 
@@ -345,6 +365,7 @@ class Attention(nn.Module):
             out_BTHD, chosen = out if self.hands_on else (out, None)
             return self.o_proj(out_BTHD.flatten(-2)), None, None, chosen
         options |= {"cu_seqlens": cu_seqlens, "return_stats": return_stats, "share": share}
+        options |= {"max_seqlen": max_seqlen} if self.backend.takes_max_seqlen else {}
         loss = None
         if torch.is_grad_enabled():
             out, loss = self.backend.forward_with_loss(*qkv, **options)
@@ -356,27 +377,3 @@ class Attention(nn.Module):
             out_BTHD = self.sequence.scatter(out_BTHD)
             stats = stats and self.sequence.all_heads(stats)
         return self.o_proj(out_BTHD.flatten(-2)), stats, loss, chosen
-
-
-class SwiGLU(nn.Module):
-    def __init__(self, hidden_size: int, intermediate_size: int):
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-
-    def forward(self, x_BTE: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_BTE)) * self.up_proj(x_BTE))
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, accumulated in float32, result in x's dtype."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        # One dtype for both keeps the fused kernel, which accumulates in float32; autocast may widen its result.
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(x.dtype)

@@ -132,6 +132,7 @@ class AttentionBackend(nn.Module):
     capabilities = Capabilities()
     source: int | None = None  # the layer whose selection it takes over
     uncompiled: tuple[str, ...] = ("decode",)  # methods that torch.compile calls as they are
+    takes_max_seqlen = False  # forward is faster if it is told ``max_seqlen``, tokens of the longest packed document
 
     def __init__(self, config: AttentionConfig, shape: AttentionShape):
         super().__init__()

@@ -18,8 +18,23 @@ class FullConfig(AttentionConfig):
 class FullBackend(AttentionBackend):
     """Exact causal softmax attention; no parameters."""
 
-    def forward(self, q, k, v, *, hidden=None, rope=None, cu_seqlens=None, return_stats=False, share=ALL_HEADS):
-        return full_attention(q, k, v, cu_seqlens=cu_seqlens, impl=self.config.impl, return_stats=return_stats)
+    takes_max_seqlen = True
+
+    def forward(
+        self,
+        q,
+        k,
+        v,
+        *,
+        hidden=None,
+        rope=None,
+        cu_seqlens=None,
+        max_seqlen=None,
+        return_stats=False,
+        share=ALL_HEADS,
+    ):
+        documents = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+        return full_attention(q, k, v, **documents, impl=self.config.impl, return_stats=return_stats)
 
     @property
     def block_size(self):

@@ -89,6 +89,7 @@ def forward(engine, batch: Batch, device: torch.device, *, return_stats: bool = 
         labels=batch.labels,
         position_ids=batch.position_ids,
         cu_seqlens=batch.cu_seqlens,
+        max_seqlen=batch.max_seqlen,
         return_stats=return_stats,
     )
 

@@ -527,6 +527,8 @@ REFUSALS = {
     "cu_seqlens end": (full_attention, {"cu_seqlens": CU([0, 15])}, "rise from 0 to T = 16"),
     "cu_seqlens order": (full_attention, {"cu_seqlens": CU([0, 9, 8, 16])}, "rise from 0"),
     "cu_seqlens dtype": (full_attention, {"cu_seqlens": torch.tensor([0, 16])}, "must be int32"),
+    "max_seqlen": (full_attention, {"cu_seqlens": CU([0, 9, 16]), "max_seqlen": 8}, "below the length of a document"),
+    "max_seqlen alone": (full_attention, {"max_seqlen": 16}, "pass cu_seqlens, too"),
     "cu_seqlens batch": (full_attention, TWO_ROWS | {"cu_seqlens": CU([0, 16])}, "B must be"),
     "impl": (full_attention, {"impl": "cuda"}, "auto, triton, reference"),
     "chunk size": (dash_attention, {"chunk_query": R, "chunk_size": 0}, "chunk_size must be a positive integer"),

@@ -68,6 +68,7 @@ def test_segments_hold_one_document_each(seed, seq_len):
     # ... and a document is cut nowhere but at row ends.
     document_starts = {sum(map(len, documents[:index])) for index in range(len(documents) + 1)}
     assert set(boundaries) == document_starts | set(range(0, total + 1, seq_len))
+    assert batch.max_seqlen == max(stop - start for start, stop in itertools.pairwise(boundaries))
 
 
 def test_plain_has_the_same_tokens_and_targets_without_boundaries():
@@ -88,5 +89,6 @@ def test_batch_to_keeps_everything():
     batch = collate(pack(random_documents(np.random.default_rng(0)), 16), "documents")
     moved = batch.to("cpu")
     assert (moved.cu_seqlens == batch.cu_seqlens).all()
+    assert moved.max_seqlen == batch.max_seqlen
     assert moved.num_tokens == batch.input_ids.numel()
     assert moved.num_targets == int((batch.labels >= 0).sum())

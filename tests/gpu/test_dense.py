@@ -7,6 +7,7 @@ from dashattn import full_attention
 from dashattn.documents import per_document
 
 BF16 = torch.bfloat16
+LENGTHS = [1, 300, 0, 64, 900, 7]
 
 
 def gradients(function, inputs, grad):
@@ -22,9 +23,13 @@ def exact(q, k, v):
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("lengths", [None, [1, 300, 0, 64, 900, 7]], ids=["one document", "packed"])
+@pytest.mark.parametrize(
+    ("lengths", "max_seqlen"),
+    [(None, None), (LENGTHS, None), (LENGTHS, 900)],
+    ids=["one document", "packed", "packed, max_seqlen"],
+)
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(16, 4, 64), (8, 8, 128), (6, 2, 96)])
-def test_output_and_gradients(heads, kv_heads, head_dim, lengths, compiled):
+def test_output_and_gradients(heads, kv_heads, head_dim, lengths, max_seqlen, compiled):
     torch._dynamo.reset()
     length = 1272
     cu_seqlens = None
@@ -36,7 +41,7 @@ def test_output_and_gradients(heads, kv_heads, head_dim, lengths, compiled):
     ]
     grad = torch.randn_like(inputs[0])
     attend = torch.compile(full_attention, fullgraph=True) if compiled else full_attention
-    found = gradients(lambda *qkv: attend(*qkv, cu_seqlens=cu_seqlens), inputs, grad)
+    found = gradients(lambda *qkv: attend(*qkv, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen), inputs, grad)
     expected = gradients(
         lambda *qkv: torch.cat(per_document(exact, cu_seqlens, *qkv), 1),
         [x.detach().double().requires_grad_() for x in inputs],

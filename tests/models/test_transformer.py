@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from test_rope import turned_by_definition
 
-from dashattn.backends import DashConfig, FullConfig, InfLLMv2Config, NSAConfig
+from dashattn.backends import DashConfig, FullConfig, InfLLMv2Config, NSAConfig, full
+from data.packing import Row, collate
+from experiments.training.engine import forward
 from models import ModelConfig, RopeConfig, Transformer
 from models.rope import rope_tables
 
@@ -107,8 +110,18 @@ def test_packed_documents_equal_documents_alone(attention):
     with torch.no_grad():
         alone = torch.cat([model(document).logits for document in documents], dim=1)
         torch.testing.assert_close(model(packed, cu_seqlens=cu_seqlens).logits, alone, atol=1e-5, rtol=0)
-        given = model(packed, cu_seqlens=cu_seqlens, position_ids=position_ids).logits
+        given = model(packed, cu_seqlens=cu_seqlens, max_seqlen=45, position_ids=position_ids).logits
         torch.testing.assert_close(given, alone, atol=1e-5, rtol=0)
+
+
+def test_dense_attention_is_told_the_longest_document(monkeypatch):
+    told = []
+    monkeypatch.setattr(full, "full_attention", lambda q, k, v, *, max_seqlen, **_: told.append(max_seqlen) or q)
+    model = build(DashConfig(chunk_size=8, layers={"1": "full"}))
+    rows = [Row(np.arange(30), np.arange(30), np.array([0, 11])), Row(np.arange(30), np.arange(30), np.array([0, 23]))]
+    batch = collate(rows, "documents")
+    forward(model, batch, torch.device("cpu"))
+    assert told == [23]
 
 
 def test_packed_documents_are_one_row():

@@ -21,17 +21,25 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 def sdpa_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, cu_seqlens: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> Tensor:
     """Causal softmax attention of q [B, T, Hq, D] over k, v [B, T, Hkv, D].
 
-    Packed documents in 16 bits on a GPU are one call of FlashAttention, elsewhere one of SDPA each.
+    Packed documents in 16 bits on a GPU are one call of FlashAttention, elsewhere one of SDPA each. Not cuDNN's ragged
+    batches, though their forward is the faster one: in PyTorch 2.11 their backward takes the head size for the longest
+    document.
     """
     if cu_seqlens is not None and q.is_cuda and q.dtype in HALVES and q.shape[-1] in range(8, 257, 8):
         from dashattn.ops.full.varlen import GROUPED, varlen_attn
 
-        length = q.shape[1]  # bounds the documents', which only the device knows
-        documents = (cu_seqlens, cu_seqlens, length, length)
+        longest = q.shape[1] if max_seqlen is None else max_seqlen
+        documents = (cu_seqlens, cu_seqlens, longest, longest)
         out = varlen_attn(q[0], k[0], v[0], *documents, scale=scale, window_size=(-1, 0), **GROUPED)
         return out[None]
 

@@ -138,8 +138,8 @@ def _measure(setting: Setting, stream: BatchStream, names: Sequence[str], num_ro
     tally = Tally(names)
     for batch in stream:
         batch = batch.to(setting.device)
-        options = {"position_ids": batch.position_ids, "cu_seqlens": batch.cu_seqlens, "return_stats": True}
-        tally.add(batch, setting.model(batch.input_ids, labels=batch.labels, **options))
+        documents = {"position_ids": batch.position_ids, "cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen}
+        tally.add(batch, setting.model(batch.input_ids, labels=batch.labels, **documents, return_stats=True))
         if num_rows is not None:
             setting.advance(len(tally.by_row) / num_rows)
     return tally
