@@ -55,7 +55,8 @@ class CorpusConfig(Checked, at="data"):
     path: Line | None = None  # its name, e.g. HuggingFaceFW/fineweb-edu
     config_name: Line | None = None  # of a data set that has several
     hub_split: Line = "train"  # split of the data set
-    revision: Line | None = None  # commit or tag; null = the newest
+    # Commit, branch or tag; null = the newest, or what the run began with. A run keeps the commit.
+    revision: Line | None = None
     # files: paths or globs of .txt, .json, .jsonl / .ndjson and .parquet, also packed (.gz, .zst, .xz, .bz2)
     files: list[Line] = field(default_factory=list)
     text_column: Line = "text"  # field of a row that holds the text

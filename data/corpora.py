@@ -15,6 +15,7 @@ from data.cache import fingerprint
 from data.config import CorpusConfig
 from data.digests import file_digests
 from data.files import DataSourceError, column, file_kind, file_texts, text_of
+from data.hub import commit_of, open_hub
 from data.recall import RECALL_VERSION, recall_document
 
 # Source files outside these sizes (bytes) are stubs or generated tables.
@@ -61,7 +62,7 @@ def iterate_documents(corpus: CorpusConfig) -> Iterator[Document]:
 
 def corpus_fingerprint(corpus: CorpusConfig, cache_dir: str | Path) -> str:
     """Changes with the documents or their order, and with nothing else: wherever the files lie and whenever they were
-    written, their content counts. Of a hub data set only the revision is known.
+    written, their content counts. A hub data set is known by its commit.
 
     Args:
         cache_dir: keeps the digests of files, which are not read again while their size and times stay.
@@ -77,7 +78,9 @@ def corpus_fingerprint(corpus: CorpusConfig, cache_dir: str | Path) -> str:
             if any(file_kind(path) == "text" for path in paths):
                 contents += [corpus.document_separator, corpus.document_bytes]
     else:
-        contents = [corpus.path, corpus.config_name, corpus.hub_split, corpus.revision, corpus.text_column]
+        with source_errors(corpus):
+            commit = commit_of(corpus.path, corpus.config_name, corpus.revision)
+        contents = [corpus.path, corpus.config_name, corpus.hub_split, commit, corpus.text_column]
     return fingerprint(corpus.source, contents, corpus.max_documents, corpus.max_bytes)
 
 
@@ -148,11 +151,8 @@ def open_dataset(corpus: CorpusConfig, streaming: bool = True):
         return datasets.IterableDataset.from_generator(
             _file_rows, gen_kwargs={"corpus": corpus, "paths": data_files(corpus)}
         )
-    load = functools.partial(
-        datasets.load_dataset, corpus.path, corpus.config_name, split=corpus.hub_split, revision=corpus.revision
-    )
     with source_errors(corpus):
-        dataset = load(streaming=streaming)
+        dataset = open_hub(corpus, streaming=streaming)
     columns = dataset.column_names
     if columns is not None and corpus.text_column not in columns:
         raise ValueError(f"data.text_column={corpus.text_column!r} is not among the columns {columns}")

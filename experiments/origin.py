@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dashattn.backends import BACKENDS, AttentionConfig, FullConfig
 from data import NO_TOKEN, DataConfig, PackedDataConfig, TextTokenizer
+from data.hub import pinned
 from data.tokenizer import TOKENIZER as TOKENIZER_FILE
 from experiments.files import CONFIG, TOKENIZER, check_exists, is_foreign
 from experiments.schema import read_values
@@ -166,10 +167,10 @@ def _own_config(cfg: DictConfig) -> DictConfig | None:
     Raises:
         ValueError: it is damaged, or another user's and names a tokenizer for this process to read.
     """
-    places = [] if cfg.get("branch_from") is None else [parse_branch(cfg.branch_from)[0]]
+    run_dir = None
     with suppress(OmegaConfBaseException):  # a name made of values that are missing
-        places.insert(0, Path(cfg.run_dir).expanduser())
-    path = next((place / CONFIG for place in places if (place / CONFIG).is_file()), None)
+        run_dir = cfg.run_dir
+    path = _began_with(run_dir, cfg.get("branch_from"))
     if path is None:
         return None
     own = read_values(path)
@@ -179,6 +180,27 @@ def _own_config(cfg: DictConfig) -> DictConfig | None:
             f"tokenizer yourself, data.tokenizer={path.parent / TOKENIZER} if that is it"
         )
     return own
+
+
+def _began_with(run_dir: str | None, branch_from: str | None) -> Path | None:
+    """The config.yaml of a run that was started before, or of the one that it branches off."""
+    places = [] if run_dir is None else [Path(run_dir).expanduser()]
+    places += [] if branch_from is None else [parse_branch(branch_from)[0]]
+    return next((place / CONFIG for place in places if (place / CONFIG).is_file()), None)
+
+
+def with_commits(data: DataConfig, run_dir: str, branch_from: str | None) -> DataConfig:
+    """``data`` with the commits of what they read from the hub: those that a run began with, or the one that it
+    branches off, where no revision is named.
+
+    Raises:
+        ValueError: a commit cannot be had.
+    """
+    path, began = _began_with(run_dir, branch_from), {}
+    if path is not None:
+        own = read_values(path).data
+        began = {name: corpus.get("revision") for name, corpus in own.get("corpora", {data.name: own}).items()}
+    return pinned(data, began)
 
 
 def parse_branch(branch_from: str) -> tuple[Path, int]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dashattn.backends import FullConfig
 from data import NO_TOKEN, PackedDataConfig, TextTokenizer
+from data.hub import pinned
 from experiments.config import DeepSpeedConfig, TrainConfig
 from experiments.evaluation.config import EvaluateConfig
 from experiments.evaluation.target import Target, check_device
@@ -37,6 +38,7 @@ def locate_folder(config: EvaluateConfig) -> Target:
     if isinstance(data, PackedDataConfig):  # said in full: rows are known by it
         tokenizer = TextTokenizer.load(data.tokenizer, data.eos_token, data.bos_token)
         data = replace(data, bos_token=tokenizer.bos_token or NO_TOKEN)
+    data = pinned(data, {})
     longest = max([data.seq_len, *lengths])
     check_same_model(replace(model, max_seq_len=max(longest, model.max_seq_len)), folder)
     name = f"{folder.resolve().name}-{attention.name}"

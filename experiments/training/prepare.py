@@ -22,7 +22,7 @@ from data import BatchStream, PackedDataConfig, build_data, build_tokenizer, pre
 from experiments.config import TrainConfig, register_configs, to_train_config
 from experiments.errors import user_errors
 from experiments.files import CONFIGS
-from experiments.origin import check_origin_tokenizer, with_own_tokenizer
+from experiments.origin import check_origin_tokenizer, with_commits, with_own_tokenizer
 
 register_configs()
 
@@ -34,7 +34,8 @@ def prepare(config: TrainConfig) -> None:
     if config.init_from is not None and not config.any_tokenizer:
         check_origin_tokenizer(config.data, Path(config.init_from).expanduser())
     cache_dir = Path(config.cache_dir).expanduser()
-    data = with_own_tokenizer(config.data, Path(config.run_dir).expanduser())
+    data = with_commits(config.data, config.run_dir, config.branch_from)
+    data = with_own_tokenizer(data, Path(config.run_dir).expanduser())
     tokenizer = build_tokenizer(data, cache_dir)
     for name, corpus in prepare_all(data, tokenizer, cache_dir, verify=True).items():
         parts = [*corpus.training.values(), corpus.validation]

@@ -20,7 +20,7 @@ from data import NO_TOKEN, Batch, BatchStream, Prefetched, TextTokenizer, build_
 from experiments.config import TrainConfig
 from experiments.errors import Stopped
 from experiments.files import ANOMALIES, METRICS, read_rows
-from experiments.origin import with_own_tokenizer
+from experiments.origin import with_commits, with_own_tokenizer
 from experiments.provenance import device_name
 from experiments.sparsity import HOLD_EVERY, Hold, count_keys, knob_span
 from experiments.training.anomalies import LossWatch
@@ -94,6 +94,7 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
     Raises:
         ValueError: the run directory, the data or the weights do not fit the configuration.
     """
+    config = replace(config, data=with_commits(config.data, config.run_dir, config.branch_from))
     run_dir = find_run_dir(config)
     # What needs no other rank, device or data comes first: a complete run, a cell of a sweep say, ends here at once,
     # and wrong weights are refused before the data are prepared.

@@ -27,6 +27,7 @@ from experiments.training.checkpoint import seal
 from experiments.training.prepare import prepare
 from experiments.training.ranks import Ranks
 from tests.experiments.conftest import CONFIGS
+from tests.fake_hub import FIRST, PATH, SECOND, FakeHub
 from train import train
 
 MQAR = (
@@ -183,6 +184,46 @@ def test_a_corpus_that_was_moved_or_touched_is_the_same(make, tmp_path):
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(ValueError, match=r"differ from those that the run in .* began with \(tokens_fingerprint\)"):
         train(make("run", "steps=3", files=moved))
+
+
+def test_a_run_keeps_the_commit_of_what_it_reads_from_the_hub(make_config, tmp_path, monkeypatch):
+    corpora = [write_corpus(tmp_path / "corpora" / f"{seed}.jsonl", seed) for seed in (0, 1)]
+    first, second = ([row["text"] for row in read_rows(path)] for path in corpora)
+    hub = FakeHub(tmp_path, monkeypatch, {FIRST: first, SECOND: second})
+    own = ("data=hub", f"data.path={PATH}", "data.config_name=null", "data.streaming=false", "data.max_bytes=null")
+    own = (
+        *own,
+        "data.validation_fraction=0.1",
+        f"cache_dir={tmp_path / 'cache'}",
+        "save_every=1",
+        "steps=2",
+        "keep_checkpoints=0",
+    )
+
+    def make(name, *overrides):
+        return make_config(name, *own, *overrides)
+
+    run = train(make("run"))
+    last = weights(run, 2)
+    assert load_config(run / "config.yaml").data.revision == FIRST
+    hub.move()
+    set_back(run, 1)
+    assert_same(weights(train(make("run")), 2), last)
+    config = EvaluateConfig(run=str(run), device="cpu", threads=1)
+    assert len(list(evaluate(config, find_target(config)))) == 1
+    set_back(run, 1)
+    for revision in ("main", SECOND):
+        with pytest.raises(ValueError, match=rf"data\.revision: {FIRST} there, {SECOND} now"):
+            train(make("run", f"data.revision={revision}"))
+    assert_same(weights(train(make("other", f"data.revision={FIRST}")), 2), last)
+    other = train(make("new"))
+    assert load_config(other / "config.yaml").data.revision == SECOND
+    starts = [json.loads((x / "start.json").read_text())["data"]["tokens_fingerprint"] for x in (run, other)]
+    assert starts[0] != starts[1]
+    hub.disconnect()  # what was prepared needs no network
+    set_back(run, 1)
+    assert_same(weights(train(make("run")), 2), last)
+    assert train(make("offline")).is_dir()
 
 
 WSD = ("optim=wsd", "optim.lr=3e-3", "optim.warmup_steps=1", "optim.decay_fraction=0.4", "attention=dash")
