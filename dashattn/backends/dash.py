@@ -89,10 +89,15 @@ class DashConfig(AttentionConfig):
 
     @classmethod
     def variants(cls, block_size):
-        """With the attention sink always read, too, and the other selectors."""
+        """With the attention sink always read, too, the other selectors, and HiLS and MoBA."""
         sink = cls(chunk_size=block_size, init_chunks=1)
         controls = {f"dash_{name}": cls(chunk_size=block_size, selector=name, prior="raw") for name in ("topk", "topp")}
-        return {"dash": cls(chunk_size=block_size), "dash_sink": sink} | controls
+        topk = controls["dash_topk"]
+        others = {
+            "hils": replace(topk, prior="mass", local_chunks=1),
+            "moba": replace(topk, prior="none", learn_summary=False),
+        }
+        return {"dash": cls(chunk_size=block_size), "dash_sink": sink} | controls | others
 
     @classmethod
     def samples(cls):

@@ -425,6 +425,12 @@ def test_refusals(make, message):
         make()
 
 
+def test_what_runs_in_pytorch_is_told():
+    told = {name: build(config).capabilities.in_pytorch for name, config in CONFIGS.items()}
+    assert told["hils"].endswith("all of decoding")
+    assert {name for name, what in told.items() if what} == {"hils", *(n for n in CONFIGS if n.startswith("indexer"))}
+
+
 def test_registry_names_agree():
     for name, (config, _) in BACKENDS.items():
         assert config().name == name
