@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from dashattn.backends import BACKENDS, AttentionConfig
@@ -27,7 +28,7 @@ from dashattn.fields import (
     Threads,
 )
 from data import NO_TOKEN, DataConfig, MixtureDataConfig, MQARDataConfig, TextDataConfig
-from experiments.origin import take_from_origin
+from experiments.origin import CHECKPOINT, take_from_origin
 from experiments.schema import DTYPES, read_values, to_config
 from models import ModelConfig
 from slurm.launcher import LauncherConfig
@@ -93,6 +94,9 @@ class TrainConfig(Checked):
 
     name: Line = MISSING  # of the run; made of what it trains unless given
     run_dir: Line = "outputs/${name}"  # all that the run writes; a run that is there is resumed
+    # Begin anew where run_dir holds a run, which is moved to a directory beside it; one that was begun so, and is not
+    # complete, goes on.
+    overwrite: bool = False
     cache_dir: Line = MISSING  # tokenizers and tokenized text, shared by runs
 
     model: ModelConfig = MISSING  # vocab_size null = the data's
@@ -141,8 +145,18 @@ class TrainConfig(Checked):
     threads: Threads | None = None  # of PyTorch on the CPU; null = PyTorch's choice
 
 
+def _model_name(init_from: str | None) -> str:
+    """Of the model that the command line chooses, for names of runs; of model=checkpoint the weights' name."""
+    if not HydraConfig.initialized():  # composed by a program
+        return "model"
+    choice = HydraConfig.get().runtime.choices.get("model", "model")
+    return Path(init_from).expanduser().name if choice == CHECKPOINT and init_from else choice
+
+
 def register_configs() -> None:
-    """Put the schemas into Hydra's store, where the ``defaults`` lists of configs/ name them."""
+    """Put the schemas into Hydra's store, where the ``defaults`` lists of configs/ name them, and what default names
+    are made of where OmegaConf looks for it."""
+    OmegaConf.register_new_resolver("model_name", _model_name, replace=True)
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
     store.store(group="model", name="model_schema", node=ModelConfig)

@@ -62,6 +62,17 @@ def take_from_origin(cfg: DictConfig) -> DictConfig:
     return cfg
 
 
+def is_own(run_dir: Path, *, overwrite: bool) -> bool:
+    """Whether a directory holds a run that a launch may go on with: with ``overwrite`` one that was begun with it.
+
+    Raises:
+        ValueError: its config.yaml is damaged.
+    """
+    if not (run_dir / CONFIG).is_file():
+        return False
+    return not overwrite or read_values(run_dir / CONFIG).get("overwrite", False) is True
+
+
 def with_own_tokenizer(data: DataConfig, home: Path) -> DataConfig:
     """``data`` read with the tokenizer that a run or a checkpoint keeps, whatever became of the place it was taken
     from, and with the token that begins its documents."""
@@ -169,7 +180,8 @@ def _own_config(cfg: DictConfig) -> DictConfig | None:
     """
     run_dir = None
     with suppress(OmegaConfBaseException):  # a name made of values that are missing
-        run_dir = cfg.run_dir
+        if is_own(Path(cfg.run_dir).expanduser(), overwrite=cfg.get("overwrite", False)):
+            run_dir = cfg.run_dir
     path = _began_with(run_dir, cfg.get("branch_from"))
     if path is None:
         return None

@@ -26,6 +26,7 @@ from experiments.provenance import snapshot
 from experiments.sweep.cells import Cell, SweepConfig, cells, write_plan
 from experiments.sweep.check import check_anywhere, check_cells
 from experiments.sweep.run_cell import run_in_job
+from experiments.training.replacing import set_aside
 from slurm.launcher import LauncherConfig
 from slurm.queue import max_array_size, queue
 from slurm.submit import submit
@@ -46,16 +47,23 @@ def submit_run(config: TrainConfig, overrides: Sequence[str]) -> str:
     launcher.check()
     check_anywhere(config, launcher.ranks)
     run_dir = Path(config.run_dir).expanduser().absolute()
-    train = tuple(o for o in overrides if not o.lstrip("+~").startswith(("launcher", "run_dir=")))
+    # A job that is queued again goes on with its run: what makes way for it does so now.
+    train = tuple(o for o in overrides if not o.lstrip("+~").startswith(("launcher", "run_dir=", "overwrite=")))
     evaluate = None if launcher.evaluate is None else (override("run", str(run_dir)), *launcher.evaluate)
     cell = Cell(config.name, run_dir, (*train, override("run_dir", str(run_dir))), evaluate, base=None)
+    if config.overwrite and run_dir.exists():
+        with _submitting(run_dir):
+            _check_not_queued(cell, run_dir)
+        set_aside(config)
     with _submitting(run_dir):
-        queued = _in_queue(run_dir)
-        if cell.name in queued:
-            raise ValueError(
-                f"{run_dir} waits or runs as job {queued[cell.name]}: leave it to that, or `scancel` it first"
-            )
+        _check_not_queued(cell, run_dir)
         return _submit([cell], launcher, run_dir, run_dir / SUBMITTED)[cell.name]
+
+
+def _check_not_queued(cell: Cell, run_dir: Path) -> None:
+    queued = _in_queue(run_dir)
+    if cell.name in queued:
+        raise ValueError(f"{run_dir} waits or runs as job {queued[cell.name]}: leave it to that, or `scancel` it first")
 
 
 def submit_sweep(config: SweepConfig) -> str:

@@ -8,8 +8,7 @@ import torch
 from dashattn.backends import AttentionBackend, AttentionShape, build_backends
 from data import PackedDataConfig, TextTokenizer
 from experiments.config import TrainConfig
-from experiments.files import CONFIG
-from experiments.origin import check_origin_tokenizer, model_of
+from experiments.origin import check_origin_tokenizer, is_own, model_of
 from experiments.sparsity import check_reachable, turned_layers
 from experiments.training.ranks import world_size
 from models.hf import check_continues, check_files, check_same_attention, check_same_model, is_hf_folder
@@ -183,7 +182,7 @@ def _check_origin(config: TrainConfig) -> None:
     folder = Path(config.init_from or "").expanduser()
     if config.init_from is None:
         return
-    is_begun = (Path(config.run_dir).expanduser() / CONFIG).exists()
+    is_begun = is_own(Path(config.run_dir).expanduser(), overwrite=config.overwrite)
     if not (config.any_tokenizer or is_begun):
         check_origin_tokenizer(config.data, folder)
     theirs = None if is_begun and not is_hf_folder(folder) else model_of(folder)

@@ -43,6 +43,7 @@ from experiments.training.memory import check_room
 from experiments.training.metrics import Clock, MetricsWriter, attention_metrics, peak_memory_mib
 from experiments.training.optim import build_optimizer, check_order, freeze, learning_rate, parameter_order
 from experiments.training.ranks import Ranks, init_ranks
+from experiments.training.replacing import make_way
 from experiments.training.run_dir import (
     RunDir,
     check_start,
@@ -94,6 +95,8 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
     Raises:
         ValueError: the run directory, the data or the weights do not fit the configuration.
     """
+    if config.overwrite:
+        make_way(config, init_ranks(config.device, config.sequence_parallel), resources)
     config = replace(config, data=with_commits(config.data, config.run_dir, config.branch_from))
     run_dir = find_run_dir(config)
     # What needs no other rank, device or data comes first: a complete run, a cell of a sweep say, ends here at once,

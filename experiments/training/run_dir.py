@@ -67,7 +67,7 @@ from experiments.training.ranks import world_size
 # how the work is divided, but not what is learned beyond rounding; or, like the place of a corpus, where to look for
 # what is known by its content.
 MAY_DIFFER = (
-    *("name", "run_dir", "cache_dir", "logger", "launcher", "log_every", "stats_every", "eval_every"),
+    *("name", "run_dir", "overwrite", "cache_dir", "logger", "launcher", "log_every", "stats_every", "eval_every"),
     *("save_every", "keep_checkpoints", "keep_every", "max_skipped_steps"),
     *(
         "activation_checkpointing",
