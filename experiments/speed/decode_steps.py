@@ -336,8 +336,8 @@ SPARSE_BASELINES = {"released_dash": (RELEASED, released_dash)}
 def recorded_step(
     model: Transformer, cache: DecodeCache, token_B: Tensor
 ) -> list[tuple[AttentionBackend, Tensor, LayerCache, Tensor, Tensor]]:
-    """A step without a graph: of every layer the backend, q, the cache, hidden and the output."""
-    records = []
+    """A step without a graph or compilation: of every layer the backend, q, the cache, hidden and the output."""
+    records, own = [], [vars(backend).get("decode") for backend in model.backends]
 
     def recording(backend):
         decode = backend.decode
@@ -351,7 +351,10 @@ def recorded_step(
 
     for backend in model.backends:
         backend.decode = recording(backend)
-    model.decode(token_B[:, None], cache)
-    for backend in model.backends:
+    with torch.compiler.set_stance("force_eager"):
+        model.decode(token_B[:, None], cache)
+    for backend, decode in zip(model.backends, own, strict=True):
         del backend.decode
+        if decode is not None:  # of a compiled model
+            backend.decode = decode
     return records

@@ -175,7 +175,8 @@ def _decode_table(rows: Sequence[dict]) -> list[str]:
         time = f"{row['ms']:.3g}" if whole else f"{row['ms'] * 1e3:.1f}"
         ratio = f"{row['ratio']:.2f}x" if row["ratio"] else ""
         end = f"{row['tokens_per_second']:.0f}" if whole else row["layers"]
-        case = f"| {tokens(row['length'])} | {batch(row)} | {sparsity} | {row['method']} "
+        method = row["method"] + (", not compiled" if whole and not row.get("compiled") else "")
+        case = f"| {tokens(row['length'])} | {batch(row)} | {sparsity} | {method} "
         out.append(f"{case}| {time} | {ratio} | {end} |")
     return out
 

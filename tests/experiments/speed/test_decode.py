@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import replace
+from functools import partialmethod
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 pytest.importorskip("triton")
 
@@ -21,6 +23,7 @@ from experiments.speed.measure import failed_check
 from experiments.speed.methods import SELECTED_BLOCKS, UnavailableError
 from experiments.speed.rows import DECODE, DENSE, FLASH_3, FULL, MODEL_DECODE, WHOLE
 from models.config import ModelConfig
+from models.transformer import Transformer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPE = Shape(heads=4, kv_heads=2, head_dim=16, chunk_size=32, dtype=torch.float16)
@@ -43,6 +46,8 @@ def rows_of(monkeypatch, tmp_path):
     def rows(**changes):
         monkeypatch.setattr(speed_decode, "LAYERS", (2, 2))
         monkeypatch.setattr(speed_decode, "CHECK_BATCH", 3)
+        compile_layers = partialmethod(Transformer.compile_layers, backend="eager")
+        monkeypatch.setattr(Transformer, "compile_layers", compile_layers)
         monkeypatch.setattr(speed_decode, "graph_times", lambda call, *_: [call() and 5.0, 7.0, 6.0])
         monkeypatch.setattr(speed_decode, "measure", lambda call, *_: [call() is not None and 5.0, 7.0, 6.0])
         config = make_config(tmp_path, **changes)
@@ -73,11 +78,16 @@ def test_a_layers_rows(rows_of):
 
 
 def test_a_whole_models_rows(rows_of):
-    rows = rows_of(decode=[], decode_model=[[128, 3]])
-    assert [(row["method"], row["pass"], row["status"]) for row in rows] == [
-        (FULL, MODEL_DECODE, "ok"),
-        ("dash", MODEL_DECODE, "ok"),
+    """The step that is timed is the compiled one, at each sparsity."""
+    counters.clear()
+    rows = rows_of(decode=[], decode_model=[[128, 3]], sparsities=[0.3, 0.4])
+    assert [(row["method"], row["pass"], row["status"], row["compiled"]) for row in rows] == [
+        (FULL, MODEL_DECODE, "ok", True),
+        ("dash", MODEL_DECODE, "ok", True),
+        ("dash", MODEL_DECODE, "ok", True),
     ]
+    assert rows[1]["causal_sparsity"] < rows[2]["causal_sparsity"]
+    assert counters["frames"]["ok"] > 0
     assert {row["tokens_per_second"] for row in rows} == {3 / 6e-3}
     assert {(row["heads"], row["layers"]) for row in rows} == {(4, 2)}
     assert rows[0]["parameters"] > 2 * speed_decode.VOCABULARY * MODEL.hidden_size
@@ -232,7 +242,7 @@ def some_rows():
     rows += [make_row(FULL, 0.9, batch=16), make_row("dash", 0.3, batch=16, sparsity=0.75)]
     model = {"pass": MODEL_DECODE, "heads": 16, "parameters": 1e9}
     rows.append(make_row(FULL, 4.0, **model, tokens_per_second=250.0))
-    rows.append(make_row("dash", 2.0, sparsity=0.75, **model, tokens_per_second=500.0))
+    rows.append(make_row("dash", 2.0, sparsity=0.75, **model, tokens_per_second=500.0, compiled=True))
     return rows
 
 
@@ -241,6 +251,7 @@ def test_table():
     assert "| 128k | 1 | 75.0% | dash | 30.0 | 3.00x | 6 |" in table  # to FlashAttention-3
     assert "| 128k | 16 | 75.0% | dash | 300.0 | 3.00x | 6 |" in table  # to our own, which alone was measured
     assert "| 128k | 1 | 75.0% | dash | 2 | 2.00x | 500 |" in table
+    assert "| 128k | 1 |  | full, not compiled | 4 | 1.00x | 250 |" in table
     assert "| 128k | 1 |  | full | 60.0 | 1.50x | 6 |" in table
     assert "forward" not in table
 
