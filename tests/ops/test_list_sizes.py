@@ -7,6 +7,7 @@ pytest.importorskip("triton")
 
 from dashattn import dash_attention
 from dashattn.ops.block_sparse import schedule
+from dashattn.ops.block_sparse import triton as sparse
 from dashattn.ops.dash_attention import triton as whole
 from dashattn.ops.tiles import Geometry, geometry
 from dashattn.selection import Selection
@@ -57,8 +58,8 @@ def attend(monkeypatch):
     def call():
         out = dash_attention(q, k, v, torch.zeros(1, 16), chunk_size=16, prior="raw", impl="triton")
         monkeypatch.setattr(schedule, "device_bytes", lambda device: call.room)
-        for name in ("summarise", "delta"):  # the first launches
-            monkeypatch.setattr(whole, name, launch)
+        for module, name in ((whole, "summarise"), (sparse, "delta")):  # the first launches
+            monkeypatch.setattr(module, name, launch)
         return out
 
     q, k, v = torch.randn(1, 40, 2, 16, requires_grad=True), *torch.randn(2, 1, 40, 1, 16)
