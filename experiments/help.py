@@ -193,7 +193,7 @@ class Command:
         everywhere = [option for kind in kinds for option in kind.options()]
         close = did_you_mean(path[0], own) or did_you_mean(path[0], dict.fromkeys(everywhere))
         return f"{name} does not exist{close.replace('mean ', f'mean {group}.').replace(' or ', f' or {group}.')}" + (
-            "" if close else self._elsewhere(path[-1])
+            "" if close else self._elsewhere(path[-1]) or "; --help shows what does"
         )
 
     def _wrong_below(self, option: Option, path: list[str], name: str, values: object) -> str | None:
@@ -223,23 +223,26 @@ class Command:
         return f"{key} does not exist" + (close or did_you_mean(key, self._keys()) or "; --help shows what does")
 
     def _elsewhere(self, last: str) -> str:
-        """Keys whose last name is this one."""
-        same = dict.fromkeys(key for key in self._keys() if key.split(".")[-1] == last)
-        return f": did you mean {' or '.join(list(same)[:3])}?" if same else ""
+        """Keys whose last name is this one; or else that are explained by these words."""
+        keys, words = self._keys(), last.replace("_", " ")
+        same = [key for key in keys if key.split(".")[-1] == last] or [key for key in keys if words in keys[key]]
+        return f": did you mean {' or '.join(same[:3])}?" if same else ""
 
-    def _keys(self) -> Iterator[str]:
-        yield from _keys_of(self.schema, "")
+    def _keys(self) -> dict[str, str]:
+        """All that there are, with what explains them."""
+        keys = dict(_keys_of(self.schema, ""))
         for group in self.groups:
             for kind in self.kinds(group):
-                yield from _keys_of(kind, f"{group}.")
+                keys |= _keys_of(kind, f"{group}.")
+        return keys
 
 
-def _keys_of(schema: Schema, prefix: str) -> Iterator[str]:
+def _keys_of(schema: Schema, prefix: str) -> Iterator[tuple[str, str]]:
     for option in schema.options().values():
         if option.schema is not None and not option.is_mapping:
             yield from _keys_of(option.schema, f"{prefix}{option.name}.")
         else:
-            yield f"{prefix}{option.name}"
+            yield f"{prefix}{option.name}", option.comment
 
 
 def _explain_group(command: Command, group: str) -> list[str]:

@@ -194,6 +194,5 @@ def test_a_typo_is_one_message(tiny_overrides):
     overrides, run_dir = tiny_overrides("typo", "optim.learning_rate=1")
     done = forked.run("train.py", *overrides)
     assert done.returncode == 1
-    assert "Key 'learning_rate' not in 'OptimConfig'" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.stderr == "error: optim.learning_rate does not exist: did you mean optim.lr or branch_from?\n"
     assert not run_dir.exists()
