@@ -5,6 +5,7 @@ Not for what a test wants to know of imports, of start-up or of launchers; on a 
 """
 
 import functools
+import gc
 import multiprocessing
 import os
 import runpy
@@ -99,6 +100,7 @@ def run(*arguments, processes: int = 1, cwd=ROOT, env=None, timeout: float = 300
 
 def _become(arguments: list[str], cwd: str, environment: dict[str, str], paths: dict[int, str]) -> None:
     """In the fork: be that command."""
+    gc.freeze()  # what a collection looks at is copied
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
@@ -20,7 +21,9 @@ from experiments.sweep.cells import cells, register_sweep_config
 from experiments.training.check import accumulation, check
 from models import Transformer
 from tests.checkpoints import make_folder
+from tests.composition import hasten
 
+hasten()
 register_configs()
 register_sweep_config()
 register_evaluate_config()
@@ -43,6 +46,13 @@ COMPANIONS = {
 def composed(*overrides: str) -> TrainConfig:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return to_config(compose("train", list(overrides)))
+
+
+@pytest.mark.parametrize("overrides", [[], ["attention=nsa", "optim=wsd", "steps=${rows_per_batch}"]])
+def test_what_is_composed_in_haste_is_what_hydra_composes(overrides, monkeypatch):
+    hasty = [composed(*overrides, "name=x") for _ in range(2)]
+    monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", ConfigLoaderImpl.load_configuration.__wrapped__)
+    assert hasty == 2 * [composed(*overrides, "name=x")]
 
 
 @pytest.mark.parametrize("choice", CHOICES)

@@ -27,7 +27,9 @@ from experiments.throughput.scaling import register_parallel_config
 from experiments.throughput.steps import register_throughput_config
 from experiments.training.check import check
 from tests.checkpoints import make_folder
+from tests.composition import hasten
 
+hasten()
 for register in (
     *(register_configs, register_evaluate_config, register_sweep_config, speed.register_speed_config),
     *(register_throughput_config, register_parallel_config),

@@ -7,7 +7,9 @@ from hydra import compose, initialize_config_dir
 from experiments.config import register_configs, to_train_config
 from experiments.speed.config import register_speed_config
 from experiments.throughput.steps import register_throughput_config
+from tests.composition import hasten
 
+hasten()
 register_configs()
 register_speed_config()
 register_throughput_config()

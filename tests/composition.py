@@ -1,0 +1,43 @@
+"""Hydra's ``compose``, which computes the same here without what it does over and over: in a thirtieth of the time.
+
+Replaced by name: where Hydra calls one of them otherwise, this fails.
+"""
+
+import copy
+import functools
+from pathlib import Path
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException
+from omegaconf.errors import OmegaConfBaseException
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@functools.cache
+def hasten() -> None:
+    """Read the files of ``configs/`` that overrides choose once, and set values in a copy of what was made of them."""
+    load = ConfigLoaderImpl.load_configuration
+    parser = OverridesParser.create()
+    parse = functools.cache(lambda override: parser.parse_overrides([override])[0])
+    made = {}
+
+    @functools.wraps(load)
+    def load_once(loader, config_name, overrides, run_mode, from_shell=True, validate_sweep_overrides=True):
+        sources = [source.path for source in loader.repository.get_sources()]
+        if from_shell or str(CONFIGS) not in sources:
+            return load(loader, config_name, overrides, run_mode, from_shell, validate_sweep_overrides)
+        chosen = tuple(each for each in overrides if (CONFIGS / each.split("=")[0].lstrip("+~")).is_dir())
+        values = [parse(each) for each in overrides if each not in chosen]
+        loader.validate_sweep_overrides_legal(values, run_mode, from_shell)
+        if (config_name, chosen) not in made:
+            made[config_name, chosen] = load(loader, config_name, list(chosen), run_mode, from_shell)
+        config = copy.deepcopy(made[config_name, chosen])
+        try:
+            loader._apply_overrides_to_config(values, config)
+        except OmegaConfBaseException as error:
+            raise ConfigCompositionException from error
+        return config
+
+    ConfigLoaderImpl.load_configuration = load_once
