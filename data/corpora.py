@@ -196,30 +196,29 @@ def _dataset_documents(corpus: CorpusConfig) -> Iterator[Document]:
 
 
 @functools.cache
-def _list_python_sources() -> list[tuple[Path, str, int]]:
-    """(path, name, bytes) of the .py files of the standard library and of site-packages, in the order of a hash of the
-    name, so that the head of the list samples all packages alike."""
+def _list_python_sources() -> list[tuple[str, str]]:
+    """(path, name) of the .py files of the standard library and of site-packages, in the order of a hash of the name,
+    so that the head of the list samples all packages alike."""
     paths = sysconfig.get_paths()
     sources = {}
-    for root in (paths["stdlib"], paths["purelib"], paths["platlib"]):
+    for root in dict.fromkeys((paths["stdlib"], paths["purelib"], paths["platlib"])):
         for folder, subfolders, names in os.walk(root):
             if root == paths["stdlib"]:  # the site-packages of the Python that a virtual environment stems from
                 subfolders[:] = [name for name in subfolders if name not in ("site-packages", "dist-packages")]
+            within = folder[len(root) + 1 :].replace(os.sep, "/") + "/" if folder != root else ""
             for name in names:
                 if name.endswith(".py"):
-                    path = Path(folder, name)
-                    relative = path.relative_to(root).as_posix()
-                    size = path.stat().st_size if path.exists() else 0
-                    if SMALLEST_SOURCE <= size <= LARGEST_SOURCE:
-                        sources.setdefault(relative, (path, relative, size))
-    return sorted(sources.values(), key=lambda source: digest(source[1]))
+                    sources.setdefault(within + name, os.path.join(folder, name))
+    return sorted(((path, name) for name, path in sources.items()), key=lambda source: digest(source[1]))
 
 
 def _python_sources() -> Iterator[Document]:
     seen = set()
-    for path, name, _ in _list_python_sources():
+    for path, name in _list_python_sources():
         try:
-            text = path.read_text(encoding="utf-8")
+            if not SMALLEST_SOURCE <= os.path.getsize(path) <= LARGEST_SOURCE:
+                continue
+            text = Path(path).read_text(encoding="utf-8")
         except (UnicodeDecodeError, OSError):
             continue
         key = digest(text)
