@@ -16,6 +16,7 @@ from dashattn.stats import selection_stats
 from experiments.files import SPEED, append_rows, read_rows
 from experiments.schema import to_config
 from experiments.speed import benchmark as speed
+from experiments.speed import methods
 from experiments.speed import report as speed_report
 from experiments.speed import rows as speed_rows
 from experiments.speed.config import SpeedConfig, check
@@ -30,13 +31,14 @@ from experiments.speed.inputs import (
     with_selection,
 )
 from experiments.speed.measure import failed_check
-from experiments.speed.methods import Method, UnavailableError, given_selection
+from experiments.speed.methods import Method, UnavailableError, given_selection, nearest_knob
 from experiments.speed.peers import block_lists
 from experiments.speed.rows import ATTENTION, BOTH, CUDNN, DENSE, FLASH_3, FORWARD, WHOLE
 from tests import forked
 
 ROOT = Path(__file__).parents[3]
 SHAPE = Shape(heads=4, kv_heads=2, head_dim=16, chunk_size=16, dtype=torch.float32)
+GROUP = Shape(heads=2, kv_heads=1, head_dim=16, chunk_size=16, dtype=torch.float32)
 
 
 def make_config(tmp_path, **changes):
@@ -121,7 +123,7 @@ def test_block_lists_hold_the_selection():
 def test_dash_sink_is_dash_with_the_first_chunk_forced():
     pytest.importorskip("triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    problem = make_problem("clustered", 160, 0.4, SHAPE, device=device)
+    problem = make_problem("clustered", 160, 0.4, GROUP, seed=1, device=device)
     operations = [method.prepare(problem) for method in speed.BACKENDS["dash_sink"]]
     sink = with_selection(problem, 1)
     for operation in operations:
@@ -135,9 +137,17 @@ def test_dash_sink_is_dash_with_the_first_chunk_forced():
 
 
 @pytest.mark.parametrize("name", ["dash_topk", "dash_topp"])
-def test_other_selectors_are_held_to_the_reference_at_the_sparsity_asked_for(name):
+def test_other_selectors_are_held_to_the_reference_at_the_sparsity_asked_for(name, monkeypatch):
     pytest.importorskip("triton")
-    problem = make_problem("clustered", 160, 0.4, SHAPE, device="cuda" if torch.cuda.is_available() else "cpu")
+    found = []
+
+    def nearest_once(*args):
+        """Routing and the whole are asked for the same sparsity."""
+        found.append(found[0] if found else nearest_knob(*args))
+        return found[0]
+
+    monkeypatch.setattr(methods, "nearest_knob", nearest_once)
+    problem = make_problem("clustered", 160, 0.4, GROUP, device="cuda" if torch.cuda.is_available() else "cpu")
     for method in speed.BACKENDS[name]:
         operation = method.prepare(problem)
         errors = operation.errors(problem.grad)
