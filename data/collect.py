@@ -65,7 +65,7 @@ def read_sources(sources: Iterable[str], patterns: list[str], skip: Skip) -> Ite
         given = os.path.expanduser(source)
         paths = [given] if os.path.exists(given) else sorted(glob.glob(given, recursive=True))
         if not paths:
-            raise ValueError(f"{source} matches no file")
+            raise ValueError(f"{source} {'matches no file' if glob.has_magic(given) else 'does not exist'}")
         for path in map(Path, paths):
             for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
                 if file.is_symlink() and file != path and not file.resolve().is_relative_to(path.resolve()):

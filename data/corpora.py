@@ -110,7 +110,8 @@ def data_files(corpus: CorpusConfig) -> list[str]:
         found = [path] if os.path.exists(path) else glob.glob(path, recursive=True)
         matches = [path for path in found if os.path.isfile(path)]
         if not matches:
-            raise ValueError(f"data.files has {pattern!r}, which matches no file")
+            missing = not (glob.has_magic(path) or os.path.exists(path))
+            raise ValueError(f"data.files has {pattern!r}, which {'does not exist' if missing else 'matches no file'}")
         paths.update(os.path.abspath(path) for path in matches)
     unknown = sorted(path for path in paths if file_kind(path) is None)
     if unknown:

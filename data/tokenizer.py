@@ -167,7 +167,7 @@ class TextTokenizer:
         if path.exists():
             backend, settings, folder = _read_tokenizer(path), _read_settings(path.parent), path.parent
         elif name.endswith(".json"):
-            raise ValueError(f"data.tokenizer={name!r} is no file")
+            raise ValueError(f"data.tokenizer={name!r} does not exist")
         else:
             backend, settings, folder = _from_hub(name), {}, None
         backend.no_padding()

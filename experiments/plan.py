@@ -170,8 +170,10 @@ def describe(plan: Plan) -> str:
         "compilation, validation and checkpoints",
         *(f"  note: {note}" for note in rate.notes),
     ]
-    if unsupported := config.attention.impl == "reference" or getattr(config.attention, "prior_heads", "") == "head":
-        lines += ["  note: this attention runs in PyTorch, for which memory and time are not known"] * unsupported
+    parts = {backend.capabilities.in_pytorch for backend in plan.model.backends} - {None}
+    if config.attention.impl == "reference" or getattr(config.attention, "prior_heads", "group") == "head":
+        parts.add("the whole attention")
+    lines += [f"  note: in PyTorch, which takes more memory and time than this: {part}" for part in sorted(parts)]
     return "\n".join(lines)
 
 

@@ -203,13 +203,21 @@ class DashBackend(AttentionBackend):
         return flops if self.config.prior != "none" else replace(flops, backward=2 * flops.attention)
 
     def kept_bytes(self, length, itemsize):
-        """Of each query head its highest score and its threshold, too, and of each chunk its summary."""
+        """Of each query head its highest score and its threshold, too, and of each chunk its summary. With prior=mass,
+        in PyTorch, instead: of each query head and chunk three numbers of float32, their masks, and q in float32."""
+        if self.config.prior == "mass":
+            heads, kv_heads, dim = self.shape.num_heads, self.shape.num_kv_heads, self.shape.head_dim
+            each_chunk = 12 * heads + 2 * kv_heads + 1
+            whole = 4 * heads * dim + 4 * kv_heads * dim / self.config.chunk_size
+            return super().kept_bytes(length, itemsize) + each_chunk * self._num_blocks(length) + whole
         summary = self.shape.num_kv_heads * self.shape.head_dim * itemsize / self.config.chunk_size
         return super().kept_bytes(length, itemsize) + 8 * self.shape.num_heads + summary
 
     def scratch_bytes(self, length, itemsize):
         """The gradient of the prior's logarithm, too, for every chunk, and itself where it is a bias."""
         config = self.config
+        if config.prior == "mass":
+            return super().scratch_bytes(length, itemsize) + 8 * self.shape.num_heads * self._num_blocks(length)
         priors = 0 if config.prior == "none" else 1 + (config.prior == "raw" or config.sigma < NEGLIGIBLE_SIGMA)
         lists = super().scratch_bytes(length, itemsize)
         return lists + 4 * priors * self.shape.num_kv_heads * self._num_blocks(length)

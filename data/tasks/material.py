@@ -42,6 +42,8 @@ class Material:
 
 def read_haystack(path: Path) -> Material:
     """A haystack from a text file, or from RULER's JSON of essays. ValueError if there is none."""
+    if not path.exists():
+        raise ValueError(f"haystack={path} does not exist: give a text file")
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":

@@ -159,5 +159,5 @@ def test_the_command(sources, tmp_path, monkeypatch, capsys):
     main()
     assert "4 documents" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", [*command, "absent"])
-    with pytest.raises(SystemExit, match="error: absent matches no file"):
+    with pytest.raises(SystemExit, match="error: absent does not exist"):
         main()

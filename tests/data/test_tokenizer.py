@@ -49,7 +49,7 @@ def test_saved_tokenizer_loads(tokenizer, text_config, tmp_path):
 
 
 def test_bad_tokenizers_are_named(tokenizer, tmp_path):
-    with pytest.raises(ValueError, match=r"missing\.json' is no file"):
+    with pytest.raises(ValueError, match=r"missing\.json' does not exist"):
         TextTokenizer.load(str(tmp_path / "missing.json"), "<|endoftext|>")
     tokenizer.save(tmp_path / "tokenizer.json")
     with pytest.raises(ValueError, match=r"data\.eos_token"):

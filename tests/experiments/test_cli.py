@@ -15,8 +15,7 @@ from experiments.files import CONFIGS, ROOT
 from experiments.help import SCHEMAS, Command, advice, did_you_mean, help_page
 from experiments.options import Schema
 
-# What takes lm_eval's import, and says what that says.
-OF_LM_EVAL = {"harness"}
+OF_LM_EVAL = {"harness"}  # whose own help is shown, by a process of its own: a model is registered once in each
 
 
 def all_schemas() -> set[Schema]:
@@ -37,6 +36,7 @@ def all_schemas() -> set[Schema]:
     return found
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # of modules that other tests import
 @pytest.mark.parametrize("name", sorted(COMMANDS.keys() - OF_LM_EVAL))
 def test_every_command_has_help(name, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["dashattn"])
@@ -47,6 +47,12 @@ def test_every_command_has_help(name, capsys, monkeypatch):
     what = COMMANDS[name][0]
     if what not in PATH_COMMANDS and what != "data.collect":
         assert "Options (key=value" in page
+
+
+def test_lm_evals_command_has_its_own_help():
+    command = [sys.executable, str(ROOT / "dashattn_command.py"), *OF_LM_EVAL, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Language Model Evaluation Harness" in done.stdout
 
 
 def test_every_option_is_explained_where_it_is_defined():

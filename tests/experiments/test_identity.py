@@ -95,7 +95,7 @@ def test_a_copied_checkpoint_is_whole(make, tmp_path, capsys):
     config = EvaluateConfig(run=str(copy), tasks=["vt"], lengths=[768], rows=1, device="cpu", threads=1)
     (row,) = evaluate(config, find_target(config))  # no corpus is needed for a task that is made
     assert read_rows(copy / "results.jsonl") == [row]
-    with pytest.raises(ValueError, match="matches no file"):
+    with pytest.raises(ValueError, match="does not exist"):
         list(evaluate(config := replace(config, tasks=["loss"]), find_target(config)))
 
     harness = pytest.importorskip("experiments.evaluation.harness").HarnessModel(str(copy), device="cpu")

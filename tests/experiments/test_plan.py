@@ -200,6 +200,8 @@ def test_what_is_said():
         assert line in page
     page = plan.run_plan(["sweep=smoke", "gpu=H200"])
     assert "5 runs, one after the other" in page
+    page = plan.run_plan(["model=60m", "attention=dash", "attention.prior_heads=head"])
+    assert "in PyTorch, which takes more memory and time than this: the whole attention" in page
     with pytest.raises(ValueError, match=r"gpu=H300 is not known: choose from H100"):
         plan.run_plan(["gpu=H300"])
     with pytest.raises(ValueError, match="rows_per_batch=16 does not divide among 3 ranks"):

@@ -17,10 +17,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     "config",
     [
         DashConfig(impl="triton", chunk_size=16, prior="raw"),
+        DashConfig(impl="triton", chunk_size=16, selector="topk", topk=3, prior="mass"),
         InfLLMv2Config(impl="triton", block_size=16, kernel_size=8, kernel_stride=4, topk=3, window_size=16),
         SinkWindowConfig(impl="triton", block_size=16, local_blocks=1),
     ],
-    ids=lambda config: config.name,
+    ids=lambda config: f"{config.name} {getattr(config, 'prior', '')}".strip(),
 )
 def test_kept_bytes_are_those_that_autograd_saves(config):
     backend = build_backend(config, AttentionShape(64, HEADS, KV_HEADS, DIM)).to(DEVICE)

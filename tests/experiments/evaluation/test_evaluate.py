@@ -286,6 +286,7 @@ def test_a_failing_evaluation_keeps_the_rows_before_it(recall_run, monkeypatch):
     ("changes", "message"),
     [
         ({"tasks": ["perplexity"]}, "choose from loss, position, recall"),
+        ({"tasks": ["loss", "niah_singel_1"]}, r"did you mean niah_single_1 .*\? Or choose from loss"),
         ({"tasks": []}, "choose from"),
         ({"knobs": [0.0]}, "router_scale must be a positive"),
         ({"knobs": [-1.0]}, r"knobs\[0\] must be a finite number of at least 0"),
