@@ -77,25 +77,36 @@ def check_alpha(alpha: float | Tensor, num_heads: int | None = None) -> None:
 
 
 def check_like(name: str, x: Tensor, q: Tensor) -> None:
-    check(x.device == q.device, f"{name} is on {x.device}, q on {q.device}; move them to one device")
-    check(x.dtype == q.dtype, f"{name} is {x.dtype}, q is {q.dtype}; cast them to one dtype")
+    if x.device != q.device:
+        raise ValueError(f"{name} is on {x.device}, q on {q.device}; move them to one device")
+    if x.dtype != q.dtype:
+        raise ValueError(f"{name} is {x.dtype}, q is {q.dtype}; cast them to one dtype")
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        check(x.ndim == 4, f"{name} must have 4 dimensions [B, T, heads, D]; got shape {tuple(x.shape)}")
-        check(0 not in x.shape, f"{name} must not be empty; got shape {tuple(x.shape)}")
-        check_like(name, x, q)
-    check(q.dtype in FLOAT_DTYPES, f"q, k and v must be bf16, fp16, fp32 or fp64; got {q.dtype}")
-    check(k.shape == v.shape, f"k and v must have one shape; got {tuple(k.shape)} and {tuple(v.shape)}")
-    check(
-        q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3],
-        f"q and k must agree in batch, length and head size; got {tuple(q.shape)} and {tuple(k.shape)}",
-    )
-    check(
-        q.shape[2] % k.shape[2] == 0,
-        f"the number of query heads must be a multiple of the number of KV heads; got {q.shape[2]} and {k.shape[2]}",
-    )
+    """Messages are made where something is refused only: short calls are as long as the host takes."""
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    for name, x, shape in (("q", q, q_shape), ("k", k, k_shape), ("v", v, v_shape)):
+        if len(shape) != 4:
+            raise ValueError(f"{name} must have 4 dimensions [B, T, heads, D]; got shape {tuple(shape)}")
+        if 0 in shape:
+            raise ValueError(f"{name} must not be empty; got shape {tuple(shape)}")
+        if x is not q:
+            check_like(name, x, q)
+    if q.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"q, k and v must be bf16, fp16, fp32 or fp64; got {q.dtype}")
+    if k_shape != v_shape:
+        raise ValueError(f"k and v must have one shape; got {tuple(k_shape)} and {tuple(v_shape)}")
+    batch, length, heads, dim = q_shape
+    kv_batch, kv_length, kv_heads, kv_dim = k_shape
+    if (batch, length, dim) != (kv_batch, kv_length, kv_dim):
+        raise ValueError(
+            f"q and k must agree in batch, length and head size; got {tuple(q_shape)} and {tuple(k_shape)}"
+        )
+    if heads % kv_heads:
+        raise ValueError(
+            f"the number of query heads must be a multiple of the number of KV heads; got {heads} and {kv_heads}"
+        )
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, q)
 
