@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from experiments.arguments import PATH_COMMANDS, parser
 from experiments.files import ROOT
-from experiments.help import did_you_mean
+from experiments.help import did_you_mean, show
 
 # What a command starts, and what it does.
 COMMANDS = {
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> None:
         SystemExit: it ended otherwise than well, or there is no such command.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(overview())
+        show(overview())
         return
     name, *rest = arguments
     if name not in COMMANDS:

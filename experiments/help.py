@@ -2,6 +2,7 @@
 composition of all values."""
 
 import difflib
+import os
 import re
 import sys
 import textwrap
@@ -40,12 +41,20 @@ def answer_help(config_name: str) -> None:
     end_silently()
     arguments = sys.argv[1:]
     if {"-h", "--help"}.intersection(arguments):
-        print(help_page(config_name, arguments))
+        show(help_page(config_name, arguments))
         raise SystemExit
     wrong = advice(config_name, arguments)
     if wrong is not None:
         print(f"error: {wrong}", file=sys.stderr)
         raise SystemExit(1)
+
+
+def show(page: str) -> None:
+    """Print what may be longer than what reads it, ``head`` say, wants to know."""
+    try:
+        print(page, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
 
 
 def help_page(config_name: str, overrides: Sequence[str] = ()) -> str:

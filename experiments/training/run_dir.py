@@ -182,8 +182,8 @@ def find_run_dir(config: TrainConfig, damaged: Mapping[str, str] | None = None) 
     if different:
         raise ValueError(
             f"{path} holds a run of another configuration:{_listed(different)}\n"
-            "give another name=... or run_dir=... for a new run, or the old values to resume that one; only these may "
-            f"change: {', '.join(MAY_DIFFER)}"
+            "give another name=... or run_dir=... for a new run, overwrite=true to move that one aside, or the old "
+            f"values to resume it; only these may change: {', '.join(MAY_DIFFER)}"
         )
     # state.json alone, which says where the run stands: every rank looks, and knows nothing of the others yet. The sums
     # of the large files are shared out among them, in ``verify_checkpoint``.

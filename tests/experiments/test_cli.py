@@ -192,6 +192,12 @@ def test_help_comes_fast_from_anywhere_and_wrong_names_end_in_one_line(tmp_path)
     assert (code, said) == (1, ["error: attention=dahs does not exist: did you mean dash?"])
 
 
+def test_help_may_be_read_in_part():
+    command = f"set -o pipefail; {sys.executable} {ROOT}/dashattn_command.py train --help | read line"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_configurations_name_their_schemas():
     """``SCHEMAS`` are those that configs/NAME.yaml begin with."""
     for name, schema in SCHEMAS.items():
