@@ -43,7 +43,12 @@ SPEED = "speed.jsonl"
 NUMERICS = "numerics.jsonl"
 THROUGHPUT = "throughput.jsonl"
 SCALING = "parallel.jsonl"
-# Of rows:
+# Of rows, columns that all of a file have:
+_COLUMNS = {
+    METRICS: ("step", "split"),
+    RESULTS: ("task", "metric", "score", "label", "length", "knob"),
+    CELLS: ("run", "commands"),
+}
 UNTRAINED = "untrained"  # ends the label of rows of weights that were trained elsewhere
 
 
@@ -173,7 +178,7 @@ def read_rows(path: Path) -> list[dict]:
     """Rows of a JSON-lines file; a last line cut short by a crash is left out. No file: no rows.
 
     Raises:
-        ValueError: another line is no JSON object.
+        ValueError: another line is no JSON object, or lacks what every row of such a file has.
     """
     if not path.exists():
         return []
@@ -185,6 +190,9 @@ def read_rows(path: Path) -> list[dict]:
             raise ValueError(f"{path}, line {number} is damaged ({error}): remove the line") from None
         if not isinstance(rows[-1], dict):
             raise ValueError(f"{path}, line {number} is damaged (it is no JSON object): remove the line")
+        lacking = [name for name in _COLUMNS.get(path.name, ()) if name not in rows[-1]]
+        if lacking:
+            raise ValueError(f"{path}, line {number} is damaged (it does not say {', '.join(lacking)}): remove it")
     return rows
 
 

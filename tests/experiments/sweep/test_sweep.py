@@ -193,7 +193,7 @@ def test_a_study_continues_where_only_its_rows_are_left(tmp_path, ran):
     run(config)
     for cell in cells(config):
         if cell.is_done():
-            (cell.run_dir / "metrics.jsonl").write_text("{}\n")
+            (cell.run_dir / "metrics.jsonl").write_text('{"step": 1, "split": "train"}\n')
     collect(tmp_path / "runs", tmp_path / "kept")
     shutil.rmtree(tmp_path / "runs")
     assert restore(tmp_path / "kept", tmp_path / "runs") == 5
@@ -422,7 +422,7 @@ def test_the_status_tells_what_is_done_runs_and_failed(tmp_path, ran):
     (tmp_path / "logs" / "text-full-seed1.log").write_text(log)
     knob = tmp_path / "text-dash-knob1-seed0"
     (knob / "cell.json").unlink()
-    (knob / "metrics.jsonl").write_text('{"step": 7}\n')
+    (knob / "metrics.jsonl").write_text('{"step": 7, "split": "train"}\n')
     with FileLock(knob / ".lock"):
         rows = {name: rest for name, *rest in status(tmp_path)}
     assert rows["text-base-seed0"] == ["done", "", ""]
