@@ -29,7 +29,7 @@ from dashattn.fields import (
 )
 from data import NO_TOKEN, DataConfig, MixtureDataConfig, MQARDataConfig, TextDataConfig
 from experiments.origin import CHECKPOINT, take_from_origin
-from experiments.schema import DTYPES, read_values, to_config
+from experiments.schema import DTYPES, fitting, read_values, to_config
 from models import ModelConfig
 from slurm.launcher import LauncherConfig
 
@@ -187,14 +187,15 @@ def load_config(path: Path) -> TrainConfig:
     Raises:
         ValueError: the file is damaged, or names an attention backend that does not exist here.
     """
-    return to_config(read_config(path))
+    with fitting(path):
+        return to_config(read_config(path))
 
 
 def read_config(path: Path) -> DictConfig:
     """As ``load_config``, as Hydra has it."""
     saved = read_values(path)
-    if saved.attention.name not in BACKENDS:
-        raise ValueError(f"{path}: no attention backend is called {saved.attention.name!r}")
+    if saved.attention.get("name") not in BACKENDS:
+        raise ValueError(f"{path}: no attention backend is called {saved.attention.get('name')!r}")
     # The file holds values only; which classes they belong to, they say themselves.
     typed = OmegaConf.structured(TrainConfig)
     typed.attention = OmegaConf.structured(BACKENDS[saved.attention.name][0])

@@ -33,6 +33,7 @@ RESULTS = "results.jsonl"
 CALIBRATIONS = "calibrations.jsonl"  # knobs that an evaluation found for sparsities
 EVALUATING = ".evaluating"  # folder of locks: what evaluations that go side by side have in hand
 WEIGHTS = "model.safetensors"  # of a checkpoint
+STATE = "state.json"  # of a checkpoint: step, tokens, data position of every rank, hash of the configuration
 # Of a sweep:
 CELL = "cell.json"  # in a run directory: the commands that completed
 CELL_LOCK = ".cell.lock"  # there, too: of the sweep that runs the cell on its machine
@@ -48,6 +49,13 @@ _COLUMNS = {
     METRICS: ("step", "split"),
     RESULTS: ("task", "metric", "score", "label", "length", "knob"),
     CELLS: ("run", "commands"),
+}
+# Of JSON objects, what the values of keys are where they have them:
+_KINDS = {
+    START: {"data": dict, "parameters": int, "tokenizer": str | None, "init_from": dict},
+    GIT: {"sha": str | None},
+    STATE: {"step": int, "tokens": int, "stage": int, "world_size": int, "config_hash": str, "data": list},
+    CELL: {"commands": list},
 }
 UNTRAINED = "untrained"  # ends the label of rows of weights that were trained elsewhere
 
@@ -171,6 +179,10 @@ def read_json(path: Path, mend: str = "restore it from a copy", keys: Sequence[s
     lacking = [key for key in keys if key not in value]
     if lacking:
         raise ValueError(f"{path} is damaged (it does not say {', '.join(lacking)}): {mend}")
+    kinds = _KINDS.get(path.name, {})
+    wrong = [key for key, kind in kinds.items() if key in value and not isinstance(value[key], kind)]
+    if wrong:
+        raise ValueError(f"{path} is damaged (its {', '.join(wrong)} cannot be): {mend}")
     return value
 
 

@@ -20,7 +20,7 @@ from data import NO_TOKEN, DataConfig, PackedDataConfig, TextTokenizer
 from data.hub import pinned
 from data.tokenizer import TOKENIZER as TOKENIZER_FILE
 from experiments.files import CONFIG, TOKENIZER, check_exists, is_foreign
-from experiments.schema import read_values
+from experiments.schema import fitting, read_values
 from models import ModelConfig
 from models.hf import is_hf_folder, read_attention, read_config
 
@@ -152,7 +152,8 @@ def model_of(origin: Path) -> ModelConfig | None:
     run = run_of(origin)
     if run is None:
         return None
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), read_values(run / CONFIG).model))
+    with fitting(run / CONFIG):
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), read_values(run / CONFIG).model))
 
 
 def tokenizer_of(origin: Path) -> str | None:
@@ -248,8 +249,8 @@ def _attention_of(origin: Path) -> DictConfig:
 def _replace_attention(cfg: DictConfig, attention: DictConfig) -> None:
     """Put ``attention`` in the place of ``checkpoint``; what was given besides, of the fields all backends share,
     stays."""
-    if attention.name not in BACKENDS:
-        raise ValueError(f"no attention backend is called {attention.name!r}")
+    if attention.get("name") not in BACKENDS:
+        raise ValueError(f"no attention backend is called {attention.get('name')!r}")
     given, defaults = cfg.attention, AttentionConfig()
     changed = {key: given[key] for key in given if key != "name" and given[key] != getattr(defaults, key)}
     cfg.attention = OmegaConf.merge(OmegaConf.structured(BACKENDS[attention.name][0]), attention, changed)

@@ -1,11 +1,14 @@
 """From what Hydra composed to dataclasses, whichever they are; and values that all of them spell alike."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 # By the names that configurations and rows have for them.
@@ -23,12 +26,28 @@ def read_values(path: Path) -> DictConfig:
         refers = "${" in path.read_text(encoding="utf-8")
     except (OSError, ValueError, YAMLError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}): restore it from a copy") from None
-    lacking = [key for key in ("model", "attention", "data") if key not in values]
-    if not isinstance(values, DictConfig) or lacking:
+    groups = ("model", "attention", "data")
+    lacking = [
+        key for key in groups if not isinstance(values, DictConfig) or not isinstance(values.get(key), DictConfig)
+    ]
+    if lacking:
         raise ValueError(f"{path} is damaged (it has no {', '.join(lacking)}): restore it from a copy")
     if refers:
         raise ValueError(f"{path} refers to other values with ${{...}}, which no run writes: do not trust it")
     return values
+
+
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """Around what puts the values of a config.yaml into dataclasses. Raises ValueError, of one line, where they do not
+    fit."""
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} is damaged, or of a version with other keys ({said}): restore it from a copy"
+        ) from None
 
 
 def to_config(cfg: DictConfig) -> Any:

@@ -36,6 +36,7 @@ from experiments.files import (
     CONFIG,
     GIT,
     START,
+    STATE,
     TOKENIZER,
     WEIGHTS,
     read_json,
@@ -45,7 +46,6 @@ from experiments.files import (
 )
 from experiments.training.engine import consolidated_weights
 
-STATE = "state.json"
 MANIFEST = "manifest.json"
 LATEST = "latest"
 _ENGINE_TAG = "deepspeed"

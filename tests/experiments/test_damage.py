@@ -101,6 +101,26 @@ def test_a_damaged_file_is_named_and_nothing_is_written(sweep, content):
             path.unlink() if before is None else path.write_bytes(before)
 
 
+WRONG = {
+    "start.json": ('{"data": 3, "parameters": 9}', '{"data": {}, "parameters": "x"}'),
+    "git.json": ('{"sha": {}}',),
+    "config.yaml": ("model: 3\nattention: [1]\ndata: {}\n", "model: {}\nattention: {name: []}\ndata: {}\n"),
+}
+
+
+def test_values_that_cannot_be_are_damage(sweep):
+    for command in (evaluated, exported):
+        for name, contents in WRONG.items():
+            path = sweep / "run" / KEPT / name
+            before = path.read_text()
+            for content in contents if name != "config.yaml" else (*contents, before.replace("seed: 0", "seed: x", 1)):
+                path.write_text(content)
+                with pytest.raises(ValueError, match=rf"{name}") as error:
+                    command(sweep)
+                assert "\n" not in str(error.value)
+            path.write_text(before)
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "{}", "7", ""])
 def test_a_damaged_record_of_a_sweep_is_named(sweep, content):
     assert [row[1] for row in status(sweep)] == ["done"]
