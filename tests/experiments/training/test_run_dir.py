@@ -272,9 +272,10 @@ def test_the_hash_covers_what_is_learned_and_nothing_else(config):
 
 def test_rows_that_will_be_written_again_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')  # the last line was cut short by a crash
+    rows = [{"step": step, "split": "train"} for step in (1, 2, 3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"st')  # cut short by a crash
     drop_rows_after(path, 2)
-    assert read_rows(path) == [{"step": 1}, {"step": 2}]
+    assert read_rows(path) == rows[:2]
     assert path.read_text().endswith("\n")
     drop_rows_after(tmp_path / "none.jsonl", 0)
     assert read_rows(tmp_path / "none.jsonl") == []
@@ -282,7 +283,7 @@ def test_rows_that_will_be_written_again_are_dropped(tmp_path):
 
 def test_a_damaged_line_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"st{"step": 2}\n')
+    path.write_text('{"step": 1, "split": "train"}\n{"st{"step": 2}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is damaged"):
         read_rows(path)
 
@@ -306,9 +307,9 @@ def test_a_run_that_another_process_took_further_meanwhile_is_refused(config):
     found = find_run_dir(config)
     save(found, 3, stage=1)
     metrics = found.path / "metrics.jsonl"
-    metrics.write_text('{"step": 3}\n')
+    metrics.write_text('{"step": 3, "split": "train"}\n')
     with pytest.raises(ValueError, match=r"another process has just trained .* start again to go on"):
         open_run_dir(found, config, [], {})
-    assert read_rows(metrics) == [{"step": 3}]
+    assert [row["step"] for row in read_rows(metrics)] == [3]
     assert not (found.path / "resumed").exists()
     open_run_dir(find_run_dir(config), config, [], {}).release()
