@@ -19,6 +19,7 @@ from scipy.optimize import nnls
 from dashattn.backends import AttentionBackend
 from experiments.config import TrainConfig, to_train_config
 from experiments.files import ROOT, SCALING, THROUGHPUT, read_rows
+from experiments.training.check import accumulation
 from experiments.training.memory import meta_model
 from experiments.training.utilisation import PEAK_TFLOPS
 from models import Transformer
@@ -31,6 +32,10 @@ MATMUL = ("matmul", "")
 MATMUL_COST = 989.4 / 700
 # Parameters; the rows' models have 380 to 406 million.
 SMALL, LARGE = 1e8, 2e9
+# Seconds below which no micro-batch was measured to take in models of 4 layers or more that are not compiled, since the
+# host launches their kernels: as likely, least and most. Of the dense bases in results/ablations_h200, rates_h200 and
+# text_h200, of 12 million parameters in 4 layers, which had a GPU alone and work for 4 ms.
+LAUNCH = (0.021, 0.017, 0.031)
 
 
 @dataclass(frozen=True)
@@ -254,9 +259,19 @@ def estimate_rate(
         notes.append("more than 2 GPUs were not measured: as 2 of one host")
     parameters = sum(p.numel() for p in model.parameters())
     if parameters < SMALL:
-        notes.append("no rows of a model this small, whose kernels may take longer to launch than to run")
+        notes.append("no rows of a model this small")
     elif parameters > LARGE:
         notes.append("no rows of a model this large")
     off = [found.ratio(row) for row in measured if row.backend in names] or [found.ratio(row) for row in measured]
     rate = ranks * share / seconds
-    return Rate(rate, rate * min(off), rate * max(off), tuple(dict.fromkeys(notes)))
+    rates = [rate, rate * max(off), rate * min(off)]
+    if not config.compile:
+        rows_, _ = accumulation(config, ranks)
+        tokens = ranks * rows_ * length // config.sequence_parallel
+        launched = [tokens / seconds for seconds in LAUNCH]
+        if launched[0] < rate:
+            notes.append(
+                "the host's launching of kernels bounds it: longer micro-batches or compile=true may be faster"
+            )
+        rates = [min(pair) for pair in zip(rates, launched, strict=True)]
+    return Rate(rates[0], min(rates), max(rates), tuple(dict.fromkeys(notes)))

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from dataclasses import replace
+from statistics import median
 from types import SimpleNamespace
 
 import pytest
@@ -128,6 +129,18 @@ def test_rates_of_rows_that_were_not_fitted(measured):
             assert row.rate * found.seconds(row.work, device) == pytest.approx(1, rel=0.12), row
 
 
+@pytest.mark.parametrize("study", ["rates_h200", "ablations_h200"])
+def test_small_models_wait_for_the_host(study, measured):
+    """The steps of the dense bases, which had a GPU alone."""
+    rows = [r for r in read_rows(RESULTS / study / "metrics.jsonl") if r["run"].startswith("recall-base")]
+    seconds = median(r["step_time"] for r in rows if r["split"] == "train" and r["step"] > 1)
+    overrides = ["experiment=frontier_recall", "attention=full", "rows_per_batch=8"]
+    found = plan.plan_run(configure(*overrides), plan.PlanConfig(gpu="H200"), measured)
+    assert 8 * 4096 / found.rate.tokens_per_s == pytest.approx(seconds, rel=0.15)
+    assert any("launching of kernels" in note for note in found.rate.notes)
+    assert found.rate.least < 8 * 4096 / seconds < found.rate.most
+
+
 @pytest.mark.parametrize(("model", "vocab_size"), [("60m", 32768), ("8b", 73448)])
 def test_any_size_on_any_number_of_gpus(model, vocab_size, measured):
     config = configure(f"model={model}", f"model.vocab_size={vocab_size}", "attention=dash", "rows_per_batch=512")
@@ -140,7 +153,7 @@ def test_any_size_on_any_number_of_gpus(model, vocab_size, measured):
         speeds.append(found.rate.tokens_per_s / gpus)
         assert "GPUs were not measured" in plan.describe(found) or gpus < 3
     assert peaks[0] > peaks[1] > peaks[2]
-    assert speeds[0] > speeds[1] == speeds[2]
+    assert speeds[0] >= speeds[1] == speeds[2]
     found = plan.plan_run(replace(config, rows_per_micro_batch=1), plan.PlanConfig(gpu="A100"), measured)
     assert any("no rows of this kind of GPU" in note for note in found.rate.notes)
 
