@@ -302,9 +302,10 @@ def route(
     peak, tau = torch.empty(2, queries * heads, dtype=torch.float32, device=q.device)
     words = torch.empty(batch, heads, num_tokens, -(-num_chunks // 32), dtype=torch.int32, device=q.device)
     chunks = max(32, power_of_2_from(num_chunks))
+    # 16 chunks a thread: less, and the warps' waiting for each other costs more than it saves.
     threshold_kernel[(queries * heads,)](
         products, alpha, words, peak, tau, lengths, score_scale, num_tokens, num_chunks, words.shape[-1], *forced,
-        HEADS=heads, BLOCK=chunk_size, CHUNKS=chunks, SQUARE=alpha is None, num_warps=max(4, min(16, chunks // 512)),
+        HEADS=heads, BLOCK=chunk_size, CHUNKS=chunks, SQUARE=alpha is None, num_warps=max(1, min(16, chunks // 512)),
         enable_fp_fusion=False, **overlapped_launch(q.device),
     )  # fmt: skip
     if not has_bias:
