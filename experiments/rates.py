@@ -34,7 +34,7 @@ MATMUL_COST = 989.4 / 700
 SMALL, LARGE = 1e8, 2e9
 # Seconds below which no micro-batch was measured to take in models of 4 layers or more that are not compiled, since the
 # host launches their kernels: as likely, least and most. Of the dense bases in results/ablations_h200, rates_h200 and
-# text_h200, of 12 million parameters in 4 layers, which had a GPU alone and work for 4 ms.
+# text_h200, of 12 million parameters in 4 layers, which had a GPU alone, and by the fit work for 16 ms.
 LAUNCH = (0.021, 0.017, 0.031)
 
 
