@@ -199,9 +199,9 @@ def plan_sweep(config: SweepConfig, options: PlanConfig, measured: Sequence[Row]
         options = replace(options, gpus=config.gpus_per_cell)
     known: dict[tuple[str, ...], Plan] = {}
     for cell in cells(config):
-        told = tuple(
-            x for x in cell.train if not x.startswith(("name=", "run_dir=", "seed=", "init_from=", "threads="))
-        )
+        # Of a base that is still to be trained nothing is known but its configuration, which the cell repeats.
+        drop = ("name=", "run_dir=", "seed=", "threads=") + ("init_from=",) * (cell.base is not None)
+        told = tuple(x for x in cell.train if not x.startswith(drop))
         if told not in known:
             if config.launcher is not None and options.gpus is None:
                 options = replace(options, gpus=config.launcher.ranks)
@@ -223,7 +223,7 @@ def describe_sweep(config: SweepConfig, planned: Sequence[tuple[Cell, Plan]]) ->
     ranks = planned[0][1].ranks
     lines.append(
         f"{len(planned)} runs, one after the other {expected} ({least} to {most}) on {ranks} x {planned[0][1].device}; "
-        f"jobs={config.jobs} side by side need {config.jobs * ranks} GPUs; evaluations are not counted"
+        f"jobs={config.jobs} at a time with {config.jobs * ranks} GPUs to themselves; evaluations are not counted"
     )
     lines += [f"note: {note}" for note in dict.fromkeys(note for _, plan in planned for note in plan.rate.notes)]
     return "\n".join(lines)

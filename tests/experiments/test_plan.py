@@ -14,6 +14,7 @@ from experiments.config import TrainConfig, to_train_config
 from experiments.files import CONFIGS, ROOT, SCALING, THROUGHPUT, read_rows
 from experiments.training import memory, run
 from experiments.training.memory import GIB, check_memory, check_room, estimate_memory, fits, meta_model
+from tests.checkpoints import make_folder
 
 RESULTS = ROOT / "results"
 
@@ -205,6 +206,13 @@ def test_a_run_is_refused_before_its_data_are_read(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="does not fit"):
         run.build(config, [], None)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_sweep_that_starts_from_a_checkpoint_is_planned_with_its_shape(tmp_path, monkeypatch):
+    folder = make_folder(tmp_path / "smollm2")
+    monkeypatch.setenv("INIT_FROM", str(folder))
+    with pytest.raises(ValueError, match=r"data\.seq_len=8192 exceeds model\.max_seq_len=2048"):  # of the folder
+        plan.run_plan(["sweep=real_model"])
 
 
 def test_what_is_said():
