@@ -178,11 +178,12 @@ def check_vocabulary(config: TrainConfig) -> None:
 
 
 def _check_origin(config: TrainConfig) -> None:
-    """A run that resumes needs its origin no more: what is not there is looked for when the run is built."""
+    """A run that resumes, or branches off, needs its origin no more: what is not there is looked for when the run is
+    built."""
     folder = Path(config.init_from or "").expanduser()
     if config.init_from is None:
         return
-    is_begun = is_own(Path(config.run_dir).expanduser(), overwrite=config.overwrite)
+    is_begun = config.branch_from is not None or is_own(Path(config.run_dir).expanduser(), overwrite=config.overwrite)
     if not (config.any_tokenizer or is_begun):
         check_origin_tokenizer(config.data, folder)
     theirs = None if is_begun and not is_hf_folder(folder) else model_of(folder)

@@ -244,6 +244,8 @@ def test_a_branch_is_what_a_run_of_its_length_would_have_been(make, tmp_path):
     assert state["config_hash"] == expected["config_hash"]
     assert [row["step"] for row in read_rows(run / "metrics.jsonl") if row["split"] == "train"] == [4]
     assert json.loads((run / "start.json").read_text())["branch_from"]["step"] == 3
+    with pytest.raises(ValueError, match=rf"init_from: None there, {tmp_path / 'lost'} now"):
+        train(make("other", *WSD, "steps=4", f"branch_from={trunk}@3", f"init_from={tmp_path / 'lost'}"))
     assert before == {path: path.stat().st_mtime_ns for path in trunk.rglob("*")}, "the trunk is only read"
     # It goes on from its own checkpoints, wherever the trunk is.
     shutil.rmtree(trunk)
