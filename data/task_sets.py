@@ -81,14 +81,16 @@ def build_set(
 
     def build(folder: Path) -> None:
         differs, samples = generate(task, encoder, length=length, count=count, seed=seed, material=material)
-        lines = [json.dumps({"differs": differs}), *(json.dumps(asdict(sample)) for sample in samples)]
-        (folder / "samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        rows = [{"differs": differs, "samples": len(samples)}, *map(asdict, samples)]
+        (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     folder = build_once(cache_dir / "tasks" / f"{name}-{length}-{key}", build)
     try:
-        head, *rows = (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-        return TaskSet(task, length, key, json.loads(head)["differs"], [Sample(**json.loads(row)) for row in rows])
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        head, *rows = map(json.loads, (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1])
+        if head.get("samples", len(rows)) != len(rows):
+            raise ValueError(f"{len(rows)} samples of {head['samples']}")
+        return TaskSet(task, length, key, head["differs"], [Sample(**row) for row in rows])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{folder} is damaged ({error}): remove it, and its samples are made again") from None
 
 

@@ -341,7 +341,10 @@ def test_sets_are_made_once_and_again_for_another_seed(encoder, tmp_path, monkey
         build_set("niah_single_2", encoder, seed=0, **options)
 
 
-@pytest.mark.parametrize("content", ["", "{\n", "[]\n", "{}\n", '{"differs": null}\n{"prompt": 1}\n'])
+CUT = '{"differs": null, "samples": 1}\n{"prompt"'  # a disk that lost the rest
+
+
+@pytest.mark.parametrize("content", ["", "{\n", "[]\n", "{}\n", '{"differs": null}\n{"prompt": 1}\n', CUT])
 def test_a_damaged_set_is_named_with_the_mend(encoder, tmp_path, content):
     options = {"length": 600, "count": 1, "seed": 0, "material": MATERIAL, "cache_dir": tmp_path}
     build_set("niah_single_2", encoder, **options)

@@ -144,8 +144,6 @@ def test_a_requeued_job_does_not_begin_with_code_that_was_changed(slurm, tiny_ov
     )
     assert not (tmp_path / "ran").exists()
     assert losses(run_dir) == before
-    with pytest.raises(ValueError, match="holds other code than its name says: move it away"):
-        submit_sweep(config)
     code.rename(tmp_path / "away")
     submit_sweep(config)
     wait_for(lambda: not queued(tmp_path / "s"), "the job to end")
