@@ -59,7 +59,7 @@ def restore(source: Path, target: Path) -> int:
     wrong = next((row["run"] for row in rows if not _is_directory_name(row["run"])), None)
     if wrong is not None:
         raise ValueError(f"{source / CELLS} names a cell {wrong!r}, which is no directory's name: do not trust it")
-    missing = [row for row in rows if not any((target / row["run"]).glob("*"))]
+    missing = [row for row in rows if not any((target / row["run"]).glob("[!.]*"))]
     for row in missing:
         (target / row["run"]).mkdir(parents=True, exist_ok=True)
         record_done(target / row["run"], row["commands"])

@@ -418,6 +418,6 @@ def test_haystacks_from_files(tmp_path):
     assert (essays.haystack, essays.haystack_name) == (("One", "two.", "Three"), None)
     assert mine.haystack_name == "mine.txt"
     (tmp_path / "empty.txt").write_text(" ")
-    for name, message in (("empty.txt", "is empty"), ("none.txt", "cannot be read")):
+    for name, message in (("empty.txt", "is empty"), ("none.txt", "does not exist")):
         with pytest.raises(ValueError, match=message):
             read_haystack(tmp_path / name)

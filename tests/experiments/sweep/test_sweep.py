@@ -196,6 +196,8 @@ def test_a_study_continues_where_only_its_rows_are_left(tmp_path, ran):
             (cell.run_dir / "metrics.jsonl").write_text('{"step": 1, "split": "train"}\n')
     collect(tmp_path / "runs", tmp_path / "kept")
     shutil.rmtree(tmp_path / "runs")
+    (tmp_path / "runs" / "text-full-seed0").mkdir(parents=True)
+    (tmp_path / "runs" / "text-full-seed0" / CELL_LOCK).touch()  # of a sweep that was stopped at once
     assert restore(tmp_path / "kept", tmp_path / "runs") == 5
     names.clear()
     failing.clear()
