@@ -44,7 +44,23 @@ def test_operators_keep_torch_librarys_rules():
         (block_scores._select_op, (*selected, None, None, 8, 8, "max", 16, 1, 0, 1, 0.25)),
         (gates._forward_op, (make(1, 20, 4, 2), make(1, 20, 4, 16), make(1, 20, 4, 16), None)),
     ):
-        assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
+        assert set(torch.library.opcheck(operator.op, arguments).values()) == {"SUCCESS"}
+
+
+def test_an_eager_call_is_the_operators():
+    """With the same gradients, once: a second derivative is refused, not zero."""
+    q, k, v = make_qkv()
+    arguments = (q, k, v, make(1, 1, 16), None, None, None, None, 16, 1.0, [0, 0], 0.25, "entmax", "raw", 1.0)
+    results = []
+    for call in (dash_whole._forward_op, dash_whole._forward_op.op):
+        out, words, *_ = call(*arguments)
+        assert not words.requires_grad
+        results.append([out, words, *torch.autograd.grad(out.square().sum(), arguments[:4], create_graph=True)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        results[0][2].sum().backward()
+    with torch.no_grad():
+        assert not dash_whole._forward_op(*arguments)[0].requires_grad
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dashattn.ops.band.triton_backward import backward
 from dashattn.ops.band.triton_forward import Band, forward
+from dashattn.ops.operators import operator
 from dashattn.ops.tiles import flatten_tokens, geometry
 
 
@@ -17,7 +18,7 @@ def flatten_keys(x: Tensor) -> Tensor:
     return flat if len(flat) else flat.new_zeros(1, *flat.shape[1:])
 
 
-@torch.library.custom_op("dashattn::band_forward", mutates_args=())
+@operator("band_forward")
 def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, size: int, stride: int, span: int | None, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -32,7 +33,7 @@ def _(q, k, v, cu_seqlens, size, stride, span, scale):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("dashattn::band_backward", mutates_args=())
+@operator("band_backward")
 def _backward_op(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, out: Tensor, lse: Tensor, size: int,
     stride: int, span: int | None, scale: float,

@@ -9,11 +9,12 @@ from torch import Tensor
 from dashattn.ops.band.triton import flatten_keys
 from dashattn.ops.band.triton_forward import Band, forward
 from dashattn.ops.block_scores.triton_select import select
+from dashattn.ops.operators import operator
 from dashattn.ops.tiles import flatten_tokens, geometry
 from dashattn.selection import Selection
 
 
-@torch.library.custom_op("dashattn::select_blocks", mutates_args=())
+@operator("select_blocks")
 def _select_op(
     q: Tensor, compressed_k: Tensor, lse: Tensor | None, cu_seqlens: Tensor | None, kernel_size: int,
     kernel_stride: int, pooling: str, block_size: int, topk: int, init_blocks: int, local_blocks: int, scale: float,

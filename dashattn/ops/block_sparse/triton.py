@@ -28,6 +28,7 @@ from dashattn.ops.block_sparse.triton_backward import (
     query_grad_options,
 )
 from dashattn.ops.block_sparse.triton_forward import forward, forward_options
+from dashattn.ops.operators import operator
 from dashattn.ops.tiles import Geometry, flatten_tokens, geometry
 from dashattn.selection import Selection
 
@@ -127,7 +128,7 @@ def check_kernels_fit(q: Tensor, block_size: int) -> None:
         raise ValueError(f"the Triton kernels take blocks of 16, 32, 64 or 128 keys, not {block_size}")
 
 
-@torch.library.custom_op("dashattn::block_sparse_forward", mutates_args=())
+@operator("block_sparse_forward")
 def _forward_op(
     q: Tensor,
     k: Tensor,
@@ -150,7 +151,7 @@ def _(q, k, v, words, block_bias, cu_seqlens, block_size, scale):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("dashattn::block_sparse_backward", mutates_args=())
+@operator("block_sparse_backward")
 def _backward_op(
     grad: Tensor,
     q: Tensor,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dashattn.ops.operators import operator
 from dashattn.ops.tiles import Geometry, flatten_tokens, geometry, locate_tile, multiples
 from dashattn.rope import rotate_half
 
@@ -123,7 +124,7 @@ def summarise_backward(
     return dquery.sum(0, keepdim=True) if len(queries) == 1 else dquery
 
 
-@torch.library.custom_op("dashattn::chunk_summary_forward", mutates_args=())
+@operator("chunk_summary_forward")
 def _forward_op(k: Tensor, queries: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> Tensor:
     """``queries``: [1 or B * (T // chunk_size), H, D], one for all chunks or one for each."""
     batch, length, *rest = k.shape
@@ -138,7 +139,7 @@ def _(k, queries, cu_seqlens, chunk_size):
     return k.new_empty(k.shape[0], k.shape[1] // chunk_size, *k.shape[2:])
 
 
-@torch.library.custom_op("dashattn::chunk_summary_backward", mutates_args=())
+@operator("chunk_summary_backward")
 def _backward_op(
     grad: Tensor, k: Tensor, queries: Tensor, cu_seqlens: Tensor | None, chunk_size: int
 ) -> tuple[Tensor, Tensor]:

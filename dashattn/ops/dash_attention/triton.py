@@ -39,6 +39,7 @@ from dashattn.ops.dash_routing.triton import (
 )
 from dashattn.ops.dash_routing.triton_backward import route_backward
 from dashattn.ops.dash_routing.triton_forward import prior_bias, router_options
+from dashattn.ops.operators import operator
 from dashattn.ops.tiles import flatten_tokens, geometry
 from dashattn.selection import Selection
 
@@ -56,7 +57,7 @@ def _forward_bias(
     )  # fmt: skip
 
 
-@torch.library.custom_op("dashattn::dash_attention_forward", mutates_args=())
+@operator("dash_attention_forward")
 def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, queries: Tensor, alpha: Tensor | None, cu_seqlens: Tensor | None,
     router_scale: Tensor | None, bound: Tensor | None, chunk_size: int, score_scale: float, forced: list[int],
@@ -105,7 +106,7 @@ def _(q, k, v, queries, alpha, cu_seqlens, router_scale, bound, chunk_size, scor
     return q.new_empty(q.shape), words, *rows, summaries
 
 
-@torch.library.custom_op("dashattn::dash_attention_backward", mutates_args=())
+@operator("dash_attention_backward")
 def _backward_op(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, queries: Tensor, alpha: Tensor | None, cu_seqlens: Tensor | None,
     router_scale: Tensor | None, out: Tensor, words: Tensor, lse: Tensor, peak: Tensor, tau: Tensor, summaries: Tensor,

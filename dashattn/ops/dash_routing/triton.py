@@ -16,6 +16,7 @@ from dashattn.ops.dash_routing import triton_forward, triton_softmax
 from dashattn.ops.dash_routing.reference import NEGLIGIBLE_SIGMA
 from dashattn.ops.dash_routing.triton_backward import route_backward
 from dashattn.ops.dash_routing.triton_forward import prior_bias, router_options
+from dashattn.ops.operators import operator
 from dashattn.ops.tiles import Geometry, flatten_tokens, geometry
 from dashattn.selection import Selection
 
@@ -80,7 +81,7 @@ def num_blocks(q: Tensor, chunk_size: int) -> int:
     return -(-q.shape[1] // chunk_size)
 
 
-@torch.library.custom_op("dashattn::dash_route", mutates_args=())
+@operator("dash_route")
 def _route_op(
     q: Tensor, summaries: Tensor, alpha: Tensor | None, cu_seqlens: Tensor | None, router_scale: Tensor | None,
     bound: Tensor | None, chunk_size: int, score_scale: float, forced: list[int], selector: str,
@@ -108,7 +109,7 @@ def _(q, summaries, alpha, cu_seqlens, router_scale, bound, chunk_size, score_sc
     return words, *(q.new_empty(batch, length, heads, dtype=torch.float32) for _ in range(2))
 
 
-@torch.library.custom_op("dashattn::dash_prior", mutates_args=())
+@operator("dash_prior")
 def _prior_op(
     q: Tensor, summaries: Tensor, alpha: Tensor | None, words: Tensor, peak: Tensor, tau: Tensor,
     cu_seqlens: Tensor | None, router_scale: Tensor | None, chunk_size: int, score_scale: float, forced: list[int],
@@ -132,7 +133,7 @@ def _(q, summaries, alpha, words, peak, tau, cu_seqlens, router_scale, chunk_siz
     return q.new_empty(*q.shape[:2], summaries.shape[2], num_blocks(q, chunk_size), dtype=torch.float32)
 
 
-@torch.library.custom_op("dashattn::dash_prior_backward", mutates_args=())
+@operator("dash_prior_backward")
 def _prior_backward_op(
     grad: Tensor, q: Tensor, summaries: Tensor, alpha: Tensor | None, words: Tensor, peak: Tensor, tau: Tensor,
     cu_seqlens: Tensor | None, router_scale: Tensor | None, chunk_size: int, score_scale: float, forced: list[int],

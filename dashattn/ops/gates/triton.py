@@ -4,11 +4,11 @@ Shapes: B batch, T tokens, Hq query heads, D head size. gates [B, T, Hq, 2 or 3]
 is one head of one token.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from dashattn.ops.operators import operator
 from dashattn.ops.tiles import power_of_2_from
 
 
@@ -66,7 +66,7 @@ def _constants(gates: Tensor, branch: Tensor) -> dict:
     return dict(BRANCHES=gates.shape[-1], HEAD_DIM=head_dim, DIM=power_of_2_from(head_dim), ROWS=16, num_warps=4)
 
 
-@torch.library.custom_op("dashattn::gated_sum", mutates_args=())
+@operator("gated_sum")
 def _forward_op(gates: Tensor, first: Tensor, second: Tensor, third: Tensor | None) -> Tensor:
     out = first.new_empty(first.shape)
     rows = first[..., 0].numel()
@@ -81,7 +81,7 @@ def _(gates, first, second, third):
     return first.new_empty(first.shape)
 
 
-@torch.library.custom_op("dashattn::gated_sum_backward", mutates_args=())
+@operator("gated_sum_backward")
 def _backward_op(
     grad: Tensor, gates: Tensor, first: Tensor, second: Tensor, third: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

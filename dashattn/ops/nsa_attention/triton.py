@@ -12,11 +12,12 @@ from dashattn.ops.band.triton_forward import Band, forward
 from dashattn.ops.block_scores.triton_select import select
 from dashattn.ops.block_sparse.triton import attend, check_forward_room, check_kernels_fit
 from dashattn.ops.gates.share import Share
+from dashattn.ops.operators import operator
 from dashattn.ops.tiles import flatten_tokens, geometry
 from dashattn.selection import Selection
 
 
-@torch.library.custom_op("dashattn::nsa_forward", mutates_args=())
+@operator("nsa_forward")
 def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, compressed_k: Tensor, compressed_v: Tensor, gates: Tensor, k_window: Tensor | None,
     v_window: Tensor | None, cu_seqlens: Tensor | None, kernel_size: int, kernel_stride: int, pooling: str,

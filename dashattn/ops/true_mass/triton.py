@@ -13,11 +13,12 @@ from torch import Tensor
 from dashattn.ops.block_sparse.schedule import tile_lists
 from dashattn.ops.block_sparse.triton import check_backward_room, flatten_words
 from dashattn.ops.block_sparse.triton_backward import query_grad, query_grad_options
+from dashattn.ops.operators import operator
 from dashattn.ops.tiles import flatten_tokens, geometry
 from dashattn.selection import Selection
 
 
-@torch.library.custom_op("dashattn::block_masses", mutates_args=())
+@operator("block_masses")
 def _masses_op(
     q: Tensor, k: Tensor, words: Tensor, lse: Tensor, cu_seqlens: Tensor | None, block_size: int, scale: float
 ) -> Tensor:
