@@ -25,18 +25,28 @@ def ratio_stderr(sums: Sequence[float], counts: Sequence[float]) -> float | None
     return math.sqrt(squares * len(pairs) / (len(pairs) - 1)) / held
 
 
+def stderr_of(row: Mapping) -> tuple[float | None, int | None]:
+    """A row's standard error and number of samples, as far as it tells; of rows from before they were kept, too."""
+    stderr, samples = row.get("stderr"), row.get("samples")
+    if samples is None and row["metric"] == "match" and row.get("depth") is None:
+        samples = row["rows"]  # a prompt a row
+    if stderr is None and row.get("by_row"):
+        nats, targets = row["by_row"]["nats"], row["by_row"]["targets"]
+        stderr, samples = ratio_stderr(nats, targets), sum(count > 0 for count in targets)
+    if stderr is None and row["metric"] in SHARES and samples:
+        stderr = math.sqrt(
+            row["score"] * (1 - row["score"]) / samples
+        )  # at most: what is between 0 and 1 scatters less
+    return stderr, samples
+
+
 def interval(row: Mapping) -> tuple[float, float] | None:
     """The 95 % confidence interval of an evaluation's row; None where it does not say how its samples scatter.
 
     Of a share it is Wilson's, with as many samples as would scatter so: it stays within 0 and 1, and has a width where
     all samples agree. Of other scores it is Student's.
     """
-    score, stderr, samples = row["score"], row.get("stderr"), row.get("samples")
-    if samples is None and row["metric"] == "match" and row.get("depth") is None:
-        samples = row["rows"]  # of before rows said so; a prompt a row
-    if stderr is None and row.get("by_row"):
-        nats, targets = row["by_row"]["nats"], row["by_row"]["targets"]
-        stderr, samples = ratio_stderr(nats, targets), sum(count > 0 for count in targets)
+    score, (stderr, samples) = row["score"], stderr_of(row)
     if not samples:
         return None
     if row["metric"] in SHARES:

@@ -1,14 +1,49 @@
-"""What figures share: one set of colours and marks, panels in rows, files that appear whole."""
+"""What figures share: a colour and a mark for each method, panels in rows, files that appear whole."""
 
 import io
+import re
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
 from experiments.files import write_atomically
 
-COLOURS = ("#c1272d", "#0071bc", "#e08a00", "#2e8b57", "#7b3f9e", "#8c6239", "#0b7a75", "#d1495b", "#30638e")
-MARKS = ("o", "s", "^", "D", "v", "P")
+# Told apart by readers who see colours otherwise (Okabe and Ito, 2008); without yellow, which no line shows on white.
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#999999"
+COLOURS = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, GREY)
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*")
+# Of each method, in every figure; the sink is sky blue, a raw prior a square.
+METHODS = {
+    "full": (BLACK, "x"),
+    "dash": (BLUE, "o"),
+    "dash-raw": (VERMILLION, "s"),
+    "dash-fine": (BLUE, "p"),
+    "dash-sink": (SKY, "o"),
+    "dash-sink-raw": (SKY, "s"),
+    "dash-sink-window": (SKY, "X"),
+    "dash-topk": (PURPLE, "v"),
+    "dash-topk-sink": (PURPLE, "o"),
+    "dash-topk-sink-tempered": (PURPLE, "D"),
+    "dash-topp": (PURPLE, "<"),
+    "dash-topp-sink": (PURPLE, ">"),
+    "infllmv2": (GREEN, "D"),
+    "nsa": (ORANGE, "^"),
+    "indexer": (VERMILLION, "*"),
+    "moba": (GREEN, "p"),
+    "hils": (PURPLE, "*"),
+    "sink-window": (GREY, "X"),
+    "oracle": (BLACK, "*"),
+    "oracle-topk": (BLACK, "*"),
+    "block-sparse": (GREY, "d"),
+    "released-dashattention": (SKY, "*"),
+    "fla-nsa": (ORANGE, "<"),
+    "xunhaolai-nsa": (ORANGE, "v"),
+    "xunhaolai-nsa,-no-window": (ORANGE, ">"),
+}
+_MARKED = {name: re.compile(rf"(^|[-,:]){re.escape(name)}($|[-,:(])") for name in METHODS}
 COLUMNS = 3  # panels in a row, where a figure does not say
+WIDTH, HEIGHT = 4.1, 3.2  # inches of a panel: three are as wide as a laptop's window, with letters that can be read
 
 
 def pyplot():
@@ -21,14 +56,33 @@ def pyplot():
     return plt
 
 
+def method_of(label: str) -> str | None:
+    """The method that a line's label or a run's name is about; None if it names none."""
+    plain = re.sub(r"[_ ]", "-", label.lower())
+    return max((name for name, found in _MARKED.items() if found.search(plain)), key=len, default=None)
+
+
 def styles(labels: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """(colour, mark) of each line, by the alphabet."""
-    return {label: (COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)]) for i, label in enumerate(sorted(set(labels)))}
+    """(colour, mark) of each line. A method has its own everywhere; of several lines of one, the colour is the same and
+    the shortest label has the mark. What names no method gets what is left, by the alphabet."""
+    found: dict[str, tuple[str, str]] = {}
+    free = [(colour, mark) for mark in MARKS for colour in (*COLOURS, BLACK)]
+    named = {label: method_of(label) for label in set(labels)}
+    for label in sorted(named, key=lambda label: (named[label] is None, len(label), label)):
+        taken = set(found.values())
+        if named[label] is None:
+            options = [style for style in free if style not in METHODS.values()]
+        else:
+            own = METHODS[named[label]]
+            options = [own, *(style for style in free if style[0] == own[0] and style not in METHODS.values())]
+        found[label] = next((style for style in options if style not in taken), options[len(found) % len(options)])
+    return found
 
 
-def grid(panels: int, width: float = 5.6, height: float = 4.2, columns: int = COLUMNS):
-    """A figure and its axes, one a panel; at most ``columns`` in a row."""
+def grid(panels: int, width: float = WIDTH, height: float = HEIGHT, columns: int = COLUMNS):
+    """A figure and its axes, one a panel; at most ``columns`` in a row. A single one is wide enough for a legend."""
     columns = min(panels, columns)
+    width = width if columns > 1 else max(width, 7.2)
     rows = -(-panels // columns)
     figure, axes = pyplot().subplots(
         rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained"
@@ -38,10 +92,17 @@ def grid(panels: int, width: float = 5.6, height: float = 4.2, columns: int = CO
     return figure, list(axes.flat[:panels])
 
 
-def legend_below(figure, axes: Iterable, columns: int = 4) -> None:
+def entitle(ax, text: str) -> None:
+    """The panel's title, in lines that fit over it."""
+    ax.set_title("\n".join(textwrap.fill(line, 54) for line in text.split("\n")), fontsize=9)
+
+
+def legend_below(figure, axes: Iterable) -> None:
     """One legend for all panels, under them: what many lines leave no corner free for."""
     named = {name: handle for ax in axes for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(named.values(), named.keys(), fontsize=8, loc="outside lower center", ncols=columns)
+    figure.legend(
+        named.values(), named.keys(), fontsize=8, loc="outside lower center", ncols=int(figure.get_figwidth() // 3)
+    )
 
 
 def save(figure, path: Path) -> None:

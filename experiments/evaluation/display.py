@@ -18,7 +18,7 @@ def describe(row: Mapping) -> str:
 
 def line(row: Mapping) -> str:
     """A result for the reader of the terminal."""
-    parts = [f"{describe(row)} {_with_interval(row)}", f"{row['length']} tokens"]
+    parts = [f"{describe(row)} {with_interval(row)}", f"{row['length']} tokens"]
     if row["knob"] is not None:
         parts.append(f"{row['knob_name']} {row['knob']:.4g}")
     if row.get("target_sparsity") is not None:
@@ -26,14 +26,16 @@ def line(row: Mapping) -> str:
     return "  ".join([*parts, f"causal sparsity {row['causal_sparsity']:.1%}"])
 
 
-def _with_interval(row: Mapping) -> str:
+def with_interval(row: Mapping) -> str:
+    """Its score, and where it is known the confidence interval."""
     digits = 4 if row["metric"] == "nats" else 3
     bounds = interval(row)
     known = "" if bounds is None else f" [{bounds[0]:.{digits}f}, {bounds[1]:.{digits}f}]"
     return f"{row['score']:.{digits}f}{known}"
 
 
-def _setpoint(row: Mapping) -> str:
+def place_of(row: Mapping) -> str:
+    """Where its knob stood."""
     if row.get("target_sparsity") is not None:
         return f"for {row['target_sparsity']:.4g} ({row['sparsity_count']})"
     return "no knob" if row["knob"] is None else f"{row['knob_name']} {row['knob']:.4g}"
@@ -99,7 +101,7 @@ class Display:
         from rich.text import Text
 
         rows = list(rows)
-        cells = {(describe(row), row["length"], _setpoint(row)): row for row in rows}
+        cells = {(describe(row), row["length"], place_of(row)): row for row in rows}
         setpoints = list(dict.fromkeys(setpoint for _, _, setpoint in cells))
         table = Table("task", "tokens", box=SIMPLE_HEAD)
         for setpoint in setpoints:
@@ -108,7 +110,7 @@ class Display:
             table.add_column(f"{setpoint}\n{low if low == high else f'{low} to {high}'} left out")
         for what, length in dict.fromkeys((what, length) for what, length, _ in cells):
             found = (cells.get((what, length, setpoint)) for setpoint in setpoints)
-            texts = [what, str(length), *("-" if row is None else _with_interval(row) for row in found)]
+            texts = [what, str(length), *("-" if row is None else with_interval(row) for row in found)]
             table.add_row(*map(Text, texts))
         self._console.print(table)
         for note in notes(rows):

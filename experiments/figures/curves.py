@@ -2,12 +2,13 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from operator import itemgetter
 from pathlib import Path
 
 from experiments.figures.frontier import is_ablation, of_frontiers
-from experiments.figures.rows import Drawn, Study, as_trained, averaged, grouped
-from experiments.plots import COLOURS, grid, legend_below, pyplot, save, styles
+from experiments.figures.rows import BARS, Drawn, Study, as_trained, averaged, grouped
+from experiments.plots import entitle, grid, legend_below, pyplot, save, styles
 from experiments.speed import report as speed_report
 from experiments.speed import rows as speed_rows
 from experiments.throughput import report as throughput_report
@@ -21,6 +22,7 @@ TRAINING = {
     "router's gradient norm": "grad_norm_router",
 }
 MANY = 16  # more curves than that no panel holds
+DRAWN = 60  # points of a curve, which has a few inches
 SETTING = r"(-knob[^-]+|:.+?)?-seed\d+.*$"  # what a sweep's name of a run adds to its arm's
 SPEED_COLUMNS = (
     "device",
@@ -53,6 +55,10 @@ def make_speed(study: Study) -> Drawn | None:
         return None
     table = [{name: row.get(name) for name in SPEED_COLUMNS} for row in speed_rows.with_ratios(rows)]
     notes = [] if any(row["pass"] == "decode" for row in rows) else ["Decoding: missing, no row is of pass decode."]
+    notes += [
+        f"Not measured: {method}, {stage}, {passes} at {lengths}: {why}."
+        for method, stage, why, passes, _, lengths in speed_report.not_measured(rows)
+    ]
     return Drawn(table, lambda path: speed_report.draw(rows, path), notes, rows)
 
 
@@ -81,7 +87,10 @@ def make_training(study: Study) -> Drawn | None:
     present = {name: key for name, key in TRAINING.items() if any(key in row for row in table)}
     absent = [name for name in TRAINING if name not in present]
     notes = [f"Missing: {', '.join(absent)}, no row has it."] if absent else []
-    notes.append("Solid and dashed: training batches; dotted: validation. Time is that of the training steps alone.")
+    notes.append(
+        "Solid: training batches; dotted: validation. Colours are the methods', marks stand at a few of the points. "
+        "Time is that of the training steps alone."
+    )
     if len(study.training) > MANY:
         notes.append("Many runs: a panel an arm, and of all that was logged two; the table has the rest.")
         return Drawn(table, lambda path: _draw_arms(table, path), notes)
@@ -89,31 +98,41 @@ def make_training(study: Study) -> Drawn | None:
     def draw(path: Path) -> None:
         panels = [("tokens", name) for name in present] + [("seconds", "loss, nats")]
         figure, axes = grid(len(panels))
-        style = styles(study.training)
         for ax, (x, name) in zip(axes, panels, strict=True):
-            key = TRAINING[name]
-            for number, (run, rows) in enumerate(sorted(grouped(table, "run").items())):
-                for split, points in grouped([row for row in rows if key in row], "split").items():
-                    line = {"linestyle": _dashes(number)}
-                    if split == "validation":
-                        line = {"linestyle": ":", "marker": "o", "markersize": 3}
-                    label = run if split == "train" else None
-                    xs, ys = [row[x] for row in points], [row[key] for row in points]
-                    ax.plot(xs, ys, color=style[run][0], linewidth=1, label=label, **line)
+            inside = [row for row in table if TRAINING[name] in row]
+            _draw_runs(ax, inside, x, TRAINING[name], study.training)
             ax.set_xlabel(x)
             ax.set_ylabel(name)
             if "norm" in name:
                 ax.set_yscale("log")
-            ax.grid(alpha=0.25)
         legend_below(figure, axes)
         save(figure, path)
 
     return Drawn(table, draw, notes)
 
 
-def _dashes(number: int) -> str:
-    """Tells the runs apart that share a colour: there are more of them than colours."""
-    return "-" if number < len(COLOURS) else "--"
+def _draw_runs(ax, rows: list[dict], x: str, y: str, runs: Iterable[str]) -> None:
+    """Curves of runs: a colour a method, a mark here and there, dots for validation."""
+    from matplotlib.ticker import EngFormatter
+
+    style = styles(runs)
+    for run, own in grouped(rows, "run").items():
+        for split, points in grouped(own, "split").items():
+            points = _thinned(points)
+            colour, mark = style[run]
+            line = {"linestyle": ":", "linewidth": 1} if split == "validation" else {"linewidth": 1}
+            xs, ys = [row[x] for row in points], [row[y] for row in points]
+            every = max(1, len(points) // 6)
+            label = run if split == "train" else None
+            ax.plot(xs, ys, color=colour, marker=mark, markersize=4, markevery=every, label=label, **line)
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    ax.grid(alpha=0.25)
+
+
+def _thinned(points: Sequence[dict]) -> list[dict]:
+    """As many as a panel can show."""
+    stride = -(-len(points) // DRAWN)
+    return [row for number, row in enumerate(points) if number % stride == 0 or number == len(points) - 1]
 
 
 def _draw_arms(table: list[dict], path: Path) -> None:
@@ -125,20 +144,15 @@ def _draw_arms(table: list[dict], path: Path) -> None:
         for arm, points in sorted(grouped((row for row in rows if TRAINING[name] in row), "arm").items())
         if max(row["step"] for row in points) > 1
     ]
-    figure, axes = grid(len(panels), height=3.0)
+    figure, axes = grid(len(panels), width=3.1, height=2.2, columns=4)
     for ax, (name, arm, points) in zip(axes, panels, strict=True):
-        runs = grouped(points, "run")
-        style = styles(runs)
-        for number, (run, line) in enumerate(sorted(runs.items())):
-            xs, ys = [row["tokens"] / 1e6 for row in line], [row[TRAINING[name]] for row in line]
-            label = run.removeprefix(arm).lstrip("-:")
-            ax.plot(xs, ys, color=style[run][0], linestyle=_dashes(number), linewidth=1, label=label)
-        ax.set_title(arm, fontsize=9)
-        ax.set_xlabel("million tokens")
+        named = [row | {"run": row["run"].removeprefix(arm).lstrip("-:")} for row in points]
+        _draw_runs(ax, named, "tokens", TRAINING[name], {row["run"] for row in named})
+        entitle(ax, arm)
+        ax.set_xlabel("tokens")
         ax.set_ylabel(name)
         ax.set_yscale("log")
-        ax.grid(alpha=0.25)
-        ax.legend(fontsize=6, ncols=1 + (len(runs) > 5))
+        ax.legend(fontsize=6, ncols=1 + (len({row["run"] for row in named}) > 5))
     save(figure, path)
 
 
@@ -179,26 +193,27 @@ def make_lengths(study: Study) -> Drawn | None:
                 ax.plot(xs, [p["score"] for p in points], color=colour, marker=mark, label=line)
             ax.set_xscale("log", base=2)
             ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            ax.set_title(f"{data}: {task}" + (f", {variant}" if variant else ""), fontsize=10)
+            entitle(ax, f"{data}: {task}" + (f", {variant}" if variant else ""))
             ax.set_xlabel("tokens")
             ax.set_ylabel(rows[0]["metric"])
             ax.grid(alpha=0.25)
-            ax.legend(fontsize=8)
+        if panels:
+            legend_below(figure, axes[len(maps) :])
         save(figure, path)
 
-    return Drawn(table, draw, notes, [*found, *scores])
+    return Drawn(table, draw, [*notes, BARS], [*found, *scores])
 
 
 def _heat_map(ax, line: str, rows: list[dict]) -> None:
     lengths, depths = sorted({row["length"] for row in rows}), sorted({row["depth"] for row in rows})
     found = {(row["depth"], row["length"]): row["score"] for row in rows}
     cells = [[found.get((depth, length), float("nan")) for length in lengths] for depth in depths]
-    image = ax.imshow(cells, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    image = ax.imshow(cells, vmin=0, vmax=1, cmap="cividis", aspect="auto")
     ax.set_xticks(range(len(lengths)), [str(length) for length in lengths])
     ax.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
     ax.set_xlabel("tokens")
     ax.set_ylabel("depth of the needle")
-    ax.set_title(f"needle found: {line}", fontsize=10)
+    entitle(ax, f"needle found: {line}")
     ax.figure.colorbar(image, ax=ax)
 
 

@@ -6,7 +6,7 @@ its knob turned at inference and points trained at their own sparsity are differ
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import NamedTuple
 from data.task_sets import SUITES
 from experiments.figures.setpoints import is_as_trained, with_setpoints
 from experiments.files import RESULTS, UNTRAINED, check_exists, read_rows
+from experiments.intervals import interval, stderr_of
 
 HIGHER_IS_BETTER = {
     **dict.fromkeys(("accuracy", "match", "acc", "acc_norm", "exact_match"), True),
@@ -34,10 +35,15 @@ class Panel(NamedTuple):
     variant: str
 
     @property
+    def score(self) -> str:
+        """What the scores are, for an axis."""
+        scores = {"match": "share found", "nats": "nats (lower is better)"}
+        return scores.get(self.metric, self.metric)
+
+    @property
     def title(self) -> str:
-        scores = {"accuracy": "accuracy", "match": "share found", "nats": "validation loss (nats, lower is better)"}
-        score = scores.get(self.metric, self.metric)
-        what = score if self.task == "loss" else f"{self.task}, {score}"
+        what = "validation loss" if self.task == "loss" else self.task
+        what += f", {self.score}"
         return f"{self.data}: {what}, {self.length} tokens" + (f", {self.variant}" if self.variant else "")
 
 
@@ -50,6 +56,7 @@ class Point:
     trained_knob: float | None  # or ``AtSparsity``; None: dense, or not trained
     knob: float | None
     of_seed: Mapping[int, tuple[float, float]]  # seed -> (causal sparsity, score)
+    of_samples: tuple[float, float] | None = None  # 95 % interval over the samples of a single seed, if known
 
     @property
     def sparsity(self) -> float:
@@ -62,6 +69,11 @@ class Point:
     @property
     def score(self) -> float:
         return mean(self.scores)
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """Lowest and highest of the seeds; of a single one, the interval over its samples."""
+        return (min(self.scores), max(self.scores)) if len(self.of_seed) > 1 else self.of_samples
 
     def at_seed(self, seed: int) -> "Point":
         return replace(self, of_seed={seed: self.of_seed[seed]})
@@ -136,8 +148,19 @@ def ruler_averages(rows: Sequence[dict]) -> list[dict]:
                 for name in ("score", "causal_sparsity", "active_tokens", "routing_reads")
             }
             whole = "ruler" if len(tasks) == 13 else f"ruler ({len(tasks)} of 13 tasks)"
-            averages.append(next(iter(tasks.values())) | means | {"task": whole})
+            averages.append(next(iter(tasks.values())) | means | _scatter(tasks.values()) | {"task": whole})
     return averages
+
+
+def _scatter(rows: Collection[dict]) -> dict:
+    """Of the mean of tasks, whose samples are drawn each for itself."""
+    known = [stderr_of(row) for row in rows]
+    if any(stderr is None for stderr, _ in known):
+        return {"stderr": None, "samples": None}
+    return {
+        "stderr": math.hypot(*(stderr for stderr, _ in known)) / len(known),
+        "samples": sum(samples for _, samples in known),
+    }
 
 
 def points(rows: Iterable[dict]) -> list[Point]:
@@ -163,6 +186,7 @@ def points(rows: Iterable[dict]) -> list[Point]:
             trained_knob,
             knob,
             {row["seed"]: (row["causal_sparsity"], row["score"]) for row in sorted(group, key=lambda row: row["seed"])},
+            interval(group[0]) if len(group) == 1 else None,
         )
         for (panel, label, trained_knob, knob), group in groups.items()
     ]

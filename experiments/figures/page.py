@@ -1,6 +1,7 @@
 """One HTML file that holds all figures and tables, pictures included: it needs nothing beside it."""
 
 import base64
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -8,17 +9,21 @@ from pathlib import Path
 
 from experiments.figures.rows import Drawn, Figure
 
-ROWS_SHOWN = 200  # of a figure's table; its CSV has all
+ROWS_SHOWN = 25  # of a figure's table; its CSV has all
+_VISIBLE = 12  # of 255, from which a colour is another
+_SHARE = 0.02  # of the pixels, at the edges of letters say, that may have another
+WIDEST = 1250  # pixels of a picture, as wide as the page
 
 STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 78rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-top: 1px solid #8886; padding-top: 1rem; }
-h3 { font-size: 1rem; } img { max-width: 100%; background: white; }
+h3 { font-size: 1rem; } img { max-width: 100%; height: auto; background: white; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; }
 td, th { padding: .15rem .6rem; border-bottom: 1px solid #8884; text-align: right; white-space: nowrap; }
 td:first-child, th:first-child { text-align: left; }
-.missing { color: #a33; } .note { color: #777; } nav a { margin-right: .8rem; }
+.missing { color: light-dark(#a33, #f88); } .note { color: light-dark(#555, #bbb); margin: .2rem 0; }
+nav a { margin-right: .8rem; }
 """
 
 
@@ -53,8 +58,29 @@ def to_html(figures: Sequence[Figure], sections: dict[int, list[Section]]) -> st
 
 
 def _picture(path: Path, figure: Figure) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{escape(figure.title)}" src="data:image/png;base64,{data}">'
+    data, (width, height) = _small(path)
+    size = f'width="{width}" height="{height}" loading="lazy"'
+    return f'<img alt="{escape(figure.title)}" {size} src="data:image/webp;base64,{base64.b64encode(data).decode()}">'
+
+
+def _small(path: Path) -> tuple[bytes, tuple[int, int]]:
+    """A picture as wide as the page shows it, without loss in its few colours."""
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(path) as whole:
+        picture = whole.convert("RGB")
+    if picture.width > WIDEST:
+        picture = picture.resize((WIDEST, round(picture.height * WIDEST / picture.width)), Image.Resampling.LANCZOS)
+    encoded = io.BytesIO()
+    # As few colours as show no difference: those of a heat map are its numbers.
+    for colours in (64, 128, 256):
+        few = picture.quantize(colours, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).convert("RGB")
+        off = np.abs(np.asarray(few, dtype=int) - np.asarray(picture)).max(axis=-1)
+        if (off > _VISIBLE).mean() < _SHARE:
+            break
+    few.save(encoded, "WEBP", lossless=True, quality=80)
+    return encoded.getvalue(), picture.size
 
 
 def _table(rows: list[dict], is_open: bool) -> str:

@@ -4,7 +4,7 @@ Reads only results.jsonl of the run directories below. The x axis is measured ca
 """
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -16,7 +16,6 @@ from experiments.figures.frontier import (
     Point,
     common_span,
     curves,
-    frontier,
     load_rows,
     mean_score,
     panels_to_draw,
@@ -24,9 +23,9 @@ from experiments.figures.frontier import (
     scores_at,
     untrained,
 )
-from experiments.files import to_csv, write_atomically
+from experiments.files import UNTRAINED, to_csv, write_atomically
+from experiments.plots import BLACK, WIDTH, entitle, grid, pyplot, save, styles
 from experiments.plots import COLUMNS as PANEL_COLUMNS
-from experiments.plots import grid, pyplot, save, styles
 
 AT_SPARSITIES = (0.5, 0.75, 0.9, 0.95)
 COLUMNS = [*Panel._fields, "label", "trained_knob", "knob", "causal_sparsity", "score"]
@@ -98,70 +97,86 @@ def draw(points: Sequence[Point], path: Path) -> None:
 
     style = styles(p.label for p in points if p.knob is not None)
     panels = panels_to_draw(points)
-    figure, axes = grid(len(panels), width=7.2 if len(panels) == 1 else 5.6, height=5.2)
+    figure, axes = grid(len(panels), width=7.2 if len(panels) == 1 else WIDTH, height=4.8 if len(panels) == 1 else 3.8)
     most = max(len(p.of_seed) for p in points)
     legend = {}
     for ax, panel in zip(axes, panels, strict=True):
         inside = [p for p in points if p.panel == panel]
+        show = _as_errors(ax) if panel.metric == "accuracy" else lambda score: score
         for p in inside:
+            bounds = None if p.bounds is None else [show(bound) for bound in p.bounds]
             if p.knob is None:
-                ax.axhline(p.score, color="#444444", linestyle="--", linewidth=1, label=f"{p.label} (dense)")
+                style_of_level = "-." if UNTRAINED in p.label else "--"
+                level = ax.axhline(show(p.score), color=BLACK, linestyle=style_of_level, linewidth=1)
+                legend[f"{p.label} (dense)"] = level
+                if bounds is not None:
+                    ax.axhspan(*bounds, color=BLACK, alpha=0.08, linewidth=0)
                 continue
             colour, mark = style[p.label]
-            ax.vlines(p.sparsity, min(p.scores), max(p.scores), color=colour, linewidth=1)
+            if bounds is not None:
+                ax.vlines(p.sparsity, *bounds, color=colour, linewidth=1)
             ax.plot(
                 p.sparsity,
-                p.score,
+                show(p.score),
                 mark,
                 color=colour,
                 markerfacecolor=colour if p.is_trained else "white",
                 markersize=6 if len(p.of_seed) == most else 3,
             )
         for (_, label, curve), line in curves(inside).items():
-            edge = frontier(line)
-            turned = curve.endswith("knob turned")
-            ax.plot(
-                [p.sparsity for p in edge],
-                [p.score for p in edge],
-                color=style[label][0],
-                linestyle=":" if turned else "-",
-                linewidth=1.5,
-                label=f"{label}, {curve.removesuffix(', knob turned')}",
-            )
-        if panel.metric == "accuracy":
-            _stretch(ax)
+            line = sorted(line, key=lambda p: p.sparsity)
+            colour, mark = style[label]
+            turned = "-." if UNTRAINED in f"{label}, {curve}" else ":"
+            own = {"color": colour, "linestyle": turned if curve.endswith("knob turned") else "-", "linewidth": 1.5}
+            ax.plot([p.sparsity for p in line], [show(p.score) for p in line], **own)
+            # With its mark, filled as it is of most of the line.
+            face = colour if curve == "trained at each" else "white"
+            named = f"{label}, {curve.removesuffix(', knob turned')}"
+            legend[named] = plt.Line2D([], [], marker=mark, markerfacecolor=face, **own)
         note = "\nuntrained: dense control below 99 %" if panel in untrained(points) else ""
-        ax.set_title(panel.title + note, fontsize=10)
+        entitle(ax, panel.title + note)
+        if panel.metric != "accuracy":
+            ax.set_ylabel(panel.score)
         ax.set_xlabel("measured causal sparsity")
         ax.xaxis.set_major_formatter(PercentFormatter(1.0))
         ax.set_xlim(right=1.0)
         ax.grid(alpha=0.25)
-        handles, names = ax.get_legend_handles_labels()
-        legend |= dict(zip(names, handles, strict=True))
 
     def gray(**changes):
         return plt.Line2D([], [], color="gray", **{"marker": "o", "linestyle": ""} | changes)
 
     legend["evaluated as trained"] = gray()
     legend["knob turned at inference"] = gray(markerfacecolor="white")
-    if most > 1:
-        legend[f"lowest to highest of {most} seeds"] = gray(marker="|", markersize=12)
+    legend |= {text: gray(marker="|", markersize=12) for text in [bars(points)] if text}
     if any(len(p.of_seed) < most for p in points):
         legend["fewer seeds"] = gray(markersize=3)
+    if any(p.bounds is None and p.knob is not None for p in points):
+        legend["no bar: samples' scatter not kept"] = gray(marker="")
     # Below the panels: ten lines leave no corner free.
-    columns = max(3, 2 * min(len(panels), PANEL_COLUMNS))
+    columns = 3 if len(panels) < PANEL_COLUMNS else 4
     figure.legend(legend.values(), legend.keys(), fontsize=8, ncols=columns, loc="outside lower center")
     save(figure, path)
 
 
-def _stretch(ax) -> None:
-    """Scores near 1, where the curves differ, apart: the axis is logarithmic in the distance from 1.01."""
-    import numpy as np
+def bars(points: Iterable[Point]) -> str:
+    """What the bars of points show; nothing where there are none."""
+    kinds = {len(p.of_seed) for p in points if p.bounds is not None}
+    seeds = f"lowest to highest of {max(kinds)} seeds" if max(kinds, default=1) > 1 else ""
+    return "; ".join(filter(None, [seeds, "95 % interval over samples" if 1 in kinds else ""]))
 
-    ax.set_yscale("function", functions=(lambda y: -np.log(np.maximum(1.01 - y, 1e-3)), lambda z: 1.01 - np.exp(-z)))
-    ax.set_yticks([0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 1.0])
-    ax.set_ylim(top=1.002)
-    ax.set_ylabel("logarithmic towards 1")
+
+def _as_errors(ax) -> Callable[[float], float]:
+    """For accuracies near 1, where the curves differ: an axis of wrong answers, logarithmic above a half percent.
+    Returns what an accuracy is on it."""
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    ax.set_yscale("symlog", linthresh=0.005, linscale=0.4)
+    ax.yaxis.set_major_locator(FixedLocator([0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
+    ax.set_ylim(1.1, -0.0008)  # fewer are better, and better is up
+    ax.set_ylabel("queries answered wrong")
+    return lambda score: 1 - score
 
 
 def main(arguments: Sequence[str]) -> None:

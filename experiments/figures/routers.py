@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from experiments.figures.rows import Drawn, Study, as_trained, averaged, grouped
-from experiments.plots import grid, legend_below, save, styles
+from experiments.figures.rows import BARS, Drawn, Study, as_trained, averaged, grouped
+from experiments.plots import BLACK, entitle, grid, legend_below, save, styles
 
 DISPERSION = {
     "relevant_mass": "router's mass on the relevant blocks",
@@ -41,11 +41,11 @@ def make_heat_map(study: Study) -> Drawn | None:
     def draw(path: Path) -> None:
         # A row of panels for each corpus and length.
         most = max(len(inside) for inside in _panels(means, "data", "length").values())
-        figure, axes = grid(len(means), width=3.2, height=3.2, columns=most)
+        figure, axes = grid(len(means), width=2.4, height=2.6, columns=min(most, 5))
         image = None
         for ax, m in zip(axes, means, strict=True):
             image = ax.imshow(m["per_head"], vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
-            ax.set_title(f"{m['line']}\n{m['data']}, {m['length']} tokens", fontsize=9)
+            ax.set_title(f"{m['line']}\n{m['data']}, {m['length']} tokens", fontsize=8)
             ax.set_xlabel("KV head")
             ax.set_ylabel("layer")
             for axis in (ax.xaxis, ax.yaxis):
@@ -74,7 +74,7 @@ def make_active_tokens(study: Study) -> Drawn | None:
         style = styles(row["line"] for row in table)
         for ax, ((data, length), inside) in zip(axes, panels.items(), strict=True):
             last = max(row["last"] for row in inside)
-            ax.plot([1, last + 1], [1, last + 1], color="#444444", linestyle="--", linewidth=1, label="dense")
+            ax.plot([1, last + 1], [1, last + 1], color=BLACK, linestyle="--", linewidth=1, label="dense")
             for line, bins in grouped(inside, "line").items():
                 colour, mark = style[line]
                 xs = [(row["first"] + row["last"]) / 2 + 1 for row in bins]
@@ -83,10 +83,10 @@ def make_active_tokens(study: Study) -> Drawn | None:
             ax.set_xscale("log", base=2)
             ax.set_yscale("log", base=2)
             ax.set_xlabel("position in the document")
-            ax.set_ylabel("active tokens: median, p10-p90")
-            ax.set_title(f"{data}, {length} tokens", fontsize=10)
+            ax.set_ylabel("active tokens:\nmedian, p10-p90")
+            entitle(ax, f"{data}, {length} tokens")
             ax.grid(alpha=0.25)
-            ax.legend(fontsize=8)
+        legend_below(figure, axes)
         save(figure, path)
 
     return Drawn(table, draw, rows=rows)
@@ -104,7 +104,7 @@ def make_adaptivity(study: Study) -> Drawn | None:
     keys = ("probes", "data", "length", "line", "relevant")
     table = averaged(rows, *keys)
     note = (
-        "Over tokens, layers and heads; bars: lowest to highest of the seeds. Needed: in text pieces of the answer, in "
+        f"Over tokens, layers and heads. {BARS} Needed: in text pieces of the answer, in "
         "MQAR the blocks that hold pairs, of which a single query needs one."
     )
     named = [row | {"panel": f"{row['probes']}, {row['data']}, {row['length']} tokens"} for row in table]
@@ -138,7 +138,7 @@ def make_recall(study: Study) -> Drawn | None:
 
     def draw(path: Path) -> None:
         panels = _panels(drawn, "metric", "probe")
-        figure, axes = grid(len(panels), height=3.6)
+        figure, axes = grid(len(panels), height=3.0)
         style = styles(row["label"] for row in drawn)
         for ax, ((metric, probe), inside) in zip(axes, panels.items(), strict=True):
             for label, points in grouped(inside, "label").items():
@@ -152,7 +152,7 @@ def make_recall(study: Study) -> Drawn | None:
                 lows, highs = [row["best_low"] for row in points], [row["best_high"] for row in points]
                 ax.vlines(xs, lows, highs, color=colour, linewidth=1)
             where = f", {most[probe]} tokens" if is_turned else ""
-            ax.set_title(f"{probe}{where}:\n{RECALLS[metric]}", fontsize=9)
+            entitle(ax, f"{probe}{where}:\n{RECALLS[metric]}")
             if is_turned:
                 ax.set_xlabel("causal sparsity")
             else:
@@ -168,8 +168,14 @@ def make_recall(study: Study) -> Drawn | None:
         if is_turned
         else "At the knob trained with."
     )
-    note = f"{where} The best head is each seed's own; bars: lowest to highest of the seeds."
-    return Drawn(table, draw, [note], rows)
+    notes = [f"{where} The best head is each seed's own. {BARS}"]
+    for (metric, probe), inside in _panels(drawn, "metric", "probe").items():
+        absent = {row["label"] for row in drawn if row["probe"] == probe} - {row["label"] for row in inside}
+        if absent:
+            notes.append(
+                f"{RECALLS[metric]}, {probe}: not of {', '.join(sorted(absent))}, whose rows have no such score."
+            )
+    return Drawn(table, draw, notes, rows)
 
 
 def _best(per_head: list[list[float | None]]) -> float:
@@ -188,7 +194,7 @@ def make_dispersion(study: Study) -> Drawn | None:
         for row in table
         if not _is_of_values(row["probe"])
     ]
-    return Drawn(table, _lines(named, "length"), ["Bars: lowest to highest of the seeds."], rows)
+    return Drawn(table, _lines(named, "length"), [BARS], rows)
 
 
 def _is_of_values(probe: str) -> bool:
@@ -214,7 +220,7 @@ def _lines(table: list[dict], x: str) -> Callable[[Path], None]:
 
     def draw(path: Path) -> None:
         panels = grouped(table, "panel")
-        figure, axes = grid(len(panels), height=3.6)
+        figure, axes = grid(len(panels), height=3.0)
         style = styles(row["line"] for row in table)
         # Of two lines that agree, the one below shows through the other's dashes.
         dashes = {line: ("-", "--")[number % 2] for number, line in enumerate(sorted(style))}
@@ -225,7 +231,7 @@ def _lines(table: list[dict], x: str) -> Callable[[Path], None]:
                 lows, highs = [row["low"] for row in points], [row["high"] for row in points]
                 ax.vlines(xs, lows, highs, color=colour, linewidth=1)
                 ax.plot(xs, ys, color=colour, marker=mark, markersize=5, linestyle=dashes[line], label=line)
-            ax.set_title(panel, fontsize=9)
+            entitle(ax, panel)
             if x == "length":
                 _length_axis(ax)
                 ax.set_yscale("log" if inside[0]["metric"] == "support" else "linear")

@@ -9,6 +9,12 @@ from statistics import mean
 from experiments.figures.frontier import newest
 from experiments.figures.setpoints import AtSparsity, is_as_trained
 from experiments.files import METRICS, NUMERICS, RESULTS, SCALING, SPEED, THROUGHPUT, check_exists, read_rows
+from experiments.intervals import interval
+
+BARS = (
+    "Bars: lowest to highest of the seeds; of a single one, its 95 % interval over samples, where rows tell it. Points "
+    "of a panel share their samples: their differences are known better than bars show."
+)
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,7 @@ def line_of(row: dict) -> str:
 
 def averaged(rows: Iterable[dict], *keys: str, value: str = "score") -> list[dict]:
     """Mean, lowest and highest over seeds of the rows that agree in ``keys`` (``line`` is ``line_of``), in their order.
+    Of a single seed ``low`` and ``high`` are the 95 % interval over its samples, where it is known, and of a score.
 
     Lists, such as ``per_head``, are averaged element by element.
     """
@@ -122,7 +129,9 @@ def averaged(rows: Iterable[dict], *keys: str, value: str = "score") -> list[dic
         if isinstance(values[0], list):
             scores = {value: _mean_of_lists(values)}
         else:
-            scores = {value: mean(values), "low": min(values), "high": max(values)}
+            known = interval(group[0]) if len(group) == 1 and value == "score" else None
+            low, high = known or (min(values), max(values))
+            scores = {value: mean(values), "low": low, "high": high}
         seeds = {row["seed"] for row in group}
         out.append(dict(zip(keys, key, strict=True)) | scores | {"seeds": len(seeds)})
     return sorted(out, key=lambda row: tuple((row[k] is None, row[k]) for k in keys))

@@ -3,7 +3,8 @@
     python -m experiments.figures.run_page outputs/run [outputs/other ...]
 
 One file that needs nothing else: the curves of all runs in the same panels, the sparsity of every layer over the
-training, and their configurations. Made from metrics.jsonl and config.yaml alone, so it can be drawn during a run.
+training, what they scored, and their configurations. Made from metrics.jsonl, results.jsonl, start.json and config.yaml
+alone, so it can be drawn during a run.
 """
 
 import io
@@ -17,8 +18,10 @@ from omegaconf import OmegaConf
 
 from experiments.arguments import parse
 from experiments.errors import user_errors
-from experiments.files import CONFIG, METRICS, check_exists, read_rows, write_atomically
-from experiments.plots import COLOURS
+from experiments.figures import run_results
+from experiments.figures.frontier import newest
+from experiments.files import CONFIG, METRICS, RESULTS, START, check_exists, read_json, read_rows, write_atomically
+from experiments.plots import entitle, method_of, pyplot, styles
 from experiments.schema import read_values
 from experiments.training.run_dir import flat
 
@@ -55,6 +58,8 @@ PANELS = (
     Panel("peak memory, MiB", {"peak_memory_mib": ""}),
 )
 _STYLES = ("-", "--", ":")
+_FAR = 8  # times as long as the shortest run is the longest, from which their axis is logarithmic
+_SYMBOLS = dict(zip("os^DvPX<>p*xd", "●■▲◆▼✚✖◀▶⬟★✕⬧", strict=True))
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,8 @@ class RunData:
     name: str
     config: dict[str, object]  # dotted keys
     rows: list[dict]
+    evaluations: list[dict]
+    parameters: int | None  # None: it does not say
 
     def curve(self, key: str) -> tuple[list[float], list[float]]:
         """Tokens and values of a key of the training rows, or of ``split/key``."""
@@ -107,13 +114,17 @@ def read_run(path: Path) -> RunData:
     if not any(row["split"] == "train" for row in rows):
         raise ValueError(f"{path / METRICS} has no training rows yet: wait for the run's first step")
     config = OmegaConf.to_container(read_values(path / CONFIG))
-    return RunData(config.get("name") or path.name, flat(config), rows)
+    parameters = read_json(path / START).get("parameters") if (path / START).exists() else None
+    evaluations = newest(read_rows(path / RESULTS))
+    return RunData(config.get("name") or path.name, flat(config), rows, evaluations, parameters)
 
 
 def page(runs: Sequence[RunData]) -> str:
     """The HTML of the report."""
     title = ", ".join(run.name for run in runs)
     curves = [_curves(panel, runs) for panel in PANELS if any(run.curve(key)[1] for run in runs for key in panel.keys)]
+    if len({run.parameters for run in runs}) > 1 and all(run.parameters for run in runs):
+        curves.insert(1, _curves(PANELS[0], runs, by_compute=True))
     strips = [_strip(run) for run in runs if run.curve("causal_sparsity_per_layer")[1]]
     summaries = [run.summary() for run in runs]
     keys = sorted({key for run in runs for key in run.config})
@@ -123,6 +134,12 @@ def page(runs: Sequence[RunData]) -> str:
         _table(["", *summaries[0]], [[run.name, *s.values()] for run, s in zip(runs, summaries, strict=True)], runs),
         f'<div class="panels">{"".join(curves)}</div>',
     ]
+    evaluations = {run.name: run.evaluations for run in runs if run.evaluations}
+    if evaluations:
+        drawn = [_scores(*panel, runs) for panel in run_results.panels(evaluations).items()]
+        parts += ["<h2>Scores</h2>", f'<div class="panels">{"".join(drawn)}</div>']
+        count = sum(map(len, evaluations.values()))
+        parts.append(f"<details><summary>All {count} scores</summary>{run_results.table(evaluations)}</details>")
     if strips:
         parts += ["<h2>Causal sparsity of every layer</h2>", f'<div class="strips">{"".join(strips)}</div>']
     if len(runs) > 1:
@@ -133,30 +150,39 @@ def page(runs: Sequence[RunData]) -> str:
 
 
 _STYLE = """<style>
-body { font: 14px/1.45 system-ui, sans-serif; color: #222; max-width: 1280px; margin: 2em auto; padding: 0 1.5em }
+:root { color-scheme: light dark }
+body { font: 14px/1.45 system-ui, sans-serif; max-width: 1280px; margin: 2em auto; padding: 0 1.5em }
 h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { text-align: left; padding: .25em .9em .25em 0; border-bottom: 1px solid #ddd; vertical-align: top }
-th { font-weight: 600; color: #555 } td.key { color: #555; font-family: ui-monospace, monospace; font-size: .9em }
-.swatch { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .5em }
+th, td { text-align: left; padding: .25em .9em .25em 0; border-bottom: 1px solid #8884; vertical-align: top }
+th, td.key, figcaption { color: light-dark(#555, #bbb) } th { font-weight: 600 }
+td.key { font-family: ui-monospace, monospace; font-size: .9em }
+.swatch { margin-right: .5em; background: white; padding: 0 .2em; border-radius: 2px }
 .wide { overflow-x: auto }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(370px, 1fr)); gap: .5em; margin-top: 1.5em }
-.strips { display: flex; flex-wrap: wrap; gap: 1em } figure { margin: 0 } svg { width: 100%; height: auto }
-.strips figure { flex: 1 1 480px; max-width: 640px } figcaption { color: #555 }
+.strips { display: flex; flex-wrap: wrap; gap: 1em } figure { margin: 0 }
+svg { width: 100%; height: auto; background: white }
+.strips figure { flex: 1 1 480px; max-width: 640px } 
 summary { cursor: pointer; margin-top: 2em; font-weight: 600 }
 </style>"""
 
 
-def _curves(panel: Panel, runs: Sequence[RunData]) -> str:
-    plt = _pyplot()
+def _curves(panel: Panel, runs: Sequence[RunData], *, by_compute: bool = False) -> str:
+    """Against tokens, or ``by_compute`` against the operations of training, 6 a parameter and token: of models of
+    different size equal tokens are not equal effort."""
+    plt = pyplot()
     figure, ax = plt.subplots(figsize=(4.6, 3.0), layout="constrained")
     names = []
-    for run, colour in zip(runs, _colours(runs), strict=True):
+    ends = []
+    for run in runs:
+        colour, mark = _styles(runs)[run.name]
         for (key, name), style in zip(panel.keys.items(), _STYLES, strict=False):
             tokens, values = run.curve(key)
             if values:
-                mark = "o" if len(values) == 1 else None
-                ax.plot(tokens, values, style, color=colour, linewidth=1.4, marker=mark, markersize=3)
+                xs = [6 * run.parameters * count for count in tokens] if by_compute else tokens
+                ends.append(xs[-1])
+                every = max(1, len(xs) // 5)
+                ax.plot(xs, values, style, color=colour, linewidth=1.4, marker=mark, markersize=4, markevery=every)
                 names += [] if (name, style) in names else [(name, style)]
     if len(names) > 1:
         handles = [plt.Line2D([], [], color="#555", linestyle=style) for _, style in names]
@@ -165,14 +191,26 @@ def _curves(panel: Panel, runs: Sequence[RunData]) -> str:
         ax.set_yscale("log")
     else:
         ax.yaxis.set_major_formatter(lambda value, _: _short(value))
+    if max(ends) > _FAR * min(ends):
+        ax.set_xscale("log")
     ax.set_title(panel.title, fontsize=10, loc="left")
-    ax.set_xlabel("tokens", fontsize=8)
+    ax.set_xlabel("FLOPs of training, 6 x parameters x tokens" if by_compute else "tokens", fontsize=8)
     return f"<figure>{_svg(figure)}</figure>"
+
+
+def _scores(named: tuple[str, str], inside: dict[str, list[dict]], runs: Sequence[RunData]) -> str:
+    title, score = named
+    figure, ax = pyplot().subplots(figsize=(4.6, 3.0), layout="constrained")
+    run_results.draw_scores(ax, inside, _styles(runs))
+    entitle(ax, title)
+    ax.set_xlabel("measured causal sparsity; bars: 95 % interval", fontsize=8)
+    ax.set_ylabel(score, fontsize=8)
+    return f"<figure>{_svg(figure, percent=True)}</figure>"
 
 
 def _strip(run: RunData) -> str:
     """Layers upwards, training to the right."""
-    plt = _pyplot()
+    plt = pyplot()
     tokens, sparsity = run.curve("causal_sparsity_per_layer")
     layers = len(sparsity[0])
     figure, ax = plt.subplots(figsize=(6, min(1.2 + 0.1 * layers, 6)), layout="constrained")
@@ -194,10 +232,10 @@ def _strip(run: RunData) -> str:
     return f"<figure>{_svg(figure)}<figcaption>{escape(run.name)}</figcaption></figure>"
 
 
-def _svg(figure) -> str:
+def _svg(figure, *, percent: bool = False) -> str:
     """The figure as an element of a page, and closed."""
-    plt = _pyplot()
-    figure.axes[0].xaxis.set_major_formatter(lambda value, _: _short(value))
+    plt = pyplot()
+    figure.axes[0].xaxis.set_major_formatter(lambda value, _: f"{value:.0%}" if percent else _short(value))
     for ax in figure.axes:
         ax.tick_params(labelsize=8)
         ax.spines[["top", "right"]].set_visible(False)
@@ -209,22 +247,19 @@ def _svg(figure) -> str:
     return text[text.index("<svg") :]
 
 
-def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def _colours(runs: Sequence[RunData]) -> list[str]:
-    return [COLOURS[index % len(COLOURS)] for index in range(len(runs))]
+def _styles(runs: Sequence[RunData]) -> dict[str, tuple[str, str]]:
+    """(colour, mark) by name, which says the method as a rule; a run that does not say it is its attention's."""
+    labels = {
+        run.name: run.name if method_of(run.name) else f"{run.config.get('attention.name')} {run.name}" for run in runs
+    }
+    style = styles(labels.values())
+    return {name: style[label] for name, label in labels.items()}
 
 
 def _table(head: Iterable[str], rows: Sequence[Sequence[str]], runs: Sequence[RunData]) -> str:
-    """A table with a row a run, each marked with its colour."""
-    marks = [f'<span class="swatch" style="background:{colour}"></span>' for colour in _colours(runs)]
+    """A table with a row a run, each with its mark in its colour."""
+    own = [_styles(runs)[run.name] for run in runs]
+    marks = [f'<span class="swatch" style="color:{colour}">{_SYMBOLS[mark]}</span>' for colour, mark in own]
     body = [
         "".join(f"<td>{mark if not column else ''}{escape(cell)}</td>" for column, cell in enumerate(row))
         for mark, row in zip(marks, rows, strict=True)

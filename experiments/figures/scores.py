@@ -9,9 +9,9 @@ from experiments.evaluation.tasks.decoding import DECODE
 from experiments.figures.frontier import Point, is_ablation, of_frontiers, panels_to_draw, points, untrained
 from experiments.figures.pareto import draw as draw_frontiers
 from experiments.figures.pareto import table as frontier_table
-from experiments.figures.rows import Drawn, Study, averaged, grouped, line_of
+from experiments.figures.rows import BARS, Drawn, Study, averaged, grouped, line_of
 from experiments.figures.setpoints import is_as_trained
-from experiments.plots import grid, legend_below, save, styles
+from experiments.plots import BLACK, WIDTH, entitle, grid, legend_below, save, styles
 
 MISSING = "missing"
 # Columns of a RULER table: the groups the paper reports.
@@ -25,7 +25,7 @@ GROUPS = {
 FACTORS = ("alpha", "chunk_size", "sigma", "prior", "summary", "group", "router_scale")
 CONTROL = ("prior", "raw")  # of configs/sweep/ablations.yaml
 BESIDE = " ".join(CONTROL)  # as a value of another factor
-MARKED = "Filled: as trained; open: the knob turned. Bars: lowest to highest of the seeds."
+MARKED = f"Filled: as trained; open: the knob turned. {BARS}"
 
 
 def make_frontiers(study: Study) -> Drawn | None:
@@ -34,7 +34,7 @@ def make_frontiers(study: Study) -> Drawn | None:
         return None
     found = points(rows)
     notes = [f"{panel.title}: untrained, the dense control does not reach 99 %" for panel in sorted(untrained(found))]
-    notes += _not_drawn(found)
+    notes += [*_not_drawn(found), BARS]
     return Drawn(frontier_table(found), lambda path: draw_frontiers(found, path), notes, rows)
 
 
@@ -67,16 +67,20 @@ def make_costs(study: Study) -> Drawn | None:
     def draw(path: Path) -> None:
         from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
-        titles = [panel.title for panel in panels_to_draw(found)]
+        named = {panel.title: panel.score for panel in panels_to_draw(found)}
+        titles = list(named)
         panels = list(dict.fromkeys((row["cost"], row["panel"]) for row in table if row["panel"] in titles))
         panels.sort(key=lambda panel: (list(costs).index(panel[0]), titles.index(panel[1])))
-        figure, axes = grid(len(panels), width=7.2 if len(panels) == 1 else 5.6, height=4.8)
+        figure, axes = grid(
+            len(panels), width=7.2 if len(panels) == 1 else WIDTH, height=4.4 if len(panels) == 1 else 3.6
+        )
         style = styles(row["label"] for row in rows)
         for ax, (cost, panel) in zip(axes, panels, strict=True):
             inside = [row for row in table if (row["cost"], row["panel"]) == (cost, panel)]
             for (label, _), line in _by(inside, lambda row: (row["label"], row["trained_knob"])).items():
                 _line(ax, line, "amount", *style[label], linestyle=":", label=label)
-            ax.set_title(panel, fontsize=10)
+            entitle(ax, panel)
+            ax.set_ylabel(named[panel])
             ax.set_xlabel(costs[cost])
             ax.set_xscale("log")
             ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -150,20 +154,22 @@ def make_ablations(study: Study) -> Drawn | None:
     }
     if not drawn:
         return Drawn(table, None, notes, rows)
+    titled = {row["panel"]: row["axis"] for row in rows}
     notes.append(
         f"{MARKED} Dashed: {BESIDE}, from which the lines beside it differ in one option. Other factors: in the table."
     )
 
     def draw(path: Path) -> None:
-        figure, axes = grid(len(drawn), height=3.8)
+        figure, axes = grid(len(drawn), height=3.4)
         for ax, ((factor, panel), inside) in zip(axes, drawn.items(), strict=True):
             lines = grouped(inside, "value")
             control = CONTROL[1] if factor == CONTROL[0] else BESIDE
-            style = styles(lines.keys() - {control}) | {control: ("#444444", ".")}
+            style = styles(lines.keys() - {control}) | {control: (BLACK, "o")}
             for value, line in sorted(lines.items(), key=lambda item: (item[0] == control, _by_number(item[0]))):
                 label, dashes = (BESIDE, "--") if value == control else (f"{factor} {value}", "-")
                 _line(ax, line, "causal_sparsity", *style[value], linestyle=dashes, label=label)
-            ax.set_title(f"{factor}, seed {seeds[factor, panel]}\n{panel}", fontsize=9)
+            entitle(ax, f"{factor}, seed {seeds[factor, panel]}\n{panel}")
+            ax.set_ylabel(titled[panel])
             ax.ticklabel_format(useOffset=False)
             ax.set_xlabel("causal sparsity")
             ax.grid(alpha=0.25)
@@ -211,7 +217,8 @@ def _model_of(row: dict) -> tuple:
 
 
 def _with_panel(row: dict) -> dict:
-    return row | {"panel": points([row])[0].panel.title}
+    (point,) = points([row])
+    return row | {"panel": point.panel.title, "axis": point.panel.score}
 
 
 def _by(rows: Sequence[dict], key) -> dict:

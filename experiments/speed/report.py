@@ -12,7 +12,7 @@ from pathlib import Path
 from experiments.arguments import parse
 from experiments.errors import user_errors
 from experiments.files import SPEED, check_exists, read_rows, write_atomically
-from experiments.plots import COLOURS, pyplot, save
+from experiments.plots import BLACK, entitle, pyplot, save, styles
 from experiments.speed.rows import (
     CASE,
     CUDNN,
@@ -20,9 +20,9 @@ from experiments.speed.rows import (
     DECODE_PASSES,
     DENSE,
     FLASH_3,
-    MARKS,
     MODEL_DECODE,
     PASSES,
+    PATTERNS,
     STAGES,
     batch,
     curves,
@@ -71,17 +71,23 @@ def to_markdown(rows: Sequence[dict]) -> str:
             out += [*_measurements(at_once), *_break_even_table(at_once)]
         for name in DECODE_PASSES:
             out += _decode_table([row for row in inside if row["pass"] == name and row["status"] == "ok"])
-        out += _missing_table([row for row in inside if row["status"] != "ok"])
+        lines = not_measured(inside)
+        if lines:
+            head = [
+                "\nNot measured:\n",
+                "| method | stage | why | pass | inputs | lengths |",
+                "|---|---|---|---|---|---|",
+            ]
+            out += [*head, *(f"| {' | '.join(line)} |" for line in lines)]
         out.append("")
     return "\n".join(out) + "\n"
 
 
-def _missing_table(rows: Sequence[dict]) -> list[str]:
-    """Why each of the rows has no time; rows that differ only in length, inputs or pass share a line."""
-    if not rows:
-        return []
+def not_measured(rows: Sequence[dict]) -> list[tuple[str, ...]]:
+    """(method, stage, why, passes, inputs, lengths) of the rows that have no time; those that differ only in length,
+    inputs or pass share a line."""
     lines: list[tuple[str, ...]] = []
-    for row in sorted(rows, key=_order):
+    for row in sorted((row for row in rows if row["status"] != "ok"), key=_order):
         why = row["status"] + (f": {in_a_cell(row['detail'])}" if row["detail"] else "")
         lines.append((row["method"], row["stage"], why, row["pass"], _inputs(row), _length(row)))
     for place in (5, 4, 3):
@@ -89,17 +95,12 @@ def _missing_table(rows: Sequence[dict]) -> list[str]:
         for line in lines:
             merged.setdefault((*line[:place], *line[place + 1 :]), []).append(line[place])
         lines = [(*key[:place], ", ".join(values), *key[place:]) for key, values in merged.items()]
-    return [
-        "\nNot measured:\n",
-        "| method | stage | why | pass | inputs | lengths |",
-        "|---|---|---|---|---|---|",
-        *(f"| {' | '.join(line)} |" for line in lines),
-    ]
+    return lines
 
 
 def _order(row: dict) -> tuple:
     """Where a row stands in a table."""
-    pattern = -1 if row["pattern"] is None else list(MARKS).index(row["pattern"])
+    pattern = -1 if row["pattern"] is None else list(PATTERNS).index(row["pattern"])
     place = (row["length"], row["sparsity"] or 0, pattern, STAGES.index(row["stage"]), row["method"])
     return (*place, (*PASSES, *DECODE_PASSES).index(row["pass"]), batch(row))
 
@@ -215,41 +216,54 @@ def draw(rows: Sequence[dict], path: Path) -> None:
     Of decoding one sequence in one layer.
     """
     plt = pyplot()
+    import numpy as np
     from matplotlib.ticker import LogLocator, NullFormatter
 
     rows = [row for row in with_ratios(rows) if row["pass"] != MODEL_DECODE and batch(row) == 1]
     for number, (setup, inside) in enumerate(setups(rows).items()):
         columns = _columns(inside)
-        figure, axes = plt.subplots(
-            3,
-            len(columns),
-            figsize=(4 * len(columns), 9),
-            squeeze=False,
-            sharex=True,
-            sharey="row",
-            layout="constrained",
-        )
-        labels = sorted({c.label for name, _ in columns for c in curves(inside, name)})
-        colour = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
+        # Columns that a page is wide enough for, in blocks of three rows.
+        wide = min(4, len(columns))
+        blocks = -(-len(columns) // wide)
+        figure = plt.figure(figsize=(3.1 * wide, 7.5 * blocks + 0.5), layout="constrained")
+        cells = figure.subplots(3 * blocks, wide, squeeze=False)
+        axes = np.concatenate(np.split(cells, blocks), axis=1)
+        for ax in axes[:, len(columns) :].flat:
+            ax.remove()
+        axes = axes[:, : len(columns)]
+        for first in range(0, len(columns), wide):
+            block = axes[:, first : first + wide]
+            for row in block:
+                for ax in row:
+                    if ax is not block[0, 0]:
+                        ax.sharex(block[0, 0])
+                    if ax is not row[0]:
+                        ax.sharey(row[0])
+                        ax.tick_params(labelleft=False)
+            for ax in block[:-1].flat:
+                ax.tick_params(labelbottom=False)
+        style_of = styles({c.method for name, _ in columns for c in curves(inside, name)})
         for column, (name, sparsity) in zip(axes.T, columns, strict=True):
             for label, line in _dense_lines(inside, name).items():
-                style = {"color": "#444444", "linewidth": 1, "linestyle": {FLASH_3: "-", CUDNN: ":"}.get(label, "--")}
+                style = {"color": BLACK, "linewidth": 1, "linestyle": {FLASH_3: "-", CUDNN: ":"}.get(label, "--")}
                 _plot(column[0], line, "ms", label=label, **style)
                 _plot(column[2], line, "extra_mib", **style)
             for curve in curves(inside, name):
                 if curve.sparsity == sparsity:
-                    style = {"color": colour[curve.label], "marker": MARKS[curve.pattern], "markersize": 4}
+                    colour, mark = style_of[curve.method]
+                    style = {"color": colour, "marker": mark, "markersize": 4, "linestyle": PATTERNS[curve.pattern]}
                     _plot(column[0], curve.rows, "ms", label=curve.label, **style)
                     _plot(column[1], curve.rows, "ratio", **style)
                     _plot(column[2], curve.rows, "extra_mib", **style)
-            column[1].axhline(1, color="#444444", linewidth=1)
+            column[1].axhline(1, color=BLACK, linewidth=1)
             what = name.replace("+", " + ")
-            column[0].set_title(what if sparsity is None else f"{what}, {sparsity:.0%} sparse", fontsize=10)
+            entitle(column[0], what if sparsity is None else f"{what}, {sparsity:.0%} sparse")
             column[2].set_xlabel("tokens")
         against = sorted({row["against"] for row in inside if row["ratio"]}) or ["dense"]
         over = ",\n".join(["speed-up over " + against[0], *against[1:]])
-        for ax, label in zip(axes[:, 0], ("ms", over, "extra memory, MiB"), strict=True):
-            ax.set_ylabel(label)
+        for first in axes.T[::wide]:
+            for ax, label in zip(first, ("ms", over, "extra memory, MiB"), strict=True):
+                ax.set_ylabel(label)
         for ax in axes.flat:
             ax.set_xscale("log", base=2)
             ax.xaxis.set_major_formatter(lambda x, _: tokens(x))
@@ -267,8 +281,12 @@ def draw(rows: Sequence[dict], path: Path) -> None:
                 ratio_ax.tick_params(labelbottom=True)
                 ratio_ax.set_xlabel("tokens")
         handles = {t: h for ax in axes[0] for h, t in zip(*ax.get_legend_handles_labels(), strict=True)}
-        figure.legend(handles.values(), handles.keys(), fontsize=8, loc="outside lower center", ncols=4)
-        figure.suptitle(f"{title(setup)}\nhollow: the sparsity reached is another, see the table", fontsize=10)
+        figure.legend(handles.values(), handles.keys(), fontsize=8, loc="outside lower center", ncols=3)
+        figure.suptitle(
+            f"{title(setup)}\nhollow: the sparsity reached is another, see the table; "
+            "a line has the lengths that were measured",
+            fontsize=9,
+        )
         name = path.name if number == 0 else f"{path.name}-{number + 1}"
         save(figure, path.with_name(name))
 

@@ -13,7 +13,7 @@ FULL = "full"  # this library's own dense decoding
 CUDNN_FACTORS = {"forward": 0.95, "forward+backward": 0.90}
 SETUP = ("device", "heads", "kv_heads", "head_dim", "chunk_size", "dtype")
 CASE = ("length", "pattern", "sparsity", "stage", "method", "pass")
-MARKS = {"shared": "o", "clustered": "s", "iid": "^"}
+PATTERNS = {"shared": "-", "clustered": "--", "iid": ":"}  # and how their lines are drawn
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def curves(rows: Iterable[dict], name: str) -> list[Curve]:
     for row in rows:
         if row["stage"] == WHOLE and row["pass"] == name and row["status"] == "ok" and batch(row) == 1:
             groups.setdefault((row["method"], row["pattern"], row["sparsity"]), []).append(row)
-    order = list(MARKS)
+    order = list(PATTERNS)
     keys = sorted(groups, key=lambda key: (key[0], key[2], order.index(key[1])))
     return [Curve(*key, tuple(sorted(groups[key], key=lambda row: row["length"]))) for key in keys]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from experiments.files import THROUGHPUT, read_rows, write_atomically
-from experiments.plots import grid, save, styles
+from experiments.plots import grid, legend_below, save, styles
 from experiments.speed.report import in_a_cell, print_report, provenance_lines, tokens
 
 CASE = ("backend", "length", "pattern", "micro_batch_tokens", "compile", "activation_checkpointing")
@@ -118,7 +118,7 @@ def draw(rows: Sequence[dict], path: Path) -> None:
         ax.set_xlabel("tokens")
         ax.set_ylabel(title)
         ax.grid(alpha=0.25)
-    axes[0].legend(fontsize=8)
+    legend_below(figure, axes)
     save(figure, path)
 
 
