@@ -10,7 +10,7 @@ alone, so it can be drawn during a run.
 import io
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
@@ -120,7 +120,12 @@ def read_run(path: Path) -> RunData:
 
 
 def page(runs: Sequence[RunData]) -> str:
-    """The HTML of the report."""
+    """The HTML of the report. Runs that are called alike are numbered."""
+    names = [run.name for run in runs]
+    runs = [
+        replace(run, name=f"{run.name} ({names[:i].count(run.name) + 1})") if names.count(run.name) > 1 else run
+        for i, run in enumerate(runs)
+    ]
     title = ", ".join(run.name for run in runs)
     curves = [_curves(panel, runs) for panel in PANELS if any(run.curve(key)[1] for run in runs for key in panel.keys)]
     if len({run.parameters for run in runs}) > 1 and all(run.parameters for run in runs):

@@ -5,7 +5,7 @@ Reads only speed.jsonl; needs no GPU. Every ratio is against dense attention mea
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from experiments.speed.rows import (
     DECODE_PASSES,
     DENSE,
     FLASH_3,
+    FULL,
     MODEL_DECODE,
     PASSES,
     PATTERNS,
@@ -30,6 +31,9 @@ from experiments.speed.rows import (
     with_ratios,
 )
 from experiments.speed.shapes import shapes_table
+
+_AXES = {"ms": "ms", "ratio": "speed-up", "extra_mib": "extra memory, MiB"}  # columns of the rows
+_WIDE = 4  # columns of a figure, side by side
 
 
 def break_even(line: Sequence[tuple[int, float]]) -> str:
@@ -215,72 +219,32 @@ def draw(rows: Sequence[dict], path: Path) -> None:
 
     Of decoding one sequence in one layer.
     """
-    plt = pyplot()
-    import numpy as np
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     rows = [row for row in with_ratios(rows) if row["pass"] != MODEL_DECODE and batch(row) == 1]
     for number, (setup, inside) in enumerate(setups(rows).items()):
         columns = _columns(inside)
-        # Columns that a page is wide enough for, in blocks of three rows.
-        wide = min(4, len(columns))
-        blocks = -(-len(columns) // wide)
-        figure = plt.figure(figsize=(3.1 * wide, 7.5 * blocks + 0.5), layout="constrained")
-        cells = figure.subplots(3 * blocks, wide, squeeze=False)
-        axes = np.concatenate(np.split(cells, blocks), axis=1)
-        for ax in axes[:, len(columns) :].flat:
-            ax.remove()
-        axes = axes[:, : len(columns)]
-        for first in range(0, len(columns), wide):
-            block = axes[:, first : first + wide]
-            for row in block:
-                for ax in row:
-                    if ax is not block[0, 0]:
-                        ax.sharex(block[0, 0])
-                    if ax is not row[0]:
-                        ax.sharey(row[0])
-                        ax.tick_params(labelleft=False)
-            for ax in block[:-1].flat:
-                ax.tick_params(labelbottom=False)
-        style_of = styles({c.method for name, _ in columns for c in curves(inside, name)})
-        for column, (name, sparsity) in zip(axes.T, columns, strict=True):
-            for label, line in _dense_lines(inside, name).items():
-                style = {"color": BLACK, "linewidth": 1, "linestyle": {FLASH_3: "-", CUDNN: ":"}.get(label, "--")}
-                _plot(column[0], line, "ms", label=label, **style)
-                _plot(column[2], line, "extra_mib", **style)
-            for curve in curves(inside, name):
-                if curve.sparsity == sparsity:
-                    colour, mark = style_of[curve.method]
-                    style = {"color": colour, "marker": mark, "markersize": 4, "linestyle": PATTERNS[curve.pattern]}
-                    _plot(column[0], curve.rows, "ms", label=curve.label, **style)
-                    _plot(column[1], curve.rows, "ratio", **style)
-                    _plot(column[2], curve.rows, "extra_mib", **style)
-            column[1].axhline(1, color=BLACK, linewidth=1)
-            what = name.replace("+", " + ")
-            entitle(column[0], what if sparsity is None else f"{what}, {sparsity:.0%} sparse")
-            column[2].set_xlabel("tokens")
-        against = sorted({row["against"] for row in inside if row["ratio"]}) or ["dense"]
-        over = ",\n".join(["speed-up over " + against[0], *against[1:]])
-        for first in axes.T[::wide]:
-            for ax, label in zip(first, ("ms", over, "extra memory, MiB"), strict=True):
-                ax.set_ylabel(label)
-        for ax in axes.flat:
-            ax.set_xscale("log", base=2)
-            ax.xaxis.set_major_formatter(lambda x, _: tokens(x))
-            ax.grid(alpha=0.25)
-        for time_ax, ratio_ax, memory_ax in axes.T:
-            time_ax.set_yscale("log")
-            ratio_ax.set_yscale("log")
-            ratio_ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            ratio_ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}x")
-            ratio_ax.yaxis.set_minor_formatter(NullFormatter())
-            memory_ax.set_yscale("symlog", linthresh=1)  # nothing is a possible amount
-            memory_ax.set_ylim(bottom=0)
-            if not memory_ax.lines:
-                memory_ax.set_visible(False)
-                ratio_ax.tick_params(labelbottom=True)
-                ratio_ax.set_xlabel("tokens")
-        handles = {t: h for ax in axes[0] for h, t in zip(*ax.get_legend_handles_labels(), strict=True)}
+        # As many side by side as a page is wide enough for.
+        blocks = [columns[first : first + _WIDE] for first in range(0, len(columns), _WIDE)]
+        values = [
+            [key for key in _AXES if key != "extra_mib" or _has_memory(inside, [name for name, _ in block])]
+            for block in blocks
+        ]
+        size = (3.1 * min(_WIDE, len(columns)), 2.4 * sum(map(len, values)) + 1.2)
+        figure = pyplot().figure(figsize=size, layout="constrained")
+        parts = figure.subfigures(len(blocks), 1, height_ratios=list(map(len, values)), squeeze=False)[:, 0]
+        style_of = styles({curve.method for name, _ in columns for curve in curves(inside, name)})
+        handles = {}
+        for part, block, keys in zip(parts, blocks, values, strict=True):
+            cells = part.subplots(len(keys), min(_WIDE, len(columns)), squeeze=False, sharex=True, sharey="row")
+            for ax in cells[:, len(block) :].flat:
+                ax.remove()
+            axes = cells[:, : len(block)]
+            for column, (name, sparsity) in zip(axes.T, block, strict=True):
+                _draw_column(dict(zip(keys, column, strict=True)), inside, name, sparsity, style_of)
+            against = sorted({row["against"] for row in inside if row["ratio"]}) or ["dense"]
+            named = _AXES | {"ratio": ",\n".join(["speed-up over " + against[0], *against[1:]])}
+            for ax, key in zip(axes[:, 0], keys, strict=True):
+                ax.set_ylabel(named[key])
+            handles |= {t: h for ax in axes[0] for h, t in zip(*ax.get_legend_handles_labels(), strict=True)}
         figure.legend(handles.values(), handles.keys(), fontsize=8, loc="outside lower center", ncols=3)
         figure.suptitle(
             f"{title(setup)}\nhollow: the sparsity reached is another, see the table; "
@@ -289,6 +253,44 @@ def draw(rows: Sequence[dict], path: Path) -> None:
         )
         name = path.name if number == 0 else f"{path.name}-{number + 1}"
         save(figure, path.with_name(name))
+
+
+def _has_memory(rows: Iterable[dict], passes: Collection[str]) -> bool:
+    return any(row["extra_mib"] is not None for row in rows if row["pass"] in passes)
+
+
+def _draw_column(
+    axes: Mapping, rows: Sequence[dict], name: str, sparsity: float | None, style_of: Mapping[str, tuple[str, str]]
+) -> None:
+    """One pass at one sparsity; ``axes`` by what they show."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    for key, ax in axes.items():
+        for label, line in _dense_lines(rows, name).items() if key != "ratio" else ():
+            dashes = {FLASH_3: "-", CUDNN: ":", FULL: "-."}.get(label, "--")
+            _plot(ax, line, key, label=label, color=BLACK, linewidth=1, linestyle=dashes)
+        for curve in curves(rows, name):
+            if curve.sparsity == sparsity:
+                colour, mark = style_of[curve.method]
+                style = {"color": colour, "marker": mark, "markersize": 4, "linestyle": PATTERNS[curve.pattern]}
+                _plot(ax, curve.rows, key, label=curve.label, **style)
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(lambda x, _: tokens(x))
+        ax.grid(alpha=0.25)
+        if key == "extra_mib":
+            ax.set_yscale("symlog", linthresh=1)  # nothing is a possible amount
+            ax.set_ylim(bottom=0)
+        else:
+            ax.set_yscale("log")
+        if key == "ratio":
+            ax.axhline(1, color=BLACK, linewidth=1)
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}x")
+            ax.yaxis.set_minor_formatter(NullFormatter())
+    first, *_, last = axes.values()
+    what = name.replace("+", " + ")
+    entitle(first, what if sparsity is None else f"{what}, {sparsity:.0%} sparse")
+    last.set_xlabel("tokens")
 
 
 def _columns(rows: Sequence[dict]) -> list[tuple[str, float | None]]:

@@ -1,20 +1,25 @@
 """All figures and tables, from rows made by hand and from the committed ones."""
 
 import csv
+import io
 import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from data.task_sets import SUITES
 from experiments.figures import curves, routers, scores
+from experiments.figures import page as page_module
 from experiments.figures.__main__ import FIGURES, main, write_figures
+from experiments.figures.page import WIDEST
 from experiments.figures.published import RULER_16K
 from experiments.figures.rows import load_study
 from experiments.files import read_rows
-from experiments.plots import grid
+from experiments.plots import grid, save
 from experiments.speed.rows import DECODE, DENSE, FLASH_3, SETUP, WHOLE
 from experiments.sweep import collect
 from experiments.throughput import scaling_report as parallel_report
@@ -144,6 +149,8 @@ def test_every_figure_becomes_files_and_a_page(study, tmp_path):
             assert (output / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
             assert (output / f"{stem}.pdf").read_bytes().startswith(b"%PDF")
     assert page.count("<img ") >= 12
+    assert len(page) < 1_500_000
+    assert max(map(int, re.findall(r'<img [^>]*width="(\d+)"', page))) <= WIDEST
     assert set(re.findall(r'(?:src|href)="([^#d][^"]*)"', page)) == set()  # all it shows is in it
 
 
@@ -156,6 +163,30 @@ def test_the_committed_rows_draw_and_the_rest_is_listed_as_missing(tmp_path, cap
     assert (tmp_path / "fig01_frontier-pareto_cpu.png").exists()
     assert (tmp_path / "fig08_speed-speed_h100.png").exists()
     assert not list(tmp_path.glob("fig11*"))
+
+
+def test_the_pages_pictures_keep_the_numbers_that_colours_are(tmp_path):
+    figure, (ax,) = grid(1)
+    ramp = [[i / 99 for i in range(100)]] * 20
+    ax.imshow(ramp, aspect="auto", cmap="viridis")
+    save(figure, tmp_path / "map")
+    with Image.open(tmp_path / "map.png") as whole:
+        exact = whole.convert("RGB")
+    data, size = page_module._small(tmp_path / "map.png")
+    assert size == exact.size
+    with Image.open(io.BytesIO(data)) as small:
+        off = np.abs(np.asarray(small.convert("RGB"), dtype=int) - np.asarray(exact)).max(-1)
+    assert (off > 12).mean() < 0.02
+    assert len(data) < (tmp_path / "map.png").stat().st_size
+
+
+def test_what_was_not_measured_is_told_beside_the_figure(study):
+    failed = next(r for r in study.speed if r["stage"] == WHOLE)
+    failed |= {"status": "failed", "detail": "no memory", "ms": None, "method": "fla NSA", "length": 999_424}
+    made = curves.make_speed(replace(study, speed=[*study.speed, failed]))
+    assert any(
+        note.startswith("Not measured: fla NSA, whole, ") and "976k: failed: no memory" in note for note in made.notes
+    )
 
 
 def test_seeds_are_averaged_and_kept_apart(study):

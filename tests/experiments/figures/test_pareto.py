@@ -7,6 +7,8 @@ import pytest
 
 from experiments.figures import frontier, pareto
 from experiments.figures.rows import as_trained, line_of
+from experiments.intervals import interval
+from experiments.plots import METHODS
 
 
 def make_row(label="dash", knob=1.0, sparsity=0.5, score=0.9, **changes):
@@ -244,3 +246,52 @@ def test_nothing_to_show(tmp_path, capsys):
     with pytest.raises(SystemExit):
         pareto.main([str(tmp_path)])
     assert "run a sweep" in capsys.readouterr().err
+
+
+def drawn(monkeypatch, tmp_path, rows):
+    """The figure of rows, and its legend: text -> handle."""
+    figures = []
+    monkeypatch.setattr(pareto, "save", lambda figure, path: figures.append(figure))
+    pareto.draw(frontier.points(rows), tmp_path / "pareto")
+    (figure,) = figures
+    (legend,) = figure.legends
+    return figure, {text.get_text(): handle for text, handle in zip(legend.texts, legend.legend_handles, strict=True)}
+
+
+def bars_of(ax):
+    return sorted(tuple(sorted(path[:, 1])) for bars in ax.collections for path in bars.get_segments() if len(path) == 2)
+
+
+def test_every_point_has_its_interval_and_every_line_its_mark_in_the_legend(monkeypatch, tmp_path):
+    known = {"task": "vt", "metric": "match", "rows": 25}
+    rows = [make_row(knob=k, sparsity=s, score=v, **known) for k, s, v in ((1.0, 0.5, 0.8), (2.0, 0.7, 0.6))]
+    rows += [make_row("full", None, 0.0, 0.9, **known)]
+    figure, legend = drawn(monkeypatch, tmp_path, rows)
+    (ax,) = figure.axes
+    assert ax.get_ylabel() == "share found"
+    expected = [interval(row) for row in rows[:2]]
+    assert bars_of(ax) == [pytest.approx(bounds) for bounds in sorted(expected)]
+    assert legend["dash, trained at 1"].get_marker() == METHODS["dash"][1]
+    assert legend["dash, trained at 1"].get_color() == METHODS["dash"][0]
+    assert "95 % interval over samples" in legend
+    assert not any(text.startswith("no bar") for text in legend)
+
+
+def test_seeds_that_differ_are_the_interval_and_a_bar_that_lacks_is_explained(monkeypatch, tmp_path):
+    seeds = [make_row(knob=k, score=v, sparsity=k / 9, seed=s) for k in (1.0, 2.0) for s, v in ((0, 0.9), (1, 0.7))]
+    figure, legend = drawn(monkeypatch, tmp_path, seeds)
+    assert bars_of(figure.axes[0]) == [(pytest.approx(0.1), pytest.approx(0.3))] * 2  # of wrong answers
+    assert figure.axes[0].get_ylabel() == "queries answered wrong"
+    assert "lowest to highest of 2 seeds" in legend
+    _, legend = drawn(monkeypatch, tmp_path, [row for row in seeds if row["seed"] == 0])
+    assert "no bar: samples' scatter not kept" in legend
+
+
+def test_the_mean_of_tasks_scatters_less_than_each_of_them():
+    rows = [make_row(task=task, metric="match", score=0.5, rows=100) for task in ("vt", "cwe", "fwe", "qa_1")]
+    mean = [row | {"active_tokens": 1.0, "routing_reads": 1.0} for row in rows]
+    (average,) = frontier.ruler_averages(mean)
+    assert average["stderr"] == pytest.approx(0.05 / 2)
+    assert average["samples"] == 400
+    one, four = (high - low for low, high in (interval(rows[0]), interval(average)))
+    assert four == pytest.approx(one / 2, rel=0.05)

@@ -91,3 +91,52 @@ def test_what_cannot_be_drawn(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([])
     assert "arguments are required: runs" in capsys.readouterr().err
+
+
+SCORE = {
+    **{"task": "niah_single_1", "metric": "match", "position": None, "rows": 25, "stderr": 0.1, "samples": 25},
+    **{"label": "dash", "data": "text", "length": 512, "seed": 0, "step": 3, "config_hash": "x"},
+    **{"knob_name": "router_scale", "trained_knob": 2.0},
+}
+
+
+def with_scores(run, *scores, parameters=10):
+    rows = [SCORE | {"score": score, "causal_sparsity": s, "knob": 10 * s} for s, score in scores]
+    (run / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "start.json").write_text(json.dumps({"parameters": parameters}))
+    return run
+
+
+def test_a_run_shows_its_scores(tmp_path):
+    text = drawn(with_scores(make_run(tmp_path / "run"), (0.5, 0.5), (0.75, 0.25)))
+    for piece in ("text: niah_single_1, share found, 512 tokens", "measured causal sparsity", "All 2 scores"):
+        assert piece in text
+    cells = re.findall(r"<td>([^<]*)</td>", text[text.index("All 2 scores") :])
+    assert cells[:6] == ["run", "niah_single_1 match", "512", "router_scale 5", "50.0%", "0.500 [0.318, 0.682]"]
+    assert "Scores" not in drawn(make_run(tmp_path / "other"))
+
+
+def test_runs_of_different_size_are_shown_by_what_they_cost(tmp_path, monkeypatch):
+    small, large = (with_scores(make_run(tmp_path / name), parameters=n) for name, n in (("a", 10), ("b", 1000)))
+    text = drawn(small, large)
+    assert text.count("FLOPs of training, 6 x parameters x tokens") == 1
+    with_scores(large, parameters=10)
+    assert "FLOPs of training" not in drawn(small, large)
+    scales = []
+    monkeypatch.setattr(report, "_svg", lambda figure, **_: scales.append(figure.axes[0].get_xscale()) or "")
+    drawn(small, make_run(tmp_path / "longer", steps=range(1, 30)))
+    assert set(scales[:2]) == {"log"}
+    scales.clear()
+    drawn(small, large)
+    assert set(scales[:2]) == {"linear"}
+
+
+def test_runs_that_are_called_alike_are_numbered_and_none_is_lost(tmp_path):
+    runs = [tmp_path / "x" / "dash", tmp_path / "y" / "dash"]
+    for score, run in zip((0.5, 0.25), runs, strict=True):
+        run.parent.mkdir()
+        with_scores(make_run(run), (0.5, score))
+    text = drawn(*runs)
+    assert "<h1>dash (1), dash (2)</h1>" in text
+    assert "0.500 [" in text
+    assert "0.250 [" in text

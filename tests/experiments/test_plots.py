@@ -1,0 +1,59 @@
+"""A method looks the same in every figure."""
+
+import re
+
+import pytest
+
+from dashattn.backends import BACKENDS
+from experiments.plots import BLACK, COLOURS, METHODS, method_of, styles
+
+OKABE_ITO = {"#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"}
+
+
+def test_colours_are_told_apart_by_all_readers_and_no_two_methods_look_alike():
+    assert {*COLOURS, BLACK} - {"#999999"} == OKABE_ITO
+    assert {colour for colour, _ in METHODS.values()} <= {*COLOURS, BLACK}
+    own = {name: style for name, style in METHODS.items() if name != "oracle-topk"}  # an oracle like the other
+    assert len(set(own.values())) == len(own)
+
+
+def test_every_backend_has_a_style_of_its_own():
+    assert {name.replace("_", "-") for name in BACKENDS} <= METHODS.keys()
+
+
+@pytest.mark.parametrize(
+    ("label", "method"),
+    [
+        ("dash", "dash"),
+        ("dash_sink", "dash-sink"),
+        ("dash-raw-lr:1e-3", "dash-raw"),
+        ("recall-dash-raw-knob4-seed0", "dash-raw"),
+        ("real-dash-topk-sink-tempered-seed0", "dash-topk-sink-tempered"),
+        ("full, untrained", "full"),
+        ("infllmv2 (topk 12)", "infllmv2"),
+        ("XunhaoLai NSA, no window", "xunhaolai-nsa,-no-window"),
+        ("dashboard", None),
+        ("sigma:1e2", None),
+        ("recall-base-seed0", None),
+    ],
+)
+def test_labels_and_runs_name_their_method(label, method):
+    assert method_of(label) == method
+
+
+def test_a_method_looks_the_same_whatever_is_drawn_beside_it():
+    alone = styles(["infllmv2"])
+    many = styles(
+        ["dash", "dash-untrained", "infllmv2", "infllmv2, untrained", "nsa", "a", "b", "dash (router_scale 4)"]
+    )
+    assert alone["infllmv2"] == many["infllmv2"] == METHODS["infllmv2"]
+    assert len(set(many.values())) == len(many)
+    assert {many[name][0] for name in many if name.startswith("dash")} == {METHODS["dash"][0]}
+    for name in set(many) - METHODS.keys():  # no variant looks like another method
+        assert many[name] not in METHODS.values()
+
+
+def test_more_lines_than_styles_still_have_one():
+    found = styles([f"run-{i}" for i in range(200)] + [f"dash {i}" for i in range(50)])
+    assert len(found) == 250
+    assert all(re.fullmatch(r"#[0-9A-F]{6}", colour) for colour, _ in found.values())
