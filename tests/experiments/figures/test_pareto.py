@@ -8,7 +8,7 @@ import pytest
 from experiments.figures import frontier, pareto
 from experiments.figures.rows import as_trained, line_of
 from experiments.intervals import interval
-from experiments.plots import METHODS
+from experiments.plots import METHODS, pyplot
 
 
 def make_row(label="dash", knob=1.0, sparsity=0.5, score=0.9, **changes):
@@ -254,12 +254,14 @@ def drawn(monkeypatch, tmp_path, rows):
     monkeypatch.setattr(pareto, "save", lambda figure, path: figures.append(figure))
     pareto.draw(frontier.points(rows), tmp_path / "pareto")
     (figure,) = figures
+    pyplot().close(figure)
     (legend,) = figure.legends
     return figure, {text.get_text(): handle for text, handle in zip(legend.texts, legend.legend_handles, strict=True)}
 
 
 def bars_of(ax):
-    return sorted(tuple(sorted(path[:, 1])) for bars in ax.collections for path in bars.get_segments() if len(path) == 2)
+    paths = [path for bars in ax.collections for path in bars.get_segments()]
+    return sorted(tuple(sorted(path[:, 1])) for path in paths if len(path) == 2)
 
 
 def test_every_point_has_its_interval_and_every_line_its_mark_in_the_legend(monkeypatch, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 
 from experiments.figures import run_page as report
 from experiments.figures.run_page import main
+from experiments.plots import pyplot
 
 
 def make_run(path, steps=(1, 2, 3), layers=3, config="attention:\n  name: dash\nsteps: 3\n", **columns):
@@ -123,7 +124,13 @@ def test_runs_of_different_size_are_shown_by_what_they_cost(tmp_path, monkeypatc
     with_scores(large, parameters=10)
     assert "FLOPs of training" not in drawn(small, large)
     scales = []
-    monkeypatch.setattr(report, "_svg", lambda figure, **_: scales.append(figure.axes[0].get_xscale()) or "")
+
+    def look(figure, **options):
+        scales.append(figure.axes[0].get_xscale())
+        pyplot().close(figure)
+        return ""
+
+    monkeypatch.setattr(report, "_svg", look)
     drawn(small, make_run(tmp_path / "longer", steps=range(1, 30)))
     assert set(scales[:2]) == {"log"}
     scales.clear()
