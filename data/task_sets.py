@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from dashattn.plugins import Registry
 from data.cache import build_once, fingerprint
 from data.config import PackedDataConfig
 from data.corpora import iterate_documents, split_of
@@ -22,8 +23,25 @@ GENERATOR_VERSION = 1  # raise it when a generator gives other samples than befo
 SHORTEST = 512  # tokens
 
 _RULER = [*NIAH, TRACKING, COMMON_WORDS, FREQUENT_WORDS, *QUESTION_ANSWERING]
-TEXT_TASKS: dict[str, TextTask] = {task.name: task for task in [*_RULER, HEAT_MAP, *NIAH_VALUES, JSON_KV]}
 SUITES = {"ruler": [task.name for task in _RULER], "niah_values": [task.name for task in NIAH_VALUES]}
+OTHERS = ("loss", "position", "recall", "sparsity", "routing", "decode")  # that evaluate.py knows and are no text tasks
+
+
+def _checked(name: str, found: object) -> TextTask:
+    """What a package calls a task of this name. Raises ValueError where it is none."""
+    if not isinstance(found, TextTask):
+        raise ValueError(f"it must be a TextTask of data.tasks.sample; it is {found!r}")
+    if found.name != name:
+        raise ValueError(f"its name must be {name!r}, as the entry point is called; it is {found.name!r}")
+    return found
+
+
+TEXT_TASKS: Registry[TextTask] = Registry(
+    "dashattn.tasks",
+    {task.name: task for task in [*_RULER, HEAT_MAP, *NIAH_VALUES, JSON_KV]},
+    _checked,
+    reserved=(*SUITES, *OTHERS),
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +49,7 @@ class TaskSet:
     """Samples of one task at one length.
 
     Attributes:
-        key: of the cache, differs with the samples.
+        key: differs with the samples; those of the cache are found by it.
         differs: how they depart from the task's published definition; None if they do not.
     """
 
@@ -66,6 +84,9 @@ def build_set(
 ) -> TaskSet:
     """``count`` samples of a task whose prompt and answer fit into ``length`` tokens; from the cache when there.
 
+    A package's task may make others tomorrow, and nobody would tell: it makes them each time, and they are known by
+    what they are.
+
     Raises:
         ValueError: no such task, too short a length for it, or nothing to make it from.
     """
@@ -74,6 +95,13 @@ def build_set(
         raise ValueError(f"length={length}: {name} needs at least {SHORTEST} tokens")
     if not material.has(task.needs):
         raise ValueError(f"task {name} needs {task.needs}=FILE")
+    if name not in TEXT_TASKS.own:
+        differs, samples = generate(task, encoder, length=length, count=count, seed=seed, material=material)
+        key = fingerprint(
+            *(name, task.match, task.max_new_tokens, length, encoder.tokenizer.fingerprint(), encoder.name),
+            *(json.dumps(asdict(sample)) for sample in samples),
+        )
+        return TaskSet(task, length, key, differs, samples)
     key = fingerprint(
         *(GENERATOR_VERSION, name, encoder.tokenizer.fingerprint(), encoder.name, length, count, seed),
         *(all_words(), material.fingerprint(task.needs)),

@@ -29,6 +29,7 @@ from dashattn.fields import (
 )
 from data import NO_TOKEN, DataConfig, MixtureDataConfig, MQARDataConfig, TextDataConfig
 from experiments.origin import CHECKPOINT, take_from_origin
+from experiments.plugins import register_plugins
 from experiments.schema import DTYPES, fitting, read_values, to_config
 from models import ModelConfig
 from slurm.launcher import LauncherConfig
@@ -157,11 +158,12 @@ def register_configs() -> None:
     """Put the schemas into Hydra's store, where the ``defaults`` lists of configs/ name them, and what default names
     are made of where OmegaConf looks for it."""
     OmegaConf.register_new_resolver("model_name", _model_name, replace=True)
+    register_plugins()
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
     store.store(group="model", name="model_schema", node=ModelConfig)
     store.store(group="attention", name="attention_schema", node=AttentionConfig)
-    for name, (config, _) in BACKENDS.items():
+    for name, (config, _) in BACKENDS.own.items():
         store.store(group="attention", name=f"{name}_schema", node=config)
     store.store(group="data", name="text_schema", node=TextDataConfig)
     store.store(group="data", name="mixture_schema", node=MixtureDataConfig)
@@ -194,8 +196,9 @@ def load_config(path: Path) -> TrainConfig:
 def read_config(path: Path) -> DictConfig:
     """As ``load_config``, as Hydra has it."""
     saved = read_values(path)
-    if saved.attention.get("name") not in BACKENDS:
-        raise ValueError(f"{path}: no attention backend is called {saved.attention.get('name')!r}")
+    name = saved.attention.get("name")
+    if name not in BACKENDS:
+        raise ValueError(f"{path}: no attention backend is called {name!r}: install the package that brings it")
     # The file holds values only; which classes they belong to, they say themselves.
     typed = OmegaConf.structured(TrainConfig)
     typed.attention = OmegaConf.structured(BACKENDS[saved.attention.name][0])

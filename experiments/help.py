@@ -61,13 +61,13 @@ def help_page(config_name: str, overrides: Sequence[str] = ()) -> str:
     """Hydra's template, with the groups and their choices, the default first; then every option. Of a group whose
     choice is among the overrides that choice's alone, of others those of all kinds."""
     command = Command(config_name, overrides)
-    groups = "\n".join(
-        f"  {group}: {', '.join(sorted(command.choices(group), key=lambda c, d=default: c != (d or 'null')))}"
-        for group, default in command.groups.items()
-    )
+    groups = ""
+    for group, default in command.groups.items():
+        choices = sorted(command.choices(group), key=lambda choice, d=default: choice != (d or "null"))
+        groups += f"  {group}: {_listed([*choices, *sorted(_of_packages(group))])}\n"
     template = _read(Path(CONFIGS, f"{config_name}.yaml"))["hydra"]["help"]["template"]
     page = [
-        Template(template).substitute(APP_CONFIG_GROUPS=groups).rstrip(),
+        Template(template).substitute(APP_CONFIG_GROUPS=groups.rstrip()).rstrip(),
         "",
         "Options (key=value, the default):",
         "",
@@ -83,7 +83,10 @@ def advice(config_name: str, overrides: Sequence[str]) -> str | None:
 
     Names behind ``+``, in ``hydra.*`` and of another configuration (``--config-name``) are left to Hydra.
     """
-    if any(argument.startswith(("-cn", "--config-name", "-cp", "--config-path", "-cd")) for argument in overrides):
+    if any(
+        argument.startswith(("-cn", "--config-name", "-cp", "--config-path", "-cd", "--config-dir"))
+        for argument in overrides
+    ):
         return None
     if config_name == "plan":  # what is none of its own is of what is planned
         own = SCHEMAS["plan"].options()
@@ -104,6 +107,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a message about ``word``, which is none of ``known``: those that look like it; nothing without any."""
     close = difflib.get_close_matches(word, list(dict.fromkeys(known)), n=3, cutoff=0.6)
     return f": did you mean {' or '.join(close)}?" if close else ""
+
+
+def _of_packages(group: str) -> set[str]:
+    """Choices that installed packages bring."""
+    return entry_points(group="dashattn.backends").names if group == "attention" else set()
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -178,10 +186,10 @@ class Command:
             return None  # a list, a glob: Hydra's
         known = [*self.choices(group), "null"]
         for choice in (part.strip("\"' ") for part in value.split(",")):
-            if choice in ("", *known) or choice in entry_points(group="dashattn.backends").names:
+            if choice in ("", *known) or choice in _of_packages(group):
                 continue
             return f"{group}={choice} does not exist" + (
-                did_you_mean(choice, known) or f": choose from {_listed(known)}"
+                did_you_mean(choice, (*known, *_of_packages(group))) or f": choose from {_listed(known)}"
             )
         return None
 

@@ -93,6 +93,7 @@ def schema_of_choice(store_module: str, name: str) -> Schema | None:
         if isinstance(given["name"], ast.Constant) and given["name"].value == name:
             return _schema(store_module, ast.unparse(given["node"]))
     module, registry = _definition(store_module, "BACKENDS")
+    _, registry = _definition(module, ast.unparse(registry.args[1]))  # of Registry(group, own, ...)
     for key, value in zip(registry.keys, registry.values, strict=True):
         if f"{key.value}_schema" == name:
             return _schema(module, ast.unparse(value.elts[0]))

@@ -249,8 +249,9 @@ def _attention_of(origin: Path) -> DictConfig:
 def _replace_attention(cfg: DictConfig, attention: DictConfig) -> None:
     """Put ``attention`` in the place of ``checkpoint``; what was given besides, of the fields all backends share,
     stays."""
-    if attention.get("name") not in BACKENDS:
-        raise ValueError(f"no attention backend is called {attention.get('name')!r}")
+    name = attention.get("name")
+    if name not in BACKENDS:
+        raise ValueError(f"no attention backend is called {name!r}: install the package that brings it")
     given, defaults = cfg.attention, AttentionConfig()
     changed = {key: given[key] for key in given if key != "name" and given[key] != getattr(defaults, key)}
     cfg.attention = OmegaConf.merge(OmegaConf.structured(BACKENDS[attention.name][0]), attention, changed)

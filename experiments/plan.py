@@ -158,8 +158,7 @@ def describe(plan: Plan) -> str:
     lines.append(f"  as configured {memory.peak / GIB:.2f} of {plan.room / GIB:.1f}: {verdict}")
     if not plan.fits:
         lines.append(f"  {_mend(plan)}")
-    if memory.cache is not None:
-        lines.append(f"  to generate, the cache of {config.data.seq_len} tokens takes {memory.cache / GIB:.2f}")
+    lines.append(f"  to generate, the cache of {config.data.seq_len} tokens takes {memory.cache / GIB:.2f}")
     expected, least, most = plan.hours
     seen = f"at a sparsity of {plan.sparsity:.0%}" if config.attention.knob else "dense"
     lines += [

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 
 import torch
@@ -74,6 +74,12 @@ def _versions(names: Sequence[str]) -> dict[str, str | None]:
     return found
 
 
+def _plugin_packages() -> list[str]:
+    """Those that bring backends or tasks."""
+    points = (point for group in ("dashattn.backends", "dashattn.tasks") for point in entry_points(group=group))
+    return sorted({point.dist.name for point in points if point.dist is not None})
+
+
 def environment(device: str) -> dict:
     """What a run directory says about the process that works in it."""
     return {
@@ -82,7 +88,7 @@ def environment(device: str) -> dict:
         "host": platform.node(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "packages": _versions(_OF_RUNS),
+        "packages": _versions((*_OF_RUNS, *_plugin_packages())),
         "device": device_name(device),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -180,8 +180,7 @@ class Hold:
 
 def turned_layers(attention: AttentionConfig, num_layers: int) -> list[AttentionConfig]:
     """The configurations of the layers that the knob turns, as ``Transformer.turned``."""
-    known = {name: kind for name, (kind, _) in BACKENDS.items()}
-    layers = layer_configs(attention, num_layers, known)
+    layers = layer_configs(attention, num_layers, BACKENDS)
     return [own for own, _ in layers if own.name == attention.name and own.knob is not None]
 
 

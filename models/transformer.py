@@ -178,15 +178,8 @@ class Transformer(nn.Module):
         return x_BT if self.sequence is None else self.sequence.part(x_BT)
 
     def new_cache(self, batch: int, capacity: int) -> ModelCache:
-        """An empty cache for ``batch`` sequences of up to ``capacity`` tokens, in the model's dtype, on its device.
-
-        Raises:
-            ValueError: the attention cannot decode.
-        """
+        """An empty cache for ``batch`` sequences of up to ``capacity`` tokens, in the model's dtype, on its device."""
         assert self.sequence is None, "a cache holds whole sequences"
-        if not all(backend.capabilities.decode for backend in self.backends):
-            names = {backend.config.name for backend in self.backends if not backend.capabilities.decode}
-            raise ValueError(f"attention={', '.join(sorted(names))} cannot decode: it has no cache")
         layouts = [backend.cache_layout() for backend in self.backends]
         weight = self.embedding.weight
         return ModelCache(self.config, layouts, batch, capacity, dtype=weight.dtype, device=weight.device)

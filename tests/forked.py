@@ -109,11 +109,12 @@ def _become(arguments: list[str], cwd: str, environment: dict[str, str], paths: 
         os.dup2(file, descriptor)
         os.close(file)
     first, *rest = arguments
+    packages = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
     if first not in ("-m", "-c"):
-        sys.argv, sys.path[:0] = arguments, [str(Path(first).resolve().parent)]
+        sys.argv, sys.path[:0] = arguments, [str(Path(first).resolve().parent), *packages]
         runpy.run_path(first, run_name="__main__")
         return
-    sys.argv, sys.path[:0] = [first, *rest[1:]], [cwd]
+    sys.argv, sys.path[:0] = [first, *rest[1:]], [cwd, *packages]
     if first == "-m":
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     else:

@@ -20,6 +20,7 @@ from experiments.config import register_configs, to_train_config
 from experiments.evaluation.config import register_evaluate_config
 from experiments.evaluation.evaluate import find_target
 from experiments.evaluation.generate import run_generation
+from experiments.plan import PlanConfig
 from experiments.schema import to_config
 from experiments.speed import config as speed
 from experiments.sweep.cells import cells, register_sweep_config
@@ -82,6 +83,7 @@ def test_every_field_of_every_schema_says_what_it_may_hold():
     """A new field without a range fails here, and wherever one is made; the message names the types to choose from."""
     found = schemas()
     assert len(found) > 25
+    assert PlanConfig in found
     for schema in found:
         assert issubclass(schema, Checked), f"{schema.__name__} checks nothing: derive it from dashattn.fields.Checked"
         field_types(schema)

@@ -159,7 +159,9 @@ def test_the_notebook_is_an_index():
 
 
 @pytest.mark.parametrize(
-    "page", [*ROOT.glob("*.md"), *ROOT.glob("results/*/NOTES.md")], ids=lambda p: str(p.relative_to(ROOT))
+    "page",
+    [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("results/*/NOTES.md")],
+    ids=lambda p: str(p.relative_to(ROOT)),
 )
 def test_links_lead_somewhere(page):
     text = page.read_text()

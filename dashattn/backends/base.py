@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dashattn import checks
 from dashattn.backends.options import AttentionConfig
+from dashattn.backends.recompute import recompute, recompute_layout
 from dashattn.cache import CacheField, CacheLayout, DecodeCache, LayerCache
 from dashattn.checks import check
 from dashattn.functional import Handing, Output
@@ -38,7 +39,8 @@ class Capabilities:
 
     Attributes:
         packed: documents packed with cu_seqlens.
-        decode: new tokens against a cache.
+        decode: new tokens against a cache of its own; without one, every token is attended from anew for each that
+            comes (``dashattn.backends.recompute``): right, and slow.
         train: more than evaluation.
         max_head_dim: largest head size.
         max_group_size: most query heads per KV head.
@@ -104,9 +106,9 @@ class AttentionBackend(nn.Module):
     """Attention after the projections and RoPE: owns its own parameters, not those of the transformer.
 
     A backend says what it can do (``capabilities``), attends (``forward``), and shows what its router decided
-    (``route``) and what it costs (``flops``). Unless it has ``Capabilities(decode=False)`` it also decodes. ``decode``
-    is made of what a backend says about its cache, and is right if its outputs are those of ``forward`` over whole
-    sequences, however the tokens come: a prompt first, several at a time, one by one, rows padded at their ends.
+    (``route``) and what it costs (``flops``). With ``Capabilities(decode=False)`` that is all. Otherwise ``decode`` is
+    made of what it says about its cache, and is right if its outputs are those of ``forward`` over whole sequences,
+    however the tokens come: a prompt first, several at a time, one by one, rows padded at their ends.
 
     ``block_size``, ``cache_layout``
         What a layer keeps of the tokens it has seen: keys and values, and beside them what would have to be made anew
@@ -219,6 +221,13 @@ class AttentionBackend(nn.Module):
         cache.sequences.check_room(q.shape[1])
         if rope is not None:
             rope = tuple(table.expand(q.shape[0], -1, -1) for table in rope)
+        if not self.capabilities.decode:
+            check(
+                taken is None and not return_selection,
+                f"attention={self.config.name} has no cache, and hands no selection on while it decodes: leave "
+                "share_selection_from out of attention.layers",
+            )
+            return recompute(self, q, k, v, cache, hidden, rope)
         if cache.is_empty:  # a prompt from its beginning: what forward is for
             self._write(k, v, cache, hidden, rope)
             handing = {"return_selection": True} if return_selection else {}
@@ -248,7 +257,7 @@ class AttentionBackend(nn.Module):
 
     def decodes_statically(self, cache: LayerCache) -> bool:
         """Whether ``decode`` with this cache never waits for the device, so that a CUDA graph can hold it."""
-        return True
+        return self.capabilities.decode
 
     @property
     def block_size(self) -> int:
@@ -257,6 +266,9 @@ class AttentionBackend(nn.Module):
 
     def cache_layout(self) -> CacheLayout:
         """What a layer's cache holds: at least ``k`` and ``v``."""
+        if not self.capabilities.decode:
+            shape = self.shape
+            return recompute_layout(shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.hidden_size)
         return self._layout()
 
     def _layout(self, **fields: CacheField) -> CacheLayout:

@@ -42,12 +42,12 @@ class LayerAttention(NamedTuple):
 
 
 def layer_configs(
-    config: AttentionConfig, num_layers: int, known: Mapping[str, type[AttentionConfig]]
+    config: AttentionConfig, num_layers: int, known: Mapping[str, tuple[type[AttentionConfig], Any]]
 ) -> list[LayerAttention]:
     """The configuration of each layer.
 
     Args:
-        known: the config class of each backend's name.
+        known: by a backend's name its config class, and another thing: ``BACKENDS``.
 
     Raises:
         ValueError: a layer that does not exist, an unknown backend or option, or a key that is no range.
@@ -118,7 +118,7 @@ def _layers(key: str, num_layers: int) -> list[int]:
 
 
 def _config(
-    chosen: AttentionConfig, key: str, value: Any, known: Mapping[str, type[AttentionConfig]]
+    chosen: AttentionConfig, key: str, value: Any, known: Mapping[str, tuple[type[AttentionConfig], Any]]
 ) -> AttentionConfig:
     options = {"name": value} if isinstance(value, str) else value
     check(
@@ -127,7 +127,7 @@ def _config(
     )
     name = options.get("name", chosen.name)
     check(name in known, f"attention.layers {key}: no backend is called {name!r}; choose one of {', '.join(known)}")
-    config = chosen if name == chosen.name else known[name](impl=chosen.impl)
+    config = chosen if name == chosen.name else known[name][0](impl=chosen.impl)
     allowed = {f.name for f in fields(config)} - _OF_ALL_LAYERS
     unknown = sorted(set(options) - allowed)
     check(

@@ -6,9 +6,10 @@
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="dash_sink")
     model.config.dashattn = {"chunk_size": 32, "router_scale": 8.0}
 
-The names are those of ``configs/attention``, with the same values; ``config.dashattn``, or ``dashattn`` in config.json,
-changes any option of the chosen one (a field of its dataclass in ``dashattn.backends``) and is read in every forward
-pass. DashAttention's chunk queries are zero, as in a model that was dense.
+The names are those of ``configs/attention``, with the same values, and those of the backends that installed packages
+bring (``dashattn.plugins``). ``config.dashattn``, or ``dashattn`` in config.json, changes any option of the chosen one
+(a field of its dataclass) and is read in every forward pass. DashAttention's chunk queries are zero, as in a model that
+was dense.
 
 An export of a sparse run (``experiments.evaluation.export``) loads without ``attn_implementation``, attends as its
 ``config.attention`` says, and has its chunk queries. Another one may be given.
@@ -58,13 +59,14 @@ _NO_OPTIONS = {"name", "target_sparsity", "sparsity_count", "sparsity_control"} 
 
 
 def register() -> None:
-    """Makes every name of ``PRESETS`` an ``attn_implementation``; calling it again changes nothing.
+    """Makes every name of ``PRESETS``, and of the backends of packages, an ``attn_implementation``; calling it again
+    changes nothing.
 
     A forward pass raises ValueError for what is not computed: options that do not exist, attentions with parameters of
     their own, other architectures, rows longer than a sliding window, masks with holes or of four dimensions,
-    attention dropout, attention weights as an output.
+    attention dropout, attention weights as an output, and generation with a cache by a backend that has none.
     """
-    for name in PRESETS:
+    for name in (*PRESETS, *BACKENDS.plugins()):
         AttentionInterface.register(name, partial(_attention, name))
         AttentionMaskInterface.register(name, _rows)
     AutoConfig.register(EXPORT, ExportConfig, exist_ok=True)
@@ -81,7 +83,7 @@ class ExportConfig(PreTrainedConfig):
         check(kind in MODEL_TYPES, f"config.json: base_model_type={kind!r} is none of {', '.join(MODEL_TYPES)}")
         name = attention.get("name") if isinstance(attention, dict) else None
         check(
-            name in PRESETS,
+            name in PRESETS or (isinstance(name, str) and name in BACKENDS.plugins()),
             f"config.json: attention {name!r} does not run in transformers: read the folder with evaluate.py",
         )
         return _export_config(kind).from_dict({**config_dict, "attn_implementation": name}, **kwargs)
@@ -222,6 +224,10 @@ def _attend(backend: AttentionBackend, q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: T
     """Attention of the last T tokens of rows that are padded on either side."""
     batch, num_keys = k_BSHD.shape[:2]
     before = num_keys - q_BTHD.shape[1]
+    check(
+        before == 0 or backend.capabilities.decode,
+        f"attn_implementation={backend.config.name!r} has no cache: pass use_cache=False",
+    )
     start_B = rows_B3[:, 0]
     column_S = torch.arange(num_keys, device=q_BTHD.device)
 
@@ -301,7 +307,7 @@ def _backend(name, module: nn.Module, shape: AttentionShape, dtype, device) -> A
     """That of the layer whose attention ``module`` is."""
     config = module.config
     options = getattr(config, "dashattn", None) or {}
-    if config.model_type == EXPORT and config.attention["name"] == PRESETS[name].name:
+    if config.model_type == EXPORT and config.attention["name"] == _preset(name).name:
         check(
             not options,
             "config.dashattn is not read where config.attention has the options of an export: set them there",
@@ -312,10 +318,14 @@ def _backend(name, module: nn.Module, shape: AttentionShape, dtype, device) -> A
     return _backends(name, settings, shape, config.num_hidden_layers, dtype, device)[module.layer_idx]
 
 
+def _preset(name: str) -> AttentionConfig:
+    return PRESETS[name] if name in PRESETS else BACKENDS[name][0]()
+
+
 @lru_cache(maxsize=64)
 def _backends(name, settings, shape, num_layers, dtype, device) -> list[AttentionBackend]:
     """One a layer. They hold no state: the same for every model of this shape."""
-    preset, options = PRESETS[name], json.loads(settings)
+    preset, options = _preset(name), json.loads(settings)
     allowed = {field.name for field in fields(preset)} - _NO_OPTIONS
     unknown = sorted(set(options) - allowed)
     check(

@@ -19,7 +19,6 @@ from experiments.evaluation.tasks.streams import STREAM_TASKS, MQARForm
 from experiments.help import did_you_mean
 
 ROUTING = "routing"
-TASKS = (*STREAM_TASKS, ROUTING, DECODE, *SUITES, *TEXT_TASKS)
 
 
 @dataclass
@@ -39,7 +38,7 @@ class EvaluateConfig(Checked):
     any_data: bool = False  # read what a run that another user wrote names as its text: files, a data set on the hub
     # On the run's validation split: loss | position | recall | sparsity. Generated: ruler (its 13) | niah_single_1 ...
     # qa_2 | niah (heat map) | niah_values (1 to 16 values of a key) | json_kv. Of the router: routing. Time of a token:
-    # decode. Of lm-evaluation-harness: lm_eval/NAME.
+    # decode. Of lm-evaluation-harness: lm_eval/NAME. And those of installed packages.
     tasks: list[Line] = field(default_factory=lambda: ["loss"])
     lengths: list[PositiveInt] | None = None  # tokens of a row, or of prompt and answer; null = the run's data.seq_len
     knobs: list[NonNegativeFloat] | None = None  # values of the sparsity knob; null = the one trained with
@@ -84,10 +83,12 @@ def check_tasks(config: EvaluateConfig, train: TrainConfig) -> None:
         ValueError: with the mend.
     """
     harness = [name for name in config.tasks if name.startswith(PREFIX)]
-    unknown = sorted(set(config.tasks) - set(TASKS) - set(harness))
+    ours = (*STREAM_TASKS, ROUTING, DECODE, *SUITES)
+    unknown = sorted(name for name in set(config.tasks) - {*ours, *harness} if name not in TEXT_TASKS)
     if unknown or not config.tasks:
-        meant = did_you_mean(unknown[0], TASKS).removesuffix("?").removeprefix(": ") if unknown else ""
-        choose = f"choose from {', '.join(TASKS)}, {PREFIX}NAME"
+        known = [*ours, *TEXT_TASKS]
+        meant = did_you_mean(unknown[0], known).removesuffix("?").removeprefix(": ") if unknown else ""
+        choose = f"choose from {', '.join(known)}, {PREFIX}NAME"
         raise ValueError(f"tasks={list(config.tasks)}: {f'{meant}? Or ' if meant else ''}{choose}")
     if config.lengths is not None and not config.lengths:
         raise ValueError(f"lengths={list(config.lengths)}: give at least one, in tokens, or null")

@@ -386,7 +386,7 @@ OPERATIONS = {
 # The names that the configuration takes: every sparse variant in the registry.
 BACKENDS = OPERATIONS | {
     name: [Method(name, WHOLE, partial(module_whole, name))]
-    for kind, _ in REGISTRY.values()
+    for kind, _ in REGISTRY.own.values()
     for name, config in kind.variants(64).items()
     if config.knob is not None and name not in OPERATIONS
 }
@@ -394,5 +394,5 @@ BACKENDS = OPERATIONS | {
 
 def variant(name: str, chunk_size: int) -> AttentionConfig:
     """The configuration of a name of ``BACKENDS``, or of dense attention, at blocks of ``chunk_size`` keys."""
-    kind = next(kind for kind, _ in REGISTRY.values() if name in kind.variants(64))
+    kind = next(kind for kind, _ in REGISTRY.own.values() if name in kind.variants(64))
     return kind.variants(chunk_size)[name]

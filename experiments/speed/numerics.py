@@ -24,7 +24,7 @@ from experiments.schema import DTYPES
 
 SHAPE = AttentionShape(hidden_size=512, num_heads=8, num_kv_heads=2, head_dim=64)
 CONFIGS: dict[str, AttentionConfig] = {
-    name: sample for config, _ in BACKENDS.values() for name, sample in config.samples().items()
+    name: sample for config, _ in BACKENDS.own.values() for name, sample in config.samples().items()
 }
 
 

@@ -119,7 +119,7 @@ class Memory:
         logits: of the chunk whose loss is computed, with the output head's gradients.
         lists: of the sparse kernels of one layer, its priors included; they are part of ``activations``.
         peak: of all of them; activations and logits need not be largest at once.
-        cache: of one sequence of data.seq_len tokens in generation; None where the attention cannot decode.
+        cache: of one sequence of data.seq_len tokens in generation.
     """
 
     weights: float
@@ -129,7 +129,7 @@ class Memory:
     logits: float
     lists: float
     peak: float
-    cache: float | None
+    cache: float
 
     def __str__(self) -> str:
         names = ("weights", "gradients", "optimizer", "activations", "logits")
@@ -179,10 +179,8 @@ def estimate_memory(config: TrainConfig, ranks: int, model: Transformer | None =
     # At the loss everything is kept; in the backward of a layer its own comes on top.
     activations, logits = kept + working, loss
     peak = weights + gradients + optimizer + max(kept + loss, kept + working + hidden + table)
-    cache = None
-    if all(backend.capabilities.decode for backend in model.backends):
-        # A token's keys, values and summaries; a block more or less does not count.
-        cache = length * sum(_cached_bytes(backend, itemsize) for backend in model.backends)
+    # A token's keys, values and summaries; a block more or less does not count.
+    cache = length * sum(_cached_bytes(backend, itemsize) for backend in model.backends)
     return Memory(
         weights=weights,
         gradients=gradients,

@@ -75,7 +75,7 @@ def code(tmp_path_factory):
     text = registry.read_text()
     head = "from dashattn.backends.nsa import"
     line = '    "full": (FullConfig, FullBackend),\n'
-    assert text.count(head) == text.count(line) == 1
+    assert text.count(head) == text.count(line) == 1  # of _OWN
     text = text.replace(head, f"from dashattn.backends.last_blocks import LastBlocksBackend, LastBlocksConfig\n{head}")
     registry.write_text(text.replace(line, f'{line}    "last_blocks": (LastBlocksConfig, LastBlocksBackend),\n'))
     (code / "configs/attention/a_file_of_mine.yaml").write_text("defaults: [last_blocks_schema, _self_]\n")

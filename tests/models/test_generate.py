@@ -2,14 +2,15 @@
 
 import subprocess
 import sys
+from dataclasses import replace
+from types import MethodType
 
 import pytest
 import torch
 from test_transformer import BACKENDS, VOCAB, build, every_backend, tokens
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from dashattn.backends import Capabilities, DashConfig, FullConfig
-from dashattn.backends.full import FullBackend
+from dashattn.backends import AttentionBackend, DashConfig
 from models import RopeConfig
 from models.generate import Sampler, Sampling, generate
 
@@ -270,10 +271,30 @@ def test_no_prompts_no_tokens():
     assert generate(build(), [], max_new_tokens=3) == []
 
 
-def test_a_backend_that_cannot_decode_is_refused(monkeypatch):
-    monkeypatch.setattr(FullBackend, "capabilities", Capabilities(decode=False))
-    with pytest.raises(ValueError, match="attention=full cannot decode"):
-        build(FullConfig()).new_cache(1, 4)
+@pytest.mark.parametrize("name", ["dash", "dash, rotated summaries", "nsa, own k and v"])
+def test_without_a_cache_of_its_own_a_backend_reads_everything_again(name):
+    """With earlier tokens' queries, keys, tables and gates: what a cache gives, for a batch of ragged prompts too."""
+    cached, model = (build(BACKENDS[name], no_rope_layers=[1]).double() for _ in range(2))
+    for backend in model.backends:
+        backend.capabilities = replace(backend.capabilities, decode=False)
+        backend.cache_layout = MethodType(AttentionBackend.cache_layout, backend)
+    prompts = [tokens(1, length, seed=length)[0].tolist() for length in (30, 9, 17)]
+    assert generate(model, prompts, max_new_tokens=12) == generate(cached, prompts, max_new_tokens=12)
+    input_ids, logits = tokens(2, 40), []
+    cache = model.new_cache(2, 40)
+    for piece in input_ids.split([17, 1, 1, 21], dim=1):
+        logits.append(model.decode(piece, cache))
+        cache.advance(piece.shape[1])
+    with torch.no_grad():
+        torch.testing.assert_close(torch.cat(logits, dim=1), model(input_ids).logits, atol=1e-9, rtol=0)
+    assert not AttentionBackend.decodes_statically(model.backends[0], cache.layers[0])
+
+
+def test_without_a_cache_no_selection_is_handed_on():
+    model = build(BACKENDS["dash, one router"])
+    model.backends[0].capabilities = replace(model.backends[0].capabilities, decode=False)
+    with pytest.raises(ValueError, match="leave share_selection_from out"):
+        model.decode(tokens(1, 3), model.new_cache(1, 4))
 
 
 def test_a_full_cache_is_refused_before_anything_is_written():

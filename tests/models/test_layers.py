@@ -7,7 +7,6 @@ from dashattn.backends import BACKENDS, DashConfig, FullConfig, InfLLMv2Config
 from dashattn.backends.layers import layer_configs
 from models import ModelConfig, Transformer
 
-KNOWN = {name: kind for name, (kind, _) in BACKENDS.items()}
 SHAPE = ModelConfig(
     hidden_size=24, intermediate_size=32, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8, max_seq_len=64,
     vocab_size=50,
@@ -17,12 +16,12 @@ DASH = DashConfig(chunk_size=4, router_scale=1e4, prior="raw")
 
 def names(layers, count=6, chosen=DASH):
     config = type(chosen)(**{**vars(chosen), "layers": layers})
-    return [own.name for own, _ in layer_configs(config, count, KNOWN)]
+    return [own.name for own, _ in layer_configs(config, count, BACKENDS)]
 
 
 def sources(layers, count=6, chosen=DASH):
     config = type(chosen)(**{**vars(chosen), "layers": layers})
-    return [source for _, source in layer_configs(config, count, KNOWN)]
+    return [source for _, source in layer_configs(config, count, BACKENDS)]
 
 
 @pytest.mark.parametrize(
@@ -47,7 +46,7 @@ def test_options_change_the_chosen_backend_or_name_another():
     config = DashConfig(
         impl="reference", layers={"0": {"chunk_size": 32}, "1": {"name": "sink_window", "local_blocks": 2}}
     )
-    first, second, third = (own for own, _ in layer_configs(config, 3, KNOWN))
+    first, second, third = (own for own, _ in layer_configs(config, 3, BACKENDS))
     assert (first.name, first.chunk_size, third.chunk_size) == ("dash", 32, 64)
     assert (second.local_blocks, second.impl) == (2, "reference")
     assert not first.layers
@@ -78,7 +77,7 @@ def test_a_layer_that_takes_a_selection_over_has_the_options_of_its_source():
         "2": "infllmv2",
         "3": {"share_selection_from": 2},
     }
-    configs = [own for own, _ in layer_configs(DashConfig(layers=layers), 4, KNOWN)]
+    configs = [own for own, _ in layer_configs(DashConfig(layers=layers), 4, BACKENDS)]
     assert configs[0] == configs[1]
     assert configs[2] == configs[3]
     assert (configs[1].chunk_size, configs[3].name) == (32, "infllmv2")
