@@ -60,7 +60,8 @@ def test_group_sizes(group, dtype):
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("group", [1, 2, 3, 5, 7, 8])
 def test_gradients_by_key_and_by_query(group, head_dim):
-    check_attention(1, 700, group, 2, head_dim, 64, None, BF16, packed(3, 3, 130, 700))
+    bias_heads = (None, "kv", "query")[group % 3]
+    check_attention(1, 700, group, 2, head_dim, 64 * (1 + group % 2), bias_heads, BF16, packed(3, 3, 130, 700))
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
@@ -230,8 +231,8 @@ def test_offsets_past_two_to_the_31st():
 
 
 def test_equal_inputs_give_equal_gradients():
-    q, k, v = (random(1, 2000, heads, 128, dtype=BF16).requires_grad_() for heads in (8, 1, 1))
-    chunk_query = torch.zeros(1, 128, device="cuda", requires_grad=True)
+    q, k, v = (random(1, 2000, heads, 64, dtype=BF16).requires_grad_() for heads in (8, 1, 1))
+    chunk_query = torch.zeros(1, 64, device="cuda", requires_grad=True)
 
     def gradients():
         with deterministic():
@@ -253,8 +254,8 @@ def replayed(step):
 
 def test_nothing_waits_for_the_device():
     """Kernels are compiled first; then forward and backward are recorded as one CUDA graph, which forbids waiting."""
-    q, k, v = (random(1, 1000, heads, 128, dtype=BF16).requires_grad_() for heads in (8, 1, 1))
-    chunk_query = torch.zeros(1, 128, device="cuda", requires_grad=True)
+    q, k, v = (random(1, 1000, heads, 64, dtype=BF16).requires_grad_() for heads in (8, 1, 1))
+    chunk_query = torch.zeros(1, 64, device="cuda", requires_grad=True)
 
     def step():
         out, _ = whole.dash_attention(q, k, v, chunk_query, chunk_size=64)

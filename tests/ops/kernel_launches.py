@@ -98,13 +98,17 @@ def hopper_sizes():
             lists = tile_lists(words, geo, block, hopper.tile_tokens(geo))
             bias = torch.zeros(128, 6, 128 // block)
             hopper.forward(q[0], k[0], v[0], bias, lists, geo, block, 0.1)
-            if block > 32:
-                _hopper_backward(q, k, v, words, bias, geo, block, torch.zeros_like(bias))
+            if block == dim:
+                _hopper_backward(q, k, v, words, bias, geo, block)
 
 
-def _hopper_backward(q, k, v, words, bias, geo, block, bias_grad):
+def _hopper_backward(q, k, v, words, bias, geo, block):
     lists, rows = key_lists(words, geo, block, 256), torch.zeros(q.shape[1:3])
-    hopper_backward.backward(q[0], k[0], v[0], bias, q[0], rows, rows, lists, geo, block, 0.1, bias_grad)
+    common = (q[0], k[0], v[0], bias, q[0], rows, rows, lists, geo, block, 0.1)
+    if hopper_backward.fused(geo):
+        hopper_backward.gradients(*common, torch.zeros_like(bias))
+    else:
+        hopper_backward.key_grad(*common)
 
 
 def index_selection(length, kv_heads):
@@ -124,7 +128,8 @@ def hopper_attention(length, heads, kv_heads, dim):
     for bias_heads in (0, kv_heads, heads):
         bias = torch.zeros(length, bias_heads, mask.shape[-1]) if bias_heads else None
         hopper.forward(q[0], k[0], v[0], bias, lists, geo, CHUNK, 0.1)
-        _hopper_backward(q, k, v, words, bias, geo, CHUNK, bias)
+        if bias_heads == kv_heads:
+            _hopper_backward(q, k, v, words, bias, geo, CHUNK)
 
 
 def decoding(heads, kv_heads, dim):

@@ -1,13 +1,14 @@
-"""Block-sparse backward for Hopper by key block, in Gluon (Triton's lower level): dq, dk and dv in one kernel.
+"""Block-sparse backward for Hopper by key block, in Gluon (Triton's lower level): dk and dv, and dq where that pays.
 
 A program owns 64 keys of a block and walks the tokens of one window that chose it, 64 rows (token, head of the group)
-at a time. Of each tile it forms five products: S = k q^T, dP = v do^T, dv += P do, dk += dS q and dq = dS^T k. dq, of
-which many blocks have a share, is added up in float32 by the reductions of the L2 cache, which holds a window's dq
-beside its queries and output gradients. Against ``triton_backward.query_grad`` that saves two products, and the blocks
-that only a neighbour in the tile chose; but the order of dq's sums is whichever comes first.
+at a time. Of each tile it forms four products: S = k q^T, dP = v do^T, dv += P do and dk += dS q. Where it is fused, it
+forms dq = dS^T k, too, which many blocks have a share in: it is added up in float32 by the L2 cache, which holds a
+window's sums beside its queries and output gradients, in whatever order the shares come. Against
+``triton_backward.query_grad`` that saves two products, and the blocks that only a neighbour in a tile chose.
 
 Shapes as in ``triton_backward``, D 64 or 128. In shared memory: k_tile and v_tile [64, D], the rings q_ring and
-do_ring [2, 64, D], dS [64 keys, 64 rows]; dq_sums: float32 [n, Hq, D], columns in the order of ``_columns``.
+do_ring [2, 64, D], ds_tile [64 keys, 64 rows], shift_line and delta_line float32 [64], sums of the bias gradient
+float32 [4 warps, WIDTH]. Sums of dq: float32 [n, H, D / 16, PER_TOKEN, 16], see ``round_kernel``.
 """
 
 import torch
@@ -108,11 +109,12 @@ def _add_bias_grad(sums, bias_grad_ptr, list_ptr, first, stop, block, kv_head, b
 
 
 @gluon.jit
-def _add(dq, column, dq_ptr, list_ptr, first, stop, kv_head, KV_HEADS: gl.constexpr, GROUP: gl.constexpr,
+def _add(dq, HALF: gl.constexpr, dq_ptr, list_ptr, first, stop, kv_head, KV_HEADS: gl.constexpr, GROUP: gl.constexpr,
          PER_TOKEN: gl.constexpr, TOKENS: gl.constexpr, DIM: gl.constexpr):  # fmt: skip
-    """Adds a tile's 64 columns from ``column`` on to the sums of dq.
+    """Adds 64 columns of a tile to the sums of dq.
 
-    Each thread has pairs of columns. In the order in which the sums stand (``round_kernel``) four lie side by side.
+    Each thread has pairs of columns. In the order in which the sums stand (``round_kernel``) four lie side by side, and
+    those of a group's heads next to them: reductions take half the time of pairs.
     """
     FOURS: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 1], [0, 2], [8, 0], [0, 16], [0, 32]], [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [],
@@ -121,9 +123,12 @@ def _add(dq, column, dq_ptr, list_ptr, first, stop, kv_head, KV_HEADS: gl.conste
     dq = dq.reshape((ROWS, 4, 2, 4, 2)).permute((0, 1, 3, 2, 4)).reshape((ROWS, 64))
     dq = gl.convert_layout(dq, FOURS, assert_trivial=True)
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, FOURS))
-    place = column + gl.arange(0, 64, layout=gl.SliceLayout(0, FOURS))
-    _, flat_row, valid = _rows(list_ptr, first, stop, kv_head, row, KV_HEADS, GROUP, PER_TOKEN, TOKENS)
-    target = dq_ptr + flat_row[:, None] * DIM + place[None, :]
+    column = gl.arange(0, 64, layout=gl.SliceLayout(0, FOURS))
+    token, _, valid = _rows(list_ptr, first, stop, kv_head, row, KV_HEADS, GROUP, PER_TOKEN, TOKENS)
+    head = gl.minimum(row % PER_TOKEN, GROUP - 1)
+    base = (token.to(gl.int64) * KV_HEADS + kv_head) * (PER_TOKEN * DIM) + HALF * 64 * PER_TOKEN + head * 16
+    place = column // 16 * (PER_TOKEN * 16) + column % 16
+    target = dq_ptr + base[:, None] + place[None, :]
     if PER_TOKEN == GROUP:  # idle rows add 0 to another one: there are few, and a mask costs a branch an instruction
         gl.atomic_add(target, dq, sem="relaxed")
     else:
@@ -131,20 +136,22 @@ def _add(dq, column, dq_ptr, list_ptr, first, stop, kv_head, KV_HEADS: gl.conste
 
 
 @gluon.jit
-def _tokens(dk, dv, shift, delta, k_tile, v_tile, q_ring, do_ring, ds_tile, lines, sums, stage, q_ptr, do_ptr, lse_ptr,
-            delta_ptr, bias_ptr, dq_ptr, bias_grad_ptr, list_ptr, first, stop, following, following_stop, block,
-            first_key, kv_head, scale_log2, bias_width, KV_HEADS: gl.constexpr, GROUP: gl.constexpr,
-            PER_TOKEN: gl.constexpr, TOKENS: gl.constexpr, DIM: gl.constexpr, PARTS: gl.constexpr,
-            BIAS_HEADS: gl.constexpr, BIAS_GRAD_HEADS: gl.constexpr, CAUSAL: gl.constexpr):  # fmt: skip
+def _tokens(
+    dk, dv, shift, delta, k_tile, v_tile, q_ring, do_ring, ds_tile, shift_line, delta_line, sums, stage, q_ptr, do_ptr,
+    lse_ptr, delta_ptr, bias_ptr, dq_ptr, bias_grad_ptr, list_ptr, first, stop, following, following_stop, block,
+    first_key, kv_head, scale_log2, bias_width, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, PER_TOKEN: gl.constexpr,
+    TOKENS: gl.constexpr, DIM: gl.constexpr, PARTS: gl.constexpr, BIAS_HEADS: gl.constexpr,
+    BIAS_GRAD_HEADS: gl.constexpr, CAUSAL: gl.constexpr, FUSED: gl.constexpr,
+):  # fmt: skip
     """One tile, after it has begun to copy the following one. Logits stand as [key, row]."""
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     GRAD: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     ACROSS: gl.constexpr = gl.SliceLayout(0, LOGITS)
     q = q_ring.index(stage)
     do = do_ring.index(stage)
+    shift_line.store(shift)
+    delta_line.store(delta)
     async_copy.wait_group(0)
-    lines.index(0).store(shift)
-    lines.index(1).store(delta)
     fence_async_shared()
     _barrier()  # this tile has come, and no warp reads the tile before any more
     if following < following_stop:
@@ -156,7 +163,7 @@ def _tokens(dk, dv, shift, delta, k_tile, v_tile, q_ring, do_ring, ds_tile, line
     logits = warpgroup_mma(k_tile, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
     dp = warpgroup_mma(v_tile, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
     logits = warpgroup_mma_wait(1, deps=[logits])
-    p = gl.exp2(logits * scale_log2 - lines.index(0).load(ACROSS)[None, :])
+    p = gl.exp2(logits * scale_log2 - shift_line.load(ACROSS)[None, :])
     if CAUSAL:
         key = first_key + gl.arange(0, KEYS, layout=gl.SliceLayout(1, LOGITS))
         row = gl.arange(0, ROWS, layout=ACROSS)
@@ -168,30 +175,33 @@ def _tokens(dk, dv, shift, delta, k_tile, v_tile, q_ring, do_ring, ds_tile, line
         dp, dv = warpgroup_mma_wait(0, deps=[dp, dv])
     else:
         dp = warpgroup_mma_wait(1, deps=[dp])
-    dl = p * (dp - lines.index(1).load(ACROSS)[None, :])
+    dl = p * (dp - delta_line.load(ACROSS)[None, :])
     dl_half = dl.to(q_ring.dtype)
-    ds_tile.store(dl_half)
-    if BIAS_GRAD_HEADS > 0:
-        sums.store(_sums_of_warps(dl, sums.shape[1]))
-    fence_async_shared()
-    _barrier()
-    dl_half = gl.convert_layout(dl_half, gl.DotOperandLayout(0, GRAD, 2))
-    dk = warpgroup_mma(dl_half, q, dk, is_async=True)
-    # Of 64 columns at a time, for the registers.
-    DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    dq_zeros = gl.zeros([ROWS, 64], gl.float32, DQ)
-    ds = ds_tile.permute((1, 0))
-    dq = warpgroup_mma(ds, k_tile.slice(0, 64, 1), dq_zeros, use_acc=False, is_async=True)
-    if BIAS_GRAD_HEADS > 0:
-        _add_bias_grad(
-            sums, bias_grad_ptr, list_ptr, first, stop, block, kv_head, bias_width, KV_HEADS, GROUP, PER_TOKEN, TOKENS,
-            PARTS, BIAS_GRAD_HEADS,
-        )  # fmt: skip
-    dv, dk, dq = warpgroup_mma_wait(0, deps=[dv, dk, dq])
-    _add(dq, 0, dq_ptr, list_ptr, first, stop, kv_head, KV_HEADS, GROUP, PER_TOKEN, TOKENS, DIM)
-    if DIM == 128:
-        dq = warpgroup_mma(ds, k_tile.slice(64, 64, 1), dq_zeros, use_acc=False)
-        _add(dq, 64, dq_ptr, list_ptr, first, stop, kv_head, KV_HEADS, GROUP, PER_TOKEN, TOKENS, DIM)
+    if FUSED:
+        ds_tile.store(dl_half)
+        if BIAS_GRAD_HEADS > 0:
+            sums.store(_sums_of_warps(dl, sums.shape[1]))
+        fence_async_shared()
+        _barrier()
+    dk = warpgroup_mma(gl.convert_layout(dl_half, gl.DotOperandLayout(0, GRAD, 2)), q, dk, is_async=True)
+    if FUSED:
+        # Of 64 columns at a time, for the registers.
+        PIECE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+        dq_zeros = gl.zeros([ROWS, 64], gl.float32, PIECE)
+        ds = ds_tile.permute((1, 0))
+        dq = warpgroup_mma(ds, k_tile.slice(0, 64, 1), dq_zeros, use_acc=False, is_async=True)
+        if BIAS_GRAD_HEADS > 0:
+            _add_bias_grad(
+                sums, bias_grad_ptr, list_ptr, first, stop, block, kv_head, bias_width, KV_HEADS, GROUP, PER_TOKEN,
+                TOKENS, PARTS, BIAS_GRAD_HEADS,
+            )  # fmt: skip
+        dv, dk, dq = warpgroup_mma_wait(0, deps=[dv, dk, dq])
+        _add(dq, 0, dq_ptr, list_ptr, first, stop, kv_head, KV_HEADS, GROUP, PER_TOKEN, TOKENS, DIM)
+        if DIM == 128:
+            dq = warpgroup_mma(ds, k_tile.slice(64, 64, 1), dq_zeros, use_acc=False)
+            _add(dq, 1, dq_ptr, list_ptr, first, stop, kv_head, KV_HEADS, GROUP, PER_TOKEN, TOKENS, DIM)
+    else:
+        dv, dk = warpgroup_mma_wait(0, deps=[dv, dk])
     return dk, dv, shift, delta
 
 
@@ -203,7 +213,7 @@ def backward_kernel(
     documents, list_tokens, list_bases, counts, offsets, scale, scale_log2, num_tokens, num_slots, num_documents,
     capacity, num_windows, window, bias_width,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, PER_TOKEN: gl.constexpr, TOKENS: gl.constexpr, BLOCK: gl.constexpr,
-    DIM: gl.constexpr, BIAS_HEADS: gl.constexpr, BIAS_GRAD_HEADS: gl.constexpr,
+    DIM: gl.constexpr, BIAS_HEADS: gl.constexpr, BIAS_GRAD_HEADS: gl.constexpr, FUSED: gl.constexpr,
 ):  # fmt: skip
     """Windows and turns as in ``triton_backward.key_grad_kernel``."""
     PARTS: gl.constexpr = BLOCK // KEYS
@@ -232,7 +242,8 @@ def backward_kernel(
     q_ring = gl.allocate_shared_memory(dtype, [STAGES, ROWS, DIM], tile_layout)
     do_ring = gl.allocate_shared_memory(dtype, [STAGES, ROWS, DIM], tile_layout)
     ds_tile = gl.allocate_shared_memory(dtype, [KEYS, ROWS], ds_layout)
-    lines = gl.allocate_shared_memory(gl.float32, [2, ROWS], line_layout)
+    shift_line = gl.allocate_shared_memory(gl.float32, [ROWS], line_layout)
+    delta_line = gl.allocate_shared_memory(gl.float32, [ROWS], line_layout)
     sums = None
     if BIAS_GRAD_HEADS > 0:
         WIDE: gl.constexpr = BIAS_GRAD_HEADS > KV_HEADS or PER_TOKEN & (PER_TOKEN - 1) != 0 or PER_TOKEN == 1
@@ -269,18 +280,18 @@ def backward_kernel(
     for first in range(begin, near, TOKENS):
         following = first + TOKENS
         dk, dv, shift, delta = _tokens(
-            dk, dv, shift, delta, k_tile, v_tile, q_ring, do_ring, ds_tile, lines, sums, stage, q_ptr, do_ptr, lse_ptr,
-            delta_ptr, bias_ptr, dq_ptr, bias_grad_ptr, list_ptr, first, near, following if following < near else near,
-            near if following < near else stop, block, first_key, kv_head, scale_log2, bias_width, KV_HEADS, GROUP,
-            PER_TOKEN, TOKENS, DIM, PARTS, BIAS_HEADS, BIAS_GRAD_HEADS, True,
+            dk, dv, shift, delta, k_tile, v_tile, q_ring, do_ring, ds_tile, shift_line, delta_line, sums, stage, q_ptr,
+            do_ptr, lse_ptr, delta_ptr, bias_ptr, dq_ptr, bias_grad_ptr, list_ptr, first, near, following if
+            following < near else near, near if following < near else stop, block, first_key, kv_head, scale_log2,
+            bias_width, KV_HEADS, GROUP, PER_TOKEN, TOKENS, DIM, PARTS, BIAS_HEADS, BIAS_GRAD_HEADS, True, FUSED,
         )  # fmt: skip
         stage = 1 - stage
     for first in range(far, stop, TOKENS):
         dk, dv, shift, delta = _tokens(
-            dk, dv, shift, delta, k_tile, v_tile, q_ring, do_ring, ds_tile, lines, sums, stage, q_ptr, do_ptr, lse_ptr,
-            delta_ptr, bias_ptr, dq_ptr, bias_grad_ptr, list_ptr, first, stop, first + TOKENS, stop, block, first_key,
-            kv_head, scale_log2, bias_width, KV_HEADS, GROUP, PER_TOKEN, TOKENS, DIM, PARTS, BIAS_HEADS,
-            BIAS_GRAD_HEADS, False,
+            dk, dv, shift, delta, k_tile, v_tile, q_ring, do_ring, ds_tile, shift_line, delta_line, sums, stage, q_ptr,
+            do_ptr, lse_ptr, delta_ptr, bias_ptr, dq_ptr, bias_grad_ptr, list_ptr, first, stop, first + TOKENS, stop,
+            block, first_key, kv_head, scale_log2, bias_width, KV_HEADS, GROUP, PER_TOKEN, TOKENS, DIM, PARTS,
+            BIAS_HEADS, BIAS_GRAD_HEADS, False, FUSED,
         )  # fmt: skip
         stage = 1 - stage
 
@@ -307,47 +318,47 @@ def backward_kernel(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def round_kernel(sums_ptr, dq_ptr, scale, num_rows, DIM: tl.constexpr, ROWS: tl.constexpr):
-    """dq from its sums: scaled, with the columns in their order."""
+def round_kernel(sums_ptr, dq_ptr, scale, num_rows, GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, DIM: tl.constexpr,
+                 ROWS: tl.constexpr):  # fmt: skip
+    """dq from its sums: scaled, with the columns in their order.
+
+    The sums of a token and KV head are float32 [D / 16, PER_TOKEN, 16], and of 16 columns first all pairs of one half.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, DIM)
-    place = column // 16 * 16 + column // 2 % 4 * 4 + column // 8 % 2 * 2 + column % 2
+    place = column // 16 * (PER_TOKEN * 16) + column // 2 % 4 * 4 + column // 8 % 2 * 2 + column % 2
+    start = row // GROUP * (PER_TOKEN * DIM) + row % GROUP * 16
     mask = (row < num_rows)[:, None]
-    sums = tl.load(sums_ptr + row[:, None] * DIM + place[None, :], mask=mask, other=0.0)
+    sums = tl.load(sums_ptr + start[:, None] + place[None, :], mask=mask, other=0.0)
     tl.store(dq_ptr + row[:, None] * DIM + column[None, :], (sums * scale).to(dq_ptr.dtype.element_ty), mask=mask)
 
 
-def supported(q: Tensor, bias: Tensor | None, geo: Geometry, block_size: int) -> bool:
-    """Where it can run and is faster than the two kernels of ``triton_backward``.
-
-    It multiplies 5 times for each row and block, these 4 times and 3 times the union of a tile's blocks, which grows
-    with the tokens of a tile; but its reductions double what goes through the L2 cache, 8 D bytes. Measured: groups of
-    16 heads of 128 lose 5 to 11 %, groups of 1 to 7 gain 2 to 22 %, and of heads of 64, 22 to 40 %.
-    """
+def supported(q: Tensor, geo: Geometry, block_size: int) -> bool:
     return (
         q.is_cuda
         and torch.cuda.get_device_capability(q.device)[0] == 9
         and q.dtype in (torch.bfloat16, torch.float16)
         and geo.head_dim in (64, 128)
-        and block_size == KEYS.value
-        and geo.group <= 8
-        and bias is None
+        and block_size in (64, 128)
+        and geo.group <= ROWS.value
     )
 
 
-def backward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, do: Tensor, lse: Tensor, delta: Tensor, lists: KeyLists,
-    geo: Geometry, block_size: int, scale: float, bias_grad: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk and dv; overwrites the selected entries of ``bias_grad``, float32 [n, H or Hq, N]."""
+def fused(geo: Geometry) -> bool:
+    """Whether forming dq here is faster than by query tile.
+
+    It takes one product for each row and block that it chose, and not three for each block that any token of a tile
+    chose, padded heads included; but the reductions double what goes through the L2 cache, 8 D bytes. With heads of 128
+    that costs more than the products, but where the tiles have idle rows (measured on an H200).
+    """
+    return geo.head_dim == 64 or geo.group != geo.padded_group
+
+
+def _launch(q, k, v, bias, do, lse, delta, dq_sums, bias_grad, lists, geo, block_size, scale, tile):
     slots, parts, windows = geo.slots(block_size), block_size // KEYS.value, lists.offsets.shape[-1]
     dk, dv = torch.empty_like(k), torch.empty_like(v)
-    dq_sums = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     sums = torch.empty(2 if windows > 1 else 0, *k.shape, dtype=torch.float32, device=k.device)
     turns = torch.zeros(1 + geo.kv_heads * slots * parts, dtype=torch.int32, device=k.device)
-    tile = geo.tile(ROWS.value, packed=packs(geo))
-    if bias_grad is not None:
-        bias_grad.zero_()  # of blocks of 128, and of groups that are no power of two, several programs or rows add up
     backward_kernel[(windows * geo.kv_heads * slots * parts,)](
         q, k, v, bias, do, lse, delta, dq_sums, dk, dv, bias_grad, sums, turns, geo.documents, lists.tokens,
         lists.bases, lists.counts, lists.offsets, scale, scale * LOG2E, geo.tokens, slots, geo.num_documents,
@@ -355,9 +366,34 @@ def backward(
         next((x.shape[-1] for x in (bias, bias_grad) if x is not None), 0),
         KV_HEADS=geo.kv_heads, GROUP=geo.group, PER_TOKEN=tile["PER_TOKEN"], TOKENS=tile["TOKENS"], BLOCK=block_size,
         DIM=geo.head_dim, BIAS_HEADS=0 if bias is None else bias.shape[1],
-        BIAS_GRAD_HEADS=0 if bias_grad is None else bias_grad.shape[1], num_warps=4,
+        BIAS_GRAD_HEADS=0 if bias_grad is None else bias_grad.shape[1], FUSED=dq_sums is not None, num_warps=4,
     )  # fmt: skip
+    return dk, dv
+
+
+def key_grad(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, do: Tensor, lse: Tensor, delta: Tensor, lists: KeyLists,
+    geo: Geometry, block_size: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As ``triton_backward.key_grad``."""
+    tile = geo.tile(ROWS.value, packed=packs(geo))
+    return _launch(q, k, v, bias, do, lse, delta, None, None, lists, geo, block_size, scale, tile)
+
+
+def gradients(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, do: Tensor, lse: Tensor, delta: Tensor, lists: KeyLists,
+    geo: Geometry, block_size: int, scale: float, bias_grad: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk and dv; overwrites ``bias_grad``, float32 [n, H or Hq, N], 0 where nothing is selected."""
+    tile = geo.tile(ROWS.value, packed=packs(geo))
+    sums_shape = (geo.tokens, geo.kv_heads, geo.head_dim // 16, tile["PER_TOKEN"], 16)
+    dq_sums = torch.zeros(sums_shape, dtype=torch.float32, device=q.device)
+    if bias_grad is not None:
+        bias_grad.zero_()  # of blocks of 128, and of groups that are no power of two, several programs or rows add up
+    dk, dv = _launch(q, k, v, bias, do, lse, delta, dq_sums, bias_grad, lists, geo, block_size, scale, tile)
     dq = torch.empty_like(q)
     rows = q.shape[0] * q.shape[1]
-    round_kernel[(-(-rows // 32),)](dq_sums, dq, scale, rows, DIM=geo.head_dim, ROWS=32)
+    round_kernel[(-(-rows // 32),)](
+        dq_sums, dq, scale, rows, GROUP=geo.group, PER_TOKEN=tile["PER_TOKEN"], DIM=geo.head_dim, ROWS=32
+    )
     return dq, dk, dv

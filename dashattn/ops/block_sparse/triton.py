@@ -59,13 +59,13 @@ def _hopper(q: Tensor, geo: Geometry, block_size: int) -> ModuleType | None:
     return hopper if hopper.supported(q, geo, block_size) else None
 
 
-def _hopper_backward(q: Tensor, bias: Tensor | None, geo: Geometry, block_size: int) -> ModuleType | None:
-    """The backward by key, where it takes the call and sums need no fixed order."""
+def _hopper_backward(q: Tensor, geo: Geometry, block_size: int) -> ModuleType | None:
+    """The backward's kernel for Hopper, where it takes the call and torch is not to be deterministic."""
     if not q.is_cuda or torch.are_deterministic_algorithms_enabled():
         return None
     from dashattn.ops.block_sparse import hopper_backward
 
-    return hopper_backward if hopper_backward.supported(q, bias, geo, block_size) else None
+    return hopper_backward if hopper_backward.supported(q, geo, block_size) else None
 
 
 def gradients(
@@ -80,11 +80,12 @@ def gradients(
     delta_nH = delta(out, do)
     by_key = key_grad_options(geo.padded_dim, block_size, q.itemsize)
     key_list = key_lists(words, geo, block_size, key_grad_window(geo, block_size, q.itemsize, by_key["keys"]))
-    hopper = _hopper_backward(q, bias, geo, block_size)
-    if hopper is not None:
-        return *hopper.backward(q, k, v, bias, do, lse, delta_nH, key_list, geo, block_size, scale, bias_grad), None
-    dk, dv = key_grad(q, k, v, bias, do, lse, delta_nH, key_list, geo, block_size, scale, by_key)
-    del key_list
+    common = (q, k, v, bias, do, lse, delta_nH, key_list, geo, block_size, scale)
+    hopper = _hopper_backward(q, geo, block_size)
+    if hopper is not None and hopper.fused(geo):
+        return *hopper.gradients(*common, bias_grad), None
+    dk, dv = key_grad(*common, by_key) if hopper is None else hopper.key_grad(*common)
+    del key_list, common
     by_query = query_grad_options(geo.padded_dim, block_size, q.itemsize)
     lists = tile_lists(words, geo, block_size, geo.padded_tile_tokens(by_query["rows"]))
     dq = query_grad(q, k, v, bias, do, lse, delta_nH, lists, geo, block_size, scale, bias_grad, by_query)
@@ -215,8 +216,8 @@ def block_sparse_attention(
 ) -> Tensor:
     """As ``reference.block_sparse_attention``; blocks of 16, 32, 64 or 128 keys, head sizes 16 to 256, no float64.
 
-    In torch's deterministic mode the backward sums in a fixed order: equal inputs give equal gradients. On Hopper it
-    otherwise adds dq up in whatever order its programs come.
+    In torch's deterministic mode the backward sums in a fixed order: equal inputs give equal gradients. On Hopper dq is
+    otherwise added up in whatever order its parts come (``hopper_backward.fused``).
     """
     return attention_and_normalisers(q, k, v, selection, block_bias, scale=scale, cu_seqlens=cu_seqlens)[0]
 
