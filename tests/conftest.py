@@ -35,6 +35,10 @@ def pytest_runtest_logstart():
         _frozen = len(sys.modules)
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -202,6 +202,7 @@ def folder(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("checkpoint") / "tiny")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 def test_no_field_takes_nonsense_or_ends_in_a_traceback(case, folder, monkeypatch):
     entry, overrides, use, prefix = CASES[case]

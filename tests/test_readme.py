@@ -185,6 +185,7 @@ def test_figures_are_made_of_folders_with_rows():
     assert studies == {path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob("results/*/*.jsonl")}
 
 
+@pytest.mark.long
 def test_train_then_evaluate(tmp_path):
     small = ("steps=6", "data.max_bytes=2000000", "threads=1", f"run_dir={tmp_path}/debug-dash")
     out = python(*TRAIN.split()[1:], *small)
@@ -211,6 +212,7 @@ def test_speed_report_from_the_committed_rows(tmp_path):
     assert (tmp_path / "speed.png").stat().st_size > 10_000
 
 
+@pytest.mark.long
 def test_a_sweep_ends_in_a_frontier_and_once_more_trains_nothing(tmp_path, monkeypatch):
     """``make pareto`` at smoke size, without make and the start of its processes."""
     monkeypatch.setattr(signals, "subprocess", SimpleNamespace(Popen=forked.Process))

@@ -63,6 +63,7 @@ def test_activation_checkpointing_changes_nothing_and_keeps_less(attention):
     assert kept[1] < kept[0] / 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "attention",
     [
@@ -133,6 +134,7 @@ def test_around_an_indexer_that_stays_as_it_is_the_layer_compiles(options):
             assert expected.abs().max() > 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("options", "knobs"),
     [
@@ -241,6 +243,7 @@ def test_inductor_writes_nothing_as_large_as_the_logits_but_their_gradient():
     assert buffers == ["bfloat16"]
 
 
+@pytest.mark.long
 def test_decoding_compiles_once_around_the_attention():
     """Whatever the length, the capacity and the number of sequences; one sequence is a case of its own."""
     torch._dynamo.reset()

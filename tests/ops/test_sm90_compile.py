@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 SHARED_MEMORY = 232_448  # bytes a block can have on sm_90
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", ["first", pytest.param("every", marks=pytest.mark.slow)])
 def test_kernels_compile_for_hopper(tmp_path, options):
     """Tuned kernels with the first of their options, or with every one."""

@@ -303,6 +303,7 @@ def test_a_tokenizer_without_a_template_is_refused(run_dir):
         HarnessModel(str(run_dir), device="cpu").chat_template(True)
 
 
+@pytest.mark.long
 def test_rows_from_evaluate(run_dir, task_dir):
     names = [f"lm_eval/{name}" for name in TASKS]
     config = EvaluateConfig(

@@ -58,6 +58,7 @@ def rows_of(monkeypatch, tmp_path):
     return rows
 
 
+@pytest.mark.long
 def test_a_layers_rows(rows_of):
     rows = rows_of(backends=["dash", "nsa"], baselines=["flash", "released_dash"], decode=[[160, 2]])
     assert [(row["method"], row["stage"], row["sparsity"], row["status"]) for row in rows] == [

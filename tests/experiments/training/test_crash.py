@@ -22,6 +22,7 @@ def rows(run_dir, *keys):
     return [tuple(row.get(key) for key in keys) for row in read_rows(run_dir / "metrics.jsonl")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kills", [2, pytest.param(100, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_goes_on_with_the_same_losses(tiny_overrides, tmp_path, kills):
     overrides, run_dir = tiny_overrides("run", "steps=12", "save_every=1", "eval_every=6", "logger=off")

@@ -18,6 +18,7 @@ MIXTURE = (
 )
 
 
+@pytest.mark.long
 def test_prepare_mends_what_is_damaged_and_a_run_finds_it_all(make_config, tmp_path, capfd):
     config = make_config("run", "data.max_bytes=1000000", f"cache_dir={tmp_path}")
     prepare(config)

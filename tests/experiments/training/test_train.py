@@ -114,6 +114,7 @@ def test_stage_3_gathers_a_layer_at_once(make_config, monkeypatch):
     assert sorted(fetched) == sorted(2 * [*others, *layers * ["TransformerBlock"]])  # forward and backward
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [["deepspeed=zero1"], ["deepspeed=zero3", "rows_per_micro_batch=2"]])
 def test_bf16_trains_and_resumes_exactly(make_config, tmp_path, options):
     options = [*options, "deepspeed.precision=bf16", *ATTENTION["dash"], "save_every=2", "keep_checkpoints=0"]
@@ -338,6 +339,7 @@ def test_activation_checkpointing_changes_no_loss(make_config):
         assert losses(run_dir) == pytest.approx(plain, rel=1e-6)
 
 
+@pytest.mark.long
 def test_compiled_layers_train_alike(make_config, monkeypatch):
     monkeypatch.undo()  # the poisoning of conftest.py, which would be traced
     # Without Inductor, which needs a compiler.

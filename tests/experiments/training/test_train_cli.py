@@ -83,6 +83,7 @@ def measured(run_dir):
     return [[row[key] for key in keys] for row in read_rows(run_dir / METRICS) if "causal_sparsity" in row]
 
 
+@pytest.mark.long
 def test_two_ranks_train_as_one_and_one_goes_on_from_their_checkpoint(
     make_config, tiny_overrides, tmp_path, monkeypatch
 ):
