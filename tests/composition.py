@@ -10,6 +10,7 @@ from pathlib import Path
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException
+from omegaconf import base
 from omegaconf.errors import OmegaConfBaseException
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -17,7 +18,8 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 @functools.cache
 def hasten() -> None:
-    """Read the files of ``configs/`` that overrides choose once, and set values in a copy of what was made of them."""
+    """Read the files of ``configs/`` that overrides choose once, and set values in a copy of what was made of them; parse
+    an interpolation once."""
     load = ConfigLoaderImpl.load_configuration
     parser = OverridesParser.create()
     parse = functools.cache(lambda override: parser.parse_overrides([override])[0])
@@ -41,3 +43,4 @@ def hasten() -> None:
         return config
 
     ConfigLoaderImpl.load_configuration = load_once
+    base.parse = functools.cache(base.parse)
