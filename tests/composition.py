@@ -18,7 +18,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 @functools.cache
 def hasten() -> None:
-    """Read the files of ``configs/`` that overrides choose once, and set values in a copy of what was made of them; parse
+    """Read the files of ``configs/`` that are chosen once, and set values in a copy of what was made of them; parse
     an interpolation once."""
     load = ConfigLoaderImpl.load_configuration
     parser = OverridesParser.create()

@@ -20,7 +20,8 @@ from experiments.config import register_configs, to_train_config
 from experiments.evaluation.config import register_evaluate_config
 from experiments.evaluation.evaluate import find_target
 from experiments.evaluation.generate import run_generation
-from experiments.plan import PlanConfig
+from experiments.plan import PlanConfig, plan_run
+from experiments.rates import rows
 from experiments.schema import to_config
 from experiments.speed import config as speed
 from experiments.sweep.cells import cells, register_sweep_config
@@ -176,6 +177,10 @@ def check_train(cfg):
     check(to_train_config(cfg))
 
 
+def check_plan(cfg):
+    plan_run(to_train_config(compose("train", ["model.vocab_size=1024"])), to_config(cfg), rows())
+
+
 DATA = {
     "python_stdlib": [],
     "mixture": ["model.max_seq_len=8192"],
@@ -190,6 +195,7 @@ CASES = {
     "model": ("train", ["model=llama3_8b", "model.vocab_size=4096"], check_train, "model.rope."),
     "evaluate": ("evaluate", ["run=FOLDER", "data=python_stdlib"], lambda cfg: find_target(to_config(cfg)), ""),
     "generate": ("generate", ["run=nowhere", "prompt=x"], lambda cfg: run_generation(to_config(cfg)), ""),
+    "plan": ("plan", [], check_plan, ""),
     "sweep": ("sweep", ["sweep=smoke", "launcher=slurm"], lambda cfg: cells(to_config(cfg)), ""),
     "speed": ("speed", [], lambda cfg: speed.check(to_config(cfg)), ""),
     "throughput": ("throughput", [], to_config, ""),
