@@ -136,3 +136,8 @@ def snapshot(folder: Path) -> Path:
     if target.name != f"code-{digest(target)}":
         raise ValueError(f"{target} holds other code than its name says: move it away, and it is copied anew")
     return target
+
+
+def is_changed() -> bool:
+    """Whether this code is a copy for jobs, and other than its name says."""
+    return (ROOT / _SNAPSHOT).exists() and ROOT.name != f"code-{digest(ROOT)}"

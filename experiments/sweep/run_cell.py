@@ -13,6 +13,7 @@ from pathlib import Path
 
 from experiments.errors import REQUEUE
 from experiments.files import ROOT, naming
+from experiments.provenance import is_changed
 from experiments.signals import STOP_SIGNALS, Children
 from experiments.sweep.cells import Cell, record_done
 
@@ -42,6 +43,9 @@ def run_cell(cell: Cell, log_dir: Path, children: Children, rank: int = 0, gpus:
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
     # The first command is the training, which all ranks of a job do together; an evaluation is one process.
     for command in cell.commands if rank == 0 else cell.commands[:1]:
+        if is_changed():  # since the job began, or the command before
+            message = f"{ROOT} holds other code than its name says: move it away and submit again"
+            return Outcome("failed", time.perf_counter() - start, message)
         with naming(log_path), log_path.open("ab") as log:
             log.write(f"$ {shlex.join(command)}\n".encode())
             log.flush()

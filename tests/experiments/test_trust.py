@@ -21,6 +21,7 @@ from experiments.files import write_atomically
 from experiments.provenance import snapshot
 from experiments.training.checkpoint import seal
 from experiments.training.ranks import Ranks
+from tests import forked
 from train import train
 
 
@@ -75,6 +76,28 @@ def test_a_copy_of_the_code_is_what_its_name_says(tmp_path):
         shutil.rmtree(code)
         (tmp_path / "kept").rename(code)
     assert snapshot(tmp_path) == code
+
+
+def test_each_command_of_a_job_is_of_the_code_that_was_submitted(tmp_path):
+    """A training of days stands between two of them."""
+    code, run_dir = snapshot(tmp_path), tmp_path / "run"
+    script = f"""
+from pathlib import Path
+from experiments.signals import Children
+from experiments.sweep.cells import Cell
+from experiments.sweep.run_cell import run_cell
+run_dir = Path({str(run_dir)!r})
+run_dir.mkdir(exist_ok=True)
+with Children() as children:
+    print(run_cell(Cell("c", run_dir, ("--help",), None, None), run_dir, children))
+"""
+    environment = {"PYTHONDONTWRITEBYTECODE": "1"}
+    assert "status='done'" in forked.run("-c", script, cwd=code, env=environment).stdout
+    (code / "train.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    said = forked.run("-c", script, cwd=code, env=environment).stdout
+    assert "status='failed'" in said
+    assert f"{code} holds other code than its name says: move it away and submit again" in said
+    assert not (tmp_path / "ran").exists()
 
 
 _touched: list[str] | None = None  # what is opened, listed or made, while somebody asks; a hook cannot be removed
