@@ -149,8 +149,9 @@ def make_recall(study: Study) -> Drawn | None:
                 ax.plot(xs, [row["score"] for row in points], label=f"{label}, mean of heads", **line)
                 best = {"linestyle": ":", "markerfacecolor": "white"} | line
                 ax.plot(xs, [row["best_head"] for row in points], label=f"{label}, best head", **best)
-                for low, high in (("low", "high"), ("best_low", "best_high")):
-                    ax.vlines(xs, [row[low] for row in points], [row[high] for row in points], color=colour, linewidth=1)
+                for bounds in (("low", "high"), ("best_low", "best_high")):
+                    lows, highs = ([row[bound] for row in points] for bound in bounds)
+                    ax.vlines(xs, lows, highs, color=colour, linewidth=1)
             where = f", {most[probe]} tokens" if is_turned else ""
             entitle(ax, f"{probe}{where}:\n{RECALLS[metric]}")
             if is_turned:
