@@ -22,7 +22,7 @@ from dashattn.selection import Chosen
 from dashattn.stats import AttentionStats
 from models.cache import ModelCache
 from models.config import ModelConfig
-from models.layers import RMSNorm, SwiGLU
+from models.layers import RMSNorm, SwiGLU, project
 from models.loss import IGNORE, chunk_loss, cross_entropy
 from models.rope import no_rotation, rope_tables
 from models.sequence_parallel import SequenceParallel
@@ -340,7 +340,7 @@ class Attention(nn.Module):
 
         ``taken``: what the layer has handed on from which this one takes its selection.
         """
-        q, k, v = self.q_proj(x_BTE), self.k_proj(x_BTE), self.v_proj(x_BTE)
+        q, k, v = (project(x_BTE, layer) for layer in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm == "width":  # here, where a process that shares the sequence has all heads of its tokens
             q, k = self.q_norm(q), self.k_norm(k)
         share = self.sequence or ALL_HEADS
@@ -356,7 +356,7 @@ class Attention(nn.Module):
         if cache is not None:
             out = self.backend.decode(*qkv, cache, **options)
             out_BTHD, chosen = out if self.hands_on else (out, None)
-            return self.o_proj(out_BTHD.flatten(-2)), None, None, chosen
+            return project(out_BTHD.flatten(-2), self.o_proj), None, None, chosen
         options |= {"cu_seqlens": cu_seqlens, "return_stats": return_stats, "share": share}
         options |= {"max_seqlen": max_seqlen} if self.backend.takes_max_seqlen else {}
         loss = None
@@ -369,4 +369,4 @@ class Attention(nn.Module):
         if self.sequence is not None:
             out_BTHD = self.sequence.scatter(out_BTHD)
             stats = stats and self.sequence.all_heads(stats)
-        return self.o_proj(out_BTHD.flatten(-2)), stats, loss, chosen
+        return project(out_BTHD.flatten(-2), self.o_proj), stats, loss, chosen
