@@ -65,6 +65,12 @@ def bitwise_or(a, b):
 
 
 @triton.jit
+def ones_below(count):
+    """A word whose lowest ``count`` bits, none or all perhaps, are ones."""
+    return tl.where(count >= 32, -1, (1 << tl.minimum(tl.maximum(count, 0), 31)) - 1)
+
+
+@triton.jit
 def wait_for_kernel_before(PDL: tl.constexpr):
     """In a kernel that may be launched before the one before it has ended: waits for that, and lets the next come."""
     if PDL:
@@ -122,19 +128,19 @@ class Geometry:
         """Upper bound of the number of tiles of ``size`` tokens over all documents."""
         return self.tokens // size + self.num_documents
 
-    def tile_tokens(self, rows: int) -> int:
-        """Tokens of a tile of about ``rows`` rows (64 at most: their choices are the bits of one integer)."""
-        return max(1, min(64, rows // self.group))
+    def tile_tokens(self, rows: int, most: int = 64) -> int:
+        """Tokens of a tile of about ``rows`` rows; ``most`` is 64 where their choices are the bits of one integer."""
+        return max(1, min(most, rows // self.group))
 
-    def padded_tile_tokens(self, rows: int) -> int:
+    def padded_tile_tokens(self, rows: int, most: int = 64) -> int:
         """As ``tile_tokens``, a power of two, where groups are padded."""
-        return max(1, min(64, rows // self.padded_group))
+        return max(1, min(most, rows // self.padded_group))
 
-    def tile(self, rows: int, packed: bool = True) -> dict[str, int]:
+    def tile(self, rows: int, packed: bool = True, most: int = 64) -> dict[str, int]:
         """Constants of kernels that take either: rows of a token, of a tile of about ``rows``, and its tokens."""
-        per_token, tokens = self.padded_group, self.padded_tile_tokens(rows)
+        per_token, tokens = self.padded_group, self.padded_tile_tokens(rows, most)
         if packed:
-            per_token, tokens = self.group, self.tile_tokens(rows)
+            per_token, tokens = self.group, self.tile_tokens(rows, most)
         return dict(PER_TOKEN=per_token, ROWS=power_of_2_from(tokens * per_token), TOKENS=tokens)
 
 

@@ -102,24 +102,26 @@ def test_a_block_that_a_token_leaves_out_does_not_move_its_softmax():
     assert relative_error(results[0][0, 16:32:2], alone) < 3e-5
 
 
-def test_lists_hold_exactly_the_selected_pairs():
-    cu_seqlens = torch.tensor([0, 30, 90], dtype=torch.int32)
-    selection = Selection.from_mask(torch.rand(1, 90, 2, 40) < 0.3, 16)
-    geo = geometry(torch.empty(1, 90, 2, 16), 2, cu_seqlens)
+@pytest.mark.parametrize("size", [8, 42, 128])  # a choice is 32 bits, 64, or two times 64
+def test_lists_hold_exactly_the_selected_pairs(size):
+    cu_seqlens = torch.tensor([0, 30, 190], dtype=torch.int32)
+    selection = Selection.from_mask(torch.rand(1, 190, 2, 40) < 0.3, 16)
+    geo = geometry(torch.empty(1, 190, 2, 16), 2, cu_seqlens)
     words = kernels.flatten_words(selection.words)
-    position = torch.cat([torch.arange(30), torch.arange(60)])
+    position = torch.cat([torch.arange(30), torch.arange(160)])
     allowed = selection.mask()[0] & (torch.arange(64) <= (position // 16)[:, None, None])  # [T, H, N]
     expected = {tuple(x) for x in allowed.nonzero().tolist()}
 
-    tiles = tile_lists(words, geo, 16, 8)
+    tiles = tile_lists(words, geo, 16, size)
     by_tile = set()
     for head in range(2):
-        for slot in range(geo.slots(8)):
-            document = 0 if slot < 30 // 8 + 1 else 1
-            first = (0, 30)[document] + (slot - (0, 30 // 8 + 1)[document]) * 8
+        for slot in range(geo.slots(size)):
+            document = 0 if slot < 30 // size + 1 else 1
+            first = (0, 30)[document] + (slot - (0, 30 // size + 1)[document]) * size
             for entry in range(tiles.counts[head, slot, 1]):
-                block, choice = tiles.blocks[head, slot, entry].item(), tiles.choices[head, slot, entry].item()
-                by_tile |= {(first + i, head, block) for i in range(8) if choice >> i & 1}
+                block, halves = tiles.blocks[head, slot, entry].item(), tiles.choices[head, slot, ..., entry].tolist()
+                choices = halves if isinstance(halves, list) else [halves]
+                by_tile |= {(first + i, head, block) for i in range(size) if choices[i // 64] >> i % 64 & 1}
     assert by_tile == expected
 
     keys = key_lists(words, geo, 16, 32)
@@ -128,14 +130,14 @@ def test_lists_hold_exactly_the_selected_pairs():
         for slot in range(geo.slots(16)):
             document = 0 if slot < 30 // 16 + 1 else 1
             block = slot - (0, 30 // 16 + 1)[document]
-            if block * 16 >= (30, 60)[document]:
+            if block * 16 >= (30, 160)[document]:
                 continue
-            base = keys.bases[document] + block * (30, 60)[document] - 16 * (block * (block - 1) // 2)
+            base = keys.bases[document] + block * (30, 160)[document] - 16 * (block * (block - 1) // 2)
             count = keys.counts[head, slot, 1]
             tokens = keys.tokens[head, base : base + count]
             by_key |= {(t, head, block) for t in tokens.tolist()}
             first = (0, 30)[document] + block * 16
-            for window in range(first // 32 + 1, ((30, 90)[document] - 1) // 32 + 1):
+            for window in range(first // 32 + 1, ((30, 190)[document] - 1) // 32 + 1):
                 assert keys.offsets[head, slot, window] == (tokens < 32 * window).sum()
     assert by_key == expected
 

@@ -23,7 +23,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dashattn.ops.tiles import Geometry, bitwise_or, locate_tile, power_of_2_from
+from dashattn.ops.tiles import Geometry, bitwise_or, locate_tile, ones_below, power_of_2_from
+
+
+@triton.jit
+def _choice(bit, half, TOKENS_P: tl.constexpr, WORDS: tl.constexpr, dtype: tl.constexpr):
+    """For every block one bit a token, of the ``half``-th 64 tokens; ``bit`` [TOKENS_P, WORDS, 32] has them in 32s."""
+    if TOKENS_P <= 32:
+        return tl.reshape(tl.reduce(bit, 0, bitwise_or), (32 * WORDS,))
+    else:
+        part = tl.arange(0, TOKENS_P // 32)[:, None]
+        parts = tl.reduce(tl.reshape(bit, (TOKENS_P // 32, 32, 32 * WORDS)), 1, bitwise_or)
+        low = tl.sum(tl.where(part == 2 * half, parts, 0), 0)
+        high = tl.sum(tl.where(part == 2 * half + 1, parts, 0), 0)
+        return (high.to(dtype) << 32) | (low.to(dtype) & 0xFFFFFFFF)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_words", "num_slots", "num_documents"])
@@ -44,25 +57,27 @@ def _tile_list_kernel(
     last = tl.max(own, 0)
 
     word_ptr = words + (kv_head.to(tl.int64) * num_tokens + start + position) * num_words
-    lane = tl.arange(0, WORDS * 32)
+    lane = tl.arange(0, 32)
     total = 0
     past = 0
     # Words up to the last token's own block: what a selection says of the future is not looked at.
     for word in range(0, last // 32 + 1, WORDS):
-        block = word * 32 + lane
-        w = tl.load(
-            word_ptr[:, None] + (word + lane // 32)[None, :],
-            mask=valid[:, None] & (block // 32 < num_words)[None, :],
-            other=0,
-        )
-        bit = ((w >> (lane % 32)[None, :]) & 1).to(choices.dtype.element_ty)
-        bit = tl.where(block[None, :] <= own[:, None], bit, 0)
+        column = word + tl.arange(0, WORDS)
+        w = tl.load(word_ptr[:, None] + column[None, :], mask=valid[:, None] & (column < num_words)[None, :], other=0)
+        w &= ones_below(own[:, None] + 1 - 32 * column[None, :])
         # Turned around: from a word a token, with a bit a block, to a word a block, with a bit a token of the tile.
-        choice = tl.reduce(bit << token.to(bit.dtype)[:, None], 0, bitwise_or)
-        chosen = (choice != 0).to(tl.int32)
-        place = row + total + tl.cumsum(chosen, 0) - 1
-        tl.store(blocks + place, block, mask=chosen != 0)
-        tl.store(choices + place, choice, mask=chosen != 0)
+        bit = ((w[:, :, None] >> lane[None, None, :]) & 1) << (token % 32)[:, None, None]
+        choice = _choice(bit, 0, TOKENS_P, WORDS, choices.dtype.element_ty)
+        second = choice
+        if TOKENS > 64:
+            second = _choice(bit, 1, TOKENS_P, WORDS, choices.dtype.element_ty)
+        chosen = ((choice | second) != 0).to(tl.int32)
+        block = word * 32 + tl.arange(0, 32 * WORDS)
+        place = total + tl.cumsum(chosen, 0) - 1
+        tl.store(blocks + row + place, block, mask=chosen != 0)
+        tl.store(choices + row * ((TOKENS + 63) // 64) + place, choice, mask=chosen != 0)
+        if TOKENS > 64:
+            tl.store(choices + row * 2 + num_words * 32 + place, second, mask=chosen != 0)
         total += tl.sum(chosen, 0)
         past += tl.sum(tl.where(block < past_end, chosen, 0), 0)
     tl.store(counts + list_row * 2, past)
@@ -90,7 +105,7 @@ def _key_list_kernel(
     first = start + block * BLOCK
     base = key_list_start(tl.load(bases + document), kv_head, capacity, block, end - start, BLOCK)
     lane = tl.arange(0, STEP)
-    word_ptr = words + kv_head.to(tl.int64) * num_tokens * num_words + block // 32
+    word_ptr = words + (kv_head.to(tl.int64) * num_words + block // 32) * num_tokens
     row = kv_head.to(tl.int64) * num_slots + slot
     total = 0
     near = 0
@@ -100,7 +115,7 @@ def _key_list_kernel(
         tl.store(offsets + row * num_windows + begin // window, total, mask=begin % window == 0)
         token = begin + lane
         valid = (token >= first) & (token < end) & (block // 32 < num_words)
-        w = tl.load(word_ptr + token.to(tl.int64) * num_words, mask=valid, other=0)
+        w = tl.load(word_ptr + token, mask=valid, other=0)
         chosen = (w >> (block % 32)) & 1
         tl.store(tokens + base + total + tl.cumsum(chosen, 0) - 1, token, mask=chosen != 0)
         total += tl.sum(chosen, 0)
@@ -115,7 +130,8 @@ class TileLists:
 
     Attributes:
         blocks: int32 [H, slots, N]; undefined past the count.
-        choices: int32 or int64 [H, slots, N]: bit i is set iff token i of the tile reads the block.
+        choices: int32 or int64 [H, slots, N]: bit i is set iff token i of the tile reads the block. Of tiles of more
+            than 64 tokens [H, slots, 2, N], the first 64 and the others.
         counts: int32 [H, slots, 2]: blocks wholly in the past of the tile (they come first), and all blocks.
         tokens: tokens of a tile.
     """
@@ -158,11 +174,11 @@ def bias_bytes(geo: Geometry, heads: int, num_blocks: int) -> int:
 def tile_list_bytes(geo: Geometry, num_words: int, tile_tokens: int) -> int:
     """What ``tile_lists`` allocates."""
     lists = geo.kv_heads * geo.slots(tile_tokens)
-    return lists * num_words * 32 * (4 + _choice_dtype(tile_tokens).itemsize) + 8 * lists
+    return lists * num_words * 32 * (4 + max(4, power_of_2_from(tile_tokens) // 8)) + 8 * lists
 
 
 def key_list_bytes(geo: Geometry, block_size: int, window: int) -> int:
-    """What ``key_lists`` allocates, the few bytes a document apart."""
+    """What ``key_lists`` returns, the few bytes a document apart."""
     lists = geo.kv_heads * geo.slots(block_size)
     return 4 * (geo.kv_heads * max(1, _key_capacity(geo, block_size)) + lists * (2 + -(-geo.tokens // window)))
 
@@ -212,11 +228,12 @@ def tile_lists(words: Tensor, geo: Geometry, block_size: int, tile_tokens: int) 
     slots, width, padded = geo.slots(tile_tokens), words.shape[-1], power_of_2_from(tile_tokens)
     shape = (geo.kv_heads, slots, width * 32)
     blocks = torch.empty(shape, dtype=torch.int32, device=words.device)
-    choices = torch.empty(shape, dtype=_choice_dtype(tile_tokens), device=words.device)
+    halves = (2,) if tile_tokens > 64 else ()
+    choices = torch.empty(*shape[:2], *halves, shape[2], dtype=_choice_dtype(tile_tokens), device=words.device)
     counts = torch.empty(geo.kv_heads, slots, 2, dtype=torch.int32, device=words.device)
     _tile_list_kernel[(slots, geo.kv_heads)](
         words, geo.documents, blocks, choices, counts, geo.tokens, width, slots, geo.num_documents,
-        TOKENS=tile_tokens, TOKENS_P=padded, BLOCK=block_size, WORDS=max(1, min(8, 128 // padded)), num_warps=4,
+        TOKENS=tile_tokens, TOKENS_P=padded, BLOCK=block_size, WORDS=max(1, min(16, 256 // padded)), num_warps=4,
     )  # fmt: skip
     return TileLists(blocks, choices, counts, tile_tokens)
 
@@ -232,9 +249,10 @@ def key_lists(words: Tensor, geo: Geometry, block_size: int, window: int) -> Key
     tokens = torch.empty(geo.kv_heads, max(1, _key_capacity(geo, block_size)), dtype=torch.int32, device=words.device)
     counts = torch.empty(geo.kv_heads, slots, 2, dtype=torch.int32, device=words.device)
     offsets = torch.empty(geo.kv_heads, slots, -(-geo.tokens // window), dtype=torch.int32, device=words.device)
+    # Every block reads a word of every token after it: side by side, or each is a sector of its own.
     _key_list_kernel[(slots, geo.kv_heads)](
-        words, geo.documents, bases, tokens, counts, offsets, geo.tokens, words.shape[-1], slots, geo.num_documents,
-        tokens.shape[1], offsets.shape[-1], window,
+        words.transpose(1, 2).contiguous(), geo.documents, bases, tokens, counts, offsets, geo.tokens, words.shape[-1],
+        slots, geo.num_documents, tokens.shape[1], offsets.shape[-1], window,
         BLOCK=block_size, STEP=min(1024, window), num_warps=4,
     )  # fmt: skip
     return KeyLists(tokens, bases, counts, offsets, window)

@@ -115,7 +115,8 @@ def check_backward_room(
     tile = geo.padded_tile_tokens(query_grad_options(geo.padded_dim, block_size, q.itemsize)["rows"])
     by_query = tile_list_bytes(geo, num_words, tile) + bias_bytes(geo, grad_heads, grad_blocks)
     needed = words_bytes(geo, num_words) + bias_bytes(geo, geo.kv_heads, bias_blocks)
-    check_room(needed + max(by_query, key_list_bytes(geo, block_size, window)), geo, q.device)
+    turned = words_bytes(geo, num_words)  # for the key lists
+    check_room(needed + max(by_query, turned + key_list_bytes(geo, block_size, window)), geo, q.device)
 
 
 def check_kernels_fit(q: Tensor, block_size: int) -> None:
