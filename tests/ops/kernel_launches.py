@@ -88,15 +88,15 @@ def prefill_and_training(length, heads, kv_heads, dim, init_chunks=0):
 
 
 def hopper_sizes():
-    """Every block size and head size, the bias with the most heads: the kernel's registers are given it by hand."""
-    for dim in (64, 128):
+    """Every block size and head size, groups and none, the bias with the most heads: registers are given by hand."""
+    for dim, heads in ((64, 6), (128, 6), (128, 2)):
         for block in (32, 64, 128):
-            q, k, v = (make(128, h, dim) for h in (6, 2, 2))
+            q, k, v = (make(128, h, dim) for h in (heads, 2, 2))
             geo = geometry(q, 2, None)
             everything = Selection.from_mask(torch.ones(1, 128, 2, 128 // block, dtype=torch.bool), block)
             words = attention.flatten_words(everything.words)
             lists = tile_lists(words, geo, block, hopper.tile_tokens(geo))
-            bias = torch.zeros(128, 6, 128 // block)
+            bias = torch.zeros(128, heads, 128 // block)
             hopper.forward(q[0], k[0], v[0], bias, lists, geo, block, 0.1)
             if block == dim:
                 _hopper_backward(q, k, v, words, bias, geo, block)

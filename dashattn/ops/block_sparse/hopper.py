@@ -48,6 +48,15 @@ def _fetch(k_desc, v_desc, k_ring, v_ring, full, empty, block_list, num_blocks, 
 
 
 @gluon.jit
+def _own_choice(choice, PART: gl.constexpr, TOKENS: gl.constexpr):
+    """Of a choice of both tiles the bits of PART's; more than 32 tokens have one of their own."""
+    if TOKENS > 32:
+        return choice
+    else:
+        return ((choice >> (PART * TOKENS)) & ((1 << TOKENS) - 1)).to(gl.int32)
+
+
+@gluon.jit
 def _attend_block(acc, total, peak, q, k_ring, v_ring, full, empty, entry, block, mine, token, position, bias_row,
                   scale_log2, BLOCK: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr, HAS_BIAS: gl.constexpr,
                   CAUSAL: gl.constexpr):  # fmt: skip
@@ -57,7 +66,7 @@ def _attend_block(acc, total, peak, q, k_ring, v_ring, full, empty, entry, block
     stage = entry % STAGES
     mbarrier.wait(full.index(stage), (entry // STAGES) & 1)
     if mine != 0:
-        chosen = ((mine >> token) & 1) != 0
+        chosen = ((mine >> token.to(mine.dtype)) & 1) != 0
         zeros = gl.zeros([ROWS, BLOCK], gl.float32, LOGITS)
         logits = warpgroup_mma(q, k_ring.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
         logits = warpgroup_mma_wait(0, deps=[logits])
@@ -123,11 +132,10 @@ def _multiply(q_ptr, out_ptr, lse_ptr, bias_ptr, q_tiles, k_ring, v_ring, full, 
     acc = gl.zeros([ROWS, DIM], gl.float32, OUT)
     total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, LOGITS))
     peak = gl.full([ROWS], NO_PEAK, gl.float32, gl.SliceLayout(1, LOGITS))
-    ONES: gl.constexpr = (1 << TOKENS) - 1
     choice = gl.load(choice_list, mask=num_blocks > 0, other=0)
     block = 0
     for entry in range(past):
-        mine = ((choice >> (PART * TOKENS)) & ONES).to(gl.int32)
+        mine = _own_choice(choice, PART, TOKENS)
         choice = gl.load(choice_list + entry + 1, mask=entry + 1 < num_blocks, other=0)
         if HAS_BIAS:
             block = gl.load(block_list + entry)
@@ -136,7 +144,7 @@ def _multiply(q_ptr, out_ptr, lse_ptr, bias_ptr, q_tiles, k_ring, v_ring, full, 
             BLOCK, DIM, STAGES, HAS_BIAS, False,
         )  # fmt: skip
     for entry in range(past, num_blocks):
-        mine = ((choice >> (PART * TOKENS)) & ONES).to(gl.int32)
+        mine = _own_choice(choice, PART, TOKENS)
         choice = gl.load(choice_list + entry + 1, mask=entry + 1 < num_blocks, other=0)
         block = gl.load(block_list + entry)
         acc, total, peak = _attend_block(
@@ -162,6 +170,7 @@ def forward_kernel(
     BIAS_HEADS: gl.constexpr, STAGES: gl.constexpr, WORKER_REGS: gl.constexpr,
 ):  # fmt: skip
     TOKENS: gl.constexpr = 2 * (ROWS // GROUP)
+    OWN_CHOICES: gl.constexpr = TOKENS > 64
     pid = gl.program_id(0)
     kv_head = pid // num_slots
     slot = num_slots - 1 - pid % num_slots
@@ -170,6 +179,7 @@ def forward_kernel(
     past = gl.load(counts + list_row * 2)
     num_blocks = gl.load(counts + list_row * 2 + 1)
     list_start = list_row * list_width
+    choices += list_start * (2 if OWN_CHOICES else 1)
 
     dtype: gl.constexpr = k_desc.dtype
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, DIM], dtype)
@@ -187,11 +197,12 @@ def forward_kernel(
     gl.warp_specialize(
         [
             (_multiply, (q_ptr, out_ptr, lse_ptr, bias_ptr, q_tiles, k_ring, v_ring, full, empty, blocks + list_start,
-                         choices + list_start, past, num_blocks, start, end, index * TOKENS, kv_head, bias_width,
-                         scale_log2, 0, KV_HEADS, GROUP, BLOCK, DIM, STAGES, BIAS_HEADS)),
+                         choices, past, num_blocks, start, end, index * TOKENS, kv_head, bias_width, scale_log2, 0,
+                         KV_HEADS, GROUP, BLOCK, DIM, STAGES, BIAS_HEADS)),
             (_multiply, (q_ptr, out_ptr, lse_ptr, bias_ptr, q_tiles, k_ring, v_ring, full, empty, blocks + list_start,
-                         choices + list_start, past, num_blocks, start, end, index * TOKENS, kv_head, bias_width,
-                         scale_log2, 1, KV_HEADS, GROUP, BLOCK, DIM, STAGES, BIAS_HEADS)),
+                         choices + list_width if OWN_CHOICES else choices, past, num_blocks, start, end,
+                         index * TOKENS, kv_head, bias_width, scale_log2, 1, KV_HEADS, GROUP, BLOCK, DIM, STAGES,
+                         BIAS_HEADS)),
             (_fetch, (k_desc, v_desc, k_ring, v_ring, full, empty, blocks + list_start, num_blocks, start, kv_head,
                       BLOCK, DIM, STAGES)),
         ],
@@ -224,7 +235,8 @@ def supported(q: Tensor, geo: Geometry, block_size: int) -> bool:
         and q.dtype in (torch.bfloat16, torch.float16)
         and geo.head_dim in (64, 128)
         and block_size in (32, 64, 128)
-        and 2 <= geo.group <= 64  # at most 64 tokens in the two tiles
+        and geo.group <= 64  # a tile holds a token
+        and (geo.group > 1 or geo.head_dim == 128)  # heads of 64 without groups were not measured
     )
 
 
