@@ -66,7 +66,7 @@ def test_heads_of_a_group_in_several_parts(monkeypatch):
     """Three times eight heads, of which the last four are none, and four tokens."""
     monkeypatch.setattr(triton_select, "QUERY_BYTES", 2**13)
     triton_select.select_tile.cache_clear()
-    assert triton_select.select_tile(20, 16, 4) == dict(TOKENS=4, HEADS=8, PARTS=3)
+    assert triton_select.select_tile(20, 16, 4, False) == dict(TOKENS=4, HEADS=8, PARTS=3)
     windows, options = dict(kernel_size=8, kernel_stride=4), dict(scale=1.0, cu_seqlens=None)
     blocks = dict(pooling="max", block_size=16, topk=4, init_blocks=1, local_blocks=1)
     q, k = torch.randn(1, 100, 20, 16), torch.randn(1, num_windows(100, 8, 4), 1, 16)
@@ -75,9 +75,11 @@ def test_heads_of_a_group_in_several_parts(monkeypatch):
     triton_select.select_tile.cache_clear()
 
 
-@pytest.mark.parametrize(("group", "tile"), [(3, (32, 1, 3)), (7, (32, 1, 7)), (4, (32, 2, 2)), (16, (16, 4, 4))])
+@pytest.mark.parametrize(
+    ("group", "tile"), [(1, (64, 1, 1)), (3, (32, 1, 3)), (7, (32, 1, 7)), (4, (32, 2, 2)), (16, (16, 4, 4))]
+)
 def test_no_head_of_a_real_model_is_idle(group, tile):
-    assert tuple(triton_select.select_tile(group, 128, 2).values()) == tile
+    assert tuple(triton_select.select_tile(group, 128, 2, group == 1).values()) == tile
 
 
 def test_ties_go_to_the_lower_index():
@@ -108,6 +110,24 @@ def test_scores_that_underflow_still_fill_topk():
     selection = kernels.select_blocks(q, k, **windows, **blocks, scale=1.0, cu_seqlens=None)
     assert selection.mask()[0, -1, 0].nonzero().flatten().tolist() == [0, 1, 5, 9]
     assert (selection.mask().sum(-1)[0, :, 0] == (torch.arange(160) // 16 + 1).clamp(max=4)).all()
+
+
+def test_without_groups_scores_that_underflow_are_told_apart(monkeypatch):
+    """The largest product wins, and no pass for normalisers is made."""
+    monkeypatch.setattr(kernels, "forward", None)
+    windows = dict(kernel_size=8, kernel_stride=8)
+    blocks = dict(pooling="max", block_size=16, topk=4, init_blocks=0, local_blocks=1)
+    q, k = torch.ones(1, 160, 1, 16), torch.zeros(1, 20, 1, 16)
+    k[:, ::2] = -100.0  # the lower of the two windows of every block
+    k[:, [1, 7, 11, 13]] = torch.tensor([-50.0, -20.0, 100.0, 50.0])[:, None, None]  # of blocks 0, 3, 5 and 6
+    selection = kernels.select_blocks(q, k, **windows, **blocks, scale=1.0, cu_seqlens=None)
+    assert selection.mask()[0, -1, 0].nonzero().flatten().tolist() == [1, 5, 6, 9]
+    k[:, [3, 5, 9, 15]] = -30.0  # of blocks 1, 2, 4 and 7
+    selection = kernels.select_blocks(q, k, **windows, **blocks, scale=1.0, cu_seqlens=None)
+    assert selection.mask()[0, -1, 0].nonzero().flatten().tolist() == [5, 6, 8, 9]
+    k[:, 17] = -40.0  # of block 8
+    selection = kernels.select_blocks(q, k, **windows, **blocks, scale=1.0, cu_seqlens=None)
+    assert selection.mask()[0, -1, 0].nonzero().flatten().tolist() == [3, 5, 6, 9]
 
 
 def test_given_normalisers_are_used():

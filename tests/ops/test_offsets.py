@@ -19,6 +19,8 @@ BOUNDED = {
     "first_seen = tile * KEYS * STRIDE + SIZE - 1",
     # Bit patterns of numbers that are not negative, between two of which these lie.
     "probes += (low + (i + 1) * step,)",
+    # At most the number of blocks.
+    "first_block = step // RATIO * (KEYS - AGAIN) - AGAIN",
     # Tiles: as many as programs of other kernels, of which CUDA allows 2**31.
     "while tile < num_slots * KV_HEADS:",
     # At most the number of blocks and one share more.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dashattn.ops.band.triton import flatten_keys
 from dashattn.ops.band.triton_forward import Band, forward
-from dashattn.ops.block_scores.triton_select import select
+from dashattn.ops.block_scores.triton_select import ranks_by_logits, select
 from dashattn.ops.operators import operator
 from dashattn.ops.tiles import flatten_tokens, geometry
 from dashattn.selection import Selection
@@ -22,11 +22,11 @@ def _select_op(
     """Words int32 [B, H, T, W]."""
     geo, band = geometry(q, compressed_k.shape[2], cu_seqlens), Band(kernel_size, kernel_stride)
     q_nHD, k_nHD, starts = flatten_tokens(q), flatten_keys(compressed_k), band.starts(geo)
-    if lse is None:
+    if lse is None and not ranks_by_logits(geo, pooling == "max"):
         _, lse = forward(q_nHD, k_nHD, None, starts, geo, band, scale)
     words = select(
-        q_nHD, k_nHD, lse.flatten(0, -2), starts, geo, band, -(-q.shape[1] // block_size), block_size, topk,
-        init_blocks, local_blocks, pooling == "max", scale,
+        q_nHD, k_nHD, None if lse is None else lse.flatten(0, -2), starts, geo, band, -(-q.shape[1] // block_size),
+        block_size, topk, init_blocks, local_blocks, pooling == "max", scale,
     )  # fmt: skip
     return words.unflatten(1, q.shape[:2]).transpose(0, 1).contiguous()
 

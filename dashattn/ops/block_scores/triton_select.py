@@ -3,48 +3,63 @@
 Given the log-normalisers of a first pass, a program forms the probabilities of a tile of tokens again (k q^T on the
 tensor cores), sums them over the group, pools them to blocks and finds each token's best: no probability leaves the
 chip. Block scores do, into a scratch of the program's own, which its tiles reuse and the L2 cache holds:
-PROGRAMS * 8 bytes * tokens of a tile * blocks, at most 132 MiB at 64k tokens in blocks of 64.
+PROGRAMS * 4 bytes * tokens of a tile * blocks, at most 66 MiB at 64k tokens in blocks of 64, 132 MiB without groups.
 
 At 32k tokens, 32 heads and a stride of 16 there are 1.1e9 causal (row, window) pairs: 0.27 TFLOP of products, as in the
 first pass. A tile is tokens, COLUMNS / TOKENS heads of the group at a time: heads are summed by the thread that holds
 them, whatever their number, and a tile of keys is read once for all of them.
 
-Of block scores there are N a token and KV head, so that small groups search many: 1.3e8 with 16 KV heads. Tokens lie
-side by side in the scratch, so that a thread counts the scores of its own tokens, and threads exchange their counts
-once a pass. The search narrows, in the float32 bit patterns (scores are not negative, so they are ordered as integers),
-an interval that holds the k-th score, 9-fold a step and to the scores that are there, until what it holds is exactly
-what is wanted of it, or a single value: the blocks of that value tie, and the lowest win. Max-pooling makes such ties
-common: neighbouring blocks share a window. With TOP_P it is the score at which the sum of all that are as high reaches
-what is wanted.
+The rows of a product are KEYS blocks, of which one step takes the first window, the next one the second: so a thread
+pools what it holds. A window that reaches into the next block belongs to the row below; a tile of blocks begins with
+the last block of the one before it.
+
+Of block scores there are N a token and KV head, so that small groups search many: 1.3e8 with 16 KV heads. The search
+narrows, in the float32 bit patterns (scores are not negative, so they are ordered as integers), an interval that holds
+the k-th score, 5-fold a step and to the scores that are there, until what it holds is exactly what is wanted of it, or
+a single value: the blocks of that value tie, and the lowest win. Max-pooling makes such ties common: neighbouring
+blocks share a window. With TOP_P it is the score at which the sum of all that are as high reaches what is wanted.
+
+A maximum over one query head is that of the products themselves: BY_LOGITS there are neither normalisers nor
+exponentials.
 
 Shapes as in ``band/triton_forward``, with N blocks of BLOCK tokens and W words of 32 blocks: words int32 [H, n, W];
-scratch int32 [programs, 2, scratch_blocks >= N, TOKENS]. The windows that begin in a block give to it, in the first
-plane, and to the block after it, in the second; then the first plane has the bits of the sum or maximum of both.
+scratch int32 [programs, scratch_blocks > N, TOKENS].
 """
 
 import math
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dashattn.ops.band.triton_forward import Band, tile_keys, visible_keys
-from dashattn.ops.block_sparse.triton_forward import key_descriptor, precision, stages_that_fit
-from dashattn.ops.tiles import LOG2E, Geometry, locate_tile
+from dashattn.ops.block_scores.triton_search import (
+    INFINITY_BITS,
+    bounds,
+    count,
+    even_probes,
+    first_ones,
+    rank_of_bits,
+    words_at_least,
+)
+from dashattn.ops.block_sparse.triton_forward import precision, stages_that_fit
+from dashattn.ops.tiles import LOG2E, Geometry, locate_tile, ones_below
 from dashattn.ops.tuning import around, launch
 
-INFINITY_BITS = tl.constexpr(0x7F800000)
 # Four for each multiprocessor of an H100 or H200. They take tiles until none is left: it matters not how many run.
 PROGRAMS = 528
-PROBES = 8
+PROBES = 4
 
 
 @triton.jit
 def _load_queries(q_ptr, lse_ptr, start, end, first, kv_head, part, GROUP: tl.constexpr, KV_HEADS: tl.constexpr,
-                  TOKENS: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):  # fmt: skip
-    """The ``part``-th HEADS heads of the group, [HEADS * TOKENS, DIM], and their log-normalisers."""
+                  TOKENS: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
+                  BY_LOGITS: tl.constexpr):  # fmt: skip
+    """The ``part``-th HEADS heads of the group, [HEADS * TOKENS, DIM], and their log-normalisers, if needed."""
     column = tl.arange(0, HEADS * TOKENS)
     head = part * HEADS + column // TOKENS
     token = start + first + column % TOKENS
@@ -53,123 +68,84 @@ def _load_queries(q_ptr, lse_ptr, start, end, first, kv_head, part, GROUP: tl.co
     dim = tl.arange(0, DIM)
     in_tile = valid[:, None] & (dim < HEAD_DIM)[None, :]
     q = tl.load(q_ptr + flat_row[:, None] * HEAD_DIM + dim[None, :], mask=in_tile, other=0.0)
-    return q, tl.load(lse_ptr + flat_row, mask=valid, other=float("inf"))
+    lse = tl.zeros([HEADS * TOKENS], tl.float32)
+    if not BY_LOGITS:
+        lse = tl.load(lse_ptr + flat_row, mask=valid, other=float("inf"))
+    return q, lse
 
 
 @triton.jit
-def _pool(k_desc, queries, stop, kv_head, first_key, key, scale_log2, scratch, plane, TOKENS: tl.constexpr,
-          HEADS: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr, RATIO: tl.constexpr, OVERLAP: tl.constexpr,
-          MAX_POOLING: tl.constexpr, DIM: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Block scores of KEYS windows: of the block that a window begins in, and, apart, of the one it ends in."""
-    BLOCKS: tl.constexpr = KEYS // RATIO
-    k = k_desc.load([kv_head, first_key + key, 0]).reshape(KEYS, DIM)
-    total = tl.zeros([KEYS, TOKENS], tl.float32)
-    for part in tl.static_range(PARTS):
-        logits = tl.dot(k, queries[2 * part].T, input_precision=PRECISION)
-        p = tl.exp2(logits * scale_log2 - queries[2 * part + 1][None, :])
-        if HEADS > 1:
-            p = tl.sum(tl.reshape(p, (KEYS, HEADS, TOKENS)), 1)
-        total += p
-    if MASKED:
-        total = tl.where((key + tl.arange(0, KEYS))[:, None] < stop[None, :], total, 0.0)
-    total = tl.reshape(total, (BLOCKS, RATIO, TOKENS))
-    # A window covers OVERLAP strides, a block RATIO.
-    place = tl.arange(0, RATIO)
-    beyond = tl.maximum(place + OVERLAP - RATIO, 0)
-    if MAX_POOLING:
-        own = tl.max(total, 1)
-        following = tl.max(tl.where((beyond > 0)[None, :, None], total, 0.0), 1)
+def _lowest(BY_LOGITS: tl.constexpr):
+    """Less than any score, or as little."""
+    if BY_LOGITS:
+        return float("-inf")
     else:
-        own = tl.sum(total * (OVERLAP - beyond).to(tl.float32)[None, :, None], 1)
-        following = tl.sum(total * beyond.to(tl.float32)[None, :, None], 1)
-    place = (key // RATIO + tl.arange(0, BLOCKS))[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
-    tl.store(scratch + place, own.to(tl.int32, bitcast=True))
-    tl.store(scratch + plane + place, following.to(tl.int32, bitcast=True))
+        return 0.0
 
 
 @triton.jit
-def _competing_bits(scratch, plane, block, own, init_blocks, local_blocks, ranked, TOKENS: tl.constexpr,
-                    MAX_POOLING: tl.constexpr):  # fmt: skip
-    """Bit patterns of the scores of some blocks [blocks, TOKENS]; -1 where a block does not compete."""
-    place = scratch + block[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
-    competes = (block >= init_blocks)[:, None] & (block[:, None] <= (own - local_blocks)[None, :]) & ranked[None, :]
-    score = tl.load(place, mask=competes, other=0).to(tl.float32, bitcast=True)
-    before = tl.load(place + plane - TOKENS, mask=competes & (block > 0)[:, None], other=0)
-    before = before.to(tl.float32, bitcast=True)
-    score = tl.maximum(score, before) if MAX_POOLING else score + before
-    bits = score.to(tl.int32, bitcast=True)
-    # NaN too has a place in the order.
-    return tl.where(competes, tl.minimum(tl.maximum(bits, 0), INFINITY_BITS), -1)
+def _pool(
+    k_desc, queries, stop, kv_head, first_key, first_tile, end_tile, init_blocks, competing_end, scale_log2, scratch,
+    own, following, TOKENS: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr,
+    RATIO: tl.constexpr, OVERLAP: tl.constexpr, MAX_POOLING: tl.constexpr, BY_LOGITS: tl.constexpr, DIM: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Stores the bit patterns of the scores of some tiles of KEYS blocks, in RATIO steps each: -1 where a block does
+    not compete. Where windows reach into the next block, a tile begins with the last block of the one before it.
 
-
-@triton.jit
-def _count(scratch, num_blocks, low, high, probes, TOKENS: tl.constexpr, SEARCHED: tl.constexpr, STEP: tl.constexpr,
-           PROBES: tl.constexpr, TOP_P: tl.constexpr):  # fmt: skip
-    """How many of the first ``num_blocks`` bit patterns are at or above each probe, with TOP_P the sums of their scores
-    too, and the least and the highest of those from ``low`` to below ``high``."""
-    below = ()
-    sums = ()
-    for _ in tl.static_range(PROBES):
-        below += (tl.zeros([STEP, TOKENS], tl.int32),)
-        if TOP_P:
-            sums += (tl.zeros([STEP, TOKENS], tl.float32),)
-    # As unsigned numbers, in which what lies outside is larger than all within.
-    above_low = tl.full([STEP, TOKENS], 0xFFFFFFFF, tl.uint32)
-    under_high = tl.full([STEP, TOKENS], 0xFFFFFFFF, tl.uint32)
-    place = scratch + tl.arange(0, STEP)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
-    for first in range(0, num_blocks, SEARCHED):
-        loaded = ()
-        for step in tl.static_range(SEARCHED // STEP):
-            loaded += (tl.load(place + (first + step * STEP) * TOKENS),)
-        for step in tl.static_range(SEARCHED // STEP):
-            bits = loaded[step]
-            more = ()
-            for i in tl.static_range(PROBES):
-                # -1 where the difference is negative: two instructions, a comparison that is added takes three.
-                more += (below[i] + ((bits - probes[i][None, :]) >> 31),)
-            below = more
-            if TOP_P:
-                score = tl.maximum(bits, 0).to(tl.float32, bitcast=True)
-                more = ()
-                for i in tl.static_range(PROBES):
-                    more += (sums[i] + tl.where(bits >= probes[i][None, :], score, 0.0),)
-                sums = more
-            above_low = tl.minimum(above_low, (bits - low[None, :]).to(tl.uint32, bitcast=True))
-            under_high = tl.minimum(under_high, (high[None, :] - 1 - bits).to(tl.uint32, bitcast=True))
-    searched = tl.cdiv(num_blocks, SEARCHED) * SEARCHED
-    counts = ()
-    masses = ()
-    for i in tl.static_range(PROBES):
-        counts += (searched + tl.sum(below[i], 0),)
-        masses += (tl.sum(sums[i], 0) if TOP_P else counts[i],)
-    least = low + tl.min(above_low, 0).to(tl.int32, bitcast=True)
-    most = high - 1 - tl.min(under_high, 0).to(tl.int32, bitcast=True)
-    return counts, masses, least, most
-
-
-@triton.jit
-def _word(bits, at_least, weight):
-    """Bit b of a token's word: whether the b-th of 32 patterns, [32, TOKENS], is at least so large."""
-    return tl.sum(tl.where(bits >= at_least[None, :], weight[:, None], 0), 0)
-
-
-@triton.jit
-def _first_ones(word, most):
-    """The lowest ``most`` ones of a word, and how many more could have been taken."""
-    taken = tl.zeros_like(word)
-    word = tl.where(most > 0, word, 0)
-    while tl.max((word != 0).to(tl.int32), 0) > 0:
-        lowest = word & -word
-        taken |= lowest
-        most -= (lowest != 0).to(tl.int32)
-        word = tl.where(most > 0, word ^ lowest, 0)
-    return taken, most
-
-
-@triton.jit
-def _ones_below(count):
-    """A word whose lowest ``count`` bits, none or all perhaps, are ones."""
-    return tl.where(count >= 32, -1, (1 << tl.minimum(tl.maximum(count, 0), 31)) - 1)
+    ``own`` and ``following``: scores of the tile at hand from windows that begin in a block, and from those that end in
+    the next one, [KEYS, TOKENS].
+    """
+    lowest = _lowest(BY_LOGITS)
+    AGAIN: tl.constexpr = 1 if OVERLAP > 1 else 0
+    row = tl.arange(0, KEYS)
+    for step in range(first_tile * RATIO, end_tile * RATIO):
+        place = step % RATIO
+        first_block = step // RATIO * (KEYS - AGAIN) - AGAIN
+        key = first_key + place
+        k = k_desc.load([kv_head, key % RATIO, first_block + key // RATIO, 0]).reshape(KEYS, DIM)
+        total = tl.zeros([KEYS, TOKENS], tl.float32)
+        for part in tl.static_range(PARTS):
+            p = tl.dot(k, queries[2 * part].T, input_precision=PRECISION) * scale_log2
+            if not BY_LOGITS:
+                p = tl.exp2(p - queries[2 * part + 1][None, :])
+            if HEADS > 1:
+                p = tl.sum(tl.reshape(p, (KEYS, HEADS, TOKENS)), 1)
+            total += p
+        if MASKED:
+            window = (first_block + row) * RATIO + place
+            total = tl.where(window[:, None] < stop[None, :], total, lowest)
+        # A window covers OVERLAP strides, a block RATIO.
+        beyond = tl.maximum(place + OVERLAP - RATIO, 0)
+        if MAX_POOLING:
+            own = tl.maximum(own, total)
+        else:
+            own += total * (OVERLAP - beyond).to(tl.float32)
+        if OVERLAP > 2:
+            if MAX_POOLING:
+                following = tl.maximum(following, tl.where(beyond > 0, total, lowest))
+            else:
+                following += total * beyond.to(tl.float32)
+        if place == RATIO - 1:
+            block = first_block + row
+            if OVERLAP > 1:
+                before = tl.maximum(row - 1, 0)[:, None] + tl.zeros([KEYS, TOKENS], tl.int32)
+                before = tl.gather(total if OVERLAP == 2 else following, before, 0)
+                before = tl.where((block > 0)[:, None], before, lowest)
+                own = tl.maximum(own, before) if MAX_POOLING else own + before
+            bits = own.to(tl.int32, bitcast=True)
+            if BY_LOGITS:
+                bits = rank_of_bits(bits)
+            # NaN too has a place in the order.
+            bits = tl.minimum(tl.maximum(bits, 0), INFINITY_BITS)
+            competes = (block >= init_blocks)[:, None] & (block[:, None] < competing_end[None, :])
+            bits = tl.where(competes, bits, -1)
+            to = scratch + block[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
+            tl.store(to, bits, mask=(row >= AGAIN)[:, None])
+            own = tl.zeros([KEYS, TOKENS], tl.float32) + lowest
+            if OVERLAP > 2:
+                following = own
+    return own, following
 
 
 @triton.jit
@@ -178,14 +154,13 @@ def _select_tile(
     num_documents, scratch_blocks, topk, wanted_mass, init_blocks, local_blocks,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr,
     BLOCK: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, MAX_POOLING: tl.constexpr,
-    TOP_P: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, SEARCHED: tl.constexpr,
-    STEP: tl.constexpr, PROBES: tl.constexpr,
+    BY_LOGITS: tl.constexpr, TOP_P: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
+    SEARCHED: tl.constexpr, STEP: tl.constexpr, PROBES: tl.constexpr,
 ):  # fmt: skip
     # Late tiles have most to do and go first.
     kv_head = tile % KV_HEADS
     document, start, end, index = locate_tile(documents, num_slots - 1 - tile // KV_HEADS, num_documents, TOKENS)
     first_key = tl.load(key_starts + document)
-    plane = TOKENS * scratch_blocks
     RATIO: tl.constexpr = BLOCK // STRIDE
 
     token_position = index * TOKENS + tl.arange(0, TOKENS)
@@ -214,46 +189,40 @@ def _select_tile(
         queries = ()
         for part in tl.static_range(PARTS):
             queries += _load_queries(
-                q_ptr, lse_ptr, start, end, index * TOKENS, kv_head, part, GROUP, KV_HEADS, TOKENS, HEADS, HEAD_DIM, DIM
-            )
+                q_ptr, lse_ptr, start, end, index * TOKENS, kv_head, part, GROUP, KV_HEADS, TOKENS, HEADS, HEAD_DIM,
+                DIM, BY_LOGITS,
+            )  # fmt: skip
         stop = tl.where(in_document, visible_keys(token_position, SIZE, STRIDE), 0)
-        keys = scored * RATIO
-        whole = tl.minimum(keys, visible_keys(index * TOKENS, SIZE, STRIDE)) // KEYS * KEYS
-        for key in range(0, whole, KEYS):
-            _pool(
-                k_desc, queries, stop, kv_head, first_key, key, scale_log2, scratch, plane, TOKENS, HEADS, PARTS, KEYS,
-                RATIO, SIZE // STRIDE, MAX_POOLING, DIM, False, PRECISION,
-            )  # fmt: skip
-        for key in range(whole, keys, KEYS):
-            _pool(
-                k_desc, queries, stop, kv_head, first_key, key, scale_log2, scratch, plane, TOKENS, HEADS, PARTS, KEYS,
-                RATIO, SIZE // STRIDE, MAX_POOLING, DIM, True, PRECISION,
-            )  # fmt: skip
-        tl.debug_barrier()  # the scores of one thread are read by others
-
-        least = tl.full([SEARCHED, TOKENS], INFINITY_BITS, tl.int32)
-        most = tl.full([SEARCHED, TOKENS], -1, tl.int32)
-        for first in range(0, scored, SEARCHED):
-            block = first + tl.arange(0, SEARCHED)
-            bits = _competing_bits(scratch, plane, block, own, init_blocks, local_blocks, ranked, TOKENS, MAX_POOLING)
-            tl.store(scratch + block[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :], bits)
-            least = tl.minimum(least, tl.where(bits >= 0, bits, INFINITY_BITS))
-            most = tl.maximum(most, bits)
-        low = tl.min(least, 0)
-        high = tl.max(most, 0) + 1
-        tl.debug_barrier()
+        competing_end = tl.where(ranked, own - local_blocks + 1, 0)
+        pooled = tl.zeros([KEYS, TOKENS], tl.float32) + _lowest(BY_LOGITS)
+        NEW: tl.constexpr = KEYS - 1 if SIZE > STRIDE else KEYS  # blocks of a tile
+        whole = tl.minimum(scored, visible_keys(index * TOKENS, SIZE, STRIDE) // RATIO) // NEW
+        tiles = tl.cdiv(scored, NEW)
+        pooled, following = _pool(
+            k_desc, queries, stop, kv_head, first_key, 0, whole, init_blocks, competing_end, scale_log2, scratch,
+            pooled, pooled, TOKENS, HEADS, PARTS, KEYS, RATIO, SIZE // STRIDE, MAX_POOLING, BY_LOGITS, DIM, False,
+            PRECISION,
+        )  # fmt: skip
+        _pool(
+            k_desc, queries, stop, kv_head, first_key, whole, tiles, init_blocks, competing_end, scale_log2, scratch,
+            pooled, following, TOKENS, HEADS, PARTS, KEYS, RATIO, SIZE // STRIDE, MAX_POOLING, BY_LOGITS, DIM, True,
+            PRECISION,
+        )  # fmt: skip
+        # The search looks at SEARCHED patterns at a time.
+        place = tl.arange(0, SEARCHED)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
+        nothing = tl.full([SEARCHED, TOKENS], -1, tl.int32)
+        tl.store(scratch + tiles.to(tl.int64) * (NEW * TOKENS) + place, nothing)
+        tl.debug_barrier()  # the patterns of one thread are read by others
+        low, high = bounds(scratch, scored, TOKENS, SEARCHED, STEP)
 
     searching = unsolved
     while searching:
-        step = (high - low + PROBES) // (PROBES + 1)
-        probes = ()
-        for i in tl.static_range(PROBES):
-            probes += (low + (i + 1) * step,)
-        counts, masses, least, most = _count(scratch, scored, low, high, probes, TOKENS, SEARCHED, STEP, PROBES, TOP_P)
+        probes = even_probes(low, high, PROBES, BY_LOGITS)
+        counts, masses, least, most = count(scratch, scored, low, high, probes, TOKENS, SEARCHED, STEP, PROBES, TOP_P)
         new_low = tl.maximum(low, least)
         new_high = tl.minimum(high, most + 1)
         for i in tl.static_range(PROBES):
-            # Probes ascend and counts descend: the last one with enough and the first one with too few are kept.
+            # The highest probe with enough and the lowest one with too few are kept.
             if TOP_P:
                 enough = masses[i] >= wanted_mass
                 mass_high = tl.where(enough, mass_high, tl.maximum(mass_high, masses[i]))
@@ -279,17 +248,15 @@ def _select_tile(
     high = tl.where(count_low > wanted, high, low)
     token = (start + token_position).to(tl.int64)
     word_row = words + (kv_head.to(tl.int64) * num_tokens + token) * num_words
-    lane = tl.arange(0, 32)
+    low = tl.where(ranked, low, INFINITY_BITS + 1)
+    high = tl.where(ranked, high, INFINITY_BITS + 1)
     for first in range(0, last_own + 1, 32):
-        place = scratch + (first + lane)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
-        bits = tl.load(place, mask=(first + lane < scored)[:, None] & ranked[None, :], other=-1)
-        chosen = _word(bits, high, 1 << lane)
-        tied = _word(bits, low, 1 << lane) & ~chosen
-        tied, left = _first_ones(tied, left)
+        chosen, at_least_low = words_at_least(scratch, first, scored, high, low, TOKENS, min(STEP, 32))
+        tied, left = first_ones(at_least_low & ~chosen, left)
         chosen |= tied
-        not_forced = _ones_below(own - local_blocks + 1 - first) & ~_ones_below(init_blocks - first)
+        not_forced = ones_below(own - local_blocks + 1 - first) & ~ones_below(init_blocks - first)
         chosen |= ~tl.where(own < topk, 0, not_forced)
-        chosen &= _ones_below(own + 1 - first)
+        chosen &= ones_below(own + 1 - first)
         tl.store(word_row + first // 32, chosen, mask=in_document & (first // 32 < num_words))
     tl.debug_barrier()  # the next tile overwrites the scratch
 
@@ -305,29 +272,32 @@ def select_kernel(
     num_slots, num_documents, scratch_blocks, topk, wanted_mass, init_blocks, local_blocks,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr,
     BLOCK: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, MAX_POOLING: tl.constexpr,
-    TOP_P: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, SEARCHED: tl.constexpr,
-    STEP: tl.constexpr, PROBES: tl.constexpr,
+    BY_LOGITS: tl.constexpr, TOP_P: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
+    SEARCHED: tl.constexpr, STEP: tl.constexpr, PROBES: tl.constexpr,
 ):  # fmt: skip
-    scratch += tl.program_id(0).to(tl.int64) * (2 * TOKENS * scratch_blocks)
+    scratch += tl.program_id(0).to(tl.int64) * (TOKENS * scratch_blocks)
     tile = tl.atomic_add(next_tile, 1)
     while tile < num_slots * KV_HEADS:
         _select_tile(
             tile, q_ptr, k_desc, lse_ptr, words, scratch, documents, key_starts, scale_log2, num_tokens, num_words,
             num_slots, num_documents, scratch_blocks, topk, wanted_mass, init_blocks, local_blocks, KV_HEADS, GROUP,
-            TOKENS, HEADS, PARTS, BLOCK, KEYS, SIZE, STRIDE, MAX_POOLING, TOP_P, HEAD_DIM, DIM, PRECISION, SEARCHED,
-            STEP, PROBES,
+            TOKENS, HEADS, PARTS, BLOCK, KEYS, SIZE, STRIDE, MAX_POOLING, BY_LOGITS, TOP_P, HEAD_DIM, DIM, PRECISION,
+            SEARCHED, STEP, PROBES,
         )  # fmt: skip
         tile = tl.atomic_add(next_tile, 1)
 
 
 QUERY_BYTES = 2**16  # of the queries of a tile, all heads of the group: two programs fit a multiprocessor
-MOST_TOKENS = 32  # of a tile: the L2 cache holds the scratch of all programs
 
 
 @cache
-def select_tile(group: int, dim: int, itemsize: int) -> dict[str, int]:
-    """Tokens of a tile, heads of the group multiplied at once, and how often."""
-    tokens = max(1, min(MOST_TOKENS, QUERY_BYTES // (group * dim * itemsize)))
+def select_tile(group: int, dim: int, itemsize: int, by_logits: bool) -> dict[str, int]:
+    """Tokens of a tile, heads of the group multiplied at once, and how often.
+
+    The L2 cache holds the scratch of all programs. Without exponentials keys are what it passes: twice the tokens share
+    them.
+    """
+    tokens = max(1, min(64 if by_logits else 32, QUERY_BYTES // (group * dim * itemsize)))
     tokens = 1 << (tokens.bit_length() - 1)
     columns = 32 if itemsize == 4 else 64
     # Idle heads cost what heads cost, narrow products little: as many as divide the group, from 32 columns on.
@@ -336,14 +306,36 @@ def select_tile(group: int, dim: int, itemsize: int) -> dict[str, int]:
 
 
 @cache
-def select_options(dim: int, parts: int, itemsize: int) -> tuple:
-    """Launch options."""
+def select_options(dim: int, parts: int, itemsize: int, max_pooling: bool) -> tuple:
+    """Launch options.
+
+    Three programs of 168 registers a multiprocessor wait less for the L2 cache than two. Many heads spill instead, and
+    with weights three were not measured.
+    """
     if itemsize == 4:
         return around(4, 1)
     stages = stages_that_fit(parts * 64 * dim * itemsize, 64 * dim * itemsize, 2)
-    # Searching waits for the L2 cache: fewer registers make room for a third program, or a fourth.
-    few = tuple(dict(num_warps=4, num_stages=stages, maxnreg=registers) for registers in (168, 128))
-    return (*around(4, stages), *few)
+    three, four = (dict(num_warps=4, num_stages=stages, maxnreg=registers) for registers in (168, 128))
+    if parts <= 2 and max_pooling:
+        return three, *around(4, stages), four
+    return *around(4, stages), three, four
+
+
+def window_descriptor(k: Tensor, geo: Geometry, ratio: int, blocks: int) -> TensorDescriptor:
+    """Of [J, H, D] every ``ratio``-th window, ``blocks`` of them: [H, ratio, J / ratio, D], with J padded."""
+    if k.shape[0] % ratio:
+        k = F.pad(k, (0, 0, 0, 0, 0, -k.shape[0] % ratio))
+    return TensorDescriptor(
+        k,
+        shape=[geo.kv_heads, ratio, k.shape[0] // ratio, geo.head_dim],
+        strides=[geo.head_dim, k.stride(0), ratio * k.stride(0), 1],
+        block_shape=[1, 1, blocks, geo.padded_dim],
+    )
+
+
+def ranks_by_logits(geo: Geometry, max_pooling: bool) -> bool:
+    """Whether top-k needs no normalisers: the largest probability of one query head is that of the largest product."""
+    return max_pooling and geo.group == 1
 
 
 def wanted_mass(top_p: float | None, group: int) -> float:
@@ -352,36 +344,37 @@ def wanted_mass(top_p: float | None, group: int) -> float:
 
 
 def select(
-    q: Tensor, k: Tensor, lse: Tensor, starts: Tensor, geo: Geometry, band: Band, num_blocks: int, block_size: int,
-    topk: int, init_blocks: int, local_blocks: int, max_pooling: bool, scale: float, top_p: float | None = None,
+    q: Tensor, k: Tensor, lse: Tensor | None, starts: Tensor, geo: Geometry, band: Band, num_blocks: int,
+    block_size: int, topk: int, init_blocks: int, local_blocks: int, max_pooling: bool, scale: float,
+    top_p: float | None = None,
 ) -> Tensor:  # fmt: skip
     """Selection words int32 [H, n, W].
 
     Args:
-        lse: base-2 log-normalisers, float32 [n, Hq], of the same products.
+        lse: base-2 log-normalisers, float32 [n, Hq], of the same products; None where ``ranks_by_logits``.
         top_p: in place of ``topk``: the fewest blocks beside the forced ones whose scores, on average over the heads of
             a group, sum to it; 1 takes all.
     """
     words = torch.zeros(geo.kv_heads, geo.tokens, -(-num_blocks // 32), dtype=torch.int32, device=q.device)
-    tile = select_tile(geo.group, geo.padded_dim, q.itemsize)
+    tile = select_tile(geo.group, geo.padded_dim, q.itemsize, lse is None)
     keys, tokens = tile_keys(q.itemsize), tile["TOKENS"]
-    step = max(1, 512 // tokens)  # four scores for each of 128 threads
-    searched = max(32, 4 * step)
+    step = max(1, 128 // tokens)  # a score for each of 128 threads
+    searched = max(32, 16 * step)
     slots = geo.slots(tokens)
     programs = min(PROGRAMS, slots * geo.kv_heads)
-    # A tile of windows ends where the next begins, and the search looks at whole steps, past the last block.
-    multiple = max(128, searched)
-    scratch_blocks = -(-num_blocks // multiple) * multiple
-    scratch = torch.empty(programs, 2, scratch_blocks, tokens, dtype=torch.int32, device=q.device)
+    # The last tile of blocks may go past the last block, and then the search takes a step.
+    scratch_blocks = num_blocks + keys + searched
+    scratch = torch.empty(programs, scratch_blocks, tokens, dtype=torch.int32, device=q.device)
     next_tile = torch.zeros(1, dtype=torch.int32, device=q.device)
     launch(
         select_kernel, (programs,),
-        q, key_descriptor(k, geo, keys), lse, words, scratch, next_tile, geo.documents, starts, scale * LOG2E,
-        geo.tokens, words.shape[-1], slots, geo.num_documents, scratch_blocks, topk, wanted_mass(top_p, geo.group),
-        init_blocks, local_blocks,
+        q, window_descriptor(k, geo, block_size // band.stride, keys), lse, words, scratch, next_tile, geo.documents,
+        starts, scale * LOG2E, geo.tokens, words.shape[-1], slots, geo.num_documents, scratch_blocks, topk,
+        wanted_mass(top_p, geo.group), init_blocks, local_blocks,
         KV_HEADS=geo.kv_heads, GROUP=geo.group, **tile, BLOCK=block_size, KEYS=keys, SIZE=band.size,
-        STRIDE=band.stride, MAX_POOLING=max_pooling, TOP_P=top_p is not None, HEAD_DIM=geo.head_dim,
-        DIM=geo.padded_dim, PRECISION=precision(q.dtype), SEARCHED=searched, STEP=step, PROBES=PROBES,
-        options=select_options(geo.padded_dim, tile["PARTS"], q.itemsize), tokens=geo.tokens, restore=[next_tile],
+        STRIDE=band.stride, MAX_POOLING=max_pooling, BY_LOGITS=lse is None, TOP_P=top_p is not None,
+        HEAD_DIM=geo.head_dim, DIM=geo.padded_dim, PRECISION=precision(q.dtype), SEARCHED=searched, STEP=step,
+        PROBES=PROBES, tokens=geo.tokens, restore=[next_tile],
+        options=select_options(geo.padded_dim, tile["PARTS"], q.itemsize, max_pooling),
     )  # fmt: skip
     return words

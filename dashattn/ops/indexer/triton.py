@@ -1,8 +1,8 @@
 """The learned indexer's router on the GPU: the kernels of other routers, given other inputs.
 
 A KV head's index query is a group of one. The mean of a block's index keys is a chunk's summary, and DashAttention's
-router has the selectors and the prior. A token's index key is a window of one token: the largest probability among a
-block's tokens is that of the largest product, by which the kernel of compressed keys selects the top k.
+router has the selectors and the prior. A token's index key is a window of one token: the kernel of compressed keys
+selects the top k by the largest product among a block's tokens.
 
 Shapes: B batch, T tokens, H KV heads, I index size, N blocks.
 """
@@ -47,9 +47,6 @@ def index_routing(
     cu_seqlens: Tensor | None,
 ) -> tuple[Selection, Tensor | None]:
     """As ``reference.index_routing``, where ``unsupported`` has no objection; the bias is float32 [B, T, H, N].
-
-    Where the best token counts, scores that lie 87 or more below a row's largest one are equal: their probabilities are
-    0 in float32.
 
     Args:
         index_q: [B, T, H, I].
