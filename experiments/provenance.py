@@ -110,22 +110,32 @@ def provenance(device: str) -> dict:
 
 
 def snapshot(folder: Path) -> Path:
-    """Copy the code into ``folder``, once for all jobs with the same one, with its git state; returns the copy.
+    """Copy the code into ``folder``, once for all jobs with the same one, with its git state; returns the copy. For one
+    process at a time.
 
     Raises:
-        ValueError: a copy that is there already was changed.
+        ValueError: it cannot be copied, or a copy that is there already was changed.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".code-*"):  # by a process that was killed
+        shutil.rmtree(left)
     # Not mkdtemp's, which would shut colleagues out.
     copy = folder / f".code-{secrets.token_hex(4)}"
-    copy.mkdir()
-    for name in _CODE:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-        else:
-            shutil.copy(ROOT / name, copy)
-    git, diff = git_state()
-    (copy / _SNAPSHOT).write_text(json.dumps({"git": git, "diff": diff}, indent=1) + "\n")
+    try:
+        copy.mkdir()
+        for name in _CODE:
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+            else:
+                shutil.copy(ROOT / name, copy)
+        git, diff = git_state()
+        (copy / _SNAPSHOT).write_text(json.dumps({"git": git, "diff": diff}, indent=1) + "\n")
+    except OSError as error:
+        shutil.rmtree(copy, ignore_errors=True)
+        said = error.args[0][0][2] if isinstance(error, shutil.Error) else error  # the first of a list
+        raise ValueError(
+            f"the code cannot be copied to {folder} ({said}): make room there, or name another directory"
+        ) from error
     target = folder / f"code-{digest(copy)}"
     if not target.exists():
         os.replace(copy, target)

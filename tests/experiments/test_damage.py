@@ -18,6 +18,7 @@ from experiments.evaluation.evaluate import evaluate, find_target
 from experiments.evaluation.export import export
 from experiments.figures.run_page import read_run
 from experiments.files import CONFIGS
+from experiments.provenance import snapshot
 from experiments.sweep.cells import Cell, record_done, write_plan
 from experiments.sweep.collect import collect
 from experiments.sweep.status import status
@@ -170,6 +171,19 @@ def test_an_evaluation_that_finds_no_room_names_the_file_and_goes_on(sweep, smal
     assert "make room there; what is complete stays, and the same command goes on" in said
     filler.unlink()
     assert len(list(evaluate(config, target))) == 1
+
+
+def test_a_copy_of_the_code_that_finds_no_room_leaves_nothing(small_disk):
+    fill(small_disk / "filler")
+    os.truncate(small_disk / "filler", (small_disk / "filler").stat().st_size - 2**16)
+    with pytest.raises(ValueError, match=r"the code cannot be copied to .*No space left.*: make room there") as error:
+        snapshot(small_disk / "slurm")
+    assert "\n" not in str(error.value)
+    assert not list((small_disk / "slurm").iterdir())
+    (small_disk / "filler").unlink()
+    (small_disk / "slurm" / ".code-killed").mkdir()
+    code = snapshot(small_disk / "slurm")
+    assert list((small_disk / "slurm").iterdir()) == [code]
 
 
 @pytest.mark.parametrize("room", [0, 2**17])
