@@ -329,6 +329,17 @@ def open_run_dir(
         ) from None
     except OSError as error:
         raise ValueError(f"{run.path} cannot be written ({error}): give another run_dir=...") from None
+    try:
+        _record_start(run, config, overrides, start, tokenizer)
+    except BaseException:
+        lock.release()  # not only when the error that holds it is gone: this process may try again
+        raise
+    return lock
+
+
+def _record_start(
+    run: RunDir, config: TrainConfig, overrides: Sequence[str], start: dict, tokenizer: TextTokenizer | None
+) -> None:
     # Between the first look and the lock another process may have trained here, and left.
     if find_run_dir(config, run.damaged).step != run.step:
         raise ValueError(f"another process has just trained in {run.path}: start again to go on from where it stopped")
@@ -354,7 +365,6 @@ def open_run_dir(
     for rows in (run.path / METRICS, run.path / ANOMALIES):
         if rows.exists():
             drop_rows_after(rows, run.step)
-    return lock
 
 
 def _differences(run: Path, config: TrainConfig) -> dict[str, tuple]:
