@@ -264,6 +264,9 @@ def _keys_of(schema: Schema, prefix: str) -> Iterator[tuple[str, str]]:
 
 def _explain_group(command: Command, group: str) -> list[str]:
     given = command.given.get(group)
+    if given in _of_packages(group):
+        point = entry_points(group="dashattn.backends")[given]
+        return ["", f"{group}={given}: of the package {point.dist.name}, which explains its options in {point.module}"]
     kinds = {schema: choices for schema, choices in command.kinds(group).items() if given in (None, "null", *choices)}
     # What all have in common is explained once.
     common = set.intersection(*({option for option in schema.options().values()} for schema in kinds)) if kinds else ()

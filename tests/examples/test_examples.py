@@ -44,7 +44,7 @@ def test_the_index_names_all_that_is_here():
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_at_smoke_size(tmp_path, monkeypatch):
+def test_the_notebook_runs_at_smoke_size(tmp_path):
     """In a kernel of Jupyter, with other values behind its own."""
     checkpoint = make_folder(tmp_path / "checkpoint", initializer_range=0.2)
     text = ["data=python_stdlib", "data.pack=plain", "data.max_bytes=400000", "data.validation_rows=2"]
@@ -65,7 +65,6 @@ def test_the_notebook_runs_at_smoke_size(tmp_path, monkeypatch):
     assert {node.targets[0].id for node in own.body} == set(values)
     given = "\n".join(f"{name} = {value!r}" for name, value in values.items())
     notebook.cells.insert(index + 1, nbformat.v4.new_code_cell(given))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": FOLDER}}).execute()
     said = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
     assert float(re.search(r"largest difference of 1024 tokens' logits: (\S+)", said)[1]) < 1e-3
@@ -90,7 +89,7 @@ def installed(tmp_path_factory):
 
 
 SMALL = {
-    "train.py": ["steps=2", "data.max_bytes=2000000", "threads=1"],
+    "train.py": ["steps=6", "data.max_bytes=2000000", "threads=1"],
     "evaluate.py": ["rows=1", "threads=1"],
     "experiments.evaluation.generate": ["max_new_tokens=3", "threads=1"],
     "experiments.sweep": [

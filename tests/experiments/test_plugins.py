@@ -19,7 +19,7 @@ from dashattn.backends import BACKENDS, AttentionShape, SinkWindowConfig, build_
 from dashattn.integrations.transformers import register
 from data.task_sets import OTHERS, SUITES, TEXT_TASKS
 from experiments.config import load_config, to_train_config
-from experiments.evaluation.config import EvaluateConfig, check_tasks
+from experiments.evaluation.config import EvaluateConfig, check_tasks, register_evaluate_config
 from experiments.evaluation.evaluate import evaluate, find_target
 from experiments.evaluation.generate import GenerateConfig, run_generation
 from experiments.evaluation.tasks.decoding import DECODE
@@ -38,6 +38,7 @@ from tests.plugins import EXAMPLES, ROOT, install, write_metadata
 from train import train
 
 register_sweep_config()
+register_evaluate_config()
 MODULES = ("streaming_backend", "latest_value_task", "of_others")
 
 
@@ -138,6 +139,8 @@ def test_only_what_is_asked_for_is_looked_up_and_imported(examples, monkeypatch)
     assert {"latest_value", "niah"} <= set(TEXT_TASKS)
     assert "attention: full, checkpoint" in (page := help_page("train"))
     assert ", sink_window, streaming\n" in page
+    told = "attention=streaming: of the package streaming-backend, which explains its options in streaming_backend"
+    assert told in help_page("train", ["attention=streaming"])
     assert not {"streaming_backend", "latest_value_task"} & set(sys.modules)
     presets = sorted(path.stem for path in (ROOT / "configs/attention").glob("*.yaml"))
     with monkeypatch.context() as patched:
@@ -165,6 +168,8 @@ def test_layers_and_files_of_values_know_it(examples, tmp_path):
     cfg = composed(f"hydra.searchpath=[file://{tmp_path}]", "attention=mine", "attention.layers={0:full}")
     config = to_train_config(cfg)
     assert (config.attention.window, OmegaConf.get_type(cfg.attention)) == (7, BACKENDS["streaming"][0])
+    evaluation = to_config(composed("run=folder", "attention=streaming", "attention.window=7", name="evaluate"))
+    assert evaluation.attention == replace(config.attention, layers=None)
     shape = dict(vocab_size=50, num_layers=2, hidden_size=32, num_heads=2, num_kv_heads=1, head_dim=16)
     model = type(config.model)(**shape, intermediate_size=32, max_seq_len=64)
     assert [one.config.name for one in Transformer(model, config.attention).backends] == ["full", "streaming"]
