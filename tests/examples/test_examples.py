@@ -95,7 +95,7 @@ SMALL = {
     "experiments.sweep": [
         "jobs=1",
         "studies.recall.train=['experiment=pareto_recall','logger=off','steps=2','optim.warmup_steps=1',"
-        "'data.seq_len=128','data.pairs_max=8','data.validation_rows=4']",
+        "'rows_per_batch=2','data.validation_rows=2']",
     ],
     "experiments.figures.pareto": [],
 }

@@ -20,7 +20,7 @@ from dashattn.integrations.transformers import register
 from data.task_sets import OTHERS, SUITES, TEXT_TASKS
 from experiments.config import load_config, to_train_config
 from experiments.evaluation.config import EvaluateConfig, check_tasks, register_evaluate_config
-from experiments.evaluation.evaluate import evaluate, find_target
+from experiments.evaluation.evaluate import check_request, evaluate, find_target
 from experiments.evaluation.generate import GenerateConfig, run_generation
 from experiments.evaluation.tasks.decoding import DECODE
 from experiments.evaluation.tasks.streams import STREAM_TASKS
@@ -29,6 +29,7 @@ from experiments.help import advice, help_page
 from experiments.provenance import environment
 from experiments.schema import to_config
 from experiments.sweep.cells import cells, register_sweep_config
+from experiments.training.check import check
 from experiments.training.weights import find_weights, load_weights
 from models import Transformer
 from models.generate import generate
@@ -264,7 +265,10 @@ def test_a_sweep_of_ones_own_composes(examples, tmp_path):
     assert [cell.name for cell in planned] == [f"recall-{arm}-seed0" for arm in arms]
     for cell in planned:
         assert advice("train", cell.train) is None
-        to_train_config(composed(*cell.train))
+        config = check(to_train_config(composed("device=cpu", *cell.train)))
+        if cell.evaluate is not None:
+            request = to_config(composed(*cell.evaluate, name="evaluate"))
+            check_request(request, config)  # sparsities that can be had among them
     assert advice("sweep", ["--config-dir", "examples", "sweep=own"]) is None
 
 
