@@ -21,7 +21,7 @@ class LayerBytes:
         mlp: of ``kept``, what the backward of the MLP is done with when it ends.
         mlp_scratch: what that backward takes besides.
         attention_scratch: what the backward of attention takes: gradients, lists of the sparse kernels, priors.
-        lists: of ``attention_scratch``, the lists and priors.
+        lists: of ``attention_scratch``, the lists, sums and priors.
     """
 
     input: float

@@ -14,6 +14,7 @@ from dashattn.cache import CacheField, CacheLayout, DecodeCache, LayerCache
 from dashattn.checks import check
 from dashattn.functional import Handing, Output
 from dashattn.implementation import use_kernels
+from dashattn.ops.block_sparse.dq_sums import sums_bytes
 from dashattn.ops.decode import reference as decode_reference
 from dashattn.routing import Routing
 from dashattn.selection import Chosen, Selection
@@ -319,7 +320,7 @@ class AttentionBackend(nn.Module):
         return triton
 
     def set_step(self, step: int) -> None:
-        """Moves schedules to an optimiser step; a pure function of the step, so that resuming is exact."""
+        """Moves schedules to an optimiser step; a pure function of the step, which a resumed run repeats."""
 
     def set_knob(self, value: float) -> None:
         """Sets the sparsity knob, as at inference. ValueError where there is none or the value cannot be."""
@@ -357,8 +358,14 @@ class AttentionBackend(nn.Module):
 
     def scratch_bytes(self, length: int, itemsize: int) -> float:
         """What the kernels take for a token in the backward pass beside gradients of their inputs, in bytes; arguments
-        as ``kept_bytes``. Here the lists of the tokens that choose a block, which have room for all that may."""
-        return 4 * self.shape.num_kv_heads * (self._num_blocks(length) + 1) / 2 if self.config.blocks else 0
+        as ``kept_bytes``. Here the lists of the tokens that choose a block, which have room for all that may, and on
+        Hopper, where this is largest, the sums of dq in float32."""
+        shape = self.shape
+        if self.config.blocks is None:
+            return 0
+        block_size = getattr(self.config, self.config.blocks)
+        sums = sums_bytes(shape.num_heads, shape.num_kv_heads, shape.head_dim, block_size, itemsize)
+        return 4 * shape.num_kv_heads * (self._num_blocks(length) + 1) / 2 + sums
 
     def _num_blocks(self, length: int) -> int:
         return 0 if self.config.blocks is None else -(-length // getattr(self.config, self.config.blocks))

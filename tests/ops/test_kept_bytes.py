@@ -50,5 +50,7 @@ def test_scratch_has_the_lists_of_the_kernels():
     lists = schedule.key_list_bytes(geo, block, 2048)
     assert backend.scratch_bytes(length, 2) * length == pytest.approx(lists, rel=0.02)
     with_prior = build_backend(DashConfig(), AttentionShape(4096, 32, 2, 128))
+    small = build_backend(InfLLMv2Config(), AttentionShape(2048, 32, 2, 64))  # heads of 64: sums of dq in float32
+    assert small.scratch_bytes(length, 2) - backend.scratch_bytes(length, 2) == 4 * 32 * 64
     priors = with_prior.scratch_bytes(length, 2) * length - backend.scratch_bytes(length, 2) * length
     assert priors == schedule.bias_bytes(geo, 2, length // block)

@@ -6,8 +6,9 @@ import torch
 pytest.importorskip("triton")
 
 from dashattn import dash_attention
-from dashattn.ops.block_sparse import schedule
+from dashattn.ops.block_sparse import hopper_backward, schedule
 from dashattn.ops.block_sparse import triton as sparse
+from dashattn.ops.block_sparse.dq_sums import sums_bytes
 from dashattn.ops.dash_attention import triton as whole
 from dashattn.ops.tiles import Geometry, geometry
 from dashattn.selection import Selection
@@ -90,6 +91,24 @@ def test_a_backward_that_can_never_fit_is_refused_before_anything_is_launched(at
     attend.room += 1
     with pytest.raises(RuntimeError, match="launched"):
         out.backward()
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (32, 2, 64), (28, 4, 128), (32, 2, 128)])
+def test_sums_of_dq_count_where_the_backward_for_hopper_makes_them(monkeypatch, heads, kv_heads, dim):
+    geo = Geometry(torch.tensor([0, 320], dtype=torch.int32), 320, 320, heads, kv_heads, dim)
+    of_token = sums_bytes(heads, kv_heads, dim, 64, 2)
+    made = torch.empty(hopper_backward.sums_shape(geo), device="meta").nbytes if hopper_backward.fused(geo) else 0
+    assert of_token * 320 == made
+    assert (made == 0) == ((heads, dim) == (32, 128))
+    assert [sums_bytes(9, 3, *other) for other in ((64, 64, 4), (64, 32, 2), (32, 64, 2))] == [0, 0, 0]
+
+    checked = []
+    monkeypatch.setattr(sparse, "check_room", lambda size, *_: checked.append(size))
+    q = torch.empty(1, 320, heads, dim, dtype=torch.bfloat16, device="meta")
+    for hopper in (None, hopper_backward):
+        monkeypatch.setattr(sparse, "_hopper_backward", lambda *_, module=hopper: module)
+        sparse.check_backward_room(q, geo, 64, 0, 0, 0, 0)  # of words of no length the lists by key are largest
+    assert checked[1] - checked[0] == made
 
 
 def test_more_rows_than_32_bits_count_are_refused():

@@ -20,6 +20,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
+from dashattn.ops.block_sparse import dq_sums as sizes
 from dashattn.ops.block_sparse.schedule import KeyLists, key_list_start
 from dashattn.ops.block_sparse.triton_backward import packs
 from dashattn.ops.tiles import LOG2E, Geometry, locate_tile
@@ -338,9 +339,9 @@ def supported(q: Tensor, geo: Geometry, block_size: int) -> bool:
         q.is_cuda
         and torch.cuda.get_device_capability(q.device)[0] == 9
         and q.dtype in (torch.bfloat16, torch.float16)
-        and geo.head_dim in (64, 128)
-        and block_size in (64, 128)
-        and geo.group <= ROWS.value
+        and geo.head_dim in sizes.HEAD_DIMS
+        and block_size in sizes.BLOCKS
+        and geo.group <= sizes.MAX_GROUP
     )
 
 
@@ -351,7 +352,13 @@ def fused(geo: Geometry) -> bool:
     chose, padded heads included; but the reductions double what goes through the L2 cache, 8 D bytes. With heads of 128
     that costs more than the products, but where the tiles have idle rows (measured on an H200).
     """
-    return geo.head_dim == 64 or geo.group != geo.padded_group
+    return sizes.fused(geo.group, geo.head_dim)
+
+
+def sums_shape(geo: Geometry) -> tuple[int, ...]:
+    """Of dq's sums, see ``round_kernel``."""
+    per_token = geo.tile(ROWS.value, packed=packs(geo))["PER_TOKEN"]
+    return geo.tokens, geo.kv_heads, geo.head_dim // 16, per_token, 16
 
 
 def _launch(q, k, v, bias, do, lse, delta, dq_sums, bias_grad, lists, geo, block_size, scale, tile):
@@ -386,14 +393,13 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk and dv; overwrites ``bias_grad``, float32 [n, H or Hq, N], 0 where nothing is selected."""
     tile = geo.tile(ROWS.value, packed=packs(geo))
-    sums_shape = (geo.tokens, geo.kv_heads, geo.head_dim // 16, tile["PER_TOKEN"], 16)
-    dq_sums = torch.zeros(sums_shape, dtype=torch.float32, device=q.device)
+    sums = torch.zeros(sums_shape(geo), dtype=torch.float32, device=q.device)
     if bias_grad is not None:
         bias_grad.zero_()  # of blocks of 128, and of groups that are no power of two, several programs or rows add up
-    dk, dv = _launch(q, k, v, bias, do, lse, delta, dq_sums, bias_grad, lists, geo, block_size, scale, tile)
+    dk, dv = _launch(q, k, v, bias, do, lse, delta, sums, bias_grad, lists, geo, block_size, scale, tile)
     dq = torch.empty_like(q)
     rows = q.shape[0] * q.shape[1]
     round_kernel[(-(-rows // 32),)](
-        dq_sums, dq, scale, rows, GROUP=geo.group, PER_TOKEN=tile["PER_TOKEN"], DIM=geo.head_dim, ROWS=32
+        sums, dq, scale, rows, GROUP=geo.group, PER_TOKEN=tile["PER_TOKEN"], DIM=geo.head_dim, ROWS=32
     )
     return dq, dk, dv

@@ -9,6 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from dashattn.ops.block_sparse.dq_sums import sums_bytes
 from dashattn.ops.block_sparse.schedule import (
     TileLists,
     bias_bytes,
@@ -109,14 +110,19 @@ def check_forward_room(q: Tensor, geo: Geometry, block_size: int, num_words: int
 def check_backward_room(
     q: Tensor, geo: Geometry, block_size: int, num_words: int, bias_blocks: int, grad_heads: int, grad_blocks: int
 ) -> None:
-    """As ``check_forward_room``; the gradient of the bias is [n, ``grad_heads``, ``grad_blocks``]."""
-    by_key = key_grad_options(geo.padded_dim, block_size, q.itemsize)
-    window = key_grad_window(geo, block_size, q.itemsize, by_key["keys"])
+    """As ``check_forward_room``; the gradient of the bias is [n, ``grad_heads``, ``grad_blocks``]. On Hopper the
+    sums of dq count, too, which stand beside the lists by key."""
+    keys = key_grad_options(geo.padded_dim, block_size, q.itemsize)["keys"]
+    window = key_grad_window(geo, block_size, q.itemsize, keys)
     tile = geo.padded_tile_tokens(query_grad_options(geo.padded_dim, block_size, q.itemsize)["rows"])
-    by_query = tile_list_bytes(geo, num_words, tile) + bias_bytes(geo, grad_heads, grad_blocks)
-    needed = words_bytes(geo, num_words) + bias_bytes(geo, geo.kv_heads, bias_blocks)
-    turned = words_bytes(geo, num_words)  # for the key lists
-    check_room(needed + max(by_query, turned + key_list_bytes(geo, block_size, window)), geo, q.device)
+    by_query = tile_list_bytes(geo, num_words, tile)
+    sums = 0
+    if _hopper_backward(q, geo, block_size) is not None:
+        sums = geo.tokens * sums_bytes(geo.heads, geo.kv_heads, geo.head_dim, block_size, q.itemsize)
+    turned = words_bytes(geo, num_words)  # for the key lists, and gone when the sums come
+    by_key = key_list_bytes(geo, block_size, window) + max(turned, sums)
+    biases = bias_bytes(geo, geo.kv_heads, bias_blocks) + bias_bytes(geo, grad_heads, grad_blocks)
+    check_room(words_bytes(geo, num_words) + biases + max(by_query, by_key), geo, q.device)
 
 
 def check_kernels_fit(q: Tensor, block_size: int) -> None:
