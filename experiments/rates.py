@@ -114,7 +114,7 @@ def work_of(
 def summaries_read(backend: AttentionBackend, length: int) -> float:
     """Summaries, or windows, that a token scores on average in an unpacked row."""
     config = backend.config
-    if config.blocks is None or config.name in ("sink_window", "oracle"):
+    if config.blocks is None or backend.source is not None or config.name in ("sink_window", "oracle"):
         return 0.0
     return (length + 1) / 2 / getattr(config, "kernel_stride", getattr(config, config.blocks))
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from dashattn.backends import AttentionShape, DashConfig, build_backends
 from experiments import plan, rates
 from experiments.config import TrainConfig, to_train_config
 from experiments.files import CONFIGS, ROOT, SCALING, THROUGHPUT, read_rows
@@ -128,6 +129,12 @@ def test_rates_of_rows_that_were_not_fitted(measured):
             others = [other for other in measured if other is not row]
             found = rates.fit(others)
             assert row.rate * found.seconds(row.work, device) == pytest.approx(1, rel=0.12), row
+
+
+def test_layers_that_take_a_selection_over_score_nothing():
+    layers = {"*/2": "dash", "*": {"share_selection_from": -1}}
+    backends = build_backends(DashConfig(layers=layers), AttentionShape(64, 4, 2, 16), 2)
+    assert [rates.summaries_read(backend, 127) for backend in backends] == [1, 0]
 
 
 @pytest.mark.parametrize("study", ["rates_h200", "ablations_h200"])
