@@ -137,7 +137,7 @@ def _log_odds(sparsity: float) -> float:
 class Hold:
     """Keeps a sparsity while the weights move: what is measured now says which knob the next steps have.
 
-    A function of what it is given and of its state, so that a resumed run goes on exactly.
+    A function of what it is given and of its state, so that a resumed run goes on alike.
 
     Attributes:
         span: see ``knob_span``.
