@@ -30,10 +30,10 @@ from experiments.errors import Preempted, run_faults, user_errors
 from experiments.files import CONFIGS
 from experiments.signals import StopRequest
 from experiments.sweep.submit import submit_run
+from experiments.training.build import build
 from experiments.training.check import check
 from experiments.training.run import (
     Run,
-    build,
     hold_sparsity,
     is_measured,
     is_validated,

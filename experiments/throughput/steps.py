@@ -32,10 +32,11 @@ from experiments.sparsity import find_knob, knob_span, turned_layers
 from experiments.speed.inputs import NEIGHBOURS, PATTERNS
 from experiments.speed.methods import explain
 from experiments.throughput.report import CASE
+from experiments.training.build import build
 from experiments.training.check import check
 from experiments.training.engine import forward
 from experiments.training.metrics import attention_metrics, peak_memory_mib
-from experiments.training.run import Run, build, read_step, take_step
+from experiments.training.run import Run, read_step, take_step
 
 LOADER_SECONDS = 2.0
 

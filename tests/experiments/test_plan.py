@@ -13,7 +13,7 @@ from dashattn.backends import AttentionShape, DashConfig, build_backends
 from experiments import plan, rates
 from experiments.config import TrainConfig, to_train_config
 from experiments.files import CONFIGS, ROOT, SCALING, THROUGHPUT, read_rows
-from experiments.training import memory, run
+from experiments.training import build, memory
 from experiments.training.memory import GIB, check_memory, check_room, estimate_memory, fits, meta_model
 from tests.checkpoints import make_folder
 
@@ -207,11 +207,11 @@ def test_a_run_is_refused_before_its_data_are_read(tmp_path, monkeypatch):
     def refuse(config, ranks):
         raise ValueError("does not fit")
 
-    monkeypatch.setattr(run, "check_room", refuse)
-    monkeypatch.setattr(run, "_open_data", None)
+    monkeypatch.setattr(build, "check_room", refuse)
+    monkeypatch.setattr(build, "_open_data", None)
     config = configure("experiment=debug", "device=cpu", f"run_dir={tmp_path / 'run'}")
     with pytest.raises(ValueError, match="does not fit"):
-        run.build(config, [], None)
+        build.build(config, [], None)
     assert not (tmp_path / "run").exists()
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from experiments.config import to_train_config
 from experiments.files import read_rows
-from experiments.training import run as run_module
+from experiments.training import build as build_module
 from experiments.training.weights import find_weights
 from tests.experiments.conftest import CONFIGS, TINY
 from tests.experiments.training.test_train import interrupt_after
@@ -124,7 +124,7 @@ def test_the_router_of_dash_alone_learns_through_a_frozen_model(make_config, den
 @pytest.mark.parametrize(("device", "printed"), [("cuda", 1), ("cpu", 0)])
 def test_who_trains_on_a_gpu_is_told_what_has_no_kernels(device, printed):
     said = []
-    run_module._print_start(
+    build_module._print_start(
         SimpleNamespace(print=said.append),
         SimpleNamespace(path="run", damaged={}, checkpoint=None),
         SimpleNamespace(world_size=1, device=torch.device(device)),

@@ -75,7 +75,7 @@ def test_a_terminal_shows_what_a_pipe_shows_and_ctrl_c_saves(tiny_overrides):
     assert not piped.stderr
     *rows, complete, following = piped.stdout.splitlines()[1:]
     fields = r"step \d+/\d+ loss [\d.]+ lr [\d.e-]+ gradient [\d.e-]+ [\d,]+ tokens/s sparsity [\d.]+% alpha [\d.]+"
-    fields += r" memory [\d.]+ GiB( ETA (-|\d:\d\d:\d\d))?"
+    fields += r"( waits for data \d+%)? memory [\d.]+ GiB( ETA (-|\d:\d\d:\d\d))?"
     at_last = [line for line in said if line.startswith("step")]
     assert len(at_last) == last
     assert len(rows) == 4

@@ -19,6 +19,7 @@ from data.text import PreparedTextStream
 from experiments.errors import Preempted, Stopped, run_faults
 from experiments.files import read_rows
 from experiments.signals import STOP_SIGNALS
+from experiments.training import build as build_module
 from experiments.training import engine
 from experiments.training import run as run_module
 from experiments.training.anomalies import LossWatch
@@ -279,7 +280,7 @@ def test_a_run_that_fails_before_its_first_step_leaves_nothing_open(make_config,
 
     config = make_config("run")
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "build_engine", exhausted)
+        patch.setattr(build_module, "build_engine", exhausted)
         with pytest.raises(torch.OutOfMemoryError) as failure:
             train(config)
     train(config)  # while the failure holds all that was built

@@ -8,7 +8,7 @@ from torch import nn
 
 from dashattn.backends import AttentionShape, DashConfig, NSAConfig, build_backend
 from experiments.config import OptimConfig
-from experiments.training import run
+from experiments.training import build as build_module
 from experiments.training.optim import LR_FACTOR, check_order, learning_rate, parameter_groups, parameter_order
 from experiments.training.weights import find_weights
 from models import ModelConfig, Transformer
@@ -88,8 +88,8 @@ def test_an_engine_gives_every_matrix_and_norm_an_address_that_kernels_can_read(
         found.update({name: (p.numel(), p.data_ptr()) for name, p in model.named_parameters()})
         return engine
 
-    build = run.build_engine
-    monkeypatch.setattr(run, "build_engine", look)
+    build = build_module.build_engine
+    monkeypatch.setattr(build_module, "build_engine", look)
     options = ["attention=nsa_minicpm", "attention.block_size=16", "attention.topk=2", "attention.local_blocks=1"]
     train(make_config("aligned", *options, "steps=2", "deepspeed.precision=bf16"))
     assert any(size % 8 for size, _ in found.values())
