@@ -10,12 +10,12 @@ theirs is asked for.
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 
 
-class Registry(Mapping[str, T], Generic[T]):
+class Registry(Mapping[str, T]):
     """A mapping, of which ``values`` and ``items`` would import every package: ``own`` are those of ours alone.
 
     Args:
