@@ -65,6 +65,18 @@ def locked(path: Path) -> FileLock:
     return FileLock(path.with_name(f".{path.name}.lock"), poll_interval=0.01)
 
 
+def hold(path: Path) -> FileLock:
+    """The lock in this file, to be released. Who only looks whether it is held (``is_locked``) has it for a moment, and
+    is waited for.
+
+    Raises:
+        Timeout: another process holds it.
+    """
+    lock = FileLock(path)
+    lock.acquire(timeout=0.2, poll_interval=0.02)
+    return lock
+
+
 def is_locked(path: Path) -> bool:
     """Whether a process holds the lock in this file, which this user may only be able to read."""
     try:

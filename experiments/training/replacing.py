@@ -6,10 +6,10 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from experiments.config import TrainConfig
-from experiments.files import LOCK
+from experiments.files import LOCK, hold
 from experiments.origin import is_own, with_commits
 from experiments.training.ranks import Ranks
 from experiments.training.run_dir import find_run_dir
@@ -41,8 +41,11 @@ def set_aside(config: TrainConfig) -> Path | None:
     path = Path(config.run_dir).expanduser()
     aside = path.with_name(f"{path.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}")
     try:
-        with FileLock(path / LOCK, timeout=0):
+        lock = hold(path / LOCK)
+        try:
             os.rename(path, aside)
+        finally:
+            lock.release()
     except Timeout:
         raise ValueError(f"another process is training in {path}: wait for it, or give another run_dir=...") from None
     except OSError as error:

@@ -43,6 +43,7 @@ from experiments.files import (
     WEIGHTS,
     check_exists,
     check_writable,
+    hold,
     read_json,
     write_atomically,
 )
@@ -316,8 +317,7 @@ def open_run_dir(
     """
     try:
         run.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(run.path / LOCK)
-        lock.acquire(timeout=0.2, poll_interval=0.02)  # who only looks whether it is held has it for a moment
+        lock = hold(run.path / LOCK)
     except Timeout:
         if int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0:
             raise Occupied(

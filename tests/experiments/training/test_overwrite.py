@@ -1,5 +1,6 @@
 """``overwrite=true`` begins anew and loses nothing; default names of runs hold the model."""
 
+import fcntl
 from contextlib import ExitStack
 from dataclasses import replace
 from types import SimpleNamespace
@@ -91,6 +92,14 @@ def test_refusals(config, tmp_path):
     other_rank = SimpleNamespace(is_main=False, gather=lambda value: [error, value])
     with pytest.raises(ValueError, match=error), ExitStack() as resources:
         make_way(replace(config, overwrite=True), other_rank, resources)
+
+
+def test_who_only_looks_at_the_lock_is_waited_for(config, tmp_path, monkeypatch):
+    run = train(config)
+    with (run / ".lock").open("rb") as looks:
+        fcntl.flock(looks, fcntl.LOCK_SH)
+        monkeypatch.setattr("time.sleep", lambda seconds: fcntl.flock(looks, fcntl.LOCK_UN))
+        assert set_aside(replace(config, overwrite=True)) == replaced(tmp_path)[0]
 
 
 def test_a_job_makes_way_when_it_is_submitted(config, tmp_path, monkeypatch):
