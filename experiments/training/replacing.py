@@ -12,6 +12,7 @@ from experiments.config import TrainConfig
 from experiments.files import LOCK, hold
 from experiments.origin import is_own, with_commits
 from experiments.training.ranks import Ranks
+from experiments.training.run import owes_validation
 from experiments.training.run_dir import find_run_dir
 
 
@@ -25,7 +26,8 @@ def makes_way(config: TrainConfig) -> bool:
         return True
     try:
         config = replace(config, data=with_commits(config.data, config.run_dir, config.branch_from))
-        return find_run_dir(config).step >= config.steps
+        found = find_run_dir(config)
+        return found.step >= config.steps and not owes_validation(config, found)
     except ValueError:  # of another configuration
         return True
 

@@ -1,6 +1,7 @@
 """``overwrite=true`` begins anew and loses nothing; default names of runs hold the model."""
 
 import fcntl
+import json
 from contextlib import ExitStack
 from dataclasses import replace
 from types import SimpleNamespace
@@ -56,7 +57,7 @@ def test_one_that_was_killed_goes_on_by_the_same_command(config, tmp_path, monke
             raise KeyboardInterrupt
         save(run, step)
 
-    again = replace(config, overwrite=True)
+    again = replace(config, overwrite=True, eval_every=2)
     train(config)
     monkeypatch.setattr("train.save", save_first)
     with pytest.raises(KeyboardInterrupt):
@@ -66,6 +67,12 @@ def test_one_that_was_killed_goes_on_by_the_same_command(config, tmp_path, monke
     train(again)
     assert len(replaced(tmp_path)) == 1
     assert (tmp_path / "run" / "resumed" / "step-00000001").is_dir()
+    # Killed behind the last step, too: its validation is still to come.
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    rows = [row for row in read_rows(metrics) if row["split"] != "validation"]
+    assert makes_way(check(again))
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert not makes_way(check(again))
 
 
 def test_what_does_not_come_to_begin_leaves_all_as_it_was(config, tmp_path):
