@@ -27,6 +27,7 @@ from models.flops import matmul_parameters
 
 MEMORY_TBPS = 3.35  # only the unit of the passes: what is fitted is a multiple of it
 MATMUL = ("matmul", "")
+_OF_LAYERS = ("compiled", "eager")  # passes beside attention
 # Of a step's matrix products, over their time at the peak: they went at 700 of 989 TFLOP/s on an H100, see
 # results/throughput_h100/NOTES.md. All rows are of models of one size, which cannot tell them from the passes.
 MATMUL_COST = 989.4 / 700
@@ -216,6 +217,11 @@ def fit(measured: Iterable[Row]) -> Fit:
     return Fit(cost, slowness, measured)
 
 
+def slowest(cost: dict[tuple, float], what: str) -> float:
+    """The most that this kind of a backend's work costs; passes of layers, which all have, are none."""
+    return max(value for (kind, name), value in cost.items() if kind == what and name not in _OF_LAYERS)
+
+
 def estimate_rate(
     config: TrainConfig, model: Transformer, ranks: int, device: str, sparsity: float, measured: Sequence[Row]
 ) -> Rate:
@@ -245,7 +251,7 @@ def estimate_rate(
     work = work_of(model, peak, reads, compiled=config.compile, checkpointed=config.activation_checkpointing)
     cost = dict(found.cost)
     for what, name in work.keys() - cost.keys():
-        cost[what, name] = max(value for (other, _), value in cost.items() if other == what)
+        cost[what, name] = slowest(found.cost, what)
         notes.append(f"no rows of {name}: its {what} as the slowest of the others")
     seconds = Fit(cost, found.slowness, found.rows).seconds(work, like)
     names = {backend.config.name for backend in model.backends}

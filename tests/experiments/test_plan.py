@@ -131,6 +131,11 @@ def test_rates_of_rows_that_were_not_fitted(measured):
             assert row.rate * found.seconds(row.work, device) == pytest.approx(1, rel=0.12), row
 
 
+def test_work_without_rows_costs_what_that_of_another_backend_does():
+    cost = {("passes", "eager"): 9.0, ("passes", "nsa"): 2.0, ("passes", "dash"): 1.0, ("router", "dash"): 7.0}
+    assert (rates.slowest(cost, "passes"), rates.slowest(cost, "router")) == (2.0, 7.0)
+
+
 def test_layers_that_take_a_selection_over_score_nothing():
     layers = {"*/2": "dash", "*": {"share_selection_from": -1}}
     backends = build_backends(DashConfig(layers=layers), AttentionShape(64, 4, 2, 16), 2)
