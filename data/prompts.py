@@ -3,8 +3,11 @@
 A chat model gets the prompt as the user's turn and begins its own turn with the answer prefix, as in RULER.
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
+from tokenizers import Tokenizer
+
+from data.cache import fingerprint
 from data.tasks.sample import Sample
 from data.tokenizer import TextTokenizer
 
@@ -39,19 +42,68 @@ TEMPLATES = {
     ),
     "mistral": Template("[INST] ", " [/INST]"),
 }
+OWN_TEMPLATE = "tokenizer"  # the one that the tokenizer's folder holds
+_CONTENT = "CONTENT-OF-THE-TURN"
+
+
+def chat_tokenizer(tokenizer: TextTokenizer):
+    """transformers' tokenizer, of which only the chat template and the token that ends a turn are used.
+
+    Raises:
+        ValueError: there is no template.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    templates = tokenizer.settings.get("chat_template")
+    if not templates:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name} has no chat template: set data.tokenizer to a folder whose "
+            "tokenizer_config.json or chat_template.jinja holds one, or ask without (template=base)"
+        )
+    if isinstance(templates, list):
+        templates = {entry["name"]: entry["template"] for entry in templates}
+    tokens = {name: tokenizer.settings[name] for name in ("bos_token", "eos_token") if name in tokenizer.settings}
+    backend = Tokenizer.from_str(tokenizer.backend.to_str())  # theirs to change
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=templates, **tokens)
+
+
+def own_template(tokenizer: TextTokenizer) -> Template:
+    """What the tokenizer's chat template puts around one turn of the user's, where the answer begins.
+
+    Raises:
+        ValueError: it has none, or one that puts more than a frame around a turn.
+    """
+    from jinja2 import TemplateError
+
+    chat = chat_tokenizer(tokenizer)
+    turns = [{"role": "user", "content": _CONTENT}]
+    try:
+        text = chat.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except (TemplateError, ValueError) as error:
+        raise ValueError(f"the chat template of {tokenizer.name} refuses one turn of a user: {error}") from error
+    before, *after = text.split(_CONTENT)
+    if len(after) != 1:
+        raise ValueError(f"the chat template of {tokenizer.name} says a user's turn {len(after)} times: use another")
+    ends = None if chat.eos_token_id in (None, tokenizer.eos_id) else chat.eos_token
+    return Template(before, after[0], stop=ends)
 
 
 class PromptEncoder:
     """Token ids of samples under one template.
+
+    Attributes:
+        key: differs with what the template says.
 
     Raises:
         ValueError: no such template, or the vocabulary lacks its markers.
     """
 
     def __init__(self, tokenizer: TextTokenizer, template: str = "base") -> None:
-        if template not in TEMPLATES:
-            raise ValueError(f"template={template}: choose one of {', '.join(TEMPLATES)}")
-        self.tokenizer, self.name, self.template = tokenizer, template, TEMPLATES[template]
+        if template not in (*TEMPLATES, OWN_TEMPLATE):
+            raise ValueError(f"template={template}: choose one of {', '.join((*TEMPLATES, OWN_TEMPLATE))}")
+        self.template = own_template(tokenizer) if template == OWN_TEMPLATE else TEMPLATES[template]
+        self.tokenizer, self.name = tokenizer, template
+        self.key = fingerprint(*astuple(self.template)) if template == OWN_TEMPLATE else template
         missing = [m for m in self.template.markers if tokenizer.backend.token_to_id(m) is None]
         if missing:
             raise ValueError(

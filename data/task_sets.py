@@ -103,7 +103,7 @@ def build_set(
         )
         return TaskSet(task, length, key, differs, samples)
     key = fingerprint(
-        *(GENERATOR_VERSION, name, encoder.tokenizer.fingerprint(), encoder.name, length, count, seed),
+        *(GENERATOR_VERSION, name, encoder.tokenizer.fingerprint(), encoder.key, length, count, seed),
         *(all_words(), material.fingerprint(task.needs)),
     )
 

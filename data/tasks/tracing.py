@@ -2,7 +2,7 @@
 
 One chain of five assignments, VAR A = 12345, VAR B = VAR A, ..., among noise sentences; asked for are all variables
 that hold the value. A solved example with names of three letters goes before. RULER's answer prefix ends in a space,
-which byte-pair tokenizers have at the beginning of the next token: left out here.
+which byte-pair tokenizers have at the beginning of the next token: left out here; and it spells "assgined".
 """
 
 import string

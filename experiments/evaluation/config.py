@@ -10,15 +10,15 @@ from dashattn.backends import AttentionConfig
 from dashattn.fields import Checked, Line, NonNegativeFloat, NonNegativeInt, OneOf, PositiveInt, Seed, Sparsity, Threads
 from dashattn.stats import SPARSITY_COUNTS
 from data import DataConfig, MQARDataConfig
-from data.prompts import TEMPLATES
+from data.prompts import OWN_TEMPLATE, TEMPLATES
 from data.task_sets import SUITES, TEXT_TASKS
 from experiments.config import Device, TrainConfig, register_configs
-from experiments.evaluation.lm_eval_task import PREFIX
 from experiments.evaluation.tasks.decoding import DECODE
 from experiments.evaluation.tasks.streams import STREAM_TASKS, MQARForm
 from experiments.help import did_you_mean
 
 ROUTING = "routing"
+PREFIX = "lm_eval/"  # of names of lm-evaluation-harness
 
 
 @dataclass
@@ -31,7 +31,9 @@ class EvaluateConfig(Checked):
     attention: AttentionConfig | None = None  # null = what it was trained with, dense if it says nothing
     any_attention: bool = False  # even where it was trained with another sparse one
     any_tokenizer: bool = False  # even text with another tokenizer than the weights', whose tokens mean something else
-    data: DataConfig | None = None  # the text it is scored on, with its tokenizer unless data.tokenizer names one
+    # The text it is scored on, with its tokenizer unless data.tokenizer names one; not needed for generated tasks and
+    # those of lm_eval.
+    data: DataConfig | None = None
     # Of the data that it is scored on, as of train.py; also for a run that another user wrote, while a run of one's own
     # has its own.
     cache_dir: Line = "~/.cache/dashattn"
@@ -40,7 +42,9 @@ class EvaluateConfig(Checked):
     # qa_2 | niah (heat map) | niah_values (1 to 16 values of a key) | json_kv. Of the router: routing. Time of a token:
     # decode. Of lm-evaluation-harness: lm_eval/NAME. And those of installed packages.
     tasks: list[Line] = field(default_factory=lambda: ["loss"])
-    lengths: list[PositiveInt] | None = None  # tokens of a row, or of prompt and answer; null = the run's data.seq_len
+    # Tokens of a row, or of prompt and answer; null = the run's data.seq_len, of a folder without data the model's
+    # longest.
+    lengths: list[PositiveInt] | None = None
     knobs: list[NonNegativeFloat] | None = None  # values of the sparsity knob; null = the one trained with
     # In place of knobs: sparsities in [0, 1), averaged over the layers, for each of which the knob is found on training
     # rows of each length; counted causal | paper.
@@ -50,12 +54,15 @@ class EvaluateConfig(Checked):
     # generated tasks, 32 for routing, all of lm_eval's.
     rows: PositiveInt | None = None
     rows_per_batch: PositiveInt = 8  # rows that go through the model at once; halved where memory is short
-    label: Line | None = None  # line in tables and figures; null = the backend's, of a folder "BACKEND, untrained"
+    # Line in tables and figures; null = the backend's, of a folder "BACKEND, FOLDER" if its weights were trained with
+    # it, else "BACKEND, untrained".
+    label: Line | None = None
     device: Device = "auto"  # auto: a GPU if there is one
     threads: Threads | None = None  # of PyTorch on the CPU; null = PyTorch's choice
 
     mqar: MQARForm = field(default_factory=MQARForm)  # MQAR in another form than trained on
-    template: Annotated[str, OneOf(tuple(TEMPLATES))] = "base"  # how a generated task is put to the model
+    # How a generated task is put to the model; tokenizer = by its tokenizer's own chat template, those of lm_eval, too.
+    template: Annotated[str, OneOf((*TEMPLATES, OWN_TEMPLATE))] = "base"
     samples_seed: Seed = 0  # of generated tasks
     haystack: Line | None = None  # text file, or RULER's PaulGrahamEssays.json; null = the run's held-out text
     squad: Line | None = None  # SQuAD's dev-v2.0.json, for qa_1
@@ -93,6 +100,11 @@ def check_tasks(config: EvaluateConfig, train: TrainConfig) -> None:
     if config.lengths is not None and not config.lengths:
         raise ValueError(f"lengths={list(config.lengths)}: give at least one, in tokens, or null")
     is_mqar = isinstance(train.data, MQARDataConfig)
+    if harness and config.template not in ("base", OWN_TEMPLATE):
+        raise ValueError(
+            f"template={config.template} is not for {harness[0]}: template={OWN_TEMPLATE} puts it by the tokenizer's "
+            "chat template, template=base as it is"
+        )
     generated = [name for name in config.tasks if name in TEXT_TASKS or name in SUITES] + harness
     if generated and is_mqar:
         raise ValueError(

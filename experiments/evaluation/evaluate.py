@@ -40,7 +40,7 @@ from experiments.training.checkpoint import read_state
 from experiments.training.run_dir import config_hash
 from models import Transformer
 from models.flops import count_parameters
-from models.hf import is_hf_folder
+from models.hf import is_hf_folder, read_step
 
 
 def find_target(config: EvaluateConfig) -> Target:
@@ -90,8 +90,7 @@ class Evaluation:
         self._path = target.rows_dir / RESULTS
         train = target.train
         target.rows_dir.mkdir(parents=True, exist_ok=True)
-        own_label = f"{train.attention.name}, {UNTRAINED}" if target.is_untrained else train.attention.name
-        self._common = describe(target) | target.identity | {"label": config.label or own_label}
+        self._common = describe(target) | target.identity | {"label": config.label or own_label(target)}
         tasks = build_tasks(config, target)
         identity = {key: self._common[key] for key in ("checkpoint", "label", *target.identity)}
         self._passes = [
@@ -151,6 +150,15 @@ class Evaluation:
         new = [shared | row | {"bytes_read": bytes_read(model, row)} for row in rows]
         _check_finite(new)
         return append_rows(self._path, new, partial(columns_of, names=(*one.asked, "task")))
+
+
+def own_label(target: Target) -> str:
+    """What rows are called that nobody named: the backend, and of a folder whose weights these are, or that they were
+    not trained with it."""
+    name = target.train.attention.name
+    if not target.is_folder:
+        return name
+    return f"{name}, {UNTRAINED if target.is_untrained else target.checkpoint.resolve().name}"
 
 
 def _rows_of(one: Pass, rows: Sequence[dict]) -> list[dict]:
@@ -216,7 +224,7 @@ def describe(target: Target) -> dict:
         "checkpoint": target.checkpoint.name,
         "device": device_name(train.device),
     }
-    return columns | (_of_folder(target) if target.is_untrained else _of_run(target))
+    return columns | (_of_folder(target) if target.is_folder else _of_run(target))
 
 
 def _of_run(target: Target) -> dict:
@@ -233,16 +241,16 @@ def _of_run(target: Target) -> dict:
 
 
 def _of_folder(target: Target) -> dict:
-    """Nothing was trained, which the rows say: ``untrained`` names the folder."""
+    """Nothing was trained here: ``untrained`` names the folder, unless it says that its weights were trained so."""
     train = target.train
     with torch.device("meta"):
         parameters = count_parameters(Transformer(train.model, train.attention)).total
     return {
-        "step": 0,
+        "step": read_step(target.checkpoint),
         "tokens": 0,
         "parameters": parameters,
         "config_hash": config_hash(train),
         "git_sha": git_state()[0]["sha"],
-        "untrained": str(target.checkpoint),
-        "trained_knob": None,
+        "untrained": str(target.checkpoint) if target.is_untrained else None,
+        "trained_knob": None if target.is_untrained else trained_knob(train),
     }

@@ -33,7 +33,8 @@ from data import TextTokenizer
 from data.cache import fingerprint
 from experiments.config import Device
 from experiments.errors import user_errors
-from experiments.evaluation.target import build_model, locate
+from experiments.evaluation.folder import locate_model
+from experiments.evaluation.target import build_model
 from experiments.files import CONFIGS
 from experiments.schema import to_config
 from models.generate import Sampling, generate
@@ -43,7 +44,7 @@ from models.generate import Sampling, generate
 class GenerateConfig(Checked):
     """One batch of prompts."""
 
-    run: Line = MISSING  # run directory (its latest checkpoint), or one of its checkpoints
+    run: Line = MISSING  # run directory (its latest checkpoint), one of its checkpoints, or a Hugging Face folder
     prompt: AnyText | None = None  # the text to continue
     prompts: list[AnyText] = field(default_factory=list)  # in its place: several, of any length, continued at once
     max_new_tokens: PositiveInt = 200  # of each prompt
@@ -96,7 +97,7 @@ def run_generation(config: GenerateConfig) -> None:
         raise ValueError('give prompt="..." or, for several, prompts=["...","..."]')
     texts = config.prompts or [config.prompt]
     sampling = Sampling(config.temperature, config.top_p, config.top_k, config.repetition_penalty)
-    target = locate(config.run, config.device)
+    target = locate_model(config.run, config.device)
     train = target.train
     tokenizer = target.tokenizer
     if tokenizer is None:

@@ -16,16 +16,17 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
 from dashattn.stats import AttentionStats
 from data import IGNORE, TextTokenizer
 from data.cache import fingerprint
+from data.prompts import chat_tokenizer
 from experiments.errors import user_errors
+from experiments.evaluation.folder import locate_model
 from experiments.evaluation.lm_eval_options import read_options
-from experiments.evaluation.target import build_model, locate
+from experiments.evaluation.target import build_model
 from experiments.evaluation.tasks.base import SparsityTally, in_parts
 from models import Transformer
 from models.generate import generate
@@ -36,7 +37,7 @@ class HarnessModel(TemplateLM):
     """Rows of a batch are padded at their ends, which causal attention never sees.
 
     Args:
-        run: run directory or checkpoint.
+        run: run directory, checkpoint or Hugging Face folder.
         knob: of the attention's sparsity; None: as trained.
         batch_size: rows of a forward pass.
         max_length: tokens of context and continuation; longer contexts lose their beginning. None: model.max_seq_len.
@@ -57,7 +58,7 @@ class HarnessModel(TemplateLM):
     ) -> None:
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ValueError(f"batch_size={batch_size}: a number of rows is needed, at least 1")
-        target = locate(run, (device or "auto").split(":")[0])
+        target = locate_model(run, (device or "auto").split(":")[0], max_length)
         model = build_model(target)
         if knob is not None:
             model.set_knob(knob)
@@ -261,27 +262,6 @@ class HarnessModel(TemplateLM):
                     self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
                 bar.update(len(indices))
         return texts
-
-
-def chat_tokenizer(tokenizer: TextTokenizer):
-    """transformers' tokenizer, of which only the chat template and the token that ends a turn are used.
-
-    Raises:
-        ValueError: there is no template.
-    """
-    from transformers import PreTrainedTokenizerFast
-
-    templates = tokenizer.settings.get("chat_template")
-    if not templates:
-        raise ValueError(
-            f"the tokenizer {tokenizer.name} has no chat template: set data.tokenizer to a folder whose "
-            "tokenizer_config.json or chat_template.jinja holds one, or leave out --apply_chat_template"
-        )
-    if isinstance(templates, list):
-        templates = {entry["name"]: entry["template"] for entry in templates}
-    tokens = {name: tokenizer.settings[name] for name in ("bos_token", "eos_token") if name in tokenizer.settings}
-    backend = Tokenizer.from_str(tokenizer.backend.to_str())  # theirs to change
-    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=templates, **tokens)
 
 
 def _sparsity(stats: list[AttentionStats], rows: list[list[int]]) -> SparsityTally:

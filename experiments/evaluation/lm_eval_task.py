@@ -7,9 +7,10 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from data import TextTokenizer
+from data.prompts import OWN_TEMPLATE, chat_tokenizer
+from experiments.evaluation.config import PREFIX
 from experiments.evaluation.tasks.base import Setting, Task, row
 
-PREFIX = "lm_eval/"
 _BOOTSTRAP = 1000  # resamplings, for the standard error of what is no mean
 
 
@@ -34,16 +35,21 @@ class HarnessTask(Task):
         rows_per_batch: int,
         fewshot: int | None,
         include_path: str | None,
+        chat: bool = False,
     ) -> None:
-        """Raises ValueError if lm_eval knows no such task."""
+        """``chat``: as the user's turn, by the tokenizer's template. Raises ValueError if lm_eval knows no such task,
+        or there is no template."""
+        if chat:
+            chat_tokenizer(tokenizer)
+        self.chat = chat
         self.tokenizer, self.rows_per_batch, self.fewshot = tokenizer, rows_per_batch, fewshot
         self.manager = task_manager(include_path)
         self.task = name.removeprefix(PREFIX)
         if self.task not in self.manager.all_tasks:
             raise ValueError(f"lm_eval has no task {self.task}: `lm_eval ls tasks` lists them; harness_path adds yours")
         self.names = (name,)
-        variant = None if fewshot is None else f"{fewshot}-shot"
-        self.columns = {"length": length, "rows": rows, "variant": variant}
+        said = [None if fewshot is None else f"{fewshot}-shot", f"template={OWN_TEMPLATE}" if chat else None]
+        self.columns = {"length": length, "rows": rows, "variant": ", ".join(filter(None, said)) or None}
 
     def run(self, setting: Setting, names: Sequence[str]) -> Iterator[dict]:
         import lm_eval
@@ -60,6 +66,7 @@ class HarnessTask(Task):
                 task_manager=self.manager,
                 bootstrap_iters=_BOOTSTRAP,
                 log_samples=False,
+                apply_chat_template=self.chat,
             )["results"]
         sparsity = model.sparsity.columns()
         for task, scores in results.items():

@@ -4,12 +4,12 @@ import sys
 from pathlib import Path
 
 from data import MQARDataConfig
-from data.prompts import PromptEncoder
+from data.prompts import OWN_TEMPLATE, PromptEncoder
 from data.task_sets import SUITES, TEXT_TASKS, TaskSet, build_set, held_out_text
 from data.tasks.material import Material, read_haystack
 from experiments.config import TrainConfig
-from experiments.evaluation.config import ROUTING, EvaluateConfig, expand
-from experiments.evaluation.lm_eval_task import PREFIX, HarnessTask
+from experiments.evaluation.config import PREFIX, ROUTING, EvaluateConfig, expand
+from experiments.evaluation.lm_eval_task import HarnessTask
 from experiments.evaluation.target import Target, build_stream, validation_stream
 from experiments.evaluation.tasks.base import Task
 from experiments.evaluation.tasks.decoding import DECODE, DecodingTask
@@ -53,6 +53,7 @@ def build_tasks(config: EvaluateConfig, target: Target) -> list[Task]:
                     rows_per_batch=config.rows_per_batch,
                     fewshot=config.harness_fewshot,
                     include_path=config.harness_path,
+                    chat=config.template == OWN_TEMPLATE,
                 )
             )
         for name in expand(config.probes) if ROUTING in config.tasks else ():

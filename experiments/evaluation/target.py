@@ -8,8 +8,9 @@ import torch
 
 from dashattn.ops.full.reference import use_flash_attention_3
 from data import BatchStream, DataConfig, PackedDataConfig, TextTokenizer, build_data, build_tokenizer
+from data.cache import fingerprint
 from experiments.config import TrainConfig, load_config
-from experiments.files import CONFIG, START, TOKENIZER, WEIGHTS, is_foreign, read_json
+from experiments.files import CONFIG, START, TOKENIZER, WEIGHTS, is_foreign, read_json, sha256
 from experiments.origin import run_of, with_own_tokenizer
 from experiments.schema import DTYPES
 from experiments.training.check import resolve
@@ -17,7 +18,7 @@ from experiments.training.checkpoint import read_manifest, read_state
 from experiments.training.run_dir import config_hash
 from experiments.training.weights import find_weights, load_weights
 from models import Transformer
-from models.hf import is_hf_folder, read_step
+from models.hf import is_hf_folder, read_attention, read_step, weight_files
 
 
 @dataclass(frozen=True)
@@ -49,17 +50,28 @@ class Target:
     @property
     def identity(self) -> dict:
         """Columns that tell its rows from those of any other target in ``rows_dir``, beside the checkpoint's name."""
-        if self.is_untrained:
-            return {"config_hash": config_hash(self.train)}
+        if self.is_folder:
+            return {"config_hash": config_hash(self.train), "weights": self._folder_weights}
         if self.output is None:
             return {}
         weights = read_manifest(self.checkpoint)[WEIGHTS]["sha256"]
         return {"config_hash": read_state(self.checkpoint)["config_hash"], "weights": weights}
 
+    @cached_property
+    def _folder_weights(self) -> str:
+        """Another folder may come to lie at the same place."""
+        return fingerprint(*map(sha256, weight_files(self.checkpoint)))
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a Hugging Face folder's model, which is trained no further here."""
+        return is_hf_folder(self.checkpoint)
+
     @property
     def is_untrained(self) -> bool:
-        """Whether it is a folder's model that was trained no further here."""
-        return is_hf_folder(self.checkpoint)
+        """Whether a folder's weights were not trained with this attention, as far as the folder says: an export of a
+        sparse run says which."""
+        return self.is_folder and read_attention(self.checkpoint) != self.train.attention
 
     @cached_property
     def tokenizer(self) -> TextTokenizer | None:
@@ -75,7 +87,7 @@ class Target:
             self.check_reads()
         # Of runs of before tokenizers were kept it is trained once more.
         tokenizer = build_tokenizer(data, Path(self.train.cache_dir).expanduser())
-        if not self.is_untrained:
+        if not self.is_folder:
             check_tokenizer(self, tokenizer)
         return tokenizer
 
@@ -103,7 +115,7 @@ def locate(
         ValueError: no such run, or no such device.
     """
     if is_hf_folder(Path(run).expanduser()):
-        raise ValueError(f"{run} is a Hugging Face folder: evaluate.py scores it; begin a run with it for more")
+        raise ValueError(f"{run} is a Hugging Face folder, and a run is needed here: init_from={run} begins one")
     checkpoint = find_weights(run).parent
     home = run_of(checkpoint)
     if home is None:
@@ -146,12 +158,12 @@ def build_model(target: Target) -> Transformer:
     """The checkpoint's model in evaluation mode, at the step (schedules) it was saved at."""
     train, checkpoint = target.train, target.checkpoint
     model = Transformer(train.model, train.attention)
-    loaded = load_weights(model, checkpoint if target.is_untrained else checkpoint / WEIGHTS)
-    if loaded.differs and not target.is_untrained:
+    loaded = load_weights(model, checkpoint if target.is_folder else checkpoint / WEIGHTS)
+    if loaded.differs and not target.is_folder:
         raise ValueError(f"{checkpoint} is not a checkpoint of this configuration ({loaded})")
     if loaded.differs:
         print(f"weights of {checkpoint}; {loaded}")
-    model.set_step(read_step(checkpoint) if target.is_untrained else read_state(checkpoint)["step"])
+    model.set_step(read_step(checkpoint) if target.is_folder else read_state(checkpoint)["step"])
     use_flash_attention_3(torch.device(train.device))
     return model.to(train.device, DTYPES[train.deepspeed.precision]).eval()
 
@@ -166,7 +178,7 @@ def validation_stream(target: Target) -> BatchStream:
     target.check_reads()
     train = target.train
     stream = build_stream(train.data, train.seed, 1, Path(train.cache_dir).expanduser())
-    if target.is_untrained:
+    if target.is_folder:
         return stream
     if stream.tokenizer is not None:
         check_tokenizer(target, stream.tokenizer)

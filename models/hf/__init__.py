@@ -7,7 +7,7 @@ architectures are the rows of ``models.hf.families``.
 from models.hf.attention import check_same_attention, is_sparse, read_attention, read_step
 from models.hf.config import check_continues, check_same_model, is_hf_folder, read_config
 from models.hf.export import write_folder
-from models.hf.weights import check_files, read_tensors, read_weights
+from models.hf.weights import check_files, read_tensors, read_weights, weight_files
 
 __all__ = [
     "check_continues",
@@ -21,5 +21,6 @@ __all__ = [
     "read_step",
     "read_tensors",
     "read_weights",
+    "weight_files",
     "write_folder",
 ]

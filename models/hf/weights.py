@@ -66,6 +66,11 @@ def check_files(folder: Path) -> None:
             pass
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a folder's weights. Raises ValueError as ``read_weights``."""
+    return [folder / name for name in sorted(_files(folder))]
+
+
 def _files(folder: Path) -> dict[str, set[str] | None]:
     """Names of the files to read -> those of the tensors to take from each, None = all."""
     if not (folder / INDEX).exists():

@@ -388,6 +388,23 @@ def test_chat_models_get_their_turns_in_special_tokens(encoder):
     assert begun.encode(sample) == ids, "the template has it already"
     begun = PromptEncoder(TextTokenizer(backend, "<eos>", bos_token="<|im_end|>"), "chatml")
     assert begun.encode(sample) == [end, *ids]
+    # The tokenizer's own template, here chatml.
+    turns = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    begin = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    own = {"chat_template": turns + begin, "eos_token": "<|im_end|>"}
+    same = PromptEncoder(TextTokenizer(backend, "<eos>", settings=own), "tokenizer")
+    assert (same.encode(sample), same.evidence(sample), same.stop_tokens) == (
+        ids,
+        chat.evidence(sample),
+        [backend.token_to_id("<eos>"), end],
+    )
+    other = PromptEncoder(TextTokenizer(backend, "<eos>", settings=own | {"chat_template": turns}), "tokenizer")
+    assert other.key != same.key, "samples and answers under another template are others"
+    with pytest.raises(ValueError, match="has no chat template"):
+        PromptEncoder(chat.tokenizer, "tokenizer")
+    for wrong, said in (("{{ raise_exception('no') }}", "refuses one turn"), ("{{ 1 }}", "a user's turn 0 times")):
+        with pytest.raises(ValueError, match=said):
+            PromptEncoder(TextTokenizer(backend, "<eos>", settings={"chat_template": wrong}), "tokenizer")
     with pytest.raises(ValueError, match="template=llama3 needs the tokens"):
         PromptEncoder(chat.tokenizer, "llama3")
     with pytest.raises(ValueError, match="choose one of base"):

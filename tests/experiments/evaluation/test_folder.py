@@ -2,16 +2,22 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from dashattn.backends import DashConfig
 from data.tokenizer import train_bpe
-from experiments.evaluation.config import register_evaluate_config
+from experiments.config import load_config
+from experiments.evaluation.config import EvaluateConfig, register_evaluate_config
 from experiments.evaluation.evaluate import evaluate, find_target
-from experiments.evaluation.target import locate, validation_stream
+from experiments.evaluation.export import export
+from experiments.evaluation.generate import GenerateConfig, run_generation
+from experiments.evaluation.target import build_model, locate, validation_stream
 from experiments.files import CONFIGS
 from experiments.schema import to_config
 
@@ -88,7 +94,7 @@ def test_another_attention_and_its_knob(folder, tmp_path):
 def test_what_cannot_be_scored_gets_one_line(folder, tmp_path):
     with pytest.raises(ValueError, match=r"name the text to score it on.*data=python_stdlib"):
         find_target(configure(tmp_path, folder, data=()))
-    with pytest.raises(ValueError, match=r"evaluate\.py scores it"):
+    with pytest.raises(ValueError, match=r"a run is needed here: init_from="):
         locate(str(folder), "cpu")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"attention": {"name": "dash", "chunk_size": 8}}))
@@ -119,3 +125,60 @@ def test_what_cannot_be_scored_gets_one_line(folder, tmp_path):
     with pytest.raises(ValueError, match=r"nowhere does not exist: give a run directory"):
         find_target(configure(tmp_path, tmp_path / "nowhere"))
     assert not (tmp_path / "rows").exists()
+
+
+def test_an_export_is_scored_as_its_run(text_run, tmp_path):
+    """With its learned chunk queries and options, under a name that says what it is."""
+    folder = tmp_path / "exported"
+    export(text_run, folder)
+    asked = {"tasks": ["loss"], "knobs": [20.0, 1000.0], "device": "cpu", "rows": 4}
+    of_run = EvaluateConfig(run=str(text_run), output=str(tmp_path / "run"), **asked)
+    _, expected = rows_of(of_run)
+    trained = load_config(text_run / "config.yaml")
+    same = EvaluateConfig(run=str(folder), output=str(tmp_path / "rows"), **asked)
+    same.data, same.cache_dir = replace(trained.data, tokenizer=None, bos_token=None), trained.cache_dir
+    as_trained, row = rows_of(same)
+    assert as_trained["knob"] == as_trained["trained_knob"] == 20
+    columns = ("score", "causal_sparsity", "knob", "trained_knob", "knob_name", "backend", "step", "parameters")
+    assert {name: row[name] for name in columns} == {name: expected[name] for name in columns}
+    assert (row["label"], row["untrained"]) == ("dash, exported", None)
+    assert 0 < row["causal_sparsity"] < 1
+    weights, own = (build_model(find_target(config)).state_dict() for config in (of_run, same))
+    (queries,) = {name for name in own if "chunk_query" in name and name.startswith("layers.0.")}
+    assert own[queries].abs().sum() > 0
+    torch.testing.assert_close(own, weights, rtol=0, atol=0)
+    same.attention = DashConfig(chunk_size=16)
+    _, other = rows_of(same)
+    assert (other["label"], other["untrained"], other["trained_knob"]) == ("dash, untrained", str(folder), None)
+    # Another export in its place is another model.
+    same.attention = None
+    before = find_target(same).identity
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: tensor * 1.5 for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    assert find_target(same).identity != before
+    _, again = rows_of(same)
+    assert again["score"] != row["score"]
+
+
+def test_without_text_what_needs_none(text_run, tmp_path, capsys):
+    folder = tmp_path / "exported"
+    export(text_run, folder)
+    config = EvaluateConfig(
+        run=str(folder),
+        output=str(tmp_path / "rows"),
+        cache_dir=str(tmp_path / "cache"),
+        device="cpu",
+        tasks=["niah_single_1", "niah_single_2"],
+        lengths=[700],
+        rows=1,
+    )
+    with pytest.raises(ValueError, match=r"no text has no held-out text for a haystack: give haystack=FILE"):
+        rows_of(config)
+    config.tasks = config.tasks[:1]
+    (row,) = rows_of(config)
+    assert (row["task"], row["length"], row["data"]) == ("niah_single_1", 700, "no text")
+    for asked in ({"tasks": ["loss"]}, {"tasks": ["decode"]}, {"sparsities": [0.5]}):
+        with pytest.raises(ValueError, match="name the text to score it on"):
+            find_target(replace(config, **asked))
+    run_generation(GenerateConfig(run=str(folder), prompt="import os", device="cpu", max_new_tokens=3))
+    assert capsys.readouterr().out.startswith("import os")

@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from statistics import stdev
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from dashattn.backends import DashConfig
 from data import TextTokenizer
 from experiments.evaluation.config import EvaluateConfig
 from experiments.evaluation.evaluate import evaluate, find_target
+from experiments.evaluation.export import export
 from experiments.evaluation.lm_eval_options import GenerationOptions, read_options
 from experiments.schema import to_config
 from models import Transformer
@@ -29,6 +31,7 @@ from lm_eval.tasks import TaskManager
 
 from experiments.evaluation import harness
 from experiments.evaluation.harness import HarnessModel
+from experiments.evaluation.lm_eval_task import HarnessTask
 
 ROOT = Path(__file__).parents[3]
 DOCUMENTS = [
@@ -320,7 +323,10 @@ def test_rows_from_evaluate(run_dir, task_dir):
     assert [row["stderr"] is None for row in rows[:3]] == [False, True, False]  # lm_eval has none for a perplexity
     assert rows[0]["causal_sparsity"] < rows[3]["causal_sparsity"]
     assert list(evaluate(config, find_target(config))) == []
-    config.tasks = ["lm_eval/none"]
+    config.template = "chatml"
+    with pytest.raises(ValueError, match="template=chatml is not for lm_eval/tiny_choice: template=tokenizer"):
+        find_target(config)
+    config.template, config.tasks = "base", ["lm_eval/none"]
     with pytest.raises(ValueError, match="lm_eval has no task none"):
         list(evaluate(config, find_target(config)))
 
@@ -342,6 +348,43 @@ def test_lm_evals_own_command_line(run_dir, task_dir, tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit, match="1"):
         harness.main()
     assert re.search("error: .*/nonexistent.*", capsys.readouterr().err)
+
+
+def test_an_exported_folder_answers_as_its_run(run_dir, task_dir, tmp_path):
+    """By lm_eval's own model arguments and by evaluate.py, without any text."""
+    folder = tmp_path / "exported"
+    export(run_dir, folder)
+    asked = requests("loglikelihood", *((document["text"], " = 1") for document in DOCUMENTS))
+    run, exported = (HarnessModel(str(place), device="cpu") for place in (run_dir, folder))
+    assert exported.loglikelihood(asked, disable_tqdm=True) == run.loglikelihood(asked, disable_tqdm=True)
+    assert exported.tok_encode("import os") == run.tok_encode("import os")
+    same = {"tasks": ["lm_eval/tiny_choice"], "device": "cpu", "harness_path": str(task_dir), "lengths": [64]}
+    rows = []
+    for place in (run_dir, folder):
+        config = EvaluateConfig(run=str(place), output=str(tmp_path / place.name), **same)
+        rows += evaluate(config, find_target(config))
+    assert rows[0]["score"] == rows[1]["score"]
+    assert [row["label"] for row in rows] == ["dash", "dash, exported"]
+
+
+def test_evaluate_puts_tasks_by_the_tokenizers_template(chat_model, task_dir, monkeypatch):
+    seen = []
+
+    def simple_evaluate(model, *, apply_chat_template, **options):
+        seen.append(apply_chat_template)
+        raise InterruptedError
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", simple_evaluate)
+    options = {"length": 64, "rows": 2, "rows_per_batch": 2, "fewshot": 1, "include_path": str(task_dir)}
+    for chat, variant in ((False, "1-shot"), (True, "1-shot, template=tokenizer")):
+        task = HarnessTask("lm_eval/tiny_choice", chat_model.tokenizer, **options, chat=chat)
+        assert task.columns["variant"] == variant
+        with pytest.raises(InterruptedError):
+            next(task.run(SimpleNamespace(model=chat_model.model), task.names))
+    assert seen == [False, True]
+    chat_model.tokenizer.settings.pop("chat_template")
+    with pytest.raises(ValueError, match="has no chat template"):
+        HarnessTask("lm_eval/tiny_choice", chat_model.tokenizer, **options, chat=True)
 
 
 def test_refusals(run_dir):
