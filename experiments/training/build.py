@@ -74,6 +74,7 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     ranks = init_ranks(config.device, config.sequence_parallel)
+    config = replace(config, data=ranks.gather(config.data)[0])  # a branch on the hub may move between two looks
     run_dir = verify_checkpoint(run_dir, config, ranks)
     rows, micro_batches = accumulation(config, ranks.world_size)
     check_room(config, ranks)

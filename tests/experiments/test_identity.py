@@ -4,8 +4,10 @@ import json
 import os
 import random
 import shutil
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from experiments.evaluation.export import export
 from experiments.evaluation.generate import GenerateConfig, run_generation
 from experiments.evaluation.target import locate, validation_stream
 from experiments.files import read_rows
+from experiments.training import build as build_module
 from experiments.training.check import check
 from experiments.training.checkpoint import seal
 from experiments.training.prepare import prepare
@@ -320,3 +323,21 @@ def test_a_run_of_before_there_was_a_beginning_goes_on_without(make, tmp_path):
     assert locate(str(run), "cpu").tokenizer.bos_token is None
     assert make("on", f"init_from={run}").data.bos_token == "none"
     assert_same(weights(train(make("run", f"data.tokenizer={folder}", "steps=2")), 2), last)
+
+
+def test_all_ranks_read_the_data_that_the_first_one_found(make, monkeypatch):
+    """Each looks up a branch on the hub for itself, which may move meanwhile."""
+    config, opened = check(make("run", "rows_per_batch=2", "rows_per_micro_batch=1")), []
+    first = replace(config.data, max_documents=7)  # in place of another commit
+    ranks = SimpleNamespace(world_size=2, device=torch.device("cpu"), gather=lambda value: [first, value])
+    monkeypatch.setattr(build_module, "init_ranks", lambda *_: ranks)
+    monkeypatch.setattr(build_module, "verify_checkpoint", lambda run_dir, *_: run_dir)
+
+    def open_data(config, *_):
+        opened.append(config.data)
+        raise ValueError("opened")
+
+    monkeypatch.setattr(build_module, "_open_data", open_data)
+    with pytest.raises(ValueError, match="opened"), ExitStack() as resources:
+        build_module.build(config, (), resources)
+    assert opened == [first]
