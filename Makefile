@@ -10,7 +10,7 @@ OUTPUT ?= outputs/$(SWEEP)
 STUDIES ?= $(sort $(dir $(wildcard results/*/*.jsonl)))
 FIGURES ?= outputs/figures
 
-.PHONY: install pareto figures test test-all test-crash test-gpu lint lock
+.PHONY: install pareto figures docs test test-all test-crash test-gpu lint lock
 
 install: .venv/.installed
 
@@ -22,6 +22,12 @@ pareto: install
 # All figures and tables of evaluated studies, and a page that holds them; from rows alone, without a GPU.
 figures: install
 	$(PY) -m experiments.figures $(FIGURES) $(STUDIES)
+
+# The documentation as a site: outputs/docs/site/index.html.
+docs: install
+	rm -rf outputs/docs
+	$(PY) -m docs.build outputs/docs/pages
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 test: install lint
 	$(PY) -m pytest -n 2 --dist worksteal -m "not slow"
@@ -53,6 +59,6 @@ lint: install
 # The lock names no build of torch, nor the CUDA libraries that its GPU build brings along itself: with a GPU that one is
 # installed, without one what find-links offers.
 lock: install
-	.venv/bin/uv pip compile --quiet --upgrade --python-version 3.11 $(FIND_LINKS) --extra train --extra dev \
+	.venv/bin/uv pip compile --quiet --upgrade --python-version 3.11 $(FIND_LINKS) --extra train --extra dev --extra docs \
 		--no-annotate --custom-compile-command "make lock" pyproject.toml -o requirements.lock
 	sed -i -e 's/^\(torch==[0-9.]*\)+cpu/\1/' -e '/^\(nvidia\|cuda\)-/d' requirements.lock

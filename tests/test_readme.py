@@ -69,6 +69,7 @@ TESTED = {
     "make test-all",  # this, and what is marked slow
     "make test-crash",  # experiments/training/test_crash.py, data/test_prepared.py
     "make test-gpu",  # on a GPU
+    "make docs",  # test_docs.py
     "pytest tests/gpu/test_two_gpus.py",  # on two
     "make figures",  # experiments/figures/test_figures.py
     TRAIN,
