@@ -1,5 +1,6 @@
 """What an evaluation says: a line a row as it comes, and at the end all rows that were asked for in one table."""
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 
 from experiments.intervals import LEVEL, interval
@@ -64,9 +65,10 @@ class Display:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
-        self._console = Console(highlight=False)
+        # FORCE_COLOR, which Jupyter sets for what it starts, makes no terminal of a pipe.
+        self._console = Console(highlight=False, force_terminal=sys.stdout.isatty())
         if not self._console.is_terminal:
-            self._console = Console(highlight=False, width=1000)  # nobody's window to fit into
+            self._console = Console(highlight=False, force_terminal=False, width=1000)  # nobody's window to fit into
         columns = ("evaluating", BarColumn(), TaskProgressColumn(), "ETA", TimeRemainingColumn())
         self._progress = Progress(
             *columns, console=self._console, transient=True, refresh_per_second=4, speed_estimate_period=1e5

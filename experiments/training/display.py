@@ -1,6 +1,7 @@
 """What a run says on the terminal: the same lines on a TTY as in a pipe, and on a TTY a bar below them."""
 
 import shlex
+import sys
 from pathlib import Path
 
 from experiments.config import TrainConfig
@@ -34,7 +35,8 @@ class Display:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._name = config.name
-        self._console = Console(highlight=False)
+        # FORCE_COLOR, which Jupyter sets for what it starts, makes no terminal of a pipe.
+        self._console = Console(highlight=False, force_terminal=sys.stdout.isatty())
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),

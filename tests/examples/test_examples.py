@@ -69,6 +69,7 @@ def test_the_notebook_runs_at_smoke_size(tmp_path):
     said = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
     assert float(re.search(r"largest difference of 1024 tokens' logits: (\S+)", said)[1]) < 1e-3
     assert re.search(r"step +3 +loss [\d.]+ +sparsity 7\d\.\d%", said)
+    assert "\x1b[2K" not in said  # bars are for terminals, whatever Jupyter says of colours
     rows = {name: read_rows(tmp_path / "out" / name / "results.jsonl") for name in ("dense", "untrained", "trained")}
     assert {name: len(found) for name, found in rows.items()} == {"dense": 3, "untrained": 6, "trained": 6}
     for row in (*rows["untrained"], *rows["trained"]):

@@ -70,8 +70,9 @@ def test_a_terminal_shows_what_a_pipe_shows_and_ctrl_c_saves(tiny_overrides):
     assert re.search(rf"{last}/400 ETA \d:\d\d:\d\d", bar)
 
     overrides, run_dir = tiny_overrides("piped", *DASH, "steps=4")
-    piped = forked.run("train.py", *overrides)
+    piped = forked.run("train.py", *overrides, env={"FORCE_COLOR": "1"})  # as in a notebook
     assert piped.returncode == 0, piped.stderr
+    assert "\x1b" not in piped.stdout
     assert not piped.stderr
     *rows, complete, following = piped.stdout.splitlines()[1:]
     fields = r"step \d+/\d+ loss [\d.]+ lr [\d.e-]+ gradient [\d.e-]+ [\d,]+ tokens/s sparsity [\d.]+% alpha [\d.]+"
