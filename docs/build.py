@@ -62,7 +62,7 @@ def pages() -> dict[str, str]:
     found["methods.md"] = _page("Methods", *(_method(title, *paths) for title, paths in METHODS.items()))
     found["formats.md"] = _page("File formats", *(f"## {title}\n\n{_module(path)}" for title, path in FORMATS.items()))
     for name in SCHEMAS:
-        found[f"options/{name}.md"] = f"# Options: {name}\n\n```text\n{help_page(name)}\n```\n"
+        found[f"options/{name}.md"] = f"---\nhide: [toc]\n---\n\n# Options: {name}\n\n```text\n{help_page(name)}\n```\n"
     return found
 
 
@@ -115,7 +115,7 @@ def _module(path: str, *, members: bool = False) -> str:
 def _prose(docstring: str) -> str:
     """Text up to the first section (``Args:``); a section as a list."""
     text, *rest = re.split(r"^(?=(?:Args|Attributes|Returns|Raises):$)", docstring, maxsplit=1, flags=re.MULTILINE)
-    parts = [text.rstrip()]
+    parts = [_table(paragraph) for paragraph in text.rstrip().split("\n\n")]
     for section in re.split(r"^(?=\w+:$)", rest[0], flags=re.MULTILINE) if rest else ():
         head, _, body = section.partition(":\n")
         entries = re.split(r"\n(?= {4}\S)", body.rstrip()) if head else []
@@ -123,11 +123,18 @@ def _prose(docstring: str) -> str:
     return "\n\n".join(parts)
 
 
+def _table(paragraph: str) -> str:
+    """A paragraph; as it is set where its lines are columns."""
+    columns = [re.match(r"\S+(?: \S+)* {2,}\S", line) for line in paragraph.splitlines()]
+    return f"```text\n{paragraph}\n```" if sum(map(bool, columns)) > len(columns) / 2 else paragraph
+
+
 def write(folder: Path) -> None:
     for name, text in pages().items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
+    shutil.copy(ROOT / "docs/site.css", folder)
     for name, source in images().items():
         (folder / "images").mkdir(exist_ok=True)
         check_exists(source, "README.md shows it")

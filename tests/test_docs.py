@@ -59,14 +59,14 @@ def test_what_the_pages_name_exists():
         for image in re.findall(r"\(images/([^)]+)\)", text):
             assert build.images()[image].is_file()
     assert len(PAGES["methods.md"].splitlines()) > 400
-    assert r"entmax" in PAGES["methods.md"]
+    assert "entmax" in PAGES["methods.md"]
+    assert "```text\nconfig.yaml        the composed" in PAGES["formats.md"], "columns stay columns"
     for title, paths in build.METHODS.items():
         assert all(list(ROOT.glob(path)) for path in paths), title
 
 
 @pytest.mark.slow
 def test_the_site_is_built(tmp_path):
-    pytest.importorskip("mkdocs")
     build.write(tmp_path / "pages")
     config = (ROOT / "mkdocs.yml").read_text().replace("outputs/docs", str(tmp_path))
     (tmp_path / "mkdocs.yml").write_text(config)
@@ -77,4 +77,5 @@ def test_the_site_is_built(tmp_path):
         path.relative_to(tmp_path / "site").with_suffix(".md").as_posix() for path in tmp_path.glob("site/**/*.html")
     }
     assert pages - {"404.md"} == set(PAGES)
+    assert (tmp_path / "site/site.css").is_file()
     assert "fonts.googleapis" not in (tmp_path / "site/index.html").read_text()
