@@ -104,6 +104,7 @@ def _become(arguments: list[str], cwd: str, environment: dict[str, str], paths: 
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
+    sys.dont_write_bytecode = bool(environment.get("PYTHONDONTWRITEBYTECODE"))  # which only a start looks at
     for descriptor, path in paths.items():
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, descriptor)

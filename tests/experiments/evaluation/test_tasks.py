@@ -341,7 +341,7 @@ def test_a_placement_that_does_not_exist_is_refused():
         ({"tasks": ["routing"], "probes": ["cwe"]}, "whose answer stands in one place"),
         ({"tasks": ["vt"], "lengths": [256]}, "needs at least 512 tokens"),
         ({"tasks": ["vt"], "lengths": [512], "template": "llama3"}, "which the tokenizer lacks"),
-        ({"tasks": ["niah"], "lengths": [512], "haystack": "/none.txt"}, "cannot be read"),
+        ({"tasks": ["niah"], "lengths": [512], "haystack": "/none.txt"}, "/none.txt does not exist: give a text file"),
     ],
 )
 def test_refusals_of_a_text_run(text_run, changes, message):
