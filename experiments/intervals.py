@@ -51,12 +51,15 @@ def interval(row: Mapping) -> tuple[float, float] | None:
         return None
     if row["metric"] in SHARES:
         return _wilson(score, score * (1 - score) / stderr**2 if stderr else samples)
-    if stderr is None or samples < 2:
-        return None
+    return None if stderr is None or samples < 2 else student(score, stderr, samples)
+
+
+def student(mean: float, stderr: float, samples: int) -> tuple[float, float]:
+    """Student's 95 % confidence interval of a mean over ``samples`` of at least 2."""
     from scipy.special import stdtrit
 
     half = float(stdtrit(samples - 1, (1 + LEVEL) / 2)) * stderr
-    return score - half, score + half
+    return mean - half, mean + half
 
 
 def _wilson(share: float, samples: float) -> tuple[float, float]:

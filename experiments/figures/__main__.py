@@ -20,6 +20,7 @@ from experiments.figures.curves import (
     make_training,
 )
 from experiments.figures.page import Section, to_html
+from experiments.figures.paired import make_paired
 from experiments.figures.published import make_published
 from experiments.figures.routers import (
     make_active_tokens,
@@ -53,6 +54,7 @@ FIGURES = (
     Figure(14, "published", "The paper's numbers and ours", "RULER and speed rows", make_published),
     Figure(15, "throughput", "Training throughput", "python -m experiments.throughput", make_throughput),
     Figure(16, "parallel", "Several GPUs against one", "python -m experiments.throughput.scaling", make_parallel),
+    Figure(17, "paired", "Differences in loss on the same rows", "evaluate.py sparsities=[...]", make_paired),
 )
 
 

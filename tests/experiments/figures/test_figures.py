@@ -16,8 +16,10 @@ from experiments.figures import curves, routers, scores
 from experiments.figures import page as page_module
 from experiments.figures.__main__ import FIGURES, main, write_figures
 from experiments.figures.page import WIDEST
+from experiments.figures.paired import make_paired
 from experiments.figures.published import RULER_16K
 from experiments.figures.rows import load_study
+from experiments.figures.setpoints import with_setpoints
 from experiments.files import read_rows
 from experiments.plots import grid, save
 from experiments.speed.rows import DECODE, DENSE, FLASH_3, SETUP, WHOLE
@@ -78,6 +80,9 @@ def rows():
         for depth in (0.0, 0.5, 1.0):
             yield row("niah", "match", depth, length=length, depth=depth)
         yield row("loss", "nats", 3 - length / 4096, length=length)
+    for label, nats in (("infllmv2", [3.0, 4.0]), ("dash", [3.5, 4.0])):
+        asked = {"target_sparsity": 0.5, "sparsity_count": "causal", "length": 256}
+        yield row("loss", "nats", 3.5, label=label, by_row={"corpus": "ab", "nats": nats, "targets": [1, 1]}, **asked)
     for task in SUITES["ruler"]:
         yield row(task, "match", 0.5 if task.startswith("niah") else 0.25, length=16384)
         if task not in ("qa_1", "qa_2"):
@@ -405,7 +410,7 @@ def test_costs_are_per_panel(study):
     (made,) = (f.make(study) for f in FIGURES if f.number == 2)
     assert made.notes[1:] == [
         "Time per decoded token: missing, rows come from evaluate.py tasks=[decode].",
-        "In the table only: 16 panels in which no curve has several points.",
+        "In the table only: 17 panels in which no curve has several points.",
     ]
 
 
@@ -466,3 +471,40 @@ def test_refusals(tmp_path, capsys):
         assert message in capsys.readouterr().err
     with pytest.raises(ValueError, match="no rows below"):
         collect.collect(tmp_path / "empty", tmp_path / "kept")
+
+
+def test_losses_on_the_same_rows_are_compared_row_by_row(study):
+    def loss(label, seed, nats, corpus="a", **changes):
+        by_row = {"corpus": [corpus] * 3, "nats": nats, "targets": [10, 10, 20]}
+        asked = {"target_sparsity": 0.9, "sparsity_count": "causal", "trained_sparsity": 0.75}
+        asked |= {"trained_sparsity_count": "causal", "seed": seed, "by_row": by_row}
+        return with_setpoints(row("loss", "nats", sum(nats) / 40, label=label, **asked | changes))
+
+    made = make_paired(
+        replace(
+            study,
+            evaluations=[
+                loss("infllmv2", 0, [30.0, 20.0, 50.0], causal_sparsity=0.9),
+                loss("infllmv2", 1, [31.0, 22.0, 52.0], causal_sparsity=0.9),
+                loss("dash-sink", 0, [28.0, 19.0, 44.0], causal_sparsity=0.89),
+                loss("dash-sink", 1, [29.0, 21.0, 46.0], causal_sparsity=0.91),
+                loss("dash-sink", 2, [1.0, 1.0, 1.0]),  # nothing to compare with
+                loss("dash", 0, [1.0, 1.0, 1.0], corpus="b"),
+                loss("nsa", 0, [1.0, 1.0, 1.0], rows=9),
+                loss("infllmv2", 0, [30.0, 20.0, 50.0], target_sparsity=None),
+                loss("dash-sink", 0, [31.0, 20.0, 50.0], target_sparsity=None),
+            ],
+        )
+    )
+    found = {r["at"]: r for r in made.table}
+    assert set(found) == {"90%", "as trained"}
+    assert found["as trained"]["difference"] == pytest.approx(1 / 40)
+    at = found["90%"]
+    assert (at["label"], at["trained"], at["seeds"]) == ("dash-sink", "trained", 2)
+    assert at["difference"] == pytest.approx(-9 / 40)
+    assert at["sparsity_difference"] == pytest.approx(0.0)
+    # Per row -2, -1 and -6 of 10, 10 and 20 targets; Student's quantile of 2 degrees of freedom is 4.303.
+    scatter = [-2 + 2.25, -1 + 2.25, -6 + 4.5]
+    half = 4.30265 * np.sqrt(sum(x * x for x in scatter) * 3 / 2) / 40
+    assert [at["low"], at["high"]] == pytest.approx([-9 / 40 - half, -9 / 40 + half], rel=1e-5)
+    assert made.notes[-1].endswith("infllmv2: dash.")
