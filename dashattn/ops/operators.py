@@ -41,8 +41,11 @@ class Operator:
         """``options`` are for an operator without gradients."""
         if torch.compiler.is_compiling() or type(inputs[0]) not in PLAIN:
             return self.op(*inputs, **options)
-        if self._differentiable is not None and torch.is_grad_enabled():
-            return self._differentiable(*inputs, **options)
+        if torch.is_grad_enabled():
+            if self._differentiable is not None:
+                return self._differentiable(*inputs, **options)
+            if any(isinstance(x, Tensor) and x.requires_grad for x in (*inputs, *options.values())):
+                return self.op(*inputs, **options)  # whose backward says that there is none
         with torch.no_grad():
             return self.function(*inputs, **options)
 

@@ -14,6 +14,7 @@ from dashattn.ops.block_sparse import triton as block_sparse
 from dashattn.ops.chunk_summary import triton as chunk_summary
 from dashattn.ops.dash_attention import triton as dash_whole
 from dashattn.ops.gates import triton as gates
+from dashattn.ops.true_mass import triton as true_mass
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -61,6 +62,14 @@ def test_an_eager_call_is_the_operators():
         results[0][2].sum().backward()
     with torch.no_grad():
         assert not dash_whole._forward_op(*arguments)[0].requires_grad
+
+
+def test_an_operator_without_a_gradient_says_so():
+    lse, words = torch.zeros(1, 24, 2), torch.ones(1, 1, 24, 1, dtype=torch.int32)
+    q, k, _ = make_qkv()
+    masses = true_mass._masses_op(q, k, words.to(DEVICE), lse.to(DEVICE), None, 16, 0.25)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        masses.sum().backward()
 
 
 @pytest.mark.parametrize(
