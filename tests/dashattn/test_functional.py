@@ -1,6 +1,7 @@
 """The public functions against the token-by-token oracle, and the properties that users rely on."""
 
 import functools
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -606,6 +607,7 @@ def hopper(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     yield torch.device("cuda")
     torch.nn.attention.restore_flash_attention_impl(_raise_warn=False)
+    sys.modules.pop("flash_attn_interface", None)
 
 
 def test_flash_attention_3_comes_before_cudnn_once_a_program_takes_it(hopper, monkeypatch):

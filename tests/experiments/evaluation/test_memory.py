@@ -35,8 +35,11 @@ class Logits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        # Not the embedding, transposed for a product.
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
         for x in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(x, torch.Tensor) and x.ndim and x.shape[-1] == self.vocab_size:
+            is_new = isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given
+            if is_new and x.ndim and x.shape[-1] == self.vocab_size:
                 self.numel = max(self.numel, x.numel())
         return out
 
