@@ -28,8 +28,8 @@ from dashattn.fields import (
     Threads,
 )
 from data import NO_TOKEN, DataConfig, MixtureDataConfig, MQARDataConfig, TextDataConfig
+from experiments.backend_source import register_plugins
 from experiments.origin import CHECKPOINT, take_from_origin
-from experiments.plugins import register_plugins
 from experiments.schema import DTYPES, fitting, read_values, to_config
 from models import ModelConfig
 from slurm.launcher import LauncherConfig

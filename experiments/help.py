@@ -14,7 +14,7 @@ from string import Template
 import yaml
 
 from experiments.files import CONFIGS
-from experiments.options import REQUIRED, Option, Schema, schema_of_choice, spell
+from experiments.schema_source import REQUIRED, Option, Schema, schema_of_choice, spell
 from experiments.signals import end_silently
 
 # The schema of each configs/NAME.yaml, as it registers it.

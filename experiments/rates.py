@@ -16,7 +16,6 @@ import numpy as np
 from hydra import compose
 from scipy.optimize import nnls
 
-from dashattn.backends import AttentionBackend
 from experiments.config import TrainConfig, to_train_config
 from experiments.files import ROOT, SCALING, THROUGHPUT, read_rows
 from experiments.training.check import accumulation
@@ -107,17 +106,9 @@ def work_of(
         add(("attention", name), read.forward - none.forward, read.backward - none.backward)
         add(("router", name), scored.forward - read.forward, scored.backward - read.backward)
         add_passes(("passes", "compiled" if compiled else "eager"))
-        if name != "full":
+        if backend.config.knob is not None:
             add_passes(("passes", name))
     return {kind: seconds for kind, seconds in work.items() if seconds > 0}
-
-
-def summaries_read(backend: AttentionBackend, length: int) -> float:
-    """Summaries, or windows, that a token scores on average in an unpacked row."""
-    config = backend.config
-    if config.blocks is None or backend.source is not None or config.name in ("sink_window", "oracle"):
-        return 0.0
-    return (length + 1) / 2 / getattr(config, "kernel_stride", getattr(config, config.blocks))
 
 
 @cache
@@ -245,7 +236,7 @@ def estimate_rate(
     like = kind if kind in found.slowness else max(found.slowness, key=found.slowness.get)
     length = config.data.seq_len
     reads = [
-        ((length + 1) / 2 * (1 - (sparsity if backend.config.knob else 0.0)), summaries_read(backend, length))
+        ((length + 1) / 2 * (1 - (sparsity if backend.config.knob else 0.0)), backend.summaries_scored(length))
         for backend in model.backends
     ]
     work = work_of(model, peak, reads, compiled=config.compile, checkpointed=config.activation_checkpointing)

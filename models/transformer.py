@@ -22,8 +22,8 @@ from dashattn.selection import Chosen
 from dashattn.stats import AttentionStats
 from models.cache import ModelCache
 from models.config import ModelConfig
-from models.layers import RMSNorm, SwiGLU, project
 from models.loss import IGNORE, chunk_loss, cross_entropy
+from models.modules import RMSNorm, SwiGLU, project
 from models.rope import no_rotation, rope_tables
 from models.sequence_parallel import SequenceParallel
 

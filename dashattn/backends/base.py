@@ -350,6 +350,11 @@ class AttentionBackend(nn.Module):
         flops = self.flops(active_tokens, routing_reads)
         return (flops.attention + flops.routing) / (2 * self.shape.group_size)
 
+    def summaries_scored(self, length: int) -> float:
+        """Summaries, or windows, that a token scores on average in an unpacked row. Here, where there are blocks, those
+        of as many keys as a block."""
+        return 0.0 if self.config.blocks is None else (length + 1) / 2 / getattr(self.config, self.config.blocks)
+
     def kept_bytes(self, length: int, itemsize: int) -> float:
         """What the kernels keep of a token for the backward pass beside q, k, v and the output, in bytes, in an
         unpacked row of ``length`` tokens of a type of ``itemsize`` bytes: here a float32 number for each query head,

@@ -43,6 +43,9 @@ class SinkWindowBackend(AttentionBackend):
     def block_size(self):
         return self.config.block_size
 
+    def summaries_scored(self, length):
+        return 0.0
+
     def _attend(self, q, cache, hidden, operations):
         keys, positions = cache["k"], new_positions(cache.lengths, q.shape[1])
         selection = window_selection(positions, keys.shape, **forced_sizes(self.config))
@@ -92,6 +95,9 @@ class OracleBackend(AttentionBackend):
     @property
     def block_size(self):
         return self.config.block_size
+
+    def summaries_scored(self, length):
+        return 0.0
 
     def _attend(self, q, cache, hidden, operations):
         config, keys, positions = self.config, cache["k"], new_positions(cache.lengths, q.shape[1])

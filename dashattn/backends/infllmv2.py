@@ -69,6 +69,9 @@ class InfLLMv2Backend(AttentionBackend):
 
     capabilities = Capabilities(hands_on=True)
 
+    def summaries_scored(self, length):
+        return (length + 1) / 2 / self.config.kernel_stride
+
     def flops(self, active_tokens, routing_reads):
         flops = super().flops(active_tokens, routing_reads)
         return replace(flops, backward=2 * flops.attention)

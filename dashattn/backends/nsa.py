@@ -228,6 +228,9 @@ class NSABackend(AttentionBackend):
         own = 0 if self.branch_kv is None else 2 * per_window
         return super().kept_bytes(length, itemsize) - 4 * shape.num_heads + outputs + windows + own
 
+    def summaries_scored(self, length):
+        return (length + 1) / 2 / self.config.kernel_stride
+
     def flops(self, active_tokens, routing_reads):
         """Keys that the selected and the window branch both read count once, as they do in the sparsity."""
         config, shape = self.config, self.shape

@@ -34,3 +34,6 @@ class SharingBackend(AttentionBackend):
     @property
     def block_size(self):
         return getattr(self.config, self.config.blocks)
+
+    def summaries_scored(self, length):
+        return 0.0

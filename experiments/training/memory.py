@@ -14,7 +14,7 @@ from experiments.training.check import accumulation
 from experiments.training.optim import freeze
 from experiments.training.ranks import Ranks
 from models import Transformer
-from models.memory import layer_bytes, loss_bytes
+from models.activations import layer_bytes, loss_bytes
 
 GIB = 2**30
 # Largest number of elements that DeepSpeed reduces, or gathers, at once.

@@ -13,7 +13,7 @@ from experiments.cli import COMMANDS, main
 from experiments.errors import user_errors
 from experiments.files import CONFIGS, ROOT
 from experiments.help import SCHEMAS, Command, advice, did_you_mean, help_page
-from experiments.options import Schema
+from experiments.schema_source import Schema
 
 OF_LM_EVAL = {"harness"}  # whose own help is shown, by a process of its own: a model is registered once in each
 

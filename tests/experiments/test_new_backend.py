@@ -1,12 +1,15 @@
 """A backend that nothing here has heard of, added to a copy of the code as the README says, goes the whole way."""
 
+import ast
 import csv
 import json
 from types import SimpleNamespace
 
 import pytest
 
+from dashattn.backends import BACKENDS
 from experiments import signals
+from experiments.files import ROOT
 from experiments.provenance import snapshot
 from experiments.sweep import run_cell as sweep
 from experiments.sweep.cells import read_plan
@@ -135,3 +138,15 @@ def test_its_numerics_are_measured(code, tmp_path):
     assert {row["tensor"] for row in rows if row["backend"] == "last_blocks"} == {"out", "dq", "dk", "dv"}
     timed = "from experiments.speed.methods import BACKENDS; print(*(m.stage for m in BACKENDS['last_blocks']))"
     assert run(code, "-c", timed) == "whole\n"
+
+
+def test_what_stands_above_the_attention_library_asks_for_no_backend_by_name():
+    """But for dense attention, the control."""
+    names, found = set(BACKENDS.own) - {"full"}, []
+    paths = [path for folder in ("data", "experiments", "models", "slurm") for path in (ROOT / folder).rglob("*.py")]
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare):
+                compared = {x.value for x in ast.walk(node) if isinstance(x, ast.Constant)}
+                found += [f"{path}:{node.lineno} {name}" for name in names & compared]
+    assert found == []

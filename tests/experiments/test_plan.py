@@ -139,7 +139,7 @@ def test_work_without_rows_costs_what_that_of_another_backend_does():
 def test_layers_that_take_a_selection_over_score_nothing():
     layers = {"*/2": "dash", "*": {"share_selection_from": -1}}
     backends = build_backends(DashConfig(layers=layers), AttentionShape(64, 4, 2, 16), 2)
-    assert [rates.summaries_read(backend, 127) for backend in backends] == [1, 0]
+    assert [backend.summaries_scored(127) for backend in backends] == [1, 0]
 
 
 @pytest.mark.parametrize("study", ["rates_h200", "ablations_h200"])

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
 from dashattn import dash_attention
 from dashattn.backends import AttentionShape, DashConfig, InfLLMv2Config, NSAConfig, build_backend
+from dashattn.ops import operators
 from dashattn.ops.band import triton as band
 from dashattn.ops.block_scores import triton as block_scores
 from dashattn.ops.block_sparse import triton as block_sparse
@@ -70,6 +72,35 @@ def test_an_operator_without_a_gradient_says_so():
     masses = true_mass._masses_op(q, k, words.to(DEVICE), lse.to(DEVICE), None, 16, 0.25)
     with pytest.raises(RuntimeError, match="no autograd formula"):
         masses.sum().backward()
+
+
+def test_an_operator_whose_option_has_a_gradient_says_so_too():
+    @operators.operator("test_scaled")
+    def scaled(x: Tensor, factor: Tensor) -> Tensor:
+        return x * factor
+
+    x, factor = torch.ones(2), torch.ones(2)
+    assert not scaled(x, factor=factor).requires_grad
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        scaled(x, factor=factor.requires_grad_()).sum().backward()
+
+
+def test_outputs_that_nobody_used_have_no_gradient():
+    given = []
+
+    @operators.operator("test_two_outputs")
+    def two_outputs(x: Tensor) -> tuple[Tensor, Tensor]:
+        return 2 * x, 3 * x
+
+    def backward(ctx, first, second):
+        given.append((first, second))
+        return 2 * first
+
+    two_outputs.register_autograd(backward, setup_context=lambda ctx, inputs, output: None)
+    x = torch.ones(2, requires_grad=True)
+    two_outputs(x)[0].sum().backward()
+    assert torch.equal(x.grad, torch.full((2,), 2.0))
+    assert given[0][1] is None
 
 
 @pytest.mark.parametrize(

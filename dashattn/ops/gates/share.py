@@ -1,4 +1,7 @@
-"""A branch's share of NSA's gated sum, added by the kernel that computes the branch: no branch is stored by itself."""
+"""A branch's share of NSA's gated sum, added by the kernel that computes the branch: no branch is stored by itself.
+
+Shapes: n = B T tokens laid out flat, Hq query heads, D head size; R rows of a program, a token's query head each.
+"""
 
 from dataclasses import dataclass
 

@@ -48,8 +48,8 @@ def layer_bytes(
     if config.qk_norm != "none":
         norms += queries + keys + 4 * (2 if config.qk_norm == "width" else config.num_heads + config.num_kv_heads)
     attention = 2 * queries + 2 * keys + backend.kept_bytes(length, itemsize)
-    if backend.config.name == "full" and not compiled:
-        attention += queries  # cuDNN's output lies heads first, and is copied for the projection
+    if backend.config.knob is None and not compiled:
+        attention += queries  # dense: cuDNN's output lies heads first, and is copied for the projection
     # gate, up and their product; eager also silu(gate), which a compiled backward makes again.
     mlp = (3 if compiled else 4) * inner
     lists = backend.scratch_bytes(length, itemsize)
