@@ -1,1 +1,1 @@
-"""DashAttention and its rivals inside other libraries; a module a library, which imports it."""
+"""DashAttention and its rivals inside other libraries; modules begin with the name of the library."""

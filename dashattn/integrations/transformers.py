@@ -1,4 +1,5 @@
-"""The attentions that need no parameters of their own, as ``attn_implementation`` of transformers.
+"""The attentions as ``attn_implementation`` of transformers: those that need no parameters of their own in any
+checkpoint, and all in exports of sparse runs.
 
     from dashattn.integrations.transformers import register
 
@@ -12,17 +13,21 @@ bring (``dashattn.plugins``). ``config.dashattn``, or ``dashattn`` in config.jso
 was dense.
 
 An export of a sparse run (``experiments.evaluation.export``) loads without ``attn_implementation``, attends as its
-``config.attention`` says, and has its chunk queries. Another one may be given.
+``config.attention`` says, and has its parameters: ``self_attn.indexer_q`` (chunk queries), and ``self_attn.backend``
+(gates, compression, index). Another attention may be given. Learned parameters see where a key stands in its row, so
+that the position_ids of its padded rows must not count the padding; ``generate`` makes them so.
 
 Keys come from transformers' cache, whichever it is, and nothing is kept beside it: a step of generation makes the
 summaries of all cached chunks anew and copies the keys, which costs O(S) a token. Under gradients it costs O(S^2).
+The index keys of ``indexer`` are made of hidden states, which no cache of transformers holds: ``use_cache=False``.
 Rows may be padded on either side, each as it would be alone; documents packed in rows are told by position_ids that
 start anew. What is not computed is refused. Written for transformers 5.23, which requirements.lock names.
 
-Shapes: B rows, T tokens of the query, S keys, H heads, D head size.
+Shapes: B rows, T tokens of the query, S keys, H heads, D head size, E hidden size.
 """
 
 import json
+from copy import deepcopy
 from dataclasses import fields, replace
 from functools import cache, lru_cache, partial
 
@@ -42,6 +47,7 @@ from transformers import (
 
 from dashattn.backends import BACKENDS, AttentionBackend, AttentionConfig, AttentionShape, DashConfig, build_backends
 from dashattn.checks import check
+from dashattn.integrations.transformers_rows import check_positions, documents, rows
 
 PRESETS: dict[str, AttentionConfig] = {
     **{name: BACKENDS[name][0]() for name in ("dash", "infllmv2", "nsa", "indexer", "sink_window", "oracle")},
@@ -55,6 +61,8 @@ PRESETS: dict[str, AttentionConfig] = {
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3", "smollm3")
 EXPORT = "dashattn"  # the model_type of exports
 QUERIES = "indexer_q"  # of a layer of an export, [Hkv * D]
+OWN = "backend"  # of a layer of an export: a module of the attention's other parameters
+_CACHED = ("dash", "nsa")  # of those with parameters of their own, what makes its cache of keys and values alone
 _NO_OPTIONS = {"name", "target_sparsity", "sparsity_count", "sparsity_control"}  # of those who train
 
 
@@ -63,13 +71,18 @@ def register() -> None:
     changes nothing.
 
     A forward pass raises ValueError for what is not computed: options that do not exist, attentions with parameters of
-    their own, other architectures, rows longer than a sliding window, masks with holes or of four dimensions,
-    attention dropout, attention weights as an output, and generation with a cache by a backend that has none.
+    their own in what is no export of theirs, other architectures, rows longer than a sliding window, masks with holes
+    or of four dimensions, attention dropout, attention weights as an output, and generation with a cache by a backend
+    that has none or would need hidden states of cached tokens.
     """
-    for name in (*PRESETS, *BACKENDS.plugins()):
+    for name in _names():
         AttentionInterface.register(name, partial(_attention, name))
-        AttentionMaskInterface.register(name, _rows)
+        AttentionMaskInterface.register(name, rows)
     AutoConfig.register(EXPORT, ExportConfig, exist_ok=True)
+
+
+def _names() -> list[str]:
+    return [*PRESETS, *BACKENDS.plugins()]
 
 
 class ExportConfig(PreTrainedConfig):
@@ -108,11 +121,17 @@ def _export_config(kind: str) -> type[PreTrainedConfig]:
                 backend = _backend(config.attention["name"], layer.self_attn, shape, torch.float32, torch.device("cpu"))
                 if hasattr(backend, "chunk_query"):
                     setattr(layer.self_attn, QUERIES, nn.Parameter(weight.new_zeros(backend.chunk_query.numel())))
+                if _own_names(backend):
+                    own = deepcopy(backend).to(weight.device, weight.dtype).requires_grad_(True)
+                    if hasattr(own, "chunk_query"):
+                        del own.chunk_query
+                    setattr(layer.self_attn, OWN, own)
+                    layer.self_attn.register_forward_pre_hook(_hand_over_hidden, with_kwargs=True)
 
         @classmethod
         def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
             model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-            missing = sorted(name for name in info["missing_keys"] if name.endswith(QUERIES))
+            missing = sorted(name for name in info["missing_keys"] if {QUERIES, OWN} & set(name.split(".")))
             # Nobody would have given them a value.
             check(not missing, f"the checkpoint has no {', '.join(missing)}: export the run again")
             return (model, info) if output_loading_info else model
@@ -122,45 +141,11 @@ def _export_config(kind: str) -> type[PreTrainedConfig]:
     return config_class
 
 
-def _rows(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    attention_mask: Tensor | None = None,
-    use_vmap: bool = False,
-    **_,
-) -> Tensor | None:
-    """What transformers hands to every layer as its mask: int64 [B, 1, 1, 3], of each row the columns of its first
-    token, behind its last one, and of the first new one; None where rows are whole and end with the keys.
-
-    A mask of four dimensions is made by transformers only once; those of others are never int64.
-    """
-    new = int(q_offset)
-    end = new + q_length
-    check(kv_offset == 0, "the cache has dropped keys that left a sliding window: set config.sliding_window=None")
-    check(not use_vmap, "mask functions of one's own are not computed: choose attn_implementation='sdpa'")
-    if attention_mask is None:
-        if end == kv_length:
-            return None
-        return torch.tensor([0, end, new]).expand(batch_size, 1, 1, 3)
-    check(
-        attention_mask.shape == (batch_size, attention_mask.shape[1]) and attention_mask.shape[1] >= end,
-        f"attention_mask must have a column for each of {end} tokens, cached ones too; got "
-        f"{tuple(attention_mask.shape)}",
-    )
-    mask_BS = attention_mask[:, :end].long()
-    start_B = mask_BS.argmax(1)
-    stop_B = start_B + mask_BS.sum(1)
-    column_S = torch.arange(end, device=mask_BS.device)
-    check(
-        torch.equal(mask_BS.bool(), (column_S >= start_B[:, None]) & (column_S < stop_B[:, None])),
-        "attention_mask has holes between a row's tokens: pad prompts on the left (tokenizer.padding_side='left')",
-    )
-    if end == kv_length and bool(mask_BS.all()):
-        return None
-    return torch.stack([start_B, stop_B, torch.full_like(start_B, new)], 1)[:, None, None]
+def _hand_over_hidden(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Gives ``_attention`` the input of the layer's attention; other implementations are not told."""
+    if module.config._attn_implementation in _names():
+        kwargs = {**kwargs, "hidden": kwargs["hidden_states"]}
+    return args, kwargs
 
 
 def _attention(
@@ -174,10 +159,11 @@ def _attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     position_ids: Tensor | None = None,
+    hidden: Tensor | None = None,
     **options,
 ) -> tuple[Tensor, None]:
-    """Transformers' signature: query [B, Hq, T, D], key and value [B, Hkv, S, D], ``attention_mask`` from ``_rows``.
-    The result is [B, T, Hq, D]."""
+    """Transformers' signature: query [B, Hq, T, D], key and value [B, Hkv, S, D], ``attention_mask`` from ``rows``.
+    ``hidden`` [B, T, E] comes from layers of exports. The result is [B, T, Hq, D]."""
     q_BTHD, k_BSHD, v_BSHD = (x.transpose(1, 2) for x in (query, key, value))
     (batch, num_tokens), num_keys = q_BTHD.shape[:2], k_BSHD.shape[1]
     _check_call(name, module.config, attention_mask, dropout, position_ids, options)
@@ -197,13 +183,41 @@ def _attention(
     position_BT = position_ids.to(query.device).expand(batch, num_tokens)
     cu_seqlens = None
     if attention_mask is None and num_tokens == num_keys:
-        cu_seqlens = _documents(position_BT, options)
-    else:
-        _check_positions(position_BT, rows_B3)
+        cu_seqlens = documents(position_BT, options)
+    own = _own_parameters(backend, module)
+    if attention_mask is not None or num_tokens != num_keys:
+        check_positions(position_BT, rows_B3, learned=bool(own))
+    own = {f"backend.{parameter}": value.to(query.dtype) for parameter, value in own.items()}
+    hidden_BTE = None if hidden is None or not _own_names(backend) else hidden.to(query.dtype)
+    return functional_call(_Layer(backend), own, (q_BTHD, k_BSHD, v_BSHD, rows_B3, cu_seqlens, hidden_BTE)), None
+
+
+def _own_names(backend: AttentionBackend) -> set[str]:
+    """Names of the parameters that are not chunk queries, which are zero where a checkpoint has none."""
+    return {name for name, _ in backend.named_parameters()} - {"chunk_query"}
+
+
+def _own_parameters(backend: AttentionBackend, module: nn.Module) -> dict[str, Tensor]:
+    """What the layer ``module`` has learned of the parameters of its backend."""
     own = {}
     if hasattr(module, QUERIES) and hasattr(backend, "chunk_query"):
-        own["backend.chunk_query"] = getattr(module, QUERIES).to(query.dtype).view_as(backend.chunk_query)
-    return functional_call(_Layer(backend), own, (q_BTHD, k_BSHD, v_BSHD, rows_B3, cu_seqlens)), None
+        own["chunk_query"] = getattr(module, QUERIES).view_as(backend.chunk_query)
+    wanted = _own_names(backend)
+    if not wanted:
+        return own
+    given = dict(getattr(module, OWN).named_parameters()) if hasattr(module, OWN) else {}
+    shapes = {name: parameter.shape for name, parameter in backend.named_parameters() if name in wanted}
+    check(
+        shapes == {name: parameter.shape for name, parameter in given.items()},
+        "config.attention is not that of the layer's parameters: change only what has no part in their shapes",
+    )
+    check(
+        getattr(backend.config, "gradient", None) != "kl"
+        or not (module.training and torch.is_grad_enabled() and any(x.requires_grad for x in given.values())),
+        "the loss by which the index learns (gradient=kl) is not added here: train with train.py init_from, or freeze "
+        f"the parameters of self_attn.{OWN}",
+    )
+    return own | given
 
 
 class _Layer(nn.Module):
@@ -213,14 +227,22 @@ class _Layer(nn.Module):
         super().__init__()
         self.backend = backend
 
-    def forward(self, q_BTHD, k_BSHD, v_BSHD, rows_B3, cu_seqlens):
+    def forward(self, q_BTHD, k_BSHD, v_BSHD, rows_B3, cu_seqlens, hidden_BTE):
         if cu_seqlens is None:
-            return _attend(self.backend, q_BTHD, k_BSHD, v_BSHD, rows_B3)
+            return _attend(self.backend, q_BTHD, k_BSHD, v_BSHD, rows_B3, hidden_BTE)
         packed = (x.flatten(0, 1)[None] for x in (q_BTHD, k_BSHD, v_BSHD))
-        return self.backend(*packed, cu_seqlens=cu_seqlens).view_as(q_BTHD)
+        hidden = None if hidden_BTE is None else hidden_BTE.flatten(0, 1)[None]
+        return self.backend(*packed, hidden=hidden, cu_seqlens=cu_seqlens).view_as(q_BTHD)
 
 
-def _attend(backend: AttentionBackend, q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, rows_B3: Tensor) -> Tensor:
+def _attend(
+    backend: AttentionBackend,
+    q_BTHD: Tensor,
+    k_BSHD: Tensor,
+    v_BSHD: Tensor,
+    rows_B3: Tensor,
+    hidden_BTE: Tensor | None,
+) -> Tensor:
     """Attention of the last T tokens of rows that are padded on either side."""
     batch, num_keys = k_BSHD.shape[:2]
     before = num_keys - q_BTHD.shape[1]
@@ -228,56 +250,39 @@ def _attend(backend: AttentionBackend, q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: T
         before == 0 or backend.capabilities.decode,
         f"attn_implementation={backend.config.name!r} has no cache: pass use_cache=False",
     )
+    check(
+        before == 0 or hidden_BTE is None or backend.config.name in _CACHED,
+        f"attn_implementation={backend.config.name!r} needs the hidden states of cached tokens, which no cache of "
+        "transformers holds: pass use_cache=False",
+    )
     start_B = rows_B3[:, 0]
     column_S = torch.arange(num_keys, device=q_BTHD.device)
 
     def turned(x: Tensor, by_B: Tensor) -> Tensor:
         """Rows begin ``by_B`` columns later in ``x``: what stood before comes behind the last token, which sees it."""
-        return x.take_along_dim(((column_S + by_B[:, None]) % num_keys)[:, :, None, None], 1)
+        index_BS = (column_S + by_B[:, None]) % num_keys
+        return x.take_along_dim(index_BS.view(*index_BS.shape, *[1] * (x.dim() - 2)), 1)
 
     starts = start_B.tolist()
     if any(starts):
         k_BSHD, v_BSHD = turned(k_BSHD, start_B), turned(v_BSHD, start_B)
-    differentiates = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTHD, k_BSHD, v_BSHD))
+    differentiates = torch.is_grad_enabled() and any(
+        x.requires_grad for x in (q_BTHD, k_BSHD, v_BSHD, *backend.parameters())
+    )
     if before > 0 and max(starts) <= before and not differentiates:
         cache = backend.new_cache(batch, num_keys, dtype=k_BSHD.dtype, device=k_BSHD.device)
         backend.write(k_BSHD, v_BSHD, cache.layers[0])
         cache.advance([before - start for start in starts])
-        return backend.attend(q_BTHD, cache.layers[0])
+        return backend.attend(q_BTHD, cache.layers[0], hidden=hidden_BTE)
+    # Tokens of the cache have no hidden state here; nobody reads what they attend to.
     q_BSHD = F.pad(q_BTHD, (0, 0, 0, 0, before, 0))
+    hidden_BSE = None if hidden_BTE is None else F.pad(hidden_BTE, (0, 0, before, 0))
     if any(starts):
-        out_BSHD = turned(backend(turned(q_BSHD, start_B), k_BSHD, v_BSHD), -start_B)
+        hidden_BSE = None if hidden_BSE is None else turned(hidden_BSE, start_B)
+        out_BSHD = turned(backend(turned(q_BSHD, start_B), k_BSHD, v_BSHD, hidden=hidden_BSE), -start_B)
     else:
-        out_BSHD = backend(q_BSHD, k_BSHD, v_BSHD)
+        out_BSHD = backend(q_BSHD, k_BSHD, v_BSHD, hidden=hidden_BSE)
     return out_BSHD[:, before:]
-
-
-def _documents(position_BT: Tensor, options: dict) -> Tensor | None:
-    """cu_seqlens of all rows behind one another; None where each row is one document."""
-    begins_BT = F.pad(position_BT.diff(dim=1) != 1, (1, 0), value=True)
-    if int(begins_BT.sum()) == len(begins_BT):
-        return None
-    check(
-        not options.get("use_cache", True),
-        "position_ids start anew within a row, and packed documents cannot be continued: pass use_cache=False, or "
-        "consecutive position_ids",
-    )
-    ends = torch.tensor([begins_BT.numel()], device=begins_BT.device)
-    return torch.cat([begins_BT.flatten().nonzero()[:, 0], ends]).int()
-
-
-def _check_positions(position_BT: Tensor, rows_B3: Tensor) -> None:
-    """Refuses packed documents beside padding or a cache."""
-    start_B1, stop_B1, new_B1 = rows_B3.split(1, dim=1)
-    column_BT = new_B1 + torch.arange(position_BT.shape[1], device=position_BT.device)
-    is_own_BT = (column_BT >= start_B1) & (column_BT < stop_B1)
-    shift_BT = column_BT - position_BT
-    follows = ((shift_BT == 0) | ~is_own_BT).all(1) | ((shift_BT == start_B1) | ~is_own_BT).all(1)
-    check(
-        bool(follows.all()),
-        "position_ids must count on from 0, padding included or not, in rows that are padded or cached: give packed "
-        "documents without either, with use_cache=False",
-    )
 
 
 def _check_call(name, config, attention_mask, dropout, position_ids, options) -> None:
@@ -307,7 +312,8 @@ def _backend(name, module: nn.Module, shape: AttentionShape, dtype, device) -> A
     """That of the layer whose attention ``module`` is."""
     config = module.config
     options = getattr(config, "dashattn", None) or {}
-    if config.model_type == EXPORT and config.attention["name"] == _preset(name).name:
+    is_export = config.model_type == EXPORT and config.attention["name"] == _preset(name).name
+    if is_export:
         check(
             not options,
             "config.dashattn is not read where config.attention has the options of an export: set them there",
@@ -315,7 +321,21 @@ def _backend(name, module: nn.Module, shape: AttentionShape, dtype, device) -> A
         options = {option: value for option, value in config.attention.items() if option not in _NO_OPTIONS}
     check(isinstance(options, dict), f"config.dashattn must be a mapping of options; got {options!r}")
     settings = json.dumps(options, sort_keys=True)
-    return _backends(name, settings, shape, config.num_hidden_layers, dtype, device)[module.layer_idx]
+    backend = _backends(name, settings, shape, config.num_hidden_layers, dtype, device)[module.layer_idx]
+    own = _own_names(backend)
+    check(
+        is_export or not own,
+        f"attn_implementation={name!r}: {backend.config.name} has parameters of its own ({', '.join(sorted(own))}), "
+        "which the checkpoint does not hold: choose dash_sink, infllmv2 or another without, or read the checkpoint "
+        "with train.py init_from",
+    )
+    rope = getattr(config, "rope_parameters", None) or {}
+    check(
+        not own or backend.config.name in ("dash", "indexer") or rope.get("partial_rotary_factor", 1.0) == 1.0,
+        f"partial_rotary_factor: {backend.config.name} has learned of channels in another order: read the folder with "
+        "evaluate.py",
+    )
+    return backend
 
 
 def _preset(name: str) -> AttentionConfig:
@@ -342,13 +362,6 @@ def _backends(name, settings, shape, num_layers, dtype, device) -> list[Attentio
                 "config.dashattn: transformers hands no selection from layer to layer: leave share_selection_from out "
                 "of layers, or read the checkpoint with train.py init_from",
             )
-            own = {parameter for parameter, _ in backend.named_parameters()} - {"chunk_query"}
-            check(
-                not own,
-                f"attn_implementation={name!r}: {backend.config.name} has parameters of its own "
-                f"({', '.join(sorted(own))}), which a checkpoint of transformers does not hold: choose dash_sink, "
-                "infllmv2 or another without, or read the checkpoint with train.py init_from",
-            )
             backend.requires_grad_(False).to(device, dtype)
     return backends
 
@@ -362,4 +375,8 @@ def _check_config(config: AttentionConfig) -> None:
     check(
         getattr(config, "summary_keys", "rotated") == "rotated" and getattr(config, "summary_rope", "none") == "none",
         "config.dashattn: transformers hands over no rotary tables: set summary_keys=rotated and summary_rope=none",
+    )
+    check(
+        getattr(config, "shared_kv", True),
+        "nsa with shared_kv=false needs the rotary tables of cached tokens: read the folder with evaluate.py",
     )

@@ -46,8 +46,8 @@ def model_card(target: Target, *, dense: bool) -> str:
 
 
 _HOW = (
-    "`init_from=FOLDER model=checkpoint attention=checkpoint` of the code base that made it; or, unless `nsa` or "
-    "`indexer` attends, transformers' `AutoModelForCausalLM` after `dashattn.integrations.transformers.register()`. "
+    "`init_from=FOLDER model=checkpoint attention=checkpoint` of the code base that made it; or transformers' "
+    "`AutoModelForCausalLM` after `dashattn.integrations.transformers.register()`, which refuses what it cannot run. "
     "Other libraries do not know its `model_type`: with dense attention these weights are another model."
 )
 _WARNING = (
