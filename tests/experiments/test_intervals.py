@@ -5,6 +5,7 @@ from statistics import mean, stdev
 
 import pytest
 
+from experiments.evaluation.tasks.base import scatter
 from experiments.intervals import interval, ratio_stderr
 
 
@@ -13,6 +14,10 @@ def test_of_equal_samples_it_is_the_usual_standard_error():
     assert ratio_stderr(values, [1] * 4) == pytest.approx(stdev(values) / 2)
     assert ratio_stderr([10 * v for v in values], [10] * 4) == pytest.approx(stdev(values) / 2)
     assert ratio_stderr([5.0, 0.0], [2, 0]) is None  # one sample holds all
+
+
+def test_what_holds_nothing_is_no_sample():
+    assert scatter([3.0, 0.0, 5.0], [1, 0, 1]) == {"stderr": pytest.approx(1.0), "samples": 2}
 
 
 def test_of_unequal_samples_it_is_how_much_the_mean_moves():

@@ -140,7 +140,11 @@ def test_only_the_exit_code_that_asks_for_it_queues_the_task_again(
 def test_a_job_begins_with_the_code_and_the_call_that_were_submitted(scripts, make_config, tiny_overrides, tmp_path):
     config = make_config("run")
     config.launcher = LauncherConfig(gpus_per_node=0)
-    submit_run(config, tiny_overrides("run")[0])
+    umask = os.umask(0)  # which leaves what is written to everyone
+    try:
+        submit_run(config, tiny_overrides("run")[0])
+    finally:
+        os.umask(umask)
     (folder,) = (tmp_path / "run").glob("slurm")
     (code,) = folder.glob("code-*")
     (tmp_path / "programs" / "srun").write_text(f'#!/bin/sh\necho "$PYTHONDONTWRITEBYTECODE" > {tmp_path}/began\n')
