@@ -36,8 +36,12 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
+def _lines(block):
+    return block.replace("\\\n", " ").splitlines()
+
+
 def readme_commands():
-    lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    lines = [line.split("#")[0].strip() for block in blocks("bash") for line in _lines(block)]
     prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
     inline = re.findall(r"`((?:python|torchrun|deepspeed|pytest|pip|make)\s[^`]*)`", prose)
     commands = {" ".join(line.split()) for line in [*lines, *inline]}
@@ -106,7 +110,8 @@ TESTED = {
     "python evaluate.py run=smollm2 attention=dash_sink sparsities=[0.5,0.75] data=real_text",
     "python -m experiments.evaluation.export --dense outputs/debug-dash debug-hf",  # experiments/test_origin.py
     # experiments/test_plan.py
-    "dashattn plan model=8b model.vocab_size=73448 data.seq_len=32768 attention=dash gpus=64 gpu=H200 sparsity=0.75",
+    "dashattn plan model=8b model.vocab_size=73448 data.seq_len=32768 rows_per_batch=64 activation_checkpointing=true "
+    "attention=dash sparsity=0.75 gpus=64 gpu=H200",
     "dashattn plan sweep=from_scratch gpu=H100",
     "python train.py launcher=slurm launcher.partition=gpu ...",  # slurm/
     "python -m experiments.sweep sweep=pareto launcher=slurm",  # slurm/

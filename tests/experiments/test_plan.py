@@ -1,7 +1,9 @@
 """``dashattn plan``: its numbers against the committed rows, and what train.py refuses by them."""
 
+import re
 from collections import defaultdict
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 
@@ -239,3 +241,12 @@ def test_what_is_said():
         plan.run_plan(["gpu=H300"])
     with pytest.raises(ValueError, match="rows_per_batch=16 does not divide among 3 ranks"):
         plan.run_plan(["gpus=3"])
+
+
+def test_the_commands_that_the_documentation_shows_fit():
+    text = (ROOT / "README.md").read_text() + Path(CONFIGS, "plan.yaml").read_text()
+    commands = re.findall(r"^ *dashattn plan (.*)", text.replace("\\\n", " "), re.MULTILINE)
+    plans = {tuple(sorted(command.split())) for command in commands}
+    assert len(plans) == 3
+    for overrides in plans:
+        assert not re.search(r"does not fit|  no  ", plan.run_plan(overrides)), overrides
