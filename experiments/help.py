@@ -29,6 +29,7 @@ SCHEMAS = {
     "plan": Schema("experiments.plan", "PlanConfig"),
 }
 _CHOICE_SCHEMAS = "experiments.config"  # registers those of the groups' choices
+_TAKE_A_VALUE = ("-c", "--cfg", "-p", "--package", "-i", "--info", "--experimental-rerun")  # of Hydra's options
 _WIDTH = 118
 
 
@@ -79,7 +80,8 @@ def help_page(config_name: str, overrides: Sequence[str] = ()) -> str:
 
 
 def advice(config_name: str, overrides: Sequence[str]) -> str | None:
-    """What is wrong with the names in overrides, and what was meant; None where nothing is, or only Hydra can tell.
+    """What is wrong with overrides, and what was meant: with names, with a word that is no override, or that stands
+    where a list or an integer belongs. None where nothing is, or only Hydra can tell.
 
     Names behind ``+``, in ``hydra.*`` and of another configuration (``--config-name``) are left to Hydra.
     """
@@ -93,7 +95,13 @@ def advice(config_name: str, overrides: Sequence[str]) -> str | None:
         others = [override for override in overrides if override.partition("=")[0] not in own]
         return advice("sweep" if any(other.startswith("sweep=") for other in others) else "train", others)
     command = Command(config_name, overrides)
+    before = ""
     for override in overrides:
+        if "=" not in override and before not in _TAKE_A_VALUE:
+            wrong = command.wrong_word(override)
+            if wrong is not None:
+                return wrong
+        before = override
         found = re.fullmatch(r"([A-Za-z_][\w./-]*)=(.*)", override, re.DOTALL)
         if found is None or found[1].split(".")[0].split("/")[0] == "hydra":
             continue
@@ -107,6 +115,17 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a message about ``word``, which is none of ``known``: those that look like it; nothing without any."""
     close = difflib.get_close_matches(word, list(dict.fromkeys(known)), n=3, cutoff=0.6)
     return f": did you mean {' or '.join(close)}?" if close else ""
+
+
+def _wrong_value(key: str, value: str, kind: str) -> str | None:
+    """What Hydra would say of types: a word where a list or a number belongs."""
+    if not re.fullmatch(r"[\w.+/-]+(,[\w.+/-]+)*", value) or value.lower() == "null":
+        return None
+    if kind.startswith("a list"):
+        return f"{key} is a list: did you mean {key}=[{value}]?"
+    if "," not in value and "integer" in kind and not re.fullmatch(r"[+-]?\d[\d_]*", value):
+        return f"{key} must be {kind}; got {value}"
+    return None
 
 
 def _of_packages(group: str) -> set[str]:
@@ -129,7 +148,7 @@ class Command:
         for entry in config["defaults"]:
             if isinstance(entry, dict):
                 self.groups |= {group: str(c) if c else None for group, c in entry.items() if " " not in group}
-        self.given = {}
+        self.given, self.keys = {}, {override.partition("=")[0] for override in overrides}
         for override in overrides:
             group, _, choice = override.partition("=")
             if group in self.groups:
@@ -175,11 +194,26 @@ class Command:
         options = self.schema.options()
         if "/" in key or (first not in options and first not in self.groups):
             return self._unknown(key)
-        if not rest or options[first].is_open:
+        if not rest:
+            return _wrong_value(key, value, options[first].kind)
+        if options[first].is_open:
             return None
         if first in self.groups:
-            return self._wrong_in_group(first, rest)
+            return self._wrong_in_group(first, rest, value)
         return self._wrong_below(options[first], rest, first, self.values.get(first))
+
+    def wrong_word(self, word: str) -> str | None:
+        """What is wrong with an argument that has no value."""
+        name = word.lstrip("-")
+        if word.startswith("--") and name in {*self.schema.options(), *self.groups} - {"run"}:  # Hydra has a --run
+            return f"{word} does not exist: a setting has no dashes, and its value behind =, as in {name}=..."
+        if not word or word[0] in "-~":
+            return None
+        known = self.keys | self.values.keys() | self.groups.keys()
+        missing = [k for k, option in self.schema.options().items() if option.default == REQUIRED and k not in known]
+        meant = [f"{group}={word}" for group in self.groups if word in self.choices(group)]
+        meant = meant or [f"{key}={word}" for key in missing if len(missing) == 1]
+        return f"{word} is no setting" + (f": did you mean {' or '.join(meant)}?" if meant else "; these are key=value")
 
     def _wrong_choices(self, group: str, value: str) -> str | None:
         if not re.fullmatch(r"[\w,\"' -]*", value):
@@ -193,7 +227,7 @@ class Command:
             )
         return None
 
-    def _wrong_in_group(self, group: str, path: list[str]) -> str | None:
+    def _wrong_in_group(self, group: str, path: list[str], value: str) -> str | None:
         choice = self.chosen[group]
         if choice is not None and choice not in self.choices(group):
             return None  # several, or of another package
@@ -201,6 +235,8 @@ class Command:
         schema = None if choice in (None, "null") else self.schema_of(group, choice)
         own = {} if schema is None else schema.options()
         if path[0] in own:
+            if path[1:] == []:
+                return _wrong_value(name, value, own[path[0]].kind)
             values = {} if schema is None else _values(group, choice)
             return self._wrong_below(own[path[0]], path[1:], f"{group}.{path[0]}", values.get(path[0]))
         fitting = [min(choices, key=len) for kind, choices in kinds.items() if path[0] in kind.options()]

@@ -115,6 +115,13 @@ def test_help_has_values_choices_and_comments():
         ("sweep", "sweep=frontier studies.recall.arms.dash-rwa.turned=4", "did you mean dash-raw"),
         ("scaling", "modes.zreo1.steps=3", "modes.zreo1 does not exist: did you mean zero1"),
         ("generate", "promt=x", "promt does not exist: did you mean prompt"),
+        ("evaluate", "outputs/debug-dash", "outputs/debug-dash is no setting: did you mean run=outputs/debug-dash?"),
+        ("evaluate", "run=x y", "y is no setting; these are key=value"),
+        ("sweep", "smoke", "smoke is no setting: did you mean sweep=smoke?"),
+        ("train", "--attention dash", "--attention does not exist: a setting has no dashes, and its value behind ="),
+        ("evaluate", "run=x tasks=loss,position", "tasks is a list: did you mean tasks=[loss,position]?"),
+        ("train", "steps=1e4", "steps must be a positive integer, below 2**31; got 1e4"),
+        ("train", "attention=dash attention.chunk_size=x", "attention.chunk_size must be a positive integer"),
     ],
 )
 def test_advice(command, overrides, message):
@@ -132,6 +139,8 @@ def test_advice(command, overrides, message):
         ("train", "launcher=slurm launcher.sbatch_args.constraint=h100"),
         ("speed", "--config-name speed_shapes nonsense=1"),
         ("sweep", "sweep=smoke jobs=2 studies.recall.arms.full.train=[]"),
+        ("train", "--cfg job steps=1_000 seed=1,2 rows_per_micro_batch=null"),
+        ("evaluate", "run=x tasks=[loss],[position] lengths=null knobs=${x} rows=${y}"),
     ],
 )
 def test_what_may_be_right_is_left_to_hydra(command, overrides):
