@@ -8,38 +8,25 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from dashattn.backends import DashConfig, FullConfig, IndexerConfig, NSAConfig
+from dashattn.backends import DashConfig, FullConfig, NSAConfig
 from dashattn.integrations.transformers import MODEL_TYPES, PRESETS, register
 from experiments.training.weights import find_weights, load_weights
 from models import Transformer
 from models.generate import generate
 from models.hf import read_attention, read_config, write_folder
-from tests.checkpoints import make_folder
-
-CHUNKS = {"chunk_size": 4, "router_scale": 30.0}
-WINDOWS = {"block_size": 4, "kernel_size": 4, "kernel_stride": 2, "topk": 3, "window_size": 4}
-OPTIONS = {
-    "dash": CHUNKS,
-    "dash_sink": CHUNKS,
-    "dash_topk": {"chunk_size": 4, "topk": 3},
-    "dash_topp": {"chunk_size": 4, "top_p": 0.3},
-    "hils": {"chunk_size": 8, "topk": 4},
-    "moba": {"chunk_size": 4, "topk": 3},
-    "infllmv2": WINDOWS,
-    "sink_window": {"block_size": 4, "local_blocks": 1},
-    "oracle": {"block_size": 4, "topk": 3, "local_blocks": 0},
-}
-CLASSES = {
-    "llama": "Llama",
-    "mistral": "Mistral",
-    "qwen2": "Qwen2",
-    "qwen3": "Qwen3",
-    "olmo2": "Olmo2",
-    "phi3": "Phi3",
-    "smollm3": "SmolLM3",
-}
-LENGTH = 50
-IDS = torch.randint(2, 300, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+from tests.dashattn.transformers_models import (
+    IDS,
+    LENGTH,
+    LENGTHS,
+    OPTIONS,
+    WINDOWS,
+    assert_close,
+    folders_in,
+    new_tokens,
+    padded,
+    theirs,
+    unpadded,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,22 +36,7 @@ def _registered():
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Folder of a model type, made once; weights large enough for attention that is far from uniform."""
-    made = {}
-
-    def folder(kind="llama"):
-        if kind not in made:
-            classes = tuple(getattr(transformers, f"{CLASSES[kind]}{end}") for end in ("Config", "ForCausalLM"))
-            made[kind] = make_folder(tmp_path_factory.mktemp(kind), classes, initializer_range=0.4)
-        return made[kind]
-
-    return folder
-
-
-def theirs(folder, name, **options):
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=name).eval()
-    model.config.dashattn = OPTIONS.get(name, {}) | options
-    return model
+    return folders_in(tmp_path_factory)
 
 
 def ours(folder, name, **options):
@@ -73,10 +45,6 @@ def ours(folder, name, **options):
     model = Transformer(read_config(folder), config)
     load_weights(model, find_weights(folder))
     return model.eval()
-
-
-def assert_close(x, y):
-    torch.testing.assert_close(x, y, atol=2e-4, rtol=2e-4)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -92,27 +60,6 @@ def test_a_prompt_has_our_logits(folders, name):
 @torch.no_grad()
 def test_every_architecture(folders, kind):
     assert_close(theirs(folders(kind), "dash_sink")(IDS).logits, ours(folders(kind), "dash_sink")(IDS).logits)
-
-
-LENGTHS = [30, 7, 19]
-
-
-def unpadded():
-    return [IDS[0, :length].tolist() for length in LENGTHS]
-
-
-def padded(side, lengths):
-    """Rows of the first tokens of ``IDS[0]``, and their mask."""
-    column, length = torch.arange(max(lengths)), torch.tensor(lengths)[:, None]
-    mask = column >= max(lengths) - length if side == "left" else column < length
-    ids = torch.zeros(mask.shape, dtype=torch.int64).masked_scatter(mask, torch.cat([IDS[0, :n] for n in lengths]))
-    return ids, mask.long()
-
-
-def new_tokens(model, ids, count, **options):
-    length = ids.shape[1]
-    options = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0, "eos_token_id": 309} | options
-    return model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, **options)[:, length:]
 
 
 @pytest.mark.parametrize("name", ["dash_sink", "infllmv2", "sink_window"])
@@ -326,192 +273,6 @@ def test_chunk_queries_of_an_export_learn(folders, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
     loaded(IDS, labels=IDS).loss.backward()
     assert all(layer.self_attn.indexer_q.grad.abs().amax() > 0 for layer in loaded.model.layers)
-
-
-NSA = NSAConfig(**WINDOWS)
-MINICPM = NSAConfig(**WINDOWS | {"topk": 4, "window_size": 0}, variant="minicpm")
-INDEXER = IndexerConfig(block_size=4, index_size=8, topk=6)
-WITH_PARAMETERS = {
-    "nsa": NSA,
-    "nsa_minicpm": MINICPM,
-    "nsa, first layer": NSAConfig(**WINDOWS, layers={"1": "full"}),
-    "indexer": INDEXER,
-    "indexer, prior": IndexerConfig(block_size=4, index_size=8, topk=6, gradient="prior", index_pooling="mean"),
-    "dash, learnable alpha": DashConfig(chunk_size=4, router_scale=3.0, alpha_mode="learnable"),
-}
-
-
-def with_parameters(folder, path, attention):
-    """A model whose attention's parameters all have values that count, and its export."""
-    model = Transformer(read_config(folder), attention)
-    load_weights(model, find_weights(folder))
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for backend in model.backends:
-            for key, parameter in backend.named_parameters():
-                # An index of larger ones is sure of a single block.
-                parameter.normal_(std=0.1 if "index" in key else 0.5, generator=generator)
-    write_folder(path, model.config, model.state_dict(), attention)
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def pairs(folders, tmp_path_factory):
-    """Our model of an attention with parameters of its own, and its export in transformers; made once."""
-    made = {}
-
-    def pair(name):
-        if name not in made:
-            path = tmp_path_factory.mktemp("pair") / "export"
-            model = with_parameters(folders(), path, WITH_PARAMETERS[name])
-            made[name] = model, AutoModelForCausalLM.from_pretrained(path).eval()
-        return made[name]
-
-    return pair
-
-
-@pytest.mark.parametrize("name", WITH_PARAMETERS)
-@torch.no_grad()
-def test_an_export_has_the_parameters_of_its_attention(folders, pairs, tmp_path, name):
-    model, loaded = pairs(name)
-    logits = model(IDS).logits
-    torch.testing.assert_close(loaded(IDS).logits, logits, rtol=1e-5, atol=1e-5 * logits.abs().amax().item())
-    untrained = Transformer(model.config, WITH_PARAMETERS[name])
-    load_weights(untrained, find_weights(folders()))
-    assert (untrained.eval()(IDS).logits - logits).abs().amax() > 0.1, "the parameters change nothing"
-    loaded.save_pretrained(tmp_path / "again")
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()(IDS).logits, loaded(IDS).logits)
-    back = Transformer(read_config(tmp_path / "again"), read_attention(tmp_path / "again"))
-    load_weights(back, find_weights(tmp_path / "again"))
-    assert torch.equal(back.eval()(IDS).logits, logits)
-
-
-@pytest.mark.parametrize("kind", ["qwen3", "olmo2", "smollm3"])
-@pytest.mark.parametrize("attention", [NSA, INDEXER], ids=["nsa", "indexer"])
-@torch.no_grad()
-def test_every_architecture_has_the_parameters(folders, tmp_path, kind, attention):
-    """Whose attention reads a norm's output, or none's."""
-    model = with_parameters(folders(kind), tmp_path / "export", attention).double()
-    logits = model(IDS).logits
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "export").double().eval()
-    # In double precision as far as transformers goes, whose norms are in single.
-    torch.testing.assert_close(loaded(IDS).logits, logits, rtol=1e-4, atol=1e-4 * logits.abs().amax().item())
-
-
-@pytest.mark.parametrize("name", WITH_PARAMETERS)
-def test_parameters_of_an_export_continue_ragged_prompts(pairs, name):
-    model, loaded = pairs(name)
-    ids, mask = padded("left", LENGTHS)
-    if "indexer" in name:
-        with pytest.raises(ValueError, match=r"hidden states of cached tokens.*pass use_cache=False"):
-            new_tokens(loaded, ids, 2, attention_mask=mask)
-    generated = new_tokens(loaded, ids, 24, attention_mask=mask, use_cache="indexer" not in name)
-    assert generated.tolist() == generate(model, unpadded(), max_new_tokens=24)
-
-
-@pytest.mark.parametrize("name", WITH_PARAMETERS)
-@torch.no_grad()
-def test_parameters_of_an_export_meet_padding_and_packing(pairs, name):
-    _, loaded = pairs(name)
-    for side in ("left", "right"):
-        ids, mask = padded(side, LENGTHS)
-        logits = loaded(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
-        for row, n in enumerate(LENGTHS):
-            assert_close(logits[row][mask[row].bool()], loaded(IDS[:1, :n]).logits[0])
-    positions = torch.cat([torch.arange(n) for n in (20, 9, 21)])[None].expand(2, -1)
-    logits = loaded(IDS, position_ids=positions, use_cache=False).logits
-    for own, document in zip(logits.split((20, 9, 21), 1), IDS.split((20, 9, 21), 1), strict=True):
-        assert_close(own, loaded(document).logits)
-
-
-@pytest.mark.parametrize("attention", [NSA, DashConfig(**CHUNKS)], ids=["nsa", "dash"])
-@torch.no_grad()
-def test_learned_parameters_refuse_positions_that_count_the_padding(folders, tmp_path, attention):
-    with_parameters(folders(), tmp_path / "export", attention)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
-    ids, mask = padded("left", LENGTHS)
-    with pytest.raises(ValueError, match=r"pass position_ids=\(attention_mask.cumsum"):
-        loaded(ids, attention_mask=mask)
-
-
-@pytest.mark.parametrize("name", ["nsa", "nsa_minicpm", "dash, learnable alpha"])
-def test_several_tokens_behind_a_cache_with_parameters(pairs, name):
-    _, loaded = pairs(name)
-
-    def in_pieces():
-        cache = DynamicCache(config=loaded.config)
-        return torch.cat([loaded(ids, past_key_values=cache).logits for ids in IDS.split((1, 7, 42), dim=1)], 1)
-
-    with torch.no_grad():
-        whole = loaded(IDS).logits
-        assert_close(in_pieces(), whole)
-    loaded.requires_grad_(False)
-    own = loaded.model.layers[1].self_attn.backend
-    try:  # gradients reach what alone learns
-        own.requires_grad_(True)
-        logits = in_pieces()
-        assert_close(logits, whole)
-        pieces = torch.autograd.grad(logits.square().mean(), list(own.parameters()))
-        wanted = torch.autograd.grad(loaded(IDS).logits.square().mean(), list(own.parameters()))
-        scale = max(x.abs().amax().item() for x in wanted)
-        torch.testing.assert_close(pieces, wanted, rtol=1e-3, atol=1e-4 * scale)
-    finally:
-        loaded.requires_grad_(True)
-
-
-@pytest.mark.parametrize("name", ["nsa", "nsa_minicpm", "indexer, prior", "dash, learnable alpha"])
-def test_parameters_of_an_export_learn_as_ours(pairs, name):
-    model, loaded = pairs(name)
-    for each in (model, loaded):
-        each.zero_grad()
-        each(IDS).logits.square().mean().backward()
-    for ours_, theirs_ in zip(model.backends, loaded.model.layers, strict=True):
-        given = {key: x.grad for key, x in theirs_.self_attn.backend.named_parameters()}
-        wanted = {key: x.grad for key, x in ours_.named_parameters() if key != "chunk_query"}
-        scale = max(x.abs().amax().item() for x in wanted.values())
-        assert scale > 0
-        torch.testing.assert_close(given, wanted, rtol=1e-3, atol=1e-4 * scale)
-
-
-def test_an_index_that_could_not_learn_is_refused(pairs):
-    _, loaded = pairs("indexer")
-    loaded.train()
-    try:
-        with pytest.raises(ValueError, match=r"or freeze the parameters of self_attn\.backend"):
-            loaded(IDS)
-    finally:
-        loaded.eval()
-
-
-@torch.no_grad()
-def test_parameters_are_of_one_attention(folders, tmp_path):
-    """Another attention may be given to such an export, unless it has parameters; options that change their shapes are
-    refused, and missing ones."""
-    path = tmp_path / "export"
-    with_parameters(folders(), path, NSA)
-    for name in ("sdpa", "sink_window"):
-        loaded = AutoModelForCausalLM.from_pretrained(path, attn_implementation=name).eval()
-        loaded.config.dashattn = OPTIONS.get(name, {})
-        assert_close(loaded(IDS).logits, theirs(folders(), name)(IDS).logits)
-    with pytest.raises(ValueError, match="indexer has parameters of its own"):
-        AutoModelForCausalLM.from_pretrained(path, attn_implementation="indexer")(IDS)
-    loaded = AutoModelForCausalLM.from_pretrained(path)
-    loaded.config.attention["kernel_size"] = 6
-    with pytest.raises(ValueError, match="not that of the layer's parameters"):
-        loaded(IDS)
-    weights = load_file(path / "model.safetensors")
-    del weights["model.layers.1.self_attn.backend.gate.weight"]
-    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"has no model.layers.1.self_attn.backend.gate.weight: export the run again"):
-        AutoModelForCausalLM.from_pretrained(path)
-
-
-def test_channels_in_another_order_are_refused(folders, tmp_path):
-    model = Transformer(read_config(folders("phi3")), NSA)
-    model.config.rope.partial_rotary_factor = 0.5
-    write_folder(tmp_path / "export", model.config, model.state_dict(), NSA)
-    with pytest.raises(ValueError, match="channels in another order: read the folder"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "export")
 
 
 @torch.no_grad()
