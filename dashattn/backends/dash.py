@@ -360,7 +360,8 @@ class DashBackend(AttentionBackend):
         selection, bias = operations.cached_dash_routing(router_q, cache["summaries"], cache.lengths, **options)
         if self.config.prior == "mass":
             forced = {name: options[name] for name in ("init_chunks", "local_chunks")}
-            bias = cached_mass_bias(q, cache["k"], cache.lengths, bias, selection, **forced)
+            positions = new_positions(cache.lengths, q.shape[1])
+            bias = cached_mass_bias(q, cache["k"], positions, bias, selection, **forced)
         return Chosen(selection.words, bias)
 
     def _cached_router_q(self, q: Tensor, cache: LayerCache) -> Tensor:

@@ -23,7 +23,6 @@ from torch.utils.checkpoint import checkpoint
 from dashattn.documents import document_positions, per_document
 from dashattn.ops.block_sparse.reference import query_tiles
 from dashattn.ops.dash_routing.reference import candidate_chunks
-from dashattn.ops.decode.reference import new_positions
 from dashattn.ops.dtypes import upcast
 from dashattn.selection import Selection
 
@@ -71,17 +70,16 @@ def mass_bias(
 def cached_mass_bias(
     q: Tensor,
     k: Tensor,
-    lengths: Tensor,
+    positions: Tensor,
     scores: Tensor,
     selection: Selection,
     *,
     init_chunks: int,
     local_chunks: int,
 ) -> Tensor:
-    """``mass_bias`` of new tokens over the keys [B, S, H, D] of a cache; ``lengths`` as in ``ops.decode.reference``."""
+    """``mass_bias`` of new tokens at ``positions``, int64 [B, T], over the keys [B, S, H, D] of a cache."""
     size, scale = selection.block_size, q.shape[-1] ** -0.5
-    own = new_positions(lengths, q.shape[1]) // size
-    chosen = _chosen(selection, own, scores.shape[-1], init_chunks, local_chunks)
+    chosen = _chosen(selection, positions // size, scores.shape[-1], init_chunks, local_chunks)
     tiles = [
         _tile_bias(q[:, tile], k, scores[:, tile], chosen[:, tile], size, scale) for tile in query_tiles(q.shape[1])
     ]
