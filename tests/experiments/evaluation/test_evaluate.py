@@ -227,6 +227,23 @@ def test_what_another_evaluation_has_in_hand_is_left_to_it_and_looked_at_again(r
     assert order == [2.0, 1.0]
 
 
+def test_what_another_evaluation_made_meanwhile_is_not_computed_again(recall_run, monkeypatch):
+    config = EvaluateConfig(run=str(recall_run), knobs=[1.0, 2.0], device="cpu")
+    rows = evaluate(config, find_target(config))
+    assert next(rows)["knob"] == 1.0
+    assert [row["knob"] for row in run(EvaluateConfig(run=str(recall_run), knobs=[2.0], device="cpu"))] == [2.0]
+    monkeypatch.setattr(evaluation, "turn_knob", None)
+    assert list(rows) == []
+
+
+def test_progress_counts_tokens(recall_run):
+    config = EvaluateConfig(run=str(recall_run), tasks=["recall"], lengths=[32, 64], device="cpu")
+    shares = []
+    for row in evaluation.Evaluation(config, find_target(config)).run(shares.append):
+        assert shares[-1] == pytest.approx({32: 1 / 3, 64: 1.0}[row["length"]])
+    assert shares == sorted(shares)
+
+
 def test_a_length_given_twice_is_one(recall_run):
     rows = run(EvaluateConfig(run=str(recall_run), lengths=[32, 64, 32], device="cpu"))
     assert [row["length"] for row in rows] == [32, 64]
