@@ -27,6 +27,7 @@ def test_every_backend_has_a_style_of_its_own():
     [
         ("dash", "dash"),
         ("dash_sink", "dash-sink"),
+        ("dash-sink-window", "dash-sink-window"),  # not the window with a sink
         ("dash-raw-lr:1e-3", "dash-raw"),
         ("recall-dash-raw-knob4-seed0", "dash-raw"),
         ("real-dash-topk-sink-tempered-seed0", "dash-topk-sink-tempered"),
