@@ -140,8 +140,11 @@ def mean(values: Iterable[float]) -> float:
     return sum(values) / len(values)
 
 
+_NO_HOST_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # PyTorch's, a plain RuntimeError
+
+
 def halving(work: Callable[[int], R], rows: int) -> tuple[R, int]:
-    """``work(rows)``, or where the GPU's memory does not suffice, of half as many, and so on, which stderr says.
+    """``work(rows)``, or where memory does not suffice, of half as many, and so on, which stderr says.
 
     ``work`` begins anew each time: what it returns is as if the smaller number had been asked for.
 
@@ -154,10 +157,12 @@ def halving(work: Callable[[int], R], rows: int) -> tuple[R, int]:
     while True:
         try:
             return work(rows), rows
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and _NO_HOST_MEMORY not in str(error):
+                raise
             if rows == 1:
-                message = str(error).splitlines()[0]
-                raise ValueError(f"{message} One row at once is too much: lower lengths, or free the GPU") from error
+                message = str(error).splitlines()[0].rstrip(".")
+                raise ValueError(f"{message}. One row at once is too much: lower lengths, or free memory") from error
         # The error is gone here, and with it the tensors that its frames held.
         torch.cuda.empty_cache()
         rows //= 2

@@ -145,6 +145,20 @@ def test_memory_that_does_not_suffice_for_one_row_is_said(text_run, monkeypatch)
             run(text_run, tasks=[task], lengths=[600], rows=2, probes=["niah_single_1"])
 
 
+def test_memory_of_the_host_ends_as_that_of_a_gpu_does(capsys):
+    def work(rows, most):
+        if rows > most:
+            torch.empty(2**60, dtype=torch.uint8)  # of no machine
+        return rows
+
+    assert halving(lambda rows: work(rows, 3), 8) == (2, 2)
+    assert capsys.readouterr().err.endswith("out of memory: going on with 2 rows at once\n")
+    with pytest.raises(ValueError, match=r"One row at once is too much: lower lengths, or free memory"):
+        halving(lambda rows: work(rows, 0), 2)
+    with pytest.raises(RuntimeError, match="shape"):
+        halving(lambda rows: torch.ones(rows).view(3, 5), 2)
+
+
 def test_parts_stay_as_small_as_memory_made_them():
     def work(part):
         if len(part) > 3:
