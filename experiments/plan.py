@@ -134,7 +134,7 @@ def describe(plan: Plan) -> str:
     count = sum(p.numel() for p in plan.model.parameters())
     compiled = ", compiled" if config.compile else ""
     lines = [
-        f"{count / 1e9:.3g} billion parameters, attention={config.attention.name}, rows of {config.data.seq_len}",
+        f"{count:,} parameters, attention={config.attention.name}, rows of {config.data.seq_len}",
         f"{plan.ranks} x {plan.device}, ZeRO stage {config.deepspeed.stage}, {config.deepspeed.precision}{compiled}",
         "",
         "memory on each GPU, GiB",
@@ -161,6 +161,8 @@ def describe(plan: Plan) -> str:
     lines.append(f"  to generate, the cache of {config.data.seq_len} tokens takes {memory.cache / GIB:.2f}")
     expected, least, most = plan.hours
     seen = f"at a sparsity of {plan.sparsity:.0%}" if config.attention.knob else "dense"
+    if config.attention.knob and not plan.sparsity:
+        seen += ", the slowest case (sparsity=0.75 assumes another)"
     lines += [
         "",
         f"time, {seen}",

@@ -233,6 +233,9 @@ def test_what_is_said():
     page = plan.run_plan(["model=60m", "attention=dash", "gpus=2", "gpu=H100", "deepspeed=zero2"])
     for line in ("2 x H100, ZeRO stage 2, bf16", "activations", "lists of the sparse kernels", "tokens/s", "fits"):
         assert line in page
+    assert "time, at a sparsity of 0%, the slowest case (sparsity=0.75 assumes another)" in page
+    page = plan.run_plan(["model=60m", "attention=dash", "sparsity=0.9"])
+    assert "time, at a sparsity of 90%\n" in page
     page = plan.run_plan(["sweep=smoke", "gpu=H200"])
     assert "5 runs, one after the other" in page
     page = plan.run_plan(["model=60m", "attention=dash", "attention.prior_heads=head"])
