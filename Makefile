@@ -28,6 +28,7 @@ docs: install
 	rm -rf outputs/docs
 	$(PY) -m docs.build outputs/docs/pages
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo outputs/docs/site/index.html
 
 test: install lint
 	$(PY) -m pytest -n 2 --dist worksteal -m "not slow"

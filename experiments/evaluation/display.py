@@ -105,7 +105,7 @@ class Display:
         rows = list(rows)
         cells = {(describe(row), row["length"], place_of(row)): row for row in rows}
         setpoints = list(dict.fromkeys(setpoint for _, _, setpoint in cells))
-        table = Table("task", "tokens", box=SIMPLE_HEAD)
+        table = Table("task", "length", box=SIMPLE_HEAD)
         for setpoint in setpoints:
             sparsities = [row["causal_sparsity"] for (_, _, own), row in cells.items() if own == setpoint]
             low, high = (f"{value:.1%}" for value in (min(sparsities), max(sparsities)))

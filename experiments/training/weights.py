@@ -22,7 +22,9 @@ def find_weights(source: str | Path) -> Path:
     source = Path(source).expanduser()
     if source.is_file() or is_hf_folder(source):
         return source
-    check_exists(source, f"give a run directory, a checkpoint, a {WEIGHTS} or a Hugging Face folder")
+    check_exists(
+        source, f"give a run directory, a checkpoint (RUN/checkpoints/step-...), a {WEIGHTS} or a Hugging Face folder"
+    )
     checkpoints = source / "checkpoints"
     checkpoint = latest_checkpoint(checkpoints) if checkpoints.is_dir() else source
     problems = ["no checkpoint yet"] if checkpoint is None else damage(checkpoint, names=(WEIGHTS, STATE))

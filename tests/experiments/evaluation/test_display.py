@@ -22,7 +22,7 @@ def test_the_table_has_every_score_with_its_interval(capsys):
     said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert said[:2] == [
         "topk 2 topk 4 for 0.9 (paper)",
-        "task tokens 70.0% to 75.0% left out 50.0% left out 75.0% left out",
+        "task length 70.0% to 75.0% left out 50.0% left out 75.0% left out",
     ]
     assert said[3:8] == [
         "vt match 512 0.500 [0.318, 0.682] - -",
