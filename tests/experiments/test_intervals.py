@@ -71,3 +71,8 @@ def test_what_says_nothing_of_its_samples_has_none(row):
 def test_samples_that_all_agree_leave_room_for_others():
     low, high = interval({"metric": "match", "score": 1.0, "stderr": 0.0, "samples": 33})
     assert (low, high) == (pytest.approx(33 / (33 + 1.959964**2), abs=1e-6), pytest.approx(1.0))
+
+
+def test_a_share_over_samples_that_scatter_more_is_as_of_fewer():
+    found = interval({"metric": "accuracy", "score": 0.5, "stderr": 0.1, "samples": 1000})
+    assert found == pytest.approx(interval({"metric": "match", "score": 0.5, "rows": 25}))
