@@ -1,4 +1,4 @@
-"""Values on command lines that we write: overrides that Hydra reads as the text that was meant."""
+"""Texts on command lines, ours and a user's: overrides that Hydra reads as the text that was meant."""
 
 import re
 from functools import cache
@@ -11,6 +11,14 @@ def override(key: str, value: str) -> str:
     """``key=value`` for a text of any characters, a path say; quoted only where Hydra would read something else."""
     plain = f"{key}={value}"
     return plain if "$" not in value and _read(plain) == value else f"{key}={_quoted(value)}"
+
+
+def as_text(argument: str, key: str) -> str:
+    """An argument of a user; of ``key`` such that its value is the text, whatever Hydra would read in it (``f(x):``,
+    ``a, b``). null stays null, and a text that stands in quotes of Hydra's stays what it says there."""
+    name, _, value = argument.partition("=")
+    is_quoted = value[:1] in ("'", '"') and value[:1] == value[-1:] and isinstance(_read(argument), str)
+    return argument if name != key or value == "null" or is_quoted else override(key, value)
 
 
 def _quoted(value: str) -> str:

@@ -36,6 +36,7 @@ from experiments.errors import user_errors
 from experiments.evaluation.folder import locate_model
 from experiments.evaluation.target import build_model
 from experiments.files import CONFIGS
+from experiments.overrides import as_text
 from experiments.schema import to_config
 from models.generate import Sampling, generate
 
@@ -153,4 +154,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = [as_text(argument, "prompt") for argument in sys.argv[1:]]
     main()

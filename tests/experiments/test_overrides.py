@@ -7,7 +7,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from experiments.overrides import override
+from experiments.overrides import as_text, override
 
 ODD = [
     "null",
@@ -70,3 +70,15 @@ def test_any_mixture_of_what_is_special_is_read_as_it_is():
 def test_what_needs_no_quotes_has_none(value):
     """Records of completed commands are compared as texts."""
     assert override("run_dir", value) == f"run_dir={value}"
+
+
+@pytest.mark.parametrize("text", ["os, sys", "def f(x): return 'a'", "if x == {1: [2]}:", "'a', 'b'", " x ", *ODD])
+def test_what_a_user_writes_is_the_text(text):
+    for value in (text, f"{text}: x"):
+        if value not in ("null", "''"):
+            assert read(as_text(f"prompt={value}", "prompt").replace("prompt", "run_dir", 1)) == value
+
+
+@pytest.mark.parametrize("argument", ["prompt=null", "prompt='f(x), y'", 'prompt="f(x), y"', "run=f(x)", "-m"])
+def test_what_is_said_in_quotes_or_of_another_key_stays(argument):
+    assert as_text(argument, "prompt") == argument
