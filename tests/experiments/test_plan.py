@@ -11,7 +11,17 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from dashattn.backends import AttentionShape, DashConfig, build_backends
+from dashattn.backends import (
+    AttentionShape,
+    DashConfig,
+    FullConfig,
+    InfLLMv2Config,
+    NSAConfig,
+    OracleConfig,
+    SinkWindowConfig,
+    build_backend,
+    build_backends,
+)
 from experiments import plan, rates
 from experiments.config import TrainConfig, to_train_config
 from experiments.files import CONFIGS, ROOT, SCALING, THROUGHPUT, read_rows
@@ -142,6 +152,60 @@ def test_layers_that_take_a_selection_over_score_nothing():
     layers = {"*/2": "dash", "*": {"share_selection_from": -1}}
     backends = build_backends(DashConfig(layers=layers), AttentionShape(64, 4, 2, 16), 2)
     assert [backend.summaries_scored(127) for backend in backends] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("config", "stride"),
+    [
+        (DashConfig(chunk_size=32), 32),
+        (NSAConfig(kernel_size=32, kernel_stride=8), 8),
+        (InfLLMv2Config(kernel_size=32, kernel_stride=8), 8),
+        (FullConfig(), None),
+        (SinkWindowConfig(), None),
+        (OracleConfig(), None),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_what_a_token_scores(config, stride):
+    backend = build_backend(config, AttentionShape(64, 4, 2, 16))
+    assert backend.summaries_scored(127) == (0 if stride is None else 64 / stride)
+
+
+@pytest.mark.parametrize(
+    "config", [NSAConfig(), DashConfig(summary_keys="unrotated", summary_rope="none")], ids=lambda config: config.name
+)
+def test_a_cache_takes_what_it_allocates(config):
+    backend = build_backend(config, AttentionShape(64, 4, 2, 16))
+    cache = backend.new_cache(1, 1024, dtype=torch.bfloat16, device="cpu")
+    allocated = sum(tensor.nbytes for tensor in cache.layers[0].tensors.values())
+    assert 1024 * memory._cached_bytes(backend, 2) == pytest.approx(allocated, rel=0.01)
+
+
+def test_a_run_leaves_room_for_what_else_takes_memory(monkeypatch):
+    monkeypatch.setattr(memory, "estimate_memory", lambda *args: SimpleNamespace(peak=memory.USABLE))
+    assert fits(None, 1, 1.001)
+    assert not fits(None, 1, 0.999)
+
+
+def test_passes_that_only_sparse_layers_make():
+    model = meta_model(configure("model=60m", "attention=dash", "attention.layers={0: full}"))
+    reads = [(64.0, 1.0)] * len(model.backends)
+    work = rates.work_of(model, 989.4, reads, compiled=True, checkpointed=False)
+    assert {name for kind, name in work if kind == "passes"} == {"compiled", "dash"}
+
+
+def test_several_gpus_lose_what_the_worst_of_their_backends_does(measured, monkeypatch):
+    config = configure("model=60m", "attention=dash", "attention.layers={0: full}", "compile=true")
+    found = []
+    for lost in (1.0, 0.5):
+        monkeypatch.setattr(rates.Fit, "share", lambda self, way, name, lost=lost: lost if name == "full" else 1.0)
+        found.append(rates.estimate_rate(config, meta_model(config), 2, "H100", 0.75, measured).tokens_per_s)
+    assert found[1] == pytest.approx(found[0] / 2)
+
+
+def test_at_the_highest_rate_it_takes_least():
+    planned = SimpleNamespace(tokens=7200, rate=rates.Rate(2.0, least=1.0, most=4.0, notes=()))
+    assert plan.Plan.hours.fget(planned) == (1.0, 0.5, 2.0)
 
 
 @pytest.mark.parametrize("study", ["rates_h200", "ablations_h200"])
