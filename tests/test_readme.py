@@ -108,7 +108,8 @@ TESTED = {
     "python train.py optim=wsd steps=10000 branch_from=outputs/trunk@8000 name=branch ...",
     # experiments/evaluation/test_folder.py
     "python evaluate.py run=smollm2 attention=dash_sink sparsities=[0.5,0.75] data=real_text",
-    "python -m experiments.evaluation.export --dense outputs/debug-dash outputs/debug-dense-hf",  # experiments/test_origin.py
+    # experiments/test_origin.py
+    "python -m experiments.evaluation.export --dense outputs/debug-dash outputs/debug-dense-hf",
     # experiments/test_plan.py
     "dashattn plan model=8b model.vocab_size=73448 data.seq_len=32768 rows_per_batch=64 activation_checkpointing=true "
     "attention=dash sparsity=0.75 gpus=64 gpu=H200",
