@@ -109,19 +109,19 @@ def test_two_ranks_train_as_one_and_one_goes_on_from_their_checkpoint(
 
 @pytest.mark.slow
 def test_a_model_that_goes_on_sparsely_ends_within_half_a_point(tmp_path, cache_dir):
-    """Of the target, on average over the last eight steps: a step's 2048 tokens differ by as much themselves."""
+    """Of the target, on average over the last 32 steps: steps of 2048 tokens scatter by 0.8 points themselves."""
     debug = ("experiment=debug", f"cache_dir={cache_dir}", "threads=1", "device=cpu", "eval_every=0", "save_every=0")
     dash = ("attention=dash", "attention.chunk_size=8", "attention.target_sparsity=0.75")
     logged = ("log_every=1", "stats_every=1")
     for name, *options in (
         ("dense", "steps=50"),
-        ("sparse", "steps=24", "optim.lr=3e-4", f"init_from={tmp_path}/dense", *dash, *logged),
+        ("sparse", "steps=64", "optim.lr=3e-4", f"init_from={tmp_path}/dense", *dash, *logged),
     ):
         done = command([*debug, f"run_dir={tmp_path}/{name}", *options], sys.executable)
         assert done.returncode == 0, done.stderr
     rows = [row for row in read_rows(tmp_path / "sparse" / METRICS) if row["split"] == "train"]
-    assert len({row["knob"] for row in rows}) == 6
-    assert sum(row["causal_sparsity"] for row in rows[-8:]) / 8 == pytest.approx(0.75, abs=0.005)
+    assert len({row["knob"] for row in rows}) == 16
+    assert sum(row["causal_sparsity"] for row in rows[-32:]) / 32 == pytest.approx(0.75, abs=0.005)
 
 
 @pytest.mark.slow
