@@ -2,7 +2,12 @@
 
 import gc
 import os
+import signal
 import sys
+
+# A shell's background jobs ignore Ctrl-C, and so would all that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DASHATTN_AUTOTUNE", "0")  # a test times no kernels and writes to no user's cache
