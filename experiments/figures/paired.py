@@ -43,8 +43,8 @@ def make_paired(study: Study) -> Drawn | None:
     notes = [
         f"Below 0 is better than {REFERENCE} at the same sparsity asked for. Bars: 95 % interval over rows, which both "
         "read; other seeds may differ by more.",
-        "Measured sparsities differ from what was asked for by up to "
-        f"{100 * max(abs(row['sparsity_difference']) for row in table):.1f} points between the two: in the table.",
+        "The measured sparsities of the two differ by up to "
+        f"{100 * max(abs(row['sparsity_difference']) for row in table):.1f} points: in the table.",
         *([f"Left out, for other rows than those of {REFERENCE}: {', '.join(sorted(unlike))}."] if unlike else []),
     ]
 
