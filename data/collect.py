@@ -67,11 +67,25 @@ def read_sources(sources: Iterable[str], patterns: list[str], skip: Skip) -> Ite
         if not paths:
             raise ValueError(f"{source} {'matches no file' if glob.has_magic(given) else 'does not exist'}")
         for path in map(Path, paths):
-            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-                if file.is_symlink() and file != path and not file.resolve().is_relative_to(path.resolve()):
-                    skip(str(file), "a link that leads out of the folder")
-                elif file.is_file():
-                    yield from _read_file(file, patterns, skip)
+            for file in _entries(path, skip) if path.is_dir() else [path]:
+                with _leaving_out(str(file), skip):
+                    if file.is_symlink() and file != path and not file.resolve().is_relative_to(path.resolve()):
+                        skip(str(file), "a link that leads out of the folder")
+                    elif file.is_file():
+                        yield from _read_file(file, patterns, skip)
+
+
+def _entries(folder: Path, skip: Skip) -> list[Path]:
+    """All that is below a folder, sorted; links to folders are not followed."""
+    found, folders = [], [folder]
+    while folders:
+        here = folders.pop()
+        with _leaving_out(str(here), skip), os.scandir(here) as entries:
+            for entry in entries:
+                found.append(Path(entry.path))
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(found[-1])
+    return sorted(found)
 
 
 def _fits(name: str, patterns: list[str]) -> bool:
@@ -258,9 +272,12 @@ def collect(output: Path, sources: Iterable[str], patterns: list[str], skip: Ski
 
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    own = {os.path.abspath(path) for path in (output, partial)}  # which may lie in a source
     try:
         with partial.open("w", encoding="utf-8") as file:
             for name, content in read_sources(sources, patterns, left_out):
+                if os.path.abspath(name) in own:
+                    continue
                 text = clean(name, content)
                 key = digest(text) if text else None
                 fate = "no documents" if text is None else "duplicates" if key in seen else "documents"

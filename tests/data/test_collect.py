@@ -115,6 +115,7 @@ def test_what_cannot_be_read_is_named_and_ends_nothing(tmp_path, monkeypatch):
         (folder / name).write_bytes(content)
     (folder / "link.txt").symlink_to(tmp_path / "secret.txt")
     (folder / "device").symlink_to("/dev/zero")
+    (folder / "circle").symlink_to("circle")
     inner = {"none.tar.xz": b"no archive", "i.txt": b"i\n" + prose, "cut.gz": b"\x1f\x8b"}
     (folder / "good.tar").write_bytes(archive(inner, "w"))
     (folder / "SHOUT.TXT.GZ").write_bytes(gzip.compress(b"s\n" + prose))
@@ -125,11 +126,33 @@ def test_what_cannot_be_read_is_named_and_ends_nothing(tmp_path, monkeypatch):
     counts = collect(tmp_path / "corpus.jsonl", [str(folder)], [], lambda name, why: told.update({name: why}))
     assert sorted(first_letters(tmp_path / "corpus.jsonl")) == ["f", "g", "i", "p", "q", "s"]
     named = {name.removeprefix(f"{folder}/") for name in told}
-    assert named == {*bad, "bomb.tar.gz/a.txt", "link.txt", "device", "good.tar/none.tar.xz", "good.tar/cut.gz"}
+    assert named == {*bad, "bomb.tar.gz/a.txt", "link.txt", "device", "circle", "good.tar/none.tar.xz", "good.tar/cut.gz"}
     assert counts["unreadable"] == len(named)
     assert "leads out" in told[f"{folder}/link.txt"]
     collect(tmp_path / "one.jsonl", [str(folder / "[1].txt")], [])
     assert first_letters(tmp_path / "one.jsonl") == ["g"]
+
+
+def test_a_folder_that_cannot_be_listed_is_named(sources, tmp_path, monkeypatch):
+    def denied(path):
+        if path.name == "deep":
+            raise PermissionError(13, "Permission denied", str(path))
+        return list_folder(path)
+
+    list_folder = os.scandir
+    monkeypatch.setattr(module.os, "scandir", denied)
+    told = {}
+    collect(tmp_path / "corpus.jsonl", [str(sources)], [], lambda name, why: told.update({name: why}))
+    assert first_letters(tmp_path / "corpus.jsonl") == ["a", "c", "d"]
+    assert list(told) == [str(sources / "deep")]
+    assert "Permission denied" in told[str(sources / "deep")]
+
+
+def test_a_corpus_within_its_source_does_not_hold_itself(sources):
+    for _ in range(2):
+        counts = collect(sources / "corpus.jsonl", [str(sources)], [])
+        assert first_letters(sources / "corpus.jsonl") == ["a", "b", "c", "d"]
+        assert (counts["documents"], counts["duplicates"], counts["no documents"]) == (4, 1, 4)
 
 
 @pytest.mark.parametrize("piece", [" ", "\t\f", "\n ", "<a ", "<a b='", "<!--", "<p\n", "<p>", "&"])
