@@ -72,7 +72,7 @@ def inverse_frequencies(config: ModelConfig, *, long: bool = False, device=None)
         low = max(math.floor(_pair_turning(config, rope.beta_fast or 32.0)), 0)
         high = min(math.ceil(_pair_turning(config, rope.beta_slow or 1.0)), rotary_dim - 1)
         index = torch.arange(rotary_dim // 2, dtype=torch.float32, device=device)
-        slowed = ((index - low) / max(high - low, 1e-3)).clamp(0, 1)
+        slowed = ((index - low) / ((high - low) or 1e-3)).clamp(0, 1)  # as transformers, also where high is below low
         return torch.lerp(frequencies, frequencies / _extension(config), slowed)
     return frequencies
 

@@ -91,12 +91,14 @@ def _not_computed(theirs: dict) -> list[str]:
     kinds = {"full_attention", "sliding_attention"}
     layer_types = theirs.get("layer_types") or []
     unknown = set(map(str, layer_types)) - kinds if isinstance(layer_types, list) else {str(layer_types)}
+    slides = not unknown and "sliding_attention" in layer_types
     return [
         message
         for wrong, message in (
             (theirs["hidden_act"] != "silu", f"hidden_act {theirs['hidden_act']!r}, only silu is here"),
             (theirs.get("attention_bias"), "attention_bias: the output projection has no bias here"),
             (theirs.get("mlp_bias"), "mlp_bias: projections of the MLP have no biases here"),
+            (slides and not theirs.get("sliding_window"), "layer_types has sliding_attention without a sliding_window"),
             (unknown, f"layer_types {', '.join(sorted(unknown))}: only {' and '.join(sorted(kinds))} are here"),
             (theirs.get("quantization_config"), "quantization_config: weights must be 16 or 32 bit floats"),
         )
@@ -133,7 +135,7 @@ def _real(theirs: dict, key: str) -> float:
 def _window(theirs: dict, family: Family) -> int | None:
     """Length of the sliding window of any layer; None = every layer sees the whole context."""
     layer_types = theirs.get("layer_types")
-    if layer_types and "sliding_attention" not in layer_types:
+    if layer_types and not family.has_window and "sliding_attention" not in layer_types:
         return None
     slides = family.has_window or theirs.get("use_sliding_window") or layer_types
     if not slides or theirs.get("sliding_window") is None:
@@ -142,8 +144,8 @@ def _window(theirs: dict, family: Family) -> int | None:
 
 
 def _read_rope(theirs: dict, family: Family) -> RopeConfig:
-    """From ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (before)."""
-    given = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    """From ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (before), which wins in both."""
+    given = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
     if not isinstance(given, dict):
         raise ValueError(f"rope parameters {given!r} are no object")
     given = dict(given)
@@ -160,7 +162,10 @@ def _read_rope(theirs: dict, family: Family) -> RopeConfig:
     names = {} if kind == "default" else {"factor": "factor", **_ROPE[kind]}
     if "original_max_seq_len" in names:  # absent: the context length before any extension
         name = names["original_max_seq_len"]
-        given[name] = given.get(name) or theirs.get(name) or _integer(theirs, "max_position_embeddings")
+        said = [values[name] for values in (given, theirs) if values.get(name)]
+        if said[1:] and said[0] != said[1]:  # which of them counts depends on the version of transformers
+            raise ValueError(f"{name} is {said[0]} among the rope parameters and {said[1]} beside them: make them equal")
+        given[name] = said[0] if said else _integer(theirs, "max_position_embeddings")
     values = {}
     if partial != 1.0:
         values["partial_rotary_factor"] = _real({"partial_rotary_factor": partial}, "partial_rotary_factor")
@@ -281,6 +286,8 @@ def family_of(config: ModelConfig) -> str:
     rope, partial = config.rope, config.rotary_dim < config.head_dim
     for kind, family in FAMILIES.items():
         if rope.max_period is not None or (partial and rope.scaling not in family.partial_rotary):
+            continue
+        if family.even_width and config.hidden_size % config.num_heads:
             continue
         shape = {"num_hidden_layers": config.num_layers, "hidden_size": config.hidden_size}
         values = family.fixed | family.derived(shape | family.defaults | family.described(config))

@@ -49,6 +49,7 @@ class Family:
         has_window: ``sliding_window`` counts by itself, and not only with ``use_sliding_window``.
         partial_rotary: the RoPE scalings with which it may turn the first channels of a head alone.
         is_fused: the parts of each of ``FUSED`` are one tensor.
+        even_width: the residual stream's width must be a multiple of the query heads, whatever size these have.
     """
 
     architecture: str
@@ -60,6 +61,7 @@ class Family:
     has_window: bool = False
     partial_rotary: tuple[str, ...] = ()
     is_fused: bool = False
+    even_width: bool = False
 
 
 def _minicpm_scales(theirs: dict) -> dict:
@@ -88,10 +90,11 @@ def _unrotated_layers(theirs: dict) -> dict:
 
 
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM"),
+    "llama": Family("LlamaForCausalLM", even_width=True),
     "mistral": Family(
         "MistralForCausalLM",
         defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+        described=lambda config: {"sliding_window": None},
         has_window=True,
     ),
     "qwen2": Family(
@@ -122,7 +125,7 @@ FAMILIES = {
     ),
     "phi3": Family(
         "Phi3ForCausalLM",
-        defaults={"rms_norm_eps": 1e-5},
+        defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
         described=lambda config: (
             {
                 "partial_rotary_factor": config.rope.partial_rotary_factor,
