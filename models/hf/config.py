@@ -164,7 +164,7 @@ def _read_rope(theirs: dict, family: Family) -> RopeConfig:
         name = names["original_max_seq_len"]
         said = [values[name] for values in (given, theirs) if values.get(name)]
         if said[1:] and said[0] != said[1]:  # which of them counts depends on the version of transformers
-            raise ValueError(f"{name} is {said[0]} among the rope parameters and {said[1]} beside them: make them equal")
+            raise ValueError(f"{name} is {said[0]} among the rope parameters and {said[1]} beside them: set one")
         given[name] = said[0] if said else _integer(theirs, "max_position_embeddings")
     values = {}
     if partial != 1.0:

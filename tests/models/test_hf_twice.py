@@ -34,7 +34,7 @@ def test_of_two_notations_of_rope_the_older_wins(tmp_path):
 def test_two_original_lengths_are_refused_and_one_counts_wherever_it_stands(tmp_path, rope):
     save(tmp_path)
     edit(tmp_path, **{"rope_parameters": rope, ORIGINAL: 16})
-    with pytest.raises(ValueError, match=f"{ORIGINAL} is 32 among the rope parameters and 16 beside them: make them"):
+    with pytest.raises(ValueError, match=f"{ORIGINAL} is 32 among the rope parameters and 16 beside them: set one"):
         read(tmp_path)
     edit(tmp_path, **{ORIGINAL: 32})
     assert read_config(tmp_path).rope.original_max_seq_len == 32
