@@ -16,10 +16,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from torch import Tensor
 from tqdm import tqdm
 
-from dashattn.stats import AttentionStats
 from data import IGNORE, TextTokenizer
 from data.cache import fingerprint
 from data.prompts import chat_tokenizer
@@ -27,7 +25,7 @@ from experiments.errors import user_errors
 from experiments.evaluation.folder import locate_model
 from experiments.evaluation.lm_eval_options import read_options
 from experiments.evaluation.target import build_model
-from experiments.evaluation.tasks.base import SparsityTally, in_parts
+from experiments.evaluation.tasks.base import SparsityTally, in_parts, padded, prompt_sparsity
 from models import Transformer
 from models.generate import generate
 
@@ -166,7 +164,7 @@ class HarnessModel(TemplateLM):
         bar = tqdm(total=len(rows), disable=disable_tqdm, desc="log-likelihoods")
         parts = in_parts(order, self.batch_size, lambda indices: self._score([rows[i] for i in indices]))
         for indices, (scores, sparsity) in parts:
-            self.sparsity.merge(sparsity)
+            self.sparsity.merge(*sparsity)
             for i, score in zip(indices, scores, strict=True):
                 results[i] = score
                 key = requests[i][0]
@@ -176,28 +174,17 @@ class HarnessModel(TemplateLM):
         return results
 
     @torch.inference_mode()
-    def _score(self, rows: list[tuple[list[int], list[int]]]) -> tuple[list[tuple[float, bool]], SparsityTally]:
+    def _score(self, rows: list[tuple[list[int], list[int]]]) -> tuple[list[tuple[float, bool]], list[SparsityTally]]:
         """Of (inputs, the targets of the last of them): the targets' log-probability, and whether all are greedy."""
         inputs = [row for row, _ in rows]
         targets = [[IGNORE] * (len(row) - len(last)) + last for row, last in rows]
-        labels_BT = self._padded(targets, IGNORE)
+        labels_BT = padded(targets, IGNORE, self._device)
         lengths = torch.tensor([len(row) for row in inputs], device=self._device)
-        ids_BT = self._padded(inputs, self.eot_token_id)
+        ids_BT = padded(inputs, self.eot_token_id, self._device)
         output = self.model(ids_BT, labels=labels_BT, lengths=lengths, return_stats=True)
         log_p = (-output.token_losses.double().sum(1)).tolist()
         is_greedy = (output.is_likeliest | (labels_BT == IGNORE)).all(1).tolist()
-        return list(zip(log_p, is_greedy, strict=True)), _sparsity(output.stats, inputs)
-
-    @torch.inference_mode()
-    def _prompt_sparsity(self, prompts: list[list[int]]) -> SparsityTally:
-        ids_BT = self._padded(prompts, self.eot_token_id)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self._device)
-        _, stats, _ = self.model.hidden_states(ids_BT, lengths=lengths, return_stats=True)
-        return _sparsity(stats, prompts)
-
-    def _padded(self, rows: list[list[int]], filler: int) -> Tensor:
-        longest = max(map(len, rows))
-        return torch.tensor([row + [filler] * (longest - len(row)) for row in rows], device=self._device)
+        return list(zip(log_p, is_greedy, strict=True)), SparsityTally.of_rows(output.stats, map(len, inputs))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of whole texts, read in windows of max_length tokens, each token predicted once."""
@@ -253,27 +240,15 @@ class HarnessModel(TemplateLM):
                     sampling=sampling,
                     seeds=[seeds[i] for i in indices],
                 )
-                return continuations, self._prompt_sparsity(batch)
+                return continuations, prompt_sparsity(self.model, batch)
 
             for indices, (continuations, sparsity) in in_parts(group, self.batch_size, answer):
-                self.sparsity.merge(sparsity)
+                self.sparsity.merge(*sparsity)
                 for i, tokens in zip(indices, continuations, strict=True):
                     texts[i] = _cut(self.tokenizer.decode(tokens), options[i].stops)
                     self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
                 bar.update(len(indices))
         return texts
-
-
-def _sparsity(stats: list[AttentionStats], rows: list[list[int]]) -> SparsityTally:
-    """Of rows that were padded at their ends."""
-    tally = SparsityTally()
-    for i, row in enumerate(rows):
-        own = [
-            AttentionStats(*(x[i : i + 1, : len(row)] for x in (s.active_tokens, s.positions, s.routing_reads)))
-            for s in stats
-        ]
-        tally.add(own, packed=False)
-    return tally
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:

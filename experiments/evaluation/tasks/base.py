@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dashattn.stats import AttentionStats
 from experiments.intervals import ratio_stderr
 from models import Transformer
 
@@ -61,8 +62,8 @@ class SparsityTally:
         self.active_LH = self.dense_LH = self.reads_L = None
         self.paper: list[float] = []
 
-    def add(self, stats: Sequence, packed: bool) -> None:
-        """One forward pass's ``AttentionStats``, one a layer. ``packed``: its rows hold several documents. Whole or,
+    def add(self, stats: Sequence[AttentionStats], packed: bool) -> None:
+        """One forward pass's, one a layer. ``packed``: its rows hold several documents. Whole or,
         where memory does not suffice, not at all."""
         new = SparsityTally()
         new.tokens = stats[0].positions.numel()
@@ -74,16 +75,29 @@ class SparsityTally:
             new.paper = [] if paper.isnan() else [float(paper)]
         self.merge(new)
 
-    def merge(self, other: "SparsityTally") -> None:
-        """Adds what another has seen."""
-        if self.active_LH is None:
-            self.active_LH, self.dense_LH, self.reads_L = other.active_LH, other.dense_LH, other.reads_L
-        else:
-            self.active_LH = self.active_LH + other.active_LH
-            self.dense_LH = self.dense_LH + other.dense_LH
-            self.reads_L = self.reads_L + other.reads_L
-        self.tokens += other.tokens
-        self.paper = self.paper + other.paper
+    @classmethod
+    def of_rows(cls, stats: Sequence[AttentionStats], lengths: Iterable[int]) -> "list[SparsityTally]":
+        """Of each row of a forward pass whose rows were padded at their ends."""
+        tallies = []
+        for i, length in enumerate(lengths):
+            own = (slice(i, i + 1), slice(length))
+            parts = [(s.active_tokens[own], s.positions[own], s.routing_reads[own]) for s in stats]
+            tally = cls()
+            tally.add([AttentionStats(*part) for part in parts], packed=False)
+            tallies.append(tally)
+        return tallies
+
+    def merge(self, *others: "SparsityTally") -> None:
+        """Adds what others have seen."""
+        for other in others:
+            if self.active_LH is None:
+                self.active_LH, self.dense_LH, self.reads_L = other.active_LH, other.dense_LH, other.reads_L
+            else:
+                self.active_LH = self.active_LH + other.active_LH
+                self.dense_LH = self.dense_LH + other.dense_LH
+                self.reads_L = self.reads_L + other.reads_L
+            self.tokens += other.tokens
+            self.paper = self.paper + other.paper
 
     def record(self) -> dict:
         """The sums as plain JSON."""
@@ -118,6 +132,21 @@ class SparsityTally:
             "routing_reads": float(self.reads_L.mean() / self.tokens),
             "routing_reads_per_layer": (self.reads_L / self.tokens).tolist(),
         }
+
+
+@torch.inference_mode()
+def prompt_sparsity(model: Transformer, prompts: Sequence[list[int]]) -> list[SparsityTally]:
+    """Of each prompt, all read in one pass."""
+    device = model.embedding.weight.device
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    ids_BT = padded(prompts, 0, device)
+    return SparsityTally.of_rows(model.hidden_states(ids_BT, lengths=lengths, return_stats=True)[1], map(len, prompts))
+
+
+def padded(rows: Sequence[list[int]], filler: int, device: torch.device) -> Tensor:
+    """Rows of token ids, each filled up at its end to the longest's length."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [filler] * (longest - len(row)) for row in rows], device=device)
 
 
 def row(task: str, metric: str, score: float, **columns) -> dict:

@@ -11,12 +11,19 @@ from functools import partial
 from operator import itemgetter
 from pathlib import Path
 
-import torch
-
 from data.cache import fingerprint
 from data.prompts import PromptEncoder
 from data.task_sets import TaskSet
-from experiments.evaluation.tasks.base import Setting, SparsityTally, Task, in_parts, mean, row, scatter
+from experiments.evaluation.tasks.base import (
+    Setting,
+    SparsityTally,
+    Task,
+    in_parts,
+    mean,
+    prompt_sparsity,
+    row,
+    scatter,
+)
 from experiments.files import append_rows, read_rows
 from models.generate import generate
 
@@ -71,7 +78,7 @@ class GeneratedTask(Task):
     def _answer_batch(self, setting: Setting, indices: Sequence[int]) -> list[dict]:
         begin = time.perf_counter()
         prompts = [self.encoder.encode(self.set.samples[i]) for i in indices]
-        sparsity = [_prompt_sparsity(setting, prompt) for prompt in prompts]
+        sparsity = prompt_sparsity(setting.model, prompts)
         continuations = generate(
             setting.model,
             prompts,
@@ -94,11 +101,3 @@ class GeneratedTask(Task):
                 }
             )
         return answers
-
-
-@torch.inference_mode()
-def _prompt_sparsity(setting: Setting, prompt: list[int]) -> SparsityTally:
-    tally = SparsityTally()
-    ids_BT = torch.tensor([prompt], device=setting.device)
-    tally.add(setting.model.hidden_states(ids_BT, return_stats=True)[1], packed=False)
-    return tally

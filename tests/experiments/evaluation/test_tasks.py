@@ -44,24 +44,25 @@ def answering(right):
 
 
 def test_a_generated_task_end_to_end(text_run):
-    (row,) = run(text_run, tasks=["vt"], lengths=[512], rows=1)
-    assert (row["task"], row["metric"], row["length"], row["rows"], row["variant"]) == ("vt", "match", 512, 1, None)
+    (row,) = run(text_run, tasks=["vt"], lengths=[512], rows=2)
+    assert (row["task"], row["metric"], row["length"], row["rows"], row["variant"]) == ("vt", "match", 512, 2, None)
     assert row["differs"] is None or row["differs"].startswith(("example", "no example"))
     assert 0 <= row["score"] <= 1
     assert 0 < row["causal_sparsity"] < 1
     (path,) = (text_run / "predictions").glob("*.jsonl")
-    (answer,) = read_rows(path)
-    assert len(answer["references"]) == 5
-    # The sparsity is that of the prompt.
+    assert [len(answer["references"]) for answer in read_rows(path)] == [5, 5]
+    # The sparsity is that of the prompts, each as it stands alone.
     target, at = setting(text_run)
-    config = EvaluateConfig(run=str(text_run), tasks=["vt"], lengths=[512], rows=1)
+    config = EvaluateConfig(run=str(text_run), tasks=["vt"], lengths=[512], rows=2)
     (task,) = build_tasks(config, target)
-    ids = task.encoder.encode(task.set.samples[0])
+    prompts = [task.encoder.encode(sample) for sample in task.set.samples]
+    assert len(set(map(len, prompts))) == 2
     tally = SparsityTally()
-    tally.add(at.model(torch.tensor([ids]), return_stats=True).stats, packed=False)
+    for ids in prompts:
+        tally.add(at.model(torch.tensor([ids]), return_stats=True).stats, packed=False)
     assert row["causal_sparsity"] == pytest.approx(tally.columns()["causal_sparsity"])
     assert row["active_tokens"] == pytest.approx(tally.columns()["active_tokens"])
-    assert run(text_run, tasks=["vt"], lengths=[512], rows=1) == []
+    assert run(text_run, tasks=["vt"], lengths=[512], rows=2) == []
 
 
 def test_an_interrupted_task_goes_on_from_the_answers_it_has(text_run, monkeypatch):
