@@ -17,6 +17,28 @@ def fingerprint(*parts: object) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
+def to_checked_json(value: dict) -> str:
+    """JSON that tells damage: with ``check``, the fingerprint of the rest."""
+    return json.dumps({**value, "check": fingerprint(value)}, indent=1) + "\n"
+
+
+def from_checked_json(text: bytes) -> dict:
+    """The value that ``to_checked_json`` took; without ``check``, which files did not always have, it is believed.
+
+    Raises:
+        ValueError: it is another.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError("it holds no JSON object")
+    if "check" in value and value.pop("check") != fingerprint(value):
+        raise ValueError("it has another checksum")
+    return value
+
+
 def build_once(directory: Path, build: Callable[[Path], None]) -> Path:
     """Return ``directory``, filled by ``build(folder)`` unless it exists.
 

@@ -5,7 +5,6 @@ the content, so that a file that was touched, or copied to another place, is the
 """
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from data.cache import fingerprint
+from data.cache import fingerprint, from_checked_json, to_checked_json
 
 _SETTLED_SECONDS = 2  # a file that changed so lately may change again without another time; file systems round
 
@@ -46,7 +45,7 @@ def _of_folder(folder: str, names: Sequence[str], index: Path) -> dict[str, str]
                         known[name], entries[name] = _look(os.path.join(folder, name))
                 entries = {name: entry for name, entry in entries.items() if entry is not None}
                 temporary = index.with_suffix(f".{os.getpid()}.tmp")
-                temporary.write_text(json.dumps(entries) + "\n")
+                temporary.write_text(to_checked_json(entries))
                 os.replace(temporary, index)
     return {name: known.get(name) or _look(os.path.join(folder, name))[0] for name in names}
 
@@ -54,10 +53,10 @@ def _of_folder(folder: str, names: Sequence[str], index: Path) -> dict[str, str]
 def _read(index: Path) -> dict[str, list]:
     """File name -> its size, times and digest; nothing known without the index, or if it is damaged."""
     try:
-        entries = json.loads(index.read_bytes())
+        entries = from_checked_json(index.read_bytes())
     except (OSError, ValueError):
         return {}
-    return entries if isinstance(entries, dict) else {}
+    return {name: entry for name, entry in entries.items() if isinstance(entry, list) and len(entry) == 4}
 
 
 def _known(folder: str, names: Sequence[str], entries: dict[str, list]) -> dict[str, str]:

@@ -12,7 +12,6 @@ import bisect
 import collections
 import contextlib
 import itertools
-import json
 import multiprocessing
 import os
 import shutil
@@ -28,7 +27,7 @@ import numpy as np
 from filelock import FileLock
 from tokenizers import Tokenizer
 
-from data.cache import fingerprint
+from data.cache import fingerprint, from_checked_json, to_checked_json
 from data.config import CorpusConfig, PackedDataConfig
 from data.corpora import Document, corpus_fingerprint, iterate_documents, split_of
 from data.shards import DamagedShardError, ShardWriter, TokenizedPart, read_summary, shard_name, sync
@@ -136,7 +135,7 @@ def usable_cpus() -> int:
 def _read_complete(folder: Path) -> dict | None:
     """What complete.json holds; None without it, or if it is damaged: then the shards are looked at again."""
     try:
-        complete = json.loads((folder / COMPLETE).read_bytes())
+        complete = from_checked_json((folder / COMPLETE).read_bytes())
         return {"shards": int(complete["shards"]), "dtype": np.dtype(complete["dtype"]).name}
     except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError):
         return None
@@ -197,7 +196,7 @@ def _write_shards(folder: Path, corpus: CorpusConfig, recipe: Recipe, workers: i
     for leftover in folder.glob(".shard-*"):  # of processes that were killed
         shutil.rmtree(leftover, ignore_errors=True)
     temporary = folder / f".{COMPLETE}"
-    temporary.write_text(json.dumps(complete | {"documents": progress.documents, "tokens": progress.tokens}) + "\n")
+    temporary.write_text(to_checked_json(complete | {"documents": progress.documents, "tokens": progress.tokens}))
     sync(temporary)
     os.replace(temporary, folder / COMPLETE)
 

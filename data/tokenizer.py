@@ -286,11 +286,12 @@ def build_tokenizer(config: PackedDataConfig, cache_dir: str | Path) -> TextToke
     if config.tokenizer is not None:
         return TextTokenizer.load(config.tokenizer, config.eos_token, config.bos_token)
     eos_token = config.eos_token or DEFAULT_EOS
-    special_tokens = [token for token in (eos_token, config.bos_token) if token not in (None, NO_TOKEN)]
+    bos_token = None if config.bos_token == NO_TOKEN else config.bos_token
+    special_tokens = [token for token in (eos_token, bos_token) if token is not None]
 
     def build(folder: Path) -> None:
-        texts = _training_texts(config)
-        _write(train_bpe(texts, config.vocab_size, *special_tokens), folder / TOKENIZER)
+        backend = train_bpe(_training_texts(config), config.vocab_size, *special_tokens)
+        TextTokenizer(backend, eos_token, bos_token=bos_token).write_files(folder)
 
     settings = [config.vocab_size, config.tokenizer_bytes, *special_tokens, config.validation_fraction]
     corpora = [(corpus_fingerprint(corpus, cache_dir), weight) for corpus, weight in config.parts.values()]

@@ -237,8 +237,10 @@ def test_a_file_is_read_again_only_if_its_size_or_times_have_changed(tmp_path, m
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as some copy programs do: the same size and time
     assert [digest(), digest()] == [1, 0]
     for index in (tmp_path / "cache" / "digests").glob("*.json"):
-        index.write_text("{")
-    assert [digest(), digest()] == [1, 0]
+        whole = index.read_text()
+        for damaged in ("{", "[]", '{"a.txt": 7}', whole.replace(hashlib.sha256(b"two").hexdigest()[:9], "0" * 9)):
+            index.write_text(damaged)
+            assert [digest(), digest()] == [1, 0]
 
 
 def test_a_cache_that_cannot_be_written_keeps_no_digests(tmp_path):

@@ -19,7 +19,7 @@ from data import DamagedShardError, DataSourceError, build_tokenizer
 from data import prepared as prepared_module
 from data.corpora import iterate_documents, split_of
 from data.prepared import prepare
-from data.shards import ShardWriter, TokenizedPart
+from data.shards import ShardWriter, TokenizedPart, read_summary
 from data.tokenizer import TextTokenizer
 from tests import forked
 
@@ -202,6 +202,45 @@ def test_a_damaged_shard_is_found_and_made_again(make, small_shards, tmp_path, c
     assert damage == "lost" or "shard-00002 is damaged" in capfd.readouterr().err
 
 
+def test_every_flipped_bit_is_told(tmp_path):
+    """Of a small shard, one of 29; or it changes nothing, as in the date of a zip's member."""
+    with ShardWriter(tmp_path, 0, np.dtype(np.uint16), 6) as writer:
+        writer.add("train-0", np.arange(10) % 6, np.array([4, 6]), 7)
+        writer.publish(2)
+    shard, told = tmp_path / "shard-00000", Counter()
+
+    def read():
+        part = TokenizedPart([shard], "train-0", np.dtype(np.uint16), 6)
+        summary = read_summary(shard)
+        return *(array.tolist() for array in (*part.window(0, 10), part.target_counts)), part.num_bytes, summary
+
+    whole = read()
+    for path in sorted(shard.iterdir()):
+        content = path.read_bytes()
+        for bit in range(0, 8 * len(content), 29):
+            damaged = bytearray(content)
+            damaged[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(damaged)
+            try:
+                assert read() == whole
+            except DamagedShardError as error:
+                told[path.name] += str(error).startswith(f"{shard} is damaged ({path.stem}")
+        path.write_bytes(content)
+    assert told["train-0.tokens"] == 6
+    assert min(told["train-0.npz"], told["shard.json"]) > 30
+
+
+def test_a_shard_of_before_there_were_checksums_is_believed(tmp_path):
+    with ShardWriter(tmp_path, 0, np.dtype(np.uint16), 6) as writer:
+        writer.add("train-0", np.arange(10) % 6, np.array([4, 6]), 7)
+        writer.publish(2)
+    shard = tmp_path / "shard-00000"
+    summary = json.loads((shard / "shard.json").read_text())
+    del summary["check"]
+    (shard / "shard.json").write_text(json.dumps(summary))
+    assert read_summary(shard) == summary
+
+
 def test_every_block_of_a_large_shard_has_a_check(tmp_path):
     """Two whole blocks of 64 KiB, and the beginning of a third."""
     tokens = np.arange(70_000, dtype=np.int64) % 300
@@ -233,7 +272,9 @@ def test_every_token_is_counted_as_a_target_but_the_first_of_each_document(make,
         assert part.target_counts.tolist() == [targets[token] for token in range(len(part.target_counts))]
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"shards": 3, "dtype": "text"}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"shards": 3, "dtype": "text"}', '{"shards": 3, "dtype": "uint16", "check": "0"}']
+)
 def test_a_damaged_word_that_all_is_there_costs_nothing(make, small_shards, tmp_path, content):
     make()
     whole = contents(entry(tmp_path))
@@ -337,6 +378,6 @@ def test_the_bytes_of_shards_have_not_changed_without_a_new_version(text_config,
             "train-0.tokens": "406b306e",
             "train-1.tokens": "05eece25",
             "validation.tokens": "e801a8fc",
-            "shard.json": "fe45fcde",
+            "shard.json": "18288249",
         },
     )

@@ -39,6 +39,9 @@ def test_training_is_cached_and_deterministic(tokenizer, text_config, tmp_path):
     assert again.fingerprint() == tokenizer.fingerprint()
     other = build_tokenizer(text_config(vocab_size=300), tmp_path / "cache")
     assert other.fingerprint() != tokenizer.fingerprint()
+    other.save(folders[0])  # as a flipped bit in a merge: a tokenizer, and not the one that was trained
+    with pytest.raises(ValueError, match=rf"is another tokenizer .* or remove {folders[0].parent}: the same"):
+        build_tokenizer(text_config(), tmp_path / "cache")
 
 
 def test_saved_tokenizer_loads(tokenizer, text_config, tmp_path):
