@@ -107,19 +107,31 @@ def _steps(checkpoints: Path) -> list[Path]:
     return sorted(path for path in checkpoints.glob("step-*") if _STEP.fullmatch(path.name) and path.is_dir())
 
 
-def damage(checkpoint: Path, *, rank: int = 0, world_size: int = 1, names: Collection[str] | None = None) -> list[str]:
+def damage(
+    checkpoint: Path,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    names: Collection[str] | None = None,
+    with_engine: bool = True,
+) -> list[str]:
     """What differs from the manifest; empty if intact.
 
     Args:
         rank, world_size: checksums are computed for this rank's share of the files; sizes are compared for all.
         names: of the files to look at, None = all.
+        with_engine: DeepSpeed's files, too, which only a resumption reads.
     """
     try:
         files = read_manifest(checkpoint)
     except ValueError as error:
         return [f"{MANIFEST} cannot be read ({error})"]
-    problems = [f"{name} is not in {MANIFEST}" for name in names or (STATE,) if name not in files]
-    files = {name: entry for name, entry in files.items() if names is None or name in names}
+    problems = [f"{name} is not in {MANIFEST}" for name in names or (STATE, WEIGHTS) if name not in files]
+    files = {
+        name: entry
+        for name, entry in files.items()
+        if (names is None or name in names) and (with_engine or not name.startswith(f"{_ENGINE_TAG}/"))
+    }
     for index, (name, entry) in enumerate(sorted(files.items())):
         path = checkpoint / name
         if not path.is_file():

@@ -8,7 +8,7 @@ from torch import nn
 
 from dashattn.backends import AttentionBackend
 from experiments.files import WEIGHTS, check_exists
-from experiments.training.checkpoint import STATE, damage, latest_checkpoint
+from experiments.training.checkpoint import MANIFEST, damage, latest_checkpoint
 from models.hf import is_hf_folder, read_tensors, read_weights
 
 
@@ -27,11 +27,12 @@ def find_weights(source: str | Path) -> Path:
     )
     checkpoints = source / "checkpoints"
     checkpoint = latest_checkpoint(checkpoints) if checkpoints.is_dir() else source
-    problems = ["no checkpoint yet"] if checkpoint is None else damage(checkpoint, names=(WEIGHTS, STATE))
+    problems = ["no checkpoint yet"] if checkpoint is None else damage(checkpoint, with_engine=False)
     if problems:
         raise ValueError(
             f"no intact weights in {checkpoint or source} ({'; '.join(problems)}): give a run directory with a "
-            f"checkpoint, a checkpoint, or a {WEIGHTS}"
+            f"checkpoint, another checkpoint, or a {WEIGHTS}; what was changed on purpose no longer has an entry in "
+            f"{MANIFEST}"
         )
     return checkpoint / WEIGHTS
 

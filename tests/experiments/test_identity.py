@@ -111,8 +111,8 @@ def test_a_copied_checkpoint_is_whole(make, tmp_path, capsys):
         config = check(make(f"from-{origin.name}", f"init_from={origin}", files=other))
         assert TextTokenizer.load(config.data.tokenizer).encode("the water") == ids
     (copy / "tokenizer" / "tokenizer.json").write_text((tmp_path / "exported" / "tokenizer.json").read_text()[:-9])
-    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer"):
-        locate(str(copy), "cpu").tokenizer  # noqa: B018
+    with pytest.raises(ValueError, match=r"no intact weights in .*mine \(tokenizer/tokenizer\.json has \d+ bytes"):
+        locate(str(copy), "cpu")
 
 
 def test_what_a_corpus_becomes_changes_no_run(make, tmp_path):

@@ -33,6 +33,12 @@ class Payload:
         return self.call, self.arguments
 
 
+def seal_again(checkpoint):
+    """Who writes a file can write its checksum."""
+    (checkpoint / "manifest.json").unlink()
+    seal(checkpoint, Ranks(0, 1, torch.device("cpu")))
+
+
 def test_a_checkpoint_that_would_run_code_is_not_resumed(make_config, tmp_path):
     config = make_config("run", "save_every=2")
     checkpoints = train(config) / "checkpoints"
@@ -48,14 +54,12 @@ def test_a_checkpoint_that_would_run_code_is_not_resumed(make_config, tmp_path):
         (lambda: path.write_bytes(b""), "cannot be searched"),
     ):
         save()
-        (step / "manifest.json").unlink()
-        seal(step, Ranks(0, 1, torch.device("cpu")))
+        seal_again(step)
         with pytest.raises(ValueError, match=rf"{message}.*init_from=.*model\.safetensors"):
             train(config)
     assert not mark.exists()
     path.write_bytes(own)
-    (step / "manifest.json").unlink()
-    seal(step, Ranks(0, 1, torch.device("cpu")))
+    seal_again(step)
     assert train(config)
     assert (checkpoints / "step-00000004").is_dir()
 
@@ -170,8 +174,10 @@ def foreign(make_config, tmp_path, monkeypatch):
             f"cache_dir={tmp_path / 'cache'}",
         )
     )
-    for path in (run / "config.yaml", run / "checkpoints" / "step-00000001" / "config.yaml"):
+    checkpoint = run / "checkpoints" / "step-00000001"
+    for path in (run / "config.yaml", checkpoint / "config.yaml"):
         changed = set(point_to(path, private))
+    seal_again(checkpoint)
     at_least = {"cache_dir", "run_dir", "init_from", "branch_from", "data.files", "data.path", "data.tokenizer"}
     assert changed >= at_least
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
@@ -206,6 +212,7 @@ def test_what_a_foreign_run_names_is_neither_read_nor_written(foreign, make_conf
 
     for kept in run.rglob("tokenizer"):
         shutil.rmtree(kept)
+    seal_again(run / "checkpoints" / "step-00000001")
     with touched(private) as found, pytest.raises(ValueError, match=r"read data\.tokenizer=.*letters.*, data\.files="):
         run_generation(GenerateConfig(str(run), "the water", max_new_tokens=2, threads=1))
     assert found == []

@@ -145,6 +145,18 @@ def test_damaged_weights_are_not_read_nor_older_ones_instead(tmp_path, checkpoin
         find_weights(tmp_path)
 
 
+def test_of_a_checkpoint_all_is_intact_that_says_what_its_weights_are(tmp_path, checkpoint):
+    """A digit of its configuration changes every score."""
+    (checkpoint / "config.yaml").write_text("rope: {theta: 10000}\n")
+    (checkpoint / "manifest.json").unlink()
+    seal(checkpoint, Ranks(0, 1, torch.device("cpu")))
+    flip_a_bit(checkpoint / "deepspeed" / "optimizer.pt")  # which only a resumption reads
+    assert find_weights(tmp_path) == checkpoint / "model.safetensors"
+    (checkpoint / "config.yaml").write_text("rope: {theta: 10001}\n")
+    with pytest.raises(ValueError, match=r"no intact weights .*config\.yaml has another checksum"):
+        find_weights(tmp_path)
+
+
 def test_latest_decides_and_without_it_the_newest_is_taken(tmp_path):
     for step in (4, 12):
         (tmp_path / f"step-{step:08d}").mkdir()
@@ -218,8 +230,7 @@ def flip_a_bit(path):
 def test_every_damage_is_seen(checkpoint, harm, message):
     assert damage(checkpoint) == []
     harm(checkpoint)
-    (problem,) = damage(checkpoint)
-    assert message in problem
+    assert message in damage(checkpoint)[0]
 
 
 def test_ranks_share_the_checksums_and_together_see_all(checkpoint):
