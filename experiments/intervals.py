@@ -67,4 +67,5 @@ def _wilson(share: float, samples: float) -> tuple[float, float]:
     z = NormalDist().inv_cdf((1 + LEVEL) / 2)
     centre = (share + z**2 / (2 * samples)) / (1 + z**2 / samples)
     half = z * math.sqrt(share * (1 - share) / samples + z**2 / (4 * samples**2)) / (1 + z**2 / samples)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Of none and of all the bound is the share itself, but for rounding.
+    return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))

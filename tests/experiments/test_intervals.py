@@ -45,6 +45,14 @@ def test_intervals_of_shares_hold_the_true_one_as_often_as_they_say(share, says_
     assert 0.93 <= held / 2000 <= 0.99
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+@pytest.mark.parametrize("count", [7, 33, 64, 363])
+def test_an_interval_ends_at_the_share_where_all_samples_agree(share, count):
+    low, high = interval({"metric": "match", "score": share, "rows": count})
+    assert (low, high)[int(share)] == share
+    assert low < high
+
+
 def test_the_interval_of_a_loss_is_students_over_rows_also_of_rows_from_before():
     nats, targets = [30.0, 32.0, 29.0, 37.0], [10, 10, 10, 10]
     row = {"metric": "nats", "score": 3.2, "by_row": {"nats": nats, "targets": targets}}
