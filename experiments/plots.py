@@ -12,7 +12,8 @@ from experiments.files import write_atomically
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#999999"
 COLOURS = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, GREY)
-MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*")
+# Those that no method has, or few, stand first: they are what other lines are given.
+MARKS = ("P", "h", "d", "<", ">", "v", "p", "X", "*", "o", "s", "^", "D")
 # Of each method, in every figure; the sink is sky blue, a raw prior a square.
 METHODS = {
     "full": (BLACK, "x"),
@@ -64,9 +65,14 @@ def method_of(label: str) -> str | None:
 
 def styles(labels: Iterable[str]) -> dict[str, tuple[str, str]]:
     """(colour, mark) of each line. A method has its own everywhere; of several lines of one, the colour is the same and
-    the shortest label has the mark. What names no method gets what is left, by the alphabet."""
+    the shortest label has the mark. What names no method gets what is left, by the alphabet: neighbours differ in both.
+    """
     found: dict[str, tuple[str, str]] = {}
-    free = [(colour, mark) for mark in MARKS for colour in (*COLOURS, BLACK)]
+    free = [
+        (colour, MARKS[(number + turn) % len(MARKS)])
+        for turn in range(len(MARKS))
+        for number, colour in enumerate((*COLOURS, BLACK))
+    ]
     named = {label: method_of(label) for label in set(labels)}
     for label in sorted(named, key=lambda label: (named[label] is None, len(label), label)):
         taken = set(found.values())
@@ -74,7 +80,7 @@ def styles(labels: Iterable[str]) -> dict[str, tuple[str, str]]:
             options = [style for style in free if style not in METHODS.values()]
         else:
             own = METHODS[named[label]]
-            options = [own, *(style for style in free if style[0] == own[0] and style not in METHODS.values())]
+            options = [own, *((own[0], mark) for mark in MARKS if (own[0], mark) not in METHODS.values())]
         found[label] = next((style for style in options if style not in taken), options[len(found) % len(options)])
     return found
 
@@ -95,6 +101,21 @@ def grid(panels: int, width: float = WIDTH, height: float = HEIGHT, columns: int
 def entitle(ax, text: str) -> None:
     """The panel's title, in lines that fit over it."""
     ax.set_title("\n".join(textwrap.fill(line, 54) for line in text.split("\n")), fontsize=9)
+
+
+def from_zero(ax) -> None:
+    """The values of lines that are drawn, from 0 up to where the highest mark stands whole."""
+    ax.set_ylim(0, 1.08 * max(max(line.get_ydata()) for line in ax.lines))
+
+
+def plain_log(axis) -> None:
+    """Numbers instead of powers on a logarithmic axis, once its lines are drawn."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def legend_below(figure, axes: Iterable) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from experiments.figures.frontier import is_ablation, of_frontiers
 from experiments.figures.rows import BARS, Drawn, Study, as_trained, averaged, grouped
-from experiments.plots import entitle, grid, legend_below, pyplot, save, styles
+from experiments.plots import entitle, grid, legend_below, plain_log, pyplot, save, styles
 from experiments.speed import report as speed_report
 from experiments.speed import rows as speed_rows
 from experiments.throughput import report as throughput_report
@@ -88,8 +88,8 @@ def make_training(study: Study) -> Drawn | None:
     absent = [name for name in TRAINING if name not in present]
     notes = [f"Missing: {', '.join(absent)}, no row has it."] if absent else []
     notes.append(
-        "Solid: training batches; dotted: validation. Colours are the methods', marks stand at a few of the points. "
-        "Time is that of the training steps alone."
+        "Solid: training batches; dotted: validation. Colours are the methods', of runs that name none any; marks "
+        "stand at a few of the points. Time is that of the training steps alone."
     )
     if len(study.training) > MANY:
         notes.append("Many runs: a panel an arm, and of all that was logged two; the table has the rest.")
@@ -105,14 +105,15 @@ def make_training(study: Study) -> Drawn | None:
             ax.set_ylabel(name)
             if "norm" in name:
                 ax.set_yscale("log")
+                plain_log(ax.yaxis)
         legend_below(figure, axes)
         save(figure, path)
 
     return Drawn(table, draw, notes)
 
 
-def _draw_runs(ax, rows: list[dict], x: str, y: str, runs: Iterable[str]) -> None:
-    """Curves of runs: a colour a method, a mark here and there, dots for validation."""
+def _draw_runs(ax, rows: list[dict], x: str, y: str, runs: Iterable[str], arm: str = "") -> None:
+    """Curves of runs: a colour a method, a mark here and there, dots for validation; named without their ``arm``."""
     from matplotlib.ticker import EngFormatter
 
     style = styles(runs)
@@ -123,7 +124,7 @@ def _draw_runs(ax, rows: list[dict], x: str, y: str, runs: Iterable[str]) -> Non
             line = {"linestyle": ":", "linewidth": 1} if split == "validation" else {"linewidth": 1}
             xs, ys = [row[x] for row in points], [row[y] for row in points]
             every = max(1, len(points) // 6)
-            label = run if split == "train" else None
+            label = run.removeprefix(arm).lstrip("-:") if split == "train" else None
             ax.plot(xs, ys, color=colour, marker=mark, markersize=4, markevery=every, label=label, **line)
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.grid(alpha=0.25)
@@ -146,13 +147,14 @@ def _draw_arms(table: list[dict], path: Path) -> None:
     ]
     figure, axes = grid(len(panels), width=3.1, height=2.2, columns=4)
     for ax, (name, arm, points) in zip(axes, panels, strict=True):
-        named = [row | {"run": row["run"].removeprefix(arm).lstrip("-:")} for row in points]
-        _draw_runs(ax, named, "tokens", TRAINING[name], {row["run"] for row in named})
+        runs = {row["run"] for row in points}
+        _draw_runs(ax, points, "tokens", TRAINING[name], runs, arm)
         entitle(ax, arm)
         ax.set_xlabel("tokens")
         ax.set_ylabel(name)
         ax.set_yscale("log")
-        ax.legend(fontsize=6, ncols=1 + (len({row["run"] for row in named}) > 5))
+        plain_log(ax.yaxis)
+        ax.legend(fontsize=6, ncols=1 + (len(runs) > 5))
     save(figure, path)
 
 
@@ -224,7 +226,7 @@ def make_numerics(study: Study) -> Drawn | None:
         return None
 
     def draw(path: Path) -> None:
-        labels = sorted({f"{row['backend']}, {row['tensor']}" for row in table})
+        labels = sorted({f"{row['backend']}, {row['tensor']}" for row in table}, reverse=True)  # upwards
         dtypes = sorted({(row["device"], row["impl"], row["dtype"]) for row in table})
         figure, axes = pyplot().subplots(figsize=(8, 1.2 + 0.28 * len(labels)), layout="constrained")
         style = styles(map(str, dtypes))
@@ -259,6 +261,8 @@ def make_parallel(study: Study) -> Drawn | None:
         return None
     table = [{name: row.get(name) for name in PARALLEL_COLUMNS} for row in rows]
     notes = ["Efficiency: tokens per second over as many times those of one device at the same step."]
+    if any(row["efficiency"] is not None and row["efficiency"] > 1 for row in rows):
+        notes.append("Above 100 %: one device alone was measured slower than each of several, so it could be faster.")
     is_compared = any(row["efficiency"] is not None for row in rows)
     draw = (lambda path: scaling_report.draw(rows, path)) if is_compared else None
     return Drawn(table, draw, notes, rows)

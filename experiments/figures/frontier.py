@@ -148,11 +148,11 @@ def ruler_averages(rows: Sequence[dict]) -> list[dict]:
                 for name in ("score", "causal_sparsity", "active_tokens", "routing_reads")
             }
             whole = "ruler" if len(tasks) == 13 else f"ruler ({len(tasks)} of 13 tasks)"
-            averages.append(next(iter(tasks.values())) | means | _scatter(tasks.values()) | {"task": whole})
+            averages.append(next(iter(tasks.values())) | means | scatter_of_mean(tasks.values()) | {"task": whole})
     return averages
 
 
-def _scatter(rows: Collection[dict]) -> dict:
+def scatter_of_mean(rows: Collection[dict]) -> dict:
     """Of the mean of tasks, whose samples are drawn each for itself."""
     known = [stderr_of(row) for row in rows]
     if any(stderr is None for stderr, _ in known):

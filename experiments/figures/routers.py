@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from experiments.figures.rows import BARS, Drawn, Study, as_trained, averaged, grouped
-from experiments.plots import BLACK, entitle, grid, legend_below, save, styles
+from experiments.plots import BLACK, entitle, grid, legend_below, plain_log, save, styles
+from experiments.speed.report import tokens
 
 DISPERSION = {
     "relevant_mass": "router's mass on the relevant blocks",
@@ -15,6 +16,7 @@ DISPERSION = {
     "softmax_entropy": "entropy, softmax over the same scores",
     "support": "blocks above zero",
 }
+DASHES = "Dashes only let a line show through another."
 RECALLS = {
     "recall": "share of the answer's blocks selected",
     "topk_recall": "the same for as many blocks by softmax and top-k",
@@ -82,6 +84,8 @@ def make_active_tokens(study: Study) -> Drawn | None:
                 ax.fill_between(xs, [r["p10"] for r in bins], [r["p90"] for r in bins], color=colour, alpha=0.15)
             ax.set_xscale("log", base=2)
             ax.set_yscale("log", base=2)
+            for axis in (ax.xaxis, ax.yaxis):
+                axis.set_major_formatter(lambda value, _: tokens(value))
             ax.set_xlabel("position in the document")
             ax.set_ylabel("active tokens:\nmedian, p10-p90")
             entitle(ax, f"{data}, {length} tokens")
@@ -104,7 +108,7 @@ def make_adaptivity(study: Study) -> Drawn | None:
     keys = ("probes", "data", "length", "line", "relevant")
     table = averaged(rows, *keys)
     note = (
-        f"Over tokens, layers and heads. {BARS} Needed: in text pieces of the answer, in "
+        f"Over tokens, layers and heads. {BARS} {DASHES} Needed: in text pieces of the answer, in "
         "MQAR the blocks that hold pairs, of which a single query needs one."
     )
     named = [row | {"panel": f"{row['probes']}, {row['data']}, {row['length']} tokens"} for row in table]
@@ -195,7 +199,7 @@ def make_dispersion(study: Study) -> Drawn | None:
         for row in table
         if not _is_of_values(row["probe"])
     ]
-    return Drawn(table, _lines(named, "length"), [BARS], rows)
+    return Drawn(table, _lines(named, "length"), [f"{BARS} {DASHES}"], rows)
 
 
 def _is_of_values(probe: str) -> bool:
@@ -223,7 +227,6 @@ def _lines(table: list[dict], x: str) -> Callable[[Path], None]:
         panels = grouped(table, "panel")
         figure, axes = grid(len(panels), height=3.0)
         style = styles(row["line"] for row in table)
-        # Of two lines that agree, the one below shows through the other's dashes.
         dashes = {line: ("-", "--")[number % 2] for number, line in enumerate(sorted(style))}
         for ax, (panel, inside) in zip(axes, panels.items(), strict=True):
             for line, points in grouped(inside, "line").items():
@@ -235,8 +238,12 @@ def _lines(table: list[dict], x: str) -> Callable[[Path], None]:
             entitle(ax, panel)
             if x == "length":
                 _length_axis(ax)
-                ax.set_yscale("log" if inside[0]["metric"] == "support" else "linear")
+                if inside[0]["metric"] == "support":
+                    ax.set_yscale("log")
+                    plain_log(ax.yaxis)
             else:
+                for axis in (ax.xaxis, ax.yaxis):
+                    axis.get_major_locator().set_params(integer=True)
                 ax.set_xlabel("blocks that the answer needs")
                 ax.set_ylabel("active blocks")
             ax.grid(alpha=0.25)

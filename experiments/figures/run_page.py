@@ -59,7 +59,7 @@ PANELS = (
 )
 _STYLES = ("-", "--", ":")
 _FAR = 8  # times as long as the shortest run is the longest, from which their axis is logarithmic
-_SYMBOLS = dict(zip("os^DvPX<>p*xd", "●■▲◆▼✚✖◀▶⬟★✕⬧", strict=True))
+_SYMBOLS = dict(zip("os^DvPX<>p*xdh", "●■▲◆▼✚✖◀▶⬟★✕⬧⬢", strict=True))
 
 
 @dataclass(frozen=True)

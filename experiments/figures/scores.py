@@ -6,7 +6,15 @@ from pathlib import Path
 
 from data.task_sets import SUITES
 from experiments.evaluation.tasks.decoding import DECODE
-from experiments.figures.frontier import Point, is_ablation, of_frontiers, panels_to_draw, points, untrained
+from experiments.figures.frontier import (
+    Point,
+    is_ablation,
+    of_frontiers,
+    panels_to_draw,
+    points,
+    scatter_of_mean,
+    untrained,
+)
 from experiments.figures.pareto import draw as draw_frontiers
 from experiments.figures.pareto import table as frontier_table
 from experiments.figures.rows import BARS, Drawn, Study, averaged, grouped, line_of
@@ -22,6 +30,7 @@ GROUPS = {
     "VT, CWE, FWE": ("vt", "cwe", "fwe"),
     "QA 1-2": ("qa_1", "qa_2"),
 }
+RULER_MEANS = GROUPS | {"average": tuple(SUITES["ruler"])}
 FACTORS = ("alpha", "chunk_size", "sigma", "prior", "summary", "group", "router_scale")
 CONTROL = ("prior", "raw")  # of configs/sweep/ablations.yaml
 BESIDE = " ".join(CONTROL)  # as a value of another factor
@@ -94,24 +103,23 @@ def make_costs(study: Study) -> Drawn | None:
 
 
 def make_ruler(study: Study) -> Drawn | None:
-    """One row a setting and length; columns are the 13 tasks, the paper's groups and the average."""
+    """One row a setting and length; columns are the 13 tasks, the paper's groups and the average, each with its bounds
+    as ``averaged`` has them."""
     rows = [row for row in study.evaluations if row["task"] in SUITES["ruler"]]
     if not rows:
         return None
     table, differs = [], {}
     for (line, length), inside in _by(rows, lambda row: (line_of(row), row["length"])).items():
-        scores = {row["task"]: row["score"] for row in averaged(inside, "task")}
         table.append(
             {
                 "model": line,
                 "length": length,
                 "causal_sparsity": sum(row["causal_sparsity"] for row in inside) / len(inside),
                 "seeds": len({row["seed"] for row in inside}),
-                **{task: scores.get(task, MISSING) for task in SUITES["ruler"]},
-                **{name: _mean_or_missing(scores, tasks) for name, tasks in GROUPS.items()},
-                "average": _mean_or_missing(scores, SUITES["ruler"]),
             }
         )
+        for name, tasks in ({task: (task,) for task in SUITES["ruler"]} | RULER_MEANS).items():
+            table[-1] |= _mean_or_missing(name, inside, tasks)
         differs |= {row["task"]: row["differs"] for row in inside if row.get("differs")}
     notes = [f"{task} departs from RULER: {how}." for task, how in sorted(differs.items())]
     return Drawn(sorted(table, key=lambda row: (row["length"], row["model"])), None, notes, rows)
@@ -228,7 +236,14 @@ def _by(rows: Sequence[dict], key) -> dict:
     return groups
 
 
-def _mean_or_missing(scores: dict[str, float], tasks: Sequence[str]) -> float | str:
-    if any(task not in scores for task in tasks):
-        return MISSING
-    return sum(scores[task] for task in tasks) / len(tasks)
+def _mean_or_missing(name: str, rows: Sequence[dict], tasks: Sequence[str]) -> dict:
+    """Columns ``name``, ``name low`` and ``name high``: the mean over the tasks, of the seeds that have them all."""
+    means = []
+    for own in grouped((row for row in rows if row["task"] in tasks), "seed").values():
+        if {row["task"] for row in own} == set(tasks):
+            mean = {"task": name, "score": sum(row["score"] for row in own) / len(own)}
+            means.append(own[0] | mean | (scatter_of_mean(own) if len(own) > 1 else {}))
+    if not means:
+        return {name: MISSING}
+    (found,) = averaged(means, "task")
+    return {name: found["score"], f"{name} low": found["low"], f"{name} high": found["high"]}

@@ -12,7 +12,7 @@ from pathlib import Path
 from experiments.arguments import parse
 from experiments.errors import user_errors
 from experiments.files import SPEED, check_exists, read_rows, write_atomically
-from experiments.plots import BLACK, entitle, pyplot, save, styles
+from experiments.plots import BLACK, entitle, plain_log, pyplot, save, styles
 from experiments.speed.rows import (
     CASE,
     CUDNN,
@@ -232,6 +232,7 @@ def draw(rows: Sequence[dict], path: Path) -> None:
         figure = pyplot().figure(figsize=size, layout="constrained")
         parts = figure.subfigures(len(blocks), 1, height_ratios=list(map(len, values)), squeeze=False)[:, 0]
         style_of = styles({curve.method for name, _ in columns for curve in curves(inside, name)})
+        against = sorted({row["against"] for row in inside if row["ratio"]}) or ["dense"]
         handles = {}
         for part, block, keys in zip(parts, blocks, values, strict=True):
             cells = part.subplots(len(keys), min(_WIDE, len(columns)), squeeze=False, sharex=True, sharey="row")
@@ -240,19 +241,26 @@ def draw(rows: Sequence[dict], path: Path) -> None:
             axes = cells[:, : len(block)]
             for column, (name, sparsity) in zip(axes.T, block, strict=True):
                 _draw_column(dict(zip(keys, column, strict=True)), inside, name, sparsity, style_of)
-            against = sorted({row["against"] for row in inside if row["ratio"]}) or ["dense"]
-            named = _AXES | {"ratio": ",\n".join(["speed-up over " + against[0], *against[1:]])}
             for ax, key in zip(axes[:, 0], keys, strict=True):
-                ax.set_ylabel(named[key])
+                ax.set_ylabel(_AXES[key] + (f" over {against[0]}" if key == "ratio" else ""))
+                if key == "ms":
+                    plain_log(ax.yaxis)
+                if key == "extra_mib":  # once all columns are drawn, which share the axis
+                    ax.set_ylim(bottom=0)
+                    ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
             handles |= {t: h for ax in axes[0] for h, t in zip(*ax.get_legend_handles_labels(), strict=True)}
         figure.legend(handles.values(), handles.keys(), fontsize=8, loc="outside lower center", ncols=3)
         figure.suptitle(
             f"{title(setup)}\nhollow: the sparsity reached is another, see the table; "
-            "a line has the lengths that were measured",
+            f"a line has the lengths that were measured{_else(against[1:])}",
             fontsize=9,
         )
         name = path.name if number == 0 else f"{path.name}-{number + 1}"
         save(figure, path.with_name(name))
+
+
+def _else(against: Sequence[str]) -> str:
+    return f"\nwhere {FLASH_3} was not timed in the same run, speed-up over {' or '.join(against)}" if against else ""
 
 
 def _has_memory(rows: Iterable[dict], passes: Collection[str]) -> bool:
@@ -279,7 +287,6 @@ def _draw_column(
         ax.grid(alpha=0.25)
         if key == "extra_mib":
             ax.set_yscale("symlog", linthresh=1)  # nothing is a possible amount
-            ax.set_ylim(bottom=0)
         else:
             ax.set_yscale("log")
         if key == "ratio":

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from experiments.files import THROUGHPUT, read_rows, write_atomically
-from experiments.plots import grid, legend_below, save, styles
+from experiments.plots import from_zero, grid, legend_below, save, styles
 from experiments.speed.report import in_a_cell, print_report, provenance_lines, tokens
 
 CASE = ("backend", "length", "pattern", "micro_batch_tokens", "compile", "activation_checkpointing")
@@ -100,12 +100,15 @@ def _line(row: dict, dense: float | None) -> str:
 
 def draw(rows: Sequence[dict], path: Path) -> None:
     """Throughput and both utilisations against length, of each backend's fastest setting; ``path`` has no suffix."""
+    from matplotlib.ticker import EngFormatter, PercentFormatter
+
     rows = [row for row in fastest(newest(rows)) if row["backend"] != "loader"]
     present = {name: title for name, title in PANELS.items() if any(row.get(name) is not None for row in rows)}
     figure, axes = grid(len(present))
     lines: dict[str, list[dict]] = {}
+    devices = sorted({row["device"] for row in rows})
     for row in rows:
-        lines.setdefault(f"{label(row)}, {row['device']}", []).append(row)
+        lines.setdefault(label(row) + (f", {row['device']}" if len(devices) > 1 else ""), []).append(row)
     style = styles(lines)
     for ax, (name, title) in zip(axes, present.items(), strict=True):
         for line, points in lines.items():
@@ -114,10 +117,13 @@ def draw(rows: Sequence[dict], path: Path) -> None:
             ax.plot([p["length"] for p in points], [p[name] for p in points], color=colour, marker=mark, label=line)
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter(lambda x, _: tokens(x))
-        ax.set_ylim(bottom=0)
-        ax.set_xlabel("tokens")
+        from_zero(ax)
+        ax.yaxis.set_major_formatter(EngFormatter(sep="") if name == "tokens_per_s" else PercentFormatter(1.0))
+        ax.set_xlabel("tokens in a row")
         ax.set_ylabel(title)
         ax.grid(alpha=0.25)
+    if len(devices) == 1:
+        figure.suptitle(devices[0], fontsize=9)
     legend_below(figure, axes)
     save(figure, path)
 

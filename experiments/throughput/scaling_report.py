@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from experiments.files import SCALING, read_rows, write_atomically
-from experiments.plots import grid, save, styles
+from experiments.plots import from_zero, grid, save, styles
 from experiments.speed.report import in_a_cell, print_report, tokens
 from experiments.throughput.report import sections
 
@@ -110,7 +110,7 @@ def draw(rows: Sequence[dict], path: Path) -> None:
             ax.plot(xs, ys, color=style[backend][0], marker=style[backend][1], linestyle="", label=backend)
         ax.axhline(1, color="grey", linewidth=1, linestyle="--")
         ax.set_xticks(range(len(modes)), modes, fontsize=8)
-        ax.set_ylim(bottom=0)
+        from_zero(ax)
         ax.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
         ax.set_ylabel("tokens per second, of the ideal")
         ax.set_title(f"{ranks} x {device}", fontsize=10)

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from dashattn.backends import BACKENDS
-from experiments.plots import BLACK, COLOURS, METHODS, method_of, styles
+from experiments.plots import BLACK, COLOURS, METHODS, from_zero, grid, method_of, plain_log, pyplot, styles
 
 OKABE_ITO = {"#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"}
 
@@ -53,6 +53,29 @@ def test_a_method_looks_the_same_whatever_is_drawn_beside_it():
     assert {many[name][0] for name in many if name.startswith("dash")} == {METHODS["dash"][0]}
     for name in set(many) - METHODS.keys():  # no variant looks like another method
         assert many[name] not in METHODS.values()
+
+
+def test_lines_that_name_no_method_are_told_apart_by_colour_and_by_mark():
+    found = styles([f"alpha {value}" for value in range(6)]).values()
+    assert len({colour for colour, _ in found}) == len({mark for _, mark in found}) == 6
+
+
+def test_an_axis_from_zero_holds_the_highest_mark_and_numbers_stand_in_place_of_powers():
+    figure, (ax, beside) = grid(2)
+    ax.plot([1, 2], [0.9, 1.0], marker="o")
+    from_zero(ax)
+    assert ax.get_ylim() == (0, pytest.approx(1.08))
+    for top, said in ((50, {"1", "2", "5", "10", "20", "50"}), (5000, {"1", "10", "100", "1000"})):
+        beside.clear()
+        beside.plot([1, 2], [1, top])
+        beside.set_yscale("log")
+        plain_log(beside.yaxis)
+        figure.draw_without_rendering()
+        low, high = beside.get_ylim()
+        shown = [t.get_text() for v, t in zip(beside.get_yticks(), beside.get_yticklabels(), strict=True)]
+        assert {s for v, s in zip(beside.get_yticks(), shown, strict=True) if low <= v <= high} == said
+        assert not any(t.get_text() for t in beside.get_yticklabels(minor=True))
+    pyplot().close(figure)
 
 
 def test_more_lines_than_styles_still_have_one():
