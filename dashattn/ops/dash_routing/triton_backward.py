@@ -64,8 +64,11 @@ def _listed_chunks(q, summaries_ptr, block_list, choice_list, bias_row, entry, n
     place = entry + tl.arange(0, CHUNKS)
     chunk = tl.load(block_list + place, mask=place < num_blocks, other=2147483647)
     choice = tl.load(choice_list + place, mask=place < num_blocks, other=0)
-    token = tl.arange(0, TOKENS).to(choice.dtype)
-    selected = ((choice[None, :] >> token[:, None]) & 1) != 0
+    token = tl.arange(0, TOKENS)[:, None]
+    word = choice.to(tl.int32)[None, :]
+    if TOKENS > 32:  # shifts of 64 bits are made of several of 32
+        word = tl.where(token < 32, word, (choice >> 32).to(tl.int32)[None, :])
+    selected = ((word >> (token % 32)) & 1) != 0
     selected &= chunk[None, :] < token_stop[:, None]
     k, x = _products(q, summaries_ptr, kv_head, first_summary, chunk, stop, peak, KV_HEADS, HEAD_DIM, DIM, PRECISION)
     if SOFTMAX:

@@ -237,9 +237,9 @@ def prior_kernel(
     CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SQUARE: tl.constexpr, TEMPERED: tl.constexpr,
     SOFTMAX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes the group's prior of candidates; all other entries of the bias stay as they are.
+    """Writes the group's prior of candidates, and 0 for forced chunks; past a token's own one nothing.
 
-    Of those that were not selected too, for which of them that are the words say alone: they are not to be read.
+    Of candidates that were not selected too, for which of them that are the words say alone: they are not to be read.
     """
     kv_head = tl.program_id(0) % KV_HEADS
     slot = num_slots - 1 - tl.program_id(0) // KV_HEADS
@@ -291,6 +291,10 @@ def prior_kernel(
         column = (chunk + tl.arange(0, CHUNKS))[None, :]
         in_candidates = column < token_count[:, None]
         tl.store(bias_row[:, None] + column, (log_p - mean[:, None]) * inverse_sigma, mask=in_candidates)
+    own = position // BLOCK - init_chunks
+    for forced in range(0, init_chunks + local_chunks + 1):
+        column = tl.where(forced < init_chunks, forced - init_chunks, own + init_chunks - forced)
+        tl.store(bias_row + column, 0.0, mask=(token < end) & (column >= -init_chunks) & (column <= own))
 
 
 @cache
@@ -349,7 +353,7 @@ def prior_bias(
 
     ``words`` int32 [H, n, W], read where ``softmax``; ``sigma``: None for the raw prior.
     """
-    bias = torch.zeros(geo.tokens, geo.kv_heads, num_blocks, dtype=torch.float32, device=q.device)
+    bias = torch.empty(geo.tokens, geo.kv_heads, num_blocks, dtype=torch.float32, device=q.device)
     constants = router_constants(geo, chunk_size, alpha is None, q.dtype, options)
     slots = geo.slots(constants["TOKENS"])
     launch(
