@@ -65,16 +65,17 @@ def run_sweep(config: SweepConfig, console: Console) -> dict[str, Outcome]:
                     waiting.remove(cell)
                     outcomes[cell.name] = Outcome("skipped", message=f"{cell.base} {base.status}")
                     continue
+                if children.received is not None:
+                    waiting.remove(cell)
+                    outcomes[cell.name] = Outcome("stopped", message="was not begun")
+                    continue
                 lock = take(cell)
-                if lock is None and children.received is None:
+                if lock is None:
                     if cell.name not in elsewhere:
                         console.print(f"  waits  {cell.name}  is run by another process", highlight=False, markup=False)
                     elsewhere.add(cell.name)
                     continue
                 waiting.remove(cell)
-                if lock is None:
-                    outcomes[cell.name] = Outcome("stopped", message="is run by another process")
-                    continue
                 if cell.is_done():
                     lock.release()
                     outcomes[cell.name] = Outcome("was done", message="by another process")

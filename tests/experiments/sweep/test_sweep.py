@@ -406,12 +406,16 @@ def test_a_signal_reaches_the_running_cell_and_no_other_starts(tmp_path, monkeyp
 
     before, sender = signal.getsignal(number), threading.Thread(target=send)
     sender.start()
-    outcomes = run_sweep(make_config(tmp_path, seeds=[0]), Console(file=io.StringIO()))
+    said = io.StringIO()
+    outcomes = run_sweep(make_config(tmp_path, seeds=[0, 1]), Console(file=said))
     sender.join()
     assert (tmp_path / "saved").exists()
-    statuses = {name.removesuffix("-seed0"): outcome.status for name, outcome in outcomes.items()}
-    arms = ("full", "dash-knob1", "dash-knob4")
-    assert statuses == {"text-base": "stopped"} | {f"text-{arm}": "skipped" for arm in arms}
+    assert [line.split()[1] for line in said.getvalue().splitlines() if "start" in line] == ["text-base-seed0"]
+    arms, seeds = ("full", "dash-knob1", "dash-knob4"), (0, 1)
+    assert {name: outcome.status for name, outcome in outcomes.items()} == {
+        f"text-base-seed{seed}": "stopped" for seed in seeds
+    } | {f"text-{arm}-seed{seed}": "skipped" for arm in arms for seed in seeds}
+    assert outcomes["text-base-seed1"].message == "was not begun"
     assert signal.getsignal(number) is before
 
 
