@@ -105,8 +105,9 @@ def check_attention(batch, length, group, kv_heads, head_dim, block_size, bias_h
     expected, *others = results
     for result in others:
         errors = list(map(relative_error, result, expected))
-        # a bias gradient is a difference of sums over a whole block: its error is that of dp, its size often less
-        allowed = [TOLERANCE[dtype]] * 4 + [TOLERANCE[dtype] * 3] * len(bias)
+        # a bias gradient is a difference of sums over a whole block: its error is that of dp, its size often less, and
+        # in groups of one no sum over heads evens it out
+        allowed = [TOLERANCE[dtype]] * 4 + [TOLERANCE[dtype] * 4] * len(bias)
         assert all(error < most for error, most in zip(errors, allowed, strict=True)), errors
 
 
