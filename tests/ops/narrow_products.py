@@ -200,7 +200,8 @@ if __name__ == "__main__":
     launches.compile_launches(compiled.append)
     sizes = dict(heads=45, kv_heads=3)
     launches.prefill_and_training(300, **sizes, dim=40)
-    launches.hopper_attention(300, **sizes, dim=128)
+    for dim in (64, 128):  # tiles with and without idle rows
+        launches.hopper_attention(300, **sizes, dim=dim)
     launches.decoding(**sizes, dim=40)
     faulty[(1,)](torch.zeros(1), 7, 7, HEADS=3, HEAD_DIM=40, TOKENS=16)
     reports = {}

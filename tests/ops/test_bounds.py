@@ -75,18 +75,25 @@ def odd_numbers(*shape):
     return x
 
 
+def half_numbers(*shape):
+    """Of 16 bits: more chunks are taken at a time than a word has."""
+    return odd_numbers(*shape).half()
+
+
 def backward(out, *inputs):
-    torch.autograd.grad(out, [x for x in inputs if x.requires_grad], odd_numbers(*out.shape))
+    torch.autograd.grad(out, [x for x in inputs if x.requires_grad], odd_numbers(*out.shape).to(out.dtype))
 
 
 ALPHAS = [None, 0.5, 0.9, 1.0, 1.7, torch.nan, torch.inf]
 
 
-@pytest.mark.parametrize(("alpha", "numbers"), [(0.9, torch.randn), *((alpha, odd_numbers) for alpha in ALPHAS)])
+@pytest.mark.parametrize(
+    ("alpha", "numbers"), [(0.9, torch.randn), (None, half_numbers), *((alpha, odd_numbers) for alpha in ALPHAS)]
+)
 def test_dash_attention(alpha, numbers):
     length = 70  # five chunks, of which words and tiles have room for many more
     q, k, v = (numbers(1, length, heads, 16) for heads in (2, 1, 1))
-    chunk_query = odd_numbers(1, 16)
+    chunk_query = numbers(1, 16)
     inputs = [x.requires_grad_() for x in (q, k, v, chunk_query)]
     alpha = 1.5 if alpha is None else torch.full((2,), alpha, requires_grad=True)
     options = dict(chunk_size=CHUNK, router_scale=3.0, prior="raw", alpha=alpha)
@@ -109,7 +116,7 @@ def test_selectors_by_a_softmax(selector):
     out, _ = dash_attention(q, k, v, odd_numbers(1, 16), chunk_size=CHUNK, sigma=1.0, init_chunks=1, **selector)
     backward(out, q, k, v)
     lengths = torch.tensor([69], dtype=torch.int32)
-    caches = [odd_numbers(1, length, 1, 16) for length in (80, 80, 5)]
+    caches = [odd_numbers(1, length, 1, 16) for length in (66 * CHUNK, 66 * CHUNK, 66)]  # words of no power of two
     options = dict(chunk_size=CHUNK, router_scale=3.0, prior="tempered", sigma=1.0, **selector)
     decode.routed_attention(odd_numbers(1, 1, 2, 16), *caches, lengths, **options)
 
