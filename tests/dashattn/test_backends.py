@@ -97,15 +97,18 @@ def test_packed_equals_separate_and_causal(config):
     backend = build(config)
     qkv, extra = make_inputs(46)
     cu_seqlens = torch.tensor([0, 3, 30, 46], dtype=torch.int32)
-    packed = backend(*qkv, **extra, cu_seqlens=cu_seqlens)
+    packed, packed_stats = backend(*qkv, **extra, cu_seqlens=cu_seqlens, return_stats=True)
     for start, end in ((0, 3), (3, 30), (30, 46)):
         document = slice(start, end)
-        alone = backend(
+        alone, stats = backend(
             *(x[:, document] for x in qkv),
             hidden=extra["hidden"][:, document],
             rope=tuple(table[document] for table in extra["rope"]),
+            return_stats=True,
         )
         torch.testing.assert_close(packed[:, document], alone, rtol=0, atol=1e-12)
+        for count in ("active_tokens", "positions", "routing_reads"):
+            assert torch.equal(getattr(packed_stats, count)[:, document], getattr(stats, count)), count
         prefix = backend(
             *(x[:, : end - 1] for x in qkv),
             hidden=extra["hidden"][:, : end - 1],

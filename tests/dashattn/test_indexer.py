@@ -66,6 +66,8 @@ def test_it_is_its_definition(inputs, name):
         assert found.kl.item() == pytest.approx(kl.mean(), abs=1e-12)
         weighted = indexer_attention(*inputs, **options, return_kl=True, head_weights=(0.2, 0.7)).kl
         assert weighted.item() == pytest.approx((kl * [0.2, 0.7]).sum(1).mean(), abs=1e-12)
+    doubled = indexer_attention(2 * inputs[0], *inputs[1:], **options, scale=D**-0.5 / 2, return_kl=with_kl)
+    torch.testing.assert_close((doubled.out, doubled.kl), (found.out, found.kl), rtol=0, atol=1e-12)
 
 
 @pytest.mark.usefixtures("_tiles")

@@ -99,6 +99,14 @@ def test_a_share_of_the_heads_takes_their_part(config):
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
 
 
+def test_priors_of_heads_which_no_kernel_takes_are_taken_over_without():
+    config = replace(CONFIGS["dash"], prior_heads="head")
+    router, sharing, first, second, options = make(config)
+    _, taken = router(*first, **options, return_selection=True)
+    by_kernel = SharingBackend(replace(config, impl="triton"), SHAPE, source=0)
+    assert torch.equal(by_kernel(*second, taken=taken), sharing(*second, taken=taken))
+
+
 Q, K = torch.randn(2, 20, 4, 8), torch.randn(2, 20, 2, 8)
 WORDS = torch.ones(2, 2, 20, 1, dtype=torch.int32)
 

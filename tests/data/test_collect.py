@@ -185,3 +185,8 @@ def test_the_command(sources, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [*command, "absent"])
     with pytest.raises(SystemExit, match="error: absent does not exist"):
         main()
+    counts = {"documents": 1234, "bytes": 2_500_000, "no documents": 5, "duplicates": 6, "unreadable": 7}
+    monkeypatch.setattr("data.collect.collect", lambda *_: counts)
+    main()
+    said = "1,234 documents, 2.5 MB; left out: 5 files that are none, 6 duplicates, 7 that cannot be read"
+    assert said in capsys.readouterr().out

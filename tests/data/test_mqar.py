@@ -168,3 +168,10 @@ def test_batch_layout():
     assert batch.cu_seqlens is None
     assert batch.input_ids.dtype == batch.labels.dtype == batch.position_ids.dtype == torch.int64
     assert (batch.position_ids == torch.arange(128)).all()
+
+
+def test_description():
+    config = mqar_config(pairs_min=2, pairs_max=20)
+    described = {"task": "mqar", "seq_len": 128, "vocab_size": 16 + 64 + 64, "pairs_min": 2, "pairs_max": 20}
+    for split in ("train", "validation"):
+        assert build_data(config, split=split, seed=0, rows=4).describe() == described | {"split": split}

@@ -337,6 +337,19 @@ def test_a_cache_that_cannot_be_written_is_named(make, tmp_path):
         make()
 
 
+def test_the_rate_of_a_preparation_is_of_what_it_added(capsys, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(prepared_module.time, "monotonic", lambda: now)
+    progress = prepared_module._Progress("text")
+    progress.start(7, 5000)  # were there before
+    for tokens, seconds in ((1000, 1.0), (3000, prepared_module.PROGRESS_SECONDS)):
+        now += seconds
+        progress.tokens += tokens
+        progress.advance(10)
+    rate = 4000 / (1 + prepared_module.PROGRESS_SECONDS)
+    assert capsys.readouterr().err == f"text: 27 documents, 9,000 tokens ({rate:,.0f}/s)\n"
+
+
 def test_fingerprint_follows_what_decides_the_shards(make, text_config, corpus, tmp_path, monkeypatch):
     base = make().fingerprint
     same = {"seq_len": 32, "validation_rows": 3, "pack": "plain", "name": "other"}

@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from copy import copy
 from random import Random
 
 import pytest
@@ -336,6 +337,10 @@ def test_sets_are_made_once_and_again_for_another_seed(encoder, tmp_path, monkey
     assert made.samples != other.samples
     monkeypatch.setattr("data.task_sets.generate", None)
     assert build_set("niah_single_2", encoder, seed=0, **options) == made
+    templated = copy(encoder)
+    templated.key = "another template"
+    with pytest.raises(TypeError):
+        build_set("niah_single_2", templated, seed=0, **options)
     options["material"] = Material(haystack=MATERIAL.haystack[1:])
     with pytest.raises(TypeError):  # other material, so it would be made anew
         build_set("niah_single_2", encoder, seed=0, **options)

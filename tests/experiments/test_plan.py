@@ -220,6 +220,15 @@ def test_small_models_wait_for_the_host(study, measured):
     assert found.rate.least < 8 * 4096 / seconds < found.rate.most
 
 
+def test_gpus_that_share_rows_launch_for_the_same_tokens(measured):
+    """Each of two has half of every row, and as many kernels to launch as one that has them whole."""
+    overrides = ["experiment=frontier_recall", "attention=full", "rows_per_batch=8", "deepspeed=zero2"]
+    for ranks, shared in ((1, 1), (2, 2)):
+        config = configure(*overrides, f"sequence_parallel={shared}")
+        found = rates.estimate_rate(config, meta_model(config), ranks, "H200", 0.0, measured)
+        assert found.tokens_per_s == pytest.approx(8 * 4096 / rates.LAUNCH[0])
+
+
 @pytest.mark.parametrize(("model", "vocab_size"), [("60m", 32768), ("8b", 73448)])
 def test_any_size_on_any_number_of_gpus(model, vocab_size, measured):
     config = configure(f"model={model}", f"model.vocab_size={vocab_size}", "attention=dash", "rows_per_batch=512")

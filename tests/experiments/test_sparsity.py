@@ -173,6 +173,18 @@ def test_a_held_integer_moves_to_the_nearest_and_stays():
     assert abs(blocks(hold.knob) - 0.75) <= min(abs(blocks(k) - 0.75) for k in range(2, 129)) + 0.003
 
 
+def test_a_held_integer_forgets_what_was_long_ago():
+    """Its mean goes back eight measurements: of a ninth other one it has an eighth."""
+    hold = Hold(0.5, (128, 2), 64)
+    for sparsity in [0.5] * 30 + [0.508]:
+        assert hold.update(sparsity) == 64
+    assert hold.mean == pytest.approx(0.501)
+    first = Hold(0.5, (128, 2), 64)
+    for sparsity in (0.5, 0.503):
+        first.update(sparsity)
+    assert first.mean == pytest.approx(0.5015)  # until then it is of all
+
+
 @pytest.mark.parametrize(("span", "knob"), [(SCALES, 3.0), ((128, 2), 30), ((1.0, 1e-5), 0.9)])
 def test_a_hold_goes_on_exactly_from_its_state(span, knob):
     measured = [0.5 + 0.4 * math.sin(step) for step in range(40)]

@@ -85,6 +85,7 @@ def test_before_the_first_window_there_is_nothing_to_attend_to():
     [
         (100, 3, 1, None),
         (130, 4, 40, None),
+        (100, 3, 63, None),  # a tile's first token sees one key less than it takes to fill a tile of them
         (100, 1, 33, packed(1, 60, 60, 100)),
         (50, 2, 1000, None),
     ],

@@ -33,6 +33,15 @@ def unwritten_memory_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
+def test_forwards_leave_out_only_a_prior_that_16_bits_do_not_show():
+    """Where |log p| < 100, 100 / sigma of a weight is a twentieth of bfloat16's rounding from a sigma of 1e6 on."""
+    for sigma, is_shown in ((1e6, False), (9e5, True), (1e5, True)):
+        assert kernels.has_forward_bias("tempered", sigma, torch.bfloat16) == is_shown
+        assert kernels.has_forward_bias("tempered", sigma, torch.float32)
+    assert kernels.has_forward_bias("raw", 1e6, torch.bfloat16)
+    assert not kernels.has_forward_bias("none", 1.0, torch.float32)
+
+
 @pytest.mark.parametrize(
     ("alpha", "router_scale"),
     [(1.5, 0.1), (1.5, 3.0), (1.01, 8.0), (1.05, 3.0), (1.05, 16.0), (1.1, 4.0), (2.0, 0.1), ("heads", 1.0)],

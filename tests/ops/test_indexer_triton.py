@@ -85,8 +85,9 @@ def test_masses_are_those_of_the_softmax(cu_seqlens):
     mask = torch.rand(1, LENGTH, 2, 5, device=DEVICE) < 0.5
     mask[..., 0] = True  # a row that reads nothing has no mass to share out
     selection = Selection.from_mask(mask, 16)
-    _, lse = attention_and_normalisers(q, k, v, selection, cu_seqlens=cu_seqlens)
-    found = mass_kernels.block_masses(q, k, selection, lse, cu_seqlens=cu_seqlens)
-    expected = mass_reference.block_masses(q, k, selection, block_size=16, cu_seqlens=cu_seqlens)
+    options = {"scale": 0.4, "cu_seqlens": cu_seqlens}
+    _, lse = attention_and_normalisers(q, k, v, selection, **options)
+    found = mass_kernels.block_masses(q, k, selection, lse, **options)
+    expected = mass_reference.block_masses(q, k, selection, block_size=16, **options)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.sum(-1), torch.ones_like(found[..., 0]), rtol=1e-4, atol=1e-5)

@@ -369,6 +369,20 @@ def test_without_accounting_the_jobs_own_logs_tell_it(tmp_path, monkeypatch):
     }
 
 
+REMEMBERED = """JobId=9 ArrayJobId=7 ArrayTaskId=1 JobName=x JobState=TIMEOUT Reason=TimeLimit ExitCode=0:15
+JobId=10 JobName=x JobState=FAILED Reason=NonZeroExitCode Requeue=1 ExitCode=0:9
+JobId=11 ArrayJobId=11 ArrayTaskId=0 JobName=x JobState=COMPLETED Reason=None ExitCode=0:0
+"""
+
+
+def test_without_accounting_slurm_itself_remembers_for_a_while(tmp_path, monkeypatch):
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\ncat <<'END'\n{REMEMBERED}END\n")
+    (tmp_path / "scontrol").chmod(stat.S_IRWXU)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    said = {"7_1": "timed out", "10": "killed by signal 9", "11_0": "completed"}
+    assert ended(tmp_path, ["7_0", "7_1", "9", "10", "11_0"]) == said
+
+
 @pytest.mark.usefixtures("_unchecked")
 def test_the_status_tells_why_a_cell_waits_or_ended(scripts, sweep, tmp_path):
     submit_sweep(sweep)

@@ -1,7 +1,10 @@
 """The command line ``python -m experiments.evaluation.generate``, on a run of a few steps."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from experiments.evaluation import generate
 from experiments.evaluation.generate import GenerateConfig, Printer, run_generation
 from tests import forked
 from train import train
@@ -19,6 +22,23 @@ def test_a_run_continues_a_prompt(run, capsys):
     assert len(printed.out) > len("import os\n")
     assert "8 in all" in printed.err
     assert "tokens/s" in printed.err
+
+
+def test_how_fast_the_tokens_came(run, capsys, monkeypatch):
+    """The first step's tokens, one of each prompt that goes on, came with the first; the others in the time from it."""
+    seconds = iter((10.0, 11.5, 11.5, 12.5, 13.5))
+
+    def continued(model, prompts, *, on_token, **_):
+        for row, token in ((0, 65), (1, 66), (0, 67), (0, 68)):
+            on_token(row, token)
+        return [[65, 67, 68], [66], []]
+
+    monkeypatch.setattr(generate, "generate", continued)
+    monkeypatch.setattr(generate, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    run_generation(GenerateConfig(run, prompts=["a", "b", "c"], threads=1))
+    assert capsys.readouterr().err.endswith(
+        "3 tokens read, the first new one after 1.50 s, then 1.0 tokens/s; 4 in all\n"
+    )
 
 
 def test_the_command_line(run):

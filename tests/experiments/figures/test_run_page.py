@@ -115,6 +115,9 @@ def test_a_run_shows_its_scores(tmp_path):
     cells = re.findall(r"<td>([^<]*)</td>", text[text.index("All 2 scores") :])
     assert cells[:6] == ["run", "niah_single_1 match", "512", "router_scale 5", "50.0%", "0.500 [0.318, 0.682]"]
     assert "Scores" not in drawn(make_run(tmp_path / "other"))
+    at_one = drawn(with_scores(make_run(tmp_path / "one"), (0.5, 0.5)))
+    assert "measured causal sparsity" not in at_one  # a point is no curve
+    assert "0.500 [0.318, 0.682]" in at_one
 
 
 def test_runs_of_different_size_are_shown_by_what_they_cost(tmp_path, monkeypatch):

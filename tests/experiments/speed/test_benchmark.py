@@ -77,6 +77,8 @@ def test_the_reference_selects_the_sparsity_asked_for(pattern, target, init_chun
     assert (selection.words != problem.selection.words).any(-1).float().mean() < 0.005
     measured = selection_stats(selection, torch.zeros(1, 1000, dtype=torch.int32), None).causal_sparsity()
     assert problem.causal_sparsity == pytest.approx(measured.item(), abs=1e-3)
+    own = selection_stats(problem.selection, torch.zeros(1, 1000, dtype=torch.int32), None).causal_sparsity()
+    assert problem.causal_sparsity == pytest.approx(own.item(), abs=1e-6)
     assert problem.causal_sparsity == pytest.approx(target, abs=0.02)
 
 

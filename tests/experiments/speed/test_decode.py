@@ -10,14 +10,18 @@ from torch._dynamo.utils import counters
 
 pytest.importorskip("triton")
 
+from dashattn.backends import AttentionShape, InfLLMv2Config, build_backend
+from dashattn.cache import DecodeCache
 from dashattn.selection import Selection
 from experiments.files import SPEED, read_rows
+from experiments.sparsity import Found
 from experiments.speed import benchmark as speed
 from experiments.speed import decode as speed_decode
+from experiments.speed import decode_steps
 from experiments.speed import report as speed_report
 from experiments.speed import rows as speed_rows
 from experiments.speed.config import SpeedConfig, check
-from experiments.speed.decode_steps import DENSE_BASELINES, Step, assess, build, make_inputs
+from experiments.speed.decode_steps import DENSE_BASELINES, Step, assess, build, fill, make_inputs, turn_knob
 from experiments.speed.inputs import Shape
 from experiments.speed.measure import failed_check
 from experiments.speed.methods import SELECTED_BLOCKS, UnavailableError
@@ -102,6 +106,26 @@ def test_backends_and_the_reference_agree_on_infllmv2():
     assert errors[SELECTED_BLOCKS] == 0
     assert errors["out"] < 0.002
     assert sparsity == 0  # 16 blocks are there
+
+
+def test_the_sparsity_that_a_knob_has_is_of_all_layers_and_sequences(monkeypatch):
+    """Of two sequences that end at 40 and 100 the blocks of 16, with topk 4: the own one and three before it."""
+    shape = AttentionShape(32, 2, 2, 16)
+    config = InfLLMv2Config(kernel_size=8, kernel_stride=4, block_size=16, window_size=16, topk=9, impl="reference")
+    backends = [build_backend(config, shape) for _ in range(3)]
+    cache = DecodeCache([backend.cache_layout() for backend in backends], 2, 128, dtype=torch.float32, device="cpu")
+    fill(backends, cache, [tuple(torch.randn(2, 2, 128, 2, 16)) for _ in backends], [40, 100])
+    found = []
+
+    def nearest(measure, *_):
+        found.append(measure(4))
+        return Found(4, found[0], {})
+
+    monkeypatch.setattr(decode_steps, "nearest_knob", nearest)
+    queries = [torch.randn(2, 1, 2, 16) for _ in backends]
+    assert turn_knob(backends, queries, cache.layers, [None] * 3, 0.5) == 4
+    assert {backend.config.topk for backend in backends} == {4}
+    assert found == [pytest.approx(1 - ((2 * 16 + 9) + (3 * 16 + 5)) / (41 + 101))]
 
 
 def test_dash_sink_reads_the_first_chunk_at_the_sparsity_asked_for():

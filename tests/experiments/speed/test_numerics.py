@@ -1,8 +1,10 @@
 """Errors against float64: sizes that each precision allows, and nothing measured twice."""
 
 import pytest
+import torch
 
 from experiments.files import read_rows
+from experiments.speed import numerics
 from experiments.speed.numerics import CONFIGS, main, write_numerics
 
 WITHOUT_ROUTER = ("full", "sink_window", "oracle")
@@ -20,6 +22,16 @@ def test_errors_are_of_the_size_of_the_precision(tmp_path):
     errors = {(row["backend"], row["tensor"], row["dtype"]): row["error"] for row in rows}
     assert all(errors[name, "out", "bf16"] > 10 * errors[name, "out", "fp32"] for name in ("full", "nsa"))
     assert write_numerics(tmp_path, 150) == 0
+
+
+def test_a_row_is_selected_differently_where_any_of_its_words_is(monkeypatch):
+    words = torch.zeros(1, 2, 2, 2, dtype=torch.int32)  # of two heads and two tokens
+    other = words.clone()
+    other[0, 1, 0, 1] = 1
+    found = iter((({"out": torch.tensor([3.0, 4.0])}, words), ({"out": torch.tensor([3.0, 4.5])}, other)))
+    monkeypatch.setattr(numerics, "_run", lambda *_: next(found))
+    (row,) = numerics.measure("infllmv2", "fp32", 8, "cpu")
+    assert row == {"tensor": "out", "error": 0.1, "rows_selected_differently": 0.25}
 
 
 def test_usage(capsys):

@@ -99,6 +99,19 @@ def test_the_time_left_moves_with_every_step(make_config, monkeypatch):
     display.close()
 
 
+def test_every_number_of_a_row_in_its_unit(make_config, capsys):
+    display = Display(make_config("run", "steps=100"), step=3)
+    row = {"step": 4, "split": "train", "tokens": 9, "loss": 2.34567, "auxiliary_loss": 0.0123456, "lr": 3e-4}
+    row |= {"grad_norm": 1.2345, "tokens_per_s": 12345.6, "mfu_causal": 0.4567, "mfu_sparse": 0.3456}
+    row |= {"causal_sparsity": 0.7544, "knob": 2.34567, "alpha": 1.23456, "data_wait": 0.25, "step_time": 2.0}
+    display.show(row | {"skipped_steps": 2, "peak_memory_mib": 1536.0})
+    shown = "step 4/100  loss 2.3457  auxiliary loss 0.01235  lr 0.0003  gradient 1.23  12,346 tokens/s  MFU 45.7%  "
+    shown += "of what is read 34.6%  sparsity 75.4%  knob 2.346  alpha 1.235  waits for data 12%  skipped 2  "
+    assert capsys.readouterr().out == shown + "memory 1.50 GiB  ETA -\n"
+    display.show({"step": 4, "split": "validation", "tokens": 9, "loss": 2.0, "data_wait": 0.2, "step_time": 2.0})
+    assert capsys.readouterr().out == "step 4/100  validation  loss 2.0000\n"
+
+
 def test_ctrl_c_before_there_is_anything_to_save_is_one_line(capsys, monkeypatch):
     with pytest.raises(SystemExit) as end, run_faults(), StopRequest():
         os.kill(os.getpid(), signal.SIGINT)

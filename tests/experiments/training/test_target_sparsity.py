@@ -9,8 +9,11 @@ import torch
 from dashattn.backends import AttentionShape, build_backend
 from data import MQARDataConfig
 from experiments.files import METRICS, START, read_rows
+from experiments.sparsity import Found
+from experiments.training import start_knob
 from experiments.training.check import check
 from experiments.training.checkpoint import read_state
+from experiments.training.ranks import init_ranks
 from train import train
 
 LONG = ("data.seq_len=128", "data.pack=plain", "stats_every=1")
@@ -75,6 +78,27 @@ def test_finding_the_knob_leaves_the_data_and_the_weights_as_they_are(make_confi
     assert [row["knob"] for row in rows(started)] == 5 * [knob]
     assert state(started, 5)["sparsity"]["knob"] == knob
     assert "sparsity" not in state(given, 5)
+
+
+def test_the_knob_is_found_on_the_rows_of_a_step_or_on_16(make_config, monkeypatch):
+    class Model(torch.nn.Linear):
+        def set_knob(self, knob):
+            self.knob = knob
+
+    read = []
+
+    def calibrate(model, batches, *_, **__):
+        read.append(sum(len(batch.input_ids) for batch in batches))
+        return Found(2.5, 0.6, {2.5: 0.6})
+
+    monkeypatch.setattr(start_knob, "calibrate", calibrate)
+    data = MQARDataConfig(name="mqar", seq_len=128, pairs_min=4, pairs_max=4, validation_rows=4)
+    config = replace(make_config("run", *DASH, "deepspeed.precision=fp32"), data=data)
+    for rows_per_batch in (4, 16, 40):
+        model = Model(1, 1)
+        start_knob.find_start_knob(replace(config, rows_per_batch=rows_per_batch), model, init_ranks("cpu"), rows=4)
+        assert model.knob == 2.5
+    assert read == [16, 16, 40]
 
 
 @pytest.mark.parametrize("name", ["infllmv2", "nsa"])
