@@ -92,6 +92,13 @@ def requests(kind, *arguments):
     return [Instance(kind, {}, args, 0) for args in arguments]
 
 
+def cached_by(lm):
+    """What lm_eval is given for its cache, by what was asked."""
+    cached = {}
+    lm.cache_hook.add_partial = lambda kind, asked, answer: cached.update({(kind, str(asked)): answer})
+    return cached
+
+
 def log_p(model, ids):
     """Log-probability of each token after the first."""
     with torch.no_grad():
@@ -102,7 +109,9 @@ def log_p(model, ids):
 def test_log_likelihoods_are_the_models_own(run_dir):
     lm = HarnessModel(str(run_dir), device="cpu", batch_size=3)
     pairs = [("import os", "\nimport sys"), ("", "class A"), ("for x ", "in y"), ("a" * 900, " = b"), ("def f", "(x):")]
+    cached = cached_by(lm)
     results = lm.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
+    assert cached == {("loglikelihood", str(pair)): result for pair, result in zip(pairs, results, strict=True)}
     for (context, continuation), (total, _) in zip(pairs, results, strict=True):
         context_ids = lm.tok_encode(context.rstrip()) or [lm.eot_token_id]
         ids = context_ids + lm.tok_encode(context + continuation)[len(context_ids) if context else 0 :]
@@ -130,7 +139,9 @@ def test_a_context_of_white_space_is_none(run_dir):
 def test_rolling_predicts_every_token_once(run_dir):
     lm = HarnessModel(str(run_dir), device="cpu", max_length=16)
     text = "".join(document["text"] for document in DOCUMENTS)
+    cached = cached_by(lm)
     (total,) = lm.loglikelihood_rolling(requests("loglikelihood_rolling", (text,)), disable_tqdm=True)
+    assert cached == {("loglikelihood_rolling", str((text,))): total}
     ids = [lm.eot_token_id, *lm.tok_encode(text)]
     expected, position = 0.0, 1
     while position < len(ids):  # windows of 16 targets, the last one with what context fits
@@ -154,7 +165,9 @@ def test_generation_stops_at_the_first_stop_string(run_dir, monkeypatch):
     options = [{"until": ["\n"]}, {"until": [";", "tw"]}, {"until": [], "stop": ["three", ""]}, {"until": "three"}]
     options[3] |= {"do_sample": True, "temperature": 0.7}
     arguments = [("x = 1 " * 60, {**o, "max_gen_toks": 9}) for o in options]
+    cached = cached_by(lm)
     texts = lm.generate_until(requests("generate_until", *arguments), disable_tqdm=True)
+    assert cached == {("generate_until", str(asked)): text for asked, text in zip(arguments, texts, strict=True)}
     assert texts == ["one", "one\n", "one\ntwo; ", "one\ntwo; "]
     assert seen == [(rows, 31, 9, [lm.eot_token_id], temperature) for rows, temperature in ((2, 0), (1, 0), (1, 0.7))]
     with pytest.raises(ValueError, match="leaves no room"):

@@ -3,9 +3,11 @@
 import gzip
 import json
 import shutil
+import time
 from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ import train as train_module
 from experiments.errors import Stopped
 from experiments.evaluation import export
 from experiments.files import read_rows
+from experiments.training import metrics
 from experiments.training import run as run_module
 from experiments.training.weights import find_weights
 from models import Transformer
@@ -234,11 +237,28 @@ def test_a_complete_run_is_left_alone(make_config, capsys):
         train(make_config("run", "eval_every=2", "steps=6"))
 
 
-def test_validation_and_saving_do_not_change_the_training(make_config):
+def test_validation_and_saving_do_not_change_the_training(make_config, monkeypatch):
+    """Nor the time of its steps: each takes 1000 seconds of this clock."""
+    clock, others = time.perf_counter, 0.0
+
+    def slowed(function):
+        def call(*arguments, **options):
+            nonlocal others
+            others += 1000
+            return function(*arguments, **options)
+
+        return call
+
     plain = train(make_config("plain"))
-    watched = train(make_config("watched", "eval_every=1", "save_every=1", "stats_every=1", *ATTENTION["full"]))
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: clock() + others))
+    for name in ("save_checkpoint", "validation_loss"):
+        monkeypatch.setattr(run_module, name, slowed(getattr(run_module, name)))
+    options = ("eval_every=3", "save_every=2", "log_every=1", "stats_every=1")  # only saved, only validated, and both
+    watched = train(make_config("watched", *options, *ATTENTION["full"]))
     assert losses(watched) == losses(plain)
-    assert sorted(p.name for p in (watched / "checkpoints").iterdir()) == ["latest", "step-00000003", "step-00000004"]
+    assert others == 4000
+    assert max(row["step_time"] for row in rows(watched)) < 1000
+    assert sorted(p.name for p in (watched / "checkpoints").iterdir()) == ["latest", "step-00000002", "step-00000004"]
 
 
 def test_a_crash_while_saving_leaves_the_checkpoint_before(make_config, monkeypatch):
