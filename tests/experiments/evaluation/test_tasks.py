@@ -8,6 +8,7 @@ import torch
 from dashattn.backends import DashConfig
 from dashattn.routing import Routing
 from dashattn.selection import Selection
+from dashattn.stats import AttentionStats
 from data import build_data
 from experiments.evaluation.config import EvaluateConfig
 from experiments.evaluation.evaluate import evaluate, find_target
@@ -140,6 +141,27 @@ def test_sparsity_by_layer_head_and_position(text_run):
     for row in bins:
         assert row["p10"] <= row["score"] <= row["p90"] <= row["position"][1] + 1
     assert bins[0]["score"] == 1
+
+
+def test_sums_of_what_was_read_by_hand():
+    """Two passes of two rows of three tokens, in a layer that reads one key a token and in a dense one."""
+    positions = torch.arange(3).expand(2, 3)
+    one, dense = torch.ones(2, 3, 2, dtype=torch.int32), (positions + 1)[..., None].expand(2, 3, 2)
+    layers = [AttentionStats(one, positions, torch.full((2, 3), 5)), AttentionStats(dense, positions, 0 * positions)]
+    tally = SparsityTally()
+    for _ in range(2):
+        tally.add(layers, packed=False)
+    expected = {
+        "causal_sparsity": 0.25,
+        "causal_sparsity_per_layer": [0.5, 0.0],
+        "paper_sparsity": None,
+        "active_tokens": 1.5,
+        "active_tokens_per_layer": [1.0, 2.0],
+        "routing_reads": 2.5,
+        "routing_reads_per_layer": [5.0, 0.0],
+    }
+    assert tally.columns() == SparsityTally.of([tally.record()]).columns() == expected
+    assert SparsityTally.of([tally.record(), tally.record()]).tokens == 2 * tally.tokens == 24
 
 
 def test_the_time_of_a_token_is_measured_at_every_length_and_knob(recall_run, text_run, monkeypatch):

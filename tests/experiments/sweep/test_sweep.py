@@ -186,6 +186,25 @@ def test_a_second_call_does_only_what_is_missing(tmp_path, ran, jobs):
     assert names == []
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_no_cell_is_taken_before_its_turn(tmp_path, ran, monkeypatch, jobs):
+    """Until then another process may do it."""
+    take, run_cell, taken, done, ahead = sweep.take, sweep.run_cell, [], [], []
+
+    def slow(cell, *arguments, **options):
+        time.sleep(0.02)  # for what would be taken meanwhile
+        ahead.append(len(taken) - len(done))
+        outcome = run_cell(cell, *arguments, **options)
+        done.append(cell.name)
+        return outcome
+
+    monkeypatch.setattr(sweep, "take", lambda cell: taken.append(cell.name) or take(cell))
+    monkeypatch.setattr(sweep, "run_cell", slow)
+    run(make_config(tmp_path, jobs=jobs))
+    assert len(taken) == len(done) == 8
+    assert max(ahead) == jobs
+
+
 def test_a_study_continues_where_only_its_rows_are_left(tmp_path, ran):
     names, failing = ran
     config = make_config(tmp_path / "runs")
