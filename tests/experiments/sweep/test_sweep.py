@@ -365,12 +365,20 @@ def test_a_sweep_that_waits_for_another_process_can_be_stopped(tmp_path, ran, mo
     monkeypatch.setattr(sweep, "LOOK_SECONDS", 0.01)
     config = make_config(tmp_path, seeds=[0])
     (tmp_path / "text-base-seed0").mkdir()
+    said = io.StringIO()
+
+    def stop():
+        while "waits" not in said.getvalue():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stopper = threading.Thread(target=stop)
     with FileLock(tmp_path / "text-base-seed0" / CELL_LOCK):
-        stop = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
-        stop.start()
-        statuses = run(config)
-    assert statuses["text-base-seed0"] == "stopped"
-    assert set(statuses.values()) == {"stopped", "skipped"}
+        stopper.start()
+        outcomes = run_sweep(config, Console(file=said))
+    stopper.join()
+    assert outcomes["text-base-seed0"].status == "stopped"
+    assert {outcome.status for outcome in outcomes.values()} == {"stopped", "skipped"}
 
 
 def test_a_failing_process_is_reported_with_its_last_words(tmp_path, monkeypatch):
