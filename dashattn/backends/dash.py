@@ -55,7 +55,8 @@ class DashConfig(AttentionConfig):
             RoPE, so that content alone chooses. A row of tables per token is kept to decode. Channels that the tables
             turn by no angle (HoPE, partial RoPE) are content in both.
         summary_rope: ``none``, or ``mean``: the chunk query is rotated at every position of the chunk and averaged.
-        learn_summary: false leaves the chunk queries at zero, and summaries mean-pooled keys.
+        learn_summary: false leaves the chunk queries at zero, and summaries mean-pooled keys; so does ``prior`` none,
+            from which no gradient comes to them.
         prior: ``raw``, ``tempered``, ``none``: the logarithm of the router's probability as a bias of the logits, a
             part of it or nothing; ``mass``: the router's score in place of what a chunk's keys weigh together.
     """
@@ -128,6 +129,7 @@ class DashConfig(AttentionConfig):
                 f"alpha_mode=scheduled needs alpha_steps > 0 (from alpha_start to alpha); got {self.alpha_steps}",
             )
         if self.alpha_mode == "learnable":
+            check(self.prior != "none", "alpha_mode=learnable learns through the prior: set prior=raw or tempered")
             check(
                 MIN_ALPHA < self.alpha < MAX_ALPHA,
                 f"alpha_mode=learnable starts strictly between 1.01 and 2, where its sigmoid ends; got {self.alpha}",
@@ -164,7 +166,8 @@ class DashBackend(AttentionBackend):
             self.capabilities = replace(self.capabilities, hands_on=False, in_pytorch=what)
             self.uncompiled = ("decode", "forward", "forward_with_loss")
         queries = torch.zeros(shape.num_kv_heads, shape.head_dim)
-        self.chunk_query = nn.Parameter(queries, requires_grad=config.learn_summary)
+        learns = config.learn_summary and config.prior != "none"  # no gradient comes to a choice without a prior
+        self.chunk_query = nn.Parameter(queries, requires_grad=learns)
         self.alpha_logit = None
         if config.alpha_mode == "learnable":
             share = (config.alpha - MIN_ALPHA) / (MAX_ALPHA - MIN_ALPHA)

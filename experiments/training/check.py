@@ -125,7 +125,7 @@ def _check_model(config: TrainConfig) -> None:
     if config.optim.train_only and not any(p.requires_grad for backend in backends for p in backend.parameters()):
         raise ValueError(
             f"optim.train_only={config.optim.train_only}: attention={attention.name} has nothing of its own to train. "
-            "Take attention=indexer or dash, or optim.train_only=null"
+            "Take attention=indexer, or dash with a prior and learn_summary=true, or optim.train_only=null"
         )
     if attention.controls_sparsity:
         turned = turned_layers(attention, model.num_layers)

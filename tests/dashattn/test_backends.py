@@ -60,8 +60,8 @@ def make_inputs(length, batch=1, dtype=torch.float64):
     }
 
 
-def build(config):
-    backend = build_backend(config, SHAPE).double()
+def build(config, shape=SHAPE):
+    backend = build_backend(config, shape).double()
     for parameter in backend.parameters():  # away from the zero initialisations, which would hide a gradient
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     return backend
@@ -411,6 +411,7 @@ def test_a_target_is_a_share_of_the_keys(target):
         (lambda: DashConfig(alpha=3.0), r"alpha must be in \[1\.01, 2"),
         (lambda: DashConfig(alpha_mode="scheduled"), "needs alpha_steps > 0"),
         (lambda: DashConfig(alpha_mode="learnable", alpha=2.0), "strictly between"),
+        (lambda: DashConfig(alpha_mode="learnable", prior="none"), "set prior=raw or tempered"),
         (lambda: DashConfig(summary_rope="max"), "none, mean"),
         (lambda: InfLLMv2Config(topk=10), "shrink window_size"),
         (lambda: NSAConfig(variant="minicpm"), "set window_size=0"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_backends import CONFIGS, SHAPE, build
 
-from dashattn.backends import DashConfig, build_backend
+from dashattn.backends import AttentionShape, DashConfig, build_backend
 
 CAPACITY = 45
 each_config = pytest.mark.parametrize(
@@ -85,6 +85,32 @@ def test_prompts_of_a_batch_equal_those_packed_as_documents(config):
     rope = rope_tables(torch.cat([torch.arange(len(row)) for row in rows]), sequences.dtype)
     packed = sequences.backend(q, k, v, hidden=hidden, rope=rope, cu_seqlens=ends)
     torch.testing.assert_close(torch.cat(rows)[None], packed, rtol=0, atol=1e-11)
+
+
+@each_config
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(3, 3), (7, 1), (16, 2)])
+def test_groups_of_other_sizes(config, num_heads, num_kv_heads):
+    """Documents that are packed, alone, and decoded; the other tests have groups of three."""
+    shape = AttentionShape(SHAPE.hidden_size, num_heads, num_kv_heads, SHAPE.head_dim)
+    backend, length, ends = build(config, shape), 43, [0, 12, 43]
+    q, k, v = (torch.randn(1, length, heads, 8, dtype=torch.float64) for heads in (num_heads, *[num_kv_heads] * 2))
+    hidden = torch.randn(1, length, SHAPE.hidden_size, dtype=torch.float64)
+    position = torch.cat([torch.arange(12), torch.arange(31)])
+    rope, cu_seqlens = rope_tables(position, torch.float64), torch.tensor(ends, dtype=torch.int32)
+    packed = backend(q, k, v, hidden=hidden, rope=rope, cu_seqlens=cu_seqlens)
+    document = slice(12, length)
+    inputs = [x[:, document] for x in (q, k, v)]
+    options = {"hidden": hidden[:, document], "rope": tuple(table[document] for table in rope)}
+    alone, stats = backend(*inputs, **options, return_stats=True)
+    torch.testing.assert_close(packed[:, document], alone, rtol=0, atol=1e-12)
+    assert stats.active_tokens.shape == (1, 31, num_kv_heads)
+    cache, outs = backend.new_cache(1, 31, dtype=torch.float64, device="cpu"), []
+    for begin, end in ((0, 17), (17, 18), (18, 27), (27, 31)):
+        part = slice(begin, end)
+        given = {"hidden": options["hidden"][:, part], "rope": tuple(table[part][None] for table in options["rope"])}
+        outs.append(backend.decode(*(x[:, part] for x in inputs), cache.layers[0], **given))
+        cache.advance(end - begin)
+    torch.testing.assert_close(torch.cat(outs, dim=1), alone, rtol=0, atol=1e-11)
 
 
 @each_config

@@ -70,6 +70,21 @@ def test_it_is_its_definition(inputs, name):
     torch.testing.assert_close((doubled.out, doubled.kl), (found.out, found.kl), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (7, 1), (16, 2)])
+@pytest.mark.parametrize("name", ["max, topk", "mean, topp, nothing forced", "dense", "prior, mean, topp"])
+def test_it_is_its_definition_in_groups_of_other_sizes(name, heads, kv_heads):
+    shapes = ((heads, D), (kv_heads, D), (kv_heads, D), (kv_heads, INDEX), (INDEX,))
+    inputs = [2 * torch.randn(1, T, *shape, dtype=torch.float64) for shape in shapes]
+    options = OPTIONS | CASES[name]
+    with_kl = options["gradient"] == "kl"
+    found = indexer_attention(*inputs, **options, return_stats=True, return_kl=with_kl)
+    out, active, kl = oracle.indexer(*(x[0].numpy() for x in inputs), **options)
+    torch.testing.assert_close(found.out[0], torch.from_numpy(out), rtol=0, atol=1e-12)
+    assert found.stats.active_tokens[0].tolist() == active.tolist()
+    if with_kl:
+        assert found.kl.item() == pytest.approx(kl.mean(), abs=1e-12)
+
+
 @pytest.mark.usefixtures("_tiles")
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("ends", [None, [0, 3, 30, T]], ids=["one", "packed"])

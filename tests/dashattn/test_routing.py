@@ -23,7 +23,10 @@ CONFIGS = {
     "dash sink": DashConfig(chunk_size=8, router_scale=6.0, init_chunks=1, local_chunks=1, prior_heads="head"),
     "dash topk": DashConfig(chunk_size=8, router_scale=6.0, selector="topk", topk=4),
     "dash topp": DashConfig(chunk_size=8, router_scale=6.0, selector="topp", top_p=0.6),
+    "hils": DashConfig(chunk_size=8, router_scale=6.0, selector="topk", topk=4, prior="mass"),
+    "moba": DashConfig(chunk_size=8, selector="topk", topk=4, prior="none", learn_summary=False),
     "indexer": IndexerConfig(block_size=8, index_size=6, topk=4),
+    "indexer prior": IndexerConfig(block_size=8, index_size=6, topk=4, gradient="prior"),
     "indexer topp": IndexerConfig(block_size=8, index_size=6, selector="topp", top_p=0.6, index_pooling="mean"),
     "infllmv2": InfLLMv2Config(**SMALL, topk=4, window_size=8),
     "nsa": NSAConfig(**SMALL, topk=4, local_blocks=2, window_size=12),
@@ -53,7 +56,7 @@ def test_the_selection_is_the_one_that_forward_reads(name, length):
 
 
 # No other branch reads values.
-@pytest.mark.parametrize("name", ["dash", "dash rope", "dash sink", "dash topk", "dash topp", "indexer", "infllmv2"])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if not name.startswith("nsa")])
 def test_values_of_blocks_that_are_not_selected_do_not_matter(name):
     backend = build_backend(CONFIGS[name], SHAPE).double()
     q, k, v, extra = inputs(61)
@@ -79,7 +82,7 @@ def test_probabilities_are_of_blocks_in_the_past_and_sum_to_one(name):
     what = "blocks" if name.startswith("indexer") else "chunks"
     first = 8 * (1 + getattr(backend.config, f"init_{what}", 0) + getattr(backend.config, f"local_{what}", 0))
     assert torch.allclose(p_BTHN.sum(-1)[:, first:], torch.ones(1).double())
-    if name.startswith(("dash", "indexer")):
+    if not name.startswith(("infllmv2", "nsa")):
         assert not p_BTHN[:, :first].any()
         if first > 8:
             past &= (torch.arange(8) >= 1) & (torch.arange(8) < own[:, None] - 1)

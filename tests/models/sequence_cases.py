@@ -30,8 +30,12 @@ BACKENDS = {
     "dash": DashConfig(chunk_size=8, prior="raw", alpha_mode="learnable"),
     "dash-unrotated": DashConfig(chunk_size=4, prior="raw", init_chunks=1, summary_keys="unrotated"),
     "dash-rotated": DashConfig(chunk_size=8, sigma=1.0, prior_heads="head", summary_rope="mean"),
+    "dash-topp": DashConfig(chunk_size=8, selector="topp", top_p=0.6, sigma=1.0, local_chunks=1),
     "hils": DashConfig(chunk_size=8, selector="topk", topk=3, prior="mass"),
     "indexer": IndexerConfig(block_size=8, index_size=12, topk=3, init_blocks=0, local_blocks=0),
+    "indexer-prior": IndexerConfig(
+        block_size=8, index_size=12, selector="topp", top_p=0.6, init_blocks=0, local_blocks=0, gradient="prior"
+    ),
     "infllmv2": InfLLMv2Config(**SIZES, topk=3, window_size=8),
     "nsa": NSAConfig(**SIZES, topk=3, window_size=8),
     "nsa-own-kv": NSAConfig(**SIZES, topk=3, window_size=8, shared_kv=False),
@@ -56,14 +60,14 @@ CASES = {
     # Rank 0 attends for heads 0-1 and so for the first group of three, rank 1 for heads 2-3 and for both groups.
     **{
         f"{name}-groups-cut": Case(BACKENDS[name], 3, {"num_heads": 6}, packed=True)
-        for name in ("full", "dash", "hils", "indexer", "nsa-own-kv")
+        for name in ("full", "dash", "hils", "indexer", "indexer-prior", "nsa-own-kv")
     },
     "full-no-groups": Case(FullConfig(), 2, {"num_kv_heads": 4}),
     "full-wide-norm": Case(FullConfig(), 2, {"qk_norm": "width", "norm_position": "post", "no_rope_layers": [1]}),
     "dash-checkpointed": Case(BACKENDS["dash"], 2, checkpointed=True),
     **{
         f"{name}-shared": Case(replace(BACKENDS[name], layers=ONE_ROUTER), 3, {"num_heads": 6}, packed=True)
-        for name in ("dash", "indexer")
+        for name in ("dash", "indexer", "indexer-prior", "infllmv2")
     },
     "full-compiled": Case(FullConfig(), 2, compiled=True),
 }

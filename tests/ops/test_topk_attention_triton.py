@@ -1,4 +1,4 @@
-"""InfLLM v2 and NSA with ``impl="triton"`` end to end against the reference; in Triton's interpreter without a GPU."""
+"""InfLLM v2, NSA and the controls with ``impl="triton"`` end to end against the reference; in Triton's interpreter without a GPU."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ pytest.importorskip("triton")
 
 from dashattn import infllmv2_attention, nsa_attention
 from dashattn.backends import AttentionShape, NSAConfig, build_backend
+from dashattn.controls import oracle_attention, sink_window_attention
 from dashattn.ops.compression.reference import num_windows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,6 +36,18 @@ def assert_implementations_agree(attention, inputs, **options):
 @pytest.mark.parametrize("cu_seqlens", [None, CU_SEQLENS], ids=["one", "packed"])
 def test_infllmv2(cu_seqlens):
     assert_implementations_agree(infllmv2_attention, make_qkv(), **SIZES, window_size=16, cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.parametrize(
+    ("attention", "options"),
+    [
+        (sink_window_attention, {"local_blocks": 1, "cu_seqlens": CU_SEQLENS}),
+        (oracle_attention, {"local_blocks": 0, "topk": 3}),
+    ],
+    ids=["window, packed", "oracle"],
+)
+def test_controls(attention, options):
+    assert_implementations_agree(attention, make_qkv(), block_size=16, init_blocks=1, **options)
 
 
 @pytest.mark.parametrize(

@@ -103,12 +103,15 @@ def test_where_there_is_none_no_row_has_it(make_config):
 
 
 def test_only_the_router_needs_a_router(make_config):
-    for attention in ("full", "infllmv2"):
-        options = [f"attention={attention}", "optim.train_only=router"]
-        if attention == "infllmv2":
-            options += ["attention.block_size=16", "attention.window_size=16", "attention.topk=3"]
+    small = ["attention.block_size=16", "attention.window_size=16", "attention.topk=3"]
+    for options in (
+        ["attention=full"],
+        ["attention=infllmv2", *small],
+        ["attention=moba", "attention.chunk_size=8"],
+        ["attention=dash", "attention.chunk_size=8", "attention.prior=none"],
+    ):
         with pytest.raises(ValueError, match="has nothing of its own to train"):
-            train(make_config("run", *options))
+            train(make_config("run", *options, "optim.train_only=router"))
     with pytest.raises(ValueError, match=r"optim\.train_only must be one of router; got 'index'"):
         train(make_config("run", *INDEXER, "optim.train_only=index"))
 
