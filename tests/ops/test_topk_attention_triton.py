@@ -1,4 +1,4 @@
-"""InfLLM v2, NSA and the controls with ``impl="triton"`` against the reference; in Triton's interpreter without a GPU."""
+"""InfLLM v2, NSA, controls with ``impl="triton"`` against the reference; in Triton's interpreter without a GPU."""
 
 import pytest
 import torch
