@@ -45,19 +45,18 @@ def read_options(given: dict) -> GenerationOptions:
         )
     if given.get("num_beams", 1) != 1:
         raise ValueError(f"num_beams={given['num_beams']}: there is no beam search here, only num_beams=1")
-    lengths = {key: given[key] for key in LENGTHS if key in given}
+    lengths = {key: _whole(key, given[key], least=1) for key in LENGTHS if key in given}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{', '.join(f'{k}={v}' for k, v in lengths.items())} contradict each other: give one of them")
-    (name, length), *_ = [*lengths.items(), (LENGTHS[0], MAX_NEW_TOKENS)]
-    seed = _whole("seed", given.get("seed", 0), least=0)
-    return GenerationOptions(_whole(name, length, least=1), _stops(given), _sampling(given), seed)
+    length = next(iter(lengths.values()), MAX_NEW_TOKENS)
+    return GenerationOptions(length, _stops(given), _sampling(given), _whole("seed", given.get("seed", 0), least=0))
 
 
 def _stops(given: dict) -> tuple[str, ...]:
     texts = []
     for key in STOPS:
         value = given.get(key, [])
-        texts += [value] if isinstance(value, str) else value
+        texts += value if isinstance(value, list | tuple) else [value]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"until and stop must be texts; got {texts}")
     return tuple(text for text in texts if text)

@@ -232,6 +232,9 @@ def test_generation_options_are_honoured(given, expected):
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"seed": -1}, "seed=-1"),
         ({"until": [3]}, "must be texts"),
+        ({"until": 3}, "must be texts"),
+        ({"stop": {"text": 3}}, "must be texts"),
+        ({"max_gen_toks": [5]}, r"max_gen_toks=\[5\]"),
     ],
 )
 def test_other_generation_options_are_refused(given, message):
