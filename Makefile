@@ -10,42 +10,39 @@ OUTPUT ?= outputs/$(SWEEP)
 STUDIES ?= $(sort $(dir $(wildcard results/*/*.jsonl)))
 FIGURES ?= outputs/figures
 
-.PHONY: install pareto figures docs test test-all test-crash test-gpu lint lock
+.PHONY: help install pareto figures docs test test-all test-crash test-gpu lint lock
 
-install: .venv/.installed
+help:  ## what can be made
+	@awk '/^[a-z-]+:.*  ## / {name = $$0; sub(/:.*/, "", name); sub(/.*  ## /, ""); printf "%-11s %s\n", name, $$0}' Makefile
 
-# The first frontier: train, evaluate, table and figure. Again: finishes what is missing.
-pareto: install
+install: .venv/.installed  ## all that is needed, into .venv
+
+pareto: install  ## the first frontier: train, evaluate, table and figure; again: finishes what is missing
 	$(PY) -m experiments.sweep sweep=$(SWEEP) output_dir=$(OUTPUT)
 	$(PY) -m experiments.figures.pareto $(OUTPUT)
 
-# All figures and tables of evaluated studies, and a page that holds them; from rows alone, without a GPU.
-figures: install
+figures: install  ## all figures and tables that the committed rows allow, and a page that holds them
 	$(PY) -m experiments.figures $(FIGURES) $(STUDIES)
 
-# The documentation as a site: outputs/docs/site/index.html.
-docs: install
+docs: install  ## the documentation as a site, outputs/docs/site/index.html
 	rm -rf outputs/docs
 	$(PY) -m docs.build outputs/docs/pages
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 	@echo outputs/docs/site/index.html
 
-test: install lint
+test: install lint  ## ruff, and the tests that need neither a GPU nor the network; some minutes
 	$(PY) -m pytest -n 2 --dist worksteal -m "not slow"
 
-# The tests that take minutes, too.
-test-all: install lint
+test-all: install lint  ## those that take minutes each, too; some ask for Slurm
 	$(PY) -m pytest -n 2 --dist worksteal
 
-# For the night: a run is killed a hundred times, a preparation thirty times, a sweep five times.
-test-crash: install
+test-crash: install  ## for the night: a run is killed a hundred times, a preparation thirty times, a sweep five times
 	$(PY) -m pytest -k killed tests/experiments/training/test_crash.py tests/data/test_prepared.py
 
-# The kernels at real sizes, on a machine with a GPU; elsewhere its tests are skipped.
-test-gpu: install
+test-gpu: install  ## the kernels at real sizes, on a machine with a GPU; elsewhere its tests are skipped
 	$(PY) -m pytest tests/gpu tests/ops/test_dash_attention_triton.py
 
-lint: install
+lint: install  ## ruff, rules and format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
@@ -59,7 +56,7 @@ lint: install
 
 # The lock names no build of torch, nor the CUDA libraries that its GPU build brings along itself: with a GPU that one is
 # installed, without one what find-links offers.
-lock: install
+lock: install  ## requirements.lock anew, from pyproject.toml
 	.venv/bin/uv pip compile --quiet --upgrade --python-version 3.11 $(FIND_LINKS) --extra train --extra dev --extra docs \
 		--no-annotate --custom-compile-command "make lock" pyproject.toml -o requirements.lock
 	sed -i -e 's/^\(torch==[0-9.]*\)+cpu/\1/' -e '/^\(nvidia\|cuda\)-/d' requirements.lock

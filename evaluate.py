@@ -18,6 +18,7 @@ from experiments.evaluation.config import register_evaluate_config
 from experiments.evaluation.display import Display
 from experiments.evaluation.evaluate import Evaluation, find_target
 from experiments.files import CONFIGS, RESULTS
+from experiments.host_memory import limit_memory
 from experiments.schema import to_config
 
 register_evaluate_config()
@@ -30,6 +31,8 @@ def main(cfg: DictConfig) -> None:
         target = find_target(config)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
+        if target.train.device == "cpu":
+            limit_memory()
         evaluation, display, count = Evaluation(config, target), Display(), 0
         with display:
             for row in evaluation.run(display.advance):

@@ -28,6 +28,7 @@ from omegaconf import DictConfig
 from experiments.config import TrainConfig, register_configs, to_train_config
 from experiments.errors import Preempted, run_faults, user_errors
 from experiments.files import CONFIGS
+from experiments.host_memory import limit_memory
 from experiments.signals import StopRequest
 from experiments.sweep.submit import submit_run
 from experiments.training.build import build
@@ -124,7 +125,10 @@ def main(cfg: DictConfig) -> None:
             if config.launcher is not None:
                 print(f"submitted job {submit_run(config, overrides)}")
                 return
-            run = build(check(config), overrides, resources)
+            config = check(config)
+            if config.device == "cpu":
+                limit_memory()
+            run = build(config, overrides, resources)
         if run is not None:
             loop(run, request)
 

@@ -303,7 +303,9 @@ def _printable(name: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "dashattn corpus", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("output", type=Path, help="the .jsonl to write")
     parser.add_argument("sources", nargs="+", help="files, folders, globs, tar archives, .deb packages")
     parser.add_argument("--match", nargs="+", default=[], metavar="GLOB", help="take only files of such names")

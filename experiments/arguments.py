@@ -1,7 +1,8 @@
 """The command lines of what takes paths rather than overrides; known without importing what they start."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -10,6 +11,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise ValueError(f"{message}; {' '.join(self.format_usage().split())}")
+
+
+@contextmanager
+def called(module: str, name: str) -> Iterator[None]:
+    """In here the usage of ``module`` names the command that started it."""
+    _called[module] = name
+    try:
+        yield
+    finally:
+        del _called[module]
 
 
 def _path(text: str) -> Path:
@@ -29,11 +40,12 @@ _DESCRIPTIONS = {
     "experiments.throughput.scaling_report": "Table of a benchmark of several GPUs again, from its rows.",
 }
 PATH_COMMANDS = tuple(_DESCRIPTIONS)
+_called: dict[str, str] = {}  # a module -> what started it, where that was not ``python -m MODULE``
 
 
 def parser(module: str) -> Parser:
     """Of ``python -m MODULE``."""
-    result = Parser(prog=f"python -m {module}", description=_DESCRIPTIONS[module])
+    result = Parser(prog=_called.get(module, f"python -m {module}"), description=_DESCRIPTIONS[module])
     add = result.add_argument
     if module == "experiments.evaluation.export":
         add("--dense", action="store_true", help="write a sparse run's weights as those of a dense model")

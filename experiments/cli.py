@@ -8,7 +8,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 
-from experiments.arguments import PATH_COMMANDS, parser
+from experiments.arguments import PATH_COMMANDS, called, parser
 from experiments.files import ROOT
 from experiments.help import did_you_mean, show
 
@@ -57,15 +57,16 @@ def main(arguments: Sequence[str]) -> None:
         print(f"error: dashattn {name} does not exist{known}", file=sys.stderr)
         raise SystemExit(1)
     what = COMMANDS[name][0]
-    if what in PATH_COMMANDS and {"-h", "--help"}.intersection(rest):
-        parser(what).print_help()  # before what it would start imports PyTorch
-        return
-    sys.argv[1:] = rest
-    if what.endswith(".py"):
-        sys.argv[0] = os.fspath(ROOT / what)
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    else:
-        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    with called(what, f"dashattn {name}"):
+        if what in PATH_COMMANDS and {"-h", "--help"}.intersection(rest):
+            parser(what).print_help()  # before what it would start imports PyTorch
+            return
+        sys.argv[1:] = rest
+        if what.endswith(".py"):
+            sys.argv[0] = os.fspath(ROOT / what)
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        else:
+            runpy.run_module(what, run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -135,7 +135,8 @@ class TrainConfig(Checked):
     max_skipped_steps: PositiveInt = 10  # in a row, because loss or gradient is not finite, before the run stops
 
     activation_checkpointing: bool = False  # keep each layer's input only; a third more work, a fraction of the memory
-    # Refuse before the start what, counted as dashattn plan does, takes more memory than a GPU has.
+    # Refuse before the start what, counted as dashattn plan does, takes more memory than a GPU has, or on a CPU than is
+    # free.
     check_memory: bool = True
     compile: bool = False  # torch.compile the layers and the loss; ZeRO stages 0-2
     peak_tflops: PositiveFloat | None = None  # of one device, for MFU; null = from a table by its name, none in fp32

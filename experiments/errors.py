@@ -49,8 +49,8 @@ class Occupied(Stopped):
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn a ValueError of the checks, Hydra's error, or a fault of a disk into one message and exit code 1;
-    HYDRA_FULL_ERROR=1 shows it whole."""
+    """Turn a ValueError of the checks, Hydra's error, a fault of a disk or memory that does not suffice into one
+    message and exit code 1; HYDRA_FULL_ERROR=1 shows it whole."""
     with _one_message(ValueError, OmegaConfBaseException, HydraException):
         try:
             yield
@@ -60,6 +60,10 @@ def user_errors() -> Iterator[None]:
             raise ValueError(
                 f"{error}: {_DISK[error.errno]}; what is complete stays, and the same command goes on"
             ) from error
+        except (RuntimeError, MemoryError) as error:
+            if (told := out_of_memory(error)) is None:
+                raise
+            raise ValueError(f"{told}: take a smaller model, fewer or shorter rows, or free memory") from error
 
 
 @contextmanager
@@ -68,12 +72,6 @@ def run_faults() -> Iterator[None]:
     with _one_message(Stopped):
         try:
             yield
-        except torch.OutOfMemoryError as error:
-            raise Stopped(
-                f"{str(error).splitlines()[0]}\nlower rows_per_micro_batch (the same step in more passes), raise "
-                "deepspeed.stage, use more GPUs, or lower data.seq_len. The latest checkpoint is kept; what changes "
-                "only the placement (rows_per_micro_batch, the stage, the number of GPUs) may change on resume"
-            ) from error
         except OSError as error:
             if error.errno not in _DISK:
                 raise
@@ -81,13 +79,32 @@ def run_faults() -> Iterator[None]:
                 f"{error}: {_DISK[error.errno]} (run_dir and cache_dir). The latest checkpoint is intact, and the same "
                 "command goes on from it"
             ) from error
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
+            if (told := out_of_memory(error)) is not None:
+                raise Stopped(
+                    f"{told}.\nlower rows_per_micro_batch (the same step in more passes), raise deepspeed.stage, use "
+                    "more GPUs, or lower data.seq_len. The latest checkpoint is kept; what changes only the placement "
+                    "(rows_per_micro_batch, the stage, the number of GPUs) may change on resume"
+                ) from error
             if not is_lost_rank(error):
                 raise
             raise Stopped(
                 f"another rank was lost ({str(error).splitlines()[0]}): what that one said last is the cause. The "
                 "latest checkpoint is intact, and the same command goes on from it"
             ) from error
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What an error says of memory, a GPU's or the machine's, that did not suffice; None for any other error. On a CPU
+    PyTorch raises a plain RuntimeError."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return str(error).splitlines()[0].rstrip(".")
+    refused = re.search(r"DefaultCPUAllocator: .*allocate (\d+) bytes", str(error))
+    if isinstance(error, RuntimeError) and refused:
+        return f"out of memory: this machine has no {int(refused[1]) / 2**30:.2f} GiB more for this process"
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "bad_alloc" in str(error)):
+        return "out of memory: this machine has no more for this process"
+    return None
 
 
 def is_lost_rank(error: BaseException) -> bool:

@@ -181,10 +181,33 @@ def test_links_lead_somewhere(page):
     ] == []
 
 
-def test_citations_name_the_version():
-    assert f"\nversion: {dashattn.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+def test_a_release_has_one_version_and_one_date():
+    """As CONTRIBUTING.md says: sections of the change log, the newest first, that of this version on top."""
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {dashattn.__version__}\n" in citation
     assert f"version = {{{dashattn.__version__}}}" in (ROOT / "CITATION.bib").read_text()
-    assert f"\n## {dashattn.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    sections = [re.fullmatch(r"(\d+\.\d+\.\d+), (not yet released|\d{4}-\d\d-\d\d)", line) for line in headings]
+    assert all(sections), headings
+    versions = [section[1] for section in sections]
+    assert versions[0] == dashattn.__version__
+    numbers = [tuple(map(int, version.split("."))) for version in versions]
+    assert numbers == sorted(set(numbers), reverse=True)
+    assert "not yet released" not in [section[2] for section in sections[1:]]
+    dated = re.findall(r"^date-released: (.+)$", citation, re.MULTILINE)
+    assert dated == [section[2] for section in sections[:1] if section[2] != "not yet released"]
+    released = {f"v{section[1]}" for section in sections if section[2] != "not yet released"}
+    tags = subprocess.run(
+        ["git", "tag", "--list", "v*"], cwd=ROOT, capture_output=True, text=True
+    )  # none in an archive
+    assert set(tags.stdout.split()) <= released
+
+
+def test_make_says_what_it_can_make():
+    targets = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    said = [line.split(maxsplit=1) for line in run("make", "--silent").splitlines()]
+    assert [name for name, _ in said] == targets
+    assert ["pareto", "the first frontier: train, evaluate, table and figure; again: finishes what is missing"] in said
 
 
 def test_figures_are_made_of_folders_with_rows():

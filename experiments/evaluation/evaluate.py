@@ -41,6 +41,7 @@ from experiments.training.run_dir import config_hash
 from models import Transformer
 from models.flops import count_parameters
 from models.hf import is_hf_folder, read_step
+from models.meta import without_memory
 
 
 def find_target(config: EvaluateConfig) -> Target:
@@ -243,7 +244,7 @@ def _of_run(target: Target) -> dict:
 def _of_folder(target: Target) -> dict:
     """Nothing was trained here: ``untrained`` names the folder, unless it says that its weights were trained so."""
     train = target.train
-    with torch.device("meta"):
+    with without_memory():
         parameters = count_parameters(Transformer(train.model, train.attention)).total
     return {
         "step": read_step(target.checkpoint),

@@ -36,6 +36,7 @@ from experiments.errors import user_errors
 from experiments.evaluation.folder import locate_model
 from experiments.evaluation.target import build_model
 from experiments.files import CONFIGS
+from experiments.host_memory import limit_memory
 from experiments.overrides import as_text
 from experiments.schema import to_config
 from models.generate import Sampling, generate
@@ -105,6 +106,8 @@ def run_generation(config: GenerateConfig) -> None:
         raise ValueError(f"{config.run} was trained on {train.data.name}, which is no text: give a run trained on text")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    if train.device == "cpu":
+        limit_memory()
     model = build_model(target)
     if config.knob is not None:
         model.set_knob(config.knob)

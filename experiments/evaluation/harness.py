@@ -26,6 +26,7 @@ from experiments.evaluation.folder import locate_model
 from experiments.evaluation.lm_eval_options import read_options
 from experiments.evaluation.target import build_model
 from experiments.evaluation.tasks.base import SparsityTally, in_parts, padded, prompt_sparsity
+from experiments.host_memory import limit_memory
 from models import Transformer
 from models.generate import generate
 
@@ -267,6 +268,8 @@ def main() -> None:
 
     evaluate_config.EvaluatorConfig = Config
     with user_errors():
+        if not torch.cuda.is_available():
+            limit_memory()
         cli_evaluate()
 
 

@@ -12,6 +12,7 @@ from experiments.origin import check_origin_tokenizer, is_own, model_of
 from experiments.sparsity import check_reachable, turned_layers
 from experiments.training.ranks import world_size
 from models.hf import check_continues, check_files, check_same_attention, check_same_model, is_hf_folder
+from models.meta import without_memory
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -141,7 +142,7 @@ def meta_backends(config: TrainConfig) -> list[AttentionBackend]:
     """
     model = config.model
     shape = AttentionShape(model.hidden_size, model.num_heads, model.num_kv_heads, model.head_dim)
-    with torch.device("meta"):
+    with without_memory():
         return build_backends(config.attention, shape, model.num_layers)
 
 

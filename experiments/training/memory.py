@@ -9,12 +9,14 @@ import torch
 from dashattn.backends import AttentionBackend
 from data import MQARDataConfig, TextTokenizer
 from experiments.config import TrainConfig
+from experiments.host_memory import share_of_memory
 from experiments.schema import DTYPES
 from experiments.training.check import accumulation
 from experiments.training.optim import freeze
 from experiments.training.ranks import Ranks
 from models import Transformer
 from models.activations import layer_bytes, loss_bytes
+from models.meta import without_memory
 
 GIB = 2**30
 # Largest number of elements that DeepSpeed reduces, or gathers, at once.
@@ -43,18 +45,23 @@ def vocabulary(config: TrainConfig) -> int:
 
 
 def check_room(config: TrainConfig, ranks: Ranks) -> None:
-    """As ``check_memory`` of this rank's GPU, unless the configuration insists; a CPU is not asked.
+    """As ``check_memory`` of this rank's GPU, or of its share of what the machine has free, unless the configuration
+    insists. On a CPU attention takes more than is counted.
 
     Raises:
         ValueError: with what would fit.
     """
-    if config.check_memory and ranks.device.type == "cuda":
+    if not config.check_memory:
+        return
+    if ranks.device.type == "cuda":
         room = torch.cuda.get_device_properties(ranks.device).total_memory
         check_memory(config, ranks.world_size, room)
+    else:
+        check_memory(config, ranks.world_size, share_of_memory(), "this machine has for it")
 
 
-def check_memory(config: TrainConfig, ranks: int, room: int) -> None:
-    """Refuse what takes more than all the memory of a GPU, ``room`` bytes.
+def check_memory(config: TrainConfig, ranks: int, room: int, where: str = "a GPU has") -> None:
+    """Refuse what takes more than ``room`` bytes, all the memory of a GPU, or what is free ``where`` else.
 
     Raises:
         ValueError: with what it takes, and a change after which it fits, if there is one.
@@ -69,7 +76,7 @@ def check_memory(config: TrainConfig, ranks: int, room: int) -> None:
         return
     mend = next((" ".join(x) for x, smaller in savings(sized, ranks) if fits(smaller, ranks, room, model)), None)
     raise ValueError(
-        f"a GPU has {room / GIB:.1f} GiB, and this run takes {needed.peak / GIB:.1f} on each of {ranks} ({needed}): "
+        f"{where} {room / GIB:.1f} GiB, and this run takes {needed.peak / GIB:.1f} on each of {ranks} ({needed}): "
         + (f"with {mend} it fits" if mend else "take more GPUs, a smaller model or shorter rows")
         + "; check_memory=false tries it all the same"
     )
@@ -142,7 +149,7 @@ def meta_model(config: TrainConfig) -> Transformer:
     Raises:
         ValueError: the vocabulary is not known, or the backend cannot serve the model.
     """
-    with torch.device("meta"):
+    with without_memory():
         model = Transformer(config.model, config.attention)
     freeze(model, config.optim)
     return model

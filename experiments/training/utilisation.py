@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 
-import torch
-
 from dashattn.stats import AttentionStats
 from data import Batch
 from experiments.config import TrainConfig
 from models import Transformer
 from models.flops import flops_per_token, layer_reads
+from models.meta import without_memory
 
 # Dense 16-bit tensor-core TFLOP/s with float32 accumulation, from NVIDIA's data sheets, whose own figures are with 2:4
 # sparsity and twice these from the A100 on; the first name that fits. They are multiprocessors x operations a cycle x
@@ -44,7 +43,7 @@ class Utilisation:
         """``peak``: TFLOP/s of all devices together; None = there is nothing to report."""
         self._peak = peak
         if peak is not None:
-            with torch.device("meta"):  # shapes are all it takes, and the run's own may lie in parts on many devices
+            with without_memory():  # shapes are all it takes, and the run's own may lie in parts on many devices
                 self._model = Transformer(config.model, config.attention)
         self._seq_len = config.data.seq_len
         self._reads: tuple[list[float], list[float]] | None = None

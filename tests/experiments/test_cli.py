@@ -47,6 +47,8 @@ def test_every_command_has_help(name, capsys, monkeypatch):
     what = COMMANDS[name][0]
     if what not in PATH_COMMANDS and what != "data.collect":
         assert "Options (key=value" in page
+    else:
+        assert page.startswith(f"usage: dashattn {name} ")
 
 
 def test_lm_evals_command_has_its_own_help():

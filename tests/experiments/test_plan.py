@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dashattn.backends import (
     AttentionShape,
@@ -26,6 +27,7 @@ from experiments import plan, rates
 from experiments.config import TrainConfig, to_train_config
 from experiments.files import CONFIGS, ROOT, SCALING, THROUGHPUT, read_rows
 from experiments.training import build, memory
+from experiments.training.check import meta_backends
 from experiments.training.memory import GIB, check_memory, check_room, estimate_memory, fits, meta_model
 from tests.checkpoints import make_folder
 
@@ -280,7 +282,11 @@ def test_what_cannot_fit_is_refused_with_what_would(monkeypatch):
     with pytest.raises(ValueError, match="check_memory=false"):
         check_room(config, ranks)
     check_room(replace(config, check_memory=False), ranks)
-    check_room(config, SimpleNamespace(device=torch.device("cpu"), world_size=1))
+    monkeypatch.setattr(memory, "share_of_memory", lambda: room)
+    here = SimpleNamespace(device=torch.device("cpu"), world_size=1)
+    with pytest.raises(ValueError, match=r"this machine has for it 40\.0 GiB, and this run takes"):
+        check_room(config, here)
+    check_room(smaller, here)
 
 
 def test_a_run_is_refused_before_its_data_are_read(tmp_path, monkeypatch):
@@ -300,6 +306,24 @@ def test_a_sweep_that_starts_from_a_checkpoint_is_planned_with_its_shape(tmp_pat
     monkeypatch.setenv("INIT_FROM", str(folder))
     with pytest.raises(ValueError, match=r"data\.seq_len=8192 exceeds model\.max_seq_len=2048"):  # of the folder
         plan.run_plan(["sweep=real_model"])
+
+
+def test_what_has_no_memory_is_not_filled():
+    """On the meta device PyTorch fills by its compiler, whose import takes longer than all of a plan."""
+    asked = []
+
+    class Asked(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            asked.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    config = configure("model=60m", "model.vocab_size=99", "attention=nsa")
+    with Asked():
+        weights = list(meta_model(config).parameters())
+        weights += [p for backend in meta_backends(config) for p in backend.parameters()]
+    assert {p.device.type for p in weights} == {"meta"}
+    assert "aten::empty.memory_format" in asked or "aten::empty" in asked
+    assert not [name for name in asked if "normal" in name or "uniform" in name]
 
 
 def test_what_is_said():

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dashattn.stats import AttentionStats
+from experiments.errors import out_of_memory
 from experiments.intervals import ratio_stderr
 from models import Transformer
 
@@ -169,9 +170,6 @@ def mean(values: Iterable[float]) -> float:
     return sum(values) / len(values)
 
 
-_NO_HOST_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # PyTorch's, a plain RuntimeError
-
-
 def halving(work: Callable[[int], R], rows: int) -> tuple[R, int]:
     """``work(rows)``, or where memory does not suffice, of half as many, and so on, which stderr says.
 
@@ -186,12 +184,11 @@ def halving(work: Callable[[int], R], rows: int) -> tuple[R, int]:
     while True:
         try:
             return work(rows), rows
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and _NO_HOST_MEMORY not in str(error):
+        except (RuntimeError, MemoryError) as error:
+            if (told := out_of_memory(error)) is None:
                 raise
             if rows == 1:
-                message = str(error).splitlines()[0].rstrip(".")
-                raise ValueError(f"{message}. One row at once is too much: lower lengths, or free memory") from error
+                raise ValueError(f"{told}. One row at once is too much: lower lengths, or free memory") from error
         # The error is gone here, and with it the tensors that its frames held.
         torch.cuda.empty_cache()
         rows //= 2

@@ -12,6 +12,7 @@ from experiments.evaluation.evaluate import evaluate, find_target
 from experiments.evaluation.tasks import routing
 from experiments.evaluation.tasks.base import SparsityTally, count, halving, in_parts, quantiles
 from models import Transformer
+from tests.experiments.test_host_memory import limited
 
 NO_ROOM = "CUDA out of memory. Tried to allocate 24.00 GiB."
 WHEN = ("date", "seconds")
@@ -157,6 +158,13 @@ def test_memory_of_the_host_ends_as_that_of_a_gpu_does(capsys):
         halving(lambda rows: work(rows, 0), 2)
     with pytest.raises(RuntimeError, match="shape"):
         halving(lambda rows: torch.ones(rows).view(3, 5), 2)
+
+
+def test_an_evaluation_goes_on_with_the_rows_that_a_machine_has_memory_for(recall_run):
+    asked = [f"run={recall_run}", "device=cpu", "tasks=[recall]", "rows=64", "rows_per_batch=64"]
+    done = limited("evaluate.py", asked, mib=4)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("out of memory: going on with 32 rows at once\n")
 
 
 def test_parts_stay_as_small_as_memory_made_them():
