@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from dashattn.backends import DashConfig, FullConfig, NSAConfig
 from dashattn.integrations.transformers import MODEL_TYPES, PRESETS, register
+from dashattn.integrations.transformers_rows import rows
 from experiments.training.weights import find_weights, load_weights
 from models import Transformer
 from models.generate import generate
@@ -77,6 +78,15 @@ def test_another_cache_or_search_generates_what_no_cache_does(folders, options):
     call = {"attention_mask": mask, "num_beams": options.get("num_beams", 1)}
     expected = new_tokens(model, ids, 16, **call, use_cache=False)
     assert torch.equal(new_tokens(model, ids, 16, **call | options), expected)
+
+
+def test_rows_end_where_a_longer_cache_is_still_empty():
+    """Whole rows, with a mask of ones or none: the first column, the one behind the last, and the first new one."""
+    for mask in (None, torch.ones(2, 5, dtype=torch.int64)):
+        assert rows(2, 5, 5, attention_mask=mask) is None
+        assert rows(2, 2, 5, 3, attention_mask=mask) is None
+        assert rows(2, 5, 9, attention_mask=mask)[:, 0, 0].tolist() == 2 * [[0, 5, 0]]
+        assert rows(2, 2, 9, 3, attention_mask=mask)[:, 0, 0].tolist() == 2 * [[0, 5, 3]]
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -292,6 +292,19 @@ def test_only_what_is_read_is_checked(make, small_shards, tmp_path):
         part.window(len(part) // 4, len(part))
 
 
+def test_preparation_ends_with_the_tokens_that_were_asked_for(text_config, tokenizer, small_shards, tmp_path):
+    """At the end of a task, and of no other one if that has exactly as many."""
+    config = text_config()
+
+    def tokens(wanted):
+        cache = tmp_path / f"cache{wanted}"
+        prepare(config, config, tokenizer, cache, splits=("validation",), max_tokens=wanted, workers=1)
+        return json.loads((entry(tmp_path, cache.name) / "complete.json").read_text())["tokens"]
+
+    task = tokens(1)
+    assert tokens(task) == task < tokens(task + 1)
+
+
 def test_a_source_that_dies_leaves_the_finished_shards(make, corpus, small_shards, tmp_path, monkeypatch):
     lines = corpus.read_bytes().splitlines(keepends=True)
     sources = [tmp_path / "first.jsonl.gz", tmp_path / "second.jsonl.gz"]

@@ -326,6 +326,12 @@ def test_what_has_no_memory_is_not_filled():
     assert not [name for name in asked if "normal" in name or "uniform" in name]
 
 
+def test_the_gpus_of_a_job_are_the_runs():
+    overrides = ["model=60m", "attention=full", "launcher=slurm", "launcher.nodes=2", "launcher.gpus_per_node=4"]
+    assert "8 x H100" in plan.run_plan([*overrides, "gpu=H100"])
+    assert "2 x H100" in plan.run_plan([*overrides, "gpu=H100", "gpus=2"])
+
+
 def test_what_is_said():
     page = plan.run_plan(["model=60m", "attention=dash", "gpus=2", "gpu=H100", "deepspeed=zero2"])
     for line in ("2 x H100, ZeRO stage 2, bf16", "activations", "lists of the sparse kernels", "tokens/s", "fits"):

@@ -173,6 +173,11 @@ def test_a_held_integer_moves_to_the_nearest_and_stays():
     assert abs(blocks(hold.knob) - 0.75) <= min(abs(blocks(k) - 0.75) for k in range(2, 129)) + 0.003
 
 
+def test_a_held_integer_waits_for_three_measurements():
+    hold = Hold(0.5, (128, 2), 64)
+    assert [hold.update(0.3) for _ in range(6)] == [64, 64, 63, 63, 63, 62]
+
+
 def test_a_held_integer_forgets_what_was_long_ago():
     """Its mean goes back eight measurements: of a ninth other one it has an eighth."""
     hold = Hold(0.5, (128, 2), 64)

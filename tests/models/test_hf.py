@@ -197,6 +197,12 @@ def test_what_config_json_does_not_say_is_the_architectures_default(tmp_path, ki
     assert getattr(read_config(tmp_path), field) == value
 
 
+def test_without_a_list_every_so_manieth_layer_is_not_rotated(tmp_path):
+    save(tmp_path, "smollm3")
+    edit(tmp_path, no_rope_layers=..., no_rope_layer_interval=3)
+    assert read_config(tmp_path).no_rope_layers == [2]  # of 0 to 3
+
+
 def test_a_window_counts_above_its_length_only(tmp_path):
     theirs = save(tmp_path, "mistral")
     edit(tmp_path, sliding_window=80)

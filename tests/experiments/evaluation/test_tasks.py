@@ -17,7 +17,7 @@ from experiments.evaluation.target import build_model, validation_stream
 from experiments.evaluation.tasks import decoding, generated
 from experiments.evaluation.tasks.base import Setting, SparsityTally
 from experiments.evaluation.tasks.decoding import token_ms
-from experiments.evaluation.tasks.routing import Measured, Probe, mqar_probes, observe, score_routing
+from experiments.evaluation.tasks.routing import Measured, Probe, mqar_probes, observe, score_routing, text_probes
 from experiments.evaluation.tasks.streams import MQARForm, data_at, first_queries
 from experiments.files import read_rows
 from models import ModelConfig, Transformer
@@ -217,6 +217,23 @@ def test_a_query_is_the_first_where_no_earlier_position_asked_for_its_token():
     ids = torch.tensor([[5, 3, 5, 5, 0, 3, 3], [1, 1, 1, 1, 1, 1, 1]])
     asked = torch.tensor([[0, 1, 1, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0, 1]]).bool()
     assert first_queries(ids, asked).int().tolist() == [[0, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 1]]
+
+
+def test_probes_of_a_text_ask_for_every_token_of_its_references():
+    """Which follow the prompt as a list; each is looked for in its own evidence where there are as many."""
+    encoder = SimpleNamespace(
+        encode=lambda sample: [1, 2, 3],
+        evidence=lambda sample: [(0, 1), (1, 3)],
+        tokenizer=SimpleNamespace(encode=lambda text: list(text)),
+    )
+    samples = [SimpleNamespace(references=["a", "bc"])]
+    (both,) = text_probes(SimpleNamespace(samples=samples, task=SimpleNamespace(match="all")), encoder)
+    assert both.input_ids == [1, 2, 3, *" a, bc"]
+    assert both.queries == [2, 3, 4, 5, 6, 7]  # before each of these tokens
+    assert both.evidence == 2 * [[(0, 1)]] + 4 * [[(1, 3)]]
+    (one,) = text_probes(SimpleNamespace(samples=samples, task=SimpleNamespace(match="any")), encoder)
+    assert (one.input_ids, one.queries) == ([1, 2, 3, *" a"], [2, 3])
+    assert one.evidence == 2 * [[(0, 1), (1, 3)]]
 
 
 def test_mqar_probes_point_at_the_pair_of_each_first_query(recall_run):

@@ -409,7 +409,7 @@ def test_an_option_is_drawn_beside_what_it_differs_from(study, tmp_path, monkeyp
     assert named == ["chunk_size 32", "chunk_size 128", "prior raw"]
 
 
-def test_an_ablation_compares_arms_of_the_same_seeds_with_their_control(study):
+def test_an_ablation_compares_arms_of_the_same_seeds_with_their_control(study, tmp_path, monkeypatch):
     arms = (("sigma:1", 0), ("sigma:1", 1), ("sigma:1e6", 1), ("prior:raw", 0), ("prior:raw", 1), ("prior:none", 0))
     rows = [row("recall", "accuracy", 0.5 + seed / 4, label=label, seed=seed) for label, seed in arms]
     (made,) = (f.make(replace(study, evaluations=rows)) for f in FIGURES if f.number == 12)
@@ -424,6 +424,10 @@ def test_an_ablation_compares_arms_of_the_same_seeds_with_their_control(study):
         "sigma: without seed 0, which has not all values.",
         "prior: without seed 1, which has not all values.",
     ]
+    drawn = []
+    monkeypatch.setattr(scores, "save", lambda figure, path: drawn.append(figure))
+    made.draw(tmp_path / "figure")
+    assert [ax.get_title().splitlines()[0] for ax in drawn[0].axes] == ["prior, seed 0", "sigma, seed 1"]
 
 
 def test_many_runs_are_drawn_by_arm(study, tmp_path, monkeypatch):

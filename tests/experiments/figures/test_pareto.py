@@ -285,6 +285,9 @@ def test_seeds_that_differ_are_the_interval_and_a_bar_that_lacks_is_explained(mo
     assert bars_of(figure.axes[0]) == [(pytest.approx(0.1), pytest.approx(0.3))] * 2  # of wrong answers
     assert figure.axes[0].get_ylabel() == "queries answered wrong"
     assert "lowest to highest of 2 seeds" in legend
+    assert "fewer seeds" not in legend
+    _, legend = drawn(monkeypatch, tmp_path, seeds[:-1])
+    assert "fewer seeds" in legend
     _, legend = drawn(monkeypatch, tmp_path, [row for row in seeds if row["seed"] == 0])
     assert "no bar: samples' scatter not kept" in legend
 

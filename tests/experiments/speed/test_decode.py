@@ -82,6 +82,18 @@ def test_a_layers_rows(rows_of):
     assert rows[3]["causal_sparsity"] == pytest.approx(1 - (2 * 32 + 17) / (4 * 32 + 17))
 
 
+@pytest.mark.parametrize(("length", "batch", "layers"), [(65536, 2, 8), (65536, 4, 6), (2048, 1, 32)])
+def test_layers_read_more_than_a_cache_of_the_gpu(tmp_path, monkeypatch, length, batch, layers):
+    """128 MiB, of 512 bytes a token and of a quarter of the tokens; at least 6 layers, and 32 at most."""
+    made = []
+    monkeypatch.setattr(speed_decode, "make_inputs", lambda shape, layers, *_: made.append(layers))
+    config, shape = make_config(tmp_path, sparsities=[0.5, 0.75]), Shape(8, 4, 32, 64, torch.float16)
+    decoding = speed_decode.Decoding(config, shape, "cpu", math.inf)
+    monkeypatch.setattr(decoding, "layer", lambda make, *_: {"made": make()})
+    assert len(list(decoding.layers(length, batch))) == 3
+    assert made == [layers]
+
+
 def test_a_whole_models_rows(rows_of):
     """The step that is timed is the compiled one, at each sparsity."""
     counters.clear()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from experiments.arguments import parse, parser
 from experiments.files import read_rows
 from experiments.speed import numerics
 from experiments.speed.numerics import CONFIGS, main, write_numerics
@@ -32,6 +33,12 @@ def test_a_row_is_selected_differently_where_any_of_its_words_is(monkeypatch):
     monkeypatch.setattr(numerics, "_run", lambda *_: next(found))
     (row,) = numerics.measure("infllmv2", "fp32", 8, "cpu")
     assert row == {"tensor": "out", "error": 0.1, "rows_selected_differently": 0.25}
+
+
+def test_the_length_is_what_the_help_says():
+    given = parse("experiments.speed.numerics", ["rows"])
+    assert given.length == 1000
+    assert "tokens of a row (1000)" in parser("experiments.speed.numerics").format_help()
 
 
 def test_usage(capsys):

@@ -127,6 +127,8 @@ def test_what_the_time_does_not_suffice_for_is_said(make_benchmark):
     [
         ("backends=[flash]", "backends has flash: choose from full"),
         ("patterns=[]", "patterns has no entry"),
+        ("lengths=[]", "lengths and settings need one entry at least"),
+        ("settings=[]", "lengths and settings need one entry at least"),
         ("sparsity=1.5", r"sparsity .*got 1\.5"),
         ("steps=0", r"steps .*got 0"),
     ],

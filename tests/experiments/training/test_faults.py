@@ -140,6 +140,15 @@ def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too(make_config, at_st
     assert sorted(losses(run_dir)) == [1, 2, 4]
 
 
+def test_a_step_that_is_not_finite_moves_no_knob(make_config, at_step):
+    """Of steps 4 and 8, which are measured, the second one counts."""
+    options = ("data.seq_len=128", "data.pack=plain", "attention=dash", "attention.chunk_size=8")
+    at_step[4] = not_a_number
+    run_dir = train(make_config("run", *options, "attention.target_sparsity=0.6", "steps=9"))
+    knobs = {row["step"]: row["knob"] for row in read_rows(run_dir / "metrics.jsonl") if row["split"] == "train"}
+    assert knobs[8] == knobs[5] == knobs[1] != knobs[9]
+
+
 def test_too_many_in_a_row_stop_the_run_with_its_state_kept(make_config, at_step):
     config = make_config("run", "max_skipped_steps=2", "save_every=1", "steps=8")
     at_step.update({2: not_a_number, 4: not_a_number, 5: not_a_number})

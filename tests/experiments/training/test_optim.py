@@ -9,6 +9,7 @@ from torch import nn
 from dashattn.backends import AttentionShape, DashConfig, NSAConfig, build_backend
 from experiments.config import OptimConfig
 from experiments.training import build as build_module
+from experiments.training.check import check
 from experiments.training.optim import LR_FACTOR, check_order, learning_rate, parameter_groups, parameter_order
 from experiments.training.weights import find_weights
 from models import ModelConfig, Transformer
@@ -40,6 +41,15 @@ def test_wsd_is_stable_then_falls_linearly():
     values = rates(schedule="wsd", warmup_steps=10, decay_fraction=0.2, min_lr_ratio=0.0)
     assert values[10:80] == [1.0] * 70
     assert values[80:] == pytest.approx([k / 21 for k in range(20, 0, -1)])
+
+
+def test_only_a_schedule_that_decays_so_needs_room_for_it(make_config):
+    options = ("steps=10", "optim.warmup_steps=4", "optim.decay_fraction=0.7")
+    for schedule in ("constant", "cosine"):
+        check(make_config("run", *options, f"optim.schedule={schedule}"))
+    check(make_config("run", *options, "optim.schedule=wsd", "optim.decay_fraction=0.6"))
+    with pytest.raises(ValueError, match=r"optim\.decay_fraction=0\.7 overlap within steps=10"):
+        check(make_config("run", *options, "optim.schedule=wsd"))
 
 
 def test_constant_stays():
