@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from dashattn.backends import FullConfig
+from dashattn.backends import AttentionConfig, FullConfig
 from data import NO_TOKEN, DataConfig, PackedDataConfig, TextDataConfig, TextTokenizer
 from data.hub import pinned
 from experiments.config import DeepSpeedConfig, TrainConfig
@@ -52,6 +52,8 @@ def locate_folder(config: EvaluateConfig) -> Target:
     check_device(config.device)
     model, own, attention = read_config(folder), read_attention(folder), config.attention
     data = data or _no_text(config, model)
+    if attention is not None:
+        _check_untrained(attention)
     if attention is None or attention.name == "checkpoint":
         attention = own or FullConfig()
     lengths = config.lengths or [data.seq_len]
@@ -84,6 +86,15 @@ def locate_folder(config: EvaluateConfig) -> Target:
     check_vocabulary(train)
     meta_backends(train)
     return Target(Path(train.run_dir).expanduser(), folder, folder, train)
+
+
+def _check_untrained(attention: AttentionConfig) -> None:
+    """Refuses options that only training heeds."""
+    for name in ("target_sparsity", "sparsity_count", "sparsity_control"):
+        value, default = getattr(attention, name), getattr(AttentionConfig, name)
+        if value != default:
+            instead = "sparsity_count" if name == "sparsity_count" else "sparsities=[0.75]"
+            raise ValueError(f"attention.{name}={value} is for training: leave it out, here {instead} says so")
 
 
 def _no_text(config: EvaluateConfig, model: ModelConfig) -> DataConfig:

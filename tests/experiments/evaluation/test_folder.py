@@ -94,6 +94,13 @@ def test_another_attention_and_its_knob(folder, tmp_path):
 def test_what_cannot_be_scored_gets_one_line(folder, tmp_path):
     with pytest.raises(ValueError, match=r"name the text to score it on.*data=python_stdlib"):
         find_target(configure(tmp_path, folder, data=()))
+    for option, instead in (
+        ("target_sparsity=0.5", r"sparsities=\[0.75\]"),
+        ("sparsity_count=paper", "sparsity_count"),
+        ("sparsity_control=none", "sparsities"),
+    ):
+        with pytest.raises(ValueError, match=rf"attention\.{option} is for training: leave it out, here {instead}"):
+            find_target(configure(tmp_path, folder, "attention=dash", f"attention.{option}"))
     with pytest.raises(ValueError, match=r"a run is needed here: init_from="):
         locate(str(folder), "cpu")
     config = json.loads((folder / "config.json").read_text())
