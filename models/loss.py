@@ -33,6 +33,16 @@ def chunk_loss(logits_NV: Tensor, labels_N: Tensor, *, with_grad: bool) -> tuple
     return losses, grad
 
 
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b``, rounded to the wider type of ``total`` alone and in one kernel, where there is such."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
+
+
 def cross_entropy(
     hidden_BTE: Tensor,
     weight_VE: Tensor,
@@ -89,7 +99,7 @@ class _SumOfLosses(torch.autograd.Function):
             if needs_hidden:
                 grad_hidden[part] = (grad @ weight_VE).masked_fill_(ignored, 0)
             if needs_weight:
-                grad_weight += grad.T @ hidden.masked_fill(ignored, 0)
+                _add_product(grad_weight, grad.T, hidden.masked_fill(ignored, 0))
             del logits, grad  # before the next chunk's come
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight_VE.dtype
