@@ -56,8 +56,8 @@ class OptimConfig(Checked, at="optim"):
     routing_eps: PositiveFloat | None = None
     # Peak rate of all parameters that attention backends own, which a dense checkpoint does not bring; null = lr.
     backend_lr: PositiveFloat | None = None
-    # null = all parameters; router = those that attention backends own, the model around them stays as it is: to fit a
-    # router to a dense checkpoint.
+    # null = all parameters; router = those that attention backends own, the model around them stays as it is, in the
+    # precision of training: to fit a router to a dense checkpoint.
     train_only: Annotated[str, OneOf(("router",))] | None = None
     weight_decay: NonNegativeFloat = 0.1  # of the weights of linear layers only
     grad_clip: NonNegativeFloat = 1.0  # largest global L2 norm of the gradient; 0 = no clipping
