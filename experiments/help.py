@@ -118,14 +118,41 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def _wrong_value(key: str, value: str, kind: str) -> str | None:
-    """What Hydra would say of types: a word where a list or a number belongs."""
-    if not re.fullmatch(r"[\w.+/-]+(,[\w.+/-]+)*", value) or value.lower() == "null":
+    """What Hydra would say of grammar and types: keys in quotes; a word where a list or a number belongs."""
+    if re.match(r"\{(.*,)?\s*([\"'])[^\"']*\2\s*:", value, re.DOTALL):
+        return f"{key}: keys of a mapping take no quotes on a command line, as in {{*:full}}"
+    is_list, words = kind.startswith("a list"), r"[\w.+/-]+(, *[\w.+/-]+)*"
+    inside = re.fullmatch(rf"\[({words})\]", value)
+    if is_list and inside:
+        each = kind.partition("of each: ")[2]
+        wrong = [f"{key}[{i}]: {word}" for i, word in enumerate(re.split(", *", inside[1])) if _is_none(word, each)]
+        return f"{wrong[0].replace(':', f' must be {each}; got', 1)}" if wrong else None
+    if not re.fullmatch(words, value) or (is_list and value == "null"):
         return None
-    if kind.startswith("a list"):
+    if is_list:
         return f"{key} is a list: did you mean {key}=[{value}]?"
-    if "," not in value and "integer" in kind and not re.fullmatch(r"[+-]?\d[\d_]*", value):
-        return f"{key} must be {kind}; got {value}"
-    return None
+    return f"{key} must be {kind}; got {value}" if "," not in value and _is_none(value, kind) else None
+
+
+_NUMBER = re.compile(r"(above|at least|between|from|in|hours|a( positive)?( finite)?( number| share))\b")
+_TRUTHS = {"true", "false", "yes", "no", "on", "off", "y", "n", "1", "0"}
+
+
+def _is_none(word: str, kind: str) -> bool:
+    """Whether a word is of another type than what is explained so."""
+    if word == "null":
+        return kind != "" and not kind.endswith("or null")
+    if "integer" in kind:
+        return not re.fullmatch(r"[+-]?\d[\d_]*", word)
+    if kind.startswith("true or false"):
+        return word.lower() not in _TRUTHS
+    if not _NUMBER.match(kind):
+        return False
+    try:
+        float(word)
+    except ValueError:
+        return True
+    return False
 
 
 def _of_packages(group: str) -> set[str]:

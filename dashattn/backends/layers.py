@@ -7,8 +7,8 @@
     {*/4: dash, "*": {share_selection_from: -1}}        a router in every fourth layer, for the three that follow, too
 
 A key is ``*`` or a range ``FIRST-LAST`` or ``LAYER``, with ``/STEP`` for every STEP-th of them, or several of these
-with blanks between. A value is a backend's name, with its default options, or a mapping of options; without ``name``
-those are changes of the chosen backend.
+with blanks between; YAML has * in quotes, a command line without. A value is a backend's name, with its default
+options, or a mapping of options; without ``name`` those are changes of the chosen backend.
 
 ``share_selection_from`` names an earlier layer, or counts back from the layer's own with a negative number. The layer
 has no router: each token attends to the blocks that it attended to there, with this layer's queries, keys and values.

@@ -124,6 +124,22 @@ def test_help_has_values_choices_and_comments():
         ("evaluate", "run=x tasks=loss,position", "tasks is a list: did you mean tasks=[loss,position]?"),
         ("train", "steps=1e4", "steps must be a positive integer, below 2**31; got 1e4"),
         ("train", "attention=dash attention.chunk_size=x", "attention.chunk_size must be a positive integer"),
+        (
+            "train",
+            "attention=dash attention.target_sparsity=x",
+            "attention.target_sparsity must be a share of",
+        ),
+        ("train", "attention=dash attention.sparsity_control=null", "must be hold | start | none; got null"),
+        ("train", "optim.lr=x", "optim.lr must be a positive finite number, in float32; got x"),
+        ("train", "compile=maybe", "compile must be true or false; got maybe"),
+        (
+            "evaluate",
+            "run=x sparsities=[0.5,x]",
+            "sparsities[1] must be a share of the keys in [0, 1)",
+        ),
+        ("evaluate", "run=x lengths=[1e3]", "lengths[0] must be a positive integer, below 2**31; got 1e3"),
+        ("train", 'attention=dash attention.layers={"*":full}', "attention.layers: keys of a mapping take no quotes"),
+        ("train", "attention=dash attention.layers={0:full,'1':full}", "keys of a mapping take no quotes"),
     ],
 )
 def test_advice(command, overrides, message):
@@ -143,6 +159,9 @@ def test_advice(command, overrides, message):
         ("sweep", "sweep=smoke jobs=2 studies.recall.arms.full.train=[]"),
         ("train", "--cfg job steps=1_000 seed=1,2 rows_per_micro_batch=null"),
         ("evaluate", "run=x tasks=[loss],[position] lengths=null knobs=${x} rows=${y}"),
+        ("evaluate", "run=x sparsities=[0.5,1e-1] any_attention=True any_data=off attention=dash attention.sigma=inf"),
+        ("train", "attention=dash attention.layers={*/2:full,1:{name:full}}"),
+        ("train", "model.rope.short_factor=[1,2.5] attention=dash attention.target_sparsity=null"),
     ],
 )
 def test_what_may_be_right_is_left_to_hydra(command, overrides):
