@@ -24,6 +24,7 @@ from experiments.training.check import accumulation
 from experiments.training.checkpoint import load_checkpoint
 from experiments.training.display import next_command
 from experiments.training.engine import build_engine, deepspeed_json
+from experiments.training.intact import verify_checkpoint
 from experiments.training.memory import check_room
 from experiments.training.metrics import Clock, MetricsWriter
 from experiments.training.optim import build_optimizer, check_order, freeze, parameter_order
@@ -36,7 +37,6 @@ from experiments.training.run_dir import (
     config_hash,
     find_run_dir,
     open_run_dir,
-    verify_checkpoint,
 )
 from experiments.training.start_knob import find_start_knob
 from experiments.training.tracing import Tracer

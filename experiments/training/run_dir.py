@@ -40,7 +40,6 @@ from experiments.files import (
     START,
     SUBMITTED,
     TOKENIZER,
-    WEIGHTS,
     check_exists,
     check_writable,
     hold,
@@ -54,7 +53,6 @@ from experiments.training.checkpoint import (
     LATEST,
     STATE,
     damage,
-    foreign_code,
     latest_checkpoint,
     read_latest,
     read_state,
@@ -249,29 +247,6 @@ def _resume(run: RunDir, config: TrainConfig, damaged: Mapping[str, str]) -> Run
         )
     is_resharded = stage > 0 and (state["world_size"], state["stage"]) != (world_size(), stage)
     return replace(run, state=state, is_resharded=is_resharded, damaged=damaged)
-
-
-def verify_checkpoint(run: RunDir, config: TrainConfig, ranks) -> RunDir:
-    """``run`` with a checkpoint whose every checksum is right; all ranks must call it, and share the work.
-
-    Raises:
-        ValueError: the checkpoint would run code that no run of ours has written.
-    """
-    while run.checkpoint is not None:
-        own = damage(run.checkpoint, rank=ranks.rank, world_size=ranks.world_size)
-        problems = sorted({problem for share in ranks.gather(own) for problem in share})
-        if not problems:
-            break
-        run = find_run_dir(config, {**run.damaged, run.checkpoint.name: "; ".join(problems)})
-    if run.checkpoint is not None:
-        own = foreign_code(run.checkpoint, rank=ranks.rank, world_size=ranks.world_size)
-        problems = sorted({problem for share in ranks.gather(own) for problem in share})
-        if problems:
-            raise ValueError(
-                f"{run.checkpoint} was not written by a run of this project: resuming it would run code that came with "
-                f"it ({'; '.join(problems)}). Take its weights alone, init_from={run.checkpoint / WEIGHTS}"
-            )
-    return run
 
 
 def check_start(run: RunDir, data: dict) -> None:

@@ -325,6 +325,30 @@ def test_a_run_of_before_there_was_a_beginning_goes_on_without(make, tmp_path):
     assert_same(weights(train(make("run", f"data.tokenizer={folder}", "steps=2")), 2), last)
 
 
+def test_what_a_run_says_of_itself_is_what_its_checkpoint_says(make):
+    """Else the next checkpoint would keep what was damaged beside the last one, under new checksums."""
+    options = ("steps=2", "save_every=1")
+    run = train(make("run", *options))
+    set_back(run, 1)
+    for name, old, new in (
+        ("config.yaml", "keep_every: 0", "keep_every: {a: 1}"),  # where a resumption may differ
+        ("start.json", '"parameters": ', '"parameters": 9'),
+        ("git.json", '"sha": ', '"shb": '),
+        ("tokenizer/tokenizer_config.json", '"eos_token": "', '"eos_token": "x'),
+    ):
+        path = run / name
+        whole = path.read_text()
+        assert old in whole
+        for damaged in (whole.replace(old, new), None):
+            path.unlink() if damaged is None else path.write_text(damaged)
+            with pytest.raises(ValueError, match=rf"{name} is not as the run wrote it: .* cp .*1/{name} .*run/{name}"):
+                train(make("run", *options))
+            path.write_text(whole)
+            if name == "config.yaml":  # without it there is no run
+                break
+    train(make("run", *options))
+
+
 def test_all_ranks_read_the_data_that_the_first_one_found(make, monkeypatch):
     """Each looks up a branch on the hub for itself, which may move meanwhile."""
     config, opened = check(make("run", "rows_per_batch=2", "rows_per_micro_batch=1")), []
