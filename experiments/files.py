@@ -16,6 +16,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from experiments.columns import misfits
+
 ROOT = Path(__file__).resolve().parents[1]
 # For Hydra, which looks a relative path up beside the module that was started.
 CONFIGS = str(ROOT / "configs")
@@ -47,7 +49,7 @@ SCALING = "parallel.jsonl"
 # Of rows, columns that all of a file have:
 _COLUMNS = {
     METRICS: ("step", "split"),
-    RESULTS: ("task", "metric", "score", "label", "length", "knob"),
+    RESULTS: ("task", "metric", "score", "label", "length", "knob", "trained_knob", "causal_sparsity", "data"),
     CELLS: ("run", "commands"),
 }
 # Of JSON objects, what the values of keys are where they have them:
@@ -217,6 +219,9 @@ def read_rows(path: Path) -> list[dict]:
         lacking = [name for name in _COLUMNS.get(path.name, ()) if name not in rows[-1]]
         if lacking:
             raise ValueError(f"{path}, line {number} is damaged (it does not say {', '.join(lacking)}): remove it")
+        wrong = misfits(path.name, rows[-1])
+        if wrong:
+            raise ValueError(f"{path}, line {number} is damaged (its {', '.join(wrong)} cannot be): remove the line")
     return rows
 
 

@@ -272,11 +272,25 @@ def read_plan(output_dir: Path) -> list[Cell]:
     if not path.exists():
         raise ValueError(f"{output_dir} is no sweep's directory (it has no {PLAN}): give the sweep's output_dir")
     try:
-        return [_from_json(plan) for plan in json.loads(path.read_bytes())]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        plans = json.loads(path.read_bytes())
+        if not isinstance(plans, list) or not plans:
+            raise ValueError("it names no cell")
+        return [_from_json(plan) for plan in plans]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): remove it; the sweep's command writes it anew") from None
 
 
+_TEXTS, _MAY_BE_NULL = ("name", "run_dir", "base"), ("base", "evaluate", "evaluate_turned")
+
+
+def are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
 def _from_json(plan: dict) -> Cell:
+    for key, value in plan.items():
+        is_right = isinstance(value, str) if key in _TEXTS else are_texts(value)
+        if not is_right and not (value is None and key in _MAY_BE_NULL):
+            raise ValueError(f"a cell's {key} cannot be {value!r}")
     fields = {key: tuple(value) if isinstance(value, list) else value for key, value in plan.items()}
     return Cell(**fields | {"run_dir": Path(plan["run_dir"])})

@@ -23,7 +23,7 @@ from experiments.errors import REQUEUE
 from experiments.files import SUBMITTED, locked, read_json, write_atomically
 from experiments.overrides import override
 from experiments.provenance import snapshot
-from experiments.sweep.cells import Cell, SweepConfig, cells, write_plan
+from experiments.sweep.cells import Cell, SweepConfig, are_texts, cells, write_plan
 from experiments.sweep.check import check_anywhere, check_cells
 from experiments.sweep.run_cell import run_in_job
 from experiments.training.replacing import set_aside
@@ -101,7 +101,11 @@ def read_jobs(output_dir: Path) -> dict[str, str]:
     path = output_dir / SUBMITTED / _JOBS
     if not path.exists():
         return {}
-    return read_json(path, f"`scancel --name={job_name(output_dir)}` what is queued, remove it, and submit again")
+    mend = f"`scancel --name={job_name(output_dir)}` what is queued, remove it, and submit again"
+    jobs = read_json(path, mend)
+    if not all(isinstance(job, str) for job in jobs.values()):
+        raise ValueError(f"{path} is damaged (a job's id is a text): {mend}")
+    return jobs
 
 
 def _submitting(output_dir: Path):
@@ -119,6 +123,8 @@ def _in_queue(output_dir: Path) -> dict[str, str]:
     unknown = sorted(queued.keys() - set(jobs.values()))
     if (folder / _SUBMITTING).exists():
         names = read_json(folder / _SUBMITTING, "remove it", keys=("cells",))["cells"]
+        if not are_texts(names):
+            raise ValueError(f"{folder / _SUBMITTING} is damaged (its cells cannot be): remove it")
         if unknown:
             array = unknown[0].split("_")[0]
             jobs |= {name: f"{array}_{i}" if len(names) > 1 else array for i, name in enumerate(names)}

@@ -1,6 +1,7 @@
 """What a file that was damaged, a full disk or a lost process is told as: one line that names it and the mend."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ from experiments.evaluation.config import EvaluateConfig
 from experiments.evaluation.evaluate import evaluate, find_target
 from experiments.evaluation.export import export
 from experiments.figures.run_page import read_run
-from experiments.files import CONFIGS
+from experiments.files import CONFIGS, ROOT, read_rows
 from experiments.provenance import snapshot
 from experiments.sweep.cells import Cell, record_done, write_plan
 from experiments.sweep.collect import collect
@@ -122,13 +123,58 @@ def test_values_that_cannot_be_are_damage(sweep):
             path.write_text(before)
 
 
+MADE = {"task": "loss", "metric": "nats", "score": 1.5, "label": "dash", "length": 64, "knob": None, "data": "x"}
+MADE |= {"trained_knob": 1, "causal_sparsity": 0.5, "checkpoint": "step-1", "per_head": [[0.5]], "device": None}
+LOGGED = {"step": 1, "split": "train", "loss": 2.5, "grad_norm": float("inf"), "causal_sparsity_per_layer": [0.1]}
+MISFITS = [
+    *(
+        ("results.jsonl", key, value)
+        for key in ("score", "causal_sparsity")
+        for value in (None, "1", [1], float("nan"))
+    ),
+    *(("results.jsonl", key, {}) for key in ("task", "label", "knob", "trained_knob", "length", "data", "device")),
+    *(("results.jsonl", "seed", value) for value in (True, "0", 10**400, [])),
+    *(("results.jsonl", "per_head", value) for value in (0.5, [["x"]], {})),
+    *(("metrics.jsonl", "step", value) for value in (None, "1", [1], 10**400)),
+    *(("metrics.jsonl", "split", value) for value in (None, 1, {})),
+    *(("metrics.jsonl", "loss", value) for value in ("2.5", {}, 10**400, [None], True)),
+]
+
+
+@pytest.mark.parametrize(("name", "key", "value"), MISFITS)
+def test_a_row_that_cannot_be_is_named_where_it_is_read(tmp_path, name, key, value):
+    path, row = tmp_path / name, MADE if name == "results.jsonl" else LOGGED
+    path.write_text(json.dumps(row) + "\n")
+    assert read_rows(path) == [row]
+    path.write_text(json.dumps(row) + "\n" + json.dumps(row | {key: value}) + "\n")
+    with pytest.raises(ValueError, match=rf"{name}, line 2 is damaged \(its {key} cannot be\): remove the line"):
+        read_rows(path)
+
+
+def test_all_rows_that_were_committed_are_read():
+    assert sum(len(read_rows(path)) for path in (ROOT / "results").rglob("*.jsonl")) > 10_000
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        *({key: value} for key in ("name", "run_dir", "train") for value in (None, 3, [3])),
+        *({key: value} for key in ("base", "evaluate", "evaluate_turned") for value in (-1, {}, [[]])),
+    ],
+)
+def test_a_cell_that_cannot_be_is_named(sweep, harm):
+    path = sweep / "cells.json"
+    (cell,) = json.loads(path.read_text())
+    path.write_text(json.dumps([cell | harm]))
+    with pytest.raises(ValueError, match=rf"cells\.json is damaged \(a cell's {next(iter(harm))} cannot be"):
+        status(sweep)
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "{}", "7", ""])
 def test_a_damaged_record_of_a_sweep_is_named(sweep, content):
     assert [row[1] for row in status(sweep)] == ["done"]
     for path in (sweep / "run" / "cell.json", sweep / "cells.json"):
         before = path.read_text()
-        if path.name == "cells.json" and content in ("[]", "{}"):  # of no cells
-            continue
         path.write_text(content)
         with pytest.raises(ValueError, match=rf"{path.name} is damaged .*remove it"):
             status(sweep)

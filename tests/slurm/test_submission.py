@@ -320,10 +320,11 @@ def test_directories_may_have_almost_any_name(scripts, sweep, tmp_path):
 @pytest.mark.usefixtures("_unchecked")
 def test_a_damaged_record_of_jobs_is_named_with_the_mend(scripts, sweep, tmp_path):
     submit_sweep(sweep)
-    (tmp_path / "s" / "slurm" / "jobs.json").write_text("{")
-    for look in (submit_sweep, lambda config: status(Path(config.output_dir))):
-        with pytest.raises(ValueError, match=r"jobs\.json is damaged .*`scancel --name=s-[0-9a-f]{8}`.*submit again"):
-            look(sweep)
+    for content in ("{", '{"one": []}', '{"one": 3}'):
+        (tmp_path / "s" / "slurm" / "jobs.json").write_text(content)
+        for look in (submit_sweep, lambda config: status(Path(config.output_dir))):
+            with pytest.raises(ValueError, match=r"jobs\.json is damaged .*`scancel --name=s-[0-9a-f]{8}`.*submit again"):
+                look(sweep)
 
 
 SACCT = """7_0|TIMEOUT|0:0
