@@ -54,4 +54,5 @@ def _is_number(value: object) -> bool:
 
 
 def _holds_numbers(value: object) -> bool:
-    return all(map(_holds_numbers, value)) if isinstance(value, list) else _is_number(value)
+    """null is a head or a layer that had nothing to measure."""
+    return all(map(_holds_numbers, value)) if isinstance(value, list) else value is None or _is_number(value)

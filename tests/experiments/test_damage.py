@@ -124,7 +124,7 @@ def test_values_that_cannot_be_are_damage(sweep):
 
 
 MADE = {"task": "loss", "metric": "nats", "score": 1.5, "label": "dash", "length": 64, "knob": None, "data": "x"}
-MADE |= {"trained_knob": 1, "causal_sparsity": 0.5, "checkpoint": "step-1", "per_head": [[0.5]], "device": None}
+MADE |= {"trained_knob": 1, "causal_sparsity": 0.5, "checkpoint": "step-1", "per_head": [[0.5, None]], "device": None}
 LOGGED = {"step": 1, "split": "train", "loss": 2.5, "grad_norm": float("inf"), "causal_sparsity_per_layer": [0.1]}
 MISFITS = [
     *(
@@ -137,7 +137,7 @@ MISFITS = [
     *(("results.jsonl", "per_head", value) for value in (0.5, [["x"]], {})),
     *(("metrics.jsonl", "step", value) for value in (None, "1", [1], 10**400)),
     *(("metrics.jsonl", "split", value) for value in (None, 1, {})),
-    *(("metrics.jsonl", "loss", value) for value in ("2.5", {}, 10**400, [None], True)),
+    *(("metrics.jsonl", "loss", value) for value in ("2.5", {}, 10**400, ["x"], True)),
 ]
 
 

@@ -323,7 +323,7 @@ def test_a_damaged_record_of_jobs_is_named_with_the_mend(scripts, sweep, tmp_pat
     for content in ("{", '{"one": []}', '{"one": 3}'):
         (tmp_path / "s" / "slurm" / "jobs.json").write_text(content)
         for look in (submit_sweep, lambda config: status(Path(config.output_dir))):
-            with pytest.raises(ValueError, match=r"jobs\.json is damaged .*`scancel --name=s-[0-9a-f]{8}`.*submit again"):
+            with pytest.raises(ValueError, match=r"jobs\.json is damaged .*`scancel --name=s-[0-9a-f]{8}`.*again"):
                 look(sweep)
 
 
