@@ -173,8 +173,11 @@ def test_the_whole_split_and_a_padded_vocabulary(tiny_overrides):
 def test_a_changed_corpus_is_refused(tiny_overrides):
     overrides, run_dir = tiny_overrides("run", "steps=2")
     train.train(compose_train(overrides))
-    start = run_dir / "checkpoints" / "step-00000002" / "start.json"
+    checkpoint = run_dir / "checkpoints" / "step-00000002"
+    start = checkpoint / "start.json"
     start.write_text(start.read_text().replace('"tokens_fingerprint": "', '"tokens_fingerprint": "x'))
+    (checkpoint / "manifest.json").unlink()
+    seal(checkpoint, Ranks(0, 1, torch.device("cpu")))
     with pytest.raises(ValueError, match="has changed since"):
         run(EvaluateConfig(run=str(run_dir), device="cpu"))
 
