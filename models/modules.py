@@ -10,6 +10,11 @@ from torch import Tensor, nn
 from dashattn.ops.dtypes import upcast
 
 
+def scaled(x: Tensor, factor: float) -> Tensor:
+    """x times a factor that mostly is 1, which costs nothing."""
+    return x if factor == 1 else x * factor
+
+
 class SwiGLU(nn.Module):
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()

@@ -23,7 +23,7 @@ from dashattn.stats import AttentionStats
 from models.cache import ModelCache
 from models.config import ModelConfig
 from models.loss import IGNORE, chunk_loss, cross_entropy
-from models.modules import RMSNorm, SwiGLU, project
+from models.modules import RMSNorm, SwiGLU, project, scaled
 from models.rope import no_rotation, rope_tables
 from models.sequence_parallel import SequenceParallel
 
@@ -142,7 +142,7 @@ class Transformer(nn.Module):
         if position_ids is None:
             position_ids = document_positions(cu_seqlens, 1, input_ids_BT.shape[1], input_ids_BT.device)[0]
         rope = rope_tables(self.config, position_ids, cu_seqlens, lengths=lengths)
-        hidden_BTE = self.embedding(self._own(input_ids_BT)) * self.config.embedding_scale
+        hidden_BTE = scaled(self.embedding(self._own(input_ids_BT)), self.config.embedding_scale)
         stats, losses = [] if return_stats else None, []
         selections: dict[int, Chosen] = {}  # of layers from which others take them over
         for index, layer in enumerate(self.layers):
@@ -161,7 +161,7 @@ class Transformer(nn.Module):
             if layer_loss is not None:
                 losses.append(layer_loss)
         auxiliary_loss = torch.stack(losses).sum() if losses else None
-        return self.norm(hidden_BTE) * self.config.logit_scale, stats, auxiliary_loss
+        return scaled(self.norm(hidden_BTE), self.config.logit_scale), stats, auxiliary_loss
 
     def share_sequences(self, group: torch.distributed.ProcessGroup) -> None:
         """Let each process of ``group`` hold its part of every row; see models.sequence_parallel. For training.
@@ -208,7 +208,7 @@ class Transformer(nn.Module):
         if new_tokens is not None:
             counts_B = torch.tensor(list(new_tokens), dtype=torch.int32, device=input_ids_BT.device)
         rope = cache.rope(num_tokens, counts_B)
-        hidden_BTE = self.embedding(input_ids_BT) * self.config.embedding_scale
+        hidden_BTE = scaled(self.embedding(input_ids_BT), self.config.embedding_scale)
         selections: dict[int, Chosen] = {}
         for index, (layer, layer_cache) in enumerate(zip(self.layers, cache.layers, strict=True)):
             taken = selections.get(layer.attention.backend.source)
@@ -218,7 +218,7 @@ class Transformer(nn.Module):
         if counts_B is not None:
             hidden_BTE = hidden_BTE.take_along_dim(counts_B.long()[:, None, None] - 1, 1)
         head = self.embedding.weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(self.norm(hidden_BTE) * self.config.logit_scale, head)
+        return F.linear(scaled(self.norm(hidden_BTE), self.config.logit_scale), head)
 
     @property
     def backends(self) -> list[AttentionBackend]:
