@@ -9,6 +9,7 @@ import torch
 from dashattn.ops.full.reference import use_flash_attention_3
 from data import BatchStream, DataConfig, PackedDataConfig, TextTokenizer, build_data, build_tokenizer
 from data.cache import fingerprint
+from data.corpora import corpus_fingerprint
 from experiments.config import TrainConfig, load_config
 from experiments.files import CONFIG, START, TOKENIZER, WEIGHTS, is_foreign, read_json, sha256
 from experiments.origin import run_of, with_own_tokenizer
@@ -51,7 +52,7 @@ class Target:
     def identity(self) -> dict:
         """Columns that tell its rows from those of any other target in ``rows_dir``, beside the checkpoint's name."""
         if self.is_folder:
-            return {"config_hash": config_hash(self.train), "weights": self._folder_weights}
+            return {"config_hash": config_hash(self.train), "weights": self._folder_weights, "text": self._text}
         if self.output is None:
             return {}
         weights = read_manifest(self.checkpoint)[WEIGHTS]["sha256"]
@@ -61,6 +62,15 @@ class Target:
     def _folder_weights(self) -> str:
         """Another folder may come to lie at the same place."""
         return fingerprint(*map(sha256, weight_files(self.checkpoint)))
+
+    @cached_property
+    def _text(self) -> str:
+        """Of the corpora that a folder is scored on, and of its tokenizer: other text may come to lie there, too."""
+        data, cache_dir = self.train.data, Path(self.train.cache_dir).expanduser()
+        if not isinstance(data, PackedDataConfig):
+            return fingerprint()
+        corpora = [corpus_fingerprint(corpus, cache_dir) for corpus, _ in data.parts.values()]
+        return fingerprint(corpora, self.tokenizer.fingerprint())
 
     @property
     def is_folder(self) -> bool:

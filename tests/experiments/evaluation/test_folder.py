@@ -91,6 +91,29 @@ def test_another_attention_and_its_knob(folder, tmp_path):
     assert rows_of(configure(tmp_path, folder, *sparse)) == []
 
 
+def test_text_that_has_changed_is_scored_anew_with_a_knob_of_its_own(folder, tmp_path):
+    text = tmp_path / "text.jsonl"
+    data = ("data=local", f"data.files=[{text}]", "data.seq_len=64", "data.validation_rows=4", "data.pack=plain")
+    asked = (
+        "attention=dash",
+        "attention.chunk_size=4",
+        "attention.layers={0:full}",
+        "sparsities=[0.5]",
+        "lengths=[64]",
+    )
+    found = []
+    for words in ("def return", "x ( y )", "x ( y )"):
+        documents = [json.dumps({"text": f"{words} {number} " * 40}) for number in range(60)]
+        text.write_text("\n".join(documents))
+        found.append(rows_of(configure(tmp_path, folder, *asked, data=(*data, "data.validation_fraction=0.3"))))
+    (first,), (second,), third = found
+    assert third == []
+    assert first["config_hash"] == second["config_hash"]
+    assert first["text"] != second["text"]
+    assert first["knob"] != second["knob"]
+    assert first["score"] != second["score"]
+
+
 def test_what_cannot_be_scored_gets_one_line(folder, tmp_path):
     with pytest.raises(ValueError, match=r"name the text to score it on.*data=python_stdlib"):
         find_target(configure(tmp_path, folder, data=()))
