@@ -550,6 +550,7 @@ REFUSALS = {
     "top_p": (dash_attention, {"chunk_query": R, "top_p": 1.1}, r"top_p must lie in \(0, 1\]; got 1.1"),
     "no top_p": (dash_attention, {"chunk_query": R, "top_p": torch.nan}, r"top_p must lie in \(0, 1\]; got nan"),
     "moving top_p": (dash_attention, {"chunk_query": R, "top_p": torch.ones(1)}, r"top_p that is a tensor must be"),
+    "top_p type": (dash_attention, {"chunk_query": R, "top_p": torch.tensor(0.5)}, r"must be float64 \[\] on the CPU"),
     "moving topk": (dash_attention, {"chunk_query": R, "topk": DOUBLE(2.5)}, "topk must be a positive integer"),
     "infinite topk": (dash_attention, {"chunk_query": R, "topk": DOUBLE(torch.inf)}, "topk must be a positive integer"),
     "topk NaN": (dash_attention, {"chunk_query": R, "topk": DOUBLE(torch.nan)}, "topk must be a positive integer"),

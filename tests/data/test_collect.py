@@ -177,6 +177,10 @@ def test_html_becomes_what_a_reader_sees():
     assert html_text(page).strip().split("\n") == ["Head", "", "One two & three.", "", "  a = 1", "  b = 2", "", "item"]
 
 
+def test_what_a_page_closes_without_having_opened_it_changes_nothing():
+    assert html_text("<p>a</pre></nav></p><pre>1\n  2</pre>").split("\n")[-3:-1] == ["1", "  2"]
+
+
 def test_the_command(sources, tmp_path, monkeypatch, capsys):
     command = ["collect", str(tmp_path / "corpus.jsonl"), str(sources)]
     monkeypatch.setattr("sys.argv", command)

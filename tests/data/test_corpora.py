@@ -61,7 +61,7 @@ def test_packed_files_and_any_spelling_of_names_give_the_same_documents(tmp_path
         "x.jsonl.bz2": bz2.compress(lines),
         "x.JSON.XZ": lzma.compress(lines),
         "list.json": json.dumps(rows, indent=1).encode(),
-        "rows.json": b"".join(json.dumps(row, indent=1).encode() for row in rows),
+        "rows.json": b"".join(json.dumps(row, indent=1).encode() + b" \n"[: i % 3] for i, row in enumerate(rows)),
         "[ab]*.jsonl": lines,
     }
     for name, content in contents.items():

@@ -230,6 +230,17 @@ def test_every_flipped_bit_is_told(tmp_path):
     assert min(told["train-0.npz"], told["shard.json"]) > 30
 
 
+def test_a_file_of_another_shard_is_told(tmp_path):
+    """It is whole, and of as many documents."""
+    for index, lengths in enumerate(([4, 6], [4, 5])):
+        with ShardWriter(tmp_path, index, np.dtype(np.uint16), 6) as writer:
+            writer.add("train-0", np.arange(sum(lengths)) % 6, np.array(lengths), 7)
+            writer.publish(2)
+    shutil.copy(tmp_path / "shard-00001" / "train-0.npz", tmp_path / "shard-00000")
+    with pytest.raises(DamagedShardError, match=r"train-0\.npz does not fit shard\.json"):
+        TokenizedPart([tmp_path / "shard-00000"], "train-0", np.dtype(np.uint16), 6).window(0, 10)
+
+
 def test_a_shard_of_before_there_were_checksums_is_believed(tmp_path):
     with ShardWriter(tmp_path, 0, np.dtype(np.uint16), 6) as writer:
         writer.add("train-0", np.arange(10) % 6, np.array([4, 6]), 7)

@@ -439,6 +439,8 @@ def test_haystacks_from_files(tmp_path):
     essays, mine = read_haystack(tmp_path / "PaulGrahamEssays.json"), read_haystack(tmp_path / "mine.txt")
     assert (essays.haystack, essays.haystack_name) == (("One", "two.", "Three"), None)
     assert mine.haystack_name == "mine.txt"
+    (tmp_path / "other.json").write_text('{"text": "One"}')
+    assert read_haystack(tmp_path / "other.json").haystack_name == "other.json"  # not the published one
     (tmp_path / "empty.txt").write_text(" ")
     for name, message in (("empty.txt", "is empty"), ("none.txt", "does not exist")):
         with pytest.raises(ValueError, match=message):

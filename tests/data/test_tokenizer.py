@@ -120,6 +120,13 @@ def test_documents_begin_as_the_tokenizer_begins_texts(tokenizer, tmp_path, sett
     assert (kept.bos_token, kept.fingerprint()) == (begins, loaded.fingerprint())
 
 
+def test_of_two_files_that_differ_the_tokenizers_own_counts(tokenizer, tmp_path):
+    llama_like(tokenizer, tmp_path, {"bos_token": "<s>", "eos_token": {"content": "<t>"}})
+    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "<t>", "eos_token": "<s>"}')
+    settings = TextTokenizer.load(str(tmp_path)).settings
+    assert (settings["bos_token"], settings["eos_token"]) == ("<s>", "<t>")
+
+
 def test_what_begins_documents_can_be_said(tokenizer, text_config, tmp_path):
     folder = llama_like(tokenizer, tmp_path, template="<s> $A")
     own, without, other = (

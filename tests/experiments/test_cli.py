@@ -100,6 +100,7 @@ def test_help_has_values_choices_and_comments():
         ("train", "model=zzz", "model=zzz does not exist: choose from 10m, 160m"),
         ("train", "model.hiden_size=3", "model.hiden_size does not exist: did you mean model.hidden_size?"),
         ("train", "lr=3", "lr does not exist: did you mean optim.lr?"),
+        ("train", "heads=3", "did you mean model.num_heads or model.num_kv_heads or model.qk_norm?"),
         ("train", "model.rope.theat=3", "model.rope.theat does not exist: did you mean theta?"),
         (
             "train",

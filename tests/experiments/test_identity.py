@@ -29,6 +29,7 @@ from experiments.training.check import check
 from experiments.training.checkpoint import seal
 from experiments.training.prepare import prepare
 from experiments.training.ranks import Ranks
+from experiments.training.run_dir import _is_kept as is_kept
 from tests.experiments.conftest import CONFIGS
 from tests.fake_hub import FIRST, PATH, SECOND, FakeHub
 from train import train
@@ -302,6 +303,17 @@ def test_whoever_reads_text_begins_it_as_documents_began(make, tmp_path, monkeyp
     theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path / "exported")
     assert theirs("the water")["input_ids"] == [bos, *ids]
     assert json.loads((tmp_path / "exported" / "config.json").read_text())["bos_token_id"] == bos
+
+
+def test_a_tokenizer_that_lies_elsewhere_is_the_one_that_was_kept(make, tmp_path):
+    """With what the data say of its beginning: of its own it has none."""
+    config = make("x", 'data.bos_token="<s>"')
+    kept = build_tokenizer(config.data, tmp_path / "cache")
+    kept.save_folder(tmp_path / "kept")
+    (tmp_path / "moved").mkdir()
+    kept.save(tmp_path / "moved" / "tokenizer.json")
+    assert is_kept(tmp_path / "kept", make("x", f"data.tokenizer={tmp_path / 'moved'}", 'data.bos_token="<s>"'))
+    assert not is_kept(tmp_path / "none", make("x", f"data.tokenizer={tmp_path / 'moved'}", 'data.bos_token="<s>"'))
 
 
 def test_a_run_of_before_there_was_a_beginning_goes_on_without(make, tmp_path):

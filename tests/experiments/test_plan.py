@@ -326,6 +326,37 @@ def test_what_has_no_memory_is_not_filled():
     assert not [name for name in asked if "normal" in name or "uniform" in name]
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_every_number_of_a_plan_in_its_unit_and_on_its_line(checkpointed):
+    options = ["model.vocab_size=99", "attention=dash", "steps=1000", "rows_per_batch=4", "data.seq_len=4096"]
+    config = configure("model=60m", *options, f"activation_checkpointing={checkpointed}".lower(), "deepspeed=zero2")
+    sizes = {"weights": 1, "gradients": 2, "optimizer": 3, "activations": 5, "logits": 6, "lists": 4, "peak": 9}
+    needed = memory.Memory(**{name: size * GIB for name, size in sizes.items()}, cache=0.25 * GIB)
+    other = replace(needed, activations=7 * GIB, peak=8 * GIB)
+    model = meta_model(config)
+    rate = rates.Rate(1000.0, 500.0, 2000.0, ("as it is",))
+    planned = plan.Plan(config, model, 2, "H100", 10 * GIB, needed, other, rate, 0.75)
+    activations, peaks = ((7, 5), (8, 9)) if checkpointed else ((5, 7), (9, 8))
+    numbers = (1, 2, 3, *activations, 4, 6, *peaks)
+    said = plan.describe(planned).splitlines()
+    assert said[1:4] == ["2 x H100, ZeRO stage 2, bf16", "", "memory on each GPU, GiB"]
+    assert [line.split()[-1] for line in said[4:13]] == [f"{number}.00" for number in numbers]
+    assert [line.split()[0] for line in said[4:13]] == (
+        ["weights", "gradients", "optimizer", "activations", "with", "of", "logits", "peak", "with"]
+    )
+    assert said[13:] == [
+        "  as configured 9.00 of 10.0: fits",
+        "  to generate, the cache of 4096 tokens takes 0.25",
+        "",
+        "time, at a sparsity of 75%",
+        "  1,000 tokens/s (500 to 2,000, as rows lie about the fit)",
+        "  16,384,000 tokens in 4.6 h (2.3 h to 9.1 h), beside compilation, validation and checkpoints",
+        "  note: as it is",
+    ]
+    slow = replace(planned, rate=rates.Rate(94.0, 1.0, 10_000.0, ()))
+    assert "16,384,000 tokens in 2.0 days (27.3 min to 189.6 days)" in plan.describe(slow)
+
+
 def test_the_gpus_of_a_job_are_the_runs():
     overrides = ["model=60m", "attention=full", "launcher=slurm", "launcher.nodes=2", "launcher.gpus_per_node=4"]
     assert "8 x H100" in plan.run_plan([*overrides, "gpu=H100"])

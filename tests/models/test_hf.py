@@ -390,6 +390,8 @@ def test_new_parameters_are_reported_and_start_at_zero(tmp_path):
         ({"rope_parameters": {"rope_type": "linear"}}, "rope.factor"),
         ({"rope_parameters": {"full_attention": LINEAR}}, "rope parameters full_attention"),
         ({"vocab_size": None}, "vocab_size"),
+        ({"num_hidden_layers": True}, "num_hidden_layers=True must be a positive integer"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be a positive integer"),
         ({"vocab_size": ...}, "has no 'vocab_size'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

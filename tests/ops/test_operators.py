@@ -3,12 +3,13 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
 from dashattn import dash_attention
-from dashattn.backends import AttentionShape, DashConfig, InfLLMv2Config, NSAConfig, build_backend
+from dashattn.backends import AttentionShape, DashConfig, IndexerConfig, InfLLMv2Config, NSAConfig, build_backend
 from dashattn.ops import operators
 from dashattn.ops.band import triton as band
 from dashattn.ops.block_scores import triton as block_scores
@@ -16,6 +17,7 @@ from dashattn.ops.block_sparse import triton as block_sparse
 from dashattn.ops.chunk_summary import triton as chunk_summary
 from dashattn.ops.dash_attention import triton as dash_whole
 from dashattn.ops.gates import triton as gates
+from dashattn.ops.nsa_attention import triton as nsa_whole
 from dashattn.ops.true_mass import triton as true_mass
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,6 +50,40 @@ def test_operators_keep_torch_librarys_rules():
         (gates._forward_op, (make(1, 20, 4, 2), make(1, 20, 4, 16), make(1, 20, 4, 16), None)),
     ):
         assert set(torch.library.opcheck(operator.op, arguments).values()) == {"SUCCESS"}
+
+
+def test_fake_tensors_have_the_sizes_of_what_is_computed(monkeypatch):
+    """Of every operator that a backend with kernels calls, at lengths that fill neither a word nor a block."""
+    call, calls = operators.Operator.__call__, []
+
+    def recorded(operator, *inputs, **options):
+        found = call(operator, *inputs, **options)
+        calls.append((operator, inputs, options, found))
+        return found
+
+    monkeypatch.setattr(operators.Operator, "__call__", recorded)
+    sizes = {"impl": "triton", "block_size": 16, "kernel_size": 8, "kernel_stride": 4, "topk": 3}
+    for config in (
+        DashConfig(impl="triton", chunk_size=16, summary_rope="mean", init_chunks=1),
+        InfLLMv2Config(**sizes, window_size=16),
+        NSAConfig(**sizes, window_size=20),
+        IndexerConfig(impl="triton", block_size=16, topk=3),
+        IndexerConfig(impl="triton", block_size=16, topk=3, gradient="prior"),
+    ):
+        backend = build_backend(config, AttentionShape(32, 2, 1, 16)).to(DEVICE)
+        q, k, v = (torch.randn(1, 27, heads, 16, device=DEVICE) for heads in (2, 1, 1))
+        extra = {"hidden": torch.randn(1, 27, 32, device=DEVICE), "rope": (torch.ones(27, 16), torch.zeros(27, 16))}
+        with torch.no_grad():
+            backend.forward_with_loss(q, k, v, **extra)
+            backend.route(q, k, v, **extra)
+    for operator, inputs, options, found in calls:
+        with FakeTensorMode() as mode:
+            fakes = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in inputs]
+            told = operator.op(*fakes, **options)
+        for fake, real in zip(*((x,) if isinstance(x, Tensor) else x for x in (told, found)), strict=True):
+            assert (fake.shape, fake.dtype) == (real.shape, real.dtype), operator.op
+    whole = {block_sparse._forward_op, dash_whole._forward_op, block_scores._select_op, true_mass._masses_op}
+    assert {operator for operator, *_ in calls} == whole | {nsa_whole._forward_op}
 
 
 def test_an_eager_call_is_the_operators():

@@ -315,6 +315,10 @@ def test_directories_may_have_almost_any_name(scripts, sweep, tmp_path):
     sweep.output_dir = str(tmp_path / "a%j:b")
     with pytest.raises(ValueError, match=r"cannot write to .* '%' ':': take another"):
         submit_sweep(sweep)
+    for wrong in "%\\:":
+        sweep.output_dir = str(tmp_path / f"a{wrong}b")
+        with pytest.raises(ValueError, match="cannot write to"):
+            submit_sweep(sweep)
 
 
 @pytest.mark.usefixtures("_unchecked")

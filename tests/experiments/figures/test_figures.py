@@ -299,6 +299,9 @@ def test_the_papers_numbers_stand_beside_ours(study):
     assert paper == {model: scores[-1] for model, scores in RULER_16K.items()}
     (ours,) = (r for r in ruler if r["model"] == "dash (router_scale 4)")
     assert ours["SG 1-3"] == 50
+    (here,) = (r for r in table(11, study) if r["model"] == "dash (router_scale 4)")
+    for bound in ("low", "high"):
+        assert ours[f"SG 1-3 {bound}"] == pytest.approx(100 * here[f"SG 1-3 {bound}"])
     (decoding,) = (r for r in table(14, study) if r["source"] == "ours")
     assert decoding["model"] == "missing"
     (made,) = (f.make(study) for f in FIGURES if f.number == 14)
@@ -345,6 +348,10 @@ def test_several_devices_are_drawn_against_one(study, tmp_path, monkeypatch):
     shown = [{line.get_label(): list(line.get_ydata()) for line in ax.lines[:-1]} for ax in panels]
     assert shown == [{"dash": [0.9]}, {"dash": [0.75]}]
     assert figure.make(replace(study, parallel=[PAIR])).draw is None
+    slow = [row | {"compile": 0} for row in (ALONE, PAIR)]
+    figure.make(replace(study, parallel=[*slow, ALONE, PAIR])).draw(tmp_path / "figure")
+    modes = [label.get_text().split("\n")[2] for label in drawn[1].axes[0].get_xticklabels()]
+    assert modes == ["compiled", "not compiled"]
 
 
 def test_training_curves_count_time_by_steps(study):

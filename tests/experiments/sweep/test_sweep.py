@@ -17,6 +17,7 @@ from filelock import FileLock
 from rich.console import Console
 
 from experiments import signals
+from experiments.errors import REQUEUE
 from experiments.files import CELL, CELL_LOCK, read_rows
 from experiments.signals import Children
 from experiments.sweep import __main__ as sweep
@@ -24,6 +25,7 @@ from experiments.sweep.__main__ import run_sweep
 from experiments.sweep.cells import ArmConfig, StudyConfig, SweepConfig, cells, read_plan, write_plan
 from experiments.sweep.collect import collect, restore
 from experiments.sweep.run_cell import Outcome
+from experiments.sweep.run_cell import run_cell as run_one_cell
 from experiments.sweep.status import status
 from tests import forked
 
@@ -391,6 +393,21 @@ def test_a_failing_process_is_reported_with_its_last_words(tmp_path, monkeypatch
     assert outcome.status == "failed"
     assert "chunk_size must be a positive integer, below 2**31; got 0" in outcome.message
     assert "text-dash-seed0.log" in outcome.message
+
+
+@pytest.mark.parametrize(
+    ("code", "received", "status"),
+    [
+        (1, None, "failed"),
+        (1, signal.SIGTERM, "stopped"),
+        (REQUEUE, None, "stopped"),
+        (None, signal.SIGTERM, "stopped"),
+    ],
+)
+def test_what_ends_when_it_is_asked_to_has_not_failed(tmp_path, code, received, status):
+    cell = cells(make_config(tmp_path, seeds=[0]))[0]
+    children = SimpleNamespace(received=received, run=lambda *_, **__: code)
+    assert run_one_cell(cell, tmp_path / "logs", children).status == status
 
 
 def test_a_cell_that_was_killed_says_so_and_not_what_it_said_last(tmp_path, monkeypatch):

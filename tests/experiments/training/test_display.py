@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -21,7 +22,9 @@ import train as train_module
 from experiments.errors import Preempted, run_faults
 from experiments.files import read_rows
 from experiments.signals import StopRequest, end_silently, interruptible
+from experiments.training import build as build_module
 from experiments.training.display import Display, next_command
+from experiments.training.run_dir import RunDir
 from tests import forked
 
 ROOT = Path(__file__).parents[3]
@@ -97,6 +100,23 @@ def test_the_time_left_moves_with_every_step(make_config, monkeypatch):
         shown.append(display.eta)
     assert shown == ["-", "1:27:00", "1:25:30", "1:24:00", "1:22:30"]
     display.close()
+
+
+@pytest.mark.parametrize("is_branch", [False, True])
+def test_what_a_run_says_before_its_first_step(tmp_path, is_branch):
+    checkpoint, said = tmp_path / "checkpoints" / "step-00000007", []
+    run_dir = RunDir(tmp_path, checkpoint, {"step": 7}, is_branch, damaged={"step-00000008": "cut short"})
+    ranks = SimpleNamespace(world_size=2, device=torch.device("cpu"))
+    start = {"parameters": 1234567, "sparsity": {"knob_name": "topk", "knob": 12.3456, "sparsity": 0.7512}}
+    metrics = SimpleNamespace(print=said.append)
+    build_module._print_start(metrics, run_dir, ranks, start, knows_peak=False, in_pytorch=["hils"])
+    assert said == [
+        f"{tmp_path}: 1,234,567 parameters, 2 x cpu",
+        "topk=12.35 has a sparsity of 75.1% on training rows",
+        "WARNING: step-00000008 is damaged (cut short) and was set aside",
+        f"{'branched' if is_branch else 'resumed'} from {checkpoint} at step 7",
+        "no MFU: the peak of this device and precision is not known, set peak_tflops=...",
+    ]
 
 
 def test_every_number_of_a_row_in_its_unit(make_config, capsys):

@@ -91,7 +91,9 @@ from experiments.signals import StopRequest
 with StopRequest() as request:
     os.kill(os.getpid(), signal.SIGUSR1)
     assert request.received is signal.SIGUSR1
-    time.sleep(1.1)
+    time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGUSR2)  # still of the same request
+    time.sleep(1.0)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(60)
 """

@@ -304,7 +304,8 @@ def test_a_vocabulary_smaller_than_the_datas_is_refused(make_config, tmp_path):
 def test_wandb_shows_a_resumed_run_as_one(make_config, tmp_path, monkeypatch):
     import wandb
 
-    logged, log = [], wandb.Run.log
+    logged, log, axes = [], wandb.Run.log, []
+    monkeypatch.setattr(wandb.Run, "define_metric", lambda run, *names, **options: axes.append((*names, options)))
     monkeypatch.setattr(wandb.Run, "log", lambda run, row, **options: (logged.append(row), log(run, row, **options))[1])
     options = ["logger=offline", "save_every=2", "keep_checkpoints=0"]
     whole = train(make_config("whole", *options))
@@ -317,6 +318,7 @@ def test_wandb_shows_a_resumed_run_as_one(make_config, tmp_path, monkeypatch):
     # The steps that were done again stand on an axis of their own, which may go back.
     assert [row["step"] for row in logged] == [1, 2, 3, 4, 3, 4]
     assert [row["train/loss"] for row in logged] == [*losses(whole), *losses(whole)[2:]]
+    assert axes == 2 * [("step", {"hidden": True}), ("*", {"step_metric": "step"})]
 
 
 def test_a_row_says_what_the_step_cost(make_config):
