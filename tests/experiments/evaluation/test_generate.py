@@ -15,7 +15,7 @@ def run(make_config):
     return str(train(make_config("generating", "attention=dash", "attention.chunk_size=16", "steps=2")))
 
 
-def test_a_run_continues_a_prompt(run, capsys):
+def test_a_run_continues_a_prompt_and_says_how_fast(run, capsys, monkeypatch):
     run_generation(GenerateConfig(run, "import os", max_new_tokens=8, threads=1))
     printed = capsys.readouterr()
     assert printed.out.startswith("import os")
@@ -23,9 +23,7 @@ def test_a_run_continues_a_prompt(run, capsys):
     assert "8 in all" in printed.err
     assert "tokens/s" in printed.err
 
-
-def test_how_fast_the_tokens_came(run, capsys, monkeypatch):
-    """The first step's tokens, one of each prompt that goes on, came with the first; the others in the time from it."""
+    # The first step's tokens, one of each prompt that goes on, came with the first; the others in the time from it.
     seconds = iter((10.0, 11.5, 11.5, 12.5, 13.5))
 
     def continued(model, prompts, *, on_token, **_):
@@ -36,9 +34,8 @@ def test_how_fast_the_tokens_came(run, capsys, monkeypatch):
     monkeypatch.setattr(generate, "generate", continued)
     monkeypatch.setattr(generate, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
     run_generation(GenerateConfig(run, prompts=["a", "b", "c"], threads=1))
-    assert capsys.readouterr().err.endswith(
-        "3 tokens read, the first new one after 1.50 s, then 1.0 tokens/s; 4 in all\n"
-    )
+    said = "3 tokens read, the first new one after 1.50 s, then 1.0 tokens/s; 4 in all\n"
+    assert capsys.readouterr().err.endswith(said)
 
 
 def test_the_command_line(run):
