@@ -8,7 +8,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 
-from experiments.arguments import PATH_COMMANDS, called, parser
+from experiments.arguments import PATH_COMMANDS, called, parse, parser
 from experiments.files import ROOT
 from experiments.help import did_you_mean, show
 
@@ -61,6 +61,11 @@ def main(arguments: Sequence[str]) -> None:
         if what in PATH_COMMANDS and {"-h", "--help"}.intersection(rest):
             parser(what).print_help()  # before what it would start imports PyTorch
             return
+        if what in PATH_COMMANDS:  # as it would itself, seconds later
+            try:
+                parse(what, rest)
+            except ValueError as error:
+                raise SystemExit(f"error: {error}") from None
         sys.argv[1:] = rest
         if what.endswith(".py"):
             sys.argv[0] = os.fspath(ROOT / what)

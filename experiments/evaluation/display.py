@@ -47,8 +47,13 @@ def notes(rows: Sequence[Mapping]) -> list[str]:
     bounds = [interval(row) for row in rows]
     said = []
     if any(bounds):
-        without = sorted({describe(row).split(" ")[0] for row, known in zip(rows, bounds, strict=True) if not known})
-        told = f"; of {', '.join(without)} it is not known how samples scatter" if without else ""
+        named = [describe(row).split(" ") for row in rows]
+        known = {words[0] for words, found in zip(named, bounds, strict=True) if found}
+        # Of a task with several scores, some of which have an interval, those that have none.
+        without = {
+            " ".join(words[: 1 + (words[0] in known)]) for words, found in zip(named, bounds, strict=True) if not found
+        }
+        told = f"; of {', '.join(sorted(without))} it is not known how samples scatter" if without else ""
         said.append(f"[low, high]: {LEVEL:.0%} confidence interval over rows, prompts or questions{told}")
     differs = {(row["task"], row["differs"]) for row in rows if row.get("differs")}
     said += [f"{task} differs from the original task: {how}" for task, how in sorted(differs)]

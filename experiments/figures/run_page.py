@@ -220,7 +220,7 @@ def _strip(run: RunData) -> str:
     layers = len(sparsity[0])
     figure, ax = plt.subplots(figsize=(6, min(1.2 + 0.1 * layers, 6)), layout="constrained")
     # A measurement holds until the next one; the last for as long as the one before.
-    edges = [*tokens, 2 * tokens[-1] - tokens[-2] if len(tokens) > 1 else tokens[-1] + 1]
+    edges = [*tokens, 2 * tokens[-1] - [0, *tokens][-2]]
     mesh = ax.pcolormesh(
         edges,
         [layer - 0.5 for layer in range(layers + 1)],

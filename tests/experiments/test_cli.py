@@ -203,6 +203,8 @@ def test_paths_are_asked_for_in_one_line(capsys):
     with pytest.raises(SystemExit), user_errors():
         parse("experiments.sweep.collect", ["outputs/smoke"])
     assert "the following arguments are required: target; usage: python -m" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="the following arguments are required: target; usage: dashattn collect "):
+        main(["collect", "outputs/smoke"])
 
 
 def test_help_comes_fast_from_anywhere_and_wrong_names_end_in_one_line(tmp_path):

@@ -33,7 +33,7 @@ def test_the_table_has_every_score_with_its_interval(capsys):
     ]
     assert said[8:] == [
         "[low, high]: 95% confidence interval over rows, prompts or questions; "
-        "of vt it is not known how samples scatter",
+        "of vt nats it is not known how samples scatter",
         "niah differs from the original task: haystack: none",
     ]
 
