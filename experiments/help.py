@@ -14,6 +14,7 @@ from string import Template
 import yaml
 
 from experiments.files import CONFIGS
+from experiments.own_configs import wrong_file
 from experiments.schema_source import REQUIRED, Option, Schema, schema_of_choice, spell
 from experiments.signals import end_silently
 
@@ -83,13 +84,14 @@ def advice(config_name: str, overrides: Sequence[str]) -> str | None:
     """What is wrong with overrides, and what was meant: with names, with a word that is no override, or that stands
     where a list or an integer belongs. None where nothing is, or only Hydra can tell.
 
-    Names behind ``+``, in ``hydra.*`` and of another configuration (``--config-name``) are left to Hydra.
+    Names behind ``+``, in ``hydra.*`` and of another configuration (``--config-name``) are left to Hydra, but for what
+    its own files would end in.
     """
     if any(
         argument.startswith(("-cn", "--config-name", "-cp", "--config-path", "-cd", "--config-dir"))
         for argument in overrides
     ):
-        return None
+        return wrong_file(overrides)
     if config_name == "plan":  # what is none of its own is of what is planned
         own = SCHEMAS["plan"].options()
         others = [override for override in overrides if override.partition("=")[0] not in own]

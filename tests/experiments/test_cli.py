@@ -1,5 +1,6 @@
 """``dashattn``: its commands, their help, and what is said of names that do not exist."""
 
+import re
 import subprocess
 import sys
 from contextlib import suppress
@@ -167,6 +168,29 @@ def test_advice(command, overrides, message):
 )
 def test_what_may_be_right_is_left_to_hydra(command, overrides):
     assert advice(command, overrides.split()) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"steps: [1\n", r"is no YAML \(line 2: expected"),
+        (b"# @package _global_\nsteps: 5\n  wrong: indent\n", r"is no YAML \(line 3: mapping values"),
+        (b"\xff\xfe\0", r"is no YAML \('utf-8' codec"),
+        (b"- a\n", r"holds no keys with values: .*configs/experiment"),
+        (b"steps: 5\n", r"must begin with the line # @package _global_"),
+        (b"", r"must begin with the line # @package _global_"),
+        (b"# @package _global_\nsteps: 5\n", None),
+    ],
+)
+def test_a_file_of_ones_own_is_named_in_a_line(tmp_path, content, message):
+    """Hydra ends such a file in a traceback, or in a key that nobody wrote."""
+    path = tmp_path / "experiment" / "own.yaml"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    for options in (["--config-dir", str(tmp_path)], [f"--config-dir={tmp_path}"], ["-cd", str(tmp_path)]):
+        said = advice("train", [*options, "experiment=own", "steps=3"])
+        assert message is None if said is None else re.match(f"{re.escape(str(path))} {message}", said)
+        assert advice("train", [*options, "experiment=debug"]) is None
 
 
 def test_nothing_that_is_committed_gets_advice():
