@@ -45,8 +45,11 @@ def _of_folder(folder: str, names: Sequence[str], index: Path) -> dict[str, str]
                         known[name], entries[name] = _look(os.path.join(folder, name))
                 entries = {name: entry for name, entry in entries.items() if entry is not None}
                 temporary = index.with_suffix(f".{os.getpid()}.tmp")
-                temporary.write_text(to_checked_json(entries))
-                os.replace(temporary, index)
+                try:
+                    temporary.write_text(to_checked_json(entries))
+                    os.replace(temporary, index)
+                finally:
+                    temporary.unlink(missing_ok=True)
     return {name: known.get(name) or _look(os.path.join(folder, name))[0] for name in names}
 
 

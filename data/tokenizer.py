@@ -19,6 +19,7 @@ _KEPT = ("bos_token", "eos_token", "add_bos_token", "add_eos_token", "chat_templ
 # What ``save_folder`` adds: the tokens that begin and end documents, which need not be those that the folder calls
 # bos_token and eos_token (the end of a turn in a chat, say); and what the tokenizer was when it was saved.
 _BEGIN, _END, _FINGERPRINT = "begin_of_document", "end_of_document", "fingerprint"
+LARGEST_ID = 2**24
 TRAINER_VERSION = 1  # raise it when train_bpe gives other tokenizers than before
 
 
@@ -124,17 +125,23 @@ class TextTokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write a tokenizer.json, atomically."""
-        partial = f"{path}.{os.getpid()}.tmp"
-        _write(self.backend, Path(partial))
-        os.replace(partial, path)
+        partial = Path(f"{path}.{os.getpid()}.tmp")
+        try:
+            _write(self.backend, partial)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def save_folder(self, folder: Path) -> None:
         """Write what ``load`` and transformers read, a tokenizer.json and its settings; the folder appears whole."""
         partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        self.write_files(partial)
-        os.replace(partial, folder)
+        try:
+            self.write_files(partial)
+            os.replace(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
     def write_files(self, folder: Path) -> None:
         """The files of ``save_folder``, into a folder that exists."""
@@ -206,7 +213,11 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     if content.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is the pointer of Git LFS ({len(content)} bytes): fetch the file with `git lfs pull`")
     try:
-        return Tokenizer.from_str(content.decode())
+        backend = Tokenizer.from_str(content.decode())
+        largest = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
+        if largest > LARGEST_ID:  # it counts up to there, for every word that is asked of it
+            raise ValueError(f"it has a token with the number {largest}")
+        return backend
     except BaseException as error:  # the Rust side raises bare Exceptions, and panics past them
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise

@@ -42,15 +42,21 @@ def misfits(name: str, row: dict) -> list[str]:
         if column in numbers:
             return _is_number(value) and math.isfinite(value)
         if column in lists:
-            return isinstance(value, list) and (name != "results.jsonl" or _holds_numbers(value))
+            return isinstance(value, list) and (_holds_numbers if name == "results.jsonl" else _are_commands)(value)
+        if name != "metrics.jsonl":
+            return True
         # Of a run's metrics everything else is measured; in 16 bits a gradient may be infinite.
-        return name != "metrics.jsonl" or (_is_number(value) if column == "step" else _holds_numbers(value))
+        return isinstance(value, list) == column.endswith("_per_layer") and _holds_numbers(value)
 
     return [column for column, value in row.items() if not fits(column, value)]
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
+
+
+def _are_commands(value: list) -> bool:
+    return all(isinstance(command, list) and all(isinstance(word, str) for word in command) for command in value)
 
 
 def _holds_numbers(value: object) -> bool:

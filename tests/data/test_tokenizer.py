@@ -164,6 +164,14 @@ def test_a_kept_tokenizer_knows_what_it_was(tokenizer, tmp_path):
         TextTokenizer.load(str(tmp_path / "kept"))
 
 
+def test_a_token_with_a_number_that_cannot_be_is_refused_at_once(tokenizer, tmp_path):
+    content = json.loads(tokenizer.backend.to_str())
+    content["model"]["vocab"]["far"] = 2**31
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer .*a token with the number 2147483648"):
+        TextTokenizer.load(str(tmp_path))
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model": 3}', '{"model": {"type": "BPE"}}', "\xff"])
 def test_damaged_files_are_named_with_their_size(tokenizer, tmp_path, content):
     (tmp_path / "tokenizer.json").write_bytes(content.encode("latin-1"))

@@ -126,7 +126,9 @@ def test_values_that_cannot_be_are_damage(sweep):
 MADE = {"task": "loss", "metric": "nats", "score": 1.5, "label": "dash", "length": 64, "knob": None, "data": "x"}
 MADE |= {"trained_knob": 1, "causal_sparsity": 0.5, "checkpoint": "step-1", "per_head": [[0.5, None]], "device": None}
 LOGGED = {"step": 1, "split": "train", "loss": 2.5, "grad_norm": float("inf"), "causal_sparsity_per_layer": [0.1]}
+DONE = {"run": "a", "commands": [["train.py", "steps=1"]]}
 MISFITS = [
+    *(("cells.jsonl", "commands", value) for value in (None, "train.py", [3], [["train.py", 3]])),
     *(
         ("results.jsonl", key, value)
         for key in ("score", "causal_sparsity")
@@ -137,13 +139,14 @@ MISFITS = [
     *(("results.jsonl", "per_head", value) for value in (0.5, [["x"]], {})),
     *(("metrics.jsonl", "step", value) for value in (None, "1", [1], 10**400)),
     *(("metrics.jsonl", "split", value) for value in (None, 1, {})),
-    *(("metrics.jsonl", "loss", value) for value in ("2.5", {}, 10**400, ["x"], True)),
+    *(("metrics.jsonl", "loss", value) for value in ("2.5", {}, 10**400, [], True)),
 ]
 
 
 @pytest.mark.parametrize(("name", "key", "value"), MISFITS)
 def test_a_row_that_cannot_be_is_named_where_it_is_read(tmp_path, name, key, value):
-    path, row = tmp_path / name, MADE if name == "results.jsonl" else LOGGED
+    path = tmp_path / name
+    row = {"results.jsonl": MADE, "metrics.jsonl": LOGGED, "cells.jsonl": DONE}[name]
     path.write_text(json.dumps(row) + "\n")
     assert read_rows(path) == [row]
     path.write_text(json.dumps(row) + "\n" + json.dumps(row | {key: value}) + "\n")
@@ -246,7 +249,7 @@ def test_a_preparation_that_finds_no_room_leaves_no_half_and_goes_on(make_config
         said = capsys.readouterr().err
         assert re.match(r"error: .*No space left on device.*: ?.*make room", said), said
         assert str(cache) in said
-        assert not list(cache.rglob("*.tmp-*"))
+        assert not list(cache.rglob("*.tmp*"))
         assert not list(cache.glob("tokens/*/.shard-*"))
     (small_disk / "filler").unlink()
     prepare(config)
