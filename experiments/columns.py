@@ -45,6 +45,8 @@ def misfits(name: str, row: dict) -> list[str]:
             return isinstance(value, list) and (_holds_numbers if name == "results.jsonl" else _are_commands)(value)
         if name != "metrics.jsonl":
             return True
+        if column == "step":
+            return type(value) is int and _is_number(value)
         # Of a run's metrics everything else is measured; in 16 bits a gradient may be infinite.
         return isinstance(value, list) == column.endswith("_per_layer") and _holds_numbers(value)
 

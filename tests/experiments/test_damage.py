@@ -137,7 +137,7 @@ MISFITS = [
     *(("results.jsonl", key, {}) for key in ("task", "label", "knob", "trained_knob", "length", "data", "device")),
     *(("results.jsonl", "seed", value) for value in (True, "0", 10**400, [])),
     *(("results.jsonl", "per_head", value) for value in (0.5, [["x"]], {})),
-    *(("metrics.jsonl", "step", value) for value in (None, "1", [1], 10**400)),
+    *(("metrics.jsonl", "step", value) for value in (None, "1", [1], 10**400, float("nan"))),
     *(("metrics.jsonl", "split", value) for value in (None, 1, {})),
     *(("metrics.jsonl", "loss", value) for value in ("2.5", {}, 10**400, [], True)),
 ]
