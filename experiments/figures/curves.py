@@ -91,6 +91,10 @@ def make_training(study: Study) -> Drawn | None:
         "Solid: training batches; dotted: validation. Colours are the methods', of runs that name none any; marks "
         "stand at a few of the points. Time is that of the training steps alone."
     )
+    for name, key in present.items():
+        flat = sorted({r["run"] for r in table if r.get(key) == 0} - {r["run"] for r in table if r.get(key)})
+        if "norm" in name and flat:
+            notes.append(f"Always 0, which no logarithmic axis has: {name} of {', '.join(flat)}.")
     if len(study.training) > MANY:
         notes.append("Many runs: a panel an arm, and of all that was logged two; the table has the rest.")
         return Drawn(table, lambda path: _draw_arms(table, path), notes)

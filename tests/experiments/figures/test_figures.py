@@ -152,7 +152,10 @@ def marks_stand_whole(monkeypatch):
             for line in ax.lines:
                 if line.get_marker() not in ("None", "", None) and line.get_transform().contains_branch(ax.transData):
                     radius = line.get_markersize() * figure.dpi / 72 / 2
-                    ys = ax.transData.transform(line.get_xydata())[:, 1]
+                    points = line.get_xydata()
+                    if ax.get_yscale() == "log":  # which has no place for 0
+                        points = points[points[:, 1] > 0]
+                    ys = ax.transData.transform(points)[:, 1]
                     ys = ys[np.isfinite(ys)]
                     whole = (box.y0 + radius / 2 <= ys) & (ys <= box.y1 - radius / 2)
                     assert whole.all(), f"{ax.get_title() or ax.get_ylabel()}: {line.get_label()}"
@@ -362,6 +365,11 @@ def test_training_curves_count_time_by_steps(study):
     ]
     (made,) = (f.make(study) for f in FIGURES if f.number == 9)
     assert "router's gradient norm" in made.notes[0]
+    rows = list(training_rows("none"))
+    none = [row | {"grad_norm_router": 0.0} if row["split"] == "train" else row for row in rows]
+    some = [row | {"grad_norm_router": 0.1 * row["step"]} for row in training_rows("some")]
+    (made,) = (f.make(replace(study, training={"none": none, "some": some})) for f in FIGURES if f.number == 9)
+    assert made.notes[-1] == "Always 0, which no logarithmic axis has: router's gradient norm of none."
 
 
 def test_extrapolation_and_ablations(study):
