@@ -24,7 +24,6 @@ _LISTS = {
     "cells.jsonl": {"commands"},
 }
 _NEVER_NULL = {
-    "metrics.jsonl": {"step", "split"},
     "results.jsonl": {"task", "metric", "score", "label", "length", "causal_sparsity", "data", "checkpoint"},
     "cells.jsonl": {"run", "commands"},
 }
@@ -36,7 +35,7 @@ def misfits(name: str, row: dict) -> list[str]:
 
     def fits(column: str, value: object) -> bool:
         if value is None:
-            return column not in _NEVER_NULL.get(name, ())
+            return name != "metrics.jsonl" and column not in _NEVER_NULL.get(name, ())
         if column in texts:
             return isinstance(value, str)
         if column in numbers:

@@ -139,7 +139,7 @@ MISFITS = [
     *(("results.jsonl", "per_head", value) for value in (0.5, [["x"]], {})),
     *(("metrics.jsonl", "step", value) for value in (None, "1", [1], 10**400, float("nan"))),
     *(("metrics.jsonl", "split", value) for value in (None, 1, {})),
-    *(("metrics.jsonl", "loss", value) for value in ("2.5", {}, 10**400, [], True)),
+    *(("metrics.jsonl", "loss", value) for value in ("2.5", None, {}, 10**400, [], True)),
 ]
 
 
