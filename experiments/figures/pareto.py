@@ -49,7 +49,7 @@ def to_markdown(points: Sequence[Point]) -> str:
         out.append(f"## {panel.title}\n")
         if panel in untrained(points):
             out.append(
-                f"**Untrained: the dense control does not reach {SOLVED:.0%}; nothing here compares backends.**\n"
+                f"**No dense control of {SOLVED:.0%} or more: whether the task was learned is not shown here.**\n"
             )
         inside = [p for p in points if p.panel == panel]
         seeds = _seeds(inside)
@@ -133,7 +133,7 @@ def draw(points: Sequence[Point], path: Path) -> None:
             face = colour if curve == "trained at each" else "white"
             named = f"{label}, {curve.removesuffix(', knob turned')}"
             legend[named] = plt.Line2D([], [], marker=mark, markerfacecolor=face, **own)
-        note = "\nuntrained: dense control below 99 %" if panel in untrained(points) else ""
+        note = "\nno dense control of 99 % or more" if panel in untrained(points) else ""
         entitle(ax, panel.title + note)
         if panel.metric != "accuracy":
             ax.set_ylabel(panel.score)

@@ -42,7 +42,7 @@ def make_frontiers(study: Study) -> Drawn | None:
     if not _has_sparse(rows):
         return None
     found = points(rows)
-    notes = [f"{panel.title}: untrained, the dense control does not reach 99 %" for panel in sorted(untrained(found))]
+    notes = [f"{panel.title}: no dense control of 99 % or more" for panel in sorted(untrained(found))]
     notes += [*_not_drawn(found), BARS]
     return Drawn(frontier_table(found), lambda path: draw_frontiers(found, path), notes, rows)
 

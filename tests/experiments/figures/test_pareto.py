@@ -211,15 +211,16 @@ def test_only_the_newest_checkpoint_counts():
     assert frontier.newest(other_work) == other_work
 
 
-def test_says_untrained_when_the_control_fails():
+def test_says_so_where_no_dense_control_solves_the_task():
     sparse = make_row()
     good, bad = make_row("full", None, 0.0, 0.995), make_row("full", None, 0.0, 0.98)
-    assert "Untrained" not in pareto.to_markdown(frontier.points([good, sparse]))
-    assert "Untrained" in pareto.to_markdown(frontier.points([bad, sparse]))
-    assert "Untrained" in pareto.to_markdown(frontier.points([sparse]))
+    assert "No dense control" not in pareto.to_markdown(frontier.points([good, sparse]))
+    assert "No dense control" in pareto.to_markdown(frontier.points([bad, sparse]))
+    assert "No dense control" in pareto.to_markdown(frontier.points([sparse]))
     # Rows longer than it was trained at ask for more than training; another task says nothing of this one.
-    assert "Untrained" not in pareto.to_markdown(frontier.points([good, bad | {"length": 4096}, sparse]))
-    assert "Untrained" in pareto.to_markdown(frontier.points([good | {"data": "text"}, bad | {"length": 4096}, sparse]))
+    assert "No dense control" not in pareto.to_markdown(frontier.points([good, bad | {"length": 4096}, sparse]))
+    other = [good | {"data": "text"}, bad | {"length": 4096}, sparse]
+    assert "No dense control" in pareto.to_markdown(frontier.points(other))
 
 
 def test_writes_table_and_figure(tmp_path):
