@@ -11,7 +11,7 @@ from experiments.figures.rows import Drawn, Figure
 
 ROWS_SHOWN = 25  # of a figure's table; its CSV has all
 _SHADES = 12  # steps of red, of green and of blue: what is grey stays so
-WIDEST = 1250  # pixels of a picture, as wide as the page
+WIDEST = 1190  # pixels of a picture, as wide as a page on a laptop shows it
 
 STYLE = """
 :root { color-scheme: light dark; }
