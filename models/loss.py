@@ -36,7 +36,7 @@ def chunk_loss(logits_NV: Tensor, labels_N: Tensor, *, with_grad: bool) -> tuple
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """``total += a @ b``, rounded to the wider type of ``total`` alone and in one kernel, where there is such."""
     if a.dtype == total.dtype:
-        total.addmm_(a, b)
+        torch.addmm(total, a, b, out=total)
     elif a.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
