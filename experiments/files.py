@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from experiments.columns import misfits
+from experiments.columns import CELL_ROWS, METRIC_ROWS, RESULT_ROWS
 
 ROOT = Path(__file__).resolve().parents[1]
 # For Hydra, which looks a relative path up beside the module that was started.
@@ -46,12 +46,7 @@ SPEED = "speed.jsonl"
 NUMERICS = "numerics.jsonl"
 THROUGHPUT = "throughput.jsonl"
 SCALING = "parallel.jsonl"
-# Of rows, columns that all of a file have:
-_COLUMNS = {
-    METRICS: ("step", "split"),
-    RESULTS: ("task", "metric", "score", "label", "length", "knob", "trained_knob", "causal_sparsity", "data"),
-    CELLS: ("run", "commands"),
-}
+_ROWS = {METRICS: METRIC_ROWS, RESULTS: RESULT_ROWS, CELLS: CELL_ROWS}
 # Of JSON objects, what the values of keys are where they have them:
 _KINDS = {
     START: {"data": dict, "parameters": int, "tokenizer": str | None, "init_from": dict},
@@ -208,7 +203,7 @@ def read_rows(path: Path) -> list[dict]:
     """
     if not path.exists():
         return []
-    rows = []
+    rows, columns = [], _ROWS.get(path.name)
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             rows.append(json.loads(line))
@@ -216,11 +211,11 @@ def read_rows(path: Path) -> list[dict]:
             raise ValueError(f"{path}, line {number} is damaged ({error}): remove the line") from None
         if not isinstance(rows[-1], dict):
             raise ValueError(f"{path}, line {number} is damaged (it is no JSON object): remove the line")
-        lacking = [name for name in _COLUMNS.get(path.name, ()) if name not in rows[-1]]
-        if lacking:
+        if columns is None:
+            continue
+        if lacking := columns.lacking(rows[-1]):
             raise ValueError(f"{path}, line {number} is damaged (it does not say {', '.join(lacking)}): remove it")
-        wrong = misfits(path.name, rows[-1])
-        if wrong:
+        if wrong := columns.misfits(rows[-1]):
             raise ValueError(f"{path}, line {number} is damaged (its {', '.join(wrong)} cannot be): remove the line")
     return rows
 
