@@ -116,13 +116,16 @@ def generate(
     return results
 
 
+def padded(sequences: Sequence[list[int]], filler: int, device: torch.device) -> Tensor:
+    """int64 [B, T], each sequence filled up behind its end, where causal attention does not look from within it."""
+    longest = max(map(len, sequences))
+    return torch.tensor([ids + [filler] * (longest - len(ids)) for ids in sequences], device=device)
+
+
 def _read(model: Transformer, cache: ModelCache, sequences: list[list[int]]) -> Tensor:
     """Puts sequences into an empty cache; the logits behind each, [B, V]."""
     lengths = [len(sequence) for sequence in sequences]
-    # Padding lies behind a sequence, where causal attention does not look.
-    padded = [sequence + [0] * (max(lengths) - len(sequence)) for sequence in sequences]
-    ids_BT = torch.tensor(padded, device=model.embedding.weight.device)
-    logits_BV = model.decode(ids_BT, cache, new_tokens=lengths)[:, -1]
+    logits_BV = model.decode(padded(sequences, 0, model.embedding.weight.device), cache, new_tokens=lengths)[:, -1]
     cache.advance(lengths)
     return logits_BV
 

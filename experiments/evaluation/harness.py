@@ -25,10 +25,10 @@ from experiments.errors import user_errors
 from experiments.evaluation.folder import locate_model
 from experiments.evaluation.lm_eval_options import read_options
 from experiments.evaluation.target import build_model
-from experiments.evaluation.tasks.base import SparsityTally, in_parts, padded, prompt_sparsity
+from experiments.evaluation.tasks.base import SparsityTally, in_parts, prompt_sparsity
 from experiments.host_memory import limit_memory
 from models import Transformer
-from models.generate import generate
+from models.generate import generate, padded
 
 
 @register_model("dashattn")

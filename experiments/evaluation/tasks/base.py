@@ -15,6 +15,7 @@ from dashattn.stats import AttentionStats
 from experiments.errors import out_of_memory
 from experiments.intervals import ratio_stderr
 from models import Transformer
+from models.generate import padded
 
 T, R = TypeVar("T"), TypeVar("R")
 
@@ -142,12 +143,6 @@ def prompt_sparsity(model: Transformer, prompts: Sequence[list[int]]) -> list[Sp
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     ids_BT = padded(prompts, 0, device)
     return SparsityTally.of_rows(model.hidden_states(ids_BT, lengths=lengths, return_stats=True)[1], map(len, prompts))
-
-
-def padded(rows: Sequence[list[int]], filler: int, device: torch.device) -> Tensor:
-    """Rows of token ids, each filled up at its end to the longest's length."""
-    longest = max(map(len, rows))
-    return torch.tensor([row + [filler] * (longest - len(row)) for row in rows], device=device)
 
 
 def row(task: str, metric: str, score: float, **columns) -> dict:
