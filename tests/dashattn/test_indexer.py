@@ -49,21 +49,29 @@ def _tiles(request, monkeypatch):
         monkeypatch.setattr(reference, "TILE_PRODUCTS", 4 * H * (T // SIZE))
 
 
-@pytest.mark.usefixtures("_tiles")
-@pytest.mark.parametrize("name", CASES)
-def test_it_is_its_definition(inputs, name):
-    options = OPTIONS | CASES[name]
+def held_to_its_definition(inputs, options):
+    """The function's result, held to the token-by-token definition, and the KL of each token and head by the latter."""
     with_kl = options["gradient"] == "kl"
     found = indexer_attention(*inputs, **options, return_stats=True, return_kl=with_kl)
     out, active, kl = oracle.indexer(*(x[0].numpy() for x in inputs), **options)
     torch.testing.assert_close(found.out[0], torch.from_numpy(out), rtol=0, atol=1e-12)
     assert found.stats.active_tokens[0].tolist() == active.tolist()
+    if with_kl:
+        assert found.kl.item() == pytest.approx(kl.mean(), abs=1e-12)
+    return found, kl
+
+
+@pytest.mark.usefixtures("_tiles")
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_its_definition(inputs, name):
+    options = OPTIONS | CASES[name]
+    with_kl = options["gradient"] == "kl"
+    found, kl = held_to_its_definition(inputs, options)
     candidates = [max(0, t // SIZE - options["init_blocks"] - options["local_blocks"]) for t in range(T)]
     scored = SIZE if options["index_pooling"] == "max" else 1
     assert found.stats.routing_reads[0].tolist() == [scored * count for count in candidates]
     if with_kl:
         assert kl.max() > 0.1
-        assert found.kl.item() == pytest.approx(kl.mean(), abs=1e-12)
         weighted = indexer_attention(*inputs, **options, return_kl=True, head_weights=(0.2, 0.7)).kl
         assert weighted.item() == pytest.approx((kl * [0.2, 0.7]).sum(1).mean(), abs=1e-12)
     doubled = indexer_attention(2 * inputs[0], *inputs[1:], **options, scale=D**-0.5 / 2, return_kl=with_kl)
@@ -75,14 +83,7 @@ def test_it_is_its_definition(inputs, name):
 def test_it_is_its_definition_in_groups_of_other_sizes(name, heads, kv_heads):
     shapes = ((heads, D), (kv_heads, D), (kv_heads, D), (kv_heads, INDEX), (INDEX,))
     inputs = [2 * torch.randn(1, T, *shape, dtype=torch.float64) for shape in shapes]
-    options = OPTIONS | CASES[name]
-    with_kl = options["gradient"] == "kl"
-    found = indexer_attention(*inputs, **options, return_stats=True, return_kl=with_kl)
-    out, active, kl = oracle.indexer(*(x[0].numpy() for x in inputs), **options)
-    torch.testing.assert_close(found.out[0], torch.from_numpy(out), rtol=0, atol=1e-12)
-    assert found.stats.active_tokens[0].tolist() == active.tolist()
-    if with_kl:
-        assert found.kl.item() == pytest.approx(kl.mean(), abs=1e-12)
+    held_to_its_definition(inputs, OPTIONS | CASES[name])
 
 
 @pytest.mark.usefixtures("_tiles")
