@@ -161,10 +161,10 @@ def test_memory_of_the_host_ends_as_that_of_a_gpu_does(capsys):
 
 
 def test_an_evaluation_goes_on_with_the_rows_that_a_machine_has_memory_for(recall_run):
-    asked = [f"run={recall_run}", "device=cpu", "tasks=[recall]", "rows=64", "rows_per_batch=64"]
-    done = limited("evaluate.py", asked, mib=4)
+    asked = [f"run={recall_run}", "device=cpu", "tasks=[recall]", "rows=1024", "rows_per_batch=1024"]
+    done = limited("evaluate.py", asked, mib=128)  # half of what all rows take at once, and far more than some need
     assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith("out of memory: going on with 32 rows at once\n")
+    assert done.stderr.startswith("out of memory: going on with 512 rows at once\n")
 
 
 def test_parts_stay_as_small_as_memory_made_them():
