@@ -35,8 +35,22 @@ def queue(name: str) -> dict[str, tuple[str, str]]:
     try:
         lines = _ask("squeue", "--array", "--noheader", f"--name={name}", "--format=%i|%T|%r").splitlines()
     except (OSError, subprocess.CalledProcessError) as error:
-        raise ValueError(f"Slurm does not answer ({getattr(error, 'stderr', None) or error}): try again") from None
+        raise ValueError(_silent(error)) from None
     return {job: (state, reason) for job, state, reason in (line.split("|", 2) for line in lines)}
+
+
+def cancel(jobs: Sequence[str]) -> None:
+    """Take jobs out of the queue, or end them.
+
+    Raises:
+        ValueError: Slurm does not answer.
+    """
+    if not jobs:
+        return
+    try:
+        _ask("scancel", *jobs)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ValueError(_silent(error)) from None
 
 
 def ended(folder: Path, jobs: Sequence[str]) -> dict[str, str]:
@@ -90,6 +104,10 @@ def _end(state: str, exit_code: str) -> str:
     if state == "FAILED" and signal:
         return f"killed by signal {signal}"
     return _ENDS.get(state, state.lower())
+
+
+def _silent(error: OSError | subprocess.CalledProcessError) -> str:
+    return f"Slurm does not answer ({' '.join((getattr(error, 'stderr', None) or str(error)).split())}): try again"
 
 
 def _ask(*command: str) -> str:

@@ -61,6 +61,11 @@ def submit(
     return [job.job_id for job in jobs]
 
 
+def has_call(folder: Path, job: str) -> bool:
+    """Whether a job of ``submit`` was given what it calls, which comes after Slurm has it; without, it ends in vain."""
+    return (folder / f"{job}_submitted.pkl").exists()
+
+
 def _parameters(
     launcher: LauncherConfig, name: str, folder: Path, code: Path, again: int, needs: Sequence[str]
 ) -> dict:

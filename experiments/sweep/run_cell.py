@@ -19,6 +19,7 @@ from experiments.sweep.cells import Cell, record_done
 
 _SIGNALS = ",".join(number.name for number in STOP_SIGNALS)  # passed on, so that every rank saves
 _TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--signals-to-handle", _SIGNALS, "--nproc-per-node"]
+_FAILED = re.compile(r"srun: (error: \S+: tasks? .*: Exited with exit code|.*Terminating StepId=)")
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,10 @@ def run_cell(cell: Cell, log_dir: Path, children: Children, rank: int = 0, gpus:
 
 
 def last_words(log_path: Path) -> str:
-    """The line that says why a process failed: the last one that names an error since its start, else the last."""
+    """The line that says why a process failed: the last one that names an error since its start, else the last. That it
+    failed, srun says behind it."""
     lines = [line.strip() for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line for line in lines if not _FAILED.match(line)] or lines
     start = max((index for index, line in enumerate(lines) if line.startswith("$ ")), default=-1)
     lines = lines[start + 1 :]
     errors = [line for line in lines if re.search(r"error:|Error\b", line)]

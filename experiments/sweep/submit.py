@@ -28,8 +28,8 @@ from experiments.sweep.check import check_anywhere, check_cells
 from experiments.sweep.run_cell import run_in_job
 from experiments.training.replacing import set_aside
 from slurm.launcher import LauncherConfig
-from slurm.queue import max_array_size, queue
-from slurm.submit import submit
+from slurm.queue import cancel, max_array_size, queue
+from slurm.submit import has_call, submit
 
 _JOBS, _SUBMITTING = "jobs.json", "submitting.json"
 
@@ -92,8 +92,9 @@ def submit_sweep(config: SweepConfig) -> str:
 
 
 def job_name(directory: Path) -> str:
-    """Of all jobs of a run or a sweep, and of no other one's."""
-    return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', directory.name)}-{fingerprint(str(directory.resolve()))[:8]}"
+    """Of all jobs of a run or a sweep, and of no other one's, by whichever path it is named."""
+    directory = directory.resolve()
+    return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', directory.name)}-{fingerprint(str(directory))[:8]}"
 
 
 def read_jobs(output_dir: Path) -> dict[str, str]:
@@ -117,7 +118,7 @@ def _submitting(output_dir: Path):
 
 def _in_queue(output_dir: Path) -> dict[str, str]:
     """Cell -> id of its job, if that is in the queue; those included of a submission that was killed before it could
-    record them."""
+    record them, and those cancelled that it had not given their calls yet."""
     folder, jobs = output_dir / SUBMITTED, read_jobs(output_dir)
     queued = queue(job_name(output_dir))
     unknown = sorted(queued.keys() - set(jobs.values()))
@@ -127,7 +128,10 @@ def _in_queue(output_dir: Path) -> dict[str, str]:
             raise ValueError(f"{folder / _SUBMITTING} is damaged (its cells cannot be): remove it")
         if unknown:
             array = unknown[0].split("_")[0]
-            jobs |= {name: f"{array}_{i}" if len(names) > 1 else array for i, name in enumerate(names)}
+            made = {name: f"{array}_{i}" if len(names) > 1 else array for i, name in enumerate(names)}
+            lost = [job for job in made.values() if job in queued and not has_call(folder, job)]
+            cancel(lost)
+            jobs |= {name: job for name, job in made.items() if job not in lost}
             write_atomically(folder / _JOBS, json.dumps(jobs, indent=1) + "\n")
         (folder / _SUBMITTING).unlink()
     return {name: job for name, job in jobs.items() if job in queued}

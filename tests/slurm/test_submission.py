@@ -1,5 +1,6 @@
 """What sbatch is given; no Slurm is needed: the programs here stand for it."""
 
+import json
 import os
 import re
 import shutil
@@ -209,14 +210,18 @@ def test_arms_wait_for_their_base(scripts, sweep):
 
 
 @pytest.mark.usefixtures("_unchecked")
-def test_what_is_queued_is_not_submitted_again(scripts, sweep, make_config, tiny_overrides):
+def test_what_is_queued_is_not_submitted_again(scripts, sweep, make_config, tiny_overrides, tmp_path):
     assert "6 cells submitted, 0 were queued" in submit_sweep(sweep)
     assert "0 cells submitted, 6 were queued" in submit_sweep(sweep)
+    (tmp_path / "link").symlink_to(tmp_path / "s")
+    assert "0 cells submitted, 6 were queued" in submit_sweep(replace(sweep, output_dir=str(tmp_path / "link")))
     config = make_config("run")
     config.launcher = sweep.launcher
     assert submit_run(config, tiny_overrides("run")[0]) == "10"
-    with pytest.raises(ValueError, match=r"run waits or runs as job 10: .*`scancel` it first"):
-        submit_run(config, tiny_overrides("run")[0])
+    (tmp_path / "run-link").symlink_to(tmp_path / "run")
+    for path in ("run", "run-link"):
+        with pytest.raises(ValueError, match=rf"{path} waits or runs as job 10: .*`scancel` it first"):
+            submit_run(replace(config, run_dir=str(tmp_path / path)), tiny_overrides("run")[0])
     assert len(list(scripts.iterdir())) == 4
 
 
@@ -251,6 +256,23 @@ def test_a_submission_killed_before_it_recorded_its_jobs_makes_none_twice(script
     assert "4 cells submitted, 2 were queued" in submit_sweep(sweep)
     assert read_jobs(tmp_path / "s")["t-base-seed1"] == "7_1"
     assert len(list(scripts.iterdir())) == 3
+
+
+@pytest.mark.usefixtures("_unchecked")
+def test_jobs_of_a_submission_that_was_killed_before_they_had_their_calls_are_cancelled(scripts, sweep, tmp_path):
+    submit_sweep(sweep)
+    folder = tmp_path / "s" / "slurm"
+    names = ["t-base-seed0", "t-base-seed1"]
+    jobs = read_jobs(tmp_path / "s")
+    (folder / "jobs.json").write_text(json.dumps({name: job for name, job in jobs.items() if name not in names}))
+    (folder / "submitting.json").write_text(json.dumps({"cells": names}))
+    (folder / "7_1_submitted.pkl").unlink()
+    (tmp_path / "programs" / "scancel").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/cancelled\n')
+    (tmp_path / "programs" / "scancel").chmod(stat.S_IRWXU)
+    assert "1 cells submitted, 5 were queued" in submit_sweep(sweep)
+    assert (tmp_path / "cancelled").read_text() == "7_1\n"
+    assert read_jobs(tmp_path / "s") == jobs | {"t-base-seed1": "10"}
+    assert not (folder / "submitting.json").exists()
 
 
 @pytest.mark.usefixtures("_unchecked")
@@ -408,3 +430,7 @@ def test_the_status_tells_why_a_cell_waits_or_ended(scripts, sweep, tmp_path):
         "dense-seed1": ("cancelled", "continues from t-base-seed1 (timed out)"),
         "dash-seed1": ("failed", refused),
     }
+    said = "RuntimeError: it never began\nsrun: error: n1: task 0: Exited with exit code 1\n"
+    said += "srun: launch/slurm: _step_signal: Terminating StepId=9.1\n"
+    (tmp_path / "s" / "slurm" / "9_1_0_log.err").write_text(said)
+    assert status(tmp_path / "s")[-1][1::2] == ("failed", "RuntimeError: it never began")
