@@ -2,6 +2,7 @@
 
 import re
 from functools import cache
+from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -11,6 +12,12 @@ def override(key: str, value: str) -> str:
     """``key=value`` for a text of any characters, a path say; quoted only where Hydra would read something else."""
     plain = f"{key}={value}"
     return plain if "$" not in value and _read(plain) == value else f"{key}={_quoted(value)}"
+
+
+def path_of(argument: str, *keys: str) -> Path | None:
+    """The path that an override of one of these keys names; None: it is of another key, or names none."""
+    value = _read(argument) if argument.partition("=")[0] in keys else None
+    return Path(value) if isinstance(value, str) and value else None
 
 
 def as_text(argument: str, key: str) -> str:

@@ -27,7 +27,7 @@ from experiments.errors import REQUEUE, user_errors
 from experiments.files import CONFIGS
 from experiments.schema import to_config
 from experiments.signals import Children
-from experiments.sweep.cells import Cell, SweepConfig, cells, register_sweep_config, take, write_plan
+from experiments.sweep.cells import Cell, SweepConfig, cells, missing, register_sweep_config, take, write_plan
 from experiments.sweep.run_cell import Outcome, run_cell
 from experiments.sweep.submit import submit_sweep
 
@@ -36,18 +36,11 @@ LOOK_SECONDS = 0.5  # between looks at cells that another process runs
 
 def run_sweep(config: SweepConfig, console: Console) -> dict[str, Outcome]:
     """Does what is missing, ``config.jobs`` cells at a time. A signal is passed on to them, and no other one starts."""
-    waiting = cells(config)
-    write_plan(Path(config.output_dir), waiting)
+    found = cells(config)
+    write_plan(Path(config.output_dir), found)
     lanes = gpu_lanes(visible_gpus(), config.gpus_per_cell)
-    outcomes: dict[str, Outcome] = {}
-    for cell in waiting:
-        if cell.is_done():
-            outcomes[cell.name] = Outcome("was done")
-    waiting = [cell for cell in waiting if cell.name not in outcomes]
-    # A base is only there for others to continue from: where they are all done (their rows restored, say, without any
-    # weights) nobody trains it again.
-    wanted = {cell.base for cell in waiting}
-    waiting = [cell for cell in waiting if cell.evaluate is not None or cell.name in wanted]
+    outcomes = {cell.name: Outcome("was done") for cell in found if cell.is_done()}
+    waiting = missing(found)
     console.print(f"{config.name}: {len(waiting)} cells to do, {len(outcomes)} done before", highlight=False)
 
     log_dir = Path(config.output_dir) / "logs"

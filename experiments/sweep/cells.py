@@ -12,7 +12,7 @@ names; which are done is read off their directories.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -40,7 +40,7 @@ from experiments.files import (
     read_json,
     write_atomically,
 )
-from experiments.overrides import override
+from experiments.overrides import override, path_of
 from slurm.launcher import LauncherConfig
 
 
@@ -109,11 +109,30 @@ class Cell:
         return commands
 
     def is_done(self) -> bool:
-        """Whether these very commands have completed."""
+        """Whether these very commands have completed, here or where the sweep's directory lay then."""
         # A sweep that has changed since asks for other commands, and what it changed is done again. Where that is the
         # evaluation alone, train.py finds its run complete and ends at once.
         record = self.run_dir / CELL
-        return record.exists() and read_done(self.run_dir)["commands"] == self.commands
+        return record.exists() and _anywhere(read_done(self.run_dir)["commands"]) == _anywhere(self.commands)
+
+
+def missing(found: Sequence[Cell]) -> list[Cell]:
+    """Those that are not done, in their order. A base is only there for others to continue from: where they are all done
+    (their rows restored, say, without any weights) nobody trains it again."""
+    left = [cell for cell in found if not cell.is_done()]
+    wanted = {cell.base for cell in left}
+    return [cell for cell in left if cell.evaluate is not None or cell.name in wanted]
+
+
+def _anywhere(commands: list[list[str]]) -> list[list[str]]:
+    """Commands of a cell, in which what lies in the sweep's directory has its name alone."""
+    homes = [path.parent for argument in commands[0] if (path := path_of(argument, "run_dir"))] if commands else []
+
+    def shortened(argument: str) -> str:
+        key, path = argument.partition("=")[0], path_of(argument, "run_dir", "run", "init_from")
+        return argument if path is None or path.parent not in homes[-1:] else f"{key}={path.name}"
+
+    return [[shortened(argument) for argument in command] for command in commands]
 
 
 def is_in_hand(cell: Cell) -> bool:
@@ -147,7 +166,10 @@ def record_done(run_dir: Path, commands: list[list[str]]) -> None:
 def read_done(run_dir: Path) -> dict:
     """What ``record_done`` wrote. Raises ValueError if it is damaged."""
     mend = "remove it; the cell's commands then look at what is there, and do what is missing"
-    return read_json(run_dir / CELL, mend, keys=("commands",))
+    record = read_json(run_dir / CELL, mend, keys=("commands",))
+    if not all(are_texts(command) for command in record["commands"]):
+        raise ValueError(f"{run_dir / CELL} is damaged (its commands cannot be): {mend}")
+    return record
 
 
 def cells(config: SweepConfig) -> list[Cell]:

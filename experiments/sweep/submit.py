@@ -23,7 +23,7 @@ from experiments.errors import REQUEUE
 from experiments.files import SUBMITTED, locked, read_json, write_atomically
 from experiments.overrides import override
 from experiments.provenance import snapshot
-from experiments.sweep.cells import Cell, SweepConfig, are_texts, cells, write_plan
+from experiments.sweep.cells import Cell, SweepConfig, are_texts, cells, missing, write_plan
 from experiments.sweep.check import check_anywhere, check_cells
 from experiments.sweep.run_cell import run_in_job
 from experiments.training.replacing import set_aside
@@ -77,16 +77,16 @@ def submit_sweep(config: SweepConfig) -> str:
     config.launcher.check()
     output_dir = Path(config.output_dir).absolute()
     found = cells(replace(config, output_dir=str(output_dir)))
-    check_cells([cell for cell in found if not cell.is_done()], config.launcher.ranks)
+    check_cells(missing(found), config.launcher.ranks)
     write_plan(output_dir, found)
     with _submitting(output_dir):
         waiting = _in_queue(output_dir)
-        todo = [cell for cell in found if not cell.is_done() and cell.name not in waiting]
+        todo = [cell for cell in missing(found) if cell.name not in waiting]
         for base, group in groupby(sorted(todo, key=lambda cell: cell.base or ""), key=lambda cell: cell.base):
             waiting |= _submit(list(group), config.launcher, output_dir, output_dir / "logs", after=waiting.get(base))
     return (
         f"{config.name}: {len(todo)} cells submitted, {len(waiting) - len(todo)} were queued, "
-        f"{len(found) - len(waiting)} done; how they stand: python -m experiments.sweep.status "
+        f"{sum(cell.is_done() for cell in found)} done; how they stand: python -m experiments.sweep.status "
         f"{shlex.quote(config.output_dir)}"
     )
 

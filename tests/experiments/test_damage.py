@@ -173,7 +173,7 @@ def test_a_cell_that_cannot_be_is_named(sweep, harm):
         status(sweep)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", "7", ""])
+@pytest.mark.parametrize("content", ["{", "[]", "{}", "7", "", '{"commands": [3]}', '{"commands": [["a", 3]]}'])
 def test_a_damaged_record_of_a_sweep_is_named(sweep, content):
     assert [row[1] for row in status(sweep)] == ["done"]
     for path in (sweep / "run" / "cell.json", sweep / "cells.json"):

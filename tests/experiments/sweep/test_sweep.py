@@ -22,7 +22,7 @@ from experiments.files import CELL, CELL_LOCK, read_rows
 from experiments.signals import Children
 from experiments.sweep import __main__ as sweep
 from experiments.sweep.__main__ import run_sweep
-from experiments.sweep.cells import ArmConfig, StudyConfig, SweepConfig, cells, read_plan, write_plan
+from experiments.sweep.cells import ArmConfig, StudyConfig, SweepConfig, cells, missing, read_plan, write_plan
 from experiments.sweep.collect import collect, restore
 from experiments.sweep.run_cell import Outcome
 from experiments.sweep.run_cell import run_cell as run_one_cell
@@ -222,6 +222,11 @@ def test_a_study_continues_where_only_its_rows_are_left(tmp_path, ran):
     assert restore(tmp_path / "kept", tmp_path / "runs") == 5
     names.clear()
     failing.clear()
+    (tmp_path / "runs").rename(tmp_path / f"moved {ODD}")  # they are done wherever they lie
+    config.output_dir = str(tmp_path / f"moved {ODD}")
+    assert [cell.name for cell in missing(cells(config))] == ["text-base-seed1", "text-dash-knob4-seed1"]
+    (tmp_path / f"moved {ODD}").rename(tmp_path / "runs")
+    config.output_dir = str(tmp_path / "runs")
     assert set(run(config).values()) == {"done", "was done"}
     assert names == ["text-base-seed1", "text-dash-knob4-seed1"]  # seed 0 is complete, and needs no base
     assert restore(tmp_path / "kept", tmp_path / "runs") == 0
