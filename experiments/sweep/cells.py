@@ -117,8 +117,8 @@ class Cell:
 
 
 def missing(found: Sequence[Cell]) -> list[Cell]:
-    """Those that are not done, in their order. A base is only there for others to continue from: where they are all done
-    (their rows restored, say, without any weights) nobody trains it again."""
+    """Those that are not done, in their order. A base is only there for others to continue from: where they are all
+    done (their rows restored, say, without any weights) nobody trains it again."""
     left = [cell for cell in found if not cell.is_done()]
     wanted = {cell.base for cell in left}
     return [cell for cell in left if cell.evaluate is not None or cell.name in wanted]
