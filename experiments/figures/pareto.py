@@ -95,8 +95,9 @@ def draw(points: Sequence[Point], path: Path) -> None:
     plt = pyplot()
     from matplotlib.ticker import PercentFormatter
 
-    style = styles(p.label for p in points if p.knob is not None)
     panels = panels_to_draw(points)
+    points = [p for p in points if p.panel in panels]
+    style = styles(p.label for p in points if p.knob is not None)
     figure, axes = grid(len(panels), width=7.2 if len(panels) == 1 else WIDTH, height=4.8 if len(panels) == 1 else 3.8)
     most = max(len(p.of_seed) for p in points)
     legend = {}

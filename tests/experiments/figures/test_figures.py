@@ -23,10 +23,11 @@ from experiments.figures.rows import load_study
 from experiments.figures.setpoints import with_setpoints
 from experiments.files import read_rows
 from experiments.plots import METHODS, grid, save
-from experiments.speed.rows import DECODE, DENSE, FLASH_3, SETUP, WHOLE
+from experiments.speed.rows import CUDNN, DECODE, DENSE, FLASH_3, PASSES, SETUP, WHOLE
 from experiments.sweep import collect
 from experiments.throughput import scaling_report as parallel_report
 from experiments.throughput.report import CASE
+from tests.shown import assert_as_expected, shown
 
 RESULTS = Path(__file__).parents[3] / "results"
 COMMON = {
@@ -103,6 +104,22 @@ def training_rows(run):
     yield {"run": run, "step": 4, "split": "validation", "tokens": 400, "loss": 1.5}
 
 
+def speed_rows():
+    """Dense attention, of which one kernel runs out of memory, and a method that gets no sparser than 60 % at first."""
+    common = {"run": "a", "device": "GPU", "heads": 8, "kv_heads": 2, "head_dim": 64, "chunk_size": 64, "dtype": "bf16"}
+    common |= {"seed": 0, "date": "2026-11-28T01:00:00+0000", "git_sha": "0" * 40, "dirty": False, "versions": {}}
+    for name, factor in zip(PASSES, (1.0, 3.0), strict=True):
+        for length, dense, sparse in ((1024, 1.0, 2.0), (8192, 64.0, 16.0)):
+            row = common | {"length": length, "pass": name, "status": "ok", "detail": "", "pattern": None}
+            row |= {"sparsity": None, "causal_sparsity": None, "stage": DENSE}
+            yield row | {"method": FLASH_3, "ms": dense * factor, "extra_mib": None}
+            full = {"status": "out of memory", "ms": None, "extra_mib": None} if length > 1024 else {}
+            yield row | {"method": CUDNN, "ms": 1.5 * factor, "extra_mib": 1.0} | full
+            reached = {"sparsity": 0.75, "causal_sparsity": 0.6 if length == 1024 else 0.75}
+            ours = {"stage": WHOLE, "method": "dash", "pattern": "clustered", "extra_mib": length / 100} | reached
+            yield row | ours | {"ms": sparse * factor}
+
+
 @pytest.fixture
 def study(tmp_path):
     root = tmp_path / "study"
@@ -113,9 +130,6 @@ def study(tmp_path):
         for tensor in ("out", "dq")
         for dtype, error in (("fp32", 1e-7), ("bf16", 2e-3))
     ]
-    speed = [json.loads(line) for line in (RESULTS / "speed_h100/speed.jsonl").open()]
-    speed = [r for r in speed if r["sparsity"] in (None, 0.75) and r["pattern"] in (None, "clustered")]
-    speed = [r for r in speed if "decode" not in r["pass"]]
     throughput = [
         dict.fromkeys(CASE)
         | {"backend": backend, "length": length, "device": "GPU", "train": [], "status": "ok"}
@@ -129,15 +143,67 @@ def study(tmp_path):
         ("results.jsonl", rows()),
         ("metrics.jsonl", [*training_rows("a"), *training_rows("b")]),
         ("numerics.jsonl", numerics),
-        ("speed.jsonl", speed),
+        ("speed.jsonl", speed_rows()),
     ):
         (root / name).write_text("".join(json.dumps(line) + "\n" for line in content))
     return load_study(root)
 
 
+def rounded(cells):
+    """A line of a CSV, with few digits."""
+    return ",".join(re.sub(r"\d+\.\d{5,}(e-?\d+)?", lambda number: f"{float(number[0]):.5g}", cell) for cell in cells)
+
+
 def table(figure, study):
     (made,) = (f.make(study) for f in FIGURES if f.number == figure)
     return made.table
+
+
+def with_more(study):
+    """Several methods, seeds, corpora and lengths in a panel, and every kind of value; without most of RULER's tasks,
+    each of which would take a panel."""
+    asked = {"trained_knob": None, "knob": 1.0, "target_sparsity": 0.5, "sparsity_count": "causal"}
+    more = [
+        *(row("recall", "accuracy", 0.7 / k, label="nsa", knob=k, trained_knob=k, seed=s,
+              causal_sparsity=0.3 * k + s / 50) for k in (1.0, 2.0) for s in (0, 1)),
+        row("recall", "accuracy", 0.45, label="nsa", knob=3.0, trained_knob=3.0, causal_sparsity=0.9),
+        row("recall", "accuracy", 0.2, label="full, untrained", knob=None, trained_knob=None, causal_sparsity=0.0),
+        row("recall", "accuracy", 0.1, label="moba, untrained", causal_sparsity=0.5, **asked),
+        *(row("decode", "ms", 10 / k, knob=k, device=f"GPU {k:g}", date=f"2026-11-2{k:g}T01") for k in (2.0, 4.0)),
+        *(row("sparsity", "causal_sparsity", 0.6, data="code", label=label, length=64,
+              per_head=[[heads, 0.75], [0.5, 1.0]]) for label, heads in (("dash", 0.25), ("nsa", 0.125))),
+        *(row("sparsity", "active_tokens", 2, position=[first, first], p10=1.5, p90=3 + first, label="infllmv2")
+          for first in (2, 5)),
+        row("sparsity", "active_tokens", 3, position=[4, 7], p10=2, p90=6, seed=1),
+        *(row("routing", "active_blocks", 5 + s, probe="mqar", relevant=3, seed=s) for s in (0, 1)),
+        row("routing", "recall", 0.75, probe="mqar", per_head=[[0.5], [1.0]], seed=1),
+        row("routing", "recall", 0.5, probe="niah", label="nsa", per_head=[[0.5]], length=1024),
+        row("routing", "mass_recall", 0.5, probe="mqar", label="nsa", per_head=[[0.25], [0.75]]),
+        *(row("routing", "entropy", s + 0.125, probe="mqar", label="infllmv2", length=n, seed=s)
+          for n in (512, 1024) for s in (0, 1)),
+        row("niah", "match", 0.25, length=1024, depth=0.5, seed=1),
+        row("niah", "match", 0.125, length=1024, depth=0.5, label="nsa"),
+        *(row("loss", "nats", 3.5 - n / 2048, length=n, label="nsa", variant="documents", seed=s, samples=9, stderr=0.1)
+          for n in (512, 1024) for s in (0, 1)),
+        row("loss", "nats", 3.25, label="nsa", data="code", length=256, seed=3, target_sparsity=0.5,
+            sparsity_count="causal", by_row={"corpus": "c", "nats": [6.5], "targets": [2]}),
+    ]  # fmt: skip
+    kept = [r for r in study.evaluations if r["task"] not in SUITES["ruler"][2:]]
+    found = [r | {"bytes_read": 10_000 - 9000 * r["causal_sparsity"]} for r in [*kept, *map(with_setpoints, more)]]
+    router = [
+        r | ({"grad_norm_router": 0.01 * r["step"]} if r["split"] == "train" else {"step_time": 9.0, "loss": 1.75})
+        for r in training_rows("recall-nsa-knob2-seed1")
+    ]
+    still = [r | {"grad_norm_router": 0.0} for r in training_rows("still") if r["split"] == "train"]
+    numerics = [study.numerics[0] | {"backend": "nsa", "device": "GPU", "impl": "auto", "error": 1e-4}]
+    parallel = [ALONE | {"length": 4096}, PAIR | {"length": 4096, "tokens_per_s": 210.0, "backend": "dash"}]
+    return replace(
+        study,
+        evaluations=found,
+        training=study.training | {"recall-nsa-knob2-seed1": router, "still": still},
+        numerics=[*study.numerics, *numerics],
+        parallel=[*study.parallel, *parallel],
+    )
 
 
 @pytest.fixture
@@ -163,17 +229,28 @@ def marks_stand_whole(monkeypatch):
     monkeypatch.setattr(Figure, "savefig", checked)
 
 
-def test_every_figure_becomes_files_and_a_page(study, tmp_path, marks_stand_whole):
-    # A panel for each of RULER's thirteen would take long to draw.
-    study = replace(study, evaluations=[r for r in study.evaluations if r["task"] not in SUITES["ruler"][2:]])
+def test_every_figure_becomes_files_and_a_page(study, tmp_path, marks_stand_whole, monkeypatch):
+    """And shows what it should: ``expected`` was checked by hand against the rows above."""
+    drawn, save_as = [], Figure.savefig
+
+    def saved(figure, *args, **options):
+        save_as(figure, *args, **options)
+        if options["format"] == "png":
+            drawn.append(shown(figure))
+
+    monkeypatch.setattr(Figure, "savefig", saved)
+    study = with_more(study)
     output = tmp_path / "out"
     assert write_figures(output, [study]) == []
     page = (output / "index.html").read_text()
+    text = []
     for figure in FIGURES:
         stem = f"{figure.stem}-study"
-        shown = list(csv.DictReader((output / f"{stem}.csv").open()))
-        assert len(shown) == len(table(figure.number, study)) > 0
+        assert len(list(csv.DictReader((output / f"{stem}.csv").open()))) == len(table(figure.number, study)) > 0
         assert f'<h2 id="f{figure.number}">' in page
+        made = figure.make(study)
+        text += [f"{figure.number}. {figure.title}", *made.notes, f"Rows: {made.origin}."]
+        text += [*(drawn.pop(0) if made.draw else []), *map(rounded, csv.reader((output / f"{stem}.csv").open())), ""]
         if figure.number not in (11, 14):
             assert (output / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
             assert (output / f"{stem}.pdf").read_bytes().startswith(b"%PDF")
@@ -181,6 +258,7 @@ def test_every_figure_becomes_files_and_a_page(study, tmp_path, marks_stand_whol
     assert len(page) < 1_500_000
     assert max(map(int, re.findall(r'<img [^>]*width="(\d+)"', page))) <= WIDEST
     assert set(re.findall(r'(?:src|href)="([^#d][^"]*)"', page)) == set()  # all it shows is in it
+    assert_as_expected("\n".join(text), Path(__file__).parent / "expected" / "figures.txt", tmp_path)
 
 
 def test_the_committed_rows_draw_and_the_rest_is_listed_as_missing(tmp_path, capsys, marks_stand_whole):
@@ -216,6 +294,34 @@ def test_the_pages_pictures_keep_the_numbers_that_colours_are_and_what_is_grey(t
     assert np.abs(shown - np.asarray(exact)).max() <= 11
     assert np.ptp(shown[np.ptp(np.asarray(exact), axis=-1) == 0], axis=-1).max() == 0
     assert len(data) < (tmp_path / "map.png").stat().st_size
+
+
+def test_the_page_lists_figures_and_escapes_what_rows_say():
+    figures = [page_module.Figure(3, "a", "A & B", "x <y>", None), page_module.Figure(7, "b", "C", "z", None)]
+    rows = [{"name": "<b>", "score": 0.123456, "score low": 0.1, "score high": 0.23456, "n": 3, "gone": None}]
+    rows += [{"name": "missing", "score": 2.0, "score low": None, "score high": 3.0, "extra": True}]
+    drawn = page_module.Drawn(rows * 13, None, ["1 < 2"], [{"device": "G&G", "seed": 2, "date": "2026-01-02T03"}])
+    beside = page_module.Drawn(rows[:1], None)
+    page = page_module.to_html(
+        figures, {7: [page_module.Section("a&b", drawn, None), page_module.Section("c", beside, None)]}
+    )
+    body = page[page.index("<body>") :]
+    head = "<tr><th>name</th><th>score</th><th>n</th><th>gone</th><th>extra</th></tr>"
+    first = "<tr><td>&lt;b&gt;</td><td>0.1235 [0.1, 0.235]</td><td>3</td><td></td><td></td></tr>"
+    second = '<tr><td class="missing">missing</td><td>2</td><td></td><td></td><td>True</td></tr>'
+    assert body == (
+        "<body><h1>Figures and tables</h1>"
+        '<nav><a href="#f3" class=missing>3</a> <a href="#f7">7</a></nav>'
+        '<h2 id="f3">3. A &amp; B</h2><p class="missing">Missing: no rows. They come from x &lt;y&gt;.</p>'
+        '<h2 id="f7">7. C</h2><h3>a&amp;b</h3><p class="note">1 &lt; 2</p>'
+        '<p class="note">Rows: G&amp;G; seed 2; 2026-01-02.</p>'
+        "<details open><summary>26 rows (the first 25; the CSV has all)</summary>"
+        f'<div class="scroll"><table>{head}{(first + second) * 12}{first}</table></div></details>'
+        "<h3>c</h3><details open><summary>1 rows</summary>"
+        f'<div class="scroll"><table>{head.replace("<th>extra</th>", "")}'
+        f"{first.replace('<td></td></tr>', '</tr>')}</table></div></details></body></html>\n"
+    )
+    assert page_module._table(rows, is_open=False).startswith("<details><summary>2 rows</summary>")
 
 
 def test_what_was_not_measured_is_told_beside_the_figure(study):

@@ -1,7 +1,7 @@
 """Frontiers from rows made by hand."""
 
-import csv
 import json
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +9,7 @@ from experiments.figures import frontier, pareto
 from experiments.figures.rows import as_trained, line_of
 from experiments.intervals import interval
 from experiments.plots import METHODS, pyplot
+from tests.shown import assert_as_expected
 
 
 def make_row(label="dash", knob=1.0, sparsity=0.5, score=0.9, **changes):
@@ -223,22 +224,35 @@ def test_says_so_where_no_dense_control_solves_the_task():
     assert "No dense control" in pareto.to_markdown(frontier.points(other))
 
 
-def test_writes_table_and_figure(tmp_path):
+def test_writes_table_and_figure(tmp_path, capsys):
+    """Recall, whose control has solved it, and a loss of two seeds; both files are in ``expected``, checked by hand."""
     rows = [make_row(knob=k, sparsity=s, score=v) for k, s, v in ((1.0, 0.4, 1.0), (2.0, 0.8, 0.6), (3.0, 0.9, 0.7))]
     rows += [make_row("full", None, 0.0, 1.0), make_row("nsa", 4, 0.8, 0.5, trained_knob=4)]
+    rows += [
+        make_row("nsa", 2.0, 0.4, 0.6, trained_knob=2.0),
+        make_row("nsa", 1.0, 0.1, 0.75, trained_knob=1.0, seed=7),
+    ]
+    loss = {"task": "loss", "metric": "nats", "variant": "packed"}
+    rows += [
+        make_row("dash", knob, sparsity + seed / 50, score + seed / 4, seed=seed, **loss)
+        for knob, sparsity, score in ((1.0, 0.5, 3.0), (2.0, 0.8, 3.5))
+        for seed in (0, 1)
+    ]
+    rows += [make_row("moba", None, 0.75, 4.0, **loss) | {"knob": 3.0}]
     rows += [make_row(position=[0, 0], task="position", metric="nats")]  # not of a frontier
+    rows += [make_row(depth=0.0, score=0.1), make_row(part="half", score=0.1), make_row("sigma:1", score=0.1)]
+    rows += [make_row(metric="support", score=9.0)]
     for i, row in enumerate(rows):
         run = tmp_path / f"run{i}"
         run.mkdir()
         (run / "results.jsonl").write_text(json.dumps(row) + "\n")
     pareto.main([str(tmp_path)])
-    table = list(csv.DictReader((tmp_path / "pareto.csv").open()))
-    assert len(table) == 5
-    assert {row["knob"] for row in table if row["label"] == "dash"} == {"1.0", "2.0", "3.0"}
-    assert (
-        "| dash | trained at 1, knob turned | 0.9400 | 0.7900 | 0.7000 | not measured |"
-        in (tmp_path / "pareto.md").read_text()
-    )
+    written, expected = tmp_path / "written", Path(__file__).parent / "expected"
+    written.mkdir()
+    text = (tmp_path / "pareto.md").read_text()
+    assert capsys.readouterr().out == f"{text}\n{tmp_path / 'pareto.png'} and .pdf, pareto.md, pareto.csv\n"
+    for name in ("pareto.md", "pareto.csv"):
+        assert_as_expected((tmp_path / name).read_text(), expected / name, written)
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "pareto.pdf").read_bytes().startswith(b"%PDF")
 

@@ -3,12 +3,14 @@
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
 from experiments.figures import run_page as report
 from experiments.figures.run_page import main
 from experiments.plots import pyplot
+from tests.shown import assert_as_expected, shown
 
 
 def make_run(path, steps=(1, 2, 3), layers=3, config="attention:\n  name: dash\nsteps: 3\n", **columns):
@@ -139,6 +141,38 @@ def test_runs_of_different_size_are_shown_by_what_they_cost(tmp_path, monkeypatc
     scales.clear()
     drawn(small, large)
     assert set(scales[:2]) == {"linear"}
+
+
+def test_the_whole_page(tmp_path, monkeypatch):
+    """Two runs with all that a page can show; ``expected`` was checked by hand against the rows."""
+    figures = []
+
+    def look(figure, **options):
+        assert svg(figure, **options).startswith("<svg")
+        figures.append("\n".join(["<svg>", *shown(figure), "</svg>"]))
+        return figures[-1]
+
+    svg = report._svg
+    monkeypatch.setattr(report, "_svg", look)
+    all_columns = {
+        "alpha": 1.5,
+        "mfu_causal": 0.45,
+        "mfu_sparse": 0.4,
+        "grad_norm_router": 0.5,
+        "peak_memory_mib": 2560,
+    }
+    dash = make_run(tmp_path / "dash", **all_columns, grad_norm_chunk_query=1e-4, tokens_per_s=1.5e6)
+    dense = make_run(tmp_path / "b", range(4, 33, 7), 0, "attention:\n  name: full\nsteps: 90\nseed: 7\n", lr=2e-3)
+    with (dash / "metrics.jsonl").open("a") as file:
+        for step in (1, 3):
+            file.write(
+                json.dumps({"step": step, "split": "validation", "tokens": 100 * step, "loss": 4.5 - step}) + "\n"
+            )
+    with_scores(dash, (0.75, 0.25), (0.5, 0.5))
+    with_scores(dense, (0.0, 0.75), parameters=2_000_000)
+    text = drawn(dash, dense)
+    assert len(figures) == len(re.findall("<figure>", text))
+    assert_as_expected(text, Path(__file__).parent / "expected" / "report.html", tmp_path)
 
 
 def test_runs_that_are_called_alike_are_numbered_and_none_is_lost(tmp_path):

@@ -14,6 +14,7 @@ from dashattn.ops.chunk_summary.reference import chunk_summary
 from dashattn.ops.dash_routing.reference import dash_routing
 from dashattn.stats import selection_stats
 from experiments.files import SPEED, append_rows, read_rows
+from experiments.plots import pyplot
 from experiments.schema import to_config
 from experiments.speed import benchmark as speed
 from experiments.speed import methods
@@ -33,8 +34,21 @@ from experiments.speed.inputs import (
 from experiments.speed.measure import failed_check
 from experiments.speed.methods import Method, UnavailableError, given_selection, nearest_knob
 from experiments.speed.peers import block_lists
-from experiments.speed.rows import ATTENTION, BOTH, CUDNN, DENSE, FLASH_3, FORWARD, WHOLE
+from experiments.speed.rows import (
+    ATTENTION,
+    BOTH,
+    CUDNN,
+    DECODE,
+    DENSE,
+    FLASH_3,
+    FORWARD,
+    FULL,
+    MODEL_DECODE,
+    ROUTING,
+    WHOLE,
+)
 from tests import forked
+from tests.shown import assert_as_expected, shown
 
 ROOT = Path(__file__).parents[3]
 SHAPE = Shape(heads=4, kv_heads=2, head_dim=16, chunk_size=16, dtype=torch.float32)
@@ -495,16 +509,46 @@ def test_shapes_stand_beside_each_other():
     assert "several models" not in speed_report.to_markdown([row for row in rows if row["heads"] == 32])
 
 
-def test_report_from_committed_rows(tmp_path, capsys):
-    rows = [*a_run(), *(row | {"device": "another GPU"} for row in a_run("b"))]
+def test_the_whole_report(tmp_path, capsys, monkeypatch):
+    """Two devices, heads of two models, decoding, and what was not measured; table and figures are in ``expected``,
+    checked by hand."""
+    figures = []
+    monkeypatch.setattr(speed_report, "save", lambda figure, path: figures.append((path.name, shown(figure))))
+    other = {
+        "device": "another GPU",
+        "dirty": True,
+        "git_sha": None,
+        "versions": {"torch": "2", "triton": "3", "x": None},
+    }
+    short = {"length": 512, "causal_sparsity": 0.5, "extra_mib": None, "graph_ms": 0.25}
+    rows = [
+        *a_run(),
+        make_row("dash", 1.0, **short | {"length": 1024, "sparsity": 0.9, "graph_ms": 0.5}),
+        make_row("dash", 0.5, **short),
+        make_row("routing of dash", 0.125, stage=ROUTING, graph_ms=0.0625),
+        make_row(FLASH_3, 0.5, 512, stage=DENSE, graph_ms=0.125),
+        make_row("nsa", None, 1024, status="error", detail="RuntimeError:\nno | such"),
+        make_row("nsa", None, 4096, BOTH, sparsity=0.9, status="error", detail="RuntimeError:\nno | such"),
+        make_row("nsa", None, 8192, status="out of time"),
+        *(row | other for row in a_run("b", flash_3=False) if row["length"] < 16384),
+        make_row("dash", 3.0, run="c", heads=16, kv_heads=16, head_dim=64, call_ms=4.0),
+        make_row(FLASH_3, 6.0, run="c", heads=16, kv_heads=16, head_dim=64, stage=DENSE),
+    ]
+    for length, batch, dense, ms in ((32768, 1, 0.25, 0.125), (32768, 16, 4.0, 1.0), (131072, 1, 1.0, 0.25)):
+        common = {"length": length, "batch": batch, "name": DECODE, "layers": 8, "extra_mib": None}
+        rows += [make_row(FULL, dense, stage=DENSE, **common), make_row("dash", ms, **common, sparsity=0.9)]
+        rows += [make_row("nsa", None, **common, status="failed check", detail="out off by 0.5, allowed 0.02")]
+    common = {"length": 32768, "batch": 2, "name": MODEL_DECODE, "layers": 16, "parameters": 1_234_567_890}
+    common |= {"extra_mib": None, "tokens_per_second": 400.0}
+    rows += [make_row(FULL, 5.0, stage=DENSE, **common), make_row("dash", 2.5, **common, compiled=True)]
     append_rows(tmp_path / SPEED, rows)
     speed_report.main([str(tmp_path)])
-    out = capsys.readouterr().out
-    assert "some GPU" in out
-    assert "another GPU" in out
-    names = {path.name for path in tmp_path.glob("[!.]*")}  # beside the lock of the rows
-    figures = {"speed.png", "speed.pdf", "speed-2.png", "speed-2.pdf"}
-    assert names == {"speed.jsonl", "speed.md", *figures}
+    table = (tmp_path / "speed.md").read_text()
+    assert capsys.readouterr().out == f"{table}\n{tmp_path / 'speed.png'} and .pdf, speed.md\n"
+    pyplot().close("all")
+    drawn = "\n".join(line for name, lines in figures for line in (name, *lines))
+    for name, text in (("report.md", table), ("report.txt", drawn)):
+        assert_as_expected(text, Path(__file__).parent / "expected" / name, tmp_path)
 
 
 def test_a_report_without_rows_is_refused(tmp_path, capsys):
