@@ -166,7 +166,46 @@ def test_no_text_takes_hours(piece):
 def test_cleaning():
     text = clean("x.txt", ("\ufeff\n\nOne  \r\n\r\n\r\n\r\n\r\n\r\ntwo\t\n" + PROSE).encode())
     assert text == "One\n\n\ntwo\n" + PROSE
-    assert clean("x.txt", b"a word " * 200_000) is None, "too long"
+    assert clean("x.txt", PROSE.encode() + b"\0") is None, "binary"
+
+
+@pytest.mark.parametrize(
+    ("text", "is_text"),
+    [
+        ("a" * 255 + "\n", True),  # of 256 bytes
+        ("a" * 254 + "\n", False),
+        ("ü" * 128, True),  # 257 bytes with the end of the line
+        ("a word " * 142_857, True),  # of 1,000,000, less the last space and more the end of the line
+        ("a word " * 142_857 + "a", False),
+        ("a" * 299 + "." * 300, True),  # half of it, the end of the line among the letters
+        ("a" * 298 + "." * 300, False),
+        ("a" * 190 + "1_" * 100, False),  # digits are no words
+    ],
+)
+def test_the_bounds_of_a_document(text, is_text):
+    assert (clean("x.txt", text.encode()) is not None) == is_text
+
+
+def test_so_much_of_a_file_is_read(monkeypatch, tmp_path):
+    """A file and an archive up to their bounds, and not a byte more."""
+    monkeypatch.setattr(module, "LARGEST_FILE", 1000)
+    monkeypatch.setattr(module, "MOST_UNPACKED", 30_000)
+    monkeypatch.setattr(module, "MOST_RATIO", 2)
+    for name, size, is_read in (("a.txt", 1000, True), ("a.txt", 1001, False), ("a.txt.gz", 1001, False)):
+        content = b"a word " * 143
+        content = gzip.compress(content[:size]) if name.endswith(".gz") else content[:size]
+        (tmp_path / name).write_bytes(content)
+        told = []
+        found = list(module.read_sources([str(tmp_path / name)], [], lambda name, why, told=told: told.append(why)))
+        assert (len(found), told) == ((1, []) if is_read else (0, ["TooLarge: more than 1,000 bytes"]))
+    for size, is_read in ((15_000, True), (30_000, False)):  # tar ends at a multiple of 10,240
+        (tmp_path / "a.tar.gz").write_bytes(gzip.compress(archive({"a.bin": bytes(size), "b.txt": b"b"}, "w")))
+        told = []
+        found = list(
+            module.read_sources([str(tmp_path / "a.tar.gz")], ["*.txt"], lambda name, why, told=told: told.append(why))
+        )
+        assert (len(found), len(told)) == (is_read, not is_read)
+        assert is_read or "it unpacks to more than" in told[0]
 
 
 def test_html_becomes_what_a_reader_sees():
@@ -179,6 +218,24 @@ def test_html_becomes_what_a_reader_sees():
 
 def test_what_a_page_closes_without_having_opened_it_changes_nothing():
     assert html_text("<p>a</pre></nav></p><pre>1\n  2</pre>").split("\n")[-3:-1] == ["1", "  2"]
+
+
+def test_what_every_element_of_a_page_becomes():
+    headings, lists = ("h1", "h6"), ("li", "ul", "ol", "dl", "dt", "dd")
+    blocks = ("p", "div", "br", "tr", "pre", "table", "section", "article", "blockquote", *headings, *lists)
+    found = {tag: html_text(f"a<{tag}>b</{tag}>c") for tag in (*blocks, "span", "h7", "pred")}
+    assert found == {tag: "a\nb\nc" if tag in blocks else "abc" for tag in found}
+    for tag in ("head", "nav", "footer"):
+        assert html_text(f"a<{tag}>b<{tag}>x</{tag}>y</{tag}>c") == "ac", "one within another"
+    for tag in ("script", "style"):
+        assert html_text(f"a<{tag}>b</{tag}>c") == "ac"
+    links = '<div class="footer">b</div><div class="x">k</div><p class="headerlink">z</p><a role="navigation">q</a>'
+    assert html_text(f"a{links}c") == "a\n\nk\n\nc"
+    assert html_text("a<pre>1<pre>2</pre>\n 3</pre>\n 4") == "a\n1\n2\n\n 3\n4"
+    for rest in (2000, 2001):  # what is left open at the end: so much is taken to be text
+        assert html_text(f"<p>{'word ' * 14_000}<a {'x' * (rest - 3)}").count("x") == (rest - 3) * (rest == 2000)
+    for name in ("x.htm", "X.HTML", "x.xhtml", "x.html.gz"):
+        assert clean(name, b"<p>" + PROSE.encode()) == " ".join(PROSE.split()) + "\n"
 
 
 def test_the_command(sources, tmp_path, monkeypatch, capsys):

@@ -104,7 +104,14 @@ def test_what_cannot_be_read_is_left_out_and_named_up_to_a_limit(tmp_path, capsy
     told = capsys.readouterr().err
     for name in ("a.jsonl, row 2", "a.jsonl, row 7", "b.jsonl.gz", "c.parquet", "d.txt"):
         assert f"{tmp_path}/{name}:" in told
+    assert "e.json:" in told
     assert "left out: 10 rows" not in told
+    (tmp_path / "ee.json").write_text("[{}")
+    assert texts(config)[-1] == "f"
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 11, "ten by name, and how many in all"
+    assert told[-1] == "left out: 11 rows and files in all"
+    (tmp_path / "ee.json").unlink()
     with pytest.raises(
         DataSourceError, match=r"4 rows or files .* more than data\.bad_rows=3, the last .*a\.jsonl, row 5"
     ):
@@ -195,6 +202,30 @@ def test_python_sources_sample_all_packages_in_a_fixed_order():
     assert min(packages) < "f" < "p" < max(packages), "not the alphabet's head"
 
 
+def test_python_sources_are_neither_stubs_nor_tables_nor_there_twice(tmp_path, monkeypatch):
+    """Of a virtual environment whose Python has packages of its own, which do not count."""
+    stdlib, packages = tmp_path / "lib", tmp_path / "venv" / "site-packages"
+    files = {stdlib / f"{size}.py": b"#" * size for size in (255, 256, 262_144, 262_145)}
+    files |= {stdlib / "site-packages" / "theirs.py": b"a" * 300, stdlib / "dist-packages" / "x.py": b"b" * 300}
+    files |= {stdlib / "a" / "deep" / "c.py": b"c" * 300, stdlib / "d.txt": b"d" * 300, stdlib / "e.py": b"\xff" * 300}
+    files |= {packages / "a" / "copy.py": b"c" * 300, packages / "256.py": b"hidden by the other " * 20}
+    files |= {packages / "site-packages" / "f.py": b"f" * 300}
+    for path, content in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    paths = {"stdlib": str(stdlib), "purelib": str(packages), "platlib": str(packages)}
+    monkeypatch.setattr(corpora.sysconfig, "get_paths", lambda: paths)
+    corpora._list_python_sources.cache_clear()
+    try:
+        found = list(iterate_documents(stdlib_config()))
+    finally:
+        corpora._list_python_sources.cache_clear()
+    (copied,) = {document.id for document in found} & {"a/deep/c.py", "a/copy.py"}  # the first in the order of hashes
+    assert {document.id for document in found} == {"256.py", "262144.py", copied, "site-packages/f.py"}
+    assert [document.id for document in found] == sorted((document.id for document in found), key=corpora.digest)
+    assert {document.text[0] for document in found} == {"#", "c", "f"}
+
+
 def test_fingerprint_follows_what_decides_the_documents(corpus, tmp_path):
     def of(config):
         return corpus_fingerprint(config, tmp_path / "cache")
@@ -203,6 +234,15 @@ def test_fingerprint_follows_what_decides_the_documents(corpus, tmp_path):
     assert of(files_config(corpus, vocab_size=999)) == base
     for change in ({"max_documents": 9}, {"max_bytes": 9}, {"text_column": "t"}):
         assert of(files_config(corpus, **change)) != base
+    cuts = ({"document_separator": "-"}, {"document_bytes": 9})  # of texts, and of nothing else
+    assert {of(files_config(corpus, **cut)) for cut in cuts} == {base}
+    (tmp_path / "a.txt").write_text("one - two")
+    assert len({of(files_config(tmp_path / "a.txt", **cut)) for cut in ({}, *cuts)}) == 3
+    assert len({of(files_config(corpus, tmp_path / "a.txt", **cut)) for cut in ({}, *cuts)}) == 3
+    recall = {"name": "x", "seq_len": 8, "source": "recall", "max_documents": 9}
+    changes = ({}, {"recall_seed": 1}, {"facts_min": 2}, {"facts_max": 9}, {"hay_max": 9}, {"max_documents": 8})
+    assert len({of(TextDataConfig(**recall | change)) for change in changes}) == len(changes)
+    assert len({of(stdlib_config(max_bytes=count, max_documents=9)) for count in (1, 30_000)}) == 2
     with corpus.open("a") as file:
         file.write('{"text": "one more"}\n')
     assert of(files_config(corpus)) != base
@@ -241,6 +281,47 @@ def test_a_file_is_read_again_only_if_its_size_or_times_have_changed(tmp_path, m
         for damaged in ("{", "[]", '{"a.txt": 7}', whole.replace(hashlib.sha256(b"two").hexdigest()[:9], "0" * 9)):
             index.write_text(damaged)
             assert [digest(), digest()] == [1, 0]
+
+
+def test_digests_come_in_the_order_of_the_files_and_only_what_changed_is_read(tmp_path, monkeypatch):
+    """Of several folders, in which files have the same names."""
+    read = []
+    monkeypatch.setattr(digests, "_look", lambda path, look=digests._look: read.append(path) or look(path))
+    monkeypatch.setattr(digests, "_SETTLED_SECONDS", -1)
+    paths = [tmp_path / folder / name for name in ("b.txt", "a.txt") for folder in ("two", "one")]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"{path}")
+
+    def check(*looked_at):
+        read.clear()
+        expected = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+        assert file_digests(list(map(str, paths)), tmp_path / "cache") == expected
+        assert sorted(read) == sorted(map(str, looked_at))
+
+    check(*paths)
+    check()
+    paths[1].write_text("other")
+    check(paths[1])
+    assert file_digests([str(paths[2])], tmp_path / "cache") == [hashlib.sha256(paths[2].read_bytes()).hexdigest()]
+    check()
+    assert {path.suffix for path in (tmp_path / "cache" / "digests").iterdir()} <= {".json", ".lock"}
+
+
+def test_a_file_that_changes_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+    path, digest = tmp_path / "a.txt", hashlib.file_digest
+    path.write_text("one")
+    monkeypatch.setattr(digests, "_SETTLED_SECONDS", -1)
+
+    def change(file, kind):
+        found = digest(file, kind)
+        path.write_text("other")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(digests.hashlib, "file_digest", change)
+        file_digests([str(path)], tmp_path / "cache")
+    assert file_digests([str(path)], tmp_path / "cache") == [hashlib.sha256(b"other").hexdigest()]
 
 
 def test_a_cache_that_cannot_be_written_keeps_no_digests(tmp_path):

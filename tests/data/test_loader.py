@@ -9,6 +9,7 @@ import torch
 
 from data import DataSourceError, TextDataConfig, build_data
 from data.cache import build_once
+from data.corpora import split_of
 from data.prepared import unigram_cross_entropy
 from tests import forked
 
@@ -61,6 +62,11 @@ def test_an_epoch_reads_every_row_once_and_the_next_in_another_order(make_stream
     assert Counter(first) == Counter(second)
     assert first != second
     assert first != rows_of(take(make_stream(rows=1, seed=1), rows))
+    # An order that goes on after a resume: it is of (seed, epoch, component), and of nothing else.
+    tokens = tokens_of(stream)
+    orders = np.concatenate([np.random.default_rng([0, epoch, 0]).permutation(rows) for epoch in range(2)])
+    expected = [tokens[64 * row : 64 * row + 64].tolist() for row in orders]
+    assert all(list(row[: len(e)]) == e for row, e in zip(first + second, expected, strict=True))
     assert first == rows_of(take(make_stream(rows=1), rows))
 
 
@@ -204,11 +210,27 @@ def test_a_stream_whose_source_dies_says_so_and_goes_on_after_its_last_state(mak
     assert rows_of(batches) == rows_of(expected)
 
 
+def test_a_file_without_a_document_does_not_end_a_stream(make_stream, corpus, tmp_path):
+    """Each file is read by itself, and the corpus has documents in another."""
+    (tmp_path / "a.jsonl").write_text("{\n")
+    streams = [
+        make_stream(streaming=True, files=files) for files in ([str(corpus)], [str(tmp_path / "a.jsonl"), str(corpus)])
+    ]
+    (alone, beside) = (take(stream, 20) for stream in streams)
+    assert rows_of(alone) == rows_of(beside)
+
+
 def test_a_checkpoint_of_other_data_is_refused(make_stream):
-    state = make_stream().state_dict()
-    for change in ({"seq_len": 32}, {"seed": 1}, {"max_documents": 100}, {"streaming": True}):
-        with pytest.raises(ValueError, match="the data differ"):
-            make_stream(**change).load_state_dict(state)
+    for streaming in (False, True):
+        state = make_stream(streaming=streaming).state_dict()
+        changes = [{"seq_len": 32}, {"seed": 1}, {"validation_fraction": 0.3}, {"vocab_size": 310}]
+        for change in [*changes, *([] if streaming else [{"max_documents": 100}, {"streaming": True}])]:
+            with pytest.raises(ValueError, match="the data differ"):
+                make_stream(**{"streaming": streaming} | change).load_state_dict(state)
+    with pytest.raises(
+        ValueError, match=r"differ from those .*: seq_len is 64, the checkpoint's 32; seed is 0, .* 1\. "
+    ):
+        make_stream().load_state_dict(make_stream(seq_len=32, seed=1).state_dict())
 
 
 def test_unigram_entropy(make_stream):
@@ -220,11 +242,25 @@ def test_unigram_entropy(make_stream):
     assert unigram_cross_entropy(uniform, uniform) == pytest.approx(np.log(8))
 
 
-def test_describe_and_vocabulary(make_stream):
-    for stream in (make_stream(), make_stream(streaming=True)):
-        assert (
-            stream.vocab_size == stream.tokenizer.vocab_size == json.loads(json.dumps(stream.describe()))["vocab_size"]
-        )
+def test_describe_and_vocabulary(make_stream, corpus):
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    common = {"source": {"toy": "files"}, "shares": [1.0], "seq_len": 64, "vocab_size": 320}
+    for split in ("train", "validation"):
+        stream = make_stream(split, validation_rows=10)
+        own = [text for text in texts if split_of(text, 0.2) == split]
+        tokens = sum(len(stream.tokenizer.encode(text)) + 1 for text in own)
+        assert json.loads(json.dumps(stream.describe())) == common | {
+            "split": split,
+            "tokens_fingerprint": stream.state_dict()["tokens"],
+            "documents": len(own),
+            "tokens": tokens,
+            "bytes": sum(len(text.encode()) for text in own),
+            "rows": 10 if split == "validation" else -(-tokens // 64),
+        }
+    stream = make_stream(streaming=True)
+    assert stream.vocab_size == stream.tokenizer.vocab_size == 320
+    described = {"split": "train", "stream_fingerprint": stream.state_dict()["stream"]}
+    assert json.loads(json.dumps(stream.describe())) == common | described
 
 
 PREPARE = """

@@ -10,6 +10,17 @@ from data.config import MixedCorpusConfig
 from data.mixing import Schedule
 
 
+@pytest.mark.parametrize("most", [0, 1, 30, 999, 100_000])
+@pytest.mark.parametrize("available", [[3, 50], [50, 3], [10**6, 10**6], [0, 9]])
+def test_rows_are_served_until_one_component_has_no_more(available, most):
+    schedule = Schedule([1, 2], seed=0)
+    served = schedule.rows_served(available, min(most, 2000))
+    used = Counter(schedule.place(number)[0] for number in range(served))
+    assert all(used[component] <= available[component] for component in range(2))
+    component, index = schedule.place(served)
+    assert served == min(most, 2000) or index == available[component] == used[component]
+
+
 @pytest.mark.parametrize("weights", [[1, 1], [3, 1, 1], [0.7, 0.2999, 0.0001], [1e-5, 1]])
 def test_shares_are_exact_and_every_component_is_read_in_order(weights):
     schedule = Schedule(weights, seed=3)
@@ -26,10 +37,15 @@ def test_shares_are_exact_and_every_component_is_read_in_order(weights):
 
 def test_a_place_depends_on_seed_and_number_alone():
     numbers = [5, 4000, 0, 1023, 1024, 7]
-    places = [Schedule([2, 1], seed=1).place(number) for number in range(5000)]
-    other = Schedule([2, 1], seed=1)
+    whole, other, another_seed = (Schedule([2, 1], seed=seed) for seed in (1, 1, 2))
+    places = [whole.place(number) for number in range(5000)]
     assert [other.place(number) for number in numbers] == [places[number] for number in numbers]
-    assert places != [Schedule([2, 1], seed=2).place(number) for number in range(5000)]
+    assert places != [another_seed.place(number) for number in range(5000)]
+    # A checkpoint holds the number of rows alone: these have to stay what they were.
+    assert [places[number] for number in (0, 1, 1023, 1024, 4999)] == [(1, 0), (1, 1), (0, 681), (1, 342), (0, 3325)]
+    rare = Schedule([0.7, 0.2999, 0.0001], seed=3)
+    assert [rare.place(number) for number in (2, 5000, 40_000)] == [(1, 0), (0, 3481), (0, 28_000)]
+    assert [Schedule([5], seed=3).place(n) for n in (0, 5000)] == [(0, 0), (0, 5000)]
     first = [component for component, _ in places[:1024]]
     assert max(len(list(run)) for _, run in itertools.groupby(first)) > 3, "random, not in turn"
     second = [component for component, _ in places[1024:2048]]

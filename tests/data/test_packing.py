@@ -1,9 +1,11 @@
+import contextlib
 import itertools
 
 import numpy as np
 import pytest
+import torch
 
-from data.batch import IGNORE
+from data.batch import IGNORE, check_placement
 from data.packing import collate, cut_row, positions
 
 EOS = 0
@@ -85,10 +87,35 @@ def test_positions_restart():
     assert positions(np.array([0, 3, 4]), 6).tolist() == [0, 1, 2, 0, 0, 1]
 
 
-def test_batch_to_keeps_everything():
-    batch = collate(pack(random_documents(np.random.default_rng(0)), 16), "documents")
-    moved = batch.to("cpu")
-    assert (moved.cu_seqlens == batch.cu_seqlens).all()
-    assert moved.max_seqlen == batch.max_seqlen
-    assert moved.num_tokens == batch.input_ids.numel()
-    assert moved.num_targets == int((batch.labels >= 0).sum())
+@pytest.mark.parametrize("how", ["documents", "plain"])
+def test_a_batch_that_is_moved_or_pinned_keeps_everything(how, monkeypatch):
+    batch = collate(pack(random_documents(np.random.default_rng(0)), 16), how)
+    batch.sources = ("a", "b")
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # which needs a GPU
+    for moved in (batch.to("cpu"), batch.pin_memory()):
+        for field, value in vars(batch).items():
+            kept = getattr(moved, field)
+            assert torch.equal(kept, value) if isinstance(value, torch.Tensor) else kept == value, field
+        assert moved.num_tokens == batch.input_ids.numel()
+        assert moved.num_targets == int((batch.labels >= 0).sum())
+    assert batch.to("meta").labels.device.type == "meta"
+    assert {tensor.dtype for tensor in (batch.input_ids, batch.labels, batch.position_ids)} == {torch.int64}
+
+
+@pytest.mark.parametrize(
+    ("placement", "message"),
+    [
+        (("train", 1, 0, 1), None),
+        (("train", 1, 3, 4, 3), None),  # of validation alone
+        (("validation", 1, 1, 2, 2), None),
+        (("validation", 9, 0, 1), None),
+        (("test", 1, 0, 1), "split='test' is unknown; choose train or validation"),
+        (("train", 0, 0, 1), "rows=0 per micro-batch; give at least 1"),
+        (("train", 1, -1, 1), "rank=-1 is outside world_size=1"),
+        (("train", 1, 2, 2), "rank=2 is outside world_size=2"),
+        (("validation", 1, 1, 2, 1), "1 validation rows cannot be shared by 2 ranks; raise"),
+    ],
+)
+def test_what_no_stream_can_serve(placement, message):
+    with contextlib.nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        check_placement(*placement)

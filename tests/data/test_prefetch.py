@@ -2,11 +2,13 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from data import MQARDataConfig, Prefetched, build_data
+from data.batch import Batch
 
 CONFIG = MQARDataConfig(name="mqar", seq_len=64, pairs_min=1, pairs_max=8, validation_rows=4)
 
@@ -46,6 +48,11 @@ def wait_until(condition):
 def test_the_batches_and_the_states_are_the_streams(prefetched):
     ours, plain = prefetched(), stream()
     assert ours.state_dict() == plain.state_dict()
+    for name in ("split", "vocab_size", "tokenizer"):
+        assert getattr(ours, name) is getattr(ours.stream, name)
+    assert (ours.describe(), ours.unigram_entropy()) == (plain.describe(), None)
+    ours.stream.unigram_entropy = lambda: 1.5
+    assert ours.unigram_entropy() == 1.5
     for _ in range(5):
         assert torch.equal(next(ours).labels, next(plain).labels)
         assert ours.state_dict() == plain.state_dict()
@@ -100,11 +107,20 @@ def test_an_error_comes_in_its_place_and_asking_again_asks_the_source_again(pref
     assert_same(ids(ours, 2), whole[2:])
 
 
+def test_batches_are_pinned_where_that_is_asked_for(monkeypatch):
+    monkeypatch.setattr(Batch, "pin_memory", lambda batch: replace(batch, sources=("pinned",)))
+    for pin_memory in (False, True):
+        ours = Prefetched(stream(), 1, pin_memory=pin_memory)
+        assert next(ours).sources == (("pinned",) if pin_memory else ())
+        ours.close()
+
+
 def test_closing_leaves_no_thread(prefetched):
     before = threading.active_count()
     ours = prefetched()
     next(ours)
     assert threading.active_count() == before + 1
+    assert ours._thread.daemon, "a source that hangs keeps no run from ending"
     ours.close()
     ours.close()
     assert threading.active_count() == before

@@ -75,6 +75,11 @@ def test_splits_hold_every_document_once_and_are_disjoint(make, text_config, tok
         assert part.num_documents == len(expected[name])
         assert part.num_bytes == sum(len(text.encode()) for text in expected[name])
     assert not set(expected["train"]) & set(expected["validation"])
+    covered = [read_summary(shard)["documents"] for shard in entry(tmp_path).glob("shard-*")]
+    complete = json.loads((entry(tmp_path) / "complete.json").read_text())
+    assert sum(covered) == complete["documents"] == sum(map(len, expected.values()))
+    assert complete["tokens"] == sum(map(len, stored.values()))
+    assert (complete["shards"], complete["dtype"]) == (len(covered), "uint16")
 
 
 def test_windows_over_shards_are_those_of_the_whole(make, small_shards):
@@ -309,11 +314,20 @@ def test_preparation_ends_with_the_tokens_that_were_asked_for(text_config, token
 
     def tokens(wanted):
         cache = tmp_path / f"cache{wanted}"
-        prepare(config, config, tokenizer, cache, splits=("validation",), max_tokens=wanted, workers=1)
-        return json.loads((entry(tmp_path, cache.name) / "complete.json").read_text())["tokens"]
+        found = prepare(config, config, tokenizer, cache, splits=("validation",), max_tokens=wanted, workers=1)
+        complete = json.loads((entry(tmp_path, cache.name) / "complete.json").read_text())
+        assert (found.training, len(found.validation)) == ({}, complete["tokens"])
+        parts = [read_summary(shard)["parts"] for shard in entry(tmp_path, cache.name).glob("shard-*")]
+        assert {name for part in parts for name in part} == {"validation"}
+        return complete["tokens"]
 
     task = tokens(1)
     assert tokens(task) == task < tokens(task + 1)
+    recipes = [
+        prepared_module.Recipe(tokenizer, 0.2, splits, (), most).fingerprint(config, tmp_path)
+        for splits, most in ((("validation",), None), (("validation",), 9), (("train", "validation"), 9))
+    ]
+    assert len(set(recipes)) == 3, "what is asked for decides what is found in the cache"
 
 
 def test_a_source_that_dies_leaves_the_finished_shards(make, corpus, small_shards, tmp_path, monkeypatch):

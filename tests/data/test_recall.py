@@ -8,7 +8,7 @@ import pytest
 
 from data import TextDataConfig
 from data.config import MOST_FACTS
-from data.corpora import iterate_documents
+from data.corpora import iterate_documents, open_dataset
 from data.recall import FORMS, _pairs, recall_document
 from data.tasks.json_kv import INSTRUCTION
 
@@ -142,5 +142,7 @@ def test_as_a_corpus():
     assert [document.text for document in iterate_documents(config)] == [
         recall_document(2, index, 1, 9, 5) for index in range(30)
     ]
+    streamed = [row["text"] for row in open_dataset(config)]
+    assert streamed == [document.text for document in iterate_documents(config)]
     with pytest.raises(ValueError, match=r"needs data\.max_documents"):
         TextDataConfig(name="x", seq_len=8, source="recall")

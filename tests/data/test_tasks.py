@@ -1,22 +1,26 @@
 """The generated tasks against their published definitions (RULER: arXiv 2404.06654 and github.com/NVIDIA/RULER)."""
 
+import hashlib
 import json
 import re
 from collections import Counter
 from copy import copy
+from dataclasses import asdict, replace
 from random import Random
+from types import SimpleNamespace
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
 from data import MixtureDataConfig
 from data.config import MixedCorpusConfig
 from data.corpora import split_of
-from data.prompts import PromptEncoder
+from data.prompts import TEMPLATES, PromptEncoder
 from data.task_sets import SUITES, TEXT_TASKS, TaskSet, build_set, generate, held_out_text
 from data.tasks.aggregation import frequencies
 from data.tasks.material import Material, all_words, read_haystack, sentences, word_list
 from data.tasks.niah import DEPTHS, HEAT_DEPTHS, NOISE
+from data.tasks.question_answering import read_hotpotqa, read_squad
 from data.tasks.sample import Sample, Sized, fit
 from data.tokenizer import TextTokenizer, train_bpe
 
@@ -219,6 +223,9 @@ def test_squad_questions_come_with_their_paragraph_and_its_article_first(qa_file
         assert sample.evidence == [f"Paragraph x{p} says that the colour is x{p}-blue."]
         orders.add(tuple(chosen))
     assert len(orders) == 4
+    # In an order that every process has, whatever its hashes of texts are.
+    for read, path in ((read_squad, qa_files.squad), (read_hotpotqa, qa_files.hotpotqa)):
+        assert read(path)[1] == sorted(read(path)[1])
     assert samples[0].score("It is BLUE.", TEXT_TASKS["qa_1"].match) == 1
 
 
@@ -251,6 +258,58 @@ def test_json_recall_asks_for_one_key_of_the_object(encoder):
         assert all(pairs[key] == value and key != asked for key, value in shown)
         assert [pairs[asked]] == sample.references
         assert sample.prompt.index(sample.evidence[0]) == pytest.approx(sample.depth * len(json.dumps(pairs)), abs=90)
+    for examples, form in enumerate(reversed(TEXT_TASKS["json_kv"].forms(512))):
+        draws = form.draws(MATERIAL, 0)
+        for draw in (next(draws) for _ in range(20)):  # as small as can be: all other keys are shown
+            keys = re.findall(r"Key: (\S+)", draw(draw.least).prompt)
+            assert len(set(keys)) == len(keys) == draw.least == examples + 1
+
+
+# Of samples in every form of a task. Another value: raise GENERATOR_VERSION, so that no cache mixes samples of two
+# kinds, and put it here.
+SAMPLES = {
+    "niah_single_1": "b9eb0886",
+    "niah_single_2": "dc93292e",
+    "niah_single_3": "d95f534e",
+    "niah_multikey_1": "8a83f77d",
+    "niah_multikey_2": "7c78bfd3",
+    "niah_multikey_3": "d68bf01b",
+    "niah_multivalue": "91ab1553",
+    "niah_multiquery": "6cea2d3e",
+    "vt": "5d353d64",
+    "cwe": "a8811b41",
+    "fwe": "20ed075c",
+    "niah": "1e05ac7a",
+    "niah_values_1": "4455afd2",
+    "niah_values_2": "0a14b15f",
+    "niah_values_4": "68f0f541",
+    "niah_values_8": "7a276d16",
+    "niah_values_16": "edb11fe0",
+    "json_kv": "78a16376",
+}
+
+
+def test_samples_have_not_changed_without_a_new_version():
+    assert SAMPLES.keys() == {name for name, task in TEXT_TASKS.items() if task.needs in (None, "haystack")}
+    letters = SimpleNamespace(encode=lambda sample: range(len(sample.prompt + sample.answer_prefix) // 4))
+    found = {}
+    for name in SAMPLES:
+        rows = []
+        for length in (1000, 4096):
+            differs, samples = samples_of(name, letters, length=length, count=2)
+            rows += [differs, *map(asdict, samples)]
+        for form in TEXT_TASKS[name].forms(4096):
+            draw = next(form.draws(MATERIAL, 1))
+            rows += [form.differs, draw.least, draw.most, *(asdict(draw(draw.least + size)) for size in (0, 50))]
+        found[name] = hashlib.blake2b(json.dumps(rows).encode(), digest_size=4).hexdigest()
+    assert found == SAMPLES
+
+
+def test_forms_by_length():
+    """The published one first, but where lists are longer than there are words."""
+    published = {length: TEXT_TASKS["cwe"].forms(length)[0].differs for length in (4095, 4096, 65_536, 65_537)}
+    assert published == {4095: None, 4096: None, 65_536: None, 65_537: "adjective-noun pairs where the words run out"}
+    assert [len(TEXT_TASKS["cwe"].forms(length)) for length in (4095, 4096)] == [4, 5]
 
 
 def test_scores():
@@ -337,13 +396,19 @@ def test_sets_are_made_once_and_again_for_another_seed(encoder, tmp_path, monkey
     assert made.samples != other.samples
     monkeypatch.setattr("data.task_sets.generate", None)
     assert build_set("niah_single_2", encoder, seed=0, **options) == made
-    templated = copy(encoder)
+    templated, other_tokens = copy(encoder), copy(encoder)
     templated.key = "another template"
-    with pytest.raises(TypeError):
-        build_set("niah_single_2", templated, seed=0, **options)
-    options["material"] = Material(haystack=MATERIAL.haystack[1:])
-    with pytest.raises(TypeError):  # other material, so it would be made anew
-        build_set("niah_single_2", encoder, seed=0, **options)
+    other_tokens.tokenizer = TextTokenizer(encoder.tokenizer.backend, "a")
+    materials = [replace(MATERIAL, haystack=MATERIAL.haystack[1:]), replace(MATERIAL, haystack_name=None)]
+    changes = [{"count": 1}, {"length": 601}, {"seed": 2}, {"encoder": templated}, {"encoder": other_tokens}]
+    for change in [*changes, *({"material": material} for material in materials)]:
+        with pytest.raises(TypeError):  # it would be made anew
+            build_set("niah_single_2", **{"encoder": encoder, "seed": 0, **options} | change)
+    for version in ("GENERATOR_VERSION", "all_words"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"data.task_sets.{version}", {"all_words": lambda: ()}.get(version, 99))
+            with pytest.raises(TypeError):
+                build_set("niah_single_2", encoder, seed=0, **options)
 
 
 CUT = '{"differs": null, "samples": 1}\n{"prompt"'  # a disk that lost the rest
@@ -362,6 +427,8 @@ def test_a_damaged_set_is_named_with_the_mend(encoder, tmp_path, content):
 def test_evidence_is_found_in_the_tokens(tokenizer, encoder):
     backend = Tokenizer.from_str(tokenizer.backend.to_str())
     backend.add_special_tokens(["<s>"])
+    begin = [("<s>", backend.token_to_id("<s>"))]
+    backend.post_processor = processors.TemplateProcessing(single="<s> <s> $A", special_tokens=begin)
     begun = PromptEncoder(TextTokenizer(backend, "<eos>", bos_token="<s>"))
     for name in ("niah_multiquery", "vt", "json_kv"):
         _, samples = samples_of(name, encoder, count=2)
@@ -414,6 +481,29 @@ def test_chat_models_get_their_turns_in_special_tokens(encoder):
         PromptEncoder(chat.tokenizer, "llama3")
     with pytest.raises(ValueError, match="choose one of base"):
         PromptEncoder(chat.tokenizer, "alpaca")
+
+
+def test_every_template_says_what_its_models_were_trained_on():
+    markers = {marker for template in TEMPLATES.values() for marker in template.markers}
+    backend = train_bpe(iter(["Say it: The answer is"]), 300, "<eos>")
+    backend.add_special_tokens(sorted(markers))
+    sample, said, ends = Sample("Say it: ", " The answer is ", ["x"]), {}, {}
+    for name in TEMPLATES:
+        encoder = PromptEncoder(TextTokenizer(backend, "<eos>"), name)
+        ids = encoder.encode(sample)
+        said[name], ends[name] = encoder.tokenizer.decode(ids), encoder.stop_tokens
+        assert {backend.token_to_id(marker) for marker in encoder.template.markers} <= set(ids)
+        assert encoder.key == encoder.name == name
+    head = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    assert said == {
+        "base": "Say it:  The answer is",
+        "chatml": "<|im_start|>user\nSay it: <|im_end|>\n<|im_start|>assistant\nThe answer is",
+        "llama3": f"<|begin_of_text|>{head.format('user')}Say it: <|eot_id|>{head.format('assistant')}The answer is",
+        "mistral": "[INST] Say it:  [/INST]The answer is",
+    }
+    end, eot = backend.token_to_id("<|im_end|>"), backend.token_to_id("<|eot_id|>")
+    eos = backend.token_to_id("<eos>")
+    assert ends == {"base": [eos], "chatml": [eos, end], "llama3": [eos, eot], "mistral": [eos]}
 
 
 def test_held_out_text_is_of_validation_documents_and_of_no_recall_corpus(corpus):

@@ -1,10 +1,13 @@
 import json
+from dataclasses import replace
 
 import pytest
 from tokenizers import Tokenizer, processors
 
-from data.corpora import iterate_documents
-from data.tokenizer import DEFAULT_EOS, TextTokenizer, build_tokenizer
+from data import MixtureDataConfig
+from data.config import MixedCorpusConfig
+from data.corpora import iterate_documents, split_of
+from data.tokenizer import DEFAULT_EOS, LARGEST_ID, TextTokenizer, _training_texts, build_tokenizer
 
 
 @pytest.fixture
@@ -39,9 +42,41 @@ def test_training_is_cached_and_deterministic(tokenizer, text_config, tmp_path):
     assert again.fingerprint() == tokenizer.fingerprint()
     other = build_tokenizer(text_config(vocab_size=300), tmp_path / "cache")
     assert other.fingerprint() != tokenizer.fingerprint()
+    # What decides the merges, and nothing else, makes another one.
+    assert (
+        build_tokenizer(text_config(seq_len=32, pack="plain"), tmp_path / "cache").fingerprint() == again.fingerprint()
+    )
+    changes = [{"tokenizer_bytes": 9}, {"validation_fraction": 0.3}, {"eos_token": "</s>"}, {"bos_token": "<s>"}]
+    for change in [*changes, {"max_documents": 100}]:
+        build_tokenizer(text_config(**change), tmp_path / "cache")
+    assert len(list((tmp_path / "cache" / "tokenizers").glob("*/tokenizer.json"))) == 2 + len(changes) + 1
     other.save(folders[0])  # as a flipped bit in a merge: a tokenizer, and not the one that was trained
     with pytest.raises(ValueError, match=rf"is another tokenizer .* or remove {folders[0].parent}: the same"):
         build_tokenizer(text_config(), tmp_path / "cache")
+
+
+def test_it_is_trained_on_so_much_of_each_corpus_as_its_weight_says(corpus, tmp_path):
+    """Documents of the training split, up to the one that brings a corpus to its share."""
+    (tmp_path / "other.jsonl").write_text("".join(f'{{"text": "other {i}"}}\n' for i in range(40)))
+    files = {"toy": corpus, "other": tmp_path / "other.jsonl"}
+    corpora = {
+        name: MixedCorpusConfig(source="files", files=[str(path)], weight=weight)
+        for (name, path), weight in zip(files.items(), (3.0, 1.0), strict=True)
+    }
+    fields = {"name": "x", "seq_len": 8, "corpora": corpora, "validation_fraction": 0.2, "vocab_size": 300}
+    for wanted in (400, 4_000_000):
+        config, expected = MixtureDataConfig(**fields, tokenizer_bytes=wanted), []
+        for path, share in zip(files.values(), (0.75, 0.25), strict=True):
+            read = 0
+            for text in (json.loads(line)["text"] for line in path.read_text().splitlines()):
+                if split_of(text, 0.2) == "train" and read < wanted * share:
+                    expected.append(text)
+                    read += len(text.encode())
+        assert list(_training_texts(config)) == expected
+    build_tokenizer(config, tmp_path / "cache")
+    other_weights = replace(config, corpora=corpora | {"other": replace(corpora["other"], weight=2.0)})
+    build_tokenizer(other_weights, tmp_path / "cache")
+    assert len(list((tmp_path / "cache" / "tokenizers").glob("*/tokenizer.json"))) == 2
 
 
 def test_saved_tokenizer_loads(tokenizer, text_config, tmp_path):
@@ -123,8 +158,16 @@ def test_documents_begin_as_the_tokenizer_begins_texts(tokenizer, tmp_path, sett
 def test_of_two_files_that_differ_the_tokenizers_own_counts(tokenizer, tmp_path):
     llama_like(tokenizer, tmp_path, {"bos_token": "<s>", "eos_token": {"content": "<t>"}})
     (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "<t>", "eos_token": "<s>"}')
-    settings = TextTokenizer.load(str(tmp_path)).settings
-    assert (settings["bos_token"], settings["eos_token"]) == ("<s>", "<t>")
+    loaded = TextTokenizer.load(str(tmp_path))
+    assert (loaded.settings["bos_token"], loaded.eos_token) == ("<s>", "<t>")
+    assert loaded.settings["eos_token"] == "<t>"
+    (tmp_path / "tokenizer_config.json").unlink()
+    loaded = TextTokenizer.load(str(tmp_path))
+    assert (loaded.named_bos_id, loaded.eos_token) == (loaded.backend.token_to_id("<t>"), "<s>")
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "of the settings"}')
+    assert TextTokenizer.load(str(tmp_path)).settings["chat_template"] == "of the settings"
+    (tmp_path / "chat_template.jinja").write_text("of its own file")
+    assert TextTokenizer.load(str(tmp_path)).settings["chat_template"] == "of its own file"
 
 
 def test_what_begins_documents_can_be_said(tokenizer, text_config, tmp_path):
@@ -166,6 +209,9 @@ def test_a_kept_tokenizer_knows_what_it_was(tokenizer, tmp_path):
 
 def test_a_token_with_a_number_that_cannot_be_is_refused_at_once(tokenizer, tmp_path):
     content = json.loads(tokenizer.backend.to_str())
+    content["model"]["vocab"]["far"] = LARGEST_ID
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert TextTokenizer.load(str(tmp_path)).vocab_size == LARGEST_ID + 1 == 2**24 + 1
     content["model"]["vocab"]["far"] = 2**31
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer .*a token with the number 2147483648"):
