@@ -1,7 +1,7 @@
 """Whether the cells of a sweep can work, asked before they wait in a queue for hours."""
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from hydra import compose, initialize_config_dir
@@ -31,25 +31,52 @@ def check_cells(found: Sequence[Cell], ranks: int) -> None:
     """
     register_evaluate_config()
     bases = {cell.name: cell for cell in found}
-    with ExitStack() as stack:
-        if not GlobalHydra.instance().is_initialized():  # the sweep's own command line has done it
-            stack.enter_context(initialize_config_dir(CONFIGS, version_base="1.3"))
+    with _hydra():
         for cell in found:
             try:
                 train = _check_training(cell, bases.get(cell.base), ranks)
-                for overrides in (cell.evaluate, cell.evaluate_turned):
-                    if overrides is not None:
-                        config = to_config(compose("evaluate", list(overrides)))
-                        if train is not None:
-                            check_request(config, train)
+                _check_evaluations(cell, train)
             except (ValueError, HydraException, OmegaConfBaseException) as error:
                 raise ValueError(f"cell {cell.name} cannot work: {error}") from None
+
+
+def check_run(cell: Cell, config: TrainConfig, ranks: int) -> None:
+    """``config``, which the command line of a single run has composed, and the evaluation after it.
+
+    Raises:
+        ValueError: one of them cannot work.
+    """
+    train = check_anywhere(config, ranks)
+    register_evaluate_config()
+    try:
+        _check_evaluations(cell, train)
+    except (ValueError, HydraException, OmegaConfBaseException) as error:
+        raise ValueError(f"launcher.evaluate cannot work: {error}") from None
 
 
 def check_anywhere(config: TrainConfig, ranks: int) -> TrainConfig:
     """``check`` for a run that will be elsewhere, on another device."""
     # What runs there need not run here: of device and precision the job itself judges.
     return check(replace(config, device="cpu", deepspeed=replace(config.deepspeed, precision="fp32")), ranks)
+
+
+def _check_evaluations(cell: Cell, train: TrainConfig | None) -> None:
+    """``train``: as of ``_check_training``."""
+    for overrides in (cell.evaluate, cell.evaluate_turned):
+        if overrides is not None:
+            with _hydra():
+                config = to_config(compose("evaluate", list(overrides)))
+            if train is not None:
+                check_request(config, train)
+
+
+@contextmanager
+def _hydra() -> Iterator[None]:
+    """Where configurations can be composed."""
+    with ExitStack() as stack:
+        if not GlobalHydra.instance().is_initialized():  # this command's own line has done it
+            stack.enter_context(initialize_config_dir(CONFIGS, version_base="1.3"))
+        yield
 
 
 def _check_training(cell: Cell, base: Cell | None, ranks: int) -> TrainConfig | None:

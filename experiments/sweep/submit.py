@@ -24,7 +24,7 @@ from experiments.files import SUBMITTED, locked, read_json, write_atomically
 from experiments.overrides import override
 from experiments.provenance import snapshot
 from experiments.sweep.cells import Cell, SweepConfig, are_texts, cells, missing, write_plan
-from experiments.sweep.check import check_anywhere, check_cells
+from experiments.sweep.check import check_cells, check_run
 from experiments.sweep.run_cell import run_in_job
 from experiments.training.replacing import set_aside
 from slurm.launcher import LauncherConfig
@@ -45,12 +45,12 @@ def submit_run(config: TrainConfig, overrides: Sequence[str]) -> str:
     """
     launcher = config.launcher
     launcher.check()
-    check_anywhere(config, launcher.ranks)
     run_dir = Path(config.run_dir).expanduser().absolute()
     # A job that is queued again goes on with its run: what makes way for it does so now.
     train = tuple(o for o in overrides if not o.lstrip("+~").startswith(("launcher", "run_dir=", "overwrite=")))
     evaluate = None if launcher.evaluate is None else (override("run", str(run_dir)), *launcher.evaluate)
     cell = Cell(config.name, run_dir, (*train, override("run_dir", str(run_dir))), evaluate, base=None)
+    check_run(cell, config, launcher.ranks)
     if config.overwrite and run_dir.exists():
         with _submitting(run_dir):
             _check_not_queued(cell, run_dir)

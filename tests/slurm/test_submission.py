@@ -307,6 +307,33 @@ def test_a_cell_that_cannot_work_is_refused_before_anything_is_submitted(scripts
     assert list(scripts.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"), [("tasks=[lsos]", "lsos"), ("knobs=[1]", "no sparsity knob"), ("no_such_key=1", "no_such_key")]
+)
+def test_an_evaluation_that_cannot_work_is_refused_before_its_run_is_submitted(
+    scripts, make_config, tiny_overrides, wrong, said
+):
+    config = make_config("run")
+    config.launcher = LauncherConfig(gpus_per_node=0, evaluate=[wrong])
+    with pytest.raises(ValueError, match=rf"launcher\.evaluate cannot work: .*{said}"):
+        submit_run(config, tiny_overrides("run")[0])
+    assert list(scripts.iterdir()) == []
+
+
+def test_a_job_that_slurm_will_not_take_is_one_line_and_leaves_nothing(scripts, make_config, tiny_overrides, tmp_path):
+    (tmp_path / "programs" / "sbatch").write_text(
+        "#!/bin/sh\nprintf 'sbatch: error: no\\nsbatch: error: none\\n' >&2\nexit 1\n"
+    )
+    config = make_config("run")
+    config.launcher = LauncherConfig(gpus_per_node=0)
+    with pytest.raises(
+        ValueError, match=r"does not take the job \(.*error: none.*\): see the launcher's values"
+    ) as error:
+        submit_run(config, tiny_overrides("run")[0])
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "run" / "slurm").glob("*.pkl"))
+
+
 def test_cells_that_take_the_model_of_a_base_are_submitted_with_it(scripts, sweep):
     sweep.studies["t"].arms["dash"].train += ["model=checkpoint"]
     submit_sweep(sweep)
