@@ -252,7 +252,7 @@ class MQARDataConfig(DataConfig):
         if any(a >= b for a, b in itertools.pairwise(lengths)):
             raise ValueError(f"data.curriculum_lengths must increase and stay below data.seq_len, got {lengths}")
         for length in lengths:
-            if length < 4 or length % 4 or self.seq_len % length:
+            if length % 4 or self.seq_len % length:
                 raise ValueError(
                     f"data.curriculum_lengths has {length}, which must be a multiple of 4 that divides "
                     f"data.seq_len={self.seq_len}, so that the tokens per batch stay constant"

@@ -301,7 +301,6 @@ class _Progress:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.documents = self.tokens = 0
 
     def start(self, documents: int, tokens: int) -> None:
         self.documents, self.tokens, self.before = documents, tokens, tokens

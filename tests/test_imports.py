@@ -1,6 +1,8 @@
 """Which module may import which. Every import counts, also one inside a function or for type checkers alone."""
 
 import ast
+import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -92,6 +94,13 @@ def f():
     assert found == {("a.b", None), ("a", "X"), ("c", "Y"), ("train", None), ("a.b", "_private")}
 
 
+def test_every_name_that_a_package_offers_is_there():
+    offering = [importlib.import_module(name) for name, file in modules().items() if "__all__ = " in file.read_text()]
+    assert {"data", "models", "models.hf", "dashattn"} <= {module.__name__ for module in offering}
+    for module in offering:
+        assert [name for name in module.__all__ if not hasattr(module, name)] == [], module.__name__
+
+
 def test_circles_are_seen():
     assert circle({"a": {"b"}, "b": {"c"}, "c": set()}) == []
     assert set(circle({"a": {"b"}, "b": {"c"}, "c": {"a"}})) == {"a", "b", "c"}
@@ -113,6 +122,12 @@ def test_arrows_between_packages_point_one_way():
 def test_of_the_attention_library_others_may_take_how_fields_are_checked_and_names_found(importer, common):
     taken = {i.imported for i in imports() if package(i.importer) == importer and package(i.imported) != importer}
     assert taken == common
+
+
+def test_only_experiments_know_files_of_configurations():
+    sources = {name: file.read_text() for name, file in modules().items() if package(name) in MAY_IMPORT}
+    named = re.compile(r"^ *(?:import|from) (?:hydra|omegaconf)\b", re.MULTILINE)
+    assert {package(name) for name, source in sources.items() if named.search(source)} == {"experiments"}
 
 
 def test_no_module_is_part_of_a_circle():

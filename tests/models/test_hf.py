@@ -28,7 +28,7 @@ from transformers import (
 
 from dashattn.backends import DashConfig, FullConfig
 from experiments.training.weights import find_weights, load_weights
-from models import RopeConfig, Transformer
+from models import ModelConfig, RopeConfig, Transformer
 from models.hf import is_hf_folder, read_config, write_folder
 from models.hf.families import FAMILIES
 
@@ -195,6 +195,27 @@ def test_what_config_json_does_not_say_is_the_architectures_default(tmp_path, ki
     save(tmp_path, kind)
     edit(tmp_path, **{key: ..., "num_attention_heads": 8})
     assert getattr(read_config(tmp_path), field) == value
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3", "phi3"])
+def test_all_that_config_json_need_not_say_is_what_transformers_takes(tmp_path, kind):
+    said = {"vocab_size": 61, "hidden_size": 4096, "intermediate_size": 80, "num_hidden_layers": 9}
+    said |= {"num_attention_heads": 32, "max_position_embeddings": 10**6, "use_sliding_window": kind.startswith("qwen")}
+    (tmp_path / "config.json").write_text(json.dumps(said | {"model_type": kind}))
+    ours, theirs = read_config(tmp_path), KINDS[kind][0](**said)
+    assert ours == ModelConfig(
+        **{"vocab_size": 61, "hidden_size": 4096, "intermediate_size": 80, "num_layers": 9, "num_heads": 32},
+        num_kv_heads=theirs.num_key_value_heads,
+        head_dim=getattr(theirs, "head_dim", None) or 4096 // 32,
+        max_seq_len=min(10**6, getattr(theirs, "sliding_window", None) or 10**6),
+        rope=RopeConfig(theta=theirs.rope_parameters["rope_theta"]),
+        no_rope_layers=[layer for layer, turns in enumerate(getattr(theirs, "no_rope_layers", [])) if not turns],
+        norm_eps=theirs.rms_norm_eps,
+        norm_position="post" if kind == "olmo2" else "pre",
+        qk_norm={"qwen3": "head", "olmo2": "width"}.get(kind, "none"),
+        qkv_bias=kind == "qwen2",
+        tie_embeddings=theirs.tie_word_embeddings,
+    )
 
 
 def test_without_a_list_every_so_manieth_layer_is_not_rotated(tmp_path):

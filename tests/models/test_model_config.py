@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue
 
 from dashattn.backends import FullConfig
-from models import ModelConfig, Transformer
+from models import ModelConfig, RopeConfig, Transformer
 from models.flops import count_parameters, matmul_parameters
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"
@@ -52,6 +52,26 @@ def small(**changes) -> ModelConfig:
         max_seq_len=64,
     )
     return ModelConfig(**shape | changes)
+
+
+def test_defaults_are_what_they_were():
+    """With others a configuration that is silent, as most are, would name another model."""
+    shape = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_layers": 1,
+        "num_heads": 1,
+        "num_kv_heads": 1,
+        "head_dim": 8,
+    }
+    assert vars(ModelConfig(**shape, max_seq_len=8)) == shape | {
+        **{"max_seq_len": 8, "vocab_size": None, "rope": RopeConfig(), "no_rope_layers": [], "norm_eps": 1e-5},
+        **{"norm_position": "pre", "qk_norm": "none", "qkv_bias": False, "tie_embeddings": False},
+        **{"embedding_scale": 1.0, "residual_scale": 1.0, "logit_scale": 1.0, "init_std": 0.02},
+        "embedding_init_std": None,
+    }
+    rope = vars(RopeConfig())
+    assert (rope.pop("theta"), rope.pop("scaling"), set(rope.values())) == (10_000.0, "none", {None})
 
 
 def test_every_file_is_listed():
