@@ -219,12 +219,13 @@ class NSABackend(AttentionBackend):
 
     def kept_bytes(self, length, itemsize):
         """The outputs of the branches, each with its sums and its gates before and after the sigmoid, and the tokens of
-        every window, of keys and of values, as the compression reads them."""
+        every window, of keys and of values, as the compression reads them, with its hidden units."""
         config, shape = self.config, self.shape
         branches = 3 if config.window_size else 2
         outputs = branches * shape.num_heads * (itemsize * shape.head_dim + 4 + 2 * itemsize)
         per_window = 2 * shape.num_kv_heads * shape.head_dim * itemsize
-        windows = per_window * (config.kernel_size + 4) / config.kernel_stride
+        units = self.compress.up.out_features / 2 if config.variant == "minicpm" else 0  # of a channel, keys and values
+        windows = per_window * (config.kernel_size + units + 4) / config.kernel_stride
         own = 0 if self.branch_kv is None else 2 * per_window
         return super().kept_bytes(length, itemsize) - 4 * shape.num_heads + outputs + windows + own
 
