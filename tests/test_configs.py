@@ -105,6 +105,16 @@ def test_the_attentions_of_transformers_are_those_composed_here():
     assert {preset.name for preset in PRESETS.values()} == BACKENDS.keys() - {"full"}
 
 
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_what_is_timed_is_what_is_composed(size):
+    """But for the size of the blocks."""
+    timed = {name: config for kind, _ in BACKENDS.own.values() for name, config in kind.variants(size).items()}
+    dense = timed.pop("full")
+    assert dense == composed("attention=full").attention
+    assert timed == {name: replace(PRESETS[name], **{PRESETS[name].blocks: size}) for name in timed}
+    assert timed.keys() == PRESETS.keys()
+
+
 def test_attention_by_layer_is_composed_checked_saved_and_loaded(tmp_path):
     layers = "attention.layers={0:full,1:{chunk_size:32}}"
     config = check(composed("attention=dash", "device=cpu", layers))

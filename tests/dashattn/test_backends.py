@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from dashattn import dash_attention, full_attention
+from dashattn import dash_attention, full_attention, infllmv2_attention, nsa_attention
 from dashattn.backends import (
     BACKENDS,
     AttentionShape,
@@ -24,6 +24,9 @@ from dashattn.backends import (
     SinkWindowConfig,
     build_backend,
 )
+from dashattn.controls import oracle_attention, sink_window_attention
+from dashattn.indexer import IndexerOutput, indexer_attention
+from dashattn.ops.dash_routing.reference import dash_routing, select_chunks
 from dashattn.rope import apply_rope
 
 SHAPE = AttentionShape(hidden_size=24, num_heads=6, num_kv_heads=2, head_dim=8)
@@ -109,6 +112,7 @@ def test_packed_equals_separate_and_causal(config):
         torch.testing.assert_close(packed[:, document], alone, rtol=0, atol=1e-12)
         for count in ("active_tokens", "positions", "routing_reads"):
             assert torch.equal(getattr(packed_stats, count)[:, document], getattr(stats, count)), count
+            assert getattr(stats, count).dtype == getattr(packed_stats, count).dtype == torch.int32, count
         prefix = backend(
             *(x[:, : end - 1] for x in qkv),
             hidden=extra["hidden"][:, : end - 1],
@@ -205,15 +209,33 @@ OPTIONS = {
     ),
     "infllmv2": InfLLMv2Config(impl="reference", **SMALL, topk=5, init_blocks=2, window_size=16),
     "nsa": NSAConfig(impl="reference", **SMALL, topk=7, init_blocks=3, local_blocks=4, window_size=12),
+    "indexer": IndexerConfig(
+        impl="reference",
+        block_size=8,
+        index_size=6,
+        index_pooling="mean",
+        selector="topp",
+        topk=9,
+        top_p=0.5,
+        init_blocks=2,
+        local_blocks=3,
+    ),
+    "full": FullConfig(impl="reference"),
+    "sink_window": SinkWindowConfig(impl="reference", block_size=8, init_blocks=2, local_blocks=3),
+    "oracle": OracleConfig(
+        impl="reference", block_size=8, select="top_p", topk=9, top_p=0.5, init_blocks=2, local_blocks=3
+    ),
 }
+CONTROLS = ("sink_window", "oracle")
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_reaches_the_function(name, monkeypatch):
-    module, function = importlib.import_module(f"dashattn.backends.{name}"), f"{name}_attention"
-    options = inspect.signature(getattr(module, function)).parameters.values()
+    module = importlib.import_module(f"dashattn.backends.{'controls' if name in CONTROLS else name}")
+    options = inspect.signature(getattr(module, f"{name}_attention")).parameters.values()
     given = {}
-    monkeypatch.setattr(module, function, lambda *args, **kwargs: given.update(kwargs))
+    found = IndexerOutput(*range(4))
+    monkeypatch.setattr(module, f"{name}_attention", lambda *args, **kwargs: given.update(kwargs) or found)
     qkv, extra = make_inputs(9)
     cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32)
     build(OPTIONS[name])(*qkv, **extra, cu_seqlens=cu_seqlens, return_stats=True)
@@ -223,8 +245,48 @@ def test_every_option_reaches_the_function(name, monkeypatch):
     fields = {field.name for field in dataclasses.fields(OPTIONS[name])} - {"summary_rope"}
     for option in given.keys() & fields:
         assert given[option] == getattr(OPTIONS[name], option), option
-        if option != "impl":
+        if option not in ("impl", "gradient"):
             assert given[option] != getattr(type(OPTIONS[name])(), option), f"{option} is tested at its default"
+
+
+@pytest.mark.parametrize(
+    ("config", "function"),
+    [
+        (DashConfig, dash_attention),
+        (InfLLMv2Config, infllmv2_attention),
+        (NSAConfig, nsa_attention),
+        (IndexerConfig, indexer_attention),
+        (SinkWindowConfig, sink_window_attention),
+        (OracleConfig, oracle_attention),
+    ],
+)
+def test_a_function_and_its_config_have_the_same_defaults(config, function):
+    parameters = inspect.signature(function).parameters.values()
+    options = {o.name: o.default for o in parameters if o.default is not o.empty and o.name != "summary_rope"}
+    shared = {field.name: field.default for field in dataclasses.fields(config) if field.name in options}
+    assert shared == {name: options[name] for name in shared}
+    assert {config.knob if isinstance(config.knob, str) else config().knob, config.blocks} <= shared.keys()
+
+
+def test_what_dash_attention_is_made_of_has_its_defaults():
+    public = inspect.signature(dash_attention).parameters
+    for function in (dash_routing, select_chunks):
+        for name, option in inspect.signature(function).parameters.items():
+            assert option.default in (option.empty, public[name].default if name in public else None), name
+
+
+def test_samples_are_what_their_names_say_and_sparse():
+    """At blocks of 32, so that at a thousand tokens something is left out."""
+    q, k, v, hidden = (torch.randn(1, 640, *shape) for shape in ((2, 8), (1, 8), (1, 8), (8,)))
+    for kind, _ in BACKENDS.own.values():
+        for name, sample in kind.samples().items():
+            if sample.blocks is None:
+                continue
+            assert getattr(sample, sample.blocks) == 32
+            said = {*vars(sample).values(), "sink" if getattr(sample, "init_chunks", 0) else "no sink"}
+            assert {"mass" if word == "hils" else word for word in name.split(", ")} <= said, name
+            stats = build_backend(sample, AttentionShape(8, 2, 1, 8))(q, k, v, hidden=hidden, return_stats=True)[1]
+            assert stats.causal_sparsity() > 0.01, name
 
 
 def test_own_keys_of_nsa_are_rotated():
@@ -427,6 +489,13 @@ def test_a_target_is_a_share_of_the_keys(target):
 def test_refusals(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_largest_model_that_a_backend_serves():
+    build_backend(FullConfig(), AttentionShape(8, 32, 1, 256))
+    for shape, message in (((8, 2, 2, 258), "head sizes up to 256; got 258"), ((8, 2, 2, 63), "even head sizes")):
+        with pytest.raises(ValueError, match=message):
+            build_backend(FullConfig(), AttentionShape(*shape))
 
 
 def test_what_runs_in_pytorch_is_told():

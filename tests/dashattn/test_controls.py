@@ -12,8 +12,9 @@ from dashattn.controls import oracle_attention, sink_window_attention
 T, HQ, H, D, SIZE = 43, 6, 2, 8, 4
 
 
-@pytest.fixture
-def qkv():
+@pytest.fixture(params=[256, 16], ids=["one tile", "tiles"])
+def qkv(request, monkeypatch):
+    monkeypatch.setattr("dashattn.ops.block_sparse.reference.QUERY_TILE", request.param)
     torch.manual_seed(3)
     return [2 * torch.randn(1, T, heads, D, dtype=torch.float64) for heads in (HQ, H, H)]
 
@@ -44,6 +45,8 @@ def compare(function, qkv, blocks, **options):
     torch.testing.assert_close(out[0], torch.from_numpy(expected), rtol=0, atol=1e-12)
     active = oracle.active_tokens(T, H, lambda t, h, s: s // SIZE in blocks[t][h])
     assert stats.active_tokens[0].tolist() == active.tolist()
+    halved = function(2 * qkv[0], *qkv[1:], block_size=SIZE, scale=D**-0.5 / 2, **options)
+    torch.testing.assert_close(halved, out, rtol=0, atol=1e-12)
     return stats
 
 
@@ -97,8 +100,13 @@ def test_the_window_is_infllmv2_with_nothing_left_to_choose(qkv):
         ({"init_blocks": -1}, "init_blocks must be an integer of at least 0"),
         ({"local_blocks": 1.5}, "local_blocks must be an integer"),
         ({"block_size": 0}, "block_size"),
+        ({"topk": 0, "select": "top_p"}, "topk must be a positive integer"),
     ],
 )
-def test_refusals(qkv, options, message):
+def test_refusals(options, message):
+    q = torch.zeros(1, T, 2, D)
     with pytest.raises(ValueError, match=message):
-        oracle_attention(*qkv, **options)
+        oracle_attention(q, q, q, **options)
+    if options.keys() & {"block_size", "init_blocks", "local_blocks"}:
+        with pytest.raises(ValueError, match=message):
+            sink_window_attention(q, q, q, **options)

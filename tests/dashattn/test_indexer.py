@@ -267,11 +267,22 @@ def test_refusals(make, message):
     [
         ({"gradient": "prior", "return_kl": True}, "has no KL divergence"),
         ({"gradient": "prior", "dense": True}, "has no KL divergence"),
+        ({"selector": "entmax"}, "selector must be one of topk, topp"),
+        ({"index_pooling": "sum"}, "index_pooling must be one of max, mean"),
+        ({"gradient": "none"}, "gradient must be one of kl, prior"),
+        ({"topk": 2}, "topk 2 < 3"),
+        ({"top_p": 0.0}, r"top_p must lie in \(0, 1\]"),
+        ({"block_size": 0}, "block_size must be a positive integer"),
+        ({"init_blocks": -1}, "init_blocks must be an integer of at least 0"),
+        ({"local_blocks": -1}, "local_blocks must be an integer of at least 0"),
     ],
 )
-def test_what_the_prior_has_not_is_refused(inputs, options, message):
+def test_options_of_the_function_are_refused(inputs, options, message):
     with pytest.raises(ValueError, match=message):
         indexer_attention(*inputs, **OPTIONS | options)
+
+
+def test_an_index_of_another_shape_is_refused(inputs):
     q, k, v, index_q, index_k = inputs
     with pytest.raises(ValueError, match="index_k must have shape"):
         indexer_attention(q, k, v, index_q, index_k[..., :2], **OPTIONS)

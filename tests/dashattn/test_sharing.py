@@ -41,7 +41,13 @@ def test_it_equals_the_definition_of_block_sparse_attention(config):
     _, router_stats = router(*first, **options, return_stats=True)
     assert torch.equal(stats.active_tokens, router_stats.active_tokens)
     assert not stats.routing_reads.any()
+    assert stats.routing_reads.dtype == torch.int32
     assert stats.causal_sparsity() > 0
+    reads, scaled = torch.arange(46, dtype=torch.int32)[None], {"scale": SHAPE.head_dim**-0.5 / 2, "return_stats": True}
+    chosen = Selection(taken.words, 8), taken.bias
+    again, stats = selected_attention(2 * second[0], *second[1:], *chosen, routing_reads=reads, **scaled)
+    torch.testing.assert_close(again, out, rtol=0, atol=1e-12)
+    assert stats.routing_reads is reads
 
 
 @pytest.mark.parametrize("name", ["dash", "dash sink", "dash topk", "dash topp"])

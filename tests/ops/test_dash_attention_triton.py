@@ -11,6 +11,7 @@ from dashattn.selection import Selection
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CU_SEQLENS = torch.tensor([0, 1, 30, 54], dtype=torch.int32, device=DEVICE)
+ANGLES = torch.arange(54, device=DEVICE)[:, None] * torch.linspace(0.1, 2, 8, device=DEVICE).repeat(2)
 
 
 def make_inputs(num_heads=4, num_kv_heads=2, length=54, head_dim=16):
@@ -28,14 +29,16 @@ def make_inputs(num_heads=4, num_kv_heads=2, length=54, head_dim=16):
         {"prior": "tempered", "sigma": 2.0},
         pytest.param({"prior": "none"}, marks=pytest.mark.slow),
         {"prior": "raw", "alpha": 1.3},
-        {"prior": "raw", "cu_seqlens": CU_SEQLENS},
-        {"prior": "raw", "init_chunks": 1, "local_chunks": 1},
-        {"prior": "mass", "selector": "topk", "topk": 3, "cu_seqlens": CU_SEQLENS},
+        {"prior": "raw", "cu_seqlens": CU_SEQLENS, "summary_rope": ANGLES},
+        {"prior": "raw", "init_chunks": 1, "local_chunks": 1, "scale": 0.4},
+        {"prior": "mass", "selector": "topk", "topk": 3, "cu_seqlens": CU_SEQLENS, "scale": 0.4},
     ],
-    ids=str,
+    ids=lambda options: ", ".join(options),
 )
 def test_forward_and_gradients_equal_the_reference(options):
     inputs = make_inputs()
+    if "summary_rope" in options:
+        options = options | {"summary_rope": (ANGLES.cos(), ANGLES.sin())}
     results = {}
     for impl in ("triton", "reference"):
         out, stats = dash_attention(*inputs, chunk_size=16, router_scale=3.0, impl=impl, return_stats=True, **options)

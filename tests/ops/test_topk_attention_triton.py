@@ -11,7 +11,7 @@ from dashattn.controls import oracle_attention, sink_window_attention
 from dashattn.ops.compression.reference import num_windows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SIZES = {"block_size": 16, "kernel_size": 8, "kernel_stride": 4, "topk": 3}
+SIZES = {"block_size": 16, "kernel_size": 8, "kernel_stride": 4, "topk": 3, "scale": 0.4}
 CU_SEQLENS = torch.tensor([0, 1, 19, 70], dtype=torch.int32, device=DEVICE)
 
 
@@ -47,7 +47,7 @@ def test_infllmv2(cu_seqlens):
     ids=["window, packed", "oracle"],
 )
 def test_controls(attention, options):
-    assert_implementations_agree(attention, make_qkv(), block_size=16, init_blocks=1, **options)
+    assert_implementations_agree(attention, make_qkv(), block_size=16, init_blocks=1, scale=0.4, **options)
 
 
 @pytest.mark.parametrize(
