@@ -11,8 +11,10 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from filelock import FileLock
 
@@ -195,7 +197,25 @@ def read_json(path: Path, mend: str = "restore it from a copy", keys: Sequence[s
     return value
 
 
-def read_rows(path: Path) -> list[dict]:
+class Row(dict):
+    """What was read of a line of a file, or a part of it: what is made of it, too, names the line where a column is
+    asked for that it does not have."""
+
+    def __init__(self, values: Mapping, place: str) -> None:
+        super().__init__(values)
+        self.place = place
+
+    def __missing__(self, column: str) -> NoReturn:
+        raise ValueError(f"{self.place} is damaged, or of another version (it does not say {column}): remove the line")
+
+    def __or__(self, other: Mapping) -> "Row":
+        return Row({**self, **other}, self.place)
+
+    def __ror__(self, other: Mapping) -> "Row":
+        return Row({**other, **self}, self.place)
+
+
+def read_rows(path: Path) -> list[Row]:
     """Rows of a JSON-lines file; a last line cut short by a crash is left out. No file: no rows.
 
     Raises:
@@ -206,7 +226,7 @@ def read_rows(path: Path) -> list[dict]:
     rows, columns = [], _ROWS.get(path.name)
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
-            rows.append(json.loads(line))
+            rows.append(json.loads(line, object_hook=partial(Row, place=f"{path}, line {number}")))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number} is damaged ({error}): remove the line") from None
         if not isinstance(rows[-1], dict):

@@ -167,7 +167,7 @@ def make_lengths(study: Study) -> Drawn | None:
     found = as_trained(study.of("niah"))
     needles = averaged(found, "data", "line", "length", "depth")
     scores = [
-        row
+        {"variant": None} | row
         for row in as_trained(of_frontiers(study.evaluations))
         if not row["task"].startswith("niah_values") and not is_ablation(row)
     ]

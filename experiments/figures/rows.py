@@ -122,7 +122,7 @@ def averaged(rows: Iterable[dict], *keys: str, value: str = "score") -> list[dic
     """
     groups: dict[tuple, list[dict]] = defaultdict(list)
     for row in rows:
-        groups[tuple(line_of(row) if key == "line" else row.get(key) for key in keys)].append(row)
+        groups[tuple(line_of(row) if key == "line" else row[key] for key in keys)].append(row)
     out = []
     for key, group in groups.items():
         values = [row[value] for row in group]

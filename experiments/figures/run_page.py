@@ -101,8 +101,8 @@ class RunData:
         }
 
     def _waiting(self) -> str:
-        waits, steps = self.curve("data_wait")[1], self.curve("step_time")[1]
-        return f"{waits[-1] / steps[-1]:.1%}" if waits else "-"
+        rows = [row for row in self.rows if row["split"] == "train" and row.get("data_wait") is not None]
+        return f"{rows[-1]['data_wait'] / rows[-1]['step_time']:.1%}" if rows else "-"
 
 
 def read_run(path: Path) -> RunData:

@@ -1,8 +1,6 @@
 """Where a row's knob stands, for what groups rows by it: a sparsity that was asked for has a knob of its own in each
 seed, and is one setting of all of them."""
 
-from collections.abc import Mapping
-
 
 class AtSparsity(float):
     """A sparsity in the place of a knob; as such it equals no number.
@@ -38,7 +36,7 @@ class AtSparsity(float):
         return str(self)
 
 
-def with_setpoints(row: Mapping) -> dict:
+def with_setpoints(row: dict) -> dict:
     """``row`` with sparsities as ``knob`` and ``trained_knob``, where the knob was asked for by them."""
     knob, trained_knob = row["knob"], row["trained_knob"]
     trained = trained_knob
@@ -48,7 +46,7 @@ def with_setpoints(row: Mapping) -> dict:
         knob = AtSparsity(row["target_sparsity"], row["sparsity_count"])
     elif knob == trained_knob:
         knob = trained
-    return {**row, "knob": knob, "trained_knob": trained}
+    return row | {"knob": knob, "trained_knob": trained}
 
 
 def is_as_trained(knob: float | None, trained_knob: float | None) -> bool:

@@ -154,6 +154,17 @@ def test_a_row_that_cannot_be_is_named_where_it_is_read(tmp_path, name, key, val
         read_rows(path)
 
 
+def test_what_is_made_of_a_row_still_names_its_line(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.write_text(json.dumps(LOGGED) + "\n" + json.dumps(LOGGED | {"by_row": {"nats": [1]}}) + "\n")
+    row = read_rows(path)[1]
+    for made in (row, row | {"a": 1}, {"a": 1} | row, row["by_row"]):
+        with pytest.raises(ValueError, match=r"answers\.jsonl, line 2 .*\(it does not say tokens\): remove the line"):
+            made["tokens"]
+    assert ({"step": 2} | row)["step"] == 1
+    assert (row | {"step": 2})["step"] == 2
+
+
 def test_all_rows_that_were_committed_are_read():
     assert sum(len(read_rows(path)) for path in (ROOT / "results").rglob("*.jsonl")) > 10_000
 

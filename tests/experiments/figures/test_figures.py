@@ -340,6 +340,29 @@ def test_seeds_are_averaged_and_kept_apart(study):
     assert heat == {(0, 0): pytest.approx(0.4), (0, 1): pytest.approx(0.6), (1, 0): 0.5, (1, 1): 0.5}
 
 
+def test_a_row_that_lacks_a_column_is_named_or_does_without(study, tmp_path):
+    told = {}
+    for path in sorted((tmp_path / "study").iterdir()):
+        whole = path.read_text()
+        lines = list(enumerate(whole.splitlines(), start=1))
+        for number, line in {frozenset(json.loads(line)): (number, line) for number, line in lines}.values():
+            row = json.loads(line)
+            for column in row:
+                path.write_text(whole.replace(line, json.dumps({key: row[key] for key in row if key != column})))
+                try:
+                    changed = load_study(tmp_path / "study")
+                    for figure in FIGURES:
+                        figure.make(changed)
+                except ValueError as error:
+                    told[path.name, column, number] = str(error)
+        path.write_text(whole)
+    for (name, column, number), said in told.items():
+        assert re.fullmatch(rf".*/{name}, line {number} .*does not say {column}.*remove.*", said)
+    named = {(name, column) for name, column, _ in told}
+    assert {("metrics.jsonl", "tokens"), ("metrics.jsonl", "step_time"), ("results.jsonl", "seed")} <= named
+    assert {("speed.jsonl", "ms"), ("parallel.jsonl", "losses"), ("throughput.jsonl", "device")} <= named
+
+
 def test_router_tables(study):
     recall = next(r for r in table(6, study) if r["metric"] == "recall" and r["length"] == 512)
     assert (recall["score"], recall["best_head"], recall["causal_sparsity"]) == (1.0, 1, 0.6)

@@ -45,6 +45,16 @@ def drawn(*runs):
     return (runs[0] / "report.html").read_text()
 
 
+def test_a_row_without_tokens_ends_the_report_in_a_line(tmp_path, capsys):
+    path = make_run(tmp_path / "run") / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"tokens": 200, ', ""))
+    with pytest.raises(SystemExit):
+        main([str(path.parent)])
+    assert re.match(
+        r"error: .*metrics.jsonl, line 2 .*does not say tokens\): remove the line\n", capsys.readouterr().err
+    )
+
+
 def test_one_run(tmp_path):
     text = drawn(make_run(tmp_path / "run"))
     page = Elements(text)
