@@ -65,6 +65,63 @@ def test_what_the_pages_name_exists():
         assert all(list(ROOT.glob(path)) for path in paths), title
 
 
+def test_pages_are_made_of_headings_links_and_docstrings():
+    text = "# A\n\nfirst\n## B `c`\n\n### D\nlast\n\n"
+    assert build.sections(text) == {"A": "first", "B `c`": "## B `c`\n### D\nlast"}
+    assert build._page("T", "a", "b") == "# T\n\na\n\nb\n"
+    linked = "[w](results/x.md) ![p](results/y.png) [o](https://o.org)"
+    assert build._of_site(linked) == "w (`results/x.md`) ![p](images/results-y.png) [o](https://o.org)"
+    assert build._of_site("[e](a.py)", ROOT / "examples") == "e (`examples/a.py`)"
+    docstring = (
+        "One line.\n\nkey    what\nother  more\n\nwords  two\nno columns here\n\nArgs:\n    a: of it,\n        longer\n"
+        "    b: x\n\nRaises:\n    ValueError: no."
+    )
+    assert build._prose(docstring) == (
+        "One line.\n\n```text\nkey    what\nother  more\n```\n\nwords  two\nno columns here\n\n"
+        "**Args**\n\n- a: of it, longer\n- b: x\n\n**Raises**\n\n- ValueError: no."
+    )
+    assert build._prose("Text.") == "Text."
+    module = build._module("experiments/figures/setpoints.py", members=True)
+    assert module.startswith("`experiments/figures/setpoints.py`\n\nWhere a row's knob stands, for")
+    assert re.findall(r"^### .*", module, re.MULTILINE) == [
+        "### `AtSparsity`",
+        "### `with_setpoints`",
+        "### `is_as_trained`",
+    ]
+    assert "**Attributes**\n\n- count: how it is counted.\n- is_held: training" in module
+    assert "###" not in build._module("experiments/figures/setpoints.py")
+
+
+def test_pages_are_written_with_what_they_show(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "pages", lambda: {"index.md": PAGES["index.md"], "options/plan.md": "ö\n"})
+    build.write(tmp_path)
+    assert (tmp_path / "index.md").read_text() == PAGES["index.md"]
+    assert (tmp_path / "options/plan.md").read_text(encoding="utf-8") == "ö\n"
+    assert (tmp_path / "site.css").read_bytes() == (ROOT / "docs/site.css").read_bytes()
+    shown = re.findall(r"\]\(images/([^)]+)\)", "".join(PAGES.values()))
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == sorted(set(shown))
+    assert {
+        name: next(line for line in text.splitlines() if line.startswith("# ")) for name, text in PAGES.items()
+    } == {
+        "index.md": "# DashAttention",
+        "quickstart.md": "# Quickstart",
+        "recipes.md": "# Recipes",
+        "library.md": "# The library",
+        "results.md": "# Results",
+        "trust.md": "# Trust",
+        "examples.md": "# Examples",
+        "methods.md": "# Methods",
+        "formats.md": "# File formats",
+        **{f"options/{name}.md": f"# Options: {name}" for name in SCHEMAS},
+    }
+    assert PAGES["options/plan.md"].startswith("---\nhide: [toc]\n---\n\n# Options: plan\n\n```text\n")
+    assert PAGES["options/plan.md"].endswith("\n```\n")
+    for name, titles in (("methods.md", build.METHODS), ("formats.md", build.FORMATS)):
+        assert re.findall(r"^## (.*)", PAGES[name], re.MULTILINE) == list(titles)
+    for path in build.FORMATS.values():
+        assert f"\n\n`{path}`\n\n" in PAGES["formats.md"]
+
+
 @pytest.mark.slow
 def test_the_site_is_built(tmp_path):
     build.write(tmp_path / "pages")

@@ -15,6 +15,7 @@ from experiments.errors import user_errors
 from experiments.files import CONFIGS, ROOT
 from experiments.help import SCHEMAS, Command, advice, did_you_mean, help_page
 from experiments.schema_source import Schema
+from tests.shown import assert_as_expected
 
 OF_LM_EVAL = {"harness"}  # whose own help is shown, by a process of its own: a model is registered once in each
 
@@ -91,6 +92,14 @@ def test_help_has_values_choices_and_comments():
     assert "attention.router_scale=" in chosen
     assert "attention.kernel_size=" not in chosen
     assert "attention.router_scale=4.0" in help_page("train", ["attention=dash_fine"])
+
+
+def test_whole_pages_of_help(tmp_path):
+    """Every command's own options with their defaults, groups with their choices, and the kinds of a small group; they
+    were checked by hand."""
+    pages = [re.split(r"\n\n(?:model|attention|launcher)=", help_page(name))[0] for name in SCHEMAS]
+    pages.append(help_page("train", ["launcher=slurm"]).partition("\n\nlauncher=")[2])
+    assert_as_expected("\n\n\n".join(pages), Path(__file__).parent / "expected" / "help.txt", tmp_path)
 
 
 @pytest.mark.parametrize(

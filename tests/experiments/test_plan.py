@@ -29,6 +29,7 @@ from experiments.files import CONFIGS, ROOT, SCALING, THROUGHPUT, read_rows
 from experiments.training import build, memory
 from experiments.training.check import meta_backends
 from experiments.training.memory import GIB, check_memory, check_room, estimate_memory, fits, meta_model
+from models.flops import matmul_parameters
 from tests.checkpoints import make_folder
 
 RESULTS = ROOT / "results"
@@ -143,6 +144,108 @@ def test_rates_of_rows_that_were_not_fitted(measured):
             others = [other for other in measured if other is not row]
             found = rates.fit(others)
             assert row.rate * found.seconds(row.work, device) == pytest.approx(1, rel=0.12), row
+
+
+def test_work_of_a_token_by_hand():
+    """A dense layer that reads 10 keys and others that read 6 and score 2 summaries, at a peak of 2 TFLOP/s."""
+    config = configure("model=10m", "model.vocab_size=99", "attention=dash", "attention.layers={0: full}")
+    model = meta_model(config)
+    shape = model.config
+    reads = [(10.0, 0.0), *[(6.0, 2.0)] * (shape.num_layers - 1)]
+    work = rates.work_of(model, 2.0, reads, compiled=False, checkpointed=False)
+    again = rates.work_of(model, 2.0, reads, compiled=True, checkpointed=True)
+    multiplied = 2 * matmul_parameters(shape)
+    layers = shape.num_layers
+    by_kind = defaultdict(float)
+    for backend, (keys, summaries) in zip(model.backends, reads, strict=True):
+        none, read, scored = (backend.flops(*x) for x in ((0.0, 0.0), (keys, 0.0), (keys, summaries)))
+        name = backend.config.name
+        for way in ("forward", "backward"):
+            by_kind["matmul", "", way] += getattr(none, way)
+            by_kind["attention", name, way] += getattr(read, way) - getattr(none, way)
+            by_kind["router", name, way] += getattr(scored, way) - getattr(read, way)
+    by_kind["matmul", "", "forward"] += multiplied
+    by_kind["matmul", "", "backward"] += 2 * multiplied
+    passes = 2 * shape.hidden_size / 3.35e12
+    for found, runs, compiled in ((work, 1, "eager"), (again, 2, "compiled")):
+        expected = {
+            kind: (runs * by_kind[*kind, "forward"] + by_kind[*kind, "backward"]) / 2e12
+            for kind in {key[:2] for key in by_kind} - {("router", "full")}
+        }
+        expected |= {("passes", compiled): layers * passes, ("passes", "dash"): (layers - 1) * passes}
+        assert found == pytest.approx(expected)
+    assert by_kind["router", "full", "forward"] == 0 < by_kind["router", "dash", "forward"]
+
+
+def made(rate, *, device="H100", backend="dash", way=None, **work):
+    """A step of a matrix product, which takes a second at the peak, and of other kinds of work."""
+    kinds = {("attention", "dash"): work.pop("attention", 0.0), ("passes", "eager"): work.pop("passes", 0.0)}
+    return rates.Row(
+        device, backend, False, {rates.MATMUL: 1.0, **{k: s for k, s in kinds.items() if s}}, rate, way, ""
+    )
+
+
+def test_a_fit_finds_what_rows_were_made_with():
+    """Matrix products at 700 of 989.4, attention at a third of its peak, passes at half; an L40S half as fast."""
+    matmul = 989.4 / 700
+    steps = [(1.0, 1.0), (5.0, 1.0), (2.0, 8.0)]
+    alone = [
+        made(1 / (matmul + 3 * attention + 2 * passes) / slow, device=device, attention=attention, passes=passes)
+        for device, slow in (("H100", 1.0),)
+        for attention, passes in steps
+    ]
+    first = alone[0].rate
+    of_way = [made(share * first, way=(1, False), attention=1.0, passes=1.0) for share in (0.9, 0.5, 0.8)]
+    of_way += [made(0.25 * first, way=(1, False), backend="nsa", attention=1.0, passes=1.0)]
+    found = rates.fit([*alone, *of_way])
+    assert found.cost == pytest.approx({rates.MATMUL: matmul, ("attention", "dash"): 3.0, ("passes", "eager"): 2.0})
+    assert found.slowness == pytest.approx({"H100": 1.0})
+    assert found.seconds({rates.MATMUL: 2.0, ("passes", "eager"): 3.0}, "H100") == pytest.approx(2 * matmul + 6)
+    assert [found.share(None, "dash"), found.share((1, False), "dash")] == pytest.approx([1.0, 0.8])
+    assert found.share((1, False), "nsa") == pytest.approx(0.25)
+    assert found.share((1, False), "moba") == pytest.approx(0.65)  # of all four
+    assert [found.ratio(row) for row in (alone[1], of_way[0], of_way[3])] == pytest.approx([1.0, 0.9 / 0.8, 1.0])
+    slow = [made(row.rate / 2, device="L40S", attention=1.0, passes=1.0) for row in alone[:1]]
+    assert rates.fit([*alone, *slow]).slowness["L40S"] > 1.5
+
+
+def test_what_is_told_of_an_estimate(measured, monkeypatch):
+    monkeypatch.setattr(rates, "SMALL", 0.0)
+    config = configure("model=60m", "model.vocab_size=99", "attention=dash", "compile=true")
+    model = meta_model(config)
+
+    def told(ranks, device, rows=measured, config=config, model=model):
+        found = rates.estimate_rate(config, model, ranks, device, 0.75, rows)
+        assert found.least <= found.tokens_per_s <= found.most
+        return found, list(found.notes)
+
+    alone, nothing = told(1, "NVIDIA H100 80GB HBM3")
+    assert nothing == []
+    several = "more than 2 GPUs were not measured: as 2 of one host"
+    way = "no rows of GPUs that share work this way: nothing is taken off for it"
+    assert told(2, "H100")[1] == []
+    assert told(3, "H100")[1] == [several]
+    bare = [row for row in measured if row.way is None]
+    shared, notes = told(4, "H100", rows=bare)
+    assert notes == [way, several]
+    assert shared.tokens_per_s == pytest.approx(
+        4 * rates.estimate_rate(config, model, 1, "H100", 0.75, bare).tokens_per_s
+    )
+    other, notes = told(1, "A100")
+    assert notes == ["no rows of this kind of GPU: the share of the peak that H100 and H200 reach"]
+    assert 0.3 < other.tokens_per_s / alone.tokens_per_s < 0.6  # products at 312 of 989, passes alike
+    without = [row for row in measured if row.backend != "dash"]
+    notes = told(1, "H100", rows=without)[1]
+    assert sorted(notes) == [
+        f"no rows of dash: its {what} as the slowest of the others" for what in ("attention", "passes", "router")
+    ]
+    monkeypatch.setattr(rates, "SMALL", 1e12)
+    assert told(1, "H100")[1] == ["no rows of a model this small"]
+    monkeypatch.setattr(rates, "SMALL", 0.0)
+    monkeypatch.setattr(rates, "LARGE", 1.0)
+    assert told(1, "H100")[1] == ["no rows of a model this large"]
+    with pytest.raises(ValueError, match="no committed rows to tell a rate by: run `dashattn throughput` on a GPU"):
+        told(1, "H100", rows=[])
 
 
 def test_work_without_rows_costs_what_that_of_another_backend_does():
@@ -355,6 +458,48 @@ def test_every_number_of_a_plan_in_its_unit_and_on_its_line(checkpointed):
     ]
     slow = replace(planned, rate=rates.Rate(94.0, 1.0, 10_000.0, ()))
     assert "16,384,000 tokens in 2.0 days (27.3 min to 189.6 days)" in plan.describe(slow)
+
+
+def test_a_sweeps_table_and_its_sums():
+    def planned(hours, rate, notes, **changes):
+        known = {"hours": hours, "rate": SimpleNamespace(tokens_per_s=rate, notes=notes), "ranks": 2, "device": "H100"}
+        return SimpleNamespace(**known | {"memory": SimpleNamespace(peak=1.5 * GIB), "fits": True} | changes)
+
+    small = planned((0.5, 0.25, 1.0), 1234.5, ("a", "b"))
+    large = planned((40.0, 20.0, 80.0), 98765.0, ("b", "c"), fits=False, memory=SimpleNamespace(peak=123.456 * GIB))
+    cells = [(SimpleNamespace(name="recall-dash"), small), (SimpleNamespace(name="x"), large)]
+    assert plan.describe_sweep(SimpleNamespace(jobs=3), cells).splitlines() == [
+        "cell         GiB/GPU  fits  tokens/s     time",
+        "recall-dash     1.50  yes      1,234   30.0 min",
+        "x             123.46  no      98,765     40.0 h",
+        "2 runs, one after the other 40.5 h (20.2 h to 3.4 days) on 2 x H100; "
+        "jobs=3 at a time with 6 GPUs to themselves; evaluations are not counted",
+        *("note: a", "note: b", "note: c"),
+    ]
+    assert plan.split(["gpus=2", "model=60m", "gpu=H100", "gpux=1", "sparsity=0.5", "sweep=smoke"]) == (
+        ["gpus=2", "gpu=H100", "sparsity=0.5"],
+        ["model=60m", "gpux=1", "sweep=smoke"],
+    )
+
+
+def test_where_a_plans_memory_and_sparsity_come_from(measured, monkeypatch):
+    config = configure("model=60m", "model.vocab_size=99", "attention=dash", "deepspeed.precision=auto")
+    known = plan.plan_run(config, plan.PlanConfig(), measured)
+    assert (known.ranks, known.device, known.room, known.sparsity) == (1, "H100", 79.2 * GIB, 0.0)
+    assert known.config.deepspeed.precision == "bf16"
+    precise = replace(config, deepspeed=replace(config.deepspeed, precision="fp32"))
+    assert plan.plan_run(precise, plan.PlanConfig(), measured).config.deepspeed.precision == "fp32"
+    assert plan.plan_run(config, plan.PlanConfig(gpu="H200", memory_gib=7.0), measured).room == 7 * GIB
+    assert plan.plan_run(config, plan.PlanConfig(gpu="NVIDIA L40S"), measured).room == 44.4 * GIB
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: SimpleNamespace(total_memory=5 * GIB))
+    here = plan.plan_run(config, plan.PlanConfig(), measured)
+    assert (here.device, here.room) == ("NVIDIA H200", 5 * GIB)
+    assert plan.plan_run(config, plan.PlanConfig(gpu="H100"), measured).room == 79.2 * GIB
+    usable = memory.USABLE * 5 * GIB
+    for peak, fits_ in ((usable, True), (1.001 * usable, False)):
+        assert replace(here, memory=replace(here.memory, **dict.fromkeys(("weights",), 0.0), peak=peak)).fits == fits_
 
 
 def test_the_gpus_of_a_job_are_the_runs():

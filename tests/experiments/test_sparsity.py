@@ -67,6 +67,43 @@ def test_a_share_is_found_and_held(concentration, target):
     assert all(abs(sparsity - target) < 0.02 for sparsity in sparsities[-30:])
 
 
+@pytest.mark.parametrize(
+    ("measure", "target", "span", "start", "tried"),
+    [
+        # By 4, 16 and 256 until the target is between two; then along their log-odds, halving after two on one side.
+        (smooth(30.0), 0.75, SCALES, 1.0, [1.0, 4.0, 64.0, 16384.0, 115.906, 86.1279, 74.2441, 82.131]),
+        (smooth(0.01), 0.2, SCALES, 1.0, [1.0, 0.25, 0.015625, 6.10352e-05, 0.00391351, 0.00317847, 0.00348474]),
+        (of_blocks(128), 0.75, (128, 2), 64, [64, 16, 17, 33, 18]),
+        (of_blocks(128), 0.1, (128, 2), 4, [4, 16, 128, 38, 56, 85, 104, 87, 88]),
+        (of_share(3.0), 0.75, (1.0, 1e-5), 0.9, [0.9, 0.692308, 0.123288, 0.563265, 0.535843, 0.555297]),
+        (of_share(8.0), 0.001, (1.0, 1e-5), 0.9, [0.9, 0.972973, 0.998267, 0.999993, 1.0]),
+        (
+            lambda knob: 0.2 if knob < 3 else 0.8,
+            0.5,
+            (1.0, 64.0),
+            1.0,
+            [1.0, 4.0, 2.0, 2.828427, 3.363586],
+        ),  # of 5 passes
+    ],
+)
+def test_where_the_search_looks(measure, target, span, start, tried):
+    found = find_knob(measure, target, span, start, **({"passes": 5} if span == (1.0, 64.0) else {}))
+    assert list(found.tried) == pytest.approx(tried, rel=1e-5)
+
+
+def test_a_hold_moves_by_four_fifths_of_the_log_odds_and_no_further_than_a_fifth():
+    miss = 0.8 * (math.log(0.75 / 0.25) - math.log(0.76 / 0.24))
+    steps = (0.2, miss, 0.2, -0.2, 0.0)
+    for span, knob, coordinate, sign in (
+        (SCALES, 1.0, math.log, 1),
+        ((1.0, 1e-5), 0.9, lambda knob: math.log(knob / (1 - knob)), -1),
+    ):
+        hold, place = Hold(0.75, span, knob), coordinate(knob)
+        for sparsity, step in zip((0.7, 0.76, 0.0, 1.0, 0.75), steps, strict=True):
+            place += sign * step
+            assert coordinate(hold.update(sparsity)) == pytest.approx(place)
+
+
 @pytest.mark.parametrize("blocks", [8, 128, 256])
 @pytest.mark.parametrize("target", [0.0, 0.1, 0.5, 0.75, 0.9, 0.97])
 def test_an_integer_knob_is_the_nearest(blocks, target):

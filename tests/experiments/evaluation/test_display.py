@@ -1,7 +1,9 @@
 """What an evaluation says at its end, and on the way there."""
 
+import re
+
 from experiments.evaluation.config import EvaluateConfig
-from experiments.evaluation.display import Display
+from experiments.evaluation.display import Display, line, place_of
 from experiments.evaluation.evaluate import Evaluation, find_target
 
 ROW = {
@@ -35,6 +37,45 @@ def test_the_table_has_every_score_with_its_interval(capsys):
         "[low, high]: 95% confidence interval over rows, prompts or questions; "
         "of vt nats it is not known how samples scatter",
         "niah differs from the original task: haystack: none",
+    ]
+
+
+def test_lines_that_come_with_rows(capsys):
+    asked = {"target_sparsity": 0.75, "sparsity_count": "paper", "knob": 3.14159}
+    told = {
+        "vt match 0.500 [0.318, 0.682]  512 tokens  topk 2  causal sparsity 75.0%": {},
+        "loss 3.0000 [2.7936, 3.2064]  512 tokens  topk 3.142  for 75.0% (paper)  causal sparsity 75.0%": (
+            {"task": "loss", "metric": "nats", "score": 3.0} | asked
+        ),
+        "niah match depth 0 0.500  64 tokens  causal sparsity 0.0%": (
+            {"task": "niah", "depth": 0.0, "knob": None, "causal_sparsity": 0.0, "length": 64} | {"samples": 0}
+        ),
+        "routing recall 0-1 probe vt relevant 2 depth 0.5 part a variant b 0.500 [0.294, 0.706]  512 tokens  topk 2  "
+        "causal sparsity 75.0%": (
+            {"task": "routing", "metric": "recall", "position": [0, 1], "probe": "vt", "relevant": 2, "depth": 0.5}
+            | {"part": "a", "variant": "b"}
+        ),
+        "recall 0.500 [0.318, 0.682]  512 tokens  topk 2  causal sparsity 75.0%": (
+            {"task": "recall", "metric": "accuracy"}
+        ),
+    }
+    display, shown = Display(), []
+    with display:
+        for share, (text, changes) in zip((0.25, 0.25, 0.5, 0.5, 1.0), told.items(), strict=True):
+            assert line(ROW | changes).replace("depth 0.0", "depth 0") == text
+            display.advance(share)
+            display.show(ROW | changes)
+            shown.append(f"{line(ROW | changes)}  ({share:.0%} done{', ETA -:--:--' if share < 1 else ''})")
+    said = re.sub(r"ETA [\d:-]+\)", "ETA -:--:--)", capsys.readouterr().out)
+    assert said.splitlines() == shown
+    assert [place_of(ROW | changes) for changes in ({}, asked, {"knob": None})] == [
+        "topk 2",
+        "for 0.75 (paper)",
+        "no knob",
+    ]
+    display.show_table([ROW | {"untrained": "/b"}, ROW | {"untrained": "/a", "length": 8}, ROW | {"untrained": "/a"}])
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        f"nothing was trained: the weights are those of /{name}" for name in "ab"
     ]
 
 

@@ -126,6 +126,23 @@ def test_log_likelihoods_are_the_models_own(run_dir):
     assert (is_greedy, is_other) == (True, False)
 
 
+def test_what_lm_eval_asks_for_is_located(monkeypatch):
+    asked = []
+
+    def locate(run, device, length):
+        asked.append((run, device, length))
+        raise ValueError("none here")
+
+    monkeypatch.setattr(harness, "locate_model", locate)
+    for options in ({}, {"device": "cuda:0", "max_length": 9, "batch_size": "1"}, {"device": "cpu", "knob": 2.0}):
+        with pytest.raises(ValueError, match="none here"):
+            HarnessModel("outputs/a", **options)
+    assert asked == [("outputs/a", "auto", None), ("outputs/a", "cuda", 9), ("outputs/a", "cpu", None)]
+    for batch_size in ("auto", 0, "-1", 1.5):
+        with pytest.raises(ValueError, match=f"batch_size={batch_size}: a number of rows is needed, at least 1"):
+            HarnessModel("outputs/a", batch_size=batch_size)
+
+
 def test_a_context_of_white_space_is_none(run_dir):
     lm = HarnessModel(str(run_dir), device="cpu", batch_size=3, max_length=20)
     pairs = [(" ", "class A"), ("import os", "\nimport sys")]

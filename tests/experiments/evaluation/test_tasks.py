@@ -1,5 +1,6 @@
 """Tasks on a trained checkpoint: what their rows say, against the model and against counting by hand."""
 
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -100,7 +101,12 @@ def test_right_answers_score_and_the_heat_map_has_a_row_for_every_depth(text_run
         lambda index: tokenizer.encode(f"It is {samples[index].references[0]}!") if index < 12 else [0]
     )
     monkeypatch.setattr(generated, "generate", generate)
+    clock = count(100.0, 0.5)  # half a second from one look to the next, of which a batch takes two
+    monkeypatch.setattr(generated, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     rows = run(text_run, **options)
+    assert [row["seconds"] for row in rows] == pytest.approx([3 * 0.5] * 11)  # batches of 8, 8 and 6
+    (path,) = (text_run / "predictions").glob("*.jsonl")
+    assert [answer["seconds"] for answer in read_rows(path)] == pytest.approx([0.5 / 8] * 16 + [0.5 / 6] * 6)
     assert [(row["depth"], row["score"]) for row in rows] == [(0.0, 1.0), *((i / 10, 0.5) for i in range(1, 11))]
     assert {row["differs"] for row in rows} == {"haystack: held-out text of python_stdlib"}
 
