@@ -106,15 +106,16 @@ def draw(rows: Sequence[dict], path: Path) -> None:
     present = {name: title for name, title in PANELS.items() if any(row.get(name) is not None for row in rows)}
     figure, axes = grid(len(present))
     lines: dict[str, list[dict]] = {}
-    devices = sorted({row["device"] for row in rows})
+    shared = set.intersection(*({row["device"], *row["train"]} for row in rows))
     for row in rows:
-        lines.setdefault(label(row) + (f", {row['device']}" if len(devices) > 1 else ""), []).append(row)
+        own = [word for word in (row["device"], *row["train"]) if word not in shared]
+        lines.setdefault(", ".join([label(row), *own]), []).append(row)
     style = styles(lines)
     for ax, (name, title) in zip(axes, present.items(), strict=True):
         for line, points in lines.items():
             colour, mark = style[line]
-            points = [row for row in points if row.get(name) is not None]
-            ax.plot([p["length"] for p in points], [p[name] for p in points], color=colour, marker=mark, label=line)
+            if known := [row for row in points if row.get(name) is not None]:
+                ax.plot([p["length"] for p in known], [p[name] for p in known], color=colour, marker=mark, label=line)
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter(lambda x, _: tokens(x))
         from_zero(ax)
@@ -122,8 +123,8 @@ def draw(rows: Sequence[dict], path: Path) -> None:
         ax.set_xlabel("tokens in a row")
         ax.set_ylabel(title)
         ax.grid(alpha=0.25)
-    if len(devices) == 1:
-        figure.suptitle(devices[0], fontsize=9)
+    if rows[0]["device"] in shared:
+        figure.suptitle(rows[0]["device"], fontsize=9)
     legend_below(figure, axes)
     save(figure, path)
 
@@ -132,10 +133,10 @@ def write_report(root: Path) -> str:
     """throughput.md, .png and .pdf from the rows in ``root``; returns the table.
 
     Raises:
-        ValueError: there are no measurements.
+        ValueError: no model was measured.
     """
     rows = read_rows(root / THROUGHPUT)
-    if not any(row["status"] == "ok" for row in rows):
+    if not any(row["status"] == "ok" and row["backend"] != "loader" for row in rows):
         raise ValueError(
             f"no measurements in {root / THROUGHPUT}: run `python -m experiments.throughput output_dir={root}`"
         )

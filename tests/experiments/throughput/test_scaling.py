@@ -118,24 +118,80 @@ ROW |= {"activation_checkpointing": False, "stage": 1, "shares_rows": False, "wa
 ROW |= {"step_time": 0.5, "peak_memory_mib": 2048.0, "detail": None}
 
 
+ROWS = [
+    ROW | {"ranks": 2, "tokens_per_s": 90.0, "losses": [5.0, 4.0], "compile": False, "stage": 3, "shares_rows": True},
+    ROW | {"ranks": 1, "tokens_per_s": 1.0, "losses": [9.0, 9.0]},
+    ROW | {"ranks": 1, "tokens_per_s": 100.0, "losses": [5.0, 4.0]},  # again: the last one counts
+    ROW | {"ranks": 1, "tokens_per_s": 50.0, "losses": [5.0, 4.0], "compile": False},
+    ROW | {"ranks": 2, "tokens_per_s": 190.0, "losses": [5.0, 3.99], "activation_checkpointing": False},
+    ROW | {"ranks": 2, "tokens_per_s": 170.0, "losses": [5.0, 4.0], "activation_checkpointing": True},
+    ROW | {"ranks": 2, "stage": 2, "status": "out of memory", "detail": "a | b"},
+    ROW | {"ranks": 1, "status": "error", "detail": None, "tokens_per_micro_batch": 2},
+    ROW | {"ranks": 2, "tokens_per_s": 190.0, "losses": [5.0, 4.0], "tokens_per_micro_batch": 2},
+    ROW | {"ranks": 4, "tokens_per_s": 300.0, "losses": [4.5, 4.0]},
+    ROW | {"ranks": 2, "tokens_per_s": 80.0, "losses": [5.0, 4.0], "backend": "full", "length": 4096},
+    ROW | {"ranks": 1, "tokens_per_s": 50.0, "losses": [5.0, 4.0], "backend": "full", "length": 4096},
+    ROW | {"ranks": 1, "tokens_per_s": 7.0, "losses": [5.0, 4.0], "train": ["model=60m"]},
+    ROW | {"ranks": 2, "tokens_per_s": 7.0, "losses": [5.0, 4.0], "train": ["model=60m"]},
+    ROW | {"ranks": 2, "tokens_per_s": 9.0, "losses": [5.0, 4.0], "device": "other"},
+]
+
+
 def test_the_table_compares_with_one_device_at_the_same_work(tmp_path):
-    rows = [
-        ROW | {"ranks": 1, "tokens_per_s": 1.0, "losses": [9.0, 9.0]},
-        ROW | {"ranks": 1, "tokens_per_s": 100.0, "losses": [5.0, 4.0]},  # again: the last one counts
-        ROW | {"ranks": 1, "tokens_per_s": 50.0, "losses": [5.0, 4.0], "compile": False},
-        ROW | {"ranks": 2, "tokens_per_s": 190.0, "losses": [5.0, 3.99]},
-        ROW | {"ranks": 2, "tokens_per_s": 90.0, "losses": [5.0, 4.0], "compile": False, "stage": 3},
-        ROW | {"ranks": 2, "stage": 2, "status": "out of memory", "detail": "a | b"},
-    ]
-    append_rows(tmp_path / SCALING, rows)
+    append_rows(tmp_path / SCALING, ROWS)
     table = parallel_report.write_report(tmp_path)
     assert (tmp_path / "parallel.md").read_text() == table
-    lines = [line for line in table.splitlines() if line.startswith("| 8k")]
-    assert len(lines) == 5
-    assert lines[1] == "| 8k | dash | 2 | 1 | whole | yes | no | 190 | 95.0% | 0.500 s | 2.0 GiB | 1.0e-02 |"
-    assert "out of memory" in lines[2]
-    assert "90.0%" in lines[4]
-    assert all(line.count("|") - line.count(r"\|") == 13 for line in lines)
+    assert [line for line in table.splitlines() if line.startswith(("## ", "| 8k", "| 4k"))] == [
+        "## GPU: model=350m",
+        "| 4k | full | 1 | 1 | whole | yes | no | 50 |  | 0.500 s | 2.0 GiB |  |",
+        "| 4k | full | 2 | 1 | whole | yes | no | 80 | 80.0% | 0.500 s | 2.0 GiB | 0.0e+00 |",
+        "| 8k | dash | 1 | 1 | whole | yes | no | 100 |  | 0.500 s | 2.0 GiB |  |",
+        "| 8k | dash | 1 | 1 | whole | yes | no | error | | | | |",
+        "| 8k | dash | 2 | 1 | whole | yes | no | 190 | 95.0% | 0.500 s | 2.0 GiB | 1.0e-02 |",
+        "| 8k | dash | 2 | 1 | whole | yes | yes | 170 |  | 0.500 s | 2.0 GiB |  |",
+        "| 8k | dash | 2 | 1 | whole | yes | no | 190 |  | 0.500 s | 2.0 GiB |  |",
+        "| 8k | dash | 2 | 2 | whole | yes | no | out of memory a / b | | | | |",
+        "| 8k | dash | 4 | 1 | whole | yes | no | 300 | 75.0% | 0.500 s | 2.0 GiB | 5.0e-01 |",
+        "| 8k | dash | 1 | 1 | whole | no | no | 50 |  | 0.500 s | 2.0 GiB |  |",
+        "| 8k | dash | 2 | 3 | shared | no | no | 90 | 90.0% | 0.500 s | 2.0 GiB | 0.0e+00 |",
+        "## GPU: model=60m",
+        "| 8k | dash | 1 | 1 | whole | yes | no | 7 |  | 0.500 s | 2.0 GiB |  |",
+        "| 8k | dash | 2 | 1 | whole | yes | no | 7 | 50.0% | 0.500 s | 2.0 GiB | 0.0e+00 |",
+        "## other: model=350m",
+        "| 8k | dash | 2 | 1 | whole | yes | no | 9 |  | 0.500 s | 2.0 GiB |  |",
+    ]
+
+
+def test_the_figure_has_a_panel_for_each_number_of_devices(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(parallel_report, "save", lambda figure, path: figures.append((figure, path)))
+    nsa = [{"ranks": 1, "tokens_per_s": 10.0}, {"ranks": 2, "tokens_per_s": 12.0}]
+    rows = ROWS[:12] + [ROW | row | {"losses": [5.0, 4.0], "backend": "nsa"} for row in nsa]
+    parallel_report.draw(parallel_report.compared(rows), tmp_path / "parallel")
+    ((figure, path),) = figures
+    assert path == tmp_path / "parallel"
+    found = {
+        axis.get_title(): (
+            [label.get_text() for label in axis.get_xticklabels()],
+            {
+                line.get_label(): line.get_xydata().round(3).tolist()
+                for line in axis.get_lines()
+                if line.get_linestyle() != "--"
+            },
+        )
+        for axis in figure.axes
+    }
+    assert found == {
+        "2 x GPU": (
+            ["4k, ZeRO 1\ncompiled", "8k, ZeRO 1\ncompiled", "8k, ZeRO 3\nrows shared\nnot compiled"],
+            {
+                "dash": [[0.833, 0.95], [1.833, 0.9]],
+                "full": [[0, 0.8]],
+                "nsa": [[1.167, 0.6]],
+            },
+        ),
+        "4 x GPU": (["8k, ZeRO 1\ncompiled"], {"dash": [[0, 0.75]]}),
+    }
 
 
 def test_a_report_needs_rows(tmp_path):

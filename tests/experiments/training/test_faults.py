@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -198,6 +199,25 @@ def test_a_spike_is_seen_and_a_noisy_slope_is_not(tmp_path):
     watch.record("spike", 7, 2.5, float("inf"), [{"rows": 3}])
     expected = {"step": 7, "kind": "spike", "loss": 2.5, "grad_norm": "inf", "data": [{"rows": 3}]}
     assert read_rows(tmp_path / "anomalies.jsonl") == [expected]
+
+
+@pytest.mark.parametrize(
+    ("before", "loss", "judged"),
+    [
+        ([1.0, 3.0] * 8, 8.01, "spike"),  # six standard deviations of 1 above the mean of 2
+        ([1.0, 3.0] * 8, 7.99, None),
+        ([1.0, 3.0] * 7 + [1.0], 99.0, None),  # of 15 losses
+        ([99.0] * 36 + [1.0, 3.0] * 32, 8.01, "spike"),  # 64 losses are remembered
+        ([99.0] + [1.0, 3.0] * 31 + [1.0], 8.01, None),
+        ([1.0, 3.0] * 7 + [math.nan] * 8 + [1.0, 3.0], 8.01, "spike"),  # those of skipped steps are not
+        ([1.0, 3.0] * 8 + [9.0], 9.0, None),  # a spike is
+    ],
+)
+def test_a_spike_is_six_standard_deviations_above_the_last_64_losses(tmp_path, before, loss, judged):
+    watch = LossWatch(tmp_path / "anomalies.jsonl", skipped=0, limit=99)
+    for value in before:
+        watch.judge(value, is_finite=True)
+    assert watch.judge(loss, is_finite=True) == judged
 
 
 @pytest.mark.parametrize(

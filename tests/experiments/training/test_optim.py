@@ -10,7 +10,14 @@ from dashattn.backends import AttentionShape, DashConfig, NSAConfig, build_backe
 from experiments.config import OptimConfig
 from experiments.training import build as build_module
 from experiments.training.check import check
-from experiments.training.optim import LR_FACTOR, check_order, learning_rate, parameter_groups, parameter_order
+from experiments.training.optim import (
+    LR_FACTOR,
+    build_optimizer,
+    check_order,
+    learning_rate,
+    parameter_groups,
+    parameter_order,
+)
 from experiments.training.weights import find_weights
 from models import ModelConfig, Transformer
 from train import train
@@ -75,6 +82,9 @@ def test_only_matrices_of_linear_layers_decay():
     assert len(others["params"]) == 4
     assert [group["weight_decay"] for group in (decayed, others, routing)] == [0.1, 0, 0]
     assert routing["eps"] == 1e-15
+    optim = OptimConfig(lr=0.5, beta1=0.8, beta2=0.7, eps=1e-3, weight_decay=0.1)
+    for group in build_optimizer(model, optim, torch.device("cpu")).param_groups:
+        assert (group["lr"], group["betas"], group["eps"]) == (0.5, (0.8, 0.7), 1e-3)
 
 
 @pytest.mark.parametrize("optim", [OptimConfig(lr=1.0), OptimConfig(lr=1.0, backend_lr=2.0)])

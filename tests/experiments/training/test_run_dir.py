@@ -1,19 +1,23 @@
 import json
+import re
 from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from data import MixtureDataConfig, TextDataConfig
 from data.config import MixedCorpusConfig
 from experiments.config import load_config, to_train_config
 from experiments.errors import REQUEUE, Occupied
 from experiments.files import read_rows, write_atomically
+from experiments.training import run_dir
 from experiments.training.checkpoint import seal
 from experiments.training.metrics import drop_rows_after
 from experiments.training.ranks import Ranks
-from experiments.training.run_dir import config_hash, find_run_dir, open_run_dir
+from experiments.training.run_dir import config_hash, find_run_dir, flat, open_run_dir
 from tests.experiments.conftest import CONFIGS
 
 
@@ -61,6 +65,39 @@ def test_what_is_only_logged_or_measured_may_differ(config):
     find_run_dir(replace(config, data=replace(config.data, validation_rows=None)))
     with pytest.raises(ValueError, match=r"data.seq_len: 64 there, 32 now\n[^\n]*only these may change: .*eval_every"):
         find_run_dir(replace(config, threads=3, data=replace(config.data, seq_len=32)))
+
+
+FREE = (
+    *("name", "run_dir", "overwrite", "cache_dir", "log_every", "stats_every", "eval_every", "save_every", "threads"),
+    *("keep_checkpoints", "keep_every", "max_skipped_steps", "activation_checkpointing", "check_memory"),
+    *("peak_tflops", "profile_steps", "rows_per_micro_batch", "sequence_parallel", "any_tokenizer", "branch_from"),
+    *("data.validation_rows", "data.files", "deepspeed.stage"),
+)
+HASHED = {"eval_every", "threads", "data.validation_rows", "data.files"}  # all the same
+
+
+def test_of_all_values_only_these_may_differ(config, monkeypatch):
+    """Each other one is listed, and makes another hash."""
+    path = opened(config).path / "config.yaml"
+    others = {bool: lambda x: not x, int: lambda x: x + 1, float: lambda x: x / 2, str: lambda x: f"{x}x"}
+    others |= {list: lambda x: [*x, "x"], type(None): lambda x: 1}
+    kept = {"attention.name", "model.vocab_size", "data.bos_token", "launcher"}
+    before = flat(yaml.safe_load(path.read_text()))
+    changed = {key: others[type(value)](value) for key, value in before.items() if key not in kept}
+    saved = OmegaConf.load(path)
+    for key, value in changed.items():
+        OmegaConf.update(saved, key, value)
+    OmegaConf.save(saved, path)
+    with pytest.raises(ValueError, match="another configuration") as refused:
+        find_run_dir(config)
+    listed = re.findall(r"^  ([\w.]+): ", str(refused.value), re.MULTILINE)
+    free = {key for key in changed if key in FREE or key.startswith("logger.")}
+    assert listed == sorted(changed.keys() - free)
+
+    own = config_hash(config)
+    for key, value in changed.items():
+        monkeypatch.setattr(run_dir, "plain", lambda _, key=key, value=value: before | {key: value})
+        assert (config_hash(config) == own) == (key in free - HASHED), key
 
 
 @pytest.mark.parametrize("is_mixture", [False, True])
