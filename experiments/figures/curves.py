@@ -255,8 +255,8 @@ def make_throughput(study: Study) -> Drawn | None:
     if not rows:
         return None
     table = [{name: row.get(name) for name in THROUGHPUT_COLUMNS} for row in rows]
-    is_measured = any(row["status"] == "ok" for row in rows)
-    return Drawn(table, (lambda path: throughput_report.draw(rows, path)) if is_measured else None, rows=rows)
+    draw = (lambda path: throughput_report.draw(rows, path)) if throughput_report.is_measured(rows) else None
+    return Drawn(table, draw, rows=rows)
 
 
 def make_parallel(study: Study) -> Drawn | None:

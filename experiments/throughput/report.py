@@ -43,6 +43,11 @@ def fastest(rows: Iterable[dict]) -> list[dict]:
     return sorted(best.values(), key=lambda row: (row["length"], label(row)))
 
 
+def is_measured(rows: Iterable[dict]) -> bool:
+    """Whether there is a model's measurement among them."""
+    return any(row["status"] == "ok" and row["backend"] != "loader" for row in rows)
+
+
 def sections(rows: Iterable[dict]) -> Iterator[tuple[list[str], list[dict]]]:
     """Lines of a heading, and the rows of one device and one training."""
     groups: dict[tuple, list[dict]] = {}
@@ -136,7 +141,7 @@ def write_report(root: Path) -> str:
         ValueError: no model was measured.
     """
     rows = read_rows(root / THROUGHPUT)
-    if not any(row["status"] == "ok" and row["backend"] != "loader" for row in rows):
+    if not is_measured(rows):
         raise ValueError(
             f"no measurements in {root / THROUGHPUT}: run `python -m experiments.throughput output_dir={root}`"
         )
