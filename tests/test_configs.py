@@ -157,6 +157,8 @@ def test_unknown_keys_and_wrong_types_stop_at_composition(override):
         (["steps=0"], "positive"),
         (["sequence_parallel=0"], "positive"),
         (["sequence_parallel=2"], "start a multiple of 2 ranks"),
+        (["keep_every=4", "save_every=0"], "keep_every=4 is no multiple of save_every=0"),
+        (["keep_every=4", "save_every=3"], "keep_every=4 is no multiple of save_every=3"),
         (["log_every=0"], "positive"),
         (["threads=0"], "from 1 to 1024"),
         (["rows_per_batch=6", "rows_per_micro_batch=4"], "rows_per_batch=4"),
@@ -173,6 +175,47 @@ def test_unknown_keys_and_wrong_types_stop_at_composition(override):
 def test_impossible_combinations_are_refused_with_their_mend(overrides, mend):
     with pytest.raises(ValueError, match=mend):
         check(composed("device=cpu", *overrides))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["keep_every=4", "save_every=2"],
+        ["keep_every=0", "save_every=0"],
+        ["steps=10", "optim.warmup_steps=9"],
+        ["optim=wsd", "steps=10", "optim.warmup_steps=8", "optim.decay_fraction=0.2"],
+        ["optim=wsd", "optim.schedule=cosine", "steps=10", "optim.warmup_steps=9", "optim.decay_fraction=0.9"],
+        ["data.seq_len=512", "model.max_seq_len=512"],
+        ["deepspeed.stage=0", "deepspeed.precision=fp32", "compile=true"],
+        ["deepspeed.stage=1", "deepspeed.precision=bf16"],
+        ["deepspeed.stage=2", "compile=true"],
+        ["deepspeed.stage=3", "compile=false"],
+    ],
+)
+def test_the_last_value_that_can_be_is_taken(overrides):
+    check(composed("device=cpu", *overrides))
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "asked", "resolved"),
+    [
+        (True, ("auto", "auto"), ("cuda", "bf16")),
+        (True, ("cpu", "auto"), ("cpu", "fp32")),
+        (True, ("cuda", "fp16"), ("cuda", "fp16")),
+        (False, ("auto", "auto"), ("cpu", "fp32")),
+        (False, ("auto", "bf16"), ("cpu", "bf16")),
+        (False, ("cuda", "auto"), None),
+    ],
+)
+def test_auto_is_what_the_machine_has(monkeypatch, has_gpu, asked, resolved):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    config = composed(f"device={asked[0]}", f"deepspeed.precision={asked[1]}")
+    if resolved is None:
+        with pytest.raises(ValueError, match="device=cuda, but PyTorch sees no GPU: use device=cpu"):
+            check(config)
+    else:
+        found = check(config)
+        assert (found.device, found.deepspeed.precision) == resolved
 
 
 def test_a_backend_that_cannot_take_packed_documents_is_refused_before_it_meets_them(monkeypatch):
@@ -235,6 +278,12 @@ def test_a_batch_is_shared_by_ranks_and_micro_batches():
     config.rows_per_micro_batch = None
     with pytest.raises(ValueError, match="multiple of 3"):
         accumulation(config, ranks=3)
+    shared = replace(config, sequence_parallel=2)
+    assert accumulation(shared, ranks=4) == (8, 1)
+    assert accumulation(replace(shared, rows_per_micro_batch=2), ranks=4) == (2, 4)
+    message = "rows_per_micro_batch=5 x 2 groups of 2 ranks: change one, for instance rows_per_batch=10$"
+    with pytest.raises(ValueError, match=message):
+        accumulation(replace(shared, rows_per_micro_batch=5), ranks=4)
 
 
 @pytest.mark.parametrize(
