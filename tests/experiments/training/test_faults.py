@@ -131,7 +131,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(make_config, a
     assert row["data"] == state(run_dir, 2)["data"]
 
 
-def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too(make_config, at_step):
+def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too(make_config, at_step, capsys):
     def blow_up(output):
         output.loss.register_hook(lambda gradient: gradient * float("inf"))
         return output
@@ -140,6 +140,7 @@ def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too(make_config, at_st
     run_dir = train(make_config("run", *KEEP_ALL))
     (row,) = read_rows(run_dir / "anomalies.jsonl")
     assert (row["step"], row["kind"], row["grad_norm"]) == (3, "skipped", "inf")
+    assert f"WARNING: step 3 skipped: loss {row['loss']:.4g}, grad_norm inf\n" in capsys.readouterr().out
     assert sorted(losses(run_dir)) == [1, 2, 4]
 
 
@@ -229,7 +230,7 @@ def test_a_spike_is_six_standard_deviations_above_the_last_64_losses(tmp_path, b
 )
 def test_a_dead_data_source_loses_no_step(make_config, monkeypatch, options, rows, step):
     whole = train(make_config("whole", *options))
-    config = make_config("run", *options)
+    config, written = make_config("run", *options), set()
     read = PreparedTextStream.__next__
 
     def failing(stream):
@@ -242,6 +243,8 @@ def test_a_dead_data_source_loses_no_step(make_config, monkeypatch, options, row
         for _ in range(2):  # the second time nothing was learned, and nothing is written
             with pytest.raises(Stopped, match=rf"failed at step {step} \(the corpus is gone\).*are saved"):
                 train(config)
+            written.add(checkpoint(Path(config.run_dir), step - 1).stat().st_ctime_ns)
+    assert len(written) == 1
     assert (Path(config.run_dir) / "checkpoints" / "latest").read_text() == f"step-{step - 1:08d}\n"
     assert losses(train(config)) == losses(whole)
 

@@ -19,6 +19,7 @@ from experiments.evaluation import export
 from experiments.files import read_rows
 from experiments.training import metrics
 from experiments.training import run as run_module
+from experiments.training.optim import learning_rate
 from experiments.training.weights import find_weights
 from models import Transformer
 from train import train
@@ -229,6 +230,7 @@ def test_a_complete_run_is_left_alone(make_config, capsys):
     config = make_config("run", "eval_every=2")
     run_dir = train(config)
     assert [row["step"] for row in rows(run_dir, "validation")] == [2, 4]
+    assert not any("causal_sparsity" in row for row in rows(run_dir))  # stats_every=0
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
     train(make_config("run", "eval_every=2"))
     assert "is complete: 4 steps" in capsys.readouterr().out
@@ -319,6 +321,19 @@ def test_wandb_shows_a_resumed_run_as_one(make_config, tmp_path, monkeypatch):
     assert [row["step"] for row in logged] == [1, 2, 3, 4, 3, 4]
     assert [row["train/loss"] for row in logged] == [*losses(whole), *losses(whole)[2:]]
     assert axes == 2 * [("step", {"hidden": True}), ("*", {"step_metric": "step"})]
+
+
+def test_what_is_due_at_a_step_is_done_there_and_nowhere_else(make_config):
+    options = ["steps=10", "log_every=3", "stats_every=2", "eval_every=7", "save_every=4", "keep_every=8"]
+    config = make_config("run", *options, "keep_checkpoints=1", "optim.warmup_steps=3")
+    run_dir = train(config)
+    assert [row["step"] for row in rows(run_dir)] == [1, 3, 4, 6, 8, 9, 10]
+    assert [row["step"] for row in rows(run_dir) if "causal_sparsity" in row] == [4, 6, 8, 10]
+    assert [(row["step"], row["tokens"]) for row in rows(run_dir, "validation")] == [(7, 7 * 256), (10, 2560)]
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["latest", "step-00000008", "step-00000010"]
+    for row in rows(run_dir):
+        assert row["lr"] == learning_rate(config.optim, row["step"] - 1, 10)
+        assert (row["tokens"], row["skipped_steps"]) == (row["step"] * 4 * 64, 0)
 
 
 def test_a_row_says_what_the_step_cost(make_config):
