@@ -77,15 +77,23 @@ def test_the_peak_is_at_the_loss_or_in_a_layers_backward(config, monkeypatch, ch
 
 def test_what_costs_least_time_is_proposed_first(config):
     config = replace(config, rows_per_micro_batch=4)
-    alone = [" ".join(mend) for mend, _ in savings(config, 1)]
-    rows = ["", "rows_per_micro_batch=2", "rows_per_micro_batch=1"]
-    checkpointing = "activation_checkpointing=true"
-    assert alone == [*rows, *(f"{checkpointing} {mend}".strip() for mend in rows)]
-    several = list(savings(replace(config, activation_checkpointing=True), 3))
-    stages = [(stage, count) for stage in (1, 2, 3) for count in (4, 2, 1)]
-    made = [(x.deepspeed.stage, x.rows_per_micro_batch, x.compile, x.activation_checkpointing) for _, x in several]
-    assert made == [(stage, count, stage < 3, True) for stage, count in stages]
-    assert " ".join(several[-1][0]) == "deepspeed.stage=3 rows_per_micro_batch=1 compile=false"
+
+    def made(config, ranks):
+        return {
+            " ".join(mend): (x.deepspeed.stage, x.activation_checkpointing, x.rows_per_micro_batch, x.compile)
+            for mend, x in savings(config, ranks)
+        }
+
+    rows, checkpointing = (
+        {"": 4, "rows_per_micro_batch=2": 2, "rows_per_micro_batch=1": 1},
+        "activation_checkpointing=true",
+    )
+    alone = {mend: (1, False, count, True) for mend, count in rows.items()}
+    alone |= {f"{checkpointing} {mend}".strip(): (1, True, count, True) for mend, count in rows.items()}
+    assert list(made(config, 1).items()) == list(alone.items())
+    several = made(replace(config, activation_checkpointing=True), 3)
+    assert list(several.values()) == [(stage, True, n, stage < 3) for stage in (1, 2, 3) for n in (4, 2, 1)]
+    assert list(several)[-1] == "deepspeed.stage=3 rows_per_micro_batch=1 compile=false"
 
 
 def test_the_vocabulary_is_known_before_the_data_are(config, tmp_path):
