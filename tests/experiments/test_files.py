@@ -9,9 +9,28 @@ from pathlib import Path
 
 import pytest
 
+from experiments import files
 from experiments.files import append_rows, check_writable, locked, read_json, read_rows, write_atomically
+from experiments.training import checkpoint
 
 ROOT = Path(__file__).parents[2]
+
+
+NAMES = {
+    **{"CONFIG": "config.yaml", "START": "start.json", "TOKENIZER": "tokenizer", "GIT": "git.json", "LOCK": ".lock"},
+    **{"SUBMITTED": "slurm", "METRICS": "metrics.jsonl", "ANOMALIES": "anomalies.jsonl", "RESULTS": "results.jsonl"},
+    **{"CALIBRATIONS": "calibrations.jsonl", "EVALUATING": ".evaluating", "WEIGHTS": "model.safetensors"},
+    **{"STATE": "state.json", "CELL": "cell.json", "CELL_LOCK": ".cell.lock", "PLAN": "cells.json"},
+    **{"CELLS": "cells.jsonl", "SPEED": "speed.jsonl", "NUMERICS": "numerics.jsonl", "UNTRAINED": "untrained"},
+    **{"THROUGHPUT": "throughput.jsonl", "SCALING": "parallel.jsonl"},
+}
+
+
+def test_what_is_on_disk_from_before_is_found_by_its_name():
+    own = {name for name, value in vars(files).items() if name.isupper() and isinstance(value, str)} - {"CONFIGS"}
+    assert {name: getattr(files, name) for name in own} == NAMES
+    run = (checkpoint.MANIFEST, checkpoint.LATEST, checkpoint.step_name(1234567890), checkpoint.step_name(7))
+    assert run == ("manifest.json", "latest", "step-1234567890", "step-00000007")
 
 
 def start(code, *arguments):
@@ -71,6 +90,20 @@ def test_a_write_that_fails_leaves_the_old_text_and_no_half_of_the_new(tmp_path,
     assert {entry.name for entry in tmp_path.iterdir()} == {"rows.jsonl", ".rows.jsonl.lock"}
     append_rows(path, [{"number": 2}])
     assert read_rows(path) == [{"number": 1}, {"number": 2}]
+
+
+def test_what_is_replaced_is_whole_on_disk_before_and_its_name_after(tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def synced(descriptor):
+        file = Path(f"/proc/self/fd/{descriptor}").resolve()
+        done.append((file.name.split(".")[1], file.stat().st_size) if file.is_file() else file)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda old, new: done.append(new.name) or replace(old, new))
+    write_atomically(tmp_path / "text", "123")
+    assert done == [("text", 3), "text", tmp_path]
 
 
 def test_two_writers_of_a_text_do_not_meet_in_one_temporary_file(tmp_path):

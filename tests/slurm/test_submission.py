@@ -389,6 +389,9 @@ SACCT = """7_0|TIMEOUT|0:0
 10|NODE_FAIL|0:0
 11|FAILED|1:0
 12|COMPLETED|0:0
+13|BOOT_FAIL|0:0
+14|FAILED|128:0
+15|COMPLETED|0:9
 """
 
 
@@ -398,7 +401,9 @@ def test_how_jobs_ended_is_said_in_words(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     jobs = [line.split("|")[0] for line in SACCT.splitlines()]
     said = ["timed out", "preempted", "cancelled", "killed by signal 9", "killed by signal 9", "out of memory"]
-    assert list(ended(tmp_path, jobs).values()) == [*said, "node failed", "failed", "completed"]
+    assert list(ended(tmp_path, jobs).values()) == [
+        *(*said, "node failed", "failed", "completed", "node failed", "failed", "completed")
+    ]
 
 
 LOGS = {
@@ -407,6 +412,7 @@ LOGS = {
     "8": "slurmstepd-n1: error: *** STEP 8.0 ON n1 CANCELLED AT 2026-11-29T21:53:08 ***",
     "9": "srun: error: n1: task 0: Killed\nsrun: Force Terminated StepId=3.0",
     "10": "Traceback ...",
+    "14": "slurmstepd-n1: error: *** JOB 4 ON n1 CANCELLED AT 2026-11-29T21:53:08 DUE TO NODE FAILURE ***",
     "12": "slurmstepd-n1: error: *** JOB 4 ON n1 CANCELLED AT 2026-11-29T21:53:08 ***\nsrun: error: n1: task 0: Killed",
     "13": "slurmstepd-n1: error: *** JOB 4 ON n1 CANCELLED AT 2026-11-29T21:53:08 DUE TO JOB REQUEUE ***\n"
     "srun: error: n1: task 0: Killed",
@@ -419,7 +425,7 @@ def test_without_accounting_the_jobs_own_logs_tell_it(tmp_path, monkeypatch):
         (tmp_path / f"{job}_0_log.err").write_text(f"submitit INFO\n{text}\n")
     assert ended(tmp_path, [*LOGS, "11"]) == {
         **{"7_0": "timed out", "7_1": "preempted", "8": "cancelled", "9": "killed by signal 9"},
-        **{"12": "cancelled", "13": "killed by signal 9"},
+        **{"12": "cancelled", "13": "killed by signal 9", "14": "node failed"},
     }
 
 
