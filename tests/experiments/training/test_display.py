@@ -145,6 +145,19 @@ def test_ctrl_c_before_there_is_anything_to_save_is_one_line(capsys, monkeypatch
     assert not capsys.readouterr().err
 
 
+def test_a_request_to_stop_is_told_once_as_soon_as_it_comes(make_config):
+    display = Display(make_config("run"), step=0)
+    (task,), told = display._progress.tasks, []
+    assert (task.description, task.completed, task.total) == ("run", 0, 4)
+    with StopRequest() as request:
+        request.saves = lambda: told.append(display.stopping())
+        for number in (signal.SIGUSR2, signal.SIGINT, signal.SIGTERM):  # at once, as one request
+            os.kill(os.getpid(), number)
+    assert (request.received, len(told)) == (signal.SIGUSR2, 1)
+    assert task.description == "saving after this step; again: ends at once"
+    display.close()
+
+
 def test_ctrl_c_of_another_job_is_not_heard():
     """A script's background jobs ignore SIGINT, which comes to all that the terminal has."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
