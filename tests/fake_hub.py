@@ -17,10 +17,11 @@ class FakeHub:
     main: commit of the branch.
     texts: documents by commit.
     is_online: whether it can be reached.
+    read: what was asked for, as (configuration, split, "downloaded" or "streamed").
     """
 
     def __init__(self, tmp_path, monkeypatch, texts):
-        self.main, self.texts, self.is_online = FIRST, texts, True
+        self.main, self.texts, self.is_online, self.read = FIRST, texts, True, []
         self.load = datasets.load_dataset_builder
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
         monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda api, *_, **asked: self._info(**asked))
@@ -46,9 +47,10 @@ class FakeHub:
         if not self.is_online:
             return self.load(path, config_name)
         data = datasets.Dataset.from_dict({"text": self.texts[revision]})
+        streamed = data.to_iterable_dataset()
         return SimpleNamespace(
             hash=revision,
             download_and_prepare=lambda: None,
-            as_dataset=lambda split: data,
-            as_streaming_dataset=lambda split: data.to_iterable_dataset(),
+            as_dataset=lambda split: self.read.append((config_name, split, "downloaded")) or data,
+            as_streaming_dataset=lambda split: self.read.append((config_name, split, "streamed")) or streamed,
         )

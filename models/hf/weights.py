@@ -201,7 +201,7 @@ def _rename(name: str, table: Iterable[tuple[str, str]]) -> str:
     inner = False
     for old, new in table:
         if not old.startswith("."):
-            name = re.sub("^" + re.escape(old), new, name, count=1)
+            name = re.sub("^" + re.escape(old), new, name)
         elif not inner and old in name:
             name, inner = name.replace(old, new, 1), True
     return name

@@ -150,6 +150,8 @@ def test_a_large_text_is_split_into_documents(tmp_path, text_config):
 def test_empty_and_null_documents_are_skipped(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": null}\n{"text": ""}\n{"text": "b"}\n')
     assert texts(files_config(tmp_path / "x.jsonl")) == ["a", "b"]
+    (tmp_path / "x.jsonl").write_text("\n")
+    assert texts(files_config(tmp_path / "x.jsonl")) == [], "nothing was left out"
 
 
 def test_bad_files_are_named(tmp_path, corpus):

@@ -113,6 +113,7 @@ MQAR = {"name": "x", "seq_len": 128, "pairs_min": 4, "pairs_max": 8}
         ({"source": "hub"}, r"needs data\.path"),
         ({"files": []}, r"needs data\.files"),
         ({"seq_len": 1}, "at least 2"),
+        ({"seq_len": 2**31}, "at least 2"),
         ({"pack": "best"}, "documents, plain"),
         ({"validation_fraction": 0.0}, "between 0 and 1"),
         ({"validation_rows": 0}, "positive"),

@@ -41,6 +41,17 @@ def test_a_branch_that_moved_is_another_corpus(hub, tmp_path, max_documents):
     assert corpus_fingerprint(corpus(max_documents=max_documents, revision="main"), tmp_path) != before
 
 
+def test_what_is_read_of_a_data_set_is_what_was_named(hub, tmp_path):
+    """All of it is downloaded as usual, which later serves offline, and of a capped one only the head."""
+    assert texts(corpus(config_name="en", hub_split="test")) == ["one", "two"]
+    assert (texts(corpus(max_documents=2)), texts(corpus(max_bytes=1))) == (["one", "two"], ["one"])
+    assert hub.read == [("en", "test", "downloaded"), *[(None, "train", "streamed")] * 2]
+    with pytest.raises(ValueError, match=r"data\.text_column='body' is not among the columns \['text'\]"):
+        texts(corpus(text_column="body"))
+    changes = ({}, {"config_name": "en"}, {"hub_split": "test"}, {"revision": SECOND}, {"text_column": "body"})
+    assert len({corpus_fingerprint(corpus(**change), tmp_path) for change in changes}) == len(changes)
+
+
 def test_without_a_network_it_is_the_commit_that_was_seen_last(hub, tmp_path):
     before = corpus_fingerprint(corpus(), tmp_path)
     hub.disconnect()

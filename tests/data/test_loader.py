@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data import DataSourceError, TextDataConfig, build_data
-from data.cache import build_once
+from data.cache import build_once, fingerprint, from_checked_json, to_checked_json
 from data.corpora import split_of
 from data.prepared import unigram_cross_entropy
 from tests import forked
@@ -233,6 +233,27 @@ def test_a_checkpoint_of_other_data_is_refused(make_stream):
         make_stream().load_state_dict(make_stream(seq_len=32, seed=1).state_dict())
 
 
+def test_a_state_is_what_checkpoints_hold(make_stream):
+    """With other names none of those that are there could be gone on with."""
+    stream = make_stream(rows=2, world_size=2)
+    next(stream)
+    assert stream.state_dict() == {"tokens": stream.fingerprint, "seq_len": 64, "seed": 0, "rows": 4}
+    streamed = make_stream(streaming=True, seed=3)
+    state = streamed.state_dict()
+    reader = {"epoch": 0, "dataset": None, "offset": 0}
+    assert state == {"stream": streamed.fingerprint, "seq_len": 64, "seed": 3, "rows": 0, "readers": [reader]}
+
+
+def test_a_run_checks_what_it_reads_and_leaves_the_rest(make_stream, tmp_path):
+    make_stream()
+    (tokens,) = (tmp_path / "cache" / "tokens").glob("*/shard-00000/validation.tokens")
+    tokens.write_bytes(damaged := bytes([tokens.read_bytes()[0] ^ 1]) + tokens.read_bytes()[1:])
+    next(make_stream())
+    assert tokens.read_bytes() == damaged
+    with pytest.raises(ValueError, match="shard-00000 is damaged"):
+        list(make_stream("validation", validation_rows=None))
+
+
 def test_unigram_entropy(make_stream):
     stream = make_stream("validation")
     ((_, training, _),) = make_stream().components
@@ -280,6 +301,18 @@ def test_two_processes_may_prepare_at_once(text_config, tmp_path):
     assert first == second
     for kind in ("tokens", "tokenizers"):
         assert len([path for path in (tmp_path / "cache" / kind).iterdir() if path.is_dir()]) == 1
+
+
+def test_a_fingerprint_is_of_the_values_in_whatever_order_they_were_written():
+    assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1}) != fingerprint({"a": 1, "b": [3]})
+    assert from_checked_json(to_checked_json({"a": 1, "b": 2}).encode()) == {"a": 1, "b": 2}
+    for text, message in (
+        (b"[]", "no JSON object"),
+        (b"[" * 100_000, "no JSON object"),
+        (b'{"check": "0"}', "checksum"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            from_checked_json(text)
 
 
 def test_build_once_leaves_nothing_half_written(tmp_path):

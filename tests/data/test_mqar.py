@@ -134,6 +134,7 @@ def test_resume_is_exact(consumed):
     for _ in range(consumed):
         next(stream)
     state = json.loads(json.dumps(stream.state_dict()))
+    assert state.keys() == {"seq_len", "seed", "vocab_size", "batches", "samples", "batch_rows"}
     resumed = build_data(config, split="train", seed=3, rows=4)
     resumed.load_state_dict(state)
     for ours, theirs in zip(itertools.islice(stream, 6), itertools.islice(resumed, 6), strict=True):

@@ -179,6 +179,12 @@ def flip(path, offset):
     path.write_bytes(data)
 
 
+def pickled(path):
+    """The right numbers, in a notation that runs code when it is read."""
+    arrays = dict(np.load(path))
+    np.savez(path, **arrays | {"ends": arrays["ends"].astype(object)})
+
+
 DAMAGES = {
     "truncated": lambda shard: os.truncate(shard / "train-0.tokens", 100),
     "lost": shutil.rmtree,
@@ -186,6 +192,8 @@ DAMAGES = {
     "summary of another kind": lambda shard: (shard / "shard.json").write_text('{"parts": []}'),
     "token": lambda shard: flip(shard / "train-0.tokens", 2000),
     "ends": lambda shard: flip(shard / "train-0.npz", 150),
+    "pickle": lambda shard: pickled(shard / "train-0.npz"),
+    "two shards": lambda shard: [flip(path / "train-0.tokens", 9) for path in (shard, shard.with_name("shard-00004"))],
 }
 
 

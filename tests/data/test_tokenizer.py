@@ -5,6 +5,7 @@ import pytest
 from tokenizers import Tokenizer, processors
 
 from data import MixtureDataConfig
+from data import tokenizer as tokenizer_module
 from data.config import MixedCorpusConfig
 from data.corpora import iterate_documents, split_of
 from data.tokenizer import DEFAULT_EOS, LARGEST_ID, TextTokenizer, _training_texts, build_tokenizer
@@ -77,6 +78,25 @@ def test_it_is_trained_on_so_much_of_each_corpus_as_its_weight_says(corpus, tmp_
     other_weights = replace(config, corpora=corpora | {"other": replace(corpora["other"], weight=2.0)})
     build_tokenizer(other_weights, tmp_path / "cache")
     assert len(list((tmp_path / "cache" / "tokenizers").glob("*/tokenizer.json"))) == 2
+
+
+def test_what_cannot_be_written_leaves_nothing(tokenizer, tmp_path, monkeypatch):
+    def full(backend, path):
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tokenizer_module, "_write", full)
+    for save in (tokenizer.save, tokenizer.save_folder):
+        with pytest.raises(OSError, match="No space left"):
+            save(tmp_path / "kept")
+        assert [path.name for path in tmp_path.iterdir() if "kept" in path.name] == []
+
+
+def test_a_name_that_is_no_file_is_one_on_the_hub(tokenizer, monkeypatch):
+    asked = []
+    monkeypatch.setattr(tokenizer_module, "_from_hub", lambda name: asked.append(name) or tokenizer.backend)
+    loaded = TextTokenizer.load("some/model")
+    assert (asked, loaded.name, loaded.eos_token, loaded.settings) == (["some/model"], "some/model", DEFAULT_EOS, {})
 
 
 def test_saved_tokenizer_loads(tokenizer, text_config, tmp_path):
@@ -200,6 +220,13 @@ def test_what_begins_documents_can_be_said(tokenizer, text_config, tmp_path):
 
 def test_a_kept_tokenizer_knows_what_it_was(tokenizer, tmp_path):
     tokenizer.save_folder(tmp_path / "kept")
+    assert json.loads((tmp_path / "kept" / "tokenizer_config.json").read_text()) == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": DEFAULT_EOS,
+        "begin_of_document": "none",
+        "end_of_document": DEFAULT_EOS,
+        "fingerprint": tokenizer.fingerprint(),
+    }
     other = Tokenizer.from_str(tokenizer.backend.to_str())
     other.add_special_tokens(["<new>"])
     other.save(str(tmp_path / "kept" / "tokenizer.json"))

@@ -113,11 +113,14 @@ def test_stop_tokens_end_their_own_row_and_are_left_out():
     assert len(stopped[1]) < 12
 
 
-def test_tokens_stream_as_they_come():
-    model, seen = build(), []
+def test_tokens_stream_as_they_come(monkeypatch):
+    model, seen, read = build(), [], []
+    decode = model.decode
+    monkeypatch.setattr(model, "decode", lambda x, cache, **kw: read.append(tuple(x.shape)) or decode(x, cache, **kw))
     results = generate(model, PROMPTS, max_new_tokens=5, on_token=lambda row, token: seen.append((row, token)))
     assert [row for row, _ in seen] == [0, 1, 2, 3] * 5
     assert results == [[token for row, token in seen if row == index] for index in range(4)]
+    assert read == [(4, 30), *[(4, 1)] * 4], "the prompts once, then a token at a time, and none for nothing"
 
 
 def test_sampling_repeats_under_its_seed_and_differs_under_another():

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -510,6 +511,42 @@ def test_the_model_must_be_the_folders_and_the_message_says_how(tmp_path):
     save(tmp_path / "yarn", "qwen3, tied, yarn")
     with pytest.raises(ValueError, match=r"set model\.rope\.scaling=\"yarn\""):
         read(tmp_path / "yarn", config=replace(read_config(tmp_path / "yarn"), rope=RopeConfig(theta=5e4)))
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    save(tmp_path / "theirs")
+    model, _ = read(tmp_path / "theirs")
+    new, seen = tmp_path / "deep" / "new", []
+
+    def more(folder, error=None):
+        seen.append((new.exists(), sorted(path.name for path in folder.iterdir())))
+        (folder / "more.json").write_text("{}")
+        if error is not None:
+            raise error
+
+    for error in (OSError(28, "No space left on device"), SafetensorError("no space")):
+        with pytest.raises(ValueError, match=r"new cannot be written \(.*o space.*\): make room"):
+            write_folder(
+                *(new, model.config, model.state_dict(), FullConfig()),
+                write_more=lambda folder, error=error: more(folder, error),
+            )
+        assert list(new.parent.iterdir()) == []
+    ids = {"bos_token_id": None, "eos_token_id": 7}
+    write_folder(new, model.config, model.state_dict(), FullConfig(), token_ids=ids, write_more=more)
+    assert seen == [(False, ["config.json", "model.safetensors"])] * 3
+    assert [path.name for path in new.parent.iterdir()] == ["new"]
+    assert sorted(path.name for path in new.iterdir()) == ["config.json", "model.safetensors", "more.json"]
+    assert (new / "model.safetensors").stat().st_mode == (new / "config.json").stat().st_mode
+    with safe_open(new / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    written = json.loads((new / "config.json").read_text())
+    assert written == {
+        **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False},
+        **{"vocab_size": 61, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "head_dim": 32},
+        **{"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-2},
+        **{"tie_word_embeddings": False, "rope_theta": 10000.0, "rope_scaling": None, "torch_dtype": "float32"},
+        **{"pad_token_id": None, "bos_token_id": None, "eos_token_id": 7},
+    }
 
 
 def test_a_model_of_no_family_is_not_exported(tmp_path):

@@ -47,6 +47,18 @@ def test_value_and_gradients_are_those_of_the_plain_loss(dtype, tolerance):
 
 
 @pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_of_few_targets(count):
+    hidden, weight, labels = make()
+    labels = torch.full_like(labels, -100)
+    labels[1, 3 : 3 + count] = 5
+    value, losses, *_ = cross_entropy(hidden, weight, labels)
+    expected, theirs = plain(hidden, weight, labels)
+    torch.testing.assert_close((value, losses), (expected, theirs))
+    torch.testing.assert_close(cross_entropy(hidden, weight, labels, torch.tensor(8))[0], expected * count / 8)
+
+
+@pytest.mark.usefixtures("chunk")
 def test_float16_gradients_survive_a_loss_scale():
     """Scaled losses keep float16 gradients above its smallest number: the scale must reach them unrounded."""
     hidden, weight, labels = make(torch.float16)
