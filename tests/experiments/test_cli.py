@@ -220,6 +220,10 @@ def test_a_backend_of_another_package_is_none_of_ours(monkeypatch):
     found = type("EntryPoints", (), {"names": {"theirs"}})
     monkeypatch.setattr("experiments.help.entry_points", lambda group: found)
     assert advice("train", ["attention=theirs", "attention.anything=1"]) is None
+    assert advice("train", ["model=theirs"]).startswith("model=theirs does not exist")
+    assert "attention: full, checkpoint, dash" in (page := help_page("train"))
+    assert re.search(r"attention: .*, theirs$", page, re.MULTILINE)
+    assert not re.search(r"model: .*, theirs$", page, re.MULTILINE)
 
 
 def test_a_command_that_does_not_exist(capsys):

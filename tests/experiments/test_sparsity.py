@@ -89,6 +89,8 @@ def test_a_share_is_found_and_held(concentration, target):
 def test_where_the_search_looks(measure, target, span, start, tried):
     found = find_knob(measure, target, span, start, **({"passes": 5} if span == (1.0, 64.0) else {}))
     assert list(found.tried) == pytest.approx(tried, rel=1e-5)
+    measured = [[knob, measure(knob)] for knob in found.tried]
+    assert found.record() == {"knob": found.knob, "sparsity": measure(found.knob), "tried": measured}
 
 
 def test_a_hold_moves_by_four_fifths_of_the_log_odds_and_no_further_than_a_fifth():

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from dashattn.backends import DashConfig
+from data import NO_TOKEN
 from data.tokenizer import train_bpe
 from experiments.config import load_config
 from experiments.evaluation.config import EvaluateConfig, register_evaluate_config
@@ -72,6 +73,8 @@ def test_the_loss_is_transformers_and_nothing_was_trained(folder, tmp_path):
     assert row["parameters"] == sum(p.numel() for p in model.parameters())
     assert json.loads((tmp_path / "rows" / "results.jsonl").read_text()) == row
     assert rows_of(config) == []  # they are there
+    data = find_target(config).train.data
+    assert (data.tokenizer, data.bos_token) == (str(folder), NO_TOKEN)  # said in full: rows are known by it
 
 
 def test_another_attention_and_its_knob(folder, tmp_path):

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 
+from dashattn.ops.block_scores.reference import topk_selection
 from dashattn.ops.block_sparse.reference import block_sparse_attention
 from dashattn.ops.chunk_summary.reference import chunk_summary
+from dashattn.ops.compression.reference import compressed_attention
 from dashattn.ops.dash_routing.reference import dash_routing
 from dashattn.stats import selection_stats
 from experiments.files import SPEED, append_rows, read_rows
@@ -172,6 +176,62 @@ def test_other_selectors_are_held_to_the_reference_at_the_sparsity_asked_for(nam
         assert operation.causal_sparsity == pytest.approx(0.4, abs=0.06)
 
 
+def test_names_and_stages_of_what_is_timed():
+    """A method's row is found by them, and a ratio by the stage."""
+
+    def lines(table):
+        return {name: [(method.name, method.stage) for method in found] for name, found in table.items()}
+
+    assert lines(methods.OPERATIONS) == {
+        "dash": [("block-sparse", ATTENTION), ("dash", ROUTING), ("dash", WHOLE)],
+        **{name: [(name, ROUTING), (name, WHOLE)] for name in ("dash_sink", "dash_topk", "dash_topp")},
+        **{name: [(name, WHOLE)] for name in ("infllmv2", "nsa")},
+    }
+    others = methods.BACKENDS.keys() - methods.OPERATIONS.keys()
+    assert {"moba", "hils", "indexer", "sink_window", "oracle"} <= others
+    assert all(lines(methods.BACKENDS)[name] == [(name, WHOLE)] for name in others)
+    assert lines(speed.BASELINES) == {
+        "flash_attention_3": [(FLASH_3, DENSE)],
+        "cudnn": [(CUDNN, DENSE)],
+        "flash": [("SDPA flash", DENSE)],
+        "fla_nsa": [("fla NSA", ATTENTION)],
+        "xunhao_nsa": [("XunhaoLai NSA", ATTENTION), ("XunhaoLai NSA, no window", WHOLE)],
+        "released_dash": [("released DashAttention", WHOLE)],
+    }
+
+
+@pytest.mark.parametrize(("name", "length", "target"), [("infllmv2", 1600, 0.1), ("nsa", 400, 0.2)])
+def test_what_windows_select_is_held_to_the_definition_of_the_backend(name, length, target, monkeypatch):
+    """The kernels' places are taken by the references, which the operation and what it should give then agree on."""
+    pytest.importorskip("triton")
+    from dashattn.ops.band import triton as band
+    from dashattn.ops.block_scores import triton as scores
+
+    def select_blocks(q, compressed_k, lse, *, scale, cu_seqlens, kernel_size, kernel_stride, **blocks):
+        sizes = {"kernel_size": kernel_size, "kernel_stride": kernel_stride}
+        select = partial(topk_selection, **sizes, **blocks)
+        return compressed_attention(q, compressed_k, None, select, scale=scale, cu_seqlens=cu_seqlens, **sizes)[1][0]
+
+    attention = f"{name}_attention"
+    whole = getattr(methods, attention)
+    monkeypatch.setattr(methods, attention, lambda *args, impl, **options: whole(*args, impl="reference", **options))
+    monkeypatch.setattr(scores, "select_blocks", select_blocks)
+    monkeypatch.setattr(band, "compressed_attention", lambda *args, **options: (None, None))
+    shape = replace(GROUP, chunk_size=64)
+    problem = make_problem("clustered", length, target, shape, device="cpu")
+    ((method,),) = (methods.OPERATIONS[name],)
+    operation = method.prepare(problem)
+    errors = operation.errors(problem.grad)
+    assert set(errors) == {"selected rows", "out", *operation.leaves}
+    assert max(errors.values()) < 1e-4
+    kernels, _ = operation.selections()
+    read = selection_stats(kernels, torch.zeros(1, length, dtype=torch.int32), None).causal_sparsity().item()
+    assert operation.causal_sparsity == pytest.approx(read, abs=1e-6)
+    assert read == pytest.approx(target, abs=0.06)
+    with pytest.raises(UnavailableError, match="forced blocks are all that the sequence has"):
+        method.prepare(make_problem("clustered", 128, 0.1, shape, device="cpu"))
+
+
 def kernel(factor=1.0, gradient=1.0):
     """A method whose output and gradients are off by these factors."""
 
@@ -208,6 +268,7 @@ def rows_of(monkeypatch, tmp_path):
         speed.run(make_config(tmp_path, dtype="bf16", **changes), "cpu", lines.append)
         found = read_rows(tmp_path / SPEED)
         assert len(lines) == len(found)
+        rows.said = lines
         return found, len(timed)
 
     return rows
@@ -224,6 +285,17 @@ def test_what_is_right_is_timed(rows_of):
     assert set(rows[0]["errors"]) == {"out", "q", "k", "v"}
     assert max(rows[0]["errors"].values()) < 0.005
     assert 0 < rows[0]["causal_sparsity"] < rows[-1]["causal_sparsity"] < 0.6
+    assert rows_of.said == [
+        f"{length:7}  clustered 50%   whole      kernel                  {name:16}  2 ms"
+        for length in (64, 128)
+        for name in (FORWARD, BOTH)
+    ]
+    options = {"heads": 4, "kv_heads": 2, "head_dim": 16, "chunk_size": 16, "dtype": "bf16", "seed": 0}
+    told = options | {"repetitions": 12, "pattern": "clustered", "sparsity": 0.5, "stage": WHOLE, "method": "kernel"}
+    told |= {"detail": "", "ms_min": 1.0, "ms_max": 3.0, "length": 64, "pass": FORWARD}
+    assert {name: rows[0][name] for name in told} == told
+    assert rows[0]["router_scale"] > 0
+    assert {"run", "device", "git_sha", "dirty", "versions", "date"} <= rows[0].keys()
 
 
 def test_each_shape_is_measured(rows_of):
@@ -275,6 +347,13 @@ def test_what_cannot_run_has_a_row_and_stops_no_other(rows_of):
     statuses = ("not installed", "error", "out of memory", "ok")
     assert [row["status"] for row in rows] == [status for status in statuses for _ in range(2)] * 2
     assert rows[2]["detail"] == "RuntimeError: no such instruction"
+    absent_row = {"ms": None, "ms_min": None, "ms_max": None, "call_ms": None, "graph_ms": None, "extra_mib": None}
+    assert {name: rows[0][name] for name in absent_row} == absent_row
+    assert (rows[0]["causal_sparsity"], rows[0]["router_scale"], rows[0]["errors"]) == (None, None, {})
+    said = (
+        "     64  clustered 50%   attention  absent                  forward           not installed the package fast"
+    )
+    assert rows_of.said[0] == f"{said} is not installed"
     assert timed == 4
     assert len(calls) == 1  # a check that broke is not tried again at every length
 
