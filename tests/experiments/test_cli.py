@@ -111,6 +111,7 @@ def test_whole_pages_of_help(tmp_path):
         ("train", "model.hiden_size=3", "model.hiden_size does not exist: did you mean model.hidden_size?"),
         ("train", "lr=3", "lr does not exist: did you mean optim.lr?"),
         ("train", "heads=3", "did you mean model.num_heads or model.num_kv_heads or model.qk_norm?"),
+        ("train", "query_heads=3", "query_heads does not exist: did you mean model.num_heads"),
         ("train", "model.rope.theat=3", "model.rope.theat does not exist: did you mean theta?"),
         (
             "train",

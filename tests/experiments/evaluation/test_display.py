@@ -3,7 +3,7 @@
 import re
 
 from experiments.evaluation.config import EvaluateConfig
-from experiments.evaluation.display import Display, line, place_of
+from experiments.evaluation.display import Display, line, notes, place_of
 from experiments.evaluation.evaluate import Evaluation, find_target
 
 ROW = {
@@ -37,6 +37,16 @@ def test_the_table_has_every_score_with_its_interval(capsys):
         "[low, high]: 95% confidence interval over rows, prompts or questions; "
         "of vt nats it is not known how samples scatter",
         "niah differs from the original task: haystack: none",
+    ]
+
+
+def test_scores_without_an_interval_are_named_by_their_task_where_none_of_it_has_one():
+    bare = ROW | {"stderr": None, "samples": None, "metric": "nats"}
+    rows = [ROW, bare, *(bare | {"task": "routing", "metric": metric} for metric in ("recall", "entropy"))]
+    assert notes([bare]) == []
+    assert notes(rows) == [
+        "[low, high]: 95% confidence interval over rows, prompts or questions; "
+        "of routing, vt nats it is not known how samples scatter"
     ]
 
 

@@ -4,8 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from data.cache import fingerprint
 from experiments.evaluation import generate
 from experiments.evaluation.generate import GenerateConfig, Printer, run_generation
+from experiments.evaluation.target import locate
+from models.generate import Sampling
 from tests import forked
 from train import train
 
@@ -26,14 +29,31 @@ def test_a_run_continues_a_prompt_and_says_how_fast(run, capsys, monkeypatch):
     # The first step's tokens, one of each prompt that goes on, came with the first; the others in the time from it.
     seconds = iter((10.0, 11.5, 11.5, 12.5, 13.5))
 
-    def continued(model, prompts, *, on_token, **_):
+    asked = {}
+
+    def continued(model, prompts, *, on_token, **options):
+        asked.update(
+            options, prompts=list(map(len, prompts)), knobs={backend.config.router_scale for backend in model.backends}
+        )
         for row, token in ((0, 65), (1, 66), (0, 67), (0, 68)):
             on_token(row, token)
         return [[65, 67, 68], [66], []]
 
     monkeypatch.setattr(generate, "generate", continued)
     monkeypatch.setattr(generate, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
-    run_generation(GenerateConfig(run, prompts=["a", "b", "c"], threads=1))
+    options = {"temperature": 0.5, "top_p": 0.9, "top_k": 3, "repetition_penalty": 1.5, "knob": 7.0, "seed": 5}
+    run_generation(
+        GenerateConfig(run, prompts=["a", "b", "c"], threads=1, stop_tokens=["x"], max_new_tokens=3, **options)
+    )
+    tokenizer = locate(run, "cpu").tokenizer
+    assert asked.pop("stop_tokens") == {tokenizer.eos_id, *tokenizer.encode("x")}
+    assert asked == {
+        "max_new_tokens": 3,
+        "sampling": Sampling(0.5, 0.9, 3, 1.5),
+        "seeds": [int(fingerprint(5, index), 16) for index in range(3)],
+        "prompts": [1, 1, 1],
+        "knobs": {7.0},
+    }
     said = "3 tokens read, the first new one after 1.50 s, then 1.0 tokens/s; 4 in all\n"
     assert capsys.readouterr().err.endswith(said)
 

@@ -11,6 +11,8 @@ from dashattn.routing import Routing
 from dashattn.selection import Selection
 from dashattn.stats import AttentionStats
 from data import build_data
+from data.tasks.material import read_haystack
+from experiments.evaluation import select
 from experiments.evaluation.config import EvaluateConfig
 from experiments.evaluation.evaluate import evaluate, find_target
 from experiments.evaluation.select import build_tasks
@@ -65,6 +67,55 @@ def test_a_generated_task_end_to_end(text_run):
     assert row["causal_sparsity"] == pytest.approx(tally.columns()["causal_sparsity"])
     assert row["active_tokens"] == pytest.approx(tally.columns()["active_tokens"])
     assert run(text_run, tasks=["vt"], lengths=[512], rows=2) == []
+
+
+def test_what_tasks_are_built_with(text_run, monkeypatch, tmp_path):
+    """How many samples where nobody says, of which seed and text, and in which order."""
+    built = []
+
+    def build_set(name, encoder, **options):
+        built.append((name, encoder.name, options))
+        return SimpleNamespace(
+            task=SimpleNamespace(name=name), length=options["length"], samples=[], key="k", differs=None
+        )
+
+    def harness(name, tokenizer, **options):
+        built.append((name, tokenizer, options))
+        return SimpleNamespace(names=(name,))
+
+    monkeypatch.setattr(select, "build_set", build_set)
+    monkeypatch.setattr(select, "HarnessTask", harness)
+    (tmp_path / "words.txt").write_text("some words to hide a needle in\n" * 9)
+    options = {"tasks": ["routing", "vt", "lm_eval/a", "niah", "vt", "loss", "lm_eval/a"], "lengths": [600, 512, 600]}
+    options |= {"probes": ["niah_single_2"], "samples_seed": 7, "haystack": str(tmp_path / "words.txt")}
+    options |= {"harness_fewshot": 2, "harness_path": "/tasks", "rows_per_batch": 3, "device": "cpu"}
+    config = EvaluateConfig(run=str(text_run), **options)
+    target = find_target(config)
+    tasks = build_tasks(config, target)
+    assert [task.names for task in tasks] == 2 * [("loss",), ("vt",), ("niah",), ("lm_eval/a",), ("routing",)]
+    assert [(name, options.get("count"), options["length"]) for name, _, options in built] == [
+        (name, count, length)
+        for length in (600, 512)
+        for name, count in (("vt", 100), ("niah", 100), ("lm_eval/a", None), ("niah_single_2", 32))
+    ]
+    assert {options["seed"] for name, _, options in built if name != "lm_eval/a"} == {7}
+    materials = [options["material"] for name, _, options in built if name in ("niah", "niah_single_2")]
+    assert all(material is materials[0] for material in materials)  # read once
+    assert materials[0].haystack == read_haystack(tmp_path / "words.txt").haystack
+    _, tokenizer, given = built[2]
+    assert tokenizer is target.tokenizer
+    assert given == {
+        "length": 600,
+        "rows": None,
+        "rows_per_batch": 3,
+        "fewshot": 2,
+        "include_path": "/tasks",
+        "chat": False,
+    }
+    built.clear()
+    config.rows, config.lengths = 5, [512]
+    build_tasks(config, target)
+    assert [options.get("count", options.get("rows")) for _, _, options in built] == [5] * 4
 
 
 def test_an_interrupted_task_goes_on_from_the_answers_it_has(text_run, monkeypatch):

@@ -385,6 +385,8 @@ def test_router_recall_is_drawn_at_the_length_that_has_most_settings(study, tmp_
     ax = drawn[0].axes[0]
     assert "mqar, 512 tokens" in ax.get_title()
     assert ax.lines[0].get_xdata().tolist() == [0.2, 0.6, 0.8]
+    drawn[0].draw_without_rendering()
+    assert_as_expected("\n".join(shown(drawn[0])), Path(__file__).parent / "expected" / "recall.txt", tmp_path)
 
 
 def test_what_was_evaluated_as_trained_is_filled(study, tmp_path, monkeypatch):
@@ -597,6 +599,14 @@ def test_many_runs_are_drawn_by_arm(study, tmp_path, monkeypatch):
     assert looks["recall-dash-raw"] == {METHODS["dash-raw"][0]}
     assert looks["recall-dash-lr"] == {METHODS["dash"][0]}
     assert (tmp_path / "training.png").exists()
+    text = "\n".join([*made.notes, *shown(styled[0])])
+    assert_as_expected(text, Path(__file__).parent / "expected" / "arms.txt", tmp_path)
+
+
+def test_long_curves_are_thinned_and_keep_their_ends():
+    for count, kept in ((3, [0, 1, 2]), (60, [*range(60)]), (61, [*range(0, 61, 2)]), (130, [*range(0, 130, 3)])):
+        assert [row["n"] for row in curves._thinned([{"n": n} for n in range(count)])] == kept
+    assert [row["n"] for row in curves._thinned([{"n": n} for n in range(131)])] == [*range(0, 130, 3), 130]
 
 
 def test_a_dense_control_alone_is_no_frontier(study):
