@@ -19,7 +19,7 @@ from experiments.figures.__main__ import FIGURES, main, write_figures
 from experiments.figures.page import WIDEST
 from experiments.figures.paired import make_paired
 from experiments.figures.published import RULER_16K
-from experiments.figures.rows import load_study
+from experiments.figures.rows import BARS, load_study
 from experiments.figures.setpoints import with_setpoints
 from experiments.files import read_rows
 from experiments.plots import METHODS, grid, save
@@ -613,6 +613,63 @@ def test_a_dense_control_alone_is_no_frontier(study):
     control = replace(study, evaluations=[r for r in study.evaluations if r["knob"] is None])
     assert control.evaluations
     assert [f.number for f in FIGURES if f.number in (1, 2) and f.make(control) is not None] == []
+
+
+def test_what_a_study_lacks_is_told(study):
+    def notes(figure, **changes):
+        (made,) = (f.make(replace(study, **changes)) for f in FIGURES if f.number == figure)
+        return None if made is None else list(made.notes)
+
+    needles = [r for r in study.evaluations if r["task"] == "niah"]
+    losses = [r for r in study.evaluations if r["task"] == "loss"]
+    missing = "Extrapolation: missing, nothing was measured at two lengths."
+    assert notes(10, evaluations=needles) == [missing, BARS]
+    assert notes(10, evaluations=losses) == ["Needle heat map: missing.", BARS]
+    assert notes(10, evaluations=losses[:1]) is None
+    bare = [
+        {k: r[k] for k in ("run", "step", "split", "tokens", "loss", "step_time")} for r in list(training_rows("a"))[:1]
+    ]
+    absent = "Missing: causal sparsity, gradient norm, router's gradient norm, no row has it."
+    assert notes(9, training={"a": bare})[0] == absent
+    assert notes(9, training={}) is None
+    recall = [r for r in study.evaluations if r["task"] == "recall"]
+    control = [r for r in recall if r["label"] == "prior:raw"]
+    (made,) = (f.make(replace(study, evaluations=control)) for f in FIGURES if f.number == 12)
+    assert (made.draw, len(made.table)) == (None, 2)
+    assert made.notes == ["Missing: alpha, chunk_size, sigma, summary, group, router_scale."]
+    apart = [row("recall", "accuracy", 0.5, label=f"alpha:{n}", seed=n) for n in (1, 2)]
+    assert notes(12, evaluations=apart)[0] == "alpha: no seed has all values, so these are means over different seeds."
+    whole = {f"alpha:{n}": (0, 1) for n in (1, 2)} | {"alpha:3": (1, 0, 3)}
+    more = [row("recall", "accuracy", 0.5, label=label, seed=seed) for label, seeds in whole.items() for seed in seeds]
+    assert notes(12, evaluations=more)[0] == "alpha: without seed 3, which has not all values."
+    unsolved = [r | ({"score": 0.98} if r["label"] == "full" else {}) for r in recall]
+    assert notes(1, evaluations=unsolved)[0] == "text: recall, accuracy, 512 tokens: no dense control of 99 % or more"
+    assert notes(1, evaluations=recall) == [BARS]
+    for number in (3, 4, 5, 6, 7, 11, 17):
+        assert notes(number, evaluations=recall) is None
+    for number, name in ((8, "speed"), (13, "numerics"), (15, "throughput"), (16, "parallel")):
+        assert notes(number, **{name: []}) is None
+
+
+def test_scale_beside_the_papers_is_told_as_far_as_rows_know_it(study):
+    def notes(evaluations, **changes):
+        (made,) = (f.make(replace(study, evaluations=evaluations, **changes)) for f in FIGURES if f.number == 14)
+        return None if made is None else made.notes
+
+    source = "The paper's numbers stem from secondary sources; its PDF was not at hand."
+    ruler = [r for r in study.evaluations if r["task"] in SUITES["ruler"]]
+    said = (
+        "Scale: ours have {} parameters and {} training tokens against 8B parameters; "
+        "the two say nothing about each other's level, at most about the order of the methods."
+    )
+    assert notes(ruler, speed=[]) == [source, said.format("2.5M", "1.0M")]
+    sizes = [r | {"parameters": n, "tokens": n} for r, n in zip(ruler, (3_000_000, 12_345_678) * 20, strict=False)]
+    assert notes(sizes, speed=[])[-1] == said.format("3.0M, 12.3M", "3.0M to 12.3M")
+    unknown = [r | {"parameters": None} for r in ruler]
+    assert notes(unknown, speed=[])[-1] == said.format("an unknown number of", "1.0M")
+    assert notes([]) == [source]
+    assert notes([], speed=[]) is None
+    assert table(14, replace(study, evaluations=[]))[0]["what"] == "decode speed-up over FlashAttention-3"
 
 
 def test_costs_are_per_panel(study):

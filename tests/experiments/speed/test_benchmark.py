@@ -21,7 +21,7 @@ from experiments.files import SPEED, append_rows, read_rows
 from experiments.plots import pyplot
 from experiments.schema import to_config
 from experiments.speed import benchmark as speed
-from experiments.speed import methods
+from experiments.speed import inputs, methods
 from experiments.speed import report as speed_report
 from experiments.speed import rows as speed_rows
 from experiments.speed.config import SpeedConfig, check
@@ -112,6 +112,27 @@ def test_only_shared_neighbours_select_the_same(pattern):
 def test_a_sparsity_out_of_reach_is_missed_not_hidden():
     problem = make_problem("iid", 128, 0.95, SHAPE, device="cpu")
     assert 0.1 < problem.causal_sparsity < 0.95
+
+
+def test_where_the_router_scale_is_looked_for(monkeypatch):
+    """Halving of its logarithm within its ends, on about a thousand tokens."""
+    asked = []
+
+    def measured(value):
+        return lambda scale: asked.append(scale) or value(scale)
+
+    assert inputs.bisect_scale(measured(lambda scale: 0.0), 0.5) == pytest.approx(200, rel=1e-4)
+    assert asked[:2] == pytest.approx([10**0.5, (10**0.5 * 200) ** 0.5])
+    assert len(asked) == 18
+    assert inputs.bisect_scale(lambda scale: 1.0, 0.5) == pytest.approx(0.05, rel=1e-4)
+    assert inputs.bisect_scale(lambda scale: scale / 8, 0.5) == pytest.approx(4, rel=1e-4)
+    tokens = []
+    monkeypatch.setattr(inputs, "bisect_scale", lambda sparsity, target: sparsity(1.0))
+    monkeypatch.setattr(inputs, "select", lambda q, summaries, scale, some, *sizes: tokens.append(some.tolist()))
+    monkeypatch.setattr(inputs, "causal_sparsity", lambda *_: 0.5)
+    for length in (5, 2000, 4096):
+        inputs.find_router_scale(torch.zeros(1, length, 1, 1), None, 0.5, 16)
+    assert tokens == [[4], [*range(7, 2000)], [*range(7, 4096, 4)]]
 
 
 def test_topk_sparsities_count_what_is_read():
