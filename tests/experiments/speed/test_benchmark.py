@@ -402,7 +402,8 @@ def test_flash_attention_3_through_jax(monkeypatch, tmp_path):
     replies += [{"length": 64, "pass": name, "ms": 1.0, "ms_min": 0.9, "ms_max": 1.1} for name in (FORWARD, BOTH)]
     replies += [{"length": 128, "pass": FORWARD, "error": "out of memory"}]
     monkeypatch.setattr(speed, "find_spec", lambda name: None if name == "flash_attn_interface" else name)
-    monkeypatch.setattr(speed, "run_jax", lambda options, seconds: (replies, "killed"))
+    asked = []
+    monkeypatch.setattr(speed, "run_jax", lambda options, seconds: asked.append(options) or (replies, "killed"))
     config = make_config(tmp_path, baselines=["flash_attention_3"], backends=[])
     rows = list(speed.Benchmark(config, "cpu").rows())
     assert [(row["length"], row["pass"], row["status"]) for row in rows] == [
@@ -412,6 +413,17 @@ def test_flash_attention_3_through_jax(monkeypatch, tmp_path):
         (128, BOTH, "failed check"),
     ]
     assert (rows[0]["stage"], rows[0]["ms"], rows[0]["extra_mib"]) == (DENSE, 1.0, None)
+    assert [rows[0][name] for name in ("ms_min", "ms_max", "detail")] == [0.9, 1.1, "flash_attn3_jax 0.1, JAX 0.8"]
+    assert [row["detail"] for row in rows[1:]] == [
+        "v off by 0.2, allowed 0.02",
+        "out of memory",
+        "v off by 0.2, allowed 0.02",
+    ]
+    assert {row["method"] for row in rows} == {FLASH_3}
+    assert asked == [
+        {"heads": 4, "kv_heads": 2, "head_dim": 16, "dtype": "bf16", "seed": 0, "warmup": 3, "repetitions": 12}
+        | {"lengths": [64, 128], "check_length": 96}
+    ]
 
 
 def test_a_backend_without_a_line_of_its_own_is_timed_as_its_module():

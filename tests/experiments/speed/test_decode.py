@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from functools import partialmethod
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,6 +93,49 @@ def test_layers_read_more_than_a_cache_of_the_gpu(tmp_path, monkeypatch, length,
     monkeypatch.setattr(decoding, "layer", lambda make, *_: {"made": make()})
     assert len(list(decoding.layers(length, batch))) == 3
     assert made == [layers]
+
+
+def test_a_layers_gates_and_clock(tmp_path, monkeypatch):
+    """Eight sequences of up to the check's length first, then the case itself; the time is a layer's share."""
+    made, timed, checked = [], [], []
+    monkeypatch.setattr(speed_decode, "make_inputs", lambda *args: made.append(args) or inputs("small"))
+    monkeypatch.setattr(
+        speed_decode, "graph_times", lambda call, *rest: timed.append((call(), *rest)) or [8.0, 4.0, 5.0]
+    )
+
+    def inputs(name):
+        return SimpleNamespace(shape=SHAPE, caches=[None] * 4, device_lengths=name)
+
+    def layer(is_ours, repetitions=12, **errors):
+        def prepare(given, target):
+            def check(lengths):
+                checked.append((lengths, target))
+                return {"out": errors.get(lengths, 0.001)}, 0.75
+
+            return SimpleNamespace(check=check, run=lambda: f"run {given.device_lengths}"), 3
+
+        config = make_config(tmp_path, check_length=72, seed=5, repetitions=repetitions)
+        for seen in (made, timed, checked):
+            seen.clear()
+        decoding = speed_decode.Decoding(config, SHAPE, "cpu", math.inf)
+        return decoding.layer(lambda: inputs("large"), prepare, 0.5, is_ours)
+
+    values = {"errors": {"out": 0.001}, "causal_sparsity": 0.75, "knob": 3, "layers": 4}
+    times = {"status": "ok", "ms": 1.25, "ms_min": 1.0, "ms_max": 2.0}
+    assert layer(True) == values | times
+    assert made == [(SHAPE, 1, 72, [0, 10, 20, 30, 40, 50, 60, 71], 6, "cpu")]
+    assert checked == [("small", 0.5), ("large", 0.5)]
+    assert timed == [("run large", 3, 40)]
+    layer(True, repetitions=99)
+    assert timed == [("run large", 3, 99)]
+    assert layer(False) == values | times
+    assert (made, checked) == ([], [("large", 0.5)])
+    failed = {"status": "failed check", "detail": "out off by 0.01, allowed 0.005"}
+    assert layer(True, small=0.01) == failed | {"errors": {"out": 0.01}}
+    assert layer(True, large=0.01) == values | failed | {"errors": {"out": 0.01}}
+    assert layer(False, large=0.01)["status"] == "ok"  # others' kernels may round more
+    assert layer(False, large=0.03)["detail"] == "out off by 0.03, allowed 0.02"
+    assert timed == []
 
 
 def test_a_whole_models_rows(rows_of):
@@ -258,7 +302,13 @@ def test_flash_attention_3_through_jax(rows_of, monkeypatch):
     assert [row["status"] for row in rows if row["method"] == FLASH_3] == ["ok", "error", "error"]
     assert [row["detail"] for row in rows if row["method"] == FLASH_3][1:] == ["no", "killed"]
     assert "8 splits" in rows[0]["detail"]
-    assert asked[0]["decode"] == cases
+    assert asked == [
+        {"heads": 4, "kv_heads": 2, "head_dim": 16, "dtype": "fp16", "seed": 0, "warmup": 3, "repetitions": 12}
+        | {"check_length": 96, "decode": cases, "layers": 2}
+    ]
+    first = {"layers": 2, "ms": 0.5, "ms_min": 0.4, "ms_max": 0.6, "errors": {"out": 0.002}, "batch": 2, "length": 96}
+    first |= {"detail": "flash_attn3_jax 0.1, JAX 0.8, 8 splits", "stage": DENSE, "pass": DECODE, "sparsity": None}
+    assert {name: rows[0][name] for name in first} == first
     ratios = {row["method"]: row["ratio"] for row in speed_rows.with_ratios(rows) if row["batch"] == 2}
     assert ratios == {FLASH_3: 1, FULL: 0.5 / 3}
 
