@@ -44,7 +44,7 @@ class ModelCache(DecodeCache):
         kind_B1 = (lengths_B > self.short_length).long()[:, None]
         return tuple(table[kind_B1, positions_BT] for table in self.tables)
 
-    def outgrows_rotation(self, new_tokens: int | Sequence[int] = 1) -> bool:
+    def outgrows_rotation(self, new_tokens: int | Sequence[int]) -> bool:
         """Whether, with one number of new tokens for all or one each, what is cached of a sequence would not hold."""
         if self.short_length is None:
             return False
@@ -52,7 +52,7 @@ class ModelCache(DecodeCache):
         pairs = zip(self.host_lengths, counts, strict=True)
         return any(0 < length <= self.short_length < length + count for length, count in pairs)
 
-    def check_rotation(self, new_tokens: int | Sequence[int] = 1) -> None:
+    def check_rotation(self, new_tokens: int | Sequence[int]) -> None:
         """Raises ValueError if ``outgrows_rotation``."""
         check(
             not self.outgrows_rotation(new_tokens),

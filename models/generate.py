@@ -104,7 +104,7 @@ def generate(
                 on_token(row, token)
         if not going or produced == max_new_tokens:
             break
-        if cache.outgrows_rotation():
+        if cache.outgrows_rotation(1):
             cache.reset()  # rows that have ended stay as short as can be
             pairs = enumerate(zip(prompts, results, strict=True))
             sequences = [prompt + new if row in going else prompt[:1] for row, (prompt, new) in pairs]
@@ -195,7 +195,7 @@ def decode_step(model: Transformer, cache: ModelCache) -> Callable[[Tensor], Ten
     def replay(new_B: Tensor) -> Tensor:
         # A replayed step runs no line of Python: what its checks would refuse is refused here.
         cache.check_room(1)
-        cache.check_rotation()
+        cache.check_rotation(1)
         token_B.copy_(new_B)
         graph.replay()
         return logits_BV

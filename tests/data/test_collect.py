@@ -56,7 +56,7 @@ def first_letters(path):
 
 
 def test_documents_are_found_wherever_they_lie_and_only_once(sources, tmp_path):
-    output = tmp_path / "made" / "corpus.jsonl"
+    output = tmp_path / "newly" / "made" / "corpus.jsonl"
     counts = collect(output, [str(sources)], [])
     assert first_letters(output) == ["a", "b", "c", "d"]
     assert (counts["documents"], counts["duplicates"], counts["no documents"]) == (4, 1, 4)
@@ -243,9 +243,23 @@ def test_the_command(sources, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", command)
     main()
     assert "4 documents" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*command, "--match", "*.c", "*/copy.txt"])
+    (sources / "broken.zip").write_bytes(b"no archive")
+    main()
+    said = capsys.readouterr()
+    assert "corpus.jsonl: 2 documents" in said.out
+    assert f"left out: {sources / 'broken.zip'} (BadZipFile: File is not a zip file)\n" in said.err
     monkeypatch.setattr("sys.argv", [*command, "absent"])
     with pytest.raises(SystemExit, match="error: absent does not exist"):
         main()
+    monkeypatch.setattr("sys.argv", ["collect", str(tmp_path / "a.txt"), str(sources)])
+    with pytest.raises(SystemExit):
+        main()
+    assert "a.txt must end in .jsonl" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["collect", str(sources / "a.txt" / "b.jsonl"), str(sources)])
+    with pytest.raises(SystemExit, match=r"error: .*b\.jsonl cannot be written \(.*: make room, or name another place"):
+        main()
+    monkeypatch.setattr("sys.argv", command)
     counts = {"documents": 1234, "bytes": 2_500_000, "no documents": 5, "duplicates": 6, "unreadable": 7}
     monkeypatch.setattr("data.collect.collect", lambda *_: counts)
     main()

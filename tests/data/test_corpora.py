@@ -7,6 +7,7 @@ import lzma
 import os
 import shutil
 
+import numpy as np
 import pytest
 
 import data
@@ -181,10 +182,9 @@ def test_a_hub_that_is_out_of_reach_is_named(monkeypatch, max_documents):
 def test_caps(corpus):
     everything = texts(files_config(corpus))
     assert texts(files_config(corpus, max_documents=7)) == everything[:7]
-    capped = texts(files_config(corpus, max_bytes=1000))
-    sizes = [len(text.encode()) for text in capped]
-    assert capped == everything[: len(capped)]
-    assert sum(sizes[:-1]) < 1000 <= sum(sizes)
+    sizes = np.cumsum([len(text.encode()) for text in everything])
+    for most, count in ((1, 1), (sizes[4], 5), (sizes[4] + 1, 6), (sizes[-1] + 9, len(everything))):
+        assert texts(files_config(corpus, max_bytes=int(most))) == everything[:count]
 
 
 def test_split_depends_on_the_content_only_and_has_about_the_share_asked_for():
@@ -272,7 +272,11 @@ def test_a_file_is_read_again_only_if_its_size_or_times_have_changed(tmp_path, m
 
     path.write_text("one")
     assert [digest(), digest()] == [1, 1], "written a moment ago, it may change within the clock's grain"
+    for age, reads in ((1.5, 1), (2.5, 0)):
+        monkeypatch.setattr(digests.time, "time", lambda age=age: path.stat().st_ctime + age)
+        assert [digest(), digest()] == [1, reads]
     monkeypatch.setattr(digests, "_SETTLED_SECONDS", -1)
+    os.utime(path)
     assert [digest(), digest()] == [1, 0]
     stat = path.stat()
     path.write_text("two")

@@ -238,6 +238,7 @@ def test_a_state_is_what_checkpoints_hold(make_stream):
     stream = make_stream(rows=2, world_size=2)
     next(stream)
     assert stream.state_dict() == {"tokens": stream.fingerprint, "seq_len": 64, "seed": 0, "rows": 4}
+    assert stream.fingerprint == stream.corpora["toy"].fingerprint, "of one corpus its own"
     streamed = make_stream(streaming=True, seed=3)
     state = streamed.state_dict()
     reader = {"epoch": 0, "dataset": None, "offset": 0}

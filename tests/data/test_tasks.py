@@ -224,6 +224,8 @@ def test_squad_questions_come_with_their_paragraph_and_its_article_first(qa_file
         orders.add(tuple(chosen))
     assert len(orders) == 4
     # In an order that every process has, whatever its hashes of texts are.
+    draws = TEXT_TASKS["qa_1"].forms(512)[0].draws(qa_files, 0)
+    assert {(draw.least, draw.most) for draw in draws} == {(1, 18)}, "its paragraph, and all there are"
     for read, path in ((read_squad, qa_files.squad), (read_hotpotqa, qa_files.hotpotqa)):
         assert read(path)[1] == sorted(read(path)[1])
     assert samples[0].score("It is BLUE.", TEXT_TASKS["qa_1"].match) == 1
@@ -470,6 +472,9 @@ def test_chat_models_get_their_turns_in_special_tokens(encoder):
         chat.evidence(sample),
         [backend.token_to_id("<eos>"), end],
     )
+    several = [{"name": "tools", "template": "x"}, {"name": "default", "template": turns + begin}]
+    listed = PromptEncoder(TextTokenizer(backend, "<eos>", settings=own | {"chat_template": several}), "tokenizer")
+    assert (listed.encode(sample), listed.key) == (ids, same.key)
     other = PromptEncoder(TextTokenizer(backend, "<eos>", settings=own | {"chat_template": turns}), "tokenizer")
     assert other.key != same.key, "samples and answers under another template are others"
     with pytest.raises(ValueError, match="has no chat template"):

@@ -65,7 +65,8 @@ def test_it_is_trained_on_so_much_of_each_corpus_as_its_weight_says(corpus, tmp_
         for (name, path), weight in zip(files.items(), (3.0, 1.0), strict=True)
     }
     fields = {"name": "x", "seq_len": 8, "corpora": corpora, "validation_fraction": 0.2, "vocab_size": 300}
-    for wanted in (400, 4_000_000):
+    three = sum([len(text) for text in (f"other {i}" for i in range(40)) if split_of(text, 0.2) == "train"][:3])
+    for wanted in (4 * three, 4 * three + 4, 4_000_000):  # with the fourth document from a byte more on
         config, expected = MixtureDataConfig(**fields, tokenizer_bytes=wanted), []
         for path, share in zip(files.values(), (0.75, 0.25), strict=True):
             read = 0

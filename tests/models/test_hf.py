@@ -240,6 +240,10 @@ def test_a_window_counts_above_its_length_only(tmp_path):
     assert read_config(tmp_path / "qwen2").max_seq_len == 128
     edit(tmp_path / "qwen2", use_sliding_window=True, layer_types=...)
     assert read_config(tmp_path / "qwen2").max_seq_len == 64
+    for layers, said, length in (("full", True, 128), ("sliding", True, 64), ("sliding", ..., 64), ("full", ..., 128)):
+        layer_types = ["full_attention", f"{layers}_attention"]
+        edit(tmp_path / "qwen2", use_sliding_window=said, layer_types=layer_types)
+        assert read_config(tmp_path / "qwen2").max_seq_len == length
 
 
 def test_the_temperature_of_longrope_does_not_follow_the_length_a_run_chooses(tmp_path):

@@ -154,6 +154,13 @@ def test_minicpms_settings_become_infllmv2(tmp_path):
         check_same_attention(FullConfig(), tmp_path)
 
 
+def test_all_that_is_not_known_is_named_in_order(tmp_path):
+    config = SHAPE | {"model_type": "minicpm", "sparse_config": {"gate": 1, "beta": 2, "topk": 3, "alpha": 0}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="sparse_config has alpha, beta, gate$"):
+        read_attention(tmp_path)
+
+
 def test_minicpm_attends_densely_to_what_is_shorter_than_dense_len(tmp_path):
     """Its own code asks for the length of the whole sequence, and is then dense or sparse in all of it."""
     minicpm(tmp_path, tie_word_embeddings=False)

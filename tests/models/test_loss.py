@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import loss as loss_module
-from models.loss import cross_entropy
+from models.loss import chunk_loss, cross_entropy
 
 TOKENS, SIZE, VOCAB = 50, 24, 31
 
@@ -77,8 +77,15 @@ def test_a_weight_that_is_frozen_and_no_grad():
     assert is_likeliest is None
     assert hidden.grad is not None
     assert not losses.requires_grad
+    asked = []
+
+    def spy(*inputs, with_grad):
+        asked.append(with_grad)
+        return chunk_loss(*inputs, with_grad=with_grad)
+
     with torch.no_grad():
-        assert torch.equal(cross_entropy(hidden, weight, labels)[0], value)
+        assert torch.equal(cross_entropy(hidden, weight, labels, chunk_loss=spy)[0], value)
+    assert asked == [False]
 
 
 @pytest.mark.usefixtures("chunk")
