@@ -141,7 +141,7 @@ class DecodeCache:
         return selected
 
     def _set_lengths(self, lengths: list[int]) -> None:
-        self.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
+        self.lengths.copy_(torch.tensor(lengths, dtype=torch.int32, device="cpu"))
         self.host_lengths = lengths
 
     def _check_rows(self, name: str, values: Sequence[int]) -> None:

@@ -14,6 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dashattn import fields
 from dashattn.backends import BACKENDS
 from dashattn.fields import AnyText, Checked, OneOf, PositiveFloat, PositiveInt, field_types
 from experiments.config import register_configs, to_train_config
@@ -125,6 +126,32 @@ def test_values_are_held_to_the_types_of_fields():
     ):
         with pytest.raises(ValueError, match=message):
             Toy(**values)
+
+
+@pytest.mark.parametrize(
+    ("hint", "least", "most"),
+    [
+        (fields.PositiveInt, 1, 2**31 - 1),
+        (fields.NonNegativeInt, 0, 2**31 - 1),
+        (fields.PositiveLong, 1, 2**63 - 1),
+        (fields.Seed, 0, 2**63 - 1),
+        (fields.Threads, 1, 1024),
+        (fields.PositiveFloat, 2.0**-126, 2.0**127),
+        (fields.NonNegativeFloat, 0.0, 2.0**127),
+        (fields.Share, 0.0, 1.0),
+        (fields.PositiveShare, math.nextafter(0.0, 1.0), 1.0),
+        (fields.Sparsity, 0.0, math.nextafter(1.0, 0.0)),
+    ],
+    ids=lambda value: value if isinstance(value, int | float) else value.__metadata__[0].phrase,
+)
+def test_ranges_end_where_they_say(hint, least, most):
+    (rule,) = hint.__metadata__
+    beyond = (
+        (least - 1, most + 1) if hint.__origin__ is int else (math.nextafter(least, -1), math.nextafter(most, 1e300))
+    )
+    assert [rule.holds(value) for value in (*beyond, least, most)] == [False, False, True, True]
+    assert rule.holds(1) == (least <= 1 <= most)
+    assert not any(rule.holds(value) for value in (math.nan, math.inf, -math.inf, True, "1", None))
 
 
 # Whatever a field is, none of these can be meant. Those of the wrong type OmegaConf refuses.

@@ -11,6 +11,8 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from dashattn import dash_attention, full_attention, infllmv2_attention, nsa_attention
+from dashattn.controls import oracle_attention, sink_window_attention
+from dashattn.indexer import indexer_attention
 from dashattn.ops.block_scores.reference import topk_selection
 from dashattn.ops.compression.reference import num_windows
 from dashattn.ops.dash_routing.reference import dash_routing
@@ -20,6 +22,8 @@ from dashattn.ops.full.reference import (
     pays_for_a_plan,
     use_flash_attention_3,
 )
+from dashattn.selected import selected_attention
+from dashattn.selection import Selection
 
 D = 8
 BLOCKS = {"block_size": 8, "kernel_size": 4, "kernel_stride": 2}
@@ -582,6 +586,25 @@ def test_alpha_is_checked_in_compiled_functions_too():
 def test_refusals_say_what_is_allowed(attention, changes, message):
     with pytest.raises(ValueError, match=message):
         attention(**small(**changes))
+
+
+OTHERS = {
+    dash_attention: {"chunk_query": R},
+    infllmv2_attention: {},
+    nsa_attention: NSA_R,
+    indexer_attention: {"index_q": R, "index_k": R},
+    sink_window_attention: {},
+    oracle_attention: {},
+    selected_attention: {"selection": Selection(torch.ones(1, 2, 16, 1, dtype=torch.int32), 8)},
+}
+
+
+@pytest.mark.parametrize("attention", OTHERS, ids=lambda attention: attention.__name__)
+def test_every_function_refuses_what_dense_attention_does(attention):
+    for name in ("heads", "kv shapes", "dtype of v", "device of v", "cu_seqlens end", "cu_seqlens dtype"):
+        _, changes, message = REFUSALS[name]
+        with pytest.raises(ValueError, match=message):
+            attention(**small(**changes), **OTHERS[attention])
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,7 @@ def test_before_the_first_window_there_is_nothing_to_attend_to():
     assert (out[:, 15:] == v[:, :1]).all()
     assert lse[:, :15].isposinf().all()
     assert lse[:, 15:].isfinite().all()
+    assert not lse.requires_grad
     grads = torch.autograd.grad(out.sum(), (q, k, v))
     assert all(x.isfinite().all() for x in grads)
     torch.testing.assert_close(grads[2], torch.full_like(v, 5.0))

@@ -1,11 +1,14 @@
 """``dash_attention(impl="triton")`` end to end against the reference, in Triton's interpreter without a GPU."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 from dashattn import dash_attention
+from dashattn.implementation import use_kernels
 from dashattn.selected import selected_attention
 from dashattn.selection import Selection
 
@@ -41,9 +44,11 @@ def test_forward_and_gradients_equal_the_reference(options):
         options = options | {"summary_rope": (ANGLES.cos(), ANGLES.sin())}
     results = {}
     for impl in ("triton", "reference"):
-        out, stats = dash_attention(*inputs, chunk_size=16, router_scale=3.0, impl=impl, return_stats=True, **options)
-        weight = torch.linspace(-1, 1, out.numel(), device=DEVICE).view_as(out)
-        grads = torch.autograd.grad((out * weight).sum(), inputs, allow_unused=True)
+        call = {"chunk_size": 16, "router_scale": 3.0, "impl": impl, "return_stats": True}
+        with torch.device("meta"):  # nothing is made on the default device
+            out, stats = dash_attention(*inputs, **call, **options)
+            weight = torch.linspace(-1, 1, out.numel(), device=DEVICE).view_as(out)
+            grads = torch.autograd.grad((out * weight).sum(), inputs, allow_unused=True)
         results[impl] = (out, stats.active_tokens, *grads)
     for ours, expected in zip(results["triton"], results["reference"], strict=True):
         if expected is None:
@@ -89,8 +94,9 @@ def test_learned_alpha_gets_its_gradient():
     grads = []
     for impl in ("triton", "reference"):
         alpha = torch.tensor([1.2, 1.5, 1.7, 1.9], device=DEVICE, requires_grad=True)
-        out = dash_attention(*inputs, chunk_size=16, alpha=alpha, prior="raw", impl=impl)
-        out.square().sum().backward()
+        with torch.device("meta"):  # nothing is made on the default device
+            out = dash_attention(*inputs, chunk_size=16, alpha=alpha, prior="raw", impl=impl)
+            out.square().sum().backward()
         grads.append(alpha.grad)
     assert grads[1].abs().max() > 0
     torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4)
@@ -130,3 +136,35 @@ def test_what_the_kernels_do_not_take_is_refused_with_the_mend():
             dash_attention(q, k, v, r, impl="triton", **changes)
     with pytest.raises(ValueError, match="use impl='reference'"):
         dash_attention(*(x.double() for x in (q, k, v, r)), impl="triton")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "block_size", "unsupported", "message"),
+    [
+        (torch.bfloat16, 64, 16, None, None),
+        (torch.float16, 8, 32, None, None),
+        (torch.float32, 256, 128, None, None),
+        (torch.float64, 64, 64, None, "bfloat16, float16 and float32, not torch.float64: use impl='reference'"),
+        (torch.bfloat16, 264, 64, None, "head sizes up to 256 in steps of 8, not 264"),
+        (torch.bfloat16, 60, 64, None, "head sizes up to 256 in steps of 8, not 60"),
+        (torch.bfloat16, 64, 256, None, "blocks of 16, 32, 64 or 128 keys, not 256"),
+        (torch.bfloat16, 64, 64, "the kernels cannot", "impl='triton': the kernels cannot; use impl='auto' or"),
+    ],
+)
+def test_on_a_gpu_the_kernels_run_where_they_fit(dtype, head_dim, block_size, unsupported, message):
+    q = SimpleNamespace(is_cuda=True, device="cuda", dtype=dtype, shape=(1, 9, 2, head_dim))
+    assert use_kernels("auto", q, block_size, unsupported) == (message is None)
+    assert not use_kernels("reference", q, block_size, unsupported)
+    if message is None:
+        assert use_kernels("triton", q, block_size)
+        return
+    with pytest.raises(ValueError, match=message):
+        use_kernels("triton", q, block_size, unsupported)
+
+
+def test_without_a_gpu_the_kernels_are_refused(monkeypatch):
+    q = torch.zeros(1, 9, 2, 64)
+    assert not use_kernels("auto", q, 64)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="needs tensors on a GPU, q is on cpu: use impl='auto' or 'reference'"):
+        use_kernels("triton", q, 64)

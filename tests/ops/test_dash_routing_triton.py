@@ -202,14 +202,18 @@ def compare(length, group, alpha, cu_seqlens, **options):
         assert relative_error(result, wanted) < 1e-4
 
 
-def test_the_bias_of_the_router_alone_is_differentiable():
-    q = torch.randn(1, 50, 2, 16, requires_grad=True)
-    summaries = torch.randn(1, 3, 1, 16, requires_grad=True)
-    grad = torch.randn(1, 50, 1, 4)
-    _, expected = reference.dash_routing(q, summaries, chunk_size=CHUNK, prior="raw")
-    _, bias = kernels.dash_routing(q, summaries, chunk_size=CHUNK, prior="raw")
-    expected = torch.autograd.grad(expected, (q, summaries), grad)
-    for result, wanted in zip(torch.autograd.grad(bias, (q, summaries), grad), expected, strict=True):
+@pytest.mark.parametrize(("prior", "cu_seqlens"), [("raw", None), ("tempered", [0, 17, 50])])
+def test_the_bias_of_the_router_alone_is_differentiable(prior, cu_seqlens):
+    """By each head's alpha, too."""
+    cu_seqlens = None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32)
+    inputs = [torch.randn(1, 50, 2, 16), torch.randn(1, 3, 1, 16), torch.tensor([1.3, 1.8])]
+    inputs, grad = [x.requires_grad_() for x in inputs], torch.randn(1, 50, 1, 4)
+    results = []
+    for router in (reference, kernels):
+        options = dict(chunk_size=CHUNK, prior=prior, sigma=2.0, cu_seqlens=cu_seqlens)
+        _, bias = router.dash_routing(*inputs[:2], alpha=inputs[2], **options)
+        results.append(torch.autograd.grad(bias, inputs, grad[..., : bias.shape[-1]]))
+    for result, wanted in zip(*results, strict=True):
         assert relative_error(result, wanted) < 1e-4
 
 

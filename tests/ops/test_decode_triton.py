@@ -263,28 +263,28 @@ WINDOWS = dict(block_size=16, kernel_size=8, kernel_stride=4, topk=3)
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("config", "kv_heads"),
     [
-        FullConfig(),
-        DashConfig(chunk_size=16, router_scale=3.0, prior="raw"),
-        DashConfig(chunk_size=16, router_scale=3.0, prior="raw", init_chunks=1, local_chunks=1),
-        DashConfig(chunk_size=16, router_scale=3.0, summary_rope="mean", alpha_mode="learnable"),
-        DashConfig(chunk_size=16, router_scale=3.0, prior="raw", summary_keys="unrotated"),
-        InfLLMv2Config(**WINDOWS, window_size=16),
-        NSAConfig(**WINDOWS, window_size=20, shared_kv=False),
-        NSAConfig(**WINDOWS, window_size=0, variant="minicpm"),
-        IndexerConfig(block_size=16, topk=3, local_blocks=0, gradient="prior"),
+        (FullConfig(), 2),
+        (DashConfig(chunk_size=16, router_scale=3.0, prior="raw"), 2),
+        (DashConfig(chunk_size=16, router_scale=3.0, prior="raw", init_chunks=1, local_chunks=1), 1),
+        (DashConfig(chunk_size=16, router_scale=3.0, summary_rope="mean", alpha_mode="learnable"), 1),
+        (DashConfig(chunk_size=16, router_scale=3.0, prior="raw", summary_keys="unrotated"), 1),
+        (InfLLMv2Config(**WINDOWS, window_size=16), 2),
+        (NSAConfig(**WINDOWS, window_size=20, shared_kv=False), 2),
+        (NSAConfig(**WINDOWS, window_size=0, variant="minicpm"), 2),
+        (IndexerConfig(block_size=16, topk=3, local_blocks=0, gradient="prior"), 2),
     ],
     ids=["full", "dash", "dash sink", "dash rope", "dash unrotated", "infllmv2", "nsa", "nsa minicpm", "indexer"],
 )
-def test_backends_decode_alike_with_and_without_kernels(config, monkeypatch):
-    shape = AttentionShape(hidden_size=24, num_heads=4, num_kv_heads=2, head_dim=16)
+def test_backends_decode_alike_with_and_without_kernels(config, kv_heads, monkeypatch):
+    shape = AttentionShape(hidden_size=24, num_heads=2 * kv_heads, num_kv_heads=kv_heads, head_dim=16)
     backend = build_backend(replace(config, impl="reference"), shape).to(DEVICE)
     for parameter in backend.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
 
     def inputs(count, position):
-        q, k, v = (torch.randn(2, count, heads, 16, device=DEVICE) for heads in (4, 2, 2))
+        q, k, v = (torch.randn(2, count, heads, 16, device=DEVICE) for heads in (2 * kv_heads, kv_heads, kv_heads))
         angles = (position + torch.arange(count, device=DEVICE))[:, None] * torch.ones(16, device=DEVICE)
         return (q, k, v), dict(hidden=torch.randn(2, count, 24, device=DEVICE), rope=(angles.cos(), angles.sin()))
 
@@ -299,9 +299,35 @@ def test_backends_decode_alike_with_and_without_kernels(config, monkeypatch):
     monkeypatch.setattr("dashattn.ops.block_sparse.reference.QUERY_TILE", 2)
     for count in (1, 1, 3):  # the first one's chunk ends; the last one's tokens are a tile and the beginning of another
         qkv, extra = inputs(count, caches[0].host_lengths[1])
-        out, expected = (
-            b.decode(*qkv, cache.layers[0], **extra) for b, cache in zip((twin, backend), caches, strict=True)
-        )
+        with torch.device("meta"):  # nothing is made on the default device
+            out, expected = (
+                b.decode(*qkv, cache.layers[0], **extra) for b, cache in zip((twin, backend), caches, strict=True)
+            )
         torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-5)
         for cache in caches:
             cache.advance(count)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            DashConfig(chunk_size=16, prior="mass", selector="topk"),
+            "impl='triton': the kernels decode without prior='mass'",
+        ),
+        (
+            DashConfig(chunk_size=16, prior="raw", prior_heads="head"),
+            "impl='triton': the kernels have prior_heads='group'",
+        ),
+    ],
+    ids=["mass", "head"],
+)
+def test_what_the_kernels_cannot_decode_is_refused(config, message):
+    backend = build_backend(replace(config, impl="triton"), AttentionShape(24, 4, 2, 16)).to(DEVICE)
+    cache = backend.new_cache(1, 20, dtype=torch.float32, device=DEVICE)
+    q, k, v = (torch.randn(1, 2, heads, 16, device=DEVICE) for heads in (4, 2, 2))
+    with pytest.raises(ValueError, match=message):
+        backend.decode(q, k, v, cache.layers[0])
+    auto = build_backend(config, AttentionShape(24, 4, 2, 16)).to(DEVICE)
+    assert auto.decodes_statically(cache.layers[0]) == (config.selector != "entmax")
+    assert auto.decode(q, k, v, cache.layers[0]).isfinite().all()

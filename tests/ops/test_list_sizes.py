@@ -22,7 +22,7 @@ def of_length(tokens, kv_heads=2, heads=32, uniform=True):
     return Geometry(documents, tokens if uniform else None, tokens, heads, kv_heads, 128)
 
 
-@pytest.mark.parametrize("tile_tokens", [4, 42, 64, 128])
+@pytest.mark.parametrize("tile_tokens", [4, 32, 42, 64, 128])
 @pytest.mark.parametrize("cu_seqlens", [None, [0, 30, 70]])
 def test_bytes_are_those_allocated(tile_tokens, cu_seqlens):
     cu_seqlens = None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32)
