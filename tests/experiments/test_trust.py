@@ -9,6 +9,9 @@ from functools import partial
 
 import pytest
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from omegaconf import OmegaConf
 from omegaconf.errors import ValidationError
 
@@ -19,7 +22,7 @@ from experiments.evaluation.export import export
 from experiments.evaluation.generate import GenerateConfig, run_generation
 from experiments.files import write_atomically
 from experiments.provenance import snapshot
-from experiments.training.checkpoint import seal
+from experiments.training.checkpoint import foreign_code, seal
 from experiments.training.ranks import Ranks
 from tests import forked
 from train import train
@@ -62,6 +65,22 @@ def test_a_checkpoint_that_would_run_code_is_not_resumed(make_config, tmp_path):
     seal_again(step)
     assert train(config)
     assert (checkpoints / "step-00000004").is_dir()
+
+
+def test_what_every_checkpoint_calls_is_taken_and_each_rank_looks_at_its_share(tmp_path):
+    """Of fp16, too, which no CPU trains in."""
+    folder = tmp_path / "deepspeed"
+    folder.mkdir()
+    scalers = [DynamicLossScaler(1.0, 2.0, 1, 1.0, 1, False), LossScaler(1.0)]
+    torch.save(
+        {"own": [*scalers, ZeroStageEnum(2), fragment_address(numel=1, start=0), torch.ones(1)]}, folder / "0.pt"
+    )
+    for name in "123":
+        torch.save({"more": Payload(os.getenv, name)}, folder / f"{name}.pt")
+    (folder / "sub").mkdir()
+    bad = [f"deepspeed/{name}.pt calls os.getenv" for name in "123"]
+    assert foreign_code(tmp_path) == bad
+    assert [foreign_code(tmp_path, rank=rank, world_size=2) for rank in (0, 1)] == [bad[1:2], [bad[0], bad[2]]]
 
 
 def test_a_copy_of_the_code_is_what_its_name_says(tmp_path):

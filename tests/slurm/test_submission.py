@@ -106,6 +106,27 @@ def test_every_value_of_the_launcher_reaches_the_batch_script(scripts, make_conf
     assert any("scontrol requeue" in line for line in after)
 
 
+@pytest.mark.parametrize(
+    ("values", "ranks", "minutes"),
+    [
+        ({"nodes": 2, "gpus_per_node": 0}, 2, 24 * 60),
+        ({"nodes": 2, "gpus_per_node": 4, "hours": 0.51}, 8, 31),
+        ({}, 1, 24 * 60),
+        ({"hours": 0.05, "signal_s": 119}, 1, 3),
+        ({"hours": 0.05, "signal_s": 120}, 1, None),  # Slurm may send the signal a minute early
+    ],
+)
+def test_ranks_and_minutes_of_a_job(values, ranks, minutes):
+    launcher = LauncherConfig(**values)
+    assert launcher.ranks == ranks
+    if minutes is None:
+        with pytest.raises(ValueError, match=r"launcher\.signal_s=120 seconds before, or a minute earlier"):
+            launcher.check()
+    else:
+        launcher.check()
+        assert launcher.minutes == minutes
+
+
 def test_what_is_not_said_is_not_asked_for(scripts, make_config, tiny_overrides):
     config = make_config("run")
     config.launcher = LauncherConfig(gpus_per_node=0)
