@@ -3,11 +3,13 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +23,7 @@ from experiments.errors import REQUEUE
 from experiments.files import CELL, CELL_LOCK, read_rows
 from experiments.signals import Children
 from experiments.sweep import __main__ as sweep
+from experiments.sweep import status as status_module
 from experiments.sweep.__main__ import run_sweep
 from experiments.sweep.cells import ArmConfig, StudyConfig, SweepConfig, cells, missing, read_plan, write_plan
 from experiments.sweep.collect import collect, restore
@@ -481,7 +484,32 @@ def test_a_signal_reaches_the_running_cell_and_no_other_starts(tmp_path, monkeyp
     assert signal.getsignal(number) is before
 
 
-def test_the_status_tells_what_is_done_runs_and_failed(tmp_path, ran):
+@pytest.mark.parametrize(
+    ("statuses", "code"),
+    [
+        (("done", "was done"), None),
+        (("done", "failed"), "some cells failed"),
+        (("skipped", "done"), "some cells failed"),
+        (("stopped", "failed"), str(REQUEUE)),
+    ],
+)
+def test_a_sweep_ends_as_its_cells_did(tmp_path, monkeypatch, capsys, statuses, code):
+    outcomes = {f"c{i}": Outcome(status, 61.7 * i, f"why {i}") for i, status in enumerate(statuses)}
+    given = []
+    monkeypatch.setattr(sweep, "run_sweep", lambda config, console: given.append(config) or outcomes)
+    monkeypatch.setattr("sys.argv", ["sweep", "sweep=smoke", f"output_dir={tmp_path}", "jobs=3"])
+    with nullcontext() if code is None else pytest.raises(SystemExit, match=f"^{code}"):
+        sweep.main()
+    assert [(config.name, config.output_dir, config.jobs) for config in given] == [("smoke", str(tmp_path), 3)]
+    shown = [re.split(r" *[│┃] *", line)[1:-1] for line in capsys.readouterr().out.splitlines() if "c" in line]
+    assert shown == [
+        ["cell", "status", "seconds", "why"],
+        ["c0", statuses[0], "", "why 0"],
+        ["c1", statuses[1], "62", "why 1"],
+    ]
+
+
+def test_the_status_tells_what_is_done_runs_and_failed(tmp_path, ran, monkeypatch, capsys):
     _, failing = ran
     failing.add("text-full-seed1")
     run(make_config(tmp_path))
@@ -499,3 +527,8 @@ def test_the_status_tells_what_is_done_runs_and_failed(tmp_path, ran):
     assert {name: rest for name, *rest in status(tmp_path)}["text-dash-knob1-seed0"][0] == "missing"
     with pytest.raises(ValueError, match="no sweep's directory"):
         status(knob)
+    monkeypatch.setattr("sys.argv", ["status", str(tmp_path)])
+    status_module.main()
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == "6 done, 1 missing, 1 failed"
+    assert sum(" text-" in line for line in said) == 8

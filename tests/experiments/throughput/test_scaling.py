@@ -1,5 +1,6 @@
 """The benchmark of several ranks at toy size: what is measured, when, against what, and what becomes of failures."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,18 @@ def test_what_cannot_be_measured_is_refused(config, change, ranks, message):
     with pytest.raises(ValueError, match=message):  # noqa: PT012
         config.modes = {"zero1": Mode(**MODES["zero1"] | change)}
         check_parallel(config, ranks)
+
+
+@pytest.mark.parametrize(("stage", "shares"), [(2, True), (3, False)])
+def test_the_run_of_a_case(config, tmp_path, stage, shares):
+    mode = Mode(128, stage, shares, compile=stage == 2, activation_checkpointing=not shares, tokens_per_step=2048)
+    mode = replace(mode, tokens_per_micro_batch=512, warmup=3, steps=4)
+    run = parallel.compose_run(config, "nsa", mode, 4, tmp_path / "a, b")
+    assert (run.attention.name, run.data.seq_len, run.model.max_seq_len) == ("nsa", 128, 128)
+    assert (run.rows_per_micro_batch, run.rows_per_batch, run.steps, run.optim.warmup_steps) == (4, 16, 7, 0)
+    assert (run.deepspeed.stage, run.sequence_parallel) == (stage, 4 if shares else 1)
+    assert (run.compile, run.activation_checkpointing) == (stage == 2, not shares)
+    assert (run.run_dir, run.check_memory) == (str(tmp_path / "a, b"), False)
 
 
 def test_unknown_backends_and_no_modes_are_refused(config):

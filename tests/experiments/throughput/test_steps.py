@@ -61,6 +61,8 @@ def test_settings_compete_and_the_fastest_measures_every_backend(make_benchmark,
         assert row["tokens_per_s"] == pytest.approx(1024 / row["step_time"], rel=1e-6)
         assert 0 < row["data_wait"] < row["step_time"]
         assert row["loss"] == pytest.approx(5.7, abs=0.5)  # untrained, of 300 tokens
+        assert len(row["losses"]) == config.warmup + config.steps
+        assert row["loss"] == row["losses"][-1]
     assert all(row["causal_sparsity"] == 0 for row in rows[:3])
     assert others[-1]["causal_sparsity"] == pytest.approx(0.2, abs=0.05)
     assert loader["backend"] == "loader"
@@ -146,6 +148,20 @@ def test_a_micro_batch_holds_a_row_and_a_run_is_checked_beforehand(make_benchmar
     config.train.append("attention.chunk_size=256")
     with pytest.raises(ValueError, match="leaves nothing to select"):
         check_throughput(config)
+
+
+@pytest.mark.parametrize(
+    ("length", "setting", "rows", "batch"),
+    [(256, SMALL, 2, 4), (256, Setting(1500, compile=True), 5, 5), (512, LARGE, 2, 2), (128, SMALL, 4, 8)],
+)
+def test_the_run_of_a_case(make_benchmark, tmp_path, length, setting, rows, batch):
+    """Of whole micro-batches, no fewer tokens than asked for."""
+    config = replace(make_benchmark("warmup=3"), steps=4)
+    run = throughput.compose_run(config, "nsa", length, setting, tmp_path / "a, b")
+    assert (run.attention.name, run.data.seq_len, run.model.max_seq_len) == ("nsa", length, length)
+    assert (run.rows_per_micro_batch, run.rows_per_batch, run.steps, run.optim.warmup_steps) == (rows, batch, 7, 0)
+    assert (run.compile, run.activation_checkpointing) == (setting.compile, setting.activation_checkpointing)
+    assert (run.run_dir, run.check_memory, run.data.pack) == (str(tmp_path / "a, b"), False, "plain")
 
 
 @pytest.mark.usefixtures("make_benchmark")

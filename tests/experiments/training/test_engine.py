@@ -10,6 +10,7 @@ import torch
 
 from experiments.training.engine import backend_metrics, deepspeed_json, set_learning_rate, to_host
 from experiments.training.optim import LR_FACTOR
+from experiments.training.ranks import Ranks, world_size
 
 BF16 = {"bf16": {"enabled": True, "immediate_grad_update": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 
@@ -68,3 +69,17 @@ def test_metrics_of_backends_are_means_over_the_layers_that_have_them(monkeypatc
 
 def test_numbers_are_read_on_the_host():
     assert to_host(torch.tensor([1.5, -2.0]))() == [1.5, -2.0]
+
+
+def test_ranks_that_share_rows_are_one_reader(monkeypatch):
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: [f"{value}{rank}" for rank in range(self.world_size)])
+    for rank in range(6):
+        alone = Ranks(rank, 6, torch.device("cpu"))
+        shared = replace(alone, sequence_parallel=3)
+        assert (alone.reader, alone.readers, alone.is_main) == (rank, 6, rank == 0)
+        assert (shared.reader, shared.readers) == (rank // 3, 2)
+        assert shared.gather_readers("x") == ["x0", "x3"]
+    monkeypatch.setenv("WORLD_SIZE", "12")
+    assert world_size() == 12
+    monkeypatch.delenv("WORLD_SIZE")
+    assert world_size() == 1

@@ -2,13 +2,15 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
 
-from data import build_data
+from data import build_data, build_tokenizer, prepare_all
 from experiments.schema import to_config
-from experiments.training.prepare import prepare
+from experiments.training import prepare as prepare_module
+from experiments.training.prepare import loader_speed, prepare
 from tests import forked
 
 ROOT = Path(__file__).parents[3]
@@ -23,7 +25,15 @@ def test_prepare_mends_what_is_damaged_and_a_run_finds_it_all(make_config, tmp_p
     config = make_config("run", "data.max_bytes=1000000", f"cache_dir={tmp_path}")
     prepare(config)
     said = capfd.readouterr().out
-    assert re.search(r"^python_stdlib: [\d,]+ documents, 1\.\d MB of text, [\d,]+ tokens", said, re.MULTILINE)
+    told = r"^python_stdlib: ([\d,]+) documents, (1\.\d) MB of text, ([\d,]+) tokens \(([\d.]+) bytes each\), (.*)"
+    *numbers, folder = re.search(told, said, re.MULTILINE).groups()
+    documents, megabytes, count, each = (float(number.replace(",", "")) for number in numbers)
+    (corpus,) = prepare_all(config.data, build_tokenizer(config.data, tmp_path), tmp_path).values()
+    parts = [*corpus.training.values(), corpus.validation]
+    assert documents == sum(part.num_documents for part in parts)
+    assert count == sum(path.stat().st_size for path in Path(folder).rglob("*.tokens")) / 2
+    size = sum(part.num_bytes for part in parts)
+    assert (megabytes, each) == (round(size / 1e6, 1), round(size / count, 2))
     assert re.search(r"^the loader alone: [\d,]+ tokens/s", said, re.MULTILINE)
     (tokens,) = tmp_path.glob("tokens/*/shard-00000/train-0.tokens")
     written, whole = tokens.stat().st_mtime_ns, tokens.read_bytes()
@@ -35,6 +45,19 @@ def test_prepare_mends_what_is_damaged_and_a_run_finds_it_all(make_config, tmp_p
     written = tokens.stat().st_mtime_ns
     build_data(config.data, split="train", seed=0, rows=1, cache_dir=tmp_path)
     assert tokens.stat().st_mtime_ns == written
+
+
+def test_the_loaders_speed_leaves_out_its_first_batch(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(prepare_module, "time", SimpleNamespace(perf_counter=lambda: now))
+
+    def stream():
+        nonlocal now
+        for seconds in (100.0, *[0.75] * 9):
+            now += seconds
+            yield SimpleNamespace(num_tokens=30)
+
+    assert loader_speed(stream()) == 4 * 30 / 3.0
 
 
 def test_what_is_generated_while_training_needs_no_preparation():

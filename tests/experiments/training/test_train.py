@@ -359,13 +359,12 @@ def test_the_norms_of_the_routers_gradient_are_autograds(make_config, monkeypatc
 
 
 def test_profiling_writes_one_trace_of_the_main_rank(make_config):
-    run_dir = train(make_config("run", "steps=7", "profile_steps=2"))
+    run_dir = train(make_config("run", "steps=12", "profile_steps=2"))  # of two cycles of 4 and 2
     (trace,) = (run_dir / "traces").iterdir()
     assert trace.name == "step-00000005.json.gz"
     with gzip.open(trace) as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
-    assert {"ProfilerStep#4", "ProfilerStep#5"} <= names
-    assert "ProfilerStep#6" not in names
+    assert {name for name in names if "ProfilerStep" in str(name)} == {"ProfilerStep#4", "ProfilerStep#5"}
 
 
 def test_activation_checkpointing_changes_no_loss(make_config):
