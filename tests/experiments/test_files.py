@@ -167,6 +167,19 @@ def test_a_damaged_row_is_named(tmp_path, line):
         append_rows(path, [{"a": 2}], json.dumps)
 
 
+def test_a_column_that_a_row_lacks_is_named_with_its_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    append_rows(path, [{"a": 1}, {"a": {"b": 2}}])
+    one, two = read_rows(path)
+    assert one | {"c": 3} == {"c": 3} | one == {"a": 1, "c": 3}
+    for number, row in ((1, one), (1, one | {"c": 3}), (1, {"a": 0} | one), (2, two), (2, two["a"])):
+        message = rf"rows\.jsonl, line {number} is damaged, or of another version \(it does not say d\): remove"
+        with pytest.raises(ValueError, match=message):
+            row["d"]
+    assert ({"a": 0} | one)["a"] == 1
+    assert (one | {"a": 0})["a"] == 0
+
+
 def test_a_directory_that_cannot_be_written_is_refused(tmp_path):
     check_writable(tmp_path / "new" / "one", "")
     (tmp_path / "file").touch()

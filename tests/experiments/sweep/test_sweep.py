@@ -94,9 +94,9 @@ def test_turned_knobs_may_have_an_evaluation_of_their_own(tmp_path):
 
 def test_two_parts_of_a_sweep_share_a_plan(tmp_path):
     found = cells(make_config(tmp_path, seeds=[0, 1]))
-    write_plan(tmp_path, found[:3])
-    write_plan(tmp_path, found[2:])
-    assert sorted(cell.name for cell in read_plan(tmp_path)) == sorted(cell.name for cell in found)
+    write_plan(tmp_path / "new", found[:3])
+    write_plan(tmp_path / "new", found[2:])
+    assert sorted(cell.name for cell in read_plan(tmp_path / "new")) == sorted(cell.name for cell in found)
 
 
 def test_an_arm_may_have_an_evaluation_of_its_own(tmp_path):
@@ -525,8 +525,12 @@ def test_the_status_tells_what_is_done_runs_and_failed(tmp_path, ran, monkeypatc
     assert rows["text-full-seed1"] == ["failed", "", "error: boom"]
     assert rows["text-dash-knob1-seed0"] == ["running", "7", ""]
     assert {name: rest for name, *rest in status(tmp_path)}["text-dash-knob1-seed0"][0] == "missing"
-    with pytest.raises(ValueError, match="no sweep's directory"):
+    with pytest.raises(
+        ValueError, match=r"no sweep's directory \(it has no cells.json\): give the sweep's output_dir$"
+    ):
         status(knob)
+    with pytest.raises(ValueError, match=r"nowhere does not exist: give the sweep's output_dir$"):
+        status(tmp_path / "nowhere")
     monkeypatch.setattr("sys.argv", ["status", str(tmp_path)])
     status_module.main()
     said = capsys.readouterr().out.splitlines()

@@ -1,5 +1,6 @@
 """What DeepSpeed is told, and what is asked of its engine."""
 
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,9 +9,19 @@ import deepspeed
 import pytest
 import torch
 
-from experiments.training.engine import backend_metrics, deepspeed_json, set_learning_rate, to_host
+from experiments.training.anomalies import LossWatch
+from experiments.training.engine import (
+    DataError,
+    backend_metrics,
+    deepspeed_json,
+    set_learning_rate,
+    to_host,
+    validation_loss,
+)
+from experiments.training.metrics import Clock
 from experiments.training.optim import LR_FACTOR
 from experiments.training.ranks import Ranks, world_size
+from experiments.training.run import Update, judge, read_step
 
 BF16 = {"bf16": {"enabled": True, "immediate_grad_update": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 
@@ -83,3 +94,72 @@ def test_ranks_that_share_rows_are_one_reader(monkeypatch):
     assert world_size() == 12
     monkeypatch.delenv("WORLD_SIZE")
     assert world_size() == 1
+
+
+def batch(num_targets, num_tokens=None):
+    """As much of one as counts."""
+    made = SimpleNamespace(num_targets=num_targets, num_tokens=num_tokens, cu_seqlens=None, max_seqlen=None)
+    made.input_ids = made.labels = made.position_ids = made.to = lambda device: made
+    return made
+
+
+@pytest.mark.parametrize("shared", [1, 2])
+def test_a_validation_loss_is_the_mean_over_targets(monkeypatch, shared):
+    """Of two ranks; where they share rows each has its part of a row's loss, and all of its targets."""
+    monkeypatch.setattr(Ranks, "sum", lambda self, *values: [2 * value for value in values])
+    modes, losses = [], iter([2.0, 5.0])
+
+    class Engine:
+        def __getattr__(self, name):
+            return lambda: modes.append(name)
+
+        def __call__(self, *arguments, return_stats, **options):
+            return SimpleNamespace(loss=torch.tensor(next(losses)))
+
+    ranks = Ranks(0, 2, torch.device("cpu"), sequence_parallel=shared)
+    found = validation_loss(Engine(), [batch(3), batch(1)], ranks)
+    assert found == shared * (3 * 2.0 + 1 * 5.0) / 4
+    assert modes == ["eval", "train"]
+    with pytest.raises(DataError):
+        validation_loss(Engine(), (1 / 0 for _ in range(1)), ranks)
+    assert modes == 2 * ["eval", "train"]
+
+
+@pytest.mark.parametrize("shared", [1, 2])
+def test_what_was_read_for_a_step_is_counted_over_all_ranks(monkeypatch, shared):
+    monkeypatch.setattr(Ranks, "sum", lambda self, *values: [2 * value for value in values])
+
+    class Data:
+        def __init__(self, batches):
+            self.batches, self.read = iter(batches), 0
+
+        def state_dict(self):
+            return {"rows": self.read}
+
+        def __next__(self):
+            self.read += 1
+            return next(self.batches)
+
+    ranks = Ranks(0, 2, torch.device("cpu"), sequence_parallel=shared)
+    run = SimpleNamespace(train_data=Data([batch(3, 8), batch(1, 8)]), clock=Clock(), micro_batches=2, ranks=ranks)
+    read = read_step(run)
+    assert [each.num_targets for each in read.batches] == [3, 1]
+    assert read[1:] == ({"rows": 0}, 8 / shared, 32 / shared, None, 0, 0)
+    read = read_step(run, is_to_stop=True)
+    assert (read.batches, read.position, type(read.error), read.failures, read.stops) == (
+        ([], {"rows": 2}, StopIteration, 2, 2)
+    )
+
+
+@pytest.mark.parametrize(("precision", "judged"), [("fp16", None), ("bf16", "skipped")])
+def test_a_step_that_loss_scaling_skips_is_no_anomaly(tmp_path, precision, judged):
+    recorded, said = [], []
+    config = SimpleNamespace(deepspeed=SimpleNamespace(precision=precision), steps=9)
+    watch = LossWatch(tmp_path / "anomalies.jsonl", skipped=0, limit=2)
+    watch.record = lambda *row: recorded.append(row)
+    ranks, metrics = Ranks(0, 1, torch.device("cpu")), SimpleNamespace(print=said.append)
+    run = SimpleNamespace(config=config, watch=watch, ranks=ranks, metrics=metrics)
+    done = Update(loss=2.5, auxiliary_loss=None, rate=0.1, grad_norm=None, norms={}, stats=None)
+    assert judge(run, 3, SimpleNamespace(position={"rows": 7}), done) == judged
+    assert recorded == ([] if judged is None else [("skipped", 3, 2.5, math.inf, [{"rows": 7}])])
+    assert said == ([] if judged is None else ["WARNING: step 3 skipped: loss 2.5, grad_norm inf"])

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import train as train_module
 from data.shards import DamagedShardError
 from data.text import PreparedTextStream
 from experiments.errors import Preempted, Stopped, run_faults
@@ -83,6 +84,24 @@ def test_a_signal_in_the_last_step_asks_for_no_other_start(make_config, at_step)
     at_step[3] = send  # noticed when the fourth step, the last one, is read
     run_dir = train(make_config("run"))
     assert (run_dir / "checkpoints" / "latest").read_text() == "step-00000004\n"
+
+
+def test_what_befalls_another_rank_stops_this_one_at_the_same_step(make_config, monkeypatch):
+    config, read_step = make_config("run"), train_module.read_step
+    for step, change, error, message in (
+        (2, {"stops": 1}, Preempted, "stopped by a signal to another rank and saved at step 2"),
+        (4, {"failures": 1}, Stopped, r"data source failed at step 4 \(on another rank\)"),
+    ):
+
+        def read(run, *, step=step, change=change, **options):
+            found = read_step(run, **options)
+            return found._replace(**change) if run.tokens == (step - 1) * 4 * 64 else found
+
+        monkeypatch.setattr(train_module, "read_step", read)
+        with pytest.raises(error, match=message):
+            train(config)
+    monkeypatch.undo()
+    assert sorted(losses(train(config))) == [1, 2, 3, 4]
 
 
 def test_a_second_signal_exits_at_once():

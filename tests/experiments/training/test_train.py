@@ -14,12 +14,16 @@ import torch
 from safetensors.torch import load_file
 
 import train as train_module
+from data import TextTokenizer
+from experiments.config import load_config
 from experiments.errors import Stopped
 from experiments.evaluation import export
 from experiments.files import read_rows
 from experiments.training import metrics
 from experiments.training import run as run_module
+from experiments.training.checkpoint import read_state
 from experiments.training.optim import learning_rate
+from experiments.training.run_dir import config_hash
 from experiments.training.weights import find_weights
 from models import Transformer
 from train import train
@@ -334,6 +338,16 @@ def test_what_is_due_at_a_step_is_done_there_and_nowhere_else(make_config):
     for row in rows(run_dir):
         assert row["lr"] == learning_rate(config.optim, row["step"] - 1, 10)
         assert (row["tokens"], row["skipped_steps"]) == (row["step"] * 4 * 64, 0)
+    state = read_state(run_dir / "checkpoints/step-00000010")
+    known = {"step": 10, "tokens": 2560, "skipped_steps": 0, "world_size": 1, "stage": 1}
+    known |= {"config_hash": config_hash(load_config(run_dir / "config.yaml"))}
+    assert state == known | {"data": state["data"], "parameter_order": state["parameter_order"]}
+    assert len(state["data"]) == 1
+    start = json.loads((run_dir / "start.json").read_text())
+    weights = load_file(find_weights(run_dir))
+    assert start["parameters"] == sum(weight.numel() for weight in weights.values())
+    assert start["tokenizer"] == TextTokenizer.load(str(run_dir / "tokenizer")).fingerprint()
+    assert start.keys() == {"parameters", "data", "tokenizer", "unigram_entropy"}
 
 
 def test_a_row_says_what_the_step_cost(make_config):
