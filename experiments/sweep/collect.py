@@ -24,16 +24,20 @@ def collect(source: Path, target: Path) -> dict[str, int]:
     how many rows each has.
 
     Raises:
-        ValueError: there is nothing to collect, or the target lies below the source.
+        ValueError: there is nothing to collect, two runs have one name, or the target lies below the source.
     """
     check_exists(source, "name the directory of a sweep or of a run")
     if target.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"{target} lies in {source}, whose rows it would count twice: name another directory")
+    runs = sorted({path.parent for name in (RESULTS, METRICS, CELL) for path in source.rglob(name)})
+    names = [run.name for run in runs]
+    twice = next((run for run in runs if names.count(run.name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"several runs below {source} are called {twice.name}, {twice} among them: rename one of them")
     found = {
-        name: [{"run": path.parent.name} | row for path in sorted(source.rglob(name)) for row in read_rows(path)]
-        for name in (RESULTS, METRICS)
+        name: [{"run": run.name} | row for run in runs for row in read_rows(run / name)] for name in (RESULTS, METRICS)
     }
-    found[CELLS] = [{"run": path.parent.name} | read_done(path.parent) for path in sorted(source.rglob(CELL))]
+    found[CELLS] = [{"run": run.name} | read_done(run) for run in runs if (run / CELL).exists()]
     if not found[RESULTS] and not found[METRICS]:
         raise ValueError(f"no rows below {source}: name the directory of a sweep or of a run")
     target.mkdir(parents=True, exist_ok=True)

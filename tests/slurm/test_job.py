@@ -118,13 +118,13 @@ def test_what_fails_ends_a_cell_with_its_last_words(tmp_path):
         ("", "no output"),
         ("$ train.py\n\n", "no output"),
         ("$ train.py\nstep 1\n  step 2  \n\n", "step 2"),
-        ("$ train.py\nValueError: one\nerror: two\nbye\n", "error: two"),
+        ("$ train.py\nValueError: one\nerror: two\n\xff bye\n", "error: two"),
         ("$ train.py\nerror: one\n$ evaluate.py\nstep 1\n", "step 1"),
         ("Errors in a line of their own\nlast\n", "last"),
     ],
 )
 def test_last_words_are_the_last_error_since_the_start(tmp_path, log, said):
-    (tmp_path / "log").write_text(log)
+    (tmp_path / "log").write_bytes(log.encode("latin-1"))
     assert last_words(tmp_path / "log") == said
 
 

@@ -474,7 +474,9 @@ def test_the_status_tells_why_a_cell_waits_or_ended(scripts, sweep, tmp_path):
     (tmp_path / "s" / "logs").mkdir()
     (tmp_path / "s" / "logs" / "t-dash-seed0.log").write_text("$ train.py\nstopped by SIGTERM and saved at step 3\n")
     refused = "error: code-1 holds other code than its name says"
-    (tmp_path / "s" / "slurm" / "9_1_0_log.err").write_text(f"srun: error: of an earlier life\n{refused}\n")
+    (tmp_path / "s" / "slurm" / "9_1_0_log.err").write_bytes(
+        f"srun: error: of an earlier life\n\xff\n{refused}\n".encode("latin-1")
+    )
     rows = {name.removeprefix("t-"): (state, why) for name, state, _, why in status(tmp_path / "s")}
     assert rows == {
         "base-seed0": ("pending", "Priority"),
@@ -484,6 +486,11 @@ def test_the_status_tells_why_a_cell_waits_or_ended(scripts, sweep, tmp_path):
         "dense-seed1": ("cancelled", "continues from t-base-seed1 (timed out)"),
         "dash-seed1": ("failed", refused),
     }
+    squeue.write_text("#!/bin/sh\nprintf '%s\\n' '7_0|RUNNING|None' '8_0|REQUEUED|None' '7_1|PENDING|None'\n")
+    rows = {name.removeprefix("t-"): (state, why) for name, state, _, why in status(tmp_path / "s")}
+    assert rows["base-seed0"] == ("running", "")
+    assert rows["dense-seed0"] == ("pending", "waits for t-base-seed0 (running)")
+    assert rows["base-seed1"] == ("pending", "")
     said = "RuntimeError: it never began\nsrun: error: n1: task 0: Exited with exit code 1\n"
     said += "srun: launch/slurm: _step_signal: Terminating StepId=9.1\n"
     (tmp_path / "s" / "slurm" / "9_1_0_log.err").write_text(said)

@@ -25,8 +25,19 @@ from experiments.signals import Children
 from experiments.sweep import __main__ as sweep
 from experiments.sweep import status as status_module
 from experiments.sweep.__main__ import run_sweep
-from experiments.sweep.cells import ArmConfig, StudyConfig, SweepConfig, cells, missing, read_plan, write_plan
+from experiments.sweep.cells import (
+    ArmConfig,
+    StudyConfig,
+    SweepConfig,
+    cells,
+    missing,
+    read_done,
+    read_plan,
+    record_done,
+    write_plan,
+)
 from experiments.sweep.collect import collect, restore
+from experiments.sweep.collect import main as main_of_collect
 from experiments.sweep.run_cell import Outcome
 from experiments.sweep.run_cell import run_cell as run_one_cell
 from experiments.sweep.status import status
@@ -239,6 +250,51 @@ def test_a_study_continues_where_only_its_rows_are_left(tmp_path, ran):
         (tmp_path / "kept" / "cells.jsonl").write_text(json.dumps({"run": name, "commands": [["a"], ["b"]]}) + "\n")
         with pytest.raises(ValueError, match="which is no directory's name: do not trust it"):
             restore(tmp_path / "kept", tmp_path / "runs")
+
+
+RESULT = {"knob": None, "trained_knob": None, "causal_sparsity": 0.0, "data": "text"}
+RESULT |= {"task": "loss", "metric": "nats", "rows": 1, "label": "full", "length": 64}
+
+
+def test_collected_rows_take_the_place_of_the_runs_own_and_others_stay(tmp_path, capsys):
+    kept = tmp_path / "new" / "kept"
+
+    def write(run, steps, scores=()):
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "metrics.jsonl").write_text("".join(f'{{"step": {step}, "split": "train"}}\n' for step in steps))
+        if scores:
+            rows = [RESULT | {"score": score} for score in scores]
+            (run / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            record_done(run, [["train.py"], ["evaluate.py"]])
+
+    write(tmp_path / "a" / "one", [1, 2], [3.5])
+    write(tmp_path / "a" / "deep" / "two", [1])
+    assert collect(tmp_path / "a", kept) == {"results.jsonl": 1, "metrics.jsonl": 3, "cells.jsonl": 1}
+    write(tmp_path / "b" / "three", [7])
+    write(tmp_path / "b" / "one", [9])
+    main_of_collect([str(tmp_path / "b"), str(kept)])
+    assert capsys.readouterr().out == (
+        f"1 rows in {kept}/results.jsonl, 3 rows in {kept}/metrics.jsonl, 1 rows in {kept}/cells.jsonl\n"
+    )
+    assert [(row["run"], row["step"]) for row in read_rows(kept / "metrics.jsonl")] == [
+        ("two", 1),
+        ("one", 9),
+        ("three", 7),
+    ]
+    assert [(row["run"], row["score"]) for row in read_rows(kept / "results.jsonl")] == [("one", 3.5)]
+    assert read_rows(kept / "cells.jsonl") == [{"run": "one", "commands": [["train.py"], ["evaluate.py"]]}]
+    main_of_collect(["--restore", str(kept), str(tmp_path / "c")])
+    assert capsys.readouterr().out == f"1 cells of {kept} count as done in {tmp_path / 'c'}\n"
+    assert read_done(tmp_path / "c" / "one")["commands"] == [["train.py"], ["evaluate.py"]]
+    for source, target, message in (
+        (tmp_path / "a", tmp_path / "a" / "deep", "whose rows it would count twice: name another directory"),
+        (tmp_path / "a", tmp_path / "a", "whose rows it would count twice"),
+        (tmp_path / "nowhere", kept, "nowhere does not exist: name the directory of a sweep or of a run"),
+        (tmp_path / "c", kept, "no rows below .*: name the directory of a sweep or of a run"),
+        (tmp_path, tmp_path.parent / "kept", "several runs below .* are called one, .*/a/one among them: rename"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            collect(source, target)
 
 
 def test_one_trained_knob_may_be_the_one_that_is_turned(tmp_path):
