@@ -1,12 +1,24 @@
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dashattn.backends import DashConfig, FullConfig, IndexerConfig, InfLLMv2Config, NSAConfig
+from experiments.errors import Stopped
 from experiments.files import write_atomically
-from experiments.training.checkpoint import _remove_old, damage, latest_checkpoint, seal
+from experiments.training.checkpoint import (
+    _remove_old,
+    damage,
+    latest_checkpoint,
+    read_manifest,
+    read_state,
+    save_checkpoint,
+    seal,
+    write_checkpoint,
+)
 from experiments.training.ranks import Ranks
 from experiments.training.weights import Loaded, find_weights, load_weights
 from models import ModelConfig, Transformer
@@ -263,3 +275,73 @@ def test_permanent_checkpoints_stay_beside_the_newest(tmp_path):
     assert kept(tmp_path) == [3, 6, 8, 9]
     _remove_old(tmp_path, "step-00000009", keep=0, keep_every=3)
     assert kept(tmp_path) == [3, 6, 8, 9]
+
+
+class Engine:
+    """As much of DeepSpeed's as saving takes."""
+
+    def __init__(self, module, fails=False):
+        self.module, self.fails = module, fails
+
+    def save_checkpoint(self, folder, *, tag, save_latest):
+        assert not save_latest
+        (Path(folder) / tag).mkdir()
+        (Path(folder) / tag / "states.pt").write_bytes(b"states")
+        if self.fails:
+            raise OSError(28, "No space left on device")
+
+
+def test_a_checkpoint_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """And with all that it needs, in the place of one of a run that was set back."""
+    run, events, fsync, replace = tmp_path / "run", [], os.fsync, os.replace
+    (run / "tokenizer").mkdir(parents=True)
+    for name in ("config.yaml", "start.json", "git.json", "tokenizer/tokenizer.json", "metrics.jsonl"):
+        (run / name).write_text(name)
+    target = run / "checkpoints" / "step-00000004"
+    (target / "of_before").mkdir(parents=True)
+    (target.parent / ".step-00000008.tmp").mkdir()  # of a process that was killed
+    (target.parent / ".latest.1.tmp").touch()
+
+    def sync(descriptor):
+        events.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", lambda old, new: (events.append((old, new)), replace(old, new)))
+    module, ranks = model(), Ranks(0, 1, torch.device("cpu"))
+    write_checkpoint(target, {"step": 4}, Engine(module), ranks)
+    temporary = target.with_name(".step-00000004.tmp")
+    named = events.index((temporary, target))
+    own = {"config.yaml", "start.json", "git.json", "tokenizer/tokenizer.json"}
+    own |= {"deepspeed/states.pt", "model.safetensors", "state.json"}
+    assert set(read_manifest(target)) == own
+    assert damage(target) == []
+    before = set(events[:named])
+    assert {str(temporary / name) for name in (*own, "deepspeed", "tokenizer")} | {str(temporary)} <= before
+    assert events[named + 1 :] == [str(target.parent)]
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
+    assert all((target / name).read_text() == name for name in own if (run / name).exists())
+    assert not (target / "of_before").exists()
+    assert (target / "model.safetensors").stat().st_mode == (target / "state.json").stat().st_mode
+    weights, read = module.state_dict(), load_file(target / "model.safetensors")
+    assert weights.keys() == read.keys()
+    assert all(torch.equal(read[name], weight) for name, weight in weights.items())
+    with pytest.raises(Stopped, match=r"step-00000005 could not be written .*No space left.*see that .*checkpoints is"):
+        write_checkpoint(target.with_name("step-00000005"), {"step": 5}, Engine(module, fails=True), ranks)
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
+
+
+def test_latest_names_what_was_saved_and_the_oldest_make_way(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.yaml", "start.json", "git.json"):
+        (run / name).write_text(name)
+    for step in (2, 4, 6):
+        saved = save_checkpoint(
+            run / "checkpoints", {"step": step}, Engine(model()), Ranks(0, 1, torch.device("cpu")), keep=1, keep_every=4
+        )
+        assert saved == run / "checkpoints" / f"step-{step:08d}"
+        assert (run / "checkpoints" / "latest").read_text() == saved.name + "\n"
+        assert read_state(saved) == {"step": step}
+    (run / "checkpoints" / "latest").unlink()
+    assert kept(run / "checkpoints") == [4, 6]
