@@ -60,8 +60,9 @@ class CorpusConfig(Checked, at="data"):
     # files: paths or globs of .txt, .json, .jsonl / .ndjson and .parquet, also packed (.gz, .zst, .xz, .bz2)
     files: list[Line] = field(default_factory=list)
     text_column: Line = "text"  # field of a row that holds the text
-    # Of a .txt: what stands between its documents. Null = the whole file is one, unless it has more characters than
-    # document_bytes: then it is cut at ends of paragraphs; null there = never.
+    # Of a .txt: what stands between its documents; \n in it, as a shell hands that over, is the end of a line. Null =
+    # the whole file is one, unless it has more characters than document_bytes: then it is cut at ends of paragraphs;
+    # null there = never.
     document_separator: AnyText | None = None
     document_bytes: PositiveInt | None = 1_000_000  # characters of a file without separator from which on it is cut
     # Rows and files that cannot be read and are left out, by name, before the corpus is refused; while streaming, of
@@ -81,6 +82,9 @@ class CorpusConfig(Checked, at="data"):
         super().__post_init__()
         if self.source == "hub" and not self.path:
             raise ValueError("data.source=hub needs data.path, the data set's name on the hub")
+        if self.document_separator is not None:  # files are read with "\n" at the ends of lines, whatever they have
+            separator = self.document_separator.replace("\\r", "\r").replace("\\n", "\n")
+            self.document_separator = separator.replace("\r\n", "\n").replace("\r", "\n")
         if self.document_separator == "":
             raise ValueError("data.document_separator='' separates nothing; give a text, or null")
         if self.source == "files" and not self.files:

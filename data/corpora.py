@@ -14,7 +14,7 @@ from typing import NamedTuple
 from data.cache import fingerprint
 from data.config import CorpusConfig
 from data.digests import file_digests
-from data.files import DataSourceError, column, file_kind, file_texts, text_of
+from data.files import DataSourceError, LeftOut, column, file_kind, file_texts, text_of
 from data.hub import commit_of, open_hub
 from data.recall import RECALL_VERSION, recall_document
 
@@ -38,8 +38,11 @@ def split_of(text: str, validation_fraction: float) -> str:
     return "validation" if share < validation_fraction else "train"
 
 
-def iterate_documents(corpus: CorpusConfig) -> Iterator[Document]:
+def iterate_documents(corpus: CorpusConfig, left_out: LeftOut | None = None) -> Iterator[Document]:
     """The corpus's documents, both splits, at most max_documents and no more once max_bytes are reached.
+
+    Args:
+        left_out: counts what of its files cannot be read.
 
     Raises:
         DataSourceError: the corpus cannot be read, or no further.
@@ -49,7 +52,7 @@ def iterate_documents(corpus: CorpusConfig) -> Iterator[Document]:
     elif corpus.source == "recall":
         documents = (Document(str(index), row["text"]) for index, row in enumerate(_recall_rows(corpus)))
     elif corpus.source == "files":
-        documents = _file_documents(corpus)
+        documents = _file_documents(corpus, left_out)
     else:
         documents = _dataset_documents(corpus)
     total_bytes = 0
@@ -75,8 +78,11 @@ def corpus_fingerprint(corpus: CorpusConfig, cache_dir: str | Path) -> str:
         paths = data_files(corpus)
         with source_errors(corpus):
             contents = [*file_digests(paths, cache_dir), corpus.text_column]
-            if any(file_kind(path) == "text" for path in paths):
+            kinds = [file_kind(path) for path in paths]
+            if "text" in kinds:
                 contents += [corpus.document_separator, corpus.document_bytes]
+                if len(set(kinds)) > 1:  # under another name the same bytes are other documents
+                    contents += kinds
     else:
         with source_errors(corpus):
             commit = commit_of(corpus.path, corpus.config_name, corpus.revision)
@@ -103,8 +109,9 @@ def _recall_rows(corpus: CorpusConfig) -> Iterator[dict]:
 
 
 def data_files(corpus: CorpusConfig) -> list[str]:
-    """Absolute paths of all files that data.files names, sorted. ValueError when a pattern matches nothing."""
-    paths: set[str] = set()
+    """Absolute paths of all files that data.files names, in its order, sorted where a pattern matches several: so the
+    order is the same wherever they lie. ValueError when a pattern matches nothing."""
+    paths: dict[str, None] = {}
     for pattern in corpus.files:
         path = os.path.expanduser(pattern)
         found = [path] if os.path.exists(path) else glob.glob(path, recursive=True)
@@ -112,18 +119,18 @@ def data_files(corpus: CorpusConfig) -> list[str]:
         if not matches:
             missing = not (glob.has_magic(path) or os.path.exists(path))
             raise ValueError(f"data.files has {pattern!r}, which {'does not exist' if missing else 'matches no file'}")
-        paths.update(os.path.abspath(path) for path in matches)
-    unknown = sorted(path for path in paths if file_kind(path) is None)
+        paths |= dict.fromkeys(sorted(map(os.path.abspath, matches)))
+    unknown = [path for path in paths if file_kind(path) is None]
     if unknown:
         raise ValueError(
             f"data.files has {unknown[0]}: names must end in .txt, .json, .jsonl, .ndjson or .parquet, and packed ones "
             "in .gz, .zst, .xz or .bz2 after that"
         )
-    return sorted(paths)
+    return list(paths)
 
 
-def _file_documents(corpus: CorpusConfig) -> Iterator[Document]:
-    texts = file_texts(data_files(corpus), corpus)
+def _file_documents(corpus: CorpusConfig, left_out: LeftOut | None) -> Iterator[Document]:
+    texts = file_texts(data_files(corpus), corpus, left_out)
     for index in itertools.count():
         with source_errors(corpus):
             text = next(texts, None)

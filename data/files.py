@@ -1,6 +1,7 @@
 """Documents of local files. Of a file only the text is parsed; what cannot be read is left out, counted and named."""
 
 import bz2
+import functools
 import gzip
 import io
 import json
@@ -22,8 +23,19 @@ class DataSourceError(ValueError):
     """A corpus that the configuration may name rightly, but that cannot be read now."""
 
 
+@functools.cache
+def tell(text: str) -> None:
+    """On stderr; once, however often a process reads a corpus."""
+    print(text, file=sys.stderr)
+
+
 class LeftOut:
-    """Counts the rows and files of a corpus that cannot be read, and ends where they are too many."""
+    """Counts the rows and files of a corpus that cannot be read, and ends where they are too many.
+
+    Attributes:
+        count: how many there were.
+        first: the first of them, and why.
+    """
 
     def __init__(self, corpus: CorpusConfig) -> None:
         self.corpus, self.count, self.first = corpus, 0, ""
@@ -33,20 +45,25 @@ class LeftOut:
         text = f"{place}: {' '.join(str(why).split())[:300]}"
         self.count += 1
         self.first = self.first or text
-        if self.count > self.corpus.bad_rows:
-            raise DataSourceError(
-                f"{self.count} rows or files of data.files cannot be read, more than "
-                f"data.bad_rows={self.corpus.bad_rows}, the last of them {text}; mend them, or raise data.bad_rows"
-            )
+        check_bad_rows(self.count, f"the last of them {text}", self.corpus)
         if self.count <= _SHOWN:
-            print(f"left out: {text}", file=sys.stderr)
+            tell(f"left out: {text}")
 
     def end(self, found: bool) -> None:
         """Raises DataSourceError if nothing else was there."""
         if self.count and not found:
             raise DataSourceError(f"data.files has no document; {self.count} rows or files were left out: {self.first}")
         if self.count > _SHOWN:
-            print(f"left out: {self.count} rows and files in all", file=sys.stderr)
+            tell(f"left out: {self.count} rows and files in all, the first of them {self.first}")
+
+
+def check_bad_rows(count: int, which: str, corpus: CorpusConfig) -> None:
+    """Raises DataSourceError if so many rows and files are more than may be left out."""
+    if count > corpus.bad_rows:
+        raise DataSourceError(
+            f"{count} rows or files of data.files cannot be read, more than data.bad_rows={corpus.bad_rows}, {which}; "
+            "mend them, or raise data.bad_rows"
+        )
 
 
 def file_kind(path: str) -> str | None:
@@ -56,17 +73,20 @@ def file_kind(path: str) -> str | None:
     return {".txt": "text", ".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".parquet": "parquet"}.get(suffix)
 
 
-def file_texts(paths: Sequence[str], corpus: CorpusConfig, *, are_all: bool = True) -> Iterator[str]:
+def file_texts(
+    paths: Sequence[str], corpus: CorpusConfig, left_out: LeftOut | None = None, *, are_all: bool = True
+) -> Iterator[str]:
     """The documents of the files, one after the other, without empty ones.
 
     Args:
+        left_out: counts what cannot be read.
         are_all: these are all files of the corpus, which must have a document.
 
     Raises:
         DataSourceError: too much of them is damaged, or all of it.
         OSError: a file is not there, or the disk does not give it: that may pass, and nothing is left out for it.
     """
-    left_out, found = LeftOut(corpus), False
+    left_out, found = left_out or LeftOut(corpus), False
     for path in paths:
         try:
             for text in _read(path, corpus, left_out):
@@ -108,6 +128,8 @@ def _texts(
 
 
 def _json_value(row: Any, corpus: CorpusConfig) -> Any:
+    if row == b"":  # a line with nothing in it
+        return None
     row = json.loads(row) if isinstance(row, bytes) else row
     if not isinstance(row, dict):
         raise ValueError(f"it is {type(row).__name__}, no JSON object")
@@ -142,24 +164,25 @@ def _opened(path: str) -> BinaryIO:
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
     for line in file:
-        line = line.removeprefix(b"\xef\xbb\xbf").strip()
-        if line:
-            yield line
+        yield line.removeprefix(b"\xef\xbb\xbf").strip()
 
 
 def _json_rows(file: BinaryIO) -> Iterator[Any]:
     """A list of rows, a row on each line, or rows that take several lines."""
-    lines = _lines(file)
-    first = next(lines, b"")
+    lines, head = _lines(file), []
+    for line in lines:
+        head.append(line)
+        if line:
+            break
     try:
-        is_a_row = isinstance(json.loads(first), dict)
+        is_a_row = bool(head) and isinstance(json.loads(head[-1]), dict)
     except ValueError:
         is_a_row = False
     if is_a_row:
-        yield first
+        yield from head
         yield from lines
         return
-    rest, decoder = b"\n".join([first, *lines]).decode().strip(), json.JSONDecoder()
+    rest, decoder = b"\n".join([*head, *lines]).decode().strip(), json.JSONDecoder()
     while rest:
         value, end = decoder.raw_decode(rest)
         yield from value if isinstance(value, list) else [value]
@@ -183,10 +206,13 @@ def split_text(file: io.TextIOBase, corpus: CorpusConfig) -> Iterator[str]:
     separator, most = corpus.document_separator, corpus.document_bytes
     rest = ""
     while piece := file.read(_PIECE):
+        begin, seen = 0, max(len(rest) - len(separator or "") + 1, 0)  # one may end in this piece
         rest += piece
         if separator is not None:
-            *whole, rest = rest.split(separator)
-            yield from whole
+            while (end := rest.find(separator, max(begin, seen))) >= 0:
+                yield rest[begin:end]
+                begin = end + len(separator)
+            rest = rest[begin:]
         elif most is not None:
             while len(rest) > most:
                 ends = (rest.rfind(end, most // 2, most) + len(end) for end in ("\n\n", "\n", " "))

@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from tokenizers import Tokenizer
 from data.cache import fingerprint, from_checked_json, to_checked_json
 from data.config import CorpusConfig, PackedDataConfig
 from data.corpora import Document, corpus_fingerprint, iterate_documents, split_of
+from data.files import LeftOut, check_bad_rows, tell
 from data.shards import DamagedShardError, ShardWriter, TokenizedPart, read_summary, shard_name, sync
 from data.tokenizer import TextTokenizer
 
@@ -115,6 +117,7 @@ def prepare(
                 f"{folder} cannot be written ({error}): make room, or choose another cache_dir; finished shards stay, "
                 "and the same command goes on after them"
             ) from error
+    _check_left_out(_read_complete(folder), corpus)
     parts = _load(folder, recipe)
     training = {index: parts[name] for index, name in enumerate(recipe.training_parts()) if len(parts[name])}
     for split, found in (("train", training), (VALIDATION, len(parts[VALIDATION]))):
@@ -122,7 +125,8 @@ def prepare(
             raise ValueError(
                 f"the corpus has no {split} document; take more of it, change "
                 f"data.validation_fraction={config.validation_fraction}, or make more documents of large text files "
-                f"(data.document_separator, or a smaller data.document_bytes={corpus.document_bytes})"
+                f"(data.document_separator={corpus.document_separator!r} with one that they have, or a smaller "
+                f"data.document_bytes={corpus.document_bytes})"
             )
     return PreparedCorpus(key, training, parts[VALIDATION])
 
@@ -136,9 +140,19 @@ def _read_complete(folder: Path) -> dict | None:
     """What complete.json holds; None without it, or if it is damaged: then the shards are looked at again."""
     try:
         complete = from_checked_json((folder / COMPLETE).read_bytes())
-        return {"shards": int(complete["shards"]), "dtype": np.dtype(complete["dtype"]).name}
+        told = {"left_out": int(complete.get("left_out", 0)), "first_left_out": str(complete.get("first_left_out"))}
+        return {"shards": int(complete["shards"]), "dtype": np.dtype(complete["dtype"]).name, **told}
     except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError):
         return None
+
+
+def _check_left_out(complete: dict, corpus: CorpusConfig) -> None:
+    """Tells what was left out when the corpus was prepared, by whomever. Raises DataSourceError if that is too much."""
+    if complete["left_out"]:
+        which = f"the first of them {complete['first_left_out']}"
+        check_bad_rows(complete["left_out"], which, corpus)
+        if os.environ.get("RANK", "0") == "0":
+            tell(f"left out: {complete['left_out']} rows and files in all, {which}")
 
 
 def _load(folder: Path, recipe: Recipe) -> dict[str, TokenizedPart]:
@@ -176,7 +190,7 @@ Result = tuple[int, dict[str, tuple[np.ndarray, np.ndarray, int]]]
 
 def _write_shards(folder: Path, corpus: CorpusConfig, recipe: Recipe, workers: int) -> None:
     """Make the shards that are missing, then the file that says that none is."""
-    progress = _Progress(folder)
+    progress, left_out = _Progress(folder), LeftOut(corpus)
     finished = False
     while not finished:
         shards = list(itertools.takewhile(Path.exists, (folder / shard_name(index) for index in itertools.count())))
@@ -186,7 +200,8 @@ def _write_shards(folder: Path, corpus: CorpusConfig, recipe: Recipe, workers: i
         progress.start(documents, tokens)
         finished = recipe.max_tokens is not None and tokens >= recipe.max_tokens
         if not finished:
-            rest = itertools.islice(iterate_documents(corpus), documents, None)
+            left_out = LeftOut(corpus)  # what comes before the rest is read again
+            rest = itertools.islice(iterate_documents(corpus, left_out), documents, None)
             with contextlib.closing(_tokenised(_tasks(rest, recipe), recipe, workers)) as results:
                 finished = _write_run(folder, len(shards), results, recipe, progress)
     if recipe.fingerprint(corpus, folder.parents[1]) != folder.name:
@@ -196,7 +211,10 @@ def _write_shards(folder: Path, corpus: CorpusConfig, recipe: Recipe, workers: i
     for leftover in folder.glob(".shard-*"):  # of processes that were killed
         shutil.rmtree(leftover, ignore_errors=True)
     temporary = folder / f".{COMPLETE}"
-    temporary.write_text(to_checked_json(complete | {"documents": progress.documents, "tokens": progress.tokens}))
+    complete |= {"documents": progress.documents, "tokens": progress.tokens}
+    if left_out.count:
+        complete |= {"left_out": left_out.count, "first_left_out": left_out.first}
+    temporary.write_text(to_checked_json(complete))
     sync(temporary)
     os.replace(temporary, folder / COMPLETE)
 
@@ -258,6 +276,11 @@ def _tokenised(tasks: Iterator[Task], recipe: Recipe, workers: int) -> Iterator[
                 yield covered, future.result()
         for covered, future in waiting:
             yield covered, future.result()
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a process that tokenises was ended from outside, as where memory is short: free some; finished shards "
+            "stay, and the same command goes on after them"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -5,13 +5,14 @@ import hashlib
 import json
 import lzma
 import os
+import random
 import shutil
 
 import numpy as np
 import pytest
 
 import data
-from data import DataSourceError, TextDataConfig, corpora, digests
+from data import DataSourceError, TextDataConfig, corpora, digests, files
 from data.corpora import corpus_fingerprint, iterate_documents, split_of
 from data.digests import file_digests
 
@@ -74,7 +75,7 @@ def test_packed_files_and_any_spelling_of_names_give_the_same_documents(tmp_path
     pq.write_table(dictionary, tmp_path / "dictionary.parquet")
     assert texts(files_config(tmp_path / "*.parquet")) == expected * 2
     (tmp_path / "t.TXT").write_text("a text")
-    assert texts(files_config(tmp_path / "t.TXT", tmp_path / "X.JSONL")) == [*expected, "a text"]
+    assert texts(files_config(tmp_path / "t.TXT", tmp_path / "X.JSONL")) == ["a text", *expected]
 
 
 def test_of_a_row_only_the_text_is_parsed(tmp_path):
@@ -93,7 +94,7 @@ def test_of_a_row_only_the_text_is_parsed(tmp_path):
 def test_what_cannot_be_read_is_left_out_and_named_up_to_a_limit(tmp_path, capsys, monkeypatch):
     good = [b'{"text": "a"}', b'{"text": "b"}', b'{"text": "c"}']
     bad = [b"{", b"[1]", b'{"body": "x"}', b'{"text": 3}', b'{"text": "\\ud800"}', b'{"text": "\xff"}']
-    rows = [good[0], *bad, b"", b'{"text": null}', b'{"text": ""}', good[1]]
+    rows = [good[0], b"", *bad, b"", b'{"text": null}', b'{"text": ""}', good[1]]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(rows))
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(good[2] + b"\n" + good[2] * 99)[:-9])
     (tmp_path / "c.parquet").write_bytes(b"no parquet")
@@ -103,18 +104,18 @@ def test_what_cannot_be_read_is_left_out_and_named_up_to_a_limit(tmp_path, capsy
     config = files_config(tmp_path / "*")
     assert [text for text in texts(config) if text != "c"] == ["a", "b", "f"]
     told = capsys.readouterr().err
-    for name in ("a.jsonl, row 2", "a.jsonl, row 7", "b.jsonl.gz", "c.parquet", "d.txt"):
+    for name in ("a.jsonl, row 3", "a.jsonl, row 8", "b.jsonl.gz", "c.parquet", "d.txt"):
         assert f"{tmp_path}/{name}:" in told
     assert "e.json:" in told
     assert "left out: 10 rows" not in told
     (tmp_path / "ee.json").write_text("[{}")
     assert texts(config)[-1] == "f"
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == 11, "ten by name, and how many in all"
-    assert told[-1] == "left out: 11 rows and files in all"
+    assert len(told) == 1, "ten by name, which were named before, and how many in all"
+    assert told[0].startswith(f"left out: 11 rows and files in all, the first of them {tmp_path}/a.jsonl, row 3: ")
     (tmp_path / "ee.json").unlink()
     with pytest.raises(
-        DataSourceError, match=r"4 rows or files .* more than data\.bad_rows=3, the last .*a\.jsonl, row 5"
+        DataSourceError, match=r"4 rows or files .* more than data\.bad_rows=3, the last .*a\.jsonl, row 6"
     ):
         texts(files_config(tmp_path / "*", bad_rows=3))
     (tmp_path / "g.jsonl").symlink_to(tmp_path / "gone")
@@ -127,10 +128,28 @@ def test_what_cannot_be_read_is_left_out_and_named_up_to_a_limit(tmp_path, capsy
         texts(files_config(tmp_path / "c.parquet"))
 
 
+@pytest.mark.parametrize("separator", ["|", "||", "|||", "|-|", "abab"])
+def test_a_separator_is_found_wherever_a_piece_ends(tmp_path, monkeypatch, separator):
+    path, randomness = tmp_path / "book.txt", random.Random(0)
+    for _ in range(30):
+        text = "".join(randomness.choices("ab|-x", (3, 3, 4, 1, 1), k=60))
+        path.write_text(text)
+        for size in (1, 2, 3, 7, 60, 99):
+            monkeypatch.setattr(files, "_PIECE", size)
+            with path.open() as file:
+                found = list(files.split_text(file, files_config(path, document_separator=separator)))
+            assert found == text.split(separator), (text, size)
+
+
 def test_a_large_text_is_split_into_documents(tmp_path, text_config):
     path = tmp_path / "book.txt"
     path.write_text("one\n\n---\ntwo\nlines\n---\n \n---\nthree")
-    assert texts(files_config(path, document_separator="---\n")) == ["one\n\n", "two\nlines\n", "three"]
+    expected = ["one\n\n", "two\nlines\n", "three"]
+    for separator in ("---\n", r"---\n", "---\r\n"):
+        assert texts(files_config(path, document_separator=separator)) == expected
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    for separator in ("---\n", r"---\r\n"):
+        assert texts(files_config(path, document_separator=separator)) == expected
     paragraphs = [f"paragraph {index} " * 9 + "\n\n" for index in range(300)]
     path.write_text("".join(paragraphs))
     assert len(texts(files_config(path))) == 1
@@ -241,6 +260,10 @@ def test_fingerprint_follows_what_decides_the_documents(corpus, tmp_path):
     (tmp_path / "a.txt").write_text("one - two")
     assert len({of(files_config(tmp_path / "a.txt", **cut)) for cut in ({}, *cuts)}) == 3
     assert len({of(files_config(corpus, tmp_path / "a.txt", **cut)) for cut in ({}, *cuts)}) == 3
+    shutil.copy(corpus, tmp_path / "b.jsonl")  # which was called .txt by mistake
+    mixed = of(files_config(tmp_path / "a.txt", tmp_path / "b.jsonl"))
+    (tmp_path / "b.jsonl").rename(tmp_path / "b.txt")
+    assert of(files_config(tmp_path / "a.txt", tmp_path / "b.txt")) != mixed
     recall = {"name": "x", "seq_len": 8, "source": "recall", "max_documents": 9}
     changes = ({}, {"recall_seed": 1}, {"facts_min": 2}, {"facts_max": 9}, {"hay_max": 9}, {"max_documents": 8})
     assert len({of(TextDataConfig(**recall | change)) for change in changes}) == len(changes)
@@ -258,6 +281,14 @@ def test_a_corpus_is_what_its_files_hold_wherever_they_lie(corpus, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     copy = shutil.copy(corpus, tmp_path / "elsewhere" / "renamed.jsonl")
     assert corpus_fingerprint(files_config(copy), tmp_path / "other_cache") == base
+    (tmp_path / "later").mkdir()
+    other = tmp_path / "later" / "other.jsonl"
+    other.write_text('{"text": "x"}\n')
+    both = corpus_fingerprint(files_config(copy, other), tmp_path / "cache")
+    other = other.rename(tmp_path / "earlier.jsonl")
+    assert corpus_fingerprint(files_config(copy, other), tmp_path / "cache") == both, "in the order that is given"
+    assert corpus_fingerprint(files_config(other, copy), tmp_path / "cache") != both
+    assert texts(files_config(other, copy, tmp_path / "*.jsonl"))[0] == "x", "a file is one, by whichever name"
 
 
 def test_a_file_is_read_again_only_if_its_size_or_times_have_changed(tmp_path, monkeypatch):

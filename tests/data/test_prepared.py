@@ -10,12 +10,13 @@ import signal
 import sys
 import time
 from collections import Counter
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import psutil
 import pytest
 
-from data import DamagedShardError, DataSourceError, build_tokenizer
+from data import DamagedShardError, DataSourceError, build_tokenizer, files
 from data import prepared as prepared_module
 from data.corpora import iterate_documents, split_of
 from data.prepared import prepare
@@ -343,10 +344,10 @@ def test_a_source_that_dies_leaves_the_finished_shards(make, corpus, small_shard
     sources = [tmp_path / "first.jsonl.gz", tmp_path / "second.jsonl.gz"]
     for path, part in zip(sources, (lines[:150], lines[150:]), strict=True):
         path.write_bytes(gzip.compress(b"".join(part)))
-    files = [str(path) for path in sources]
-    make("whole", files=files)
+    paths = [str(path) for path in sources]
+    make("whole", files=paths)
 
-    def torn(corpus):
+    def torn(corpus, left_out):
         for index, document in enumerate(iterate_documents(corpus)):
             if index == 150:
                 raise DataSourceError(f"data.files={corpus.files} cannot be read")
@@ -355,10 +356,10 @@ def test_a_source_that_dies_leaves_the_finished_shards(make, corpus, small_shard
     with monkeypatch.context() as patch:
         patch.setattr(prepared_module, "iterate_documents", torn)
         with pytest.raises(DataSourceError, match=r"data\.files=.*second.*cannot be read"):
-            make(files=files)
+            make(files=paths)
     kept = contents(entry(tmp_path))
     assert "shard-00003/shard.json" in kept
-    make(files=files)
+    make(files=paths)
     assert contents(entry(tmp_path)) == contents(entry(tmp_path, "whole"))
     assert kept.items() <= contents(entry(tmp_path)).items()
 
@@ -375,6 +376,41 @@ def test_a_corpus_that_changes_while_it_is_prepared_is_refused(make, corpus, sma
         with pytest.raises(ValueError, match="changed while it was prepared"):
             make()
     assert not [path for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir()]
+
+
+def test_what_was_left_out_is_told_to_all_who_read_the_tokens(make, tmp_path, corpus, capsys):
+    make()
+    assert "left out" not in capsys.readouterr().err
+    with corpus.open("a") as file:
+        file.write("{\n[]\n")
+    make(bad_rows=2)
+    names = [f"left out: {corpus}, row {row}:" for row in (241, 242)]
+    summary = f"left out: 2 rows and files in all, the first of them {corpus}, row 241: Expecting property name"
+    for expected in ([*names, summary], [summary]):
+        told = capsys.readouterr().err.splitlines()
+        assert len(told) == len(expected)
+        assert all(line.startswith(start) for line, start in zip(told, expected, strict=True))
+        files.tell.cache_clear()  # as in another process, which finds the tokens
+        make(bad_rows=2)
+    with pytest.raises(DataSourceError, match=r"2 rows or files .*data\.bad_rows=1, the first of them .*, row 241"):
+        make(bad_rows=1)
+
+
+def test_a_worker_that_is_killed_ends_a_preparation_in_a_line(make, small_shards, monkeypatch):
+    class Killed:
+        def __init__(self, *_, **__):
+            pass
+
+        def submit(self, *_):
+            raise BrokenProcessPool
+
+        def shutdown(self, **_):
+            pass
+
+    monkeypatch.setattr(prepared_module, "ProcessPoolExecutor", Killed)
+    monkeypatch.setattr(prepared_module, "POOL_TASKS", 1)
+    with pytest.raises(ValueError, match=r"tokenises was ended from outside.* the same command goes on"):
+        make(workers=2)
 
 
 def test_a_cache_that_cannot_be_written_is_named(make, tmp_path):
