@@ -4,7 +4,8 @@ The dataclasses are the schema: ``register_configs`` hands them to Hydra, so tha
 at composition. The YAML groups under configs/ hold values only.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -179,9 +180,22 @@ def to_train_config(cfg: DictConfig) -> TrainConfig:
     """As ``to_config``, with what a composed configuration leaves to the weights it starts from.
 
     Raises:
-        ValueError: as ``to_config``, or these weights cannot be had.
+        ValueError: as ``to_config``, or these weights cannot be had, or config.yaml could not keep a value.
     """
-    return to_config(take_from_origin(cfg))
+    config = to_config(take_from_origin(cfg))
+    refers = [f"{key}={value}" for key, value in _texts(asdict(config)) if "${" in value]
+    if refers:
+        raise ValueError(f"{refers[0]}: with ${{ a configuration refers to another value; take another name")
+    return config
+
+
+def _texts(values: object, name: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted name and text, of all that are among values."""
+    if isinstance(values, str):
+        yield name, values
+    elif isinstance(values, dict | list | tuple):
+        for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+            yield from _texts(value, f"{name}.{key}" if name else str(key))
 
 
 def load_config(path: Path) -> TrainConfig:

@@ -270,7 +270,11 @@ def main() -> None:
     with user_errors():
         if not torch.cuda.is_available():
             limit_memory()
-        cli_evaluate()
+        try:
+            cli_evaluate()
+        except ConnectionError as error:  # of the libraries that fetch a task's data
+            said = " ".join(str(error).split())
+            raise ValueError(f"{said}: go online once for the data of these tasks, which then stay here") from error
 
 
 if __name__ == "__main__":

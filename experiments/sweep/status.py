@@ -21,7 +21,9 @@ def status(output_dir: Path) -> list[tuple[str, str, str, str]]:
     States are done, running, pending, missing; of what ended otherwise failed, or in the words of ``slurm.queue.ended``
     how Slurm ended it.
     """
-    jobs, plan = read_jobs(output_dir), read_plan(output_dir)
+    plan = read_plan(output_dir)
+    done = {cell.name for cell in plan if cell.is_done()}
+    jobs = {name: job for name, job in read_jobs(output_dir).items() if name not in done}
     queued = queue(job_name(output_dir)) if jobs else {}
     ends = ended(output_dir / SUBMITTED, [job for job in jobs.values() if job not in queued])
     rows: dict[str, tuple[str, str, str, str]] = {}

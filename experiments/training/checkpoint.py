@@ -49,6 +49,7 @@ from experiments.training.engine import consolidated_weights
 MANIFEST = "manifest.json"
 LATEST = "latest"
 _ENGINE_TAG = "deepspeed"
+_ANOTHER = "take another checkpoint"
 # What DeepSpeed's own files need beside what PyTorch takes for weights alone: plain values all of them.
 _HARMLESS = {
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
@@ -124,8 +125,8 @@ def damage(
     """
     try:
         files = read_manifest(checkpoint)
-    except ValueError as error:
-        return [f"{MANIFEST} cannot be read ({error})"]
+    except ValueError as error:  # whose mend is for who asked for this checkpoint
+        return [str(error).removeprefix(f"{checkpoint}/").removesuffix(f": {_ANOTHER}")]
     problems = [f"{name} is not in {MANIFEST}" for name in names or (STATE, WEIGHTS) if name not in files]
     files = {
         name: entry
@@ -166,15 +167,15 @@ def foreign_code(checkpoint: Path, *, rank: int = 0, world_size: int = 1) -> lis
 def read_manifest(checkpoint: Path) -> dict[str, dict]:
     """Name of each file -> its ``bytes`` and ``sha256``. Raises ValueError if the manifest is missing or damaged."""
     path = checkpoint / MANIFEST
-    files = read_json(path, "take another checkpoint")
+    files = read_json(path, _ANOTHER)
     if not all(isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in files.values()):
-        raise ValueError(f"{path} is damaged (it holds no checksums): take another checkpoint")
+        raise ValueError(f"{path} is damaged (it holds no checksums): {_ANOTHER}")
     return files
 
 
 def read_state(checkpoint: Path) -> dict:
     """What state.json holds. Raises ValueError if it is missing or damaged."""
-    return read_json(checkpoint / STATE, "take another checkpoint", keys=("step",))
+    return read_json(checkpoint / STATE, _ANOTHER, keys=("step",))
 
 
 def save_checkpoint(checkpoints: Path, state: dict, engine, ranks, *, keep: int, keep_every: int) -> Path:

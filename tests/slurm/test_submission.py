@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from experiments.sweep import submit as submission
-from experiments.sweep.cells import ArmConfig, StudyConfig, SweepConfig, cells
+from experiments.sweep.cells import ArmConfig, StudyConfig, SweepConfig, cells, record_done
 from experiments.sweep.status import status
 from experiments.sweep.submit import job_name, read_jobs, submit_run, submit_sweep
 from slurm.launcher import LauncherConfig
@@ -491,6 +491,15 @@ def test_the_status_tells_why_a_cell_waits_or_ended(scripts, sweep, tmp_path):
     assert rows["base-seed0"] == ("running", "")
     assert rows["dense-seed0"] == ("pending", "waits for t-base-seed0 (running)")
     assert rows["base-seed1"] == ("pending", "")
+    cell = cells(sweep)[0]
+    cell.run_dir.mkdir()
+    record_done(cell.run_dir, cell.commands)  # of what is done nothing is asked
+    asked = tmp_path / "asked"
+    squeue.write_text("#!/bin/sh\n")
+    sacct.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+    assert status(tmp_path / "s")[0][1] == "done"
+    assert "7_1" in asked.read_text()
+    assert "7_0" not in asked.read_text()
     said = "RuntimeError: it never began\nsrun: error: n1: task 0: Exited with exit code 1\n"
     said += "srun: launch/slurm: _step_signal: Terminating StepId=9.1\n"
     (tmp_path / "s" / "slurm" / "9_1_0_log.err").write_text(said)

@@ -3,8 +3,11 @@
 import shutil
 from dataclasses import replace
 
+import pytest
+
 from experiments.evaluation.export import export
 from experiments.files import read_rows
+from experiments.overrides import override
 from models.hf import is_hf_folder
 from train import train
 
@@ -27,3 +30,9 @@ def test_a_run_resumes_on_another_stage_and_is_exported(make_config, tmp_path):
         assert losses(run_dir) == whole
     export(run_dir, tmp_path / f"export {ODD}")
     assert is_hf_folder(tmp_path / f"export {ODD}")
+
+
+def test_a_name_that_configurations_take_for_another_value_is_refused(make_config, tmp_path):
+    for key in ("run_dir", "cache_dir", "logger.group"):
+        with pytest.raises(ValueError, match=rf"^{key}=.*a\$\{{HOME\}}: with .* take another name"):
+            make_config("run", override(key, f"{tmp_path}/a${{HOME}}" if key != "logger.group" else "a${HOME}"))
