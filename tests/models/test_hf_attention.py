@@ -157,7 +157,7 @@ def test_minicpms_settings_become_infllmv2(tmp_path):
 def test_all_that_is_not_known_is_named_in_order(tmp_path):
     config = SHAPE | {"model_type": "minicpm", "sparse_config": {"gate": 1, "beta": 2, "topk": 3, "alpha": 0}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="sparse_config has alpha, beta, gate$"):
+    with pytest.raises(ValueError, match=r"sparse_config has alpha, beta, gate$"):
         read_attention(tmp_path)
 
 
