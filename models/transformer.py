@@ -144,7 +144,7 @@ class Transformer(nn.Module):
         rope = rope_tables(self.config, position_ids, cu_seqlens, lengths=lengths)
         hidden_BTE = scaled(self.embedding(self._own(input_ids_BT)), self.config.embedding_scale)
         stats, losses = [] if return_stats else None, []
-        selections: dict[int, Chosen] = {}  # of layers from which others take them over
+        selections: dict[int | None, Chosen | None] = {}  # of layers from which others take them over
         for index, layer in enumerate(self.layers):
             taken = selections.get(layer.attention.backend.source)
             inputs = (hidden_BTE, rope, cu_seqlens, return_stats, None, taken, max_seqlen)
@@ -153,9 +153,7 @@ class Transformer(nn.Module):
                 outputs = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 outputs = layer(*inputs)
-            hidden_BTE, layer_stats, layer_loss, chosen = outputs
-            if chosen is not None:
-                selections[index] = chosen
+            hidden_BTE, layer_stats, layer_loss, selections[index] = outputs
             if return_stats:
                 stats.append(layer_stats)
             if layer_loss is not None:
@@ -209,12 +207,10 @@ class Transformer(nn.Module):
             counts_B = torch.tensor(list(new_tokens), dtype=torch.int32, device=input_ids_BT.device)
         rope = cache.rope(num_tokens, counts_B)
         hidden_BTE = scaled(self.embedding(input_ids_BT), self.config.embedding_scale)
-        selections: dict[int, Chosen] = {}
+        selections: dict[int | None, Chosen | None] = {}
         for index, (layer, layer_cache) in enumerate(zip(self.layers, cache.layers, strict=True)):
             taken = selections.get(layer.attention.backend.source)
-            hidden_BTE, _, _, chosen = layer(hidden_BTE, rope, None, False, layer_cache, taken)
-            if chosen is not None:
-                selections[index] = chosen
+            hidden_BTE, _, _, selections[index] = layer(hidden_BTE, rope, None, False, layer_cache, taken)
         if counts_B is not None:
             hidden_BTE = hidden_BTE.take_along_dim(counts_B.long()[:, None, None] - 1, 1)
         head = self.embedding.weight if self.lm_head is None else self.lm_head.weight

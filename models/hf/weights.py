@@ -175,7 +175,7 @@ def _unfused(weights: dict[str, Tensor], config: ModelConfig, folder: Path) -> d
                 "again"
             )
         parts = zip(FUSED[fused], tensor.split(rows[fused]), strict=True)
-        result |= {name.replace(fused, part): own.contiguous() for part, own in parts}
+        result |= {name.replace(fused, part): own for part, own in parts}
     return result
 
 

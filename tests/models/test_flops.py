@@ -55,6 +55,8 @@ def test_dash_flops_by_hand():
     assert flops.attention == HEADS * 20 * (2 + 2)
     assert flops.routing == HEADS * 3 * 2
     assert flops.backward == 2 * flops.forward
+    silent = flops_per_token(Transformer(CONFIG, DashConfig()), 64)
+    assert (silent.attention, silent.routing) == (HEADS * 32.5 * 4, 0), "as dense, which scores nothing"
 
 
 @pytest.mark.parametrize("attention", [InfLLMv2Config(), DashConfig(prior="none")], ids=lambda config: config.name)

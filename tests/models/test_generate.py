@@ -120,7 +120,8 @@ def test_tokens_stream_as_they_come(monkeypatch):
     results = generate(model, PROMPTS, max_new_tokens=5, on_token=lambda row, token: seen.append((row, token)))
     assert [row for row, _ in seen] == [0, 1, 2, 3] * 5
     assert results == [[token for row, token in seen if row == index] for index in range(4)]
-    assert read == [(4, 30), *[(4, 1)] * 4], "the prompts once, then a token at a time, and none for nothing"
+    assert generate(model, PROMPTS, max_new_tokens=1) == [row[:1] for row in results]
+    assert read == [(4, 30), *[(4, 1)] * 4, (4, 30)], "the prompts once, then a token at a time, and none for nothing"
 
 
 def test_sampling_repeats_under_its_seed_and_differs_under_another():

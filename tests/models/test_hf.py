@@ -32,6 +32,7 @@ from experiments.training.weights import find_weights, load_weights
 from models import ModelConfig, RopeConfig, Transformer
 from models.hf import is_hf_folder, read_config, write_folder
 from models.hf.families import FAMILIES
+from models.hf.weights import weight_files
 
 SHAPE = dict(
     vocab_size=61,
@@ -269,15 +270,23 @@ def test_floats_that_are_rounded_to_float32_are_equal(tmp_path):
     assert read(tmp_path, config=config)[1] == []
     with pytest.raises(ValueError, match=r"set model\.norm_eps=0\.00999999977"):
         read(tmp_path, config=replace(config, norm_eps=1.001e-2))
+    for other in ([*rounded[:-1], 9.0], [1.0, *rounded[1:]]):
+        with pytest.raises(ValueError, match=r"set model\.rope\.long_factor=\[2\.0,2\.2"):
+            read(tmp_path, config=replace(config, rope=replace(config.rope, long_factor=other)))
 
 
 def test_a_folder_of_several_files_and_the_old_names_of_rope(tmp_path):
     theirs = save(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    index["weight_map"] = dict(reversed(index["weight_map"].items()))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert weight_files(tmp_path) == sorted(tmp_path.glob("*.safetensors"))
     edit(tmp_path, rope_parameters=None, rope_theta=10000.0, rope_scaling=None)
     assert_same_logits(read(tmp_path)[0], theirs)
-    next(tmp_path.glob("model-00002*")).unlink()
-    with pytest.raises(ValueError, match=r"has no model-00002.*safetensors only"):
+    for number in (2, 3):
+        next(tmp_path.glob(f"model-0000{number}*")).unlink()
+    with pytest.raises(ValueError, match=r"has no model-00002\S+, model-00003\S+: copy .*safetensors only"):
         read(tmp_path)
 
 
@@ -296,7 +305,15 @@ def test_the_index_says_which_file_a_tensor_is_read_from(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"has no tensor lm_head\.weight"):
         read(tmp_path)
-    for damaged in ("[]", "{}", '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "../b"}}', "\xff", "{"):
+    for damaged in (
+        "[]",
+        "{}",
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": 3}}',
+        '{"weight_map": {"a": "../b"}}',
+        "\xff",
+        "{",
+    ):
         (tmp_path / "model.safetensors.index.json").write_text(damaged)
         with pytest.raises(ValueError, match=r"index\.json"):
             read(tmp_path)

@@ -51,6 +51,8 @@ def test_a_sparse_model_comes_back_as_it_was_and_transformers_refuses_it(tmp_pat
     assert write_folder(tmp_path / "back", model.config, model.state_dict(), SPARSE[name], step=7) == []
     assert read_attention(tmp_path / "back") == SPARSE[name]
     assert read_step(tmp_path / "back") == 7
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (written["architectures"], written["base_model_type"]) == (["DashAttnForCausalLM"], "qwen3")
     back = load(tmp_path / "back", SPARSE[name])
     with torch.no_grad():
         assert torch.equal(back(INPUT_IDS).logits, model(INPUT_IDS).logits)
@@ -190,6 +192,7 @@ def test_minicpm_attends_densely_to_what_is_shorter_than_dense_len(tmp_path):
         {"sparse_config": {"use_nope": True}},
         {"sparse_config": {"dense_len": "8192"}},
         {"sparse_config": {"topk": "64"}},
+        {"sparse_config": {"topk": -1}},
         {"sparse_config": {"block_size": 0}},
         {"sparse_config": {"gate": 1}},
         {"sparse_config": [1]},

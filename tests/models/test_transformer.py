@@ -139,7 +139,7 @@ def test_initial_values_outside_the_backends_are_the_same_for_all():
 
 
 def test_initial_standard_deviations():
-    model = build(hidden_size=256, num_layers=8, init_std=0.02, embedding_init_std=1.0)
+    model = build(hidden_size=256, num_layers=8, init_std=0.02, embedding_init_std=1.0, qkv_bias=True)
     into_residual = 0.02 / (2 * 8) ** 0.5
     layer = model.layers[3]
     for weight, std in [
@@ -152,6 +152,11 @@ def test_initial_standard_deviations():
     ]:
         assert weight.std().item() == pytest.approx(std, rel=0.05)
     assert (layer.mlp_norm.weight == 1).all()
+    biases = [parameter for name, parameter in model.named_parameters() if name.endswith("bias")]
+    assert len(biases) == 8 * 3
+    assert all((bias == 0).all() for bias in biases)
+    weight = build(hidden_size=256, init_std=0.02).embedding.weight
+    assert weight.std().item() == pytest.approx(0.02, rel=0.05), "without a value of its own"
 
 
 def test_tied_embeddings_are_one_tensor():
@@ -213,6 +218,7 @@ def test_statistics_come_from_every_layer(attention):
         assert stats.active_tokens.shape == (2, 40, SHAPE.num_kv_heads)
         assert 0 <= stats.causal_sparsity() < 1
     assert model(input_ids).stats is None
+    assert model.hidden_states(input_ids)[1] is None
     torch.testing.assert_close(model(input_ids).logits, output.logits)
 
 
