@@ -491,6 +491,9 @@ def test_where_a_plans_memory_and_sparsity_come_from(measured, monkeypatch):
     assert plan.plan_run(precise, plan.PlanConfig(), measured).config.deepspeed.precision == "fp32"
     assert plan.plan_run(config, plan.PlanConfig(gpu="H200", memory_gib=7.0), measured).room == 7 * GIB
     assert plan.plan_run(config, plan.PlanConfig(gpu="NVIDIA L40S"), measured).room == 44.4 * GIB
+    rooms = {"H200": 139.8, "A100": 79.2, "RTX 4090": 23.5, "B200": 178.4, "GB200": 184.0, "H100 NVL": 93.1}
+    for gpu, room in (rooms | {"H200 NVL": 139.8, "H100 PCIe": 79.2}).items():
+        assert plan.plan_run(config, plan.PlanConfig(gpu=f"NVIDIA {gpu}"), measured).room == room * GIB
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: SimpleNamespace(total_memory=5 * GIB))

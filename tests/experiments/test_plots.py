@@ -3,9 +3,22 @@
 import re
 
 import pytest
+from PIL import Image
 
 from dashattn.backends import BACKENDS
-from experiments.plots import BLACK, COLOURS, METHODS, from_zero, grid, method_of, plain_log, pyplot, styles
+from experiments.plots import (
+    BLACK,
+    COLOURS,
+    METHODS,
+    entitle,
+    from_zero,
+    grid,
+    method_of,
+    plain_log,
+    pyplot,
+    save,
+    styles,
+)
 
 OKABE_ITO = {"#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"}
 
@@ -76,6 +89,22 @@ def test_an_axis_from_zero_holds_the_highest_mark_and_numbers_stand_in_place_of_
         assert {s for v, s in zip(beside.get_yticks(), shown, strict=True) if low <= v <= high} == said
         assert not any(t.get_text() for t in beside.get_yticklabels(minor=True))
     pyplot().close(figure)
+
+
+def test_titles_fit_over_a_panel_and_files_hold_no_date(tmp_path):
+    figure, (ax,) = grid(1)
+    entitle(ax, "one line\n" + "ab " * 20)
+    assert ax.get_title() == "one line\n" + "ab " * 17 + "ab\nab ab"
+    ax.plot([0, 1], label="a")
+    for name in ("first", "second"):
+        save(figure, tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first.pdf", "first.png", "second.pdf", "second.png"]
+    for kind in ("pdf", "png"):
+        assert (tmp_path / f"first.{kind}").read_bytes() == (tmp_path / f"second.{kind}").read_bytes()
+    assert b"CreationDate" not in (tmp_path / "first.pdf").read_bytes()
+    with Image.open(tmp_path / "first.png") as picture:
+        assert picture.size == (round(7.2 * 160), round(3.2 * 160))
+    assert not pyplot().fignum_exists(figure.number)
 
 
 def test_more_lines_than_styles_still_have_one():

@@ -29,7 +29,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.config import evaluate_config
 from lm_eval.tasks import TaskManager
 
-from experiments.evaluation import harness
+from experiments.evaluation import harness, lm_eval_task
 from experiments.evaluation.harness import HarnessModel
 from experiments.evaluation.lm_eval_task import HarnessTask
 
@@ -124,6 +124,28 @@ def test_log_likelihoods_are_the_models_own(run_dir):
     ((_, is_greedy),) = lm._loglikelihood_tokens([(None, context, [greedy[-1]])], disable_tqdm=True)
     ((_, is_other),) = lm._loglikelihood_tokens([(None, context, [greedy[-1] - 1])], disable_tqdm=True)
     assert (is_greedy, is_other) == (True, False)
+
+
+def test_a_tasks_rows_are_known_by_shots_and_template(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        lm_eval_task, "task_manager", lambda path: asked.append(path) or SimpleNamespace(all_tasks=["x"])
+    )
+    monkeypatch.setattr(lm_eval_task, "chat_tokenizer", asked.append)
+    options = {"length": 5, "rows_per_batch": 2, "include_path": "/tasks"}
+    for rows, fewshot, chat, variant in (
+        (None, None, False, None),
+        (7, 0, False, "0-shot"),
+        (7, None, True, "template=tokenizer"),
+        (None, 2, True, "2-shot, template=tokenizer"),
+    ):
+        task = HarnessTask("lm_eval/x", "its tokenizer", rows=rows, fewshot=fewshot, chat=chat, **options)
+        assert (task.names, task.task, task.fewshot) == (("lm_eval/x",), "x", fewshot)
+        assert task.columns == {"length": 5, "rows": rows, "variant": variant}
+        assert asked == ["its tokenizer", "/tasks"][1 - chat :]
+        asked.clear()
+    with pytest.raises(ValueError, match=r"lm_eval has no task y: .lm_eval ls tasks. lists them"):
+        HarnessTask("lm_eval/y", None, rows=None, fewshot=None, **options)
 
 
 def test_what_lm_eval_asks_for_is_located(monkeypatch):
