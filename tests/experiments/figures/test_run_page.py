@@ -134,23 +134,29 @@ def test_a_run_shows_its_scores(tmp_path):
 
 def test_runs_of_different_size_are_shown_by_what_they_cost(tmp_path, monkeypatch):
     small, large = (with_scores(make_run(tmp_path / name), parameters=n) for name, n in (("a", 10), ("b", 1000)))
-    text = drawn(small, large)
-    assert text.count("FLOPs of training, 6 x parameters x tokens") == 1
-    with_scores(large, parameters=10)
-    assert "FLOPs of training" not in drawn(small, large)
-    scales = []
+    panels = []
 
     def look(figure, **options):
-        scales.append(figure.axes[0].get_xscale())
+        ax = figure.axes[0]
+        panels.append((ax.get_title(loc="left"), ax.get_xlabel(), ax.get_xscale()))
         pyplot().close(figure)
         return ""
 
+    def shows(*runs):
+        panels.clear()
+        drawn(*runs)
+        return [panels[0], *(panel for panel in panels if panel[1] == effort)]
+
     monkeypatch.setattr(report, "_svg", look)
-    drawn(small, make_run(tmp_path / "longer", steps=range(1, 30)))
-    assert set(scales[:2]) == {"log"}
-    scales.clear()
-    drawn(small, large)
-    assert set(scales[:2]) == {"linear"}
+    loss, effort = "loss, nats per token", "FLOPs of training, 6 x parameters x tokens"
+    assert shows(small, large) == [(loss, "tokens", "linear"), (loss, effort, "log")]
+    with_scores(large, parameters=10)
+    assert shows(small, large) == [(loss, "tokens", "linear")]
+    (large / "start.json").unlink()
+    assert shows(small, large) == [(loss, "tokens", "linear")]  # of one it is not known
+    for steps, scale in ((24, "linear"), (25, "log")):  # the other has 3
+        longer = make_run(tmp_path / f"longer{steps}", steps=range(1, steps + 1))
+        assert shows(small, longer) == [(loss, "tokens", scale)]
 
 
 def test_the_whole_page(tmp_path, monkeypatch):
