@@ -3,12 +3,14 @@
 import re
 
 import pytest
+from matplotlib.lines import Line2D
 from PIL import Image
 
 from dashattn.backends import BACKENDS
 from experiments.plots import (
     BLACK,
     COLOURS,
+    MARKS,
     METHODS,
     entitle,
     from_zero,
@@ -28,6 +30,9 @@ def test_colours_are_told_apart_by_all_readers_and_no_two_methods_look_alike():
     assert {colour for colour, _ in METHODS.values()} <= {*COLOURS, BLACK}
     own = {name: style for name, style in METHODS.items() if name != "oracle-topk"}  # an oracle like the other
     assert len(set(own.values())) == len(own)
+    assert {mark for _, mark in METHODS.values()} <= {*MARKS, "x"}  # which is dense attention's alone
+    assert [name for name, (_, mark) in METHODS.items() if mark == "x"] == ["full"]
+    assert set(MARKS) <= {mark for mark in Line2D.filled_markers if isinstance(mark, str)}
 
 
 def test_every_backend_has_a_style_of_its_own():
