@@ -145,10 +145,9 @@ def _kind(module: str, hint: ast.expr) -> str:
     rule = hint.slice.elts[1]
     if isinstance(rule, ast.Name):
         module, rule = _definition(module, rule.id)
-    arguments = [*rule.args, *(keyword.value for keyword in rule.keywords if keyword.arg == "phrase")]
     if ast.unparse(rule.func) == "OneOf":
-        return " | ".join(map(str, _value(module, arguments[0])))
-    phrase = next(a for a in reversed(arguments) if isinstance(a, ast.JoinedStr | ast.Constant) and _is_text(a))
+        return " | ".join(map(str, _value(module, rule.args[0])))
+    phrase = next(a for a in reversed(rule.args) if isinstance(a, ast.JoinedStr | ast.Constant) and _is_text(a))
     if isinstance(phrase, ast.Constant):
         return phrase.value
     return "".join(
