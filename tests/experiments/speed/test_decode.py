@@ -1,9 +1,10 @@
 """What the speed benchmark decodes, at toy size: its gate, its rows, and what they become in tables."""
 
 import math
+import sys
 from dataclasses import replace
 from functools import partialmethod
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ pytest.importorskip("triton")
 
 from dashattn.backends import AttentionShape, InfLLMv2Config, build_backend
 from dashattn.cache import DecodeCache
+from dashattn.ops.decode.reference import cached_attention
 from dashattn.selection import Selection
 from experiments.files import SPEED, read_rows
 from experiments.sparsity import Found
@@ -203,6 +205,33 @@ def test_other_selectors_read_as_much_as_asked_for(name):
     assert errors[SELECTED_BLOCKS] == 0
     assert errors["out"] < 0.002
     assert sparsity == pytest.approx(0.5, abs=0.06)
+
+
+def test_the_authors_package_decodes_over_what_it_selects(monkeypatch):
+    """With a stand-in that selects every other block and attends by the reference."""
+    inputs, scales = make_inputs(SHAPE, 2, 160, [140, 140], 0, "cpu"), []
+    mask = torch.tensor([True, False, True, False, True]).expand(2, 1, 2, 5)
+
+    def score_blocks(q, pooled, size, *, estimate_diag, sigma):
+        assert (pooled.shape, size, estimate_diag, sigma) == ((2, 2, 4, 16), 32, True, 1e6)  # of whole chunks
+        scales.append((q / inputs.q.transpose(1, 2)).mean().item())
+        return Selection.from_mask(mask, 32).words, "its prior"
+
+    def full_attn(q, k, v, words, size, cu_seqlens, prior):
+        assert (k.shape, v.shape, cu_seqlens, prior) == ((2, 2, 141, 16), (2, 2, 141, 16), None, "its prior")
+        tensors = (x.transpose(1, 2) for x in (q, k, v))
+        return cached_attention(*tensors, inputs.device_lengths, Selection(words, size)).transpose(1, 2)
+
+    package = ModuleType("dash_attn")
+    package.decoding = SimpleNamespace(score_blocks=score_blocks, full_attn=full_attn)
+    monkeypatch.setitem(sys.modules, "dash_attn", package)
+    monkeypatch.setattr(decode_steps, "need", lambda name: None)
+    monkeypatch.setattr(decode_steps, "build", lambda name, inputs, target: (name, 2.0 if target == 0.4 else None))
+    step, scale = decode_steps.released_dash(inputs, 0.4)
+    errors, sparsity = step.check(inputs.device_lengths)
+    assert (scale, set(scales)) == (2.0, {2.0})
+    assert errors == {"out": pytest.approx(0, abs=1e-3), SELECTED_BLOCKS: 0}
+    assert sparsity == pytest.approx(1 - (2 * 32 + 13) / 141)
 
 
 # correctness gate
