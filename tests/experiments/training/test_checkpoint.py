@@ -1,6 +1,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -255,6 +256,28 @@ def test_ranks_share_the_checksums_and_together_see_all(checkpoint):
     shares = [damage(checkpoint, rank=rank, world_size=2) for rank in range(2)]
     assert all(shares)
     assert sorted(shares[0] + shares[1]) == damage(checkpoint)
+
+
+def test_ranks_share_the_sealing_and_together_seal_all(tmp_path):
+    for name in "abcde":
+        (tmp_path / name).write_text(name)
+    shares = []
+
+    def ranks(rank):
+        gather = lambda own: shares.append(own) or shares  # noqa: E731
+        return SimpleNamespace(rank=rank, world_size=2, is_main=rank == 0, gather=gather, barrier=lambda: None)
+
+    seal(tmp_path, ranks(1))
+    assert not (tmp_path / "manifest.json").exists()
+    seal(tmp_path, ranks(0))
+    assert [sorted(share) for share in shares] == [["b", "d"], ["a", "c", "e"]]
+    assert sorted(read_manifest(tmp_path)) == list("abcde")
+
+
+def test_a_state_says_its_step(tmp_path):
+    (tmp_path / "state.json").write_text('{"tokens": 7}')
+    with pytest.raises(ValueError, match=r"state\.json is damaged \(it does not say step\): take another checkpoint$"):
+        read_state(tmp_path)
 
 
 def kept(path):
