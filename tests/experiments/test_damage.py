@@ -1,6 +1,7 @@
 """What a file that was damaged, a full disk or a lost process is told as: one line that names it and the mend."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from hydra import compose, initialize_config_dir
 
 import data.collect
 from experiments.config import load_config, to_train_config
-from experiments.errors import Stopped, run_faults, user_errors
+from experiments.errors import Stopped, is_lost_rank, run_faults, user_errors
 from experiments.evaluation.config import EvaluateConfig
 from experiments.evaluation.evaluate import evaluate, find_target
 from experiments.evaluation.export import export
@@ -276,15 +277,45 @@ def test_a_collection_that_finds_no_room_is_one_line_and_leaves_nothing(small_di
     assert set(small_disk.iterdir()) == before
 
 
-@pytest.mark.parametrize("number", [13, 28, 30, 122])
-def test_what_is_wrong_with_a_disk_is_one_line_and_a_fault_of_ours_is_not(number, capsys):
-    with pytest.raises(SystemExit), user_errors():
-        raise OSError(number, os.strerror(number), "/data/file")
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: [Errno {number}] {os.strerror(number)}: '/data/file': ")
-    assert "Traceback" not in said
-    with pytest.raises(FileNotFoundError), user_errors():
-        raise FileNotFoundError(2, "No such file or directory", "/data/file")
+MENDS = {
+    **dict.fromkeys(("ENOSPC", "EDQUOT"), "make room there"),
+    **dict.fromkeys(("EROFS", "EACCES", "EPERM"), "see that it may be read and written, or name another place"),
+    **dict.fromkeys(("EIO", "ESTALE"), "see to the disk"),
+    **dict.fromkeys(("ENAMETOOLONG", "ENOTDIR", "EISDIR"), "name another place"),
+}
+
+
+@pytest.mark.parametrize("name", MENDS)
+def test_what_is_wrong_with_a_disk_is_one_line_and_a_fault_of_ours_is_not(name, capsys):
+    number = getattr(errno, name)
+    for context, kept in (
+        (user_errors, "; what is complete stays"),
+        (run_faults, " (run_dir and cache_dir). The latest"),
+    ):
+        with pytest.raises(SystemExit, match="1"), context():
+            raise OSError(number, os.strerror(number), "/data/file")
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: [Errno {number}] {os.strerror(number)}: '/data/file': {MENDS[name]}{kept}")
+        assert "Traceback" not in said
+        with pytest.raises(FileNotFoundError), context():
+            raise FileNotFoundError(2, "No such file or directory", "/data/file")
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [
+        (torch.distributed.DistBackendError("anything"), True),
+        (RuntimeError("Broken pipe"), True),
+        (RuntimeError("Socket Timeout"), True),
+        (RuntimeError("connection was closed by x"), True),
+        (RuntimeError("shapes differ"), False),
+        (ValueError("gloo"), False),
+    ],
+)
+def test_a_collective_that_fails_means_a_lost_rank(error, is_lost):
+    assert is_lost_rank(error) == is_lost
+    with pytest.raises(SystemExit if is_lost else type(error)), run_faults():
+        raise error
 
 
 GONE = [

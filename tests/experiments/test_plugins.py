@@ -10,6 +10,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.object_type import ObjectType
 from hydra.errors import CompactHydraException
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
@@ -18,6 +19,7 @@ from dashattn import plugins
 from dashattn.backends import BACKENDS, AttentionShape, SinkWindowConfig, build_backend
 from dashattn.integrations.transformers import register
 from data.task_sets import OTHERS, SUITES, TEXT_TASKS
+from experiments import backend_source
 from experiments.config import load_config, to_train_config
 from experiments.evaluation.config import EvaluateConfig, check_tasks, register_evaluate_config
 from experiments.evaluation.evaluate import check_request, evaluate, find_target
@@ -270,6 +272,20 @@ def test_a_sweep_of_ones_own_composes(examples, tmp_path):
             request = to_config(composed(*cell.evaluate, name="evaluate"))
             check_request(request, config)  # sparsities that can be had among them
     assert advice("sweep", ["--config-dir", "examples", "sweep=own"]) is None
+
+
+def test_hydra_finds_the_backends_of_packages_and_nothing_else_here(monkeypatch):
+    monkeypatch.setattr(backend_source, "_plugins", lambda: {"b": None, "a": None, "full": None})
+    source = backend_source.BackendSource("dashattn", "dashattn://")
+    assert (source.scheme(), source.available()) == ("dashattn", True)
+    for kind in (None, ObjectType.CONFIG):
+        assert source.list("attention", kind) == ["a", "b", "full"]
+    assert source.list("attention", ObjectType.GROUP) == source.list("model", None) == source.list("", None) == []
+    assert [path for path in ("attention", "/attention/", "attention/a", "model", "") if source.is_group(path)] == (
+        ["attention", "/attention/"]
+    )
+    paths = ["attention/a", "attention/a.yaml", "attention/b_schema", "attention/full", "attention/c", "attention/"]
+    assert [path for path in [*paths, "attention", "model/a"] if source.is_config(path)] == paths[:3]
 
 
 def test_a_run_says_which_packages_it_may_have_used(examples):
