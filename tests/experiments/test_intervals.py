@@ -76,6 +76,25 @@ def test_what_says_nothing_of_its_samples_has_none(row):
     assert interval(row) is None
 
 
+@pytest.mark.parametrize("metric", ["match", "accuracy", "acc", "acc_norm", "exact_match"])
+def test_every_share_has_wilsons_interval(metric):
+    z, n, share = 1.959964, 25, 0.2
+    centre, half = share + z**2 / (2 * n), z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
+    expected = [(centre + side * half) / (1 + z**2 / n) for side in (-1, 1)]
+    assert interval({"metric": metric, "score": share, "samples": n}) == pytest.approx(expected, rel=1e-6)
+    row = {"metric": metric, "score": share, "samples": n, "rows": 7, "stderr": (share * (1 - share) / n) ** 0.5}
+    assert interval(row) == pytest.approx(expected, rel=1e-6)
+
+
+def test_two_samples_are_the_fewest_that_scatter():
+    row = {"metric": "nats", "score": 3.0, "stderr": 0.5}
+    assert interval(row | {"samples": 1}) is interval(row | {"samples": 0}) is None
+    low, high = interval(row | {"samples": 2})
+    assert (low, high) == pytest.approx((3 - 12.7062 * 0.5, 3 + 12.7062 * 0.5), rel=1e-5)
+    assert ratio_stderr([1.0], [1]) is None
+    assert ratio_stderr([1.0, 3.0], [1, 1]) == 1.0
+
+
 def test_samples_that_all_agree_leave_room_for_others():
     low, high = interval({"metric": "match", "score": 1.0, "stderr": 0.0, "samples": 33})
     assert (low, high) == (pytest.approx(33 / (33 + 1.959964**2), abs=1e-6), pytest.approx(1.0))
