@@ -42,6 +42,12 @@ def test_a_container_sees_its_own_group_at_the_root(tmp_path):
     assert free_memory(tmp_path) == 30 * MIB
 
 
+def test_a_group_that_cannot_be_read_is_passed_over(tmp_path):
+    member(tmp_path, "0::/of/the/host")
+    group(tmp_path / "sys/fs/cgroup", 2, 100 * MIB, 70 * MIB)
+    assert free_memory(tmp_path) == 30 * MIB
+
+
 def test_groups_of_the_first_version(tmp_path):
     member(tmp_path, "4:memory:/job")
     group(tmp_path / "sys/fs/cgroup/memory/job", 1, 100 * MIB, 70 * MIB, kept=MIB)

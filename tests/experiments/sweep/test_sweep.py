@@ -198,7 +198,9 @@ def test_a_second_call_does_only_what_is_missing(tmp_path, ran, jobs):
     assert names == ["text-dash-knob1-seed0"]
 
     names.clear()
-    assert set(run(config).values()) == {"was done"}
+    outcomes = run_sweep(config, Console(file=(said := io.StringIO())))
+    assert set(outcomes.values()) == {Outcome("was done", seconds=0.0, message="")}
+    assert said.getvalue() == "s: 0 cells to do, 8 done before\n"
     assert names == []
 
 

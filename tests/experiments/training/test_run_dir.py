@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -56,6 +57,19 @@ def test_another_configuration_is_refused_by_the_names_of_its_keys(config):
     other = replace(config, steps=8, optim=replace(config.optim, lr=1.0))
     with pytest.raises(ValueError, match=r"optim.lr: 0.003 there, 1.0 now\n  steps: 4 there, 8 now\ngive another name"):
         find_run_dir(other)
+
+
+def test_what_one_configuration_has_and_the_other_lacks_is_said(make_config):
+    full, dash = make_config("run"), make_config("run", "attention=dash")
+    for there, now, sizes, names in (
+        (full, dash, "absent there, 64 now", "full there, dash now"),
+        (dash, full, "64 there, absent now", "dash there, full now"),
+    ):
+        path = opened(there).path
+        message = rf"attention\.chunk_size: {sizes}\n(.*\n)*  attention\.name: {names}\n"
+        with pytest.raises(ValueError, match=message):
+            find_run_dir(now)
+        shutil.rmtree(path)
 
 
 def test_what_is_only_logged_or_measured_may_differ(config):
