@@ -14,10 +14,10 @@ from matplotlib.colors import to_hex
 
 def assert_as_expected(text: str, expected: Path, tmp_path: Path) -> None:
     """``text`` is the file's; a failure says how to renew it."""
-    found = tmp_path / expected.name
-    found.write_text(text.rstrip("\n") + "\n")
-    wanted = expected.read_text().splitlines() if expected.exists() else []
-    assert text.rstrip("\n").splitlines() == wanted, f"if the change is meant, and right: cp {found} {expected}"
+    found, text = tmp_path / expected.name, text.rstrip("\n") + "\n"
+    found.write_text(text)
+    wanted = expected.read_text() if expected.exists() else ""
+    assert text.splitlines() == wanted.splitlines(), f"if the change is meant, and right: cp {found} {expected}"
 
 
 def shown(figure) -> list[str]:
