@@ -198,6 +198,14 @@ def test_so_much_of_a_file_is_read(monkeypatch, tmp_path):
         told = []
         found = list(module.read_sources([str(tmp_path / name)], [], lambda name, why, told=told: told.append(why)))
         assert (len(found), told) == ((1, []) if is_read else (0, ["TooLarge: more than 1,000 bytes"]))
+    inner = zipped({"z.txt": b"z"})  # in an archive that is read once, from its beginning to its end
+    (tmp_path / "a.tar").write_bytes(archive({"inner.zip": inner}, "w"))
+    for size, is_read in ((len(inner), True), (len(inner) - 1, False)):
+        monkeypatch.setattr(module, "LARGEST_ZIP", size)
+        told = []
+        found = list(module.read_sources([str(tmp_path / "a.tar")], [], lambda name, why, told=told: told.append(why)))
+        assert found == ([(f"{tmp_path}/a.tar/inner.zip/z.txt", b"z")] if is_read else [])
+        assert told == ([] if is_read else [f"TooLarge: more than {size:,} bytes"])
     for size, is_read in ((15_000, True), (30_000, False)):  # tar ends at a multiple of 10,240
         (tmp_path / "a.tar.gz").write_bytes(gzip.compress(archive({"a.bin": bytes(size), "b.txt": b"b"}, "w")))
         told = []

@@ -156,6 +156,20 @@ def test_a_large_text_is_split_into_documents(tmp_path, text_config):
     found = texts(files_config(path, document_bytes=2000))
     assert "".join(found) == path.read_text()
     assert all(1000 < len(text) <= 2000 and text.endswith("\n\n") for text in found[:-1])
+    for before, end, behind, cut in (
+        *(("a" * 1500, "\n\n", "b" * 498, None), ("a" * 1500, "\n\n", "b" * 499, 1502)),  # from a character more on
+        *(("a" * 1500, "\n", "b" * 600, 1501), ("a" * 1500, " ", "b" * 600, 1501)),
+        *(("a" * 1100, "\n\n", "b\nc d " * 200, 1102), ("a b" * 350, "\n", "c " * 500, 1051)),  # paragraph, line, word
+        *(("a" * 900, "\n\n", "b" * 1200, 2000), ("a" * 1000, "\n\n", "b" * 1200, 1002)),  # in the second half alone
+        *(("a" * 999, "\n\n", "b" * 1200, 1001), ("a" * 1998, "\n\n", "b" * 9, 2000)),
+        ("a" * 1999, "\n\n", "b" * 9, 2000),
+    ):
+        path.write_text(before + end + behind)
+        assert texts(files_config(path, document_bytes=2000))[0] == path.read_text()[:cut], (
+            before[-3:],
+            end,
+            behind[:3],
+        )
     path.write_text("x" * 5000)
     assert list(map(len, texts(files_config(path, document_bytes=2000)))) == [2000, 2000, 1000]
     assert len(texts(files_config(path, document_bytes=None))) == 1
