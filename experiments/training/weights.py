@@ -1,6 +1,6 @@
 """Weights that a model begins with or is evaluated with: where they are, and whether they fit."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,21 +20,34 @@ def find_weights(source: str | Path) -> Path:
         ValueError: if there are none, or they are damaged.
     """
     source = Path(source).expanduser()
-    if source.is_file() or is_hf_folder(source):
+    if is_hf_folder(source):
+        return source
+    if source.is_file():
+        if source.name == WEIGHTS and (source.parent / MANIFEST).is_file():
+            _check_intact(source.parent, names=(WEIGHTS,))
         return source
     check_exists(
         source, f"give a run directory, a checkpoint (RUN/checkpoints/step-...), a {WEIGHTS} or a Hugging Face folder"
     )
     checkpoints = source / "checkpoints"
     checkpoint = latest_checkpoint(checkpoints) if checkpoints.is_dir() else source
-    problems = ["no checkpoint yet"] if checkpoint is None else damage(checkpoint, with_engine=False)
-    if problems:
-        raise ValueError(
-            f"no intact weights in {checkpoint or source} ({'; '.join(problems)}): give a run directory with a "
-            f"checkpoint, another checkpoint, or a {WEIGHTS}; what was changed on purpose no longer has an entry in "
-            f"{MANIFEST}"
-        )
+    if checkpoint is None:
+        raise _no_weights(source, ["no checkpoint yet"])
+    _check_intact(checkpoint)
     return checkpoint / WEIGHTS
+
+
+def _check_intact(checkpoint: Path, names: Collection[str] | None = None) -> None:
+    problems = damage(checkpoint, names=names, with_engine=False)
+    if problems:
+        raise _no_weights(checkpoint, problems)
+
+
+def _no_weights(place: Path, problems: Sequence[str]) -> ValueError:
+    return ValueError(
+        f"no intact weights in {place} ({'; '.join(problems)}): give a run directory with a checkpoint, another "
+        f"checkpoint, or a {WEIGHTS}; what was changed on purpose no longer has an entry in {MANIFEST}"
+    )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from models.hf.attention import KEY, STEP, is_sparse, their_attention
 from models.hf.config import their_config
 from models.hf.families import FAMILIES
 from models.hf.files import CONFIG, WEIGHTS
-from models.hf.weights import their_weights
+from models.hf.weights import DIGEST, digest_of, their_weights
 
 
 def write_folder(
@@ -62,7 +62,8 @@ def write_folder(
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.mkdir(parents=True)
-        save_file(their_weights(kept, FAMILIES[kind], config), temporary / WEIGHTS, metadata={"format": "pt"})
+        tensors = their_weights(kept, FAMILIES[kind], config)
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt", DIGEST: digest_of(tensors)})
         (temporary / CONFIG).write_text(json.dumps(theirs, indent=2) + "\n")
         # safetensors leaves its file to its owner alone.
         (temporary / WEIGHTS).chmod((temporary / CONFIG).stat().st_mode)

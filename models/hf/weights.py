@@ -1,7 +1,8 @@
 """Tensors of a Hugging Face folder under our names, and back: safetensors only, no pickle and no code."""
 
+import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from models.hf.files import CONFIG, INDEX, WEIGHTS, check_whole, read_json
 # Buffers that older checkpoints hold and that follow from the configuration.
 _BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+DIGEST = "sha256"  # in a file's metadata: of its tensors
 _HEAD, _TABLE = "lm_head.weight", "embedding.weight"
 
 
@@ -53,6 +55,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ValueError: it is missing, cut short or no safetensors, or tensors are no finite floats.
     """
     return _read_file(path, None)
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of tensors, in hexadecimal."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        total.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return total.hexdigest()
 
 
 def check_files(folder: Path) -> None:
@@ -94,7 +105,14 @@ def _files(folder: Path) -> dict[str, set[str] | None]:
 def _read_file(path: Path, names: set[str] | None) -> dict[str, Tensor]:
     with _opened(path, names) as file:
         wanted = [name for name in sorted(names or file.keys()) if not name.endswith(_BUFFERS)]
-        return {name: _checked(path, name, file.get_tensor(name)) for name in wanted}
+        tensors = {name: _checked(path, name, file.get_tensor(name)) for name in wanted}
+        digest, is_whole = (file.metadata() or {}).get(DIGEST), len(wanted) == len(file.keys())
+    if digest is not None and is_whole and digest_of(tensors) != digest:
+        raise ValueError(
+            f"{path} holds other weights than were written ({DIGEST} in its metadata is of others): copy it again, or "
+            "leave that entry out if they were changed on purpose"
+        )
+    return tensors
 
 
 @contextmanager

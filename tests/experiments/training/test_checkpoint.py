@@ -159,6 +159,8 @@ def test_damaged_weights_are_not_read_nor_older_ones_instead(tmp_path, checkpoin
     write_atomically(checkpoint.parent / "latest", "step-00000004\n")
     (checkpoint / "model.safetensors").write_bytes(b"4566")
     with pytest.raises(ValueError, match=r"no intact weights .*model.safetensors has another checksum"):
+        find_weights(checkpoint / "model.safetensors")
+    with pytest.raises(ValueError, match=r"no intact weights .*model.safetensors has another checksum"):
         find_weights(tmp_path)
 
 
