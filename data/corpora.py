@@ -117,8 +117,11 @@ def data_files(corpus: CorpusConfig) -> list[str]:
         found = [path] if os.path.exists(path) else glob.glob(path, recursive=True)
         matches = [path for path in found if os.path.isfile(path)]
         if not matches:
-            missing = not (glob.has_magic(path) or os.path.exists(path))
-            raise ValueError(f"data.files has {pattern!r}, which {'does not exist' if missing else 'matches no file'}")
+            is_missing = not (glob.has_magic(path) or os.path.exists(path))
+            raise ValueError(
+                f"data.files has {pattern!r}, which {'does not exist' if is_missing else 'matches no file'}: name its "
+                "place; what was moved is the same there, also to resume a run or, with data=local, to evaluate one"
+            )
         paths |= dict.fromkeys(sorted(map(os.path.abspath, matches)))
     unknown = [path for path in paths if file_kind(path) is None]
     if unknown:

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dashattn.backends import BACKENDS, AttentionConfig, FullConfig
 from data import NO_TOKEN, DataConfig, PackedDataConfig, TextTokenizer
+from data.config import CorpusConfig
 from data.hub import pinned
 from data.tokenizer import TOKENIZER as TOKENIZER_FILE
 from experiments.files import CONFIG, TOKENIZER, check_exists, is_foreign
@@ -82,6 +83,26 @@ def with_own_tokenizer(data: DataConfig, home: Path) -> DataConfig:
     return replace(data, tokenizer=str(home / TOKENIZER), bos_token=bos_token)
 
 
+def lying_at(data: DataConfig, given: DataConfig) -> DataConfig:
+    """``data`` of a run, whose corpora lie where ``given`` has its files now. They are known by their content.
+
+    Raises:
+        ValueError: ``given`` has other corpora, or none of files.
+    """
+    ours, theirs = getattr(data, "parts", {}), getattr(given, "parts", {})
+    if len(ours) == len(theirs) == 1:
+        theirs = dict(zip(ours, theirs.values(), strict=True))  # called otherwise, as data=local is
+    files = {name: corpus.files for name, (corpus, _) in theirs.items() if corpus.source == "files"}
+    if not files or files.keys() != {name for name, (corpus, _) in ours.items() if corpus.source == "files"}:
+        raise ValueError(
+            f"data={given.name} says of a run where the files of its corpora lie now, if they were moved, and that of "
+            f"all of them: those of data.name={data.name}, as the run was configured"
+        )
+    if isinstance(data, CorpusConfig):
+        return replace(data, files=next(iter(files.values())))
+    return replace(data, corpora={n: replace(c, files=files[n]) if n in files else c for n, c in data.corpora.items()})
+
+
 def _begins(data: DictConfig) -> str | None:
     """A run of before there was such a token began its documents with none."""
     return data.get("bos_token", NO_TOKEN)
@@ -100,6 +121,11 @@ def check_origin_tokenizer(data: DataConfig, origin: Path) -> None:
     is_text, named = isinstance(data, PackedDataConfig), getattr(data, "tokenizer", None)
     weights = _tokens_of(origin)
     if weights is None:
+        if is_text and named is None:
+            raise ValueError(
+                f"nothing beside {origin} says what its tokens are, and a tokenizer would be trained that gives them "
+                "another meaning: name that of the weights in data.tokenizer, or set any_tokenizer=true"
+            )
         return
     if not (is_text and weights.are_text):
         is_same = is_text == weights.are_text

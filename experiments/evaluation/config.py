@@ -32,7 +32,8 @@ class EvaluateConfig(Checked):
     any_attention: bool = False  # even where it was trained with another sparse one
     any_tokenizer: bool = False  # even text with another tokenizer than the weights', whose tokens mean something else
     # The text it is scored on, with its tokenizer unless data.tokenizer names one; not needed for generated tasks and
-    # those of lm_eval.
+    # those of lm_eval. Of a run, whose text is known by its content: where the files of that lie now, if they were
+    # moved; nothing else of data is heeded then.
     data: DataConfig | None = None
     # Of the data that it is scored on, as of train.py; also for a run that another user wrote, while a run of one's own
     # has its own.

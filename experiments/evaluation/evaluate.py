@@ -54,10 +54,10 @@ def find_target(config: EvaluateConfig) -> Target:
     if is_hf_folder(Path(config.run).expanduser()):
         target = locate_folder(config)
     else:
-        target = locate(config.run, config.device, config.output, cache_dir=config.cache_dir, any_data=config.any_data)
-        for name in ("attention", "data"):
-            if getattr(config, name) is not None:
-                raise ValueError(f"{name}=... is for a Hugging Face folder: the run {config.run} has its own")
+        if config.attention is not None:
+            raise ValueError(f"attention=... is for a Hugging Face folder: the run {config.run} has its own")
+        where = {"cache_dir": config.cache_dir, "any_data": config.any_data, "data": config.data}
+        target = locate(config.run, config.device, config.output, **where)
     check_writable(target.rows_dir, "its rows are kept there unless output=... names another directory")
     check_request(config, target.train)
     return target

@@ -12,7 +12,7 @@ from data.cache import fingerprint
 from data.corpora import corpus_fingerprint
 from experiments.config import TrainConfig, load_config
 from experiments.files import CONFIG, START, TOKENIZER, WEIGHTS, is_foreign, read_json, sha256
-from experiments.origin import run_of, with_own_tokenizer
+from experiments.origin import lying_at, run_of, with_own_tokenizer
 from experiments.schema import DTYPES
 from experiments.training.check import resolve
 from experiments.training.checkpoint import read_manifest, read_state
@@ -112,7 +112,13 @@ class Target:
 
 
 def locate(
-    run: str, device: str, output: str | None = None, *, cache_dir: str = "~/.cache/dashattn", any_data: bool = False
+    run: str,
+    device: str,
+    output: str | None = None,
+    *,
+    cache_dir: str = "~/.cache/dashattn",
+    any_data: bool = False,
+    data: DataConfig | None = None,
 ) -> Target:
     """The checkpoint that ``run`` names (a run directory's latest, or one of its checkpoints), for a device; its rows
     are kept in ``output``, None = in the run directory.
@@ -120,6 +126,7 @@ def locate(
     Args:
         cache_dir: of a run that another user wrote, in place of the one that its configuration names.
         any_data: read the text that such a run names.
+        data: where the files of the run's corpora lie now, if they were moved.
 
     Raises:
         ValueError: no such run, or no such device.
@@ -135,20 +142,22 @@ def locate(
     train, is_others = load_config(home / CONFIG), is_foreign(home / CONFIG)
     train = replace(train, device=device, data=with_own_tokenizer(train.data, home))
     train = resolve(replace(train, cache_dir=cache_dir) if is_others else train)
-    unread = _named(train.data, home) if is_others and not any_data else ()
+    unread = _named(train.data, home, names_files=data is None) if is_others and not any_data else ()
+    if data is not None:
+        train = replace(train, data=lying_at(train.data, data))
     found = read_state(checkpoint).get("sparsity")
     attention = train.attention if found is None else train.attention.with_knob(found["knob"])
     kept = None if output is None else Path(output).expanduser()
     return Target(run_dir, checkpoint, home, replace(train, attention=attention), kept, unread)
 
 
-def _named(data: DataConfig, home: Path) -> tuple[str, ...]:
-    """What is read of ``data`` that does not lie in ``home``: files, and names on the hub."""
+def _named(data: DataConfig, home: Path, *, names_files: bool) -> tuple[str, ...]:
+    """What is read of ``data`` that does not lie in ``home``: files, if it ``names_files``, and names on the hub."""
     if not isinstance(data, PackedDataConfig):
         return ()
     found = [] if data.tokenizer in (None, str(home / TOKENIZER)) else [f"data.tokenizer={data.tokenizer}"]
     for corpus, _ in data.parts.values():
-        if corpus.source == "files":
+        if corpus.source == "files" and names_files:
             found.append(f"data.files={list(corpus.files)}")
         elif corpus.source == "hub":
             found.append(f"data.path={corpus.path}")

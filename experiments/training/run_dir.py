@@ -179,9 +179,11 @@ def find_run_dir(config: TrainConfig, damaged: Mapping[str, str] | None = None) 
         raise ValueError(f"{path} is no run directory (it has no {CONFIG}): give another run_dir=...")
     different = _differences(path, config)
     if different:
+        is_schedule = different.keys() <= set(_OF_SCHEDULE)
         raise ValueError(
             f"{path} holds a run of another configuration:{_listed(different)}\n"
-            "give another name=... or run_dir=... for a new run, overwrite=true to move that one aside, or the old "
+            + (f"branch_from={path}@STEP, under another name, goes on from one of its checkpoints; " * is_schedule)
+            + "give another name=... or run_dir=... for a new run, overwrite=true to move that one aside, or the old "
             f"values to resume it; only these may change: {', '.join(MAY_DIFFER)}"
         )
     # state.json alone, which says where the run stands: every rank looks, and knows nothing of the others yet. The sums

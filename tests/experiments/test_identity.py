@@ -107,6 +107,12 @@ def test_a_copied_checkpoint_is_whole(make, tmp_path, capsys):
 
     export(copy, tmp_path / "exported")
     assert TextTokenizer.load(str(tmp_path / "exported")).encode("the water") == ids
+    path = tmp_path / "exported" / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
+    with pytest.raises(ValueError, match=r"exported/model\.safetensors holds other weights than were written"):
+        run_generation(GenerateConfig(str(path.parent), "the water", max_new_tokens=2, threads=1))
+    path.write_bytes(content)
     other = write_corpus(tmp_path / "corpora" / "other.jsonl", seed=1)
     for origin in (copy, tmp_path / "exported"):
         config = check(make(f"from-{origin.name}", f"init_from={origin}", files=other))
@@ -160,6 +166,11 @@ def test_other_tokens_than_the_weights_are_refused_unless_asked_for(make, tmp_pa
             with pytest.raises(ValueError, match=r"has other tokens than .* was trained on.*any_tokenizer=true"):
                 step(config)
     check(make("a", f"init_from={text_run}", f"data.tokenizer={tmp_path / 'other'}", "any_tokenizer=true"))
+    bare = shutil.copy(text_run / "checkpoints" / "step-00000001" / "model.safetensors", tmp_path / "bare.safetensors")
+    with pytest.raises(ValueError, match=r"nothing beside .*bare\.safetensors says what its tokens.*data\.tokenizer"):
+        check(make("a", f"init_from={bare}"))
+    for known in (f"data.tokenizer={tmp_path / 'same'}", "any_tokenizer=true"):
+        check(make("a", f"init_from={bare}", known))
 
     folder = dict(run=str(exported), data=make("b").data, device="cpu")
     named = replace(folder["data"], tokenizer=str(tmp_path / "other"))
@@ -178,6 +189,17 @@ def test_a_corpus_that_was_moved_or_touched_is_the_same(make, tmp_path):
     resumed = ("steps=3", "save_every=2", "eval_every=1", "data.validation_rows=2", "log_every=2", "logger=off")
     resumed = (*resumed, "keep_checkpoints=0")
     assert_same(weights(train(make("run", *resumed, "threads=2", files=moved)), 3), last)
+    asked = EvaluateConfig(run=str(run), device="cpu", threads=1)
+    with pytest.raises(ValueError, match=r"water\.jsonl', which does not exist: name .*with data=local, to"):
+        list(evaluate(asked, find_target(asked)))
+    asked = replace(asked, data=replace(make("x", files=moved).data, name="local2"))
+    assert len(list(evaluate(asked, find_target(asked)))) == 1
+    other = write_corpus(tmp_path / "corpora" / "other.jsonl", seed=1)
+    wrong = replace(asked, data=make("x", files=other).data, tasks=["position"])
+    with pytest.raises(ValueError, match=r"the corpus of data\.name=local has changed since"):
+        list(evaluate(wrong, find_target(wrong)))
+    with pytest.raises(ValueError, match="where the files of its corpora lie now"):
+        find_target(replace(asked, data=configure_recall(tmp_path / "a").data))
     hashes = {json.loads(path.read_text())["config_hash"] for path in run.glob("checkpoints/step-*/state.json")}
     assert len(hashes) == 1, "it stays the run it was"
     set_back(run, 1)
@@ -251,6 +273,8 @@ def test_a_branch_is_what_a_run_of_its_length_would_have_been(make, tmp_path):
     with pytest.raises(ValueError, match=rf"init_from: None there, {tmp_path / 'lost'} now"):
         train(make("other", *WSD, "steps=4", f"branch_from={trunk}@3", f"init_from={tmp_path / 'lost'}"))
     assert before == {path: path.stat().st_mtime_ns for path in trunk.rglob("*")}, "the trunk is only read"
+    with pytest.raises(ValueError, match=r"(?s)steps: 5 there, 9 now\nbranch_from=.*trunk@STEP, under another"):
+        train(make("trunk", *WSD, "steps=9"))
     # It goes on from its own checkpoints, wherever the trunk is.
     shutil.rmtree(trunk)
     assert train(branch) == run
