@@ -206,6 +206,9 @@ def test_so_much_of_a_file_is_read(monkeypatch, tmp_path):
         found = list(module.read_sources([str(tmp_path / "a.tar")], [], lambda name, why, told=told: told.append(why)))
         assert found == ([(f"{tmp_path}/a.tar/inner.zip/z.txt", b"z")] if is_read else [])
         assert told == ([] if is_read else [f"TooLarge: more than {size:,} bytes"])
+    (tmp_path / "a.zip").write_bytes(inner)  # on a disk it need not be held in memory
+    found = list(module.read_sources([str(tmp_path / "a.zip")], [], lambda name, why: told.append(why)))
+    assert found == [(f"{tmp_path}/a.zip/z.txt", b"z")]
     for size, is_read in ((15_000, True), (30_000, False)):  # tar ends at a multiple of 10,240
         (tmp_path / "a.tar.gz").write_bytes(gzip.compress(archive({"a.bin": bytes(size), "b.txt": b"b"}, "w")))
         told = []

@@ -118,13 +118,21 @@ def test_all_keys_values_and_fillers_are_drawn_evenly():
 def test_curriculum_keeps_tokens_per_batch_and_scales_pairs():
     config = mqar_config(curriculum_lengths=[32, 64], curriculum_batches=[2, 3])
     stream = build_data(config, split="train", seed=0, rows=4)
-    shapes = [tuple(batch.input_ids.shape) for batch in itertools.islice(stream, 7)]
-    assert shapes == [(16, 32)] * 2 + [(8, 64)] * 3 + [(4, 128)] * 2
+    batches = list(itertools.islice(stream, 8))
+    assert [tuple(batch.input_ids.shape) for batch in batches] == [(16, 32)] * 2 + [(8, 64)] * 3 + [(4, 128)] * 3
+    firsts = [0, 16, 0, 8, 16, 0, 4, 8]  # none is seen twice
+    for batch, first in zip(batches, firsts, strict=True):
+        rows, length = batch.input_ids.shape
+        input_ids, labels = draw(config, first=first, count=rows, length=length)
+        assert (batch.input_ids.numpy() == input_ids).all()
+        assert (batch.labels.numpy() == labels).all()
     for length in (32, 64):
         row = draw(config, length=length, count=1)[0][0]
         assert len(pairs_of(config, row)[0]) == 16 * length // 128
     validation = build_data(config, split="validation", seed=0, rows=4)
-    assert {tuple(batch.input_ids.shape) for batch in validation} == {(4, 128)}
+    for index, batch in enumerate(validation):
+        assert (batch.input_ids.numpy() == draw(config, "validation", first=4 * index, count=4)[0]).all()
+    assert index == 63
 
 
 @pytest.mark.parametrize("consumed", [0, 1, 2, 4, 5, 9])

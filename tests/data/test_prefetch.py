@@ -107,6 +107,16 @@ def test_an_error_comes_in_its_place_and_asking_again_asks_the_source_again(pref
     assert_same(ids(ours, 2), whole[2:])
 
 
+def test_before_it_is_put_back_a_source_has_ended_what_it_did(prefetched):
+    """Closing waits for it 5 seconds at most."""
+    ours, waited = prefetched(), []
+    next(ours)
+    join = ours._thread.join
+    ours._thread.join = lambda timeout=None: waited.append(timeout) or join(timeout)
+    ours.rewind()
+    assert waited == [5, None]
+
+
 def test_batches_are_pinned_where_that_is_asked_for(monkeypatch):
     monkeypatch.setattr(Batch, "pin_memory", lambda batch: replace(batch, sources=("pinned",)))
     for pin_memory in (False, True):

@@ -54,6 +54,22 @@ def test_compiled_ranks_do_too(tmp_path):
     assert_as_one_alone(name, run_ranks(tmp_path, 2, [name]))
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (6, 1), (6, 2), (6, 6), (12, 4)])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 6])
+def test_each_rank_attends_for_the_groups_of_its_own_heads(heads, kv_heads, size):
+    if heads % size:
+        return
+    group = heads // kv_heads
+    for rank in range(size):
+        share = SequenceParallel(SimpleNamespace(size=lambda: size, rank=lambda rank=rank: rank), heads, kv_heads)
+        own = range(heads)[rank * heads // size : (rank + 1) * heads // size]
+        groups = sorted({head // group for head in own})
+        assert share.kv_heads == slice(groups[0], groups[-1] + 1)
+        assert share.query_heads == slice(group * groups[0], group * (groups[-1] + 1))
+        assert range(heads)[share.query_heads][share._own] == own
+        assert share.kv_weights == [sum(head // group == g for head in own) / heads for g in groups]
+
+
 def test_what_cannot_be_shared_is_refused():
     three = SimpleNamespace(size=lambda: 3, rank=lambda: 1)
     with pytest.raises(ValueError, match=r"num_heads=4 cannot be shared .* divisor"):
