@@ -103,6 +103,8 @@ def test_a_saved_configuration_loads_as_the_same_one(attention, data, tmp_path):
 def test_the_attentions_of_transformers_are_those_composed_here():
     assert {name: composed(f"attention={name}").attention for name in PRESETS} == PRESETS
     assert {preset.name for preset in PRESETS.values()} == BACKENDS.keys() - {"full"}
+    files = {path.stem for path in (CONFIGS / "attention").glob("*.yaml")}
+    assert {name for name in (*files, "attention", "checkpoint") if not BACKENDS.is_ours(name)} == set()
 
 
 @pytest.mark.parametrize("size", [32, 64, 128])

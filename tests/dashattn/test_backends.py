@@ -293,6 +293,8 @@ def test_a_function_and_its_config_have_the_same_defaults(config, function):
     shared = {field.name: field.default for field in dataclasses.fields(config) if field.name in options}
     assert shared == {name: options[name] for name in shared}
     assert {config.knob if isinstance(config.knob, str) else config().knob, config.blocks} <= shared.keys()
+    calls = {"scale": None, "cu_seqlens": None, "return_stats": False, "return_selection": False, "return_kl": False}
+    assert {name: options[name] for name in calls.keys() & options.keys()}.items() <= calls.items()
 
 
 def test_what_dash_attention_is_made_of_has_its_defaults():
@@ -478,6 +480,22 @@ def test_a_router_scale_of_another_kind_is_refused(scale):
     q = torch.randn(1, 20, 2, 8)
     with pytest.raises(ValueError, match=r"float64 \[\] on the CPU|router_scale must be a positive finite number"):
         dash_attention(q, q, q, torch.zeros(2, 8), router_scale=scale)
+
+
+@pytest.mark.parametrize(
+    ("target", "control", "controls", "holds"),
+    [
+        (None, "hold", False, False),
+        (0.5, "hold", True, True),
+        (0.5, "start", True, False),
+        (0.5, "none", False, False),
+        (0.0, "hold", True, True),
+    ],
+)
+def test_when_training_turns_the_knob(target, control, controls, holds):
+    config = DashConfig(target_sparsity=target, sparsity_control=control)
+    assert (config.controls_sparsity, config.holds_sparsity) == (controls, holds)
+    assert isinstance(build_backend(config, SHAPE).knobs["router_scale"], torch.Tensor) == holds
 
 
 @pytest.mark.parametrize("target", [-0.1, 1.0, 75, float("nan"), float("inf"), True])

@@ -114,7 +114,9 @@ def test_groups_of_other_sizes(config, num_heads, num_kv_heads):
 
 
 @each_config
-def test_ragged_batch_in_pieces(config):
+def test_ragged_batch_in_pieces(config, monkeypatch):
+    """More new tokens than a tile of queries has."""
+    monkeypatch.setattr("dashattn.ops.block_sparse.reference.QUERY_TILE", 8)
     sequences = Sequences(config, batch=3)
     for counts in ([5, 17, 1], [1, 1, 1], [9, 0, 3], [1, 1, 1], [0, 20, 11]):
         sequences.check(sequences.step(counts))
@@ -258,3 +260,12 @@ def test_a_capacity_need_not_be_a_multiple_of_the_blocks():
     cache.check_room(9)
     with pytest.raises(ValueError, match="holds 9"):
         cache.check_room(10)
+
+
+@pytest.mark.parametrize(("dtype", "tables"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+def test_tables_alone_are_kept_in_float32_at_least(dtype, tables):
+    """Those of rotation, of what is cached."""
+    for name, config in CONFIGS.items():
+        cache = build_backend(config, SHAPE).new_cache(2, 9, dtype=dtype, device="cpu").layers[0]
+        kinds = {key: x.dtype for key, x in cache.tensors.items()}
+        assert kinds == {key: tables if key in ("cos", "sin") else dtype for key in kinds}, name

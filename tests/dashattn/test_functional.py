@@ -582,6 +582,14 @@ def test_alpha_is_checked_in_compiled_functions_too():
             attend(**small(chunk_query=R, alpha=torch.full((4,), alpha)))
 
 
+def test_max_seqlen_is_checked_where_nobody_reads_it(monkeypatch):
+    """In compiled functions, as on a GPU."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    full_attention(**small(cu_seqlens=CU([0, 9, 16]), max_seqlen=9))
+    with pytest.raises(RuntimeError, match="max_seqlen is below the length of a document"):
+        full_attention(**small(cu_seqlens=CU([0, 9, 16]), max_seqlen=8))
+
+
 @pytest.mark.parametrize(("attention", "changes", "message"), REFUSALS.values(), ids=REFUSALS.keys())
 def test_refusals_say_what_is_allowed(attention, changes, message):
     with pytest.raises(ValueError, match=message):

@@ -111,6 +111,7 @@ def test_priors_of_heads_which_no_kernel_takes_are_taken_over_without():
     _, taken = router(*first, **options, return_selection=True)
     by_kernel = SharingBackend(replace(config, impl="triton"), SHAPE, source=0)
     assert torch.equal(by_kernel(*second, taken=taken), sharing(*second, taken=taken))
+    assert SharingBackend(replace(CONFIGS["dash"], impl="triton"), SHAPE, source=0).config.impl == "triton"
 
 
 Q, K = torch.randn(2, 20, 4, 8), torch.randn(2, 20, 2, 8)
