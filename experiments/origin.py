@@ -121,7 +121,7 @@ def check_origin_tokenizer(data: DataConfig, origin: Path) -> None:
     is_text, named = isinstance(data, PackedDataConfig), getattr(data, "tokenizer", None)
     weights = _tokens_of(origin)
     if weights is None:
-        if is_text and named is None:
+        if is_text and named is None and origin.is_file():
             raise ValueError(
                 f"nothing beside {origin} says what its tokens are, and a tokenizer would be trained that gives them "
                 "another meaning: name that of the weights in data.tokenizer, or set any_tokenizer=true"

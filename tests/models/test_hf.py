@@ -32,7 +32,7 @@ from experiments.training.weights import find_weights, load_weights
 from models import ModelConfig, RopeConfig, Transformer
 from models.hf import is_hf_folder, read_config, write_folder
 from models.hf.families import FAMILIES
-from models.hf.weights import weight_files
+from models.hf.weights import digest_of, read_tensors, weight_files
 
 SHAPE = dict(
     vocab_size=61,
@@ -559,7 +559,14 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert sorted(path.name for path in new.iterdir()) == ["config.json", "model.safetensors", "more.json"]
     assert (new / "model.safetensors").stat().st_mode == (new / "config.json").stat().st_mode
     with safe_open(new / "model.safetensors", framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        assert file.metadata() == {"format": "pt", "sha256": digest_of(tensors)}
+    changed = tensors | {"model.norm.weight": tensors["model.norm.weight"] + 1}
+    save_file(changed, new / "changed.safetensors", metadata={"format": "pt", "sha256": digest_of(tensors)})
+    with pytest.raises(ValueError, match=r"changed\.safetensors holds other weights than were written"):
+        read_tensors(new / "changed.safetensors")
+    save_file(changed, new / "changed.safetensors", metadata={"format": "pt"})  # by another program, on purpose
+    assert torch.equal(read_tensors(new / "changed.safetensors")["model.norm.weight"], changed["model.norm.weight"])
     written = json.loads((new / "config.json").read_text())
     assert written == {
         **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False},
