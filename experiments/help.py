@@ -204,8 +204,7 @@ class Command:
                 return schema_of_choice(_CHOICE_SCHEMAS, entry)
             if isinstance(entry, str) and entry != "_self_" and group not in ("experiment", "sweep"):
                 return self.schema_of(group, entry)
-        option = self.schema.options().get(group)
-        return option and option.schema
+        return None
 
     def kinds(self, group: str) -> dict[Schema, list[str]]:
         """The schemas that a group's choices have, each with these choices."""

@@ -49,7 +49,8 @@ def test_values_of_metrics_and_cells():
     assert METRIC_ROWS.misfits(row) == []
     wrong = {"step": 2.0, "split": 3, "run": None, "loss": "1", "lr": [1.0], "alpha_per_layer": 1.0, "tokens": None}
     assert METRIC_ROWS.misfits(wrong) == list(wrong)
-    assert METRIC_ROWS.misfits({"step": True, "grad_norm": 2**63}) == ["step", "grad_norm"]
+    for step in (True, 2**63, 1.0, "1"):
+        assert METRIC_ROWS.misfits({"step": step, "grad_norm": 2**63}) == ["step", "grad_norm"]
     assert CELL_ROWS.misfits({"run": "a", "commands": [["train", "x=1"], []], "seconds": None, "other": 3}) == []
     for commands in (None, "train", ["train"], [["train", 3]], [None]):
         assert CELL_ROWS.misfits({"run": None, "commands": commands}) == ["run", "commands"]

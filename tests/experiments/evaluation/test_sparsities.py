@@ -86,6 +86,22 @@ def test_it_is_found_on_training_rows_packed_as_the_tasks_are(text_run, monkeypa
     assert found["sparsity"] == pytest.approx(sparsity, abs=1e-4)
 
 
+def test_a_knob_that_another_evaluation_found_meanwhile_is_taken(text_run, monkeypatch, tmp_path):
+    append = knobs.append_rows
+
+    def overtaken(path, rows, key):
+        append(path, [row | {"knob": 0.125} for row in rows], key)
+        return append(path, rows, key)
+
+    monkeypatch.setattr(knobs, "append_rows", overtaken)
+    config = configured(text_run, sparsities=[0.45], output=str(tmp_path), rows=2)
+    (row,) = run(config)
+    assert row["knob"] == 0.125
+    config.sparsities, config.knobs = None, [0.125]
+    (same,) = run(config)
+    assert same["causal_sparsity"] == row["causal_sparsity"]
+
+
 def test_without_knobs_it_is_the_one_that_training_held(text_run):
     (row,) = run(configured(text_run))
     state = read_state(text_run / "checkpoints/step-00000004")

@@ -307,6 +307,21 @@ def test_seeds_that_differ_are_the_interval_and_a_bar_that_lacks_is_explained(mo
     assert "no bar: samples' scatter not kept" in legend
 
 
+def test_bars_say_what_they_are_of():
+    shares = {"metric": "match", "task": "vt", "rows": 25}
+    single = [make_row(knob=1.0, **shares)]
+    seeds = [make_row(knob=2.0, seed=seed, **shares) for seed in (0, 1, 2)]
+    several, samples = "lowest to highest of 3 seeds", "95 % interval over samples"
+    for rows, said in (
+        (single, samples),
+        (seeds, several),
+        (single + seeds, f"{several}; {samples}"),
+        ([make_row()], ""),
+        ([make_row(), *seeds], several),
+    ):
+        assert pareto.bars(frontier.points(rows)) == said
+
+
 def test_the_mean_of_tasks_scatters_less_than_each_of_them():
     rows = [make_row(task=task, metric="match", score=0.5, rows=100) for task in ("vt", "cwe", "fwe", "qa_1")]
     mean = [row | {"active_tokens": 1.0, "routing_reads": 1.0} for row in rows]

@@ -419,7 +419,7 @@ def test_flash_attention_3_through_jax(monkeypatch, tmp_path):
         "out of memory",
         "v off by 0.2, allowed 0.02",
     ]
-    assert {row["method"] for row in rows} == {FLASH_3}
+    assert {(row["method"], row["pattern"], row["sparsity"]) for row in rows} == {(FLASH_3, None, None)}
     assert asked == [
         {"heads": 4, "kv_heads": 2, "head_dim": 16, "dtype": "bf16", "seed": 0, "warmup": 3, "repetitions": 12}
         | {"lengths": [64, 128], "check_length": 96}
@@ -484,6 +484,8 @@ def test_without_a_gpu_it_ends_in_one_message(tmp_path):
     assert f"experiments.speed.report {tmp_path / 'speed'}" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "speed").exists()
+    done = forked.run("-m", "experiments.speed", "heads=3", "kv_heads=2")
+    assert (done.returncode, "heads=3 is no multiple of kv_heads=2" in done.stderr) == (1, True)
 
 
 def test_it_imports_without_what_only_training_needs():
@@ -613,11 +615,12 @@ def test_shapes_stand_beside_each_other():
             make_row(CUDNN, 3.0 * factor, stage=DENSE, call_ms=4.0 * factor, graph_ms=2.0 * factor, **common),
             make_row(FLASH_3, 5.0 * factor, stage=DENSE, **common),
             make_row("dash", 1.0, call_ms=2.0, graph_ms=0.5, **common),
+            make_row("nsa", 8.0, call_ms=8.0, graph_ms=4.0, **common),
         ]
     table = speed_report.to_markdown(rows)
-    assert "| heads / KV heads of size | FlashAttention-3 | SDPA cuDNN | dash |" in table
-    assert "| 32 / 2 of 128 | 5 /  | 4 /  | 2.00x / ; 4.00x /  |" in table
-    assert "| 16 / 2 of 128 | 50 /  | 40 /  | 20.00x / ; 40.00x /  |" in table
+    assert "| heads / KV heads of size | FlashAttention-3 | SDPA cuDNN | dash | nsa |" in table
+    assert "| 32 / 2 of 128 | 5 /  | 4 /  | 2.00x / ; 4.00x /  | 0.50x / ; 0.50x /  |" in table
+    assert "| 16 / 2 of 128 | 50 /  | 40 /  | 20.00x / ; 40.00x /  | 5.00x / ; 5.00x /  |" in table
     assert "several models" not in speed_report.to_markdown([row for row in rows if row["heads"] == 32])
 
 

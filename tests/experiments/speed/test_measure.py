@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy.special import softmax
 
 from experiments.files import ROOT
 from experiments.speed import measure
@@ -90,6 +91,7 @@ def test_replays_of_a_graph_leave_out_its_capture(gpu, monkeypatch):
 
 def test_memory_beside_what_a_call_began_with_and_returns(gpu):
     assert measure.extra_mib(gpu.call(1.0)) == 20  # at most 150, of which 100 before and 30 of the result
+    assert gpu.log == ["synchronize", "call", "synchronize"]
 
 
 def test_passes_are_those_an_operation_has():
@@ -180,9 +182,10 @@ def flash3(monkeypatch):
         jit=lambda function: function,
         vjp=vjp,
         block_until_ready=lambda x: x,
+        nn=SimpleNamespace(softmax=softmax),
         devices=lambda: [SimpleNamespace(core_count=24)],
     )
-    numpy = SimpleNamespace(bfloat16="bf16", float16="fp16")
+    numpy = SimpleNamespace(**vars(np) | {"bfloat16": "bf16", "float16": "fp16"})
     package = SimpleNamespace(flash_mha=attend, flash_mha_with_kvcache=attend_cache)
     for name, module in {"jax": jax, "jax.numpy": numpy, "flash_attn3_jax": package}.items():
         monkeypatch.setitem(sys.modules, name, module)
@@ -209,6 +212,14 @@ def test_flash_attention_3_is_timed_in_chains_and_told_for_one_call(flash3, caps
     assert [(row["length"], row["pass"]) for row in rows] == [(n, p) for n in (16, 32) for p in module.PASSES]
     assert [row["ms"] for row in rows] == pytest.approx([1.0] * 4)
     assert module.row_of([3.0, 1.0, 2.5]) == {"ms": 2.5, "ms_min": 1.0, "ms_max": 3.0}
+
+
+def test_the_reference_of_flash_attention_3_is_causal_attention(flash3):
+    tensors = [torch.randn(2, 5, heads, 8) for heads in (4, 2, 2)]
+    q, k, v = (x.transpose(1, 2) for x in tensors)
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    found = flash3[0].attend_reference(*(x.numpy() for x in tensors))
+    np.testing.assert_allclose(found, wanted.transpose(1, 2).numpy(), atol=1e-5)
 
 
 def test_flash_attention_3_decodes_with_the_splits_that_are_fastest(flash3, capsys):

@@ -5,6 +5,7 @@ import torch
 
 from experiments.arguments import parse, parser
 from experiments.files import read_rows
+from experiments.provenance import device_name
 from experiments.speed import numerics
 from experiments.speed.numerics import CONFIGS, main, write_numerics
 
@@ -20,6 +21,8 @@ def test_errors_are_of_the_size_of_the_precision(tmp_path):
             assert 0 < row["error"] < 1e-3, row
         assert row["error"] < 0.5, row
         assert (row["rows_selected_differently"] is None) == (row["backend"] in WITHOUT_ROUTER)
+    told = {"device": device_name("cpu"), "impl": "reference", "length": 150, "torch": torch.__version__}
+    assert torch.cuda.is_available() or all({name: row[name] for name in told} == told for row in rows)
     errors = {(row["backend"], row["tensor"], row["dtype"]): row["error"] for row in rows}
     assert all(errors[name, "out", "bf16"] > 10 * errors[name, "out", "fp32"] for name in ("full", "nsa"))
     assert write_numerics(tmp_path, 150) == 0

@@ -59,7 +59,7 @@ def test_lists_of_blocks_are_our_selection(install):
 
     def topk_sparse_attention(q, k, v, topk, size, cu_seqlens):
         assert (topk.dtype, topk.shape[:2]) == (torch.int32, (2, 150))
-        assert cu_seqlens.tolist() == [0, 150]
+        assert (cu_seqlens.dtype, cu_seqlens.tolist()) == (torch.int32, [0, 150])
         blocks = topk.transpose(0, 1)
         return of_lists(q[None], k[None], v[None], blocks, blocks >= 0, size)[0]
 
@@ -77,6 +77,7 @@ def test_two_branches_that_select_for_themselves(install):
     def compressed(q, compressed_k, compressed_v, kernel, stride, size, topk, cu_tokens, cu_windows, length, windows):
         assert (kernel, stride, size, length, windows) == (32, 16, 16, 150, (150 - 32) // 16 + 1)
         assert (cu_tokens.tolist(), cu_windows.tolist()) == ([0, length], [0, windows])
+        assert cu_tokens.dtype == cu_windows.dtype == torch.int32
         own = torch.arange(length) // size
         blocks = (own[:, None] - torch.arange(topk)).clamp(min=-1).expand(2, length, topk)  # the newest ones
         options = {"kernel_size": kernel, "kernel_stride": stride, "scale": 0.25, "cu_seqlens": None}
