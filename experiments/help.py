@@ -246,8 +246,10 @@ class Command:
     def _wrong_choices(self, group: str, value: str) -> str | None:
         if not re.fullmatch(r"[\w,\"' -]*", value):
             return None  # a list, a glob: Hydra's
-        known = [*self.choices(group), "null"]
+        known = self.choices(group)
         for choice in (part.strip("\"' ") for part in value.split(",")):
+            if choice == "null" and choice in known:  # which Hydra takes for a default alone
+                return f"{group}=null: nothing is chosen unless you choose, so leave it out"
             if choice in ("", *known) or choice in _of_packages(group):
                 continue
             return f"{group}={choice} does not exist" + (

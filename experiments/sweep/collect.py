@@ -40,13 +40,23 @@ def collect(source: Path, target: Path) -> dict[str, int]:
     found[CELLS] = [{"run": run.name} | read_done(run) for run in runs if (run / CELL).exists()]
     if not found[RESULTS] and not found[METRICS]:
         raise ValueError(f"no rows below {source}: name the directory of a sweep or of a run")
+    for name in found:
+        _collected(target / name)  # before anything is written
     target.mkdir(parents=True, exist_ok=True)
     for name, rows in found.items():
         new = {row["run"] for row in rows}
         with locked(target / name):
-            found[name] = [row for row in read_rows(target / name) if row["run"] not in new] + rows
+            found[name] = [row for row in _collected(target / name) if row["run"] not in new] + rows
             write_atomically(target / name, "".join(json.dumps(row) + "\n" for row in found[name]))
     return {name: len(rows) for name, rows in found.items()}
+
+
+def _collected(path: Path) -> list[dict]:
+    """Rows that an earlier call wrote. Raises ValueError if others are among them."""
+    rows = read_rows(path)
+    if not all(isinstance(row.get("run"), str) for row in rows):
+        raise ValueError(f"{path} has rows that say of no run: name another directory, or remove them")
+    return rows
 
 
 def restore(source: Path, target: Path) -> int:

@@ -232,6 +232,13 @@ def test_a_study_continues_where_only_its_rows_are_left(tmp_path, ran):
         if cell.is_done():
             (cell.run_dir / "metrics.jsonl").write_text('{"step": 1, "split": "train"}\n')
     collect(tmp_path / "runs", tmp_path / "kept")
+    kept = (tmp_path / "kept" / "metrics.jsonl").read_text()
+    (tmp_path / "kept" / "metrics.jsonl").write_text(kept + '{"step": 1, "split": "train"}\n')
+    before = {path: path.read_bytes() for path in (tmp_path / "kept").glob("*.jsonl")}
+    with pytest.raises(ValueError, match=r"metrics\.jsonl has rows that say of no run: name another directory"):
+        collect(tmp_path / "runs", tmp_path / "kept")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "kept").glob("*.jsonl")}
+    (tmp_path / "kept" / "metrics.jsonl").write_text(kept)
     shutil.rmtree(tmp_path / "runs")
     (tmp_path / "runs" / "text-full-seed0").mkdir(parents=True)
     (tmp_path / "runs" / "text-full-seed0" / CELL_LOCK).touch()  # of a sweep that was stopped at once
