@@ -423,8 +423,8 @@ def test_the_same_sweep_twice_at_once_does_each_cell_once(tmp_path):
     assert {row[1] for row in status(tmp_path / "smoke")} == {"done"}
 
 
-@pytest.mark.parametrize("name", [".cell.lock", ".lock"])
-def test_what_another_process_does_not_get_done_is_done_here(tmp_path, ran, monkeypatch, name):
+@pytest.mark.parametrize(("name", "does"), [(".cell.lock", False), (".lock", False), (".cell.lock", True)])
+def test_what_another_process_does_not_get_done_is_done_here(tmp_path, ran, monkeypatch, name, does):
     """It may be a sweep, or a run that one left behind when it was killed."""
     names, _ = ran
     monkeypatch.setattr(sweep, "LOOK_SECONDS", 0.01)
@@ -438,14 +438,17 @@ def test_what_another_process_does_not_get_done_is_done_here(tmp_path, ran, monk
     def release():
         while len(names) < 3:
             time.sleep(0.01)
+        if does:
+            record_done(busy, next(cell for cell in cells(config) if cell.name == busy.name).commands)
         lock.release()
 
     other = threading.Thread(target=release)
     other.start()
     outcomes = run_sweep(config, Console(file=said, width=200))
     other.join()
+    assert outcomes.pop(busy.name) == (Outcome("was done", 0.0, "by another process") if does else Outcome("done", 1.0))
     assert {outcome.status for outcome in outcomes.values()} == {"done"}
-    assert names == [base, *(arm for arm in arms if arm != busy.name), busy.name]
+    assert names == [base, *(arm for arm in arms if arm != busy.name), *([] if does else [busy.name])]
     assert said.getvalue().count("waits  text-full-seed0  is run by another process") == 1
 
 
