@@ -57,7 +57,7 @@ def submit(
         for job in jobs:  # what a job unpickles is its user's to write, whatever the umask
             job.paths.submitted_pickle.chmod(job.paths.submitted_pickle.stat().st_mode & ~0o022)
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        for left in folder.glob("*[!d].pkl"):  # calls of no job; those of jobs end in _submitted
+        for left in set(folder.glob("*.pkl")) - set(folder.glob("*_submitted.pkl")):  # calls of no job
             left.unlink()
         said = " ".join(str(error).split())
         raise ValueError(f"Slurm does not take the job ({said}): see the launcher's values") from error

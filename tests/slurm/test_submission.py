@@ -134,6 +134,9 @@ def test_what_is_not_said_is_not_asked_for(scripts, make_config, tiny_overrides)
     script = (scripts / "7.sh").read_text()
     assert flags(script).keys().isdisjoint({"gpus-per-node", "mem", "partition", "account", "qos", "constraint"})
     assert flags(script)["ntasks-per-node"] == "1"
+    asked = {"time": "1440", "nodes": "1", "cpus-per-task": "8", "signal": "USR2@120"}
+    assert {key: flags(script)[key] for key in asked} == asked
+    assert (LauncherConfig().jobs, LauncherConfig().gpus_per_node) == (256, 1)
     assert f" {sys.executable} -u -m submitit" in script
 
 
@@ -347,12 +350,15 @@ def test_a_job_that_slurm_will_not_take_is_one_line_and_leaves_nothing(scripts, 
     )
     config = make_config("run")
     config.launcher = LauncherConfig(gpus_per_node=0)
-    with pytest.raises(
-        ValueError, match=r"does not take the job \(.*error: none.*\): see the launcher's values"
-    ) as error:
+    folder = tmp_path / "run" / "slurm"
+    folder.mkdir(parents=True)
+    for name in ("7_submitted.pkl", "0c.pkl", "0d.pkl"):  # a job's, and two of what became none
+        (folder / name).touch()
+    message = r"the job \(.*sbatch: error: no sbatch: error: none\b.*\): see the launcher's values"
+    with pytest.raises(ValueError, match=message) as error:
         submit_run(config, tiny_overrides("run")[0])
     assert "\n" not in str(error.value)
-    assert not list((tmp_path / "run" / "slurm").glob("*.pkl"))
+    assert [path.name for path in folder.glob("*.pkl")] == ["7_submitted.pkl"]
 
 
 def test_cells_that_take_the_model_of_a_base_are_submitted_with_it(scripts, sweep):

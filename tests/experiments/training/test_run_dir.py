@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from data import MixtureDataConfig, TextDataConfig
 from data.config import MixedCorpusConfig
-from experiments.config import load_config, to_train_config
+from experiments.config import load_config, plain, to_train_config
 from experiments.errors import REQUEUE, Occupied
 from experiments.files import read_rows, write_atomically
 from experiments.training import run_dir
@@ -142,6 +142,28 @@ def test_a_directory_of_before_a_key_has_its_default(config):
     assert load_config(path).data.bos_token == "none", "documents began with nothing"
     with pytest.raises(ValueError, match=r"data\.bos_token: none there, <s> now"):
         find_run_dir(replace(config, data=replace(config.data, bos_token="<s>")))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[1]", r"is damaged \(it has no model, attention, data\): restore it from a copy$"),
+        ("model: {}\nattention: {name: full}\n", r"is damaged \(it has no data\): restore"),
+        ("model: 3\nattention: {name: full}\ndata: {}\n", r"is damaged \(it has no model\): restore"),
+        ("model: {}\nattention: {}\ndata: {}\n", "no attention backend is called None: install the package"),
+        (
+            "model: {}\nattention: {name: full}\ndata: {}\n",
+            r"is damaged \(its data are of no kind known",
+        ),
+        ("model: {a: '${x}'}\nattention: {}\ndata: {}\n", r"refers to other values with \${...}, which no run writes"),
+        ("model: {", r"is damaged \(.*\): restore it from a copy$"),
+        ("steps: [\nmodel", r"is damaged \(.*\): restore it from a copy$"),
+    ],
+)
+def test_a_configuration_that_no_run_wrote_is_told_from_one_that_was_damaged(tmp_path, content, message):
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(ValueError, match=rf"config\.yaml:? {message}"):
+        load_config(tmp_path / "config.yaml")
 
 
 def test_a_null_vocabulary_stands_for_the_datas(config):
@@ -314,6 +336,23 @@ def test_rows_are_found_by_the_hash_that_they_were_written_with(overrides, expec
     if config.data.name != "mqar":
         without, other = (replace(config, data=replace(config.data, bos_token=token)) for token in ("none", "<s>"))
         assert config_hash(without) == config_hash(config) != config_hash(other)
+
+
+DEFAULTS = {
+    **{"overwrite": False, "cache_dir": "~/.cache/dashattn", "data.files": [], "data.validation_rows": 64},
+    **{"deepspeed.stage": 1, "rows_per_micro_batch": None, "sequence_parallel": 1, "any_tokenizer": False},
+    **{"branch_from": None, "log_every": 10, "stats_every": 50, "eval_every": 200, "save_every": 1000, "threads": None},
+    **{"keep_checkpoints": 2, "keep_every": 0, "max_skipped_steps": 10, "activation_checkpointing": False},
+    **{"check_memory": True, "peak_tflops": None, "profile_steps": 0, "launcher": None, "logger.mode": "offline"},
+    **{"logger.project": "dashattn", "logger.entity": None, "logger.group": None, "logger.tags": []},
+}
+
+
+def test_what_no_hash_covers_is_by_default_as_ever():
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        values = flat(plain(to_train_config(compose("train"))))
+    free = {key for key in values if key in FREE or key.split(".")[0] in ("logger", "launcher")} - {"name", "run_dir"}
+    assert {key: values[key] for key in free} == DEFAULTS
 
 
 def test_the_hash_covers_what_is_learned_and_nothing_else(config):
