@@ -3,6 +3,7 @@
 import json
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from dashattn.backends import DashConfig, FullConfig, InfLLMv2Config, NSAConfig
 from data import Batch
 from experiments.sparsity import TOLERANCE, Hold, calibrate, check_found, check_reachable, find_knob, knob_span
+from experiments.training.run import is_measured
 from models import ModelConfig, Transformer
 
 SCALES = DashConfig().knob_span(1)
@@ -190,6 +192,22 @@ def test_a_held_sparsity_follows_moving_weights():
         assert abs(math.log(hold.update(sparsities[-1]) / before)) <= 0.2 + 1e-9
         centre *= 0.96
     assert all(abs(sparsity - 0.75) < 0.02 for sparsity in sparsities[-30:])
+
+
+def test_which_steps_a_hold_measures():
+    """Every fourth, of whole rows, in which no layer attends to everything: the first seven do, counted from 0."""
+
+    def is_measured_at(step, length=8, holds=True):
+        attention = SimpleNamespace(holds_sparsity=holds)
+        layers = [SimpleNamespace(config=SimpleNamespace(is_dense_at=lambda step, n=n: step < n)) for n in (0, 7)]
+        engine = SimpleNamespace(module=SimpleNamespace(turned=layers))
+        config = SimpleNamespace(attention=attention, data=SimpleNamespace(seq_len=8))
+        read = SimpleNamespace(batches=[SimpleNamespace(input_ids=torch.zeros(2, length))])
+        return is_measured(SimpleNamespace(config=config, engine=engine), step, read)
+
+    assert [step for step in range(1, 21) if is_measured_at(step)] == [8, 12, 16, 20]
+    assert not is_measured_at(8, length=7)
+    assert not is_measured_at(8, holds=False)
 
 
 @pytest.mark.parametrize("measured", [0.0, 1.0])
