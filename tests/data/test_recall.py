@@ -9,7 +9,7 @@ import pytest
 from data import TextDataConfig
 from data.config import MOST_FACTS
 from data.corpora import iterate_documents, open_dataset
-from data.recall import FORMS, _pairs, recall_document
+from data.recall import FORMS, RECALL_VERSION, _pairs, recall_document
 from data.tasks.json_kv import INSTRUCTION
 
 BEGINNINGS = {"chains": "Memorize and track", "commons": "Below is", "frequents": "Read the following"}
@@ -132,7 +132,7 @@ def test_a_document_depends_on_seed_and_index_alone():
     assert len({recall_document(seed, index, 3, 20, 9) for seed in range(3) for index in range(50)}) == 150
     whole = "".join(documents(50)).encode()
     # Another value: raise RECALL_VERSION, so that no cache mixes documents of two kinds, and put it here.
-    assert hashlib.blake2b(whole, digest_size=4).hexdigest() == "585d83df"
+    assert (RECALL_VERSION, hashlib.blake2b(whole, digest_size=4).hexdigest()) == (2, "585d83df")
 
 
 def test_as_a_corpus():
