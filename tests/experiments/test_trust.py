@@ -90,6 +90,7 @@ def test_a_copy_of_the_code_is_what_its_name_says(tmp_path):
     (compiled / "config.cpython-311.pyc").write_bytes(b"planted")
     assert snapshot(tmp_path) == code
     assert not compiled.exists()
+    assert list(tmp_path.iterdir()) == [code], "the second copy is gone"
     changes = [partial((code / name).write_text, "print('other')\n") for name in ("train.py", "data/new.py")]
     for change in (*changes, partial((code / "torch").symlink_to, tmp_path)):
         shutil.copytree(code, tmp_path / "kept")

@@ -78,6 +78,8 @@ def test_the_settings_that_are_shipped_serve_several_ranks():
         config = to_config(compose("scaling"))
         check_parallel(config, 4)
         run = parallel.compose_run(config, "full", Mode(), 4, Path("unused"))
+    measured = (8192, 1, False, True, False, 131072, 32768, 2, 5)
+    assert Mode(*measured) == Mode()
     assert run.data.validation_rows >= 4
     assert run.eval_every == 0
 

@@ -166,7 +166,12 @@ def test_the_run_of_a_case(make_benchmark, tmp_path, length, setting, rows, batc
 
 @pytest.mark.usefixtures("make_benchmark")
 def test_what_is_measured_by_default_can_be():
-    check_throughput(to_config(compose("throughput")))
+    config = to_config(compose("throughput"))
+    check_throughput(config)
+    assert (config.lengths, config.sparsity, config.patterns) == ([8192, 16384, 32768], 0.75, ["clustered", "iid"])
+    assert (config.tokens_per_step, config.warmup, config.steps, config.time_budget) == (131072, 1, 3, 500.0)
+    tried = [(x.micro_batch_tokens, x.compile, x.activation_checkpointing) for x in config.settings]
+    assert tried == [(32768, True, False), (32768, False, False), (65536, True, False), (65536, True, True)]
 
 
 def test_neighbours_resemble_each_other_as_the_pattern_says():
