@@ -68,6 +68,9 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
         if os.environ.get("RANK", "0") == "0":
             print(f"{run_dir.path} is complete: {run_dir.step} steps\nnext: {next_command(config)}")
         return None
+    # Not refused before a job is submitted, which runs elsewhere.
+    if config.attention.impl == "triton" and config.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("attention.impl=triton needs a GPU, and this is device=cpu: use attention.impl=auto")
     weights = None  # a run that resumes has its own, and the folder it began with may be gone
     if config.init_from is not None and run_dir.checkpoint is None:
         weights = find_weights(config.init_from)

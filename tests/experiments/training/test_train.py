@@ -300,6 +300,14 @@ def test_summaries_are_learned_if_asked_for(make_config, learned):
     assert all(("grad_norm_router" in row) == learned for row in rows(Path(config.run_dir)))
 
 
+def test_kernels_without_a_gpu_are_refused_before_anything_is_made(make_config, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    config = make_config("run", "attention=dash", "attention.chunk_size=16", "attention.impl=triton")
+    with pytest.raises(ValueError, match=r"attention\.impl=triton needs a GPU.*use attention\.impl=auto"):
+        train(config)
+    assert not Path(config.run_dir).exists()
+
+
 def test_a_vocabulary_smaller_than_the_datas_is_refused(make_config, tmp_path):
     with pytest.raises(ValueError, match=r"model\.vocab_size=null"):
         train(make_config("run", "model.vocab_size=100"))
