@@ -51,7 +51,7 @@ def make_heat_map(study: Study) -> Drawn | None:
             ax.set_xlabel("KV head")
             ax.set_ylabel("layer")
             for axis in (ax.xaxis, ax.yaxis):
-                axis.get_major_locator().set_params(integer=True)
+                axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         figure.colorbar(image, ax=axes, label="causal sparsity", shrink=0.8)
         save(figure, path)
 
@@ -243,7 +243,7 @@ def _lines(table: list[dict], x: str) -> Callable[[Path], None]:
                     plain_log(ax.yaxis)
             else:
                 for axis in (ax.xaxis, ax.yaxis):
-                    axis.get_major_locator().set_params(integer=True)
+                    axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
                 ax.set_xlabel("blocks that the answer needs")
                 ax.set_ylabel("active blocks")
             ax.grid(alpha=0.25)

@@ -232,7 +232,9 @@ def draw(rows: Sequence[dict], path: Path) -> None:
         figure = pyplot().figure(figsize=size, layout="constrained")
         parts = figure.subfigures(len(blocks), 1, height_ratios=list(map(len, values)), squeeze=False)[:, 0]
         style_of = styles({curve.method for name, _ in columns for curve in curves(inside, name)})
-        against = sorted({row["against"] for row in inside if row["ratio"]}) or ["dense"]
+        others = sorted({row["against"] for row in inside if row["ratio"]} - {FLASH_3})
+        has_flash_3 = any(row["against"] == FLASH_3 for row in inside if row["ratio"])
+        against = FLASH_3 if has_flash_3 else others.pop() if len(others) == 1 else "dense attention"
         handles = {}
         for part, block, keys in zip(parts, blocks, values, strict=True):
             cells = part.subplots(len(keys), min(_WIDE, len(columns)), squeeze=False, sharex=True, sharey="row")
@@ -242,7 +244,7 @@ def draw(rows: Sequence[dict], path: Path) -> None:
             for column, (name, sparsity) in zip(axes.T, block, strict=True):
                 _draw_column(dict(zip(keys, column, strict=True)), inside, name, sparsity, style_of)
             for ax, key in zip(axes[:, 0], keys, strict=True):
-                ax.set_ylabel(_AXES[key] + (f" over {against[0]}" if key == "ratio" else ""))
+                ax.set_ylabel(_AXES[key] + (f" over {against}" if key == "ratio" else ""))
                 if key == "ms":
                     plain_log(ax.yaxis)
                 if key == "extra_mib":  # once all columns are drawn, which share the axis
@@ -252,7 +254,7 @@ def draw(rows: Sequence[dict], path: Path) -> None:
         figure.legend(handles.values(), handles.keys(), fontsize=8, loc="outside lower center", ncols=3)
         figure.suptitle(
             f"{title(setup)}\nhollow: the sparsity reached is another, see the table; "
-            f"a line has the lengths that were measured{_else(against[1:])}",
+            f"a line has the lengths that were measured{_else(others)}",
             fontsize=9,
         )
         name = path.name if number == 0 else f"{path.name}-{number + 1}"
