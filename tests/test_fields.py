@@ -108,7 +108,9 @@ def test_values_are_held_to_the_types_of_fields():
         table: dict[AnyText, list[PositiveInt]] | None = None
         stage: Annotated[int, OneOf((0, 1))] = 0
         on: bool = False
+        later: PositiveInt = fields.MISSING
 
+    assert Toy().later == "???"
     Toy(size=3, rates=[1, 2.5], table={"": [1]}, stage=1, on=True)
     for values, message in (
         ({"size": 2.0}, r"toy\.size must be a positive integer.*got 2\.0"),
