@@ -153,6 +153,7 @@ def test_several_tokens_behind_a_cache_with_parameters(pairs, name):
     with torch.no_grad():
         whole = loaded(IDS).logits
         assert_close(in_pieces(), whole)
+    learned = [x for x in loaded.parameters() if x.requires_grad]
     loaded.requires_grad_(False)
     own = loaded.model.layers[1].self_attn.backend
     try:  # gradients reach what alone learns
@@ -164,12 +165,15 @@ def test_several_tokens_behind_a_cache_with_parameters(pairs, name):
         scale = max(x.abs().amax().item() for x in wanted)
         torch.testing.assert_close(pieces, wanted, rtol=1e-3, atol=1e-4 * scale)
     finally:
-        loaded.requires_grad_(True)
+        for x in learned:
+            x.requires_grad_(True)
 
 
 @pytest.mark.parametrize("name", ["nsa", "nsa_minicpm", "indexer, prior", "dash, learnable alpha"])
 def test_parameters_of_an_export_learn_as_ours(pairs, name):
     model, loaded = pairs(name)
+    for each in (loaded, AutoModelForCausalLM.from_config(loaded.config)):
+        assert all(x.requires_grad for x in each.parameters())
     for each in (model, loaded):
         each.zero_grad()
         each(IDS).logits.square().mean().backward()

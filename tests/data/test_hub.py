@@ -14,7 +14,7 @@ from tests.fake_hub import FIRST, PATH, SECOND, FakeHub
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    yield FakeHub(tmp_path, monkeypatch, {FIRST: ["one", "two"], SECOND: ["three"]})
+    yield FakeHub(tmp_path, monkeypatch, {FIRST: [" one\n", "two"], SECOND: ["three"]})
     commit_of.cache_clear()
 
 
@@ -30,21 +30,21 @@ def texts(config):
 def test_a_branch_that_moved_is_another_corpus(hub, tmp_path, max_documents):
     config = corpus(max_documents=max_documents)
     before = corpus_fingerprint(config, tmp_path)
-    assert texts(config) == ["one", "two"]
+    assert texts(config) == [" one\n", "two"]
     hub.main = SECOND
-    assert (texts(config), corpus_fingerprint(config, tmp_path)) == (["one", "two"], before), "not within a process"
+    assert (texts(config), corpus_fingerprint(config, tmp_path)) == ([" one\n", "two"], before), "not within a process"
     hub.move()
     assert texts(config) == ["three"]
     assert corpus_fingerprint(config, tmp_path) != before
     of_then = corpus(max_documents=max_documents, revision=FIRST)
-    assert (texts(of_then), corpus_fingerprint(of_then, tmp_path)) == (["one", "two"], before)
+    assert (texts(of_then), corpus_fingerprint(of_then, tmp_path)) == ([" one\n", "two"], before)
     assert corpus_fingerprint(corpus(max_documents=max_documents, revision="main"), tmp_path) != before
 
 
 def test_what_is_read_of_a_data_set_is_what_was_named(hub, tmp_path):
     """All of it is downloaded as usual, which later serves offline, and of a capped one only the head."""
-    assert texts(corpus(config_name="en", hub_split="test")) == ["one", "two"]
-    assert (texts(corpus(max_documents=2)), texts(corpus(max_bytes=1))) == (["one", "two"], ["one"])
+    assert texts(corpus(config_name="en", hub_split="test")) == [" one\n", "two"]
+    assert (texts(corpus(max_documents=2)), texts(corpus(max_bytes=1))) == ([" one\n", "two"], [" one\n"])
     assert hub.read == [("en", "test", "downloaded"), *[(None, "train", "streamed")] * 2]
     with pytest.raises(ValueError, match=r"data\.text_column='body' is not among the columns \['text'\]"):
         texts(corpus(text_column="body"))

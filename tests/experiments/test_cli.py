@@ -53,6 +53,14 @@ def test_every_command_has_help(name, capsys, monkeypatch):
         assert page.startswith(f"usage: dashattn {name} ")
 
 
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_all_commands_are_listed_with_what_they_do(arguments, capsys):
+    main(arguments)
+    page = " ".join(capsys.readouterr().out.split())
+    for name, (_, what) in COMMANDS.items():
+        assert f" {name} {what} " in page
+
+
 def test_lm_evals_command_has_its_own_help():
     command = [sys.executable, str(ROOT / "dashattn_command.py"), *OF_LM_EVAL, "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -380,6 +380,7 @@ def test_router_recall_is_drawn_at_the_length_that_has_most_settings(study, tmp_
         row("routing", "recall", 0.5, length=512, probe="mqar", knob=knob, per_head=[[0.5]], causal_sparsity=knob / 10)
         for knob in (2.0, 8.0)
     ]
+    turned.append(row("routing", "recall", 0.25, label="full", knob=None, length=512, probe="mqar", per_head=[[0.25]]))
     (figure,) = (f for f in FIGURES if f.number == 6)
     figure.make(replace(study, evaluations=[*study.evaluations, *turned])).draw(tmp_path / "figure")
     ax = drawn[0].axes[0]

@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from experiments.files import THROUGHPUT, append_rows, read_rows
 from experiments.schema import to_config
 from experiments.speed.inputs import NEIGHBOURS
+from experiments.throughput import __main__ as throughput_command
 from experiments.throughput import report as throughput_report
 from experiments.throughput import steps as throughput
 from experiments.throughput.steps import Benchmark, Setting, check_throughput, resemble, run_benchmark
@@ -300,3 +301,13 @@ def test_a_command_line_refuses_what_cannot_be_trained(command, tmp_path):
     assert done.returncode != 0
     assert "optim.lr must be a positive finite number" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_home_directory_is_written_to(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written = []
+    monkeypatch.setattr(throughput_command, "run_benchmark", lambda config, *_: written.append(config.output_dir))
+    monkeypatch.setattr(throughput_command, "write_report", lambda path: written.append(str(path)))
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        throughput_command.main.__wrapped__(compose("throughput", ["output_dir='~/out'"]))
+    assert written == [str(tmp_path / "out")] * 2
