@@ -85,10 +85,10 @@ def with_ratios(rows: Sequence[dict]) -> list[dict]:
 
 
 def curves(rows: Iterable[dict], name: str) -> list[Curve]:
-    """The measured whole operations of one pass, of one sequence."""
+    """The measured whole operations of one pass."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        if row["stage"] == WHOLE and row["pass"] == name and row["status"] == "ok" and batch(row) == 1:
+        if row["stage"] == WHOLE and row["pass"] == name and row["status"] == "ok":
             groups.setdefault((row["method"], row["pattern"], row["sparsity"]), []).append(row)
     order = list(PATTERNS)
     keys = sorted(groups, key=lambda key: (key[0], key[2], order.index(key[1])))
