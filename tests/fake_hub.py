@@ -22,7 +22,7 @@ class FakeHub:
 
     def __init__(self, tmp_path, monkeypatch, texts):
         self.main, self.texts, self.is_online, self.read = FIRST, texts, True, []
-        self.load = datasets.load_dataset_builder
+        self.load, self.monkeypatch = datasets.load_dataset_builder, monkeypatch
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
         monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda api, *_, **asked: self._info(**asked))
         monkeypatch.setattr(datasets, "load_dataset_builder", self._builder)
@@ -35,6 +35,7 @@ class FakeHub:
 
     def disconnect(self):
         self.is_online = False
+        self.monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # nothing is tried again and again
         commit_of.cache_clear()
 
     def _info(self, revision=None, **_):

@@ -12,10 +12,16 @@ from data.hub import commit_of
 from tests.fake_hub import FIRST, PATH, SECOND, FakeHub
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_known():
+    commit_of.cache_clear()
+    yield
+    commit_of.cache_clear()
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    yield FakeHub(tmp_path, monkeypatch, {FIRST: [" one\n", "two"], SECOND: ["three"]})
-    commit_of.cache_clear()
+    return FakeHub(tmp_path, monkeypatch, {FIRST: [" one\n", "two"], SECOND: ["three"]})
 
 
 def corpus(**values):
@@ -63,7 +69,6 @@ def test_without_a_network_it_is_the_commit_that_was_seen_last(hub, tmp_path):
 def test_without_a_network_the_copy_on_this_machine_tells_its_commit(hub, tmp_path, monkeypatch):
     """``datasets`` keeps it under the commit."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     (tmp_path / "x.jsonl").write_text('{"text": "kept"}\n')
     datasets.load_dataset("json", data_files=str(tmp_path / "x.jsonl"), cache_dir=str(tmp_path / "built"))
     (built,) = (path.parent for path in (tmp_path / "built").rglob("dataset_info.json"))

@@ -37,6 +37,8 @@ def run(config):
 
 
 def test_the_knob_of_a_sparsity_is_found_for_each_length_and_kept(text_run, monkeypatch):
+    for name in (RESULTS, CALIBRATIONS):  # of other tests
+        (text_run / name).unlink(missing_ok=True)
     config = configured(text_run, sparsities=[0.3, 0.5], lengths=[96, 128])
     rows = run(config)
     assert [(row["target_sparsity"], row["length"]) for row in rows] == [(s, n) for s in (0.3, 0.5) for n in (96, 128)]
