@@ -218,7 +218,7 @@ def test_a_sweep_begins_from_a_base_run(slurm, tiny_overrides, tmp_path):
 
 
 def test_a_run_waits_for_its_process_that_lives_on_where_the_node_was_given_up(slurm, make_config, tiny_overrides):
-    options = ("steps=80", "save_every=20")
+    options = ("steps=320", "save_every=20")
     whole = train(make_config("whole", *options))
     config = make_config("run", *options)
     config.launcher = HERE
