@@ -17,6 +17,11 @@ R = TypeVar("R")
 HAS_TRITON = find_spec("triton") is not None  # here: torch.compile does not trace a search for modules
 
 
+def kernels_can_run(*, on_cuda: bool) -> bool:
+    """On a GPU, or in Triton's interpreter."""
+    return on_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def use_kernels(impl: str, q: Tensor, block_size: int, unsupported: str | None = None) -> bool:
     """Whether the Triton kernels run: ``auto`` takes them where they fit, ``triton`` insists and says what does not.
 
@@ -26,9 +31,9 @@ def use_kernels(impl: str, q: Tensor, block_size: int, unsupported: str | None =
     checks.check_choice("impl", impl, IMPLS)
     if impl == "reference" or (impl == "auto" and not q.is_cuda):
         return False
-    on_gpu = q.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    can_run = kernels_can_run(on_cuda=q.is_cuda)
     try:
-        check(on_gpu, f"impl='triton' needs tensors on a GPU, q is on {q.device}: use impl='auto' or 'reference'")
+        check(can_run, f"impl='triton' needs tensors on a GPU, q is on {q.device}: use impl='auto' or 'reference'")
         check(HAS_TRITON, "impl='triton' needs Triton: pip install triton, or use impl='reference'")
         check(unsupported is None, f"impl='triton': {unsupported}; use impl='auto' or 'reference'")
         from dashattn.ops.block_sparse.triton import check_kernels_fit

@@ -61,10 +61,12 @@ def _are_numbers(value: object) -> bool:
     return isinstance(value, list) and _holds_numbers(value)
 
 
-def _are_commands(value: object) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(command, list) and all(isinstance(word, str) for word in command) for command in value
-    )
+def are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def are_commands(value: object) -> bool:
+    return isinstance(value, list) and all(map(are_texts, value))
 
 
 METRIC_ROWS = Columns(
@@ -99,5 +101,5 @@ RESULT_ROWS = Columns(
     never_null=("task", "metric", "score", "label", "length", "causal_sparsity", "data", "checkpoint"),
 )
 CELL_ROWS = Columns(
-    required=("run", "commands"), kinds={"run": _is_text, "commands": _are_commands}, never_null=("run", "commands")
+    required=("run", "commands"), kinds={"run": _is_text, "commands": are_commands}, never_null=("run", "commands")
 )

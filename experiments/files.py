@@ -54,7 +54,6 @@ _KINDS = {
     START: {"data": dict, "parameters": int, "tokenizer": str | None, "init_from": dict},
     GIT: {"sha": str | None},
     STATE: {"step": int, "tokens": int, "stage": int, "world_size": int, "config_hash": str, "data": list},
-    CELL: {"commands": list},
 }
 UNTRAINED = "untrained"  # ends the label of rows of weights that were trained elsewhere
 

@@ -27,6 +27,7 @@ from omegaconf import MISSING, OmegaConf
 
 from dashattn.backends import AttentionConfig
 from dashattn.fields import Checked, Line, NonNegativeFloat, PositiveInt, Seed, Sparsity, Text, Threads
+from experiments.columns import are_commands, are_texts
 from experiments.config import register_configs
 from experiments.files import (
     CELL,
@@ -167,7 +168,7 @@ def read_done(run_dir: Path) -> dict:
     """What ``record_done`` wrote. Raises ValueError if it is damaged."""
     mend = "remove it; the cell's commands then look at what is there, and do what is missing"
     record = read_json(run_dir / CELL, mend, keys=("commands",))
-    if not all(are_texts(command) for command in record["commands"]):
+    if not are_commands(record["commands"]):
         raise ValueError(f"{run_dir / CELL} is damaged (its commands cannot be): {mend}")
     return record
 
@@ -303,10 +304,6 @@ def read_plan(output_dir: Path) -> list[Cell]:
 
 
 _TEXTS, _MAY_BE_NULL = ("name", "run_dir", "base"), ("base", "evaluate", "evaluate_turned")
-
-
-def are_texts(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def _from_json(plan: dict) -> Cell:

@@ -18,12 +18,13 @@ from itertools import groupby
 from pathlib import Path
 
 from data.cache import fingerprint
+from experiments.columns import are_texts
 from experiments.config import TrainConfig
 from experiments.errors import REQUEUE
 from experiments.files import SUBMITTED, locked, read_json, write_atomically
 from experiments.overrides import override
 from experiments.provenance import snapshot
-from experiments.sweep.cells import Cell, SweepConfig, are_texts, cells, missing, write_plan
+from experiments.sweep.cells import Cell, SweepConfig, cells, missing, write_plan
 from experiments.sweep.check import check_cells, check_run
 from experiments.sweep.run_cell import run_in_job
 from experiments.training.replacing import set_aside

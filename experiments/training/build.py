@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from dashattn.implementation import kernels_can_run
 from data import NO_TOKEN, BatchStream, Prefetched, TextTokenizer, build_data
 from experiments.config import TrainConfig
 from experiments.errors import Stopped
@@ -69,7 +70,7 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
             print(f"{run_dir.path} is complete: {run_dir.step} steps\nnext: {next_command(config)}")
         return None
     # Not refused before a job is submitted, which runs elsewhere.
-    if config.attention.impl == "triton" and config.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if config.attention.impl == "triton" and not kernels_can_run(on_cuda=config.device == "cuda"):
         raise ValueError("attention.impl=triton needs a GPU, and this is device=cpu: use attention.impl=auto")
     weights = None  # a run that resumes has its own, and the folder it began with may be gone
     if config.init_from is not None and run_dir.checkpoint is None:
