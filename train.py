@@ -25,6 +25,7 @@ import torch.distributed
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from dashattn.fields import user_path
 from experiments.config import TrainConfig, register_configs, to_train_config
 from experiments.errors import Preempted, run_faults, user_errors
 from experiments.files import CONFIGS
@@ -63,7 +64,7 @@ def train(config: TrainConfig, overrides: Sequence[str] = ()) -> Path:
         run = build(check(config), overrides, resources)
         if run is not None:
             loop(run, request)
-    return Path(config.run_dir).expanduser()
+    return user_path(config.run_dir)
 
 
 def loop(run: Run, request: StopRequest) -> None:

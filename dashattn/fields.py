@@ -11,11 +11,13 @@ A field of numbers or text has one of the types below, or ``Annotated`` with a r
 infinity are in no range.
 """
 
+import os
 import re
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 MISSING = "???"  # a value that is still to come, as OmegaConf spells it
@@ -97,7 +99,22 @@ Sparsity = Annotated[float, SPARSITY]
 AnyText = Annotated[str, Pattern(r".*", "a text")]
 Text = Annotated[str, Pattern(r"[^\0]*[^\0\s][^\0]*", "a text that is not empty")]
 # Of a line, as names, labels and paths are: what no terminal, table or file name can show stands in none.
-Line = Annotated[str, Pattern(r"[^\0-\x1f\x7f]*[^\0-\x1f\x7f\s][^\0-\x1f\x7f]*", "a line of text that is not empty")]
+_LINE = r"[^\0-\x1f\x7f]*[^\0-\x1f\x7f\s][^\0-\x1f\x7f]*"
+Line = Annotated[str, Pattern(_LINE, "a line of text that is not empty")]
+UserPath = Annotated[str, Pattern(_LINE, "a path, where ~ is your home")]  # stays as it was given; see ``user_path``
+
+
+def user_path(given: str | os.PathLike) -> Path:
+    """Where a path leads that a user gave: ``~`` or ``~NAME`` in front is a home. Nothing else in it is looked up, and
+    ``$`` is a letter.
+
+    Raises:
+        ValueError: there is no such home.
+    """
+    path = os.path.expanduser(given)
+    if path.startswith("~"):
+        raise ValueError(f"{given}: no home is known for {path.split(os.sep)[0]}; give the path from / on")
+    return Path(path)
 
 
 class Checked:
@@ -130,8 +147,8 @@ def field_types(schema: type) -> dict[str, Any]:
         if any(bare in (int, float, str) for bare in _leaves(hints[field.name])):
             raise TypeError(
                 f"{schema.__name__}.{field.name}: {hints[field.name]} takes any value, NaN and '' too. Give it a type "
-                "that says what it may be: PositiveInt, NonNegativeFloat, Share, Seed, Line ... of dashattn/fields.py, "
-                "or Annotated[...] with a rule of its own"
+                "that says what it may be: PositiveInt, NonNegativeFloat, Share, Seed, Line, UserPath ... of "
+                "dashattn/fields.py, or Annotated[...] with a rule of its own"
             )
     return {field.name: hints[field.name] for field in fields(schema)}
 

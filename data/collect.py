@@ -31,6 +31,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import BinaryIO
 
+from dashattn.fields import user_path
 from data.corpora import digest
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
@@ -62,7 +63,7 @@ def read_sources(sources: Iterable[str], patterns: list[str], skip: Skip) -> Ite
         ValueError: a source does not exist.
     """
     for source in sources:
-        given = os.path.expanduser(source)
+        given = str(user_path(source))
         paths = [given] if os.path.exists(given) else sorted(glob.glob(given, recursive=True))
         if not paths:
             raise ValueError(f"{source} {'matches no file' if glob.has_magic(given) else 'does not exist'}")
@@ -317,6 +318,7 @@ def main() -> None:
         print(f"left out: {name} ({why})", file=sys.stderr)
 
     try:
+        arguments.output = user_path(arguments.output)
         counts = collect(arguments.output, arguments.sources, arguments.match, skip)
     except ValueError as error:
         sys.exit(f"error: {error}")

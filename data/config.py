@@ -21,6 +21,7 @@ from dashattn.fields import (
     PositiveShare,
     Range,
     Seed,
+    UserPath,
 )
 
 SOURCES = ("hub", "files", "python_stdlib", "recall")
@@ -58,7 +59,7 @@ class CorpusConfig(Checked, at="data"):
     # Commit, branch or tag; null = the newest, or what the run began with. A run keeps the commit.
     revision: Line | None = None
     # files: paths or globs of .txt, .json, .jsonl / .ndjson and .parquet, also packed (.gz, .zst, .xz, .bz2)
-    files: list[Line] = field(default_factory=list)
+    files: list[UserPath] = field(default_factory=list)
     text_column: Line = "text"  # field of a row that holds the text
     # Of a .txt: what stands between its documents; \n in it, as a shell hands that over, is the end of a line. Null =
     # the whole file is one, unless it has more characters than document_bytes: then it is cut at ends of paragraphs;
@@ -121,7 +122,7 @@ class PackedDataConfig(DataConfig):
 
     # A tokenizer.json, a folder that holds one, or a hub name; null = the one of init_from, or without it a byte-level
     # BPE that is trained on the corpora.
-    tokenizer: Line | None = None
+    tokenizer: UserPath | None = None
     vocab_size: PositiveInt = 2048  # of a trained tokenizer
     tokenizer_bytes: PositiveLong = 4_000_000  # it is trained on at most this much of the training split
     # Begins a document, a prompt and what the harness asks; null = what the tokenizer itself puts before a text, none =

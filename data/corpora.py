@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from dashattn.fields import user_path
 from data.cache import fingerprint
 from data.config import CorpusConfig
 from data.digests import file_digests
@@ -113,7 +114,7 @@ def data_files(corpus: CorpusConfig) -> list[str]:
     order is the same wherever they lie. ValueError when a pattern matches nothing."""
     paths: dict[str, None] = {}
     for pattern in corpus.files:
-        path = os.path.expanduser(pattern)
+        path = str(user_path(pattern))
         found = [path] if os.path.exists(path) else glob.glob(path, recursive=True)
         matches = [path for path in found if os.path.isfile(path)]
         if not matches:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from dashattn.fields import user_path
 from data.cache import build_once, fingerprint
 from data.config import NO_TOKEN, PackedDataConfig
 from data.corpora import corpus_fingerprint, iterate_documents, split_of
@@ -163,7 +164,7 @@ class TextTokenizer:
             ValueError: there is none, it is damaged, it is another than the one that was saved there, or it lacks the
                 token that begins or ends a document.
         """
-        path = Path(name).expanduser()
+        path = user_path(name)
         if path.is_dir():
             path = path / TOKENIZER
             if not path.exists():

@@ -24,7 +24,11 @@ def called(module: str, name: str) -> Iterator[None]:
 
 
 def _path(text: str) -> Path:
-    return Path(text).expanduser()
+    """As ``dashattn.fields.user_path``, before PyTorch is imported."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text}: no such home is known; give the path from / on") from None
 
 
 _DESCRIPTIONS = {

@@ -27,6 +27,8 @@ from dashattn.fields import (
     Seed,
     Share,
     Threads,
+    UserPath,
+    user_path,
 )
 from data import NO_TOKEN, DataConfig, MixtureDataConfig, MQARDataConfig, TextDataConfig
 from experiments.backend_source import register_plugins
@@ -95,11 +97,11 @@ class TrainConfig(Checked):
     """One training run. A row is one sequence of data.seq_len tokens; a step is one optimizer step."""
 
     name: Line = MISSING  # of the run; made of what it trains unless given
-    run_dir: Line = "outputs/${name}"  # all that the run writes; a run that is there is resumed
+    run_dir: UserPath = "outputs/${name}"  # all that the run writes; a run that is there is resumed
     # Begin anew where run_dir holds a run, which is moved to a directory beside it; one that was begun so, and is not
     # complete, goes on.
     overwrite: bool = False
-    cache_dir: Line = MISSING  # tokenizers and tokenized text, shared by runs
+    cache_dir: UserPath = MISSING  # tokenizers and tokenized text, shared by runs
 
     model: ModelConfig = MISSING  # vocab_size null = the data's
     attention: AttentionConfig = MISSING  # the backend and its options
@@ -118,12 +120,12 @@ class TrainConfig(Checked):
     sequence_parallel: PositiveInt = 1
     # Run directory, checkpoint or Hugging Face folder whose weights are loaded at step 0; its shape with
     # model=checkpoint, and its tokenizer where data.tokenizer is null.
-    init_from: Line | None = None
+    init_from: UserPath | None = None
     any_tokenizer: bool = False  # start from weights that were trained on other tokens than the data's
     # RUN@STEP: begin with that checkpoint as if it were this run's own, with its optimizer and its place in the data.
     # All values are given as for RUN, but for what may change on a resume, and for steps and the schedule, where they
     # leave the learning rates of the steps before STEP as they were.
-    branch_from: Line | None = None
+    branch_from: UserPath | None = None
     any_attention: bool = False  # start from a folder whose weights were trained with another sparse attention
 
     log_every: PositiveInt = 10  # steps from one row of metrics to the next
@@ -153,7 +155,7 @@ def _model_name(init_from: str | None) -> str:
     if not HydraConfig.initialized():  # composed by a program
         return "model"
     choice = HydraConfig.get().runtime.choices.get("model", "model")
-    return Path(init_from).expanduser().name if choice == CHECKPOINT and init_from else choice
+    return user_path(init_from).name if choice == CHECKPOINT and init_from else choice
 
 
 def register_configs() -> None:

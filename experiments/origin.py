@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dashattn.backends import BACKENDS, AttentionConfig, FullConfig
+from dashattn.fields import user_path
 from data import NO_TOKEN, DataConfig, PackedDataConfig, TextTokenizer
 from data.config import CorpusConfig
 from data.hub import pinned
@@ -46,7 +47,7 @@ def take_from_origin(cfg: DictConfig) -> DictConfig:
             if is_open:
                 raise ValueError(f"{group}={CHECKPOINT} is that of init_from: name a folder or a run, init_from=FOLDER")
         return cfg
-    cfg, origin = copy.deepcopy(cfg), Path(cfg.init_from).expanduser()
+    cfg, origin = copy.deepcopy(cfg), user_path(cfg.init_from)
     own = _own_config(cfg)
     if cfg.attention.name == CHECKPOINT:
         _replace_attention(cfg, _attention_of(origin) if own is None else own.attention)
@@ -207,7 +208,7 @@ def _own_config(cfg: DictConfig) -> DictConfig | None:
     """
     run_dir = None
     with suppress(OmegaConfBaseException):  # a name made of values that are missing
-        if is_own(Path(cfg.run_dir).expanduser(), overwrite=cfg.get("overwrite", False)):
+        if is_own(user_path(cfg.run_dir), overwrite=cfg.get("overwrite", False)):
             run_dir = cfg.run_dir
     path = _began_with(run_dir, cfg.get("branch_from"))
     if path is None:
@@ -223,7 +224,7 @@ def _own_config(cfg: DictConfig) -> DictConfig | None:
 
 def _began_with(run_dir: str | None, branch_from: str | None) -> Path | None:
     """The config.yaml of a run that was started before, or of the one that it branches off."""
-    places = [] if run_dir is None else [Path(run_dir).expanduser()]
+    places = [] if run_dir is None else [user_path(run_dir)]
     places += [] if branch_from is None else [parse_branch(branch_from)[0]]
     return next((place / CONFIG for place in places if (place / CONFIG).is_file()), None)
 
@@ -247,7 +248,7 @@ def parse_branch(branch_from: str) -> tuple[Path, int]:
     run, _, step = branch_from.rpartition("@")
     if not run or not step.isdecimal():
         raise ValueError(f"branch_from={branch_from}: give RUN@STEP, a run directory and the step of a checkpoint")
-    return Path(run).expanduser(), int(step)
+    return user_path(run), int(step)
 
 
 def _known_model(origin: Path) -> dict:

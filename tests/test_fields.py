@@ -1,5 +1,6 @@
 """What the fields of all schemas may hold: every field says it, and nonsense is refused in one line, whatever it is."""
 
+import ast
 import copy
 import math
 from dataclasses import dataclass, is_dataclass
@@ -16,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dashattn import fields
 from dashattn.backends import BACKENDS
-from dashattn.fields import AnyText, Checked, OneOf, PositiveFloat, PositiveInt, field_types
+from dashattn.fields import AnyText, Checked, OneOf, PositiveFloat, PositiveInt, UserPath, field_types, user_path
 from experiments.config import register_configs, to_train_config
 from experiments.evaluation.config import register_evaluate_config
 from experiments.evaluation.evaluate import find_target
@@ -31,6 +32,7 @@ from experiments.throughput.steps import register_throughput_config
 from experiments.training.check import check
 from tests.checkpoints import make_folder
 from tests.composition import hasten
+from tests.test_imports import modules
 
 hasten()
 for register in (
@@ -128,6 +130,45 @@ def test_values_are_held_to_the_types_of_fields():
     ):
         with pytest.raises(ValueError, match=message):
             Toy(**values)
+
+
+def test_a_path_leads_home_and_nothing_else_in_it_is_looked_up(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    led = {given: str(user_path(given)) for given in ("~", "~/a", "a/~", "$HOME/~a", "/a", Path("~/a"))}
+    assert led == {
+        **{"~": "/home/me", "~/a": "/home/me/a", Path("~/a"): "/home/me/a"},
+        **{"a/~": "a/~", "$HOME/~a": "$HOME/~a", "/a": "/a"},
+    }
+    with pytest.raises(ValueError, match=r"~nobody-here/a: no home is known for ~nobody-here; give the path from /"):
+        user_path("~nobody-here/a")
+
+
+# Keys whose values are opened under another name, by what takes them.
+OPENED_AS = {"branch_from": "run", "files": "pattern", "hotpotqa": "path", "squad": "path"}
+
+
+def test_every_path_of_a_configuration_is_opened_through_one_door():
+    """``user_path``: no key that holds a path is taken as it is, and no other function looks for a home."""
+
+    def is_path(hint):
+        return hint == UserPath or any(map(is_path, get_args(hint)))
+
+    keys = {name for schema in schemas() for name, hint in field_types(schema).items() if is_path(hint)}
+    opened, wrong = set(), []
+    for module, file in modules().items():
+        for call in (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)):
+            called = ast.unparse(call.func)
+            parts = [part for argument in call.args for part in ast.walk(argument)]
+            taken = keys & {part.attr for part in parts if isinstance(part, ast.Attribute)}
+            if called == "user_path":
+                opened |= taken | {part.id for part in parts if isinstance(part, ast.Name)}
+            elif called.endswith("expanduser") and module not in ("dashattn.fields", "experiments.arguments"):
+                wrong.append(f"{module}:{call.lineno} calls {called}")
+            elif taken and (called in ("Path", "open") or called.startswith(("os.", "glob."))):
+                wrong.append(f"{module}:{call.lineno} has {', '.join(taken)} without user_path")
+    assert {"run_dir", "cache_dir", "files", "tokenizer", "output_dir", "haystack"} <= keys
+    assert {OPENED_AS.get(key, key) for key in keys} - opened == set()
+    assert wrong == []
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from dashattn.fields import user_path
+
 Options = dict[str, int]
 
 ENABLED = os.environ.get("DASHATTN_AUTOTUNE", "1") != "0"
@@ -152,7 +154,7 @@ def _milliseconds(run: Callable[[Options], None], option: Options, flush: Tensor
 
 
 def _user_file() -> Path:
-    return Path(os.environ.get("DASHATTN_CACHE", "~/.cache/dashattn")).expanduser() / "tuning.jsonl"
+    return user_path(os.environ.get("DASHATTN_CACHE", "~/.cache/dashattn")) / "tuning.jsonl"
 
 
 @cache

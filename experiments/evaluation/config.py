@@ -7,7 +7,18 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from dashattn.backends import AttentionConfig
-from dashattn.fields import Checked, Line, NonNegativeFloat, NonNegativeInt, OneOf, PositiveInt, Seed, Sparsity, Threads
+from dashattn.fields import (
+    Checked,
+    Line,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OneOf,
+    PositiveInt,
+    Seed,
+    Sparsity,
+    Threads,
+    UserPath,
+)
 from dashattn.stats import SPARSITY_COUNTS
 from data import DataConfig, MQARDataConfig
 from data.prompts import OWN_TEMPLATE, TEMPLATES
@@ -25,8 +36,8 @@ PREFIX = "lm_eval/"  # of names of lm-evaluation-harness
 class EvaluateConfig(Checked):
     """One evaluation."""
 
-    run: Line = MISSING  # run directory (its latest checkpoint), one of its checkpoints, or a Hugging Face folder
-    output: Line | None = None  # directory of the rows; null = the run's, of a folder outputs/FOLDER-ATTENTION
+    run: UserPath = MISSING  # run directory (its latest checkpoint), one of its checkpoints, or a Hugging Face folder
+    output: UserPath | None = None  # directory of the rows; null = the run's, of a folder outputs/FOLDER-ATTENTION
     # Of a folder, which is scored as it is, without any training:
     attention: AttentionConfig | None = None  # null = what it was trained with, dense if it says nothing
     any_attention: bool = False  # even where it was trained with another sparse one
@@ -37,7 +48,7 @@ class EvaluateConfig(Checked):
     data: DataConfig | None = None
     # Of the data that it is scored on, as of train.py; also for a run that another user wrote, while a run of one's own
     # has its own.
-    cache_dir: Line = "~/.cache/dashattn"
+    cache_dir: UserPath = "~/.cache/dashattn"
     any_data: bool = False  # read what a run that another user wrote names as its text: files, a data set on the hub
     # On the run's validation split: loss | position | recall | sparsity. Generated: ruler (its 13) | niah_single_1 ...
     # qa_2 | niah (heat map) | niah_values (1 to 16 values of a key) | json_kv. Of the router: routing. Time of a token:
@@ -65,10 +76,10 @@ class EvaluateConfig(Checked):
     # How a generated task is put to the model; tokenizer = by its tokenizer's own chat template, those of lm_eval, too.
     template: Annotated[str, OneOf((*TEMPLATES, OWN_TEMPLATE))] = "base"
     samples_seed: Seed = 0  # of generated tasks
-    haystack: Line | None = None  # text file, or RULER's PaulGrahamEssays.json; null = the run's held-out text
-    squad: Line | None = None  # SQuAD's dev-v2.0.json, for qa_1
-    hotpotqa: Line | None = None  # hotpot_dev_distractor_v1.json, for qa_2
-    harness_path: Line | None = None  # directory with task definitions for lm_eval beside its own
+    haystack: UserPath | None = None  # text file, or RULER's PaulGrahamEssays.json; null = the run's held-out text
+    squad: UserPath | None = None  # SQuAD's dev-v2.0.json, for qa_1
+    hotpotqa: UserPath | None = None  # hotpot_dev_distractor_v1.json, for qa_2
+    harness_path: UserPath | None = None  # directory with task definitions for lm_eval beside its own
     harness_fewshot: NonNegativeInt | None = None  # solved examples before each question; null = as the task says
     # What routing looks at in a run trained on text; a run trained on MQAR is probed on MQAR.
     probes: list[Line] = field(default_factory=lambda: ["niah_single_2", "niah_multikey_2", "niah_values"])

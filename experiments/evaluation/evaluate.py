@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from filelock import FileLock, Timeout
 
+from dashattn.fields import user_path
 from data.cache import fingerprint
 from experiments.config import TrainConfig
 from experiments.evaluation.config import EvaluateConfig, check_tasks
@@ -51,7 +52,7 @@ def find_target(config: EvaluateConfig) -> Target:
         ValueError: no such run, unknown task, a knob value or sparsity that the attention cannot have, or no right to
             write where the rows are to be kept.
     """
-    if is_hf_folder(Path(config.run).expanduser()):
+    if is_hf_folder(user_path(config.run)):
         target = locate_folder(config)
     else:
         if config.attention is not None:

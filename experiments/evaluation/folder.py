@@ -1,9 +1,9 @@
 """A Hugging Face folder as what is evaluated: nothing was trained here, and text to score it on is named if need be."""
 
 from dataclasses import replace
-from pathlib import Path
 
 from dashattn.backends import AttentionConfig, FullConfig
+from dashattn.fields import user_path
 from data import NO_TOKEN, DataConfig, PackedDataConfig, TextDataConfig, TextTokenizer
 from data.hub import pinned
 from experiments.config import DeepSpeedConfig, TrainConfig
@@ -35,7 +35,7 @@ def locate_model(run: str, device: str, length: int | None = None) -> Target:
     Raises:
         ValueError: as ``locate`` and ``locate_folder``.
     """
-    if not is_hf_folder(Path(run).expanduser()):
+    if not is_hf_folder(user_path(run)):
         return locate(run, device)
     return locate_folder(EvaluateConfig(run=run, device=device, tasks=[], lengths=length and [length]))
 
@@ -46,7 +46,7 @@ def locate_folder(config: EvaluateConfig) -> Target:
     Raises:
         ValueError: no text to score it on where there has to be one, or its model, files or attention cannot be had.
     """
-    folder, data = Path(config.run).expanduser(), config.data
+    folder, data = user_path(config.run), config.data
     if data is None and (config.sparsities is not None or {*STREAM_TASKS, DECODE} & set(config.tasks)):
         raise ValueError(f"{folder} was trained elsewhere: name the text to score it on, as in data=python_stdlib")
     check_device(config.device)
@@ -85,7 +85,7 @@ def locate_folder(config: EvaluateConfig) -> Target:
     train = resolve(train)
     check_vocabulary(train)
     meta_backends(train)
-    return Target(Path(train.run_dir).expanduser(), folder, folder, train)
+    return Target(user_path(train.run_dir), folder, folder, train)
 
 
 def _check_untrained(attention: AttentionConfig) -> None:

@@ -20,7 +20,6 @@ from omegaconf import MISSING, DictConfig
 from dashattn.fields import (
     AnyText,
     Checked,
-    Line,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -28,6 +27,7 @@ from dashattn.fields import (
     PositiveShare,
     Seed,
     Threads,
+    UserPath,
 )
 from data import TextTokenizer
 from data.cache import fingerprint
@@ -46,7 +46,7 @@ from models.generate import Sampling, generate
 class GenerateConfig(Checked):
     """One batch of prompts."""
 
-    run: Line = MISSING  # run directory (its latest checkpoint), one of its checkpoints, or a Hugging Face folder
+    run: UserPath = MISSING  # run directory (its latest checkpoint), one of its checkpoints, or a Hugging Face folder
     prompt: AnyText | None = None  # the text to continue
     prompts: list[AnyText] = field(default_factory=list)  # in its place: several, of any length, continued at once
     max_new_tokens: PositiveInt = 200  # of each prompt

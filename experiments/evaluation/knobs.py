@@ -7,10 +7,10 @@ and length are of one knob, also those of a later call.
 import math
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 
+from dashattn.fields import user_path
 from data import build_data
 from data.cache import fingerprint
 from experiments.config import TrainConfig
@@ -103,7 +103,7 @@ def turn_knob(model: Transformer, setpoint: Setpoint, task: Task, config: Evalua
     data = train.data.at_length(length, **config.mqar.given())
     if _is_packed(train) and not task.packed:
         data = replace(data, pack="plain")
-    cache_dir, device = Path(train.cache_dir).expanduser(), torch.device(train.device)
+    cache_dir, device = user_path(train.cache_dir), torch.device(train.device)
 
     def search(rows: int) -> tuple[Found, int]:
         stream = build_data(data, split="train", seed=train.seed, rows=rows, cache_dir=cache_dir)

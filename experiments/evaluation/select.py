@@ -1,8 +1,8 @@
 """From names on the command line to tasks that are ready to run."""
 
 import sys
-from pathlib import Path
 
+from dashattn.fields import user_path
 from data import MQARDataConfig
 from data.prompts import OWN_TEMPLATE, PromptEncoder
 from data.task_sets import SUITES, TEXT_TASKS, TaskSet, build_set, held_out_text
@@ -52,7 +52,7 @@ def build_tasks(config: EvaluateConfig, target: Target) -> list[Task]:
                     rows=config.rows,
                     rows_per_batch=config.rows_per_batch,
                     fewshot=config.harness_fewshot,
-                    include_path=config.harness_path,
+                    include_path=config.harness_path and str(user_path(config.harness_path)),
                     chat=config.template == OWN_TEMPLATE,
                 )
             )
@@ -71,7 +71,7 @@ def _stream_tasks(config: EvaluateConfig, train: TrainConfig, length: int) -> li
         return []
     rows = config.rows or train.data.validation_rows  # None: the whole split
     data = data_at(train.data, length, rows, config.mqar)
-    cache_dir = Path(train.cache_dir).expanduser()
+    cache_dir = user_path(train.cache_dir)
     return [StreamTask(names, data, build_stream(data, train.seed, config.rows_per_batch, cache_dir), config.mqar)]
 
 
@@ -79,7 +79,7 @@ def _decoding_tasks(config: EvaluateConfig, train: TrainConfig, length: int) -> 
     if DECODE not in config.tasks:
         return []
     data = data_at(train.data, length, 1, config.mqar)
-    stream = build_stream(data, train.seed, 1, Path(train.cache_dir).expanduser())
+    stream = build_stream(data, train.seed, 1, user_path(train.cache_dir))
     return [DecodingTask(next(iter(stream)).input_ids.flatten().tolist())]
 
 
@@ -87,7 +87,7 @@ def _mqar_tasks(config: EvaluateConfig, train: TrainConfig, length: int) -> list
     tasks = _stream_tasks(config, train, length) + _decoding_tasks(config, train, length)
     if ROUTING in config.tasks:
         data = data_at(train.data, length, config.rows or PROBES, config.mqar)
-        stream = build_stream(data, train.seed, config.rows_per_batch, Path(train.cache_dir))
+        stream = build_stream(data, train.seed, config.rows_per_batch, user_path(train.cache_dir))
         columns = StreamTask(("recall",), data, stream, config.mqar).columns
         tasks.append(RoutingTask("mqar", list(mqar_probes(stream, data)), columns))
     return tasks
@@ -104,12 +104,12 @@ class _Sets:
     def material(self, needs: str | None) -> Material:
         if needs in ("squad", "hotpotqa"):
             path = getattr(self.config, needs)
-            return Material(**{needs: Path(path).expanduser()}) if path else Material()
+            return Material(**{needs: user_path(path)}) if path else Material()
         if needs is None:
             return Material()
         if self.haystack is None:
             if self.config.haystack is not None:
-                self.haystack = read_haystack(Path(self.config.haystack).expanduser())
+                self.haystack = read_haystack(user_path(self.config.haystack))
             else:
                 self.target.check_reads()
                 # Enough for samples of the longest length to begin at different places.
@@ -126,7 +126,7 @@ class _Sets:
                 count=count,
                 seed=self.config.samples_seed,
                 material=self.material(TEXT_TASKS[name].needs),
-                cache_dir=Path(self.train.cache_dir).expanduser(),
+                cache_dir=user_path(self.train.cache_dir),
             )
         except ValueError as error:
             if is_named:

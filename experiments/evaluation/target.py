@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from dashattn.fields import user_path
 from dashattn.ops.full.reference import use_flash_attention_3
 from data import BatchStream, DataConfig, PackedDataConfig, TextTokenizer, build_data, build_tokenizer
 from data.cache import fingerprint
@@ -66,7 +67,7 @@ class Target:
     @cached_property
     def _text(self) -> str:
         """Of the corpora that a folder is scored on, and of its tokenizer: other text may come to lie there, too."""
-        data, cache_dir = self.train.data, Path(self.train.cache_dir).expanduser()
+        data, cache_dir = self.train.data, user_path(self.train.cache_dir)
         if not isinstance(data, PackedDataConfig):
             return fingerprint()
         corpora = [corpus_fingerprint(corpus, cache_dir) for corpus, _ in data.parts.values()]
@@ -96,7 +97,7 @@ class Target:
         if not (self.home / TOKENIZER).is_dir():
             self.check_reads()
         # Of runs of before tokenizers were kept it is trained once more.
-        tokenizer = build_tokenizer(data, Path(self.train.cache_dir).expanduser())
+        tokenizer = build_tokenizer(data, user_path(self.train.cache_dir))
         if not self.is_folder:
             check_tokenizer(self, tokenizer)
         return tokenizer
@@ -131,7 +132,7 @@ def locate(
     Raises:
         ValueError: no such run, or no such device.
     """
-    if is_hf_folder(Path(run).expanduser()):
+    if is_hf_folder(user_path(run)):
         raise ValueError(f"{run} is a Hugging Face folder, and a run is needed here: init_from={run} begins one")
     checkpoint = find_weights(run).parent
     home = run_of(checkpoint)
@@ -147,7 +148,7 @@ def locate(
         train = replace(train, data=lying_at(train.data, data))
     found = read_state(checkpoint).get("sparsity")
     attention = train.attention if found is None else train.attention.with_knob(found["knob"])
-    kept = None if output is None else Path(output).expanduser()
+    kept = None if output is None else user_path(output)
     return Target(run_dir, checkpoint, home, replace(train, attention=attention), kept, unread)
 
 
@@ -196,7 +197,7 @@ def validation_stream(target: Target) -> BatchStream:
     on."""
     target.check_reads()
     train = target.train
-    stream = build_stream(train.data, train.seed, 1, Path(train.cache_dir).expanduser())
+    stream = build_stream(train.data, train.seed, 1, user_path(train.cache_dir))
     if target.is_folder:
         return stream
     if stream.tokenizer is not None:

@@ -5,13 +5,11 @@ from experiments.help import answer_help
 if __name__ == "__main__":
     answer_help("speed")  # before PyTorch is imported
 
-from dataclasses import replace
-from pathlib import Path
-
 import hydra
 import torch
 from omegaconf import DictConfig
 
+from dashattn.fields import user_path
 from experiments.errors import user_errors
 from experiments.files import CONFIGS
 from experiments.schema import to_config
@@ -32,9 +30,8 @@ def main(cfg: DictConfig) -> None:
                 "speed is measured on a CUDA GPU and PyTorch sees none; table and figure of rows that are there: "
                 f"python -m experiments.speed.report {config.output_dir}"
             )
-        config = replace(config, output_dir=str(Path(config.output_dir).expanduser()))
         run(config, "cuda", lambda line: print(line, flush=True))
-        print(write_report(Path(config.output_dir)))
+        print(write_report(user_path(config.output_dir)))
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
+from dashattn.fields import user_path
 from experiments.files import SPEED, append_rows
 from experiments.provenance import provenance
 from experiments.schema import DTYPES
@@ -201,7 +201,7 @@ def measured(config: SpeedConfig, device: str) -> Iterator[dict]:
 
 def run(config: SpeedConfig, device: str, say: Callable[[str], None] = print) -> None:
     """Measures, and writes every row as soon as it is there."""
-    path = Path(config.output_dir) / SPEED
+    path = user_path(config.output_dir) / SPEED
     path.parent.mkdir(parents=True, exist_ok=True)
     for row in measured(config, device):
         # JSON has no NaN, which is what a broken kernel's error can be; the check has already failed it.

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from hydra.core.config_store import ConfigStore
 
-from dashattn.fields import Checked, Line, OneOf, PositiveFloat, PositiveInt, Seed, Sparsity
+from dashattn.fields import Checked, Line, OneOf, PositiveFloat, PositiveInt, Seed, Sparsity, UserPath
 from experiments.speed.inputs import PATTERNS
 from experiments.speed.methods import BACKENDS, OPERATIONS
 from experiments.speed.peers import BASELINES
@@ -18,7 +18,7 @@ KERNEL_DTYPES = ("bf16", "fp16")
 class SpeedConfig(Checked):
     """One benchmark; causal, batch 1 except where sequences are decoded."""
 
-    output_dir: Line = "outputs/speed"  # of rows, table and figure
+    output_dir: UserPath = "outputs/speed"  # of rows, table and figure
     lengths: list[PositiveInt] = field(default_factory=lambda: [2**i for i in range(10, 18)])  # in tokens
     sparsities: list[Sparsity] = field(default_factory=lambda: [0.75, 0.9])  # causal
     patterns: list[Line] = field(default_factory=lambda: list(PATTERNS))  # shared | clustered | iid

@@ -14,7 +14,6 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from pathlib import Path
 
 import hydra
 import torch
@@ -23,6 +22,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from dashattn.fields import user_path
 from experiments.errors import REQUEUE, user_errors
 from experiments.files import CONFIGS
 from experiments.schema import to_config
@@ -37,13 +37,13 @@ LOOK_SECONDS = 0.5  # between looks at cells that another process runs
 def run_sweep(config: SweepConfig, console: Console) -> dict[str, Outcome]:
     """Does what is missing, ``config.jobs`` cells at a time. A signal is passed on to them, and no other one starts."""
     found = cells(config)
-    write_plan(Path(config.output_dir), found)
+    output_dir = user_path(config.output_dir)
+    write_plan(output_dir, found)
     lanes = gpu_lanes(visible_gpus(), config.gpus_per_cell)
     outcomes = {cell.name: Outcome("was done") for cell in found if cell.is_done()}
     waiting = missing(found)
     console.print(f"{config.name}: {len(waiting)} cells to do, {len(outcomes)} done before", highlight=False)
 
-    log_dir = Path(config.output_dir) / "logs"
     running: dict[Future, tuple[Cell, tuple[str, ...], FileLock]] = {}
     elsewhere: set[str] = set()  # names of cells that another process was seen to run
     with Children() as children, ThreadPoolExecutor(config.jobs) as pool:
@@ -76,7 +76,7 @@ def run_sweep(config: SweepConfig, console: Console) -> dict[str, Outcome]:
                 console.print(f"  start  {cell.name}", highlight=False)
                 taken = [lane for _, lane, _ in running.values()]
                 gpus = min(lanes, key=taken.count)
-                running[pool.submit(run_cell, cell, log_dir, children, gpus=gpus)] = cell, gpus, lock
+                running[pool.submit(run_cell, cell, output_dir / "logs", children, gpus=gpus)] = cell, gpus, lock
             if not running and waiting:
                 time.sleep(LOOK_SECONDS)
             look = LOOK_SECONDS if elsewhere else None
@@ -124,7 +124,6 @@ register_sweep_config()
 def main(cfg: DictConfig) -> None:
     with user_errors():
         config = to_config(cfg)
-        config.output_dir = str(Path(config.output_dir).expanduser())
         if config.launcher is not None:
             print(submit_sweep(config))
             return

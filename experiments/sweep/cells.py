@@ -26,7 +26,18 @@ from hydra.errors import MissingConfigException
 from omegaconf import MISSING, OmegaConf
 
 from dashattn.backends import AttentionConfig
-from dashattn.fields import Checked, Line, NonNegativeFloat, PositiveInt, Seed, Sparsity, Text, Threads
+from dashattn.fields import (
+    Checked,
+    Line,
+    NonNegativeFloat,
+    PositiveInt,
+    Seed,
+    Sparsity,
+    Text,
+    Threads,
+    UserPath,
+    user_path,
+)
 from experiments.columns import are_commands, are_texts
 from experiments.config import register_configs
 from experiments.files import (
@@ -74,7 +85,7 @@ class SweepConfig(Checked):
     """Studies x arms x trained knobs x seeds."""
 
     name: Line = MISSING  # of the sweep
-    output_dir: Line = "outputs/${name}"  # a run directory in it for each cell
+    output_dir: UserPath = "outputs/${name}"  # a run directory in it for each cell
     seeds: list[Seed] = field(default_factory=lambda: [0])  # a cell for each
     jobs: PositiveInt = 1  # cells at a time, dealt out to the GPUs of this machine
     gpus_per_cell: PositiveInt = 1  # that train it together, by torchrun; of a job it is launcher.gpus_per_node
@@ -214,7 +225,7 @@ def _study_cells(config: SweepConfig, study_name: str, study: StudyConfig, seed:
         suffix: str = "",
     ) -> Cell:
         name = f"{study_name}-{label}{suffix}-seed{seed}"
-        run_dir = Path(config.output_dir) / name
+        run_dir = user_path(config.output_dir) / name
         # Of two values for one key the later holds: an arm may differ from its study, but no cell from its own name.
         own_name, own_dir = override("name", name), override("run_dir", str(run_dir))
         overrides = [*study.train, *train, f"seed={seed}", own_name, own_dir, *threads]

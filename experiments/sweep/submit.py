@@ -17,6 +17,7 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
+from dashattn.fields import user_path
 from data.cache import fingerprint
 from experiments.columns import are_texts
 from experiments.config import TrainConfig
@@ -46,7 +47,7 @@ def submit_run(config: TrainConfig, overrides: Sequence[str]) -> str:
     """
     launcher = config.launcher
     launcher.check()
-    run_dir = Path(config.run_dir).expanduser().absolute()
+    run_dir = user_path(config.run_dir).absolute()
     # A job that is queued again goes on with its run: what makes way for it does so now.
     train = tuple(o for o in overrides if not o.lstrip("+~").startswith(("launcher", "run_dir=", "overwrite=")))
     evaluate = None if launcher.evaluate is None else (override("run", str(run_dir)), *launcher.evaluate)
@@ -76,7 +77,7 @@ def submit_sweep(config: SweepConfig) -> str:
         ValueError: a cell cannot work, or Slurm will not take it.
     """
     config.launcher.check()
-    output_dir = Path(config.output_dir).absolute()
+    output_dir = user_path(config.output_dir).absolute()
     found = cells(replace(config, output_dir=str(output_dir)))
     check_cells(missing(found), config.launcher.ranks)
     write_plan(output_dir, found)

@@ -5,13 +5,11 @@ from experiments.help import answer_help
 if __name__ == "__main__":
     answer_help("throughput")  # before PyTorch is imported
 
-from dataclasses import replace
-from pathlib import Path
-
 import hydra
 import torch
 from omegaconf import DictConfig
 
+from dashattn.fields import user_path
 from experiments.errors import user_errors
 from experiments.files import CONFIGS
 from experiments.schema import to_config
@@ -26,9 +24,8 @@ def main(cfg: DictConfig) -> None:
     with user_errors():
         config = to_config(cfg)
         check_throughput(config)
-        config = replace(config, output_dir=str(Path(config.output_dir).expanduser()))
         run_benchmark(config, "cuda" if torch.cuda.is_available() else "cpu", lambda line: print(line, flush=True))
-        print(write_report(Path(config.output_dir)))
+        print(write_report(user_path(config.output_dir)))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
 from dashattn.backends import TRAINABLE
-from dashattn.fields import Checked, Line, NonNegativeInt, OneOf, PositiveInt, Text
+from dashattn.fields import Checked, Line, NonNegativeInt, OneOf, PositiveInt, Text, UserPath, user_path
 from experiments.config import TrainConfig, register_configs, to_train_config
 from experiments.errors import user_errors
 from experiments.files import CONFIGS, SCALING, append_rows, read_rows
@@ -58,7 +58,7 @@ class Mode(Checked, at="modes"):
 class ParallelConfig(Checked):
     """One benchmark, of all processes of a launch."""
 
-    output_dir: Line = "outputs/parallel"  # of rows and table
+    output_dir: UserPath = "outputs/parallel"  # of rows and table
     train: list[Text] = MISSING  # overrides of train.py, for all runs
     backends: list[Line] = field(default_factory=lambda: list(TRAINABLE))  # names of attention backends
     modes: dict[Line, Mode] = MISSING  # by name
@@ -151,7 +151,7 @@ def main(cfg: DictConfig) -> None:
     with user_errors():
         config = to_config(cfg)
         check_parallel(config, world_size())
-        path = Path(config.output_dir).expanduser() / SCALING
+        path = user_path(config.output_dir) / SCALING
         path.parent.mkdir(parents=True, exist_ok=True)
         ranks = init_ranks("cuda" if torch.cuda.is_available() else "cpu")
         start = time.monotonic()

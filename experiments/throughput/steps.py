@@ -22,7 +22,17 @@ from omegaconf import MISSING
 from torch import Tensor
 
 from dashattn.backends import BACKENDS, TRAINABLE
-from dashattn.fields import Checked, Line, NonNegativeInt, PositiveFloat, PositiveInt, Sparsity, Text
+from dashattn.fields import (
+    Checked,
+    Line,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Sparsity,
+    Text,
+    UserPath,
+    user_path,
+)
 from data import Batch, build_data
 from experiments.config import TrainConfig, register_configs, to_train_config
 from experiments.files import THROUGHPUT, append_rows
@@ -54,7 +64,7 @@ class Setting(Checked, at="settings"):
 class ThroughputConfig(Checked):
     """One benchmark, of one process."""
 
-    output_dir: Line = "outputs/throughput"  # of rows, table and figure
+    output_dir: UserPath = "outputs/throughput"  # of rows, table and figure
     train: list[Text] = MISSING  # overrides of train.py, for all runs
     lengths: list[PositiveInt] = field(default_factory=lambda: [8192, 16384, 32768])  # of rows, in tokens
     backends: list[Line] = field(default_factory=lambda: list(TRAINABLE))  # names of attention backends
@@ -278,7 +288,7 @@ class Benchmark:
             split="train",
             seed=run.seed,
             rows=run.rows_per_micro_batch,
-            cache_dir=Path(run.cache_dir).expanduser(),
+            cache_dir=user_path(run.cache_dir),
         )
         tokens, start = 0, time.perf_counter()
         while time.perf_counter() < start + LOADER_SECONDS:
@@ -293,7 +303,7 @@ class Benchmark:
 
 def run_benchmark(config: ThroughputConfig, device: str, say: Callable[[str], None] = print) -> None:
     """Measures, and writes every row as soon as it is there."""
-    path = Path(config.output_dir) / THROUGHPUT
+    path = user_path(config.output_dir) / THROUGHPUT
     path.parent.mkdir(parents=True, exist_ok=True)
     for row in Benchmark(config, device).rows():
         append_rows(path, [row])

@@ -8,10 +8,10 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 
+from dashattn.fields import user_path
 from dashattn.implementation import kernels_can_run
 from data import NO_TOKEN, BatchStream, Prefetched, TextTokenizer, build_data
 from experiments.config import TrainConfig
@@ -192,7 +192,7 @@ def _open_data(config: TrainConfig, run_dir: RunDir, ranks: Ranks, rows: int) ->
         build_data(
             data,
             split=split,
-            cache_dir=Path(config.cache_dir).expanduser(),
+            cache_dir=user_path(config.cache_dir),
             seed=config.seed,
             rows=rows,
             rank=ranks.reader,

@@ -1,11 +1,11 @@
 """What refuses an impossible training run, before anything is built."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from dashattn.backends import AttentionBackend, AttentionShape, build_backends
+from dashattn.fields import user_path
 from data import PackedDataConfig, TextTokenizer
 from experiments.config import TrainConfig
 from experiments.origin import check_origin_tokenizer, is_own, model_of
@@ -169,7 +169,7 @@ def check_vocabulary(config: TrainConfig) -> None:
     model, data = config.model, config.data
     if not isinstance(data, PackedDataConfig) or data.tokenizer is None or model.vocab_size is None:
         return
-    if Path(data.tokenizer).expanduser().exists():
+    if user_path(data.tokenizer).exists():
         vocab_size = TextTokenizer.load(data.tokenizer, data.eos_token).vocab_size
         if vocab_size > model.vocab_size:
             raise ValueError(
@@ -181,10 +181,10 @@ def check_vocabulary(config: TrainConfig) -> None:
 def _check_origin(config: TrainConfig) -> None:
     """A run that resumes, or branches off, needs its origin no more: what is not there is looked for when the run is
     built."""
-    folder = Path(config.init_from or "").expanduser()
     if config.init_from is None:
         return
-    is_begun = config.branch_from is not None or is_own(Path(config.run_dir).expanduser(), overwrite=config.overwrite)
+    folder = user_path(config.init_from)
+    is_begun = config.branch_from is not None or is_own(user_path(config.run_dir), overwrite=config.overwrite)
     if not (config.any_tokenizer or is_begun):
         check_origin_tokenizer(config.data, folder)
     theirs = None if is_begun and not is_hf_folder(folder) else model_of(folder)

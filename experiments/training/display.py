@@ -2,8 +2,8 @@
 
 import shlex
 import sys
-from pathlib import Path
 
+from dashattn.fields import user_path
 from experiments.config import TrainConfig
 from experiments.overrides import override
 from experiments.sparsity import check_reachable, turned_layers
@@ -106,5 +106,5 @@ def next_command(config: TrainConfig) -> str:
             except ValueError:
                 continue
             sparsities.append(str(sparsity))
-    words = ["python", "evaluate.py", override("run", str(Path(config.run_dir)))]
+    words = ["python", "evaluate.py", override("run", str(user_path(config.run_dir)))]
     return shlex.join([*words, *([f"sparsities=[{','.join(sparsities)}]"] if sparsities else [])])

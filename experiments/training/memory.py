@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
 from dashattn.backends import AttentionBackend
+from dashattn.fields import user_path
 from data import MQARDataConfig, TextTokenizer
 from experiments.config import TrainConfig
 from experiments.host_memory import share_of_memory
@@ -39,7 +39,7 @@ def vocabulary(config: TrainConfig) -> int:
         return data.num_fillers + data.num_keys + data.num_values
     if data.tokenizer is None:
         return data.vocab_size
-    if not Path(data.tokenizer).expanduser().exists():
+    if not user_path(data.tokenizer).exists():
         raise ValueError(f"data.tokenizer={data.tokenizer} is not at hand: set model.vocab_size")
     return TextTokenizer.load(data.tokenizer, data.eos_token, data.bos_token).vocab_size
 

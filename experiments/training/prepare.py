@@ -13,11 +13,11 @@ if __name__ == "__main__":
     answer_help("train")  # before PyTorch is imported
 
 import time
-from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 
+from dashattn.fields import user_path
 from data import BatchStream, PackedDataConfig, build_data, build_tokenizer, prepare_all
 from experiments.config import TrainConfig, register_configs, to_train_config
 from experiments.errors import user_errors
@@ -32,10 +32,10 @@ def prepare(config: TrainConfig) -> None:
     if not isinstance(config.data, PackedDataConfig):
         raise ValueError(f"data={config.data.name} is generated while training: there is nothing to prepare")
     if config.init_from is not None and not config.any_tokenizer:
-        check_origin_tokenizer(config.data, Path(config.init_from).expanduser())
-    cache_dir = Path(config.cache_dir).expanduser()
+        check_origin_tokenizer(config.data, user_path(config.init_from))
+    cache_dir = user_path(config.cache_dir)
     data = with_commits(config.data, config.run_dir, config.branch_from)
-    data = with_own_tokenizer(data, Path(config.run_dir).expanduser())
+    data = with_own_tokenizer(data, user_path(config.run_dir))
     tokenizer = build_tokenizer(data, cache_dir)
     for name, corpus in prepare_all(data, tokenizer, cache_dir, verify=True).items():
         parts = [*corpus.training.values(), corpus.validation]

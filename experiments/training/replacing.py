@@ -8,6 +8,7 @@ from pathlib import Path
 
 from filelock import Timeout
 
+from dashattn.fields import user_path
 from experiments.config import TrainConfig
 from experiments.files import LOCK, hold
 from experiments.origin import is_own, with_commits
@@ -19,7 +20,7 @@ from experiments.training.run_dir import find_run_dir
 def makes_way(config: TrainConfig) -> bool:
     """Whether ``config.run_dir`` holds a run that ``overwrite`` replaces: any, but for one that was itself begun with
     it, is of this configuration and not complete. So the same command goes on after it was killed."""
-    path = Path(config.run_dir).expanduser()
+    path = user_path(config.run_dir)
     if not config.overwrite or not is_own(path, overwrite=False):
         return False
     if not is_own(path, overwrite=True):
@@ -40,7 +41,7 @@ def set_aside(config: TrainConfig) -> Path | None:
     """
     if not makes_way(config):
         return None
-    path = Path(config.run_dir).expanduser()
+    path = user_path(config.run_dir)
     aside = path.with_name(f"{path.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}")
     try:
         lock = hold(path / LOCK)
@@ -72,7 +73,7 @@ def make_way(config: TrainConfig, ranks: Ranks, resources: ExitStack) -> None:
     if error is not None:
         raise ValueError(error)
     if aside is not None:
-        resources.callback(_move_back, aside, Path(config.run_dir).expanduser())
+        resources.callback(_move_back, aside, user_path(config.run_dir))
 
 
 def _move_back(aside: Path, path: Path) -> None:

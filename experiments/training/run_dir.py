@@ -28,6 +28,7 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dashattn.fields import user_path
 from data import NO_TOKEN, TextTokenizer
 from experiments.config import TrainConfig, load_config, plain, read_config
 from experiments.errors import Occupied
@@ -169,7 +170,7 @@ def find_run_dir(config: TrainConfig, damaged: Mapping[str, str] | None = None) 
         ValueError: if it holds a run of another configuration, or one that these ranks cannot resume, or something
             else; or if it cannot be written.
     """
-    path = Path(config.run_dir).expanduser()
+    path = user_path(config.run_dir)
     for directory in (path, path / "checkpoints"):
         check_writable(directory, "give another run_dir=...")
     # A lock or a submission alone is the trace of a run that did not come to begin.

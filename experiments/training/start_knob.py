@@ -2,8 +2,8 @@
 
 import copy
 import math
-from pathlib import Path
 
+from dashattn.fields import user_path
 from data import build_data
 from experiments.config import TrainConfig
 from experiments.origin import with_own_tokenizer
@@ -28,7 +28,7 @@ def find_start_knob(config: TrainConfig, model: Transformer, ranks: Ranks, rows:
         ValueError: the target cannot be reached.
     """
     attention, length = config.attention, config.data.seq_len
-    data = with_own_tokenizer(config.data, Path(config.run_dir).expanduser())
+    data = with_own_tokenizer(config.data, user_path(config.run_dir))
     stream = build_data(
         data.at_length(length),
         split="train",
@@ -36,7 +36,7 @@ def find_start_knob(config: TrainConfig, model: Transformer, ranks: Ranks, rows:
         rows=rows,
         rank=ranks.reader,
         world_size=ranks.readers,
-        cache_dir=Path(config.cache_dir).expanduser(),
+        cache_dir=user_path(config.cache_dir),
     )
     micro_batches = math.ceil(max(config.rows_per_batch, _ROWS) / (rows * ranks.readers))
     copied = copy.deepcopy(model).to(ranks.device, DTYPES[config.deepspeed.precision])

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from dashattn.backends import AttentionBackend
+from dashattn.fields import user_path
 from experiments.files import WEIGHTS, check_exists
 from experiments.training.checkpoint import MANIFEST, damage, latest_checkpoint
 from models.hf import is_hf_folder, read_tensors, read_weights
@@ -19,7 +20,7 @@ def find_weights(source: str | Path) -> Path:
     Raises:
         ValueError: if there are none, or they are damaged.
     """
-    source = Path(source).expanduser()
+    source = user_path(source)
     if is_hf_folder(source):
         return source
     if source.is_file():

@@ -88,7 +88,8 @@ def test_what_tasks_are_built_with(text_run, monkeypatch, tmp_path):
     (tmp_path / "words.txt").write_text("some words to hide a needle in\n" * 9)
     options = {"tasks": ["routing", "vt", "lm_eval/a", "niah", "vt", "loss", "lm_eval/a"], "lengths": [600, 512, 600]}
     options |= {"probes": ["niah_single_2"], "samples_seed": 7, "haystack": str(tmp_path / "words.txt")}
-    options |= {"harness_fewshot": 2, "harness_path": "/tasks", "rows_per_batch": 3, "device": "cpu"}
+    options |= {"harness_fewshot": 2, "harness_path": "~/tasks", "rows_per_batch": 3, "device": "cpu"}
+    monkeypatch.setenv("HOME", "/home/me")
     config = EvaluateConfig(run=str(text_run), **options)
     target = find_target(config)
     tasks = build_tasks(config, target)
@@ -109,7 +110,7 @@ def test_what_tasks_are_built_with(text_run, monkeypatch, tmp_path):
         "rows": None,
         "rows_per_batch": 3,
         "fewshot": 2,
-        "include_path": "/tasks",
+        "include_path": "/home/me/tasks",
         "chat": False,
     }
     built.clear()
