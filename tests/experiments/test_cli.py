@@ -243,6 +243,8 @@ def test_paths_are_asked_for_in_one_line(capsys):
     assert "the following arguments are required: target; usage: python -m" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="the following arguments are required: target; usage: dashattn collect "):
         main(["collect", "outputs/smoke"])
+    with pytest.raises(SystemExit, match=r"argument output_dir: ~nobody-here/a: no such home is known; give the path"):
+        main(["status", "~nobody-here/a"])
 
 
 def test_help_comes_fast_from_anywhere_and_wrong_names_end_in_one_line(tmp_path):
