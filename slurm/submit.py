@@ -26,7 +26,7 @@ def submit(
     code: Path,
     again: int,
     after: str | None = None,
-    behind: str | None = None,
+    behind: Sequence[str] = (),
 ) -> list[str]:
     """Submit ``work(*call, rank)`` for every call, as one array. Returns the ids of its tasks.
 
@@ -39,7 +39,7 @@ def submit(
             as ``slurm.code.check`` says.
         again: exit code of ``work`` that asks for the task to be queued again.
         after: id of a job that must have succeeded before.
-        behind: id of a job that must have ended before.
+        behind: ids of jobs that must have ended before.
 
     Raises:
         ValueError: Slurm will not take the job.
@@ -49,7 +49,8 @@ def submit(
     wrong = sorted(set(_NOT_IN_FOLDERS) & set(str(folder)))
     if wrong:
         raise ValueError(f"Slurm cannot write to {folder}, whose name has {' '.join(map(repr, wrong))}: take another")
-    needs = [f"{kind}:{job}" for kind, job in (("afterok", after), ("afterany", behind)) if job is not None]
+    needs = [] if after is None else [f"afterok:{after}"]
+    needs += [f"afterany:{job}" for job in behind]
     try:
         executor = SlurmExecutor(folder, python=launcher.python)
         executor.update_parameters(**_parameters(launcher, name, folder, code, again, needs))

@@ -12,6 +12,7 @@ One submission goes on at a time, and looks in the queue for the jobs of DIR, by
 import json
 import re
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -59,7 +60,7 @@ def submit_run(config: TrainConfig, overrides: Sequence[str]) -> str:
         set_aside(config)
     with _submitting(run_dir):
         _check_not_queued(cell, run_dir)
-        return _submit([cell], launcher, run_dir, run_dir / SUBMITTED)[cell.name]
+        return _submit([cell], launcher, run_dir, run_dir / SUBMITTED, [Counter()])[cell.name]
 
 
 def _check_not_queued(cell: Cell, run_dir: Path) -> None:
@@ -84,8 +85,10 @@ def submit_sweep(config: SweepConfig) -> str:
     with _submitting(output_dir):
         waiting = _in_queue(output_dir)
         todo = [cell for cell in missing(found) if cell.name not in waiting]
+        waves = [Counter(map(_array, waiting.values()))]
         for base, group in groupby(sorted(todo, key=lambda cell: cell.base or ""), key=lambda cell: cell.base):
-            waiting |= _submit(list(group), config.launcher, output_dir, output_dir / "logs", after=waiting.get(base))
+            after = waiting.get(base)
+            waiting |= _submit(list(group), config.launcher, output_dir, output_dir / "logs", waves, after)
     return (
         f"{config.name}: {len(todo)} cells submitted, {len(waiting) - len(todo)} were queued, "
         f"{sum(cell.is_done() for cell in found)} done; how they stand: python -m experiments.sweep.status "
@@ -129,7 +132,7 @@ def _in_queue(output_dir: Path) -> dict[str, str]:
         if not are_texts(names):
             raise ValueError(f"{folder / _SUBMITTING} is damaged (its cells cannot be): remove it")
         if unknown:
-            array = unknown[0].split("_")[0]
+            array = _array(unknown[0])
             made = {name: f"{array}_{i}" if len(names) > 1 else array for i, name in enumerate(names)}
             lost = [job for job in made.values() if job in queued and not has_call(folder, job)]
             cancel(lost)
@@ -139,12 +142,38 @@ def _in_queue(output_dir: Path) -> dict[str, str]:
     return {name: job for name, job in jobs.items() if job in queued}
 
 
+def _behind(waves: list[Counter[str]], count: int, most: int) -> list[str]:
+    """The arrays that one of ``count`` cells has to wait for: Slurm holds each to ``most`` cells at a time, and so that
+    this holds over all of a sweep's they go side by side in waves of no more, each behind the one before.
+
+    Args:
+        waves: array -> its cells, of each; a new one begins where the last is full.
+    """
+    if waves[-1] and waves[-1].total() + count > most:
+        waves.append(Counter())
+    return [] if len(waves) == 1 else list(waves[-2])
+
+
+def _array(job: str) -> str:
+    """Of a task of an array; a job of its own is its own."""
+    return job.split("_")[0]
+
+
 def _submit(
-    group: Sequence[Cell], launcher: LauncherConfig, output_dir: Path, log_dir: Path, after: str | None = None
+    group: Sequence[Cell],
+    launcher: LauncherConfig,
+    output_dir: Path,
+    log_dir: Path,
+    waves: list[Counter[str]],
+    after: str | None = None,
 ) -> dict[str, str]:
-    """Submit cells, to start when the job ``after`` has succeeded. Returns cell -> job, and records it."""
+    """Submit cells, to start when the job ``after`` has succeeded. Returns cell -> job, and records it.
+
+    Args:
+        waves: as of ``_behind``, of the arrays that are there; what is submitted is added.
+    """
     folder, code = output_dir / SUBMITTED, snapshot(output_dir / SUBMITTED)
-    size, behind, submitted = max_array_size(), None, {}
+    size, submitted = max_array_size(), {}
     for start in range(0, len(group), size):
         part = group[start : start + size]
         names = [cell.name for cell in part]
@@ -158,10 +187,10 @@ def _submit(
             code=code,
             again=REQUEUE,
             after=after,
-            behind=behind,  # so that ``launcher.jobs`` holds over all arrays
+            behind=_behind(waves, len(part), launcher.jobs),
         )
         submitted |= dict(zip(names, jobs, strict=True))
         write_atomically(folder / _JOBS, json.dumps(read_jobs(output_dir) | submitted, indent=1) + "\n")
         (folder / _SUBMITTING).unlink()
-        behind = jobs[0].split("_")[0]
+        waves[-1][_array(jobs[0])] += len(jobs)
     return submitted

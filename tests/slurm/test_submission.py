@@ -229,7 +229,8 @@ def test_arms_wait_for_their_base(scripts, sweep):
     submit_sweep(sweep)
     submitted = {path.stem: flags(path.read_text()) for path in scripts.iterdir()}
     assert {job: asked["array"] for job, asked in submitted.items()} == {"7": "0-1%1", "8": "0-1%1", "9": "0-1%1"}
-    assert [submitted[job].get("dependency") for job in "789"] == [None, "afterok:7_0", "afterok:7_1"]
+    needs = [submitted[job].get("dependency") for job in "789"]
+    assert needs == [None, "afterok:7_0,afterany:7", "afterok:7_1,afterany:8"]  # one at a time, ``launcher.jobs``
     assert [submitted[job].get("kill-on-invalid-dep") for job in "789"] == [None, "yes", "yes"]
 
 
@@ -310,6 +311,28 @@ def test_arrays_are_as_long_as_the_cluster_takes_them(scripts, sweep, tmp_path):
     assert [asked.get("array") for asked in submitted] == ["0-2%1", "0-2%1", "0-1%1"]
     assert [asked.get("dependency") for asked in submitted] == [None, "afterany:7", "afterany:8"]
     assert sorted(read_jobs(tmp_path / "s").values()) == ["7_0", "7_1", "7_2", "8_0", "8_1", "8_2", "9_0", "9_1"]
+
+
+@pytest.mark.usefixtures("_unchecked")
+def test_no_more_cells_than_asked_for_run_at_a_time(scripts, sweep, tmp_path, monkeypatch):
+    """Over arrays that continue from different bases, and over those that a killed submission has left."""
+    sweep.seeds, sweep.launcher.jobs = [0, 1, 2, 3], 4
+
+    def needs():
+        submit_sweep(sweep)
+        asked = {path.stem: flags(path.read_text())["dependency"] for path in scripts.iterdir() if path.stem != "7"}
+        return {job: re.sub(r"afterok:7_\d,?", "", asked[job]) for job in sorted(asked, key=int)}
+
+    send = submission.submit
+    with monkeypatch.context() as patch:
+        patch.setattr(submission, "submit", lambda *a, **k: send(*a, **k) if len(k["behind"]) < 2 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            needs()
+    # Four bases; two arms of two of them at a time.
+    assert needs() == {
+        **{"8": "afterany:7", "9": "afterany:7"},
+        **{"10": "afterany:7,afterany:8,afterany:9", "11": "afterany:7,afterany:8,afterany:9"},
+    }
 
 
 @pytest.mark.parametrize(
