@@ -35,10 +35,11 @@ class LeftOut:
     Attributes:
         count: how many there were.
         first: the first of them, and why.
+        has_separator: whether ``data.document_separator`` was in a text file that could be read.
     """
 
     def __init__(self, corpus: CorpusConfig) -> None:
-        self.corpus, self.count, self.first = corpus, 0, ""
+        self.corpus, self.count, self.first, self.has_separator = corpus, 0, "", False
 
     def add(self, place: str, why: object) -> None:
         """Raises DataSourceError if that is one more than ``bad_rows``."""
@@ -99,6 +100,10 @@ def file_texts(
                 raise
             left_out.add(path, f"{type(error).__name__}: {error}")
     left_out.end(found or not are_all)
+    is_cut = corpus.document_separator is None or left_out.has_separator or "text" not in map(file_kind, paths)
+    if are_all and not is_cut:
+        told = f"data.document_separator={corpus.document_separator!r} is in no text file of data.files"
+        tell(f"{told}: each of them is one document")
 
 
 def _read(path: str, corpus: CorpusConfig, left_out: LeftOut) -> Iterator[str]:
@@ -108,7 +113,10 @@ def _read(path: str, corpus: CorpusConfig, left_out: LeftOut) -> Iterator[str]:
         return
     with _opened(path) as file:
         if kind == "text":
-            yield from filter(str.strip, split_text(io.TextIOWrapper(file, encoding="utf-8"), corpus))
+            for number, text in enumerate(split_text(io.TextIOWrapper(file, encoding="utf-8"), corpus)):
+                left_out.has_separator |= number > 0
+                if text.strip():
+                    yield text
         else:
             rows = _lines(file) if kind == "lines" else _json_rows(file)
             yield from _texts(path, rows, lambda row: _json_value(row, corpus), corpus, left_out)

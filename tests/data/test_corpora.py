@@ -181,6 +181,26 @@ def test_a_large_text_is_split_into_documents(tmp_path, text_config):
         files_config(path, document_separator="")
 
 
+def test_a_separator_that_no_file_has_is_told(tmp_path, capsys):
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text(f"file {number}\n---")
+    (tmp_path / "rows.jsonl").write_text('{"text": "===\\n***"}\n')
+    every = [tmp_path / "*.txt", tmp_path / "rows.jsonl"]
+    assert len(texts(files_config(*every, document_separator="==="))) == 4
+    told = "data.document_separator='===' is in no text file of data.files: each of them is one document\n"
+    assert capsys.readouterr().err == told
+    (tmp_path / "1.txt").write_text("one file has it at its end\n***")
+    texts(files_config(*every, document_separator="***"))
+    texts(files_config(*every, document_separator="==", max_documents=2))  # not all were looked at
+    texts(files_config(tmp_path / "rows.jsonl", document_separator="+++"))
+    list(
+        files.file_texts(
+            [str(tmp_path / "0.txt")], files_config(tmp_path / "0.txt", document_separator="+++"), are_all=False
+        )
+    )
+    assert capsys.readouterr().err == ""
+
+
 def test_empty_and_null_documents_are_skipped(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": null}\n{"text": ""}\n{"text": "b"}\n')
     assert texts(files_config(tmp_path / "x.jsonl")) == ["a", "b"]
