@@ -31,8 +31,7 @@ def main(cfg: DictConfig) -> None:
         target = find_target(config)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        if target.train.device == "cpu":
-            limit_memory()
+        limit_memory(target.train.device)
         evaluation, display, count = Evaluation(config, target), Display(), 0
         with display:
             for row in evaluation.run(display.advance):

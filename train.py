@@ -127,8 +127,7 @@ def main(cfg: DictConfig) -> None:
                 print(f"submitted job {submit_run(config, overrides)}")
                 return
             config = check(config)
-            if config.device == "cpu":
-                limit_memory()
+            limit_memory(config.device)
             run = build(config, overrides, resources)
         if run is not None:
             loop(run, request)

@@ -59,9 +59,14 @@ def share_of_memory() -> int:
     return int(USABLE * free_memory()) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def limit_memory() -> None:
-    """Let this process's allocations fail where ``share_of_memory`` ends; nowhere but on Linux."""
-    if sys.platform != "linux":
+def limit_memory(device: str) -> None:
+    """Let this process's allocations fail where ``share_of_memory`` ends, if it computes on the CPU, and on Linux.
+
+    Args:
+        device: ``cpu``, ``cuda``, or ``auto``, a GPU if there is one.
+    """
+    is_here = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    if not is_here or sys.platform != "linux":
         return
     import resource
 

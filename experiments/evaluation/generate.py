@@ -106,8 +106,7 @@ def run_generation(config: GenerateConfig) -> None:
         raise ValueError(f"{config.run} was trained on {train.data.name}, which is no text: give a run trained on text")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    if train.device == "cpu":
-        limit_memory()
+    limit_memory(train.device)
     model = build_model(target)
     if config.knob is not None:
         model.set_knob(config.knob)

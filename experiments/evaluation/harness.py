@@ -268,8 +268,7 @@ def main() -> None:
 
     evaluate_config.EvaluatorConfig = Config
     with user_errors():
-        if not torch.cuda.is_available():
-            limit_memory()
+        limit_memory("auto")
         try:
             cli_evaluate()
         except ConnectionError as error:  # of the libraries that fetch a task's data

@@ -74,7 +74,14 @@ def limited(command, arguments, mib):
 
 def test_allocations_fail_where_the_share_ends():
     code = FREE.format(mib=400) + (
-        "import torch\nhost_memory.limit_memory()\n"
+        "import resource, torch\nlimits = [resource.getrlimit(resource.RLIMIT_DATA)]\n"
+        "for device in ('cuda', 'auto'):\n"
+        "    torch.cuda.is_available = lambda: device == 'auto'\n"
+        "    host_memory.limit_memory(device)\n"
+        "    limits.append(resource.getrlimit(resource.RLIMIT_DATA))\n"
+        "assert len(set(limits)) == 1, 'a GPU has memory of its own'\n"
+        "torch.cuda.is_available = lambda: False\n"
+        "host_memory.limit_memory('auto')\n"
         "for _ in range(8): torch.ones(50 * 2**20)\n"  # 200 MiB, given back each time
         "try: torch.ones(110 * 2**20)\n"
         "except RuntimeError as error:\n"

@@ -111,7 +111,7 @@ def test_it_is_whole_also_where_nothing_was_new(recall_run, capsys):
 
 def test_the_command_shows_what_it_made_and_all_that_was_asked_for(recall_run, capsys, monkeypatch):
     limited, threads = [], []
-    monkeypatch.setattr(command, "limit_memory", lambda: limited.append(True))
+    monkeypatch.setattr(command, "limit_memory", limited.append)
     monkeypatch.setattr(command.torch, "set_num_threads", threads.append)
     with initialize_config_dir(CONFIGS, version_base="1.3"):
         asked = compose("evaluate", [f"run={recall_run}", "device=cpu", "threads=1", "tasks=[loss]", "knobs=[1,5]"])
@@ -122,7 +122,7 @@ def test_the_command_shows_what_it_made_and_all_that_was_asked_for(recall_run, c
         assert said[-1] == f"{new} new rows in {recall_run / 'results.jsonl'}"
         assert [line.split()[0] for line in said if line.startswith("loss")] == ["loss"] * new
         assert sum("router_scale 1" in line and "router_scale 5" in line for line in said) == 1  # the table's head
-    assert (limited, threads) == ([True] * 2, [1] * 2)
+    assert (limited, threads) == (["cpu"] * 2, [1] * 2)
 
 
 def test_progress_goes_from_nothing_to_all_with_every_batch(text_run):
