@@ -169,6 +169,18 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class DamagedFileError(ValueError):
+    """A file does not hold what it should.
+
+    Attributes:
+        why: what is wrong with it, to stand behind its name.
+    """
+
+    def __init__(self, path: Path, why: str, mend: str) -> None:
+        super().__init__(f"{path} {why}: {mend}")
+        self.why = why
+
+
 def read_json(path: Path, mend: str = "restore it from a copy", keys: Sequence[str] = ()) -> dict:
     """The object that a file holds.
 
@@ -176,23 +188,23 @@ def read_json(path: Path, mend: str = "restore it from a copy", keys: Sequence[s
         keys: that it must have.
 
     Raises:
-        ValueError: there is none, or it is damaged; with ``mend``.
+        DamagedFileError: there is none, or it is damaged; with ``mend``.
     """
     try:
         value = json.loads(path.read_bytes())
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): {mend}") from None
+        raise DamagedFileError(path, f"cannot be read ({error.strerror})", mend) from None
     except (ValueError, RecursionError) as error:  # no UTF-8 is a ValueError, too
-        raise ValueError(f"{path} is damaged ({error}): {mend}") from None
+        raise DamagedFileError(path, f"is damaged ({error})", mend) from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged (it holds no JSON object): {mend}")
+        raise DamagedFileError(path, "is damaged (it holds no JSON object)", mend)
     lacking = [key for key in keys if key not in value]
     if lacking:
-        raise ValueError(f"{path} is damaged (it does not say {', '.join(lacking)}): {mend}")
+        raise DamagedFileError(path, f"is damaged (it does not say {', '.join(lacking)})", mend)
     kinds = _KINDS.get(path.name, {})
     wrong = [key for key, kind in kinds.items() if key in value and not isinstance(value[key], kind)]
     if wrong:
-        raise ValueError(f"{path} is damaged (its {', '.join(wrong)} cannot be): {mend}")
+        raise DamagedFileError(path, f"is damaged (its {', '.join(wrong)} cannot be)", mend)
     return value
 
 

@@ -106,9 +106,9 @@ def check_tasks(config: EvaluateConfig, train: TrainConfig) -> None:
     unknown = sorted(name for name in set(config.tasks) - {*ours, *harness} if name not in TEXT_TASKS)
     if unknown or not config.tasks:
         known = [*ours, *TEXT_TASKS]
-        meant = did_you_mean(unknown[0], known).removesuffix("?").removeprefix(": ") if unknown else ""
+        meant = did_you_mean(unknown[0], known) if unknown else ""
         choose = f"choose from {', '.join(known)}, {PREFIX}NAME"
-        raise ValueError(f"tasks={list(config.tasks)}: {f'{meant}? Or ' if meant else ''}{choose}")
+        raise ValueError(f"tasks={list(config.tasks)}{f'{meant} Or' if meant else ':'} {choose}")
     if config.lengths is not None and not config.lengths:
         raise ValueError(f"lengths={list(config.lengths)}: give at least one, in tokens, or null")
     is_mqar = isinstance(train.data, MQARDataConfig)

@@ -39,6 +39,7 @@ from experiments.files import (
     STATE,
     TOKENIZER,
     WEIGHTS,
+    DamagedFileError,
     read_json,
     sha256,
     sync,
@@ -125,8 +126,8 @@ def damage(
     """
     try:
         files = read_manifest(checkpoint)
-    except ValueError as error:  # whose mend is for who asked for this checkpoint
-        return [str(error).removeprefix(f"{checkpoint}/").removesuffix(f": {_ANOTHER}")]
+    except DamagedFileError as error:  # whose mend is for who asked for this checkpoint
+        return [f"{MANIFEST} {error.why}"]
     problems = [f"{name} is not in {MANIFEST}" for name in names or (STATE, WEIGHTS) if name not in files]
     files = {
         name: entry
@@ -165,11 +166,12 @@ def foreign_code(checkpoint: Path, *, rank: int = 0, world_size: int = 1) -> lis
 
 
 def read_manifest(checkpoint: Path) -> dict[str, dict]:
-    """Name of each file -> its ``bytes`` and ``sha256``. Raises ValueError if the manifest is missing or damaged."""
+    """Name of each file -> its ``bytes`` and ``sha256``. Raises DamagedFileError if there is no manifest, or none
+    that holds them."""
     path = checkpoint / MANIFEST
     files = read_json(path, _ANOTHER)
     if not all(isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in files.values()):
-        raise ValueError(f"{path} is damaged (it holds no checksums): {_ANOTHER}")
+        raise DamagedFileError(path, "is damaged (it holds no checksums)", _ANOTHER)
     return files
 
 

@@ -249,7 +249,10 @@ def flip_a_bit(path):
 def test_every_damage_is_seen(checkpoint, harm, message):
     assert damage(checkpoint) == []
     harm(checkpoint)
-    assert message in damage(checkpoint)[0]
+    problem = damage(checkpoint)[0]
+    assert message in problem
+    assert str(checkpoint) not in problem
+    assert "take another" not in problem, "the mend is for who asked for this checkpoint"
 
 
 def test_ranks_share_the_checksums_and_together_see_all(checkpoint):
