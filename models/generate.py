@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dashattn.ops.dtypes import upcast
+from dashattn.stats import AttentionStats
 from models.cache import ModelCache
 from models.transformer import Transformer
 
@@ -60,6 +61,7 @@ def generate(
     sampling: Sampling = GREEDY,
     seeds: Sequence[int] | None = None,
     on_token: Callable[[int, int], None] | None = None,
+    on_stats: Callable[[list[AttentionStats]], None] | None = None,
 ) -> list[list[int]]:
     """Continues every prompt until a stop token or ``max_new_tokens``.
 
@@ -73,6 +75,7 @@ def generate(
         prompts: token ids, at least one each.
         seeds: one a prompt, of what is drawn for it alone; None = 0, 1, 2, ...
         on_token: called with (index of the prompt, token) as soon as a token is there.
+        on_stats: called with what each layer's attention read in the prompts, before the first token is there.
 
     Returns:
         New tokens only, one list a prompt, without the stop token.
@@ -87,7 +90,7 @@ def generate(
     device = model.embedding.weight.device
     sampler = Sampler(sampling, prompts, seeds, model.config.vocab_size, device)
     cache = model.new_cache(len(prompts), max(map(len, prompts)) + max_new_tokens)
-    logits_BV = _read(model, cache, prompts)
+    logits_BV = _read(model, cache, prompts, on_stats)
     step = None
     results: list[list[int]] = [[] for _ in prompts]
     going = set(range(len(prompts)))
@@ -122,12 +125,22 @@ def padded(sequences: Sequence[list[int]], filler: int, device: torch.device) ->
     return torch.tensor([ids + [filler] * (longest - len(ids)) for ids in sequences], device=device)
 
 
-def _read(model: Transformer, cache: ModelCache, sequences: list[list[int]]) -> Tensor:
+def _read(
+    model: Transformer,
+    cache: ModelCache,
+    sequences: list[list[int]],
+    on_stats: Callable[[list[AttentionStats]], None] | None = None,
+) -> Tensor:
     """Puts sequences into an empty cache; the logits behind each, [B, V]."""
     lengths = [len(sequence) for sequence in sequences]
-    logits_BV = model.decode(padded(sequences, 0, model.embedding.weight.device), cache, new_tokens=lengths)[:, -1]
+    ids_BT = padded(sequences, 0, model.embedding.weight.device)
+    if on_stats is None:
+        logits_BTV = model.decode(ids_BT, cache, new_tokens=lengths)
+    else:
+        logits_BTV, stats = model.decode(ids_BT, cache, new_tokens=lengths, return_stats=True)
+        on_stats(stats)
     cache.advance(lengths)
-    return logits_BV
+    return logits_BTV[:, -1]
 
 
 class Sampler:

@@ -183,7 +183,14 @@ class Transformer(nn.Module):
         return ModelCache(self.config, layouts, batch, capacity, dtype=weight.dtype, device=weight.device)
 
     @torch.no_grad()
-    def decode(self, input_ids_BT: Tensor, cache: ModelCache, *, new_tokens: Sequence[int] | None = None) -> Tensor:
+    def decode(
+        self,
+        input_ids_BT: Tensor,
+        cache: ModelCache,
+        *,
+        new_tokens: Sequence[int] | None = None,
+        return_stats: bool = False,
+    ) -> Tensor | tuple[Tensor, list[AttentionStats]]:
         """Logits [B, T, V] of new tokens behind the sequences of ``cache``; the same as ``forward``'s over the whole.
 
         Writes into the cache and leaves its lengths: ``cache.advance`` makes the tokens part of the sequences. Shapes
@@ -193,6 +200,7 @@ class Transformer(nn.Module):
             input_ids_BT: int64.
             new_tokens: how many tokens, 1 to T, each row has, where rows are padded at their end with any token. The
                 result is then [B, 1, V], behind the last of them.
+            return_stats: also return what each layer's attention read, where the cache is empty.
 
         Raises:
             ValueError: the cache has no room, or a sequence would outgrow its rotation; see ``ModelCache``.
@@ -207,14 +215,17 @@ class Transformer(nn.Module):
             counts_B = torch.tensor(list(new_tokens), dtype=torch.int32, device=input_ids_BT.device)
         rope = cache.rope(num_tokens, counts_B)
         hidden_BTE = scaled(self.embedding(input_ids_BT), self.config.embedding_scale)
-        selections: dict[int | None, Chosen | None] = {}
+        stats, selections = [], {}
         for index, (layer, layer_cache) in enumerate(zip(self.layers, cache.layers, strict=True)):
             taken = selections.get(layer.attention.backend.source)
-            hidden_BTE, _, _, selections[index] = layer(hidden_BTE, rope, None, False, layer_cache, taken)
+            outputs = layer(hidden_BTE, rope, None, return_stats, layer_cache, taken)
+            hidden_BTE, layer_stats, _, selections[index] = outputs
+            stats.append(layer_stats)
         if counts_B is not None:
             hidden_BTE = hidden_BTE.take_along_dim(counts_B.long()[:, None, None] - 1, 1)
         head = self.embedding.weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(scaled(self.norm(hidden_BTE), self.config.logit_scale), head)
+        logits_BTV = F.linear(scaled(self.norm(hidden_BTE), self.config.logit_scale), head)
+        return (logits_BTV, stats) if return_stats else logits_BTV
 
     @property
     def backends(self) -> list[AttentionBackend]:
@@ -349,17 +360,17 @@ class Attention(nn.Module):
         qkv, options = (q_BTHD, k_BTHD, v_BTHD), {"rope": rope, "hidden": x_BTE}
         options |= {"return_selection": True} if self.hands_on else {}
         options |= {} if taken is None else {"taken": taken}
+        options |= {"return_stats": return_stats}
+        loss = None
         if cache is not None:
             out = self.backend.decode(*qkv, cache, **options)
-            out_BTHD, chosen = out if self.hands_on else (out, None)
-            return project(out_BTHD.flatten(-2), self.o_proj), None, None, chosen
-        options |= {"cu_seqlens": cu_seqlens, "return_stats": return_stats, "share": share}
-        options |= {"max_seqlen": max_seqlen} if self.backend.takes_max_seqlen else {}
-        loss = None
-        if torch.is_grad_enabled():
-            out, loss = self.backend.forward_with_loss(*qkv, **options)
         else:
-            out = self.backend(*qkv, **options)
+            options |= {"cu_seqlens": cu_seqlens, "share": share}
+            options |= {"max_seqlen": max_seqlen} if self.backend.takes_max_seqlen else {}
+            if torch.is_grad_enabled():
+                out, loss = self.backend.forward_with_loss(*qkv, **options)
+            else:
+                out = self.backend(*qkv, **options)
         out, chosen = out if self.hands_on else (out, None)
         out_BTHD, stats = out if return_stats else (out, None)
         if self.sequence is not None:

@@ -194,9 +194,10 @@ class AttentionBackend(nn.Module):
         *,
         hidden: Tensor | None = None,
         rope: tuple[Tensor, Tensor] | None = None,
+        return_stats: bool = False,
         return_selection: bool = False,
         taken: Chosen | None = None,
-    ) -> Tensor | tuple[Tensor, Chosen]:
+    ) -> Handing:
         """Writes new tokens into the cache, behind the sequences there, and attends from them.
 
         The same outputs as ``forward`` over the whole sequences. Nothing is differentiable. The lengths stay: call
@@ -206,6 +207,7 @@ class AttentionBackend(nn.Module):
             q, k, v, hidden: as in ``forward``, of T >= 1 new tokens.
             cache: a layer of a ``DecodeCache``.
             rope: (cos, sin) of the new tokens, each [T, D] or [B, T, D].
+            return_stats: also return ``AttentionStats``, of tokens that are the first ones of their sequences.
             return_selection: also return the selection, as ``forward`` does; of what ``hands_on``.
             taken: what the layer ``source`` returned in the same step, if there is one.
 
@@ -222,18 +224,19 @@ class AttentionBackend(nn.Module):
         cache.sequences.check_room(q.shape[1])
         if rope is not None:
             rope = tuple(table.expand(q.shape[0], -1, -1) for table in rope)
+        assert cache.is_empty or not return_stats, "statistics are a prompt's"
         if not self.capabilities.decode:
             check(
                 taken is None and not return_selection,
                 f"attention={self.config.name} has no cache, and hands no selection on while it decodes: leave "
                 "share_selection_from out of attention.layers",
             )
-            return recompute(self, q, k, v, cache, hidden, rope)
+            return recompute(self, q, k, v, cache, hidden, rope, return_stats=return_stats)
         if cache.is_empty:  # a prompt from its beginning: what forward is for
             self._write(k, v, cache, hidden, rope)
             handing = {"return_selection": True} if return_selection else {}
             handing |= {} if taken is None else {"taken": taken}
-            return self(q, k, v, hidden=hidden, rope=rope, **handing)
+            return self(q, k, v, hidden=hidden, rope=rope, return_stats=return_stats, **handing)
         if taken is None and not return_selection:
             return self._step(q, k, v, cache, hidden, rope)
         self._write(k, v, cache, hidden, rope)

@@ -6,6 +6,7 @@ The definition of decoding, at O(T^2) and more a token. Shapes: B sequences, T n
 from torch import Tensor
 
 from dashattn.cache import CacheField, CacheLayout, LayerCache
+from dashattn.functional import Output
 from dashattn.ops.decode.reference import new_positions
 
 
@@ -24,7 +25,9 @@ def recompute(
     cache: LayerCache,
     hidden: Tensor | None,
     rope: tuple[Tensor, Tensor] | None,
-) -> Tensor:
+    *,
+    return_stats: bool = False,
+) -> Output:
     """Writes new tokens, and attends from all that are there. Arguments and result as of ``AttentionBackend.decode``.
 
     Args:
@@ -38,9 +41,12 @@ def recompute(
     cache.write(**new)
     longest = max(cache.sequences.host_lengths) + q.shape[1]
     seen = {name: cache[name][:, :longest] for name in new}  # behind a shorter row stands what none of its tokens sees
-    out = forward(
+    result = forward(
         *(seen[name] for name in "qkv"),
         hidden=None if hidden is None else seen["hidden"][:, :, 0],
         rope=None if rope is None else (seen["cos"][:, :, 0], seen["sin"][:, :, 0]),
+        return_stats=return_stats,
     )
-    return out.take_along_dim(new_positions(cache.lengths, q.shape[1])[:, :, None, None], 1)
+    out, stats = result if return_stats else (result, None)
+    out = out.take_along_dim(new_positions(cache.lengths, q.shape[1])[:, :, None, None], 1)
+    return (out, stats) if return_stats else out

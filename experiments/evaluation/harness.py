@@ -25,10 +25,10 @@ from experiments.errors import user_errors
 from experiments.evaluation.folder import locate_model
 from experiments.evaluation.lm_eval_options import read_options
 from experiments.evaluation.target import build_model
-from experiments.evaluation.tasks.base import SparsityTally, in_parts, prompt_sparsity
+from experiments.evaluation.tasks.base import SparsityTally, generate_measured, in_parts
 from experiments.host_memory import limit_memory
 from models import Transformer
-from models.generate import generate, padded
+from models.generate import padded
 
 
 @register_model("dashattn")
@@ -233,7 +233,7 @@ class HarnessModel(TemplateLM):
 
             def answer(indices: list[int], max_new_tokens=max_new_tokens, sampling=sampling):
                 batch = [prompts[i] for i in indices]
-                continuations = generate(
+                return generate_measured(
                     self.model,
                     batch,
                     max_new_tokens=max_new_tokens,
@@ -241,7 +241,6 @@ class HarnessModel(TemplateLM):
                     sampling=sampling,
                     seeds=[seeds[i] for i in indices],
                 )
-                return continuations, prompt_sparsity(self.model, batch)
 
             for indices, (continuations, sparsity) in in_parts(group, self.batch_size, answer):
                 self.sparsity.merge(*sparsity)

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from dashattn.backends import AttentionBackend, DashConfig
 from models import RopeConfig
-from models.generate import Sampler, Sampling, generate
+from models.generate import Sampler, Sampling, generate, padded
 
 PROMPTS = [tokens(1, length, seed=length)[0].tolist() for length in (1, 30, 7, 17)]
 
@@ -26,9 +26,21 @@ def greedy_without_cache(model, prompt, count):
 
 @every_backend
 def test_greedy_equals_generation_without_a_cache(attention):
-    model = build(attention).double()
-    together = generate(model, PROMPTS, max_new_tokens=12)
+    model, told = build(attention).double(), []
+    together = generate(model, PROMPTS, max_new_tokens=12, on_stats=told.append)
     assert together == [greedy_without_cache(model, prompt, 12) for prompt in PROMPTS]
+    assert_prompts_stats(model, PROMPTS, *told)
+
+
+def assert_prompts_stats(model, prompts, stats):
+    """``stats`` are what a forward pass over the prompts tells."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    expected = model.hidden_states(padded(prompts, 0, lengths.device), lengths=lengths, return_stats=True)[1]
+    for found, layer in zip(stats, expected, strict=True):
+        for name in ("active_tokens", "positions", "routing_reads"):
+            wanted = getattr(layer, name)
+            for row, length in enumerate(lengths):
+                torch.testing.assert_close(getattr(found, name)[row, :length], wanted[row, :length], atol=0, rtol=0)
 
 
 @every_backend
@@ -285,7 +297,10 @@ def test_without_a_cache_of_its_own_a_backend_reads_everything_again(name):
         backend.capabilities = replace(backend.capabilities, decode=False)
         backend.cache_layout = MethodType(AttentionBackend.cache_layout, backend)
     prompts = [tokens(1, length, seed=length)[0].tolist() for length in (30, 9, 17)]
-    assert generate(model, prompts, max_new_tokens=12) == generate(cached, prompts, max_new_tokens=12)
+    told = []
+    continued = generate(model, prompts, max_new_tokens=12, on_stats=told.append)
+    assert continued == generate(cached, prompts, max_new_tokens=12)
+    assert_prompts_stats(model, prompts, *told)
     input_ids, logits = tokens(2, 40), []
     cache = model.new_cache(2, 40)
     for piece in input_ids.split([17, 1, 1, 21], dim=1):

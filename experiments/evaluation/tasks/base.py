@@ -15,7 +15,7 @@ from dashattn.stats import AttentionStats
 from experiments.errors import out_of_memory
 from experiments.intervals import ratio_stderr
 from models import Transformer
-from models.generate import padded
+from models.generate import generate
 
 T, R = TypeVar("T"), TypeVar("R")
 
@@ -136,13 +136,16 @@ class SparsityTally:
         }
 
 
-@torch.inference_mode()
-def prompt_sparsity(model: Transformer, prompts: Sequence[list[int]]) -> list[SparsityTally]:
-    """Of each prompt, all read in one pass."""
-    device = model.embedding.weight.device
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    ids_BT = padded(prompts, 0, device)
-    return SparsityTally.of_rows(model.hidden_states(ids_BT, lengths=lengths, return_stats=True)[1], map(len, prompts))
+def generate_measured(
+    model: Transformer, prompts: list[list[int]], **options
+) -> tuple[list[list[int]], list[SparsityTally]]:
+    """What ``models.generate.generate`` continues prompts with, and the sparsity of each prompt as it read it."""
+    sparsity = []
+
+    def measure(stats: list[AttentionStats]) -> None:
+        sparsity.extend(SparsityTally.of_rows(stats, map(len, prompts)))
+
+    return generate(model, prompts, **options, on_stats=measure), sparsity
 
 
 def row(task: str, metric: str, score: float, **columns) -> dict:

@@ -18,14 +18,13 @@ from experiments.evaluation.tasks.base import (
     Setting,
     SparsityTally,
     Task,
+    generate_measured,
     in_parts,
     mean,
-    prompt_sparsity,
     row,
     scatter,
 )
 from experiments.files import append_rows, read_rows
-from models.generate import generate
 
 PREDICTIONS = "predictions"
 
@@ -78,8 +77,7 @@ class GeneratedTask(Task):
     def _answer_batch(self, setting: Setting, indices: Sequence[int]) -> list[dict]:
         begin = time.perf_counter()
         prompts = [self.encoder.encode(self.set.samples[i]) for i in indices]
-        sparsity = prompt_sparsity(setting.model, prompts)
-        continuations = generate(
+        continuations, sparsity = generate_measured(
             setting.model,
             prompts,
             max_new_tokens=self.set.task.max_new_tokens,

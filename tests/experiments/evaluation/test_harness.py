@@ -32,6 +32,7 @@ from lm_eval.tasks import TaskManager
 from experiments.evaluation import harness, lm_eval_task
 from experiments.evaluation.harness import HarnessModel
 from experiments.evaluation.lm_eval_task import HarnessTask
+from experiments.evaluation.tasks import base
 
 ROOT = Path(__file__).parents[3]
 DOCUMENTS = [
@@ -196,11 +197,14 @@ def test_generation_stops_at_the_first_stop_string(run_dir, monkeypatch):
     lm = HarnessModel(str(run_dir), device="cpu", max_length=40, batch_size=2)
     seen = []
 
-    def generate(model, prompts, *, max_new_tokens, stop_tokens, sampling, seeds):
+    whole = base.generate
+
+    def generate(model, prompts, *, max_new_tokens, stop_tokens, sampling, seeds, on_stats):
+        whole(model, prompts, max_new_tokens=1, on_stats=on_stats)
         seen.append((len(prompts), max(map(len, prompts)), max_new_tokens, stop_tokens, sampling.temperature))
         return [lm.tok_encode("one\ntwo; three") for _ in prompts]
 
-    monkeypatch.setattr(harness, "generate", generate)
+    monkeypatch.setattr(base, "generate", generate)
     options = [{"until": ["\n"]}, {"until": [";", "tw"]}, {"until": [], "stop": ["three", ""]}, {"until": "three"}]
     options[3] |= {"do_sample": True, "temperature": 0.7}
     arguments = [("x = 1 " * 60, {**o, "max_gen_toks": 9}) for o in options]
@@ -337,13 +341,13 @@ def test_a_template_is_chosen_by_its_name(chat_model):
 
 def test_a_task_in_chats(chat_model, task_dir, monkeypatch):
     prompts = []
-    whole = harness.generate
+    whole = base.generate
 
     def generate(model, batch, **options):
         prompts.extend(batch)
         return whole(model, batch, **options)
 
-    monkeypatch.setattr(harness, "generate", generate)
+    monkeypatch.setattr(base, "generate", generate)
     lm_eval.simple_evaluate(
         chat_model,
         tasks=["tiny_generate"],
@@ -461,13 +465,16 @@ def test_requests_go_on_in_smaller_batches_where_memory_ends(run_dir, monkeypatc
         return scores, texts, lm.sparsity.columns()
 
     expected = answers(2)
-    hidden_states = Transformer.hidden_states
 
-    def failing(self, input_ids, **options):
-        if len(input_ids) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return hidden_states(self, input_ids, **options)
+    def failing(whole):
+        def read(self, input_ids, *args, **options):
+            if len(input_ids) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return whole(self, input_ids, *args, **options)
 
-    monkeypatch.setattr(Transformer, "hidden_states", failing)
+        return read
+
+    for name in ("hidden_states", "decode"):
+        monkeypatch.setattr(Transformer, name, failing(getattr(Transformer, name)))
     assert answers(5) == expected
     assert capsys.readouterr().err.count("out of memory: going on with 2 rows at once") == 2

@@ -140,7 +140,8 @@ def test_memory_that_does_not_suffice_for_one_row_is_said(text_run, monkeypatch)
     def failing(self, *args, **options):
         raise torch.OutOfMemoryError(NO_ROOM)
 
-    monkeypatch.setattr(Transformer, "hidden_states", failing)
+    for name in ("hidden_states", "decode"):
+        monkeypatch.setattr(Transformer, name, failing)
     for task in ("loss", "niah_single_1", "routing"):
         with pytest.raises(ValueError, match=r"24\.00 GiB\. One row at once is too much: lower lengths"):
             run(text_run, tasks=[task], lengths=[600], rows=2, probes=["niah_single_1"])

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import models.generate
 from dashattn.backends import DashConfig
 from dashattn.routing import Routing
 from dashattn.selection import Selection
@@ -17,7 +18,7 @@ from experiments.evaluation.config import EvaluateConfig
 from experiments.evaluation.evaluate import evaluate, find_target
 from experiments.evaluation.select import build_tasks
 from experiments.evaluation.target import build_model, validation_stream
-from experiments.evaluation.tasks import decoding, generated
+from experiments.evaluation.tasks import base, decoding, generated
 from experiments.evaluation.tasks.base import Setting, SparsityTally
 from experiments.evaluation.tasks.decoding import token_ms
 from experiments.evaluation.tasks.routing import Measured, Probe, mqar_probes, observe, score_routing, text_probes
@@ -38,17 +39,20 @@ def setting(run_dir):
 
 def answering(right):
     """A stand-in for generation that knows the references of the prompts that ``right`` names by their number."""
-    calls = []
+    calls, whole = [], models.generate.generate
 
-    def generate(model, prompts, *, max_new_tokens, stop_tokens):
+    def generate(model, prompts, *, max_new_tokens, stop_tokens, on_stats):
+        whole(model, prompts, max_new_tokens=1, on_stats=on_stats)
         calls.append(len(prompts))
         return [right(sum(calls[:-1]) + i) for i in range(len(prompts))]
 
     return generate, calls
 
 
-def test_a_generated_task_end_to_end(text_run):
-    (row,) = run(text_run, tasks=["vt"], lengths=[512], rows=2)
+def test_a_generated_task_end_to_end(text_run, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Transformer, "hidden_states", None)  # prompts are read once, into the cache
+        (row,) = run(text_run, tasks=["vt"], lengths=[512], rows=2)
     assert (row["task"], row["metric"], row["length"], row["rows"], row["variant"]) == ("vt", "match", 512, 2, None)
     assert row["differs"] is None or row["differs"].startswith(("example", "no example"))
     assert 0 <= row["score"] <= 1
@@ -126,7 +130,7 @@ def test_an_interrupted_task_goes_on_from_the_answers_it_has(text_run, monkeypat
         return []
 
     generate, calls = answering(failing)
-    monkeypatch.setattr(generated, "generate", generate)
+    monkeypatch.setattr(base, "generate", generate)
     options = {"tasks": ["niah_single_1"], "lengths": [512], "rows": 5, "rows_per_batch": 2}
     with pytest.raises(KeyboardInterrupt):
         run(text_run, **options)
@@ -134,7 +138,7 @@ def test_an_interrupted_task_goes_on_from_the_answers_it_has(text_run, monkeypat
     (path,) = (text_run / "predictions").glob("*.jsonl")
     assert [answer["index"] for answer in read_rows(path)] == [0, 1, 2, 3]
     generate, calls = answering(lambda index: [])
-    monkeypatch.setattr(generated, "generate", generate)
+    monkeypatch.setattr(base, "generate", generate)
     (row,) = run(text_run, **options)
     assert calls == [1]
     assert row["score"] == 0
@@ -152,7 +156,7 @@ def test_right_answers_score_and_the_heat_map_has_a_row_for_every_depth(text_run
     generate, _ = answering(
         lambda index: tokenizer.encode(f"It is {samples[index].references[0]}!") if index < 12 else [0]
     )
-    monkeypatch.setattr(generated, "generate", generate)
+    monkeypatch.setattr(base, "generate", generate)
     clock = count(100.0, 0.5)  # half a second from one look to the next, of which a batch takes two
     monkeypatch.setattr(generated, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     rows = run(text_run, **options)
@@ -165,7 +169,7 @@ def test_right_answers_score_and_the_heat_map_has_a_row_for_every_depth(text_run
 
 def test_a_suite_leaves_out_what_cannot_be_and_says_so(text_run, monkeypatch, capsys):
     generate, _ = answering(lambda index: [])
-    monkeypatch.setattr(generated, "generate", generate)
+    monkeypatch.setattr(base, "generate", generate)
     rows = run(text_run, tasks=["ruler"], lengths=[600], rows=1)
     assert [row["task"] for row in rows][:2] == ["niah_single_1", "niah_single_2"]
     left_out = capsys.readouterr().err
