@@ -289,15 +289,16 @@ def test_a_batch_is_shared_by_ranks_and_micro_batches():
 
 
 @pytest.mark.parametrize(
-    ("overrides", "mend"),
+    ("shared", "overrides", "mend"),
     [
-        (["rows_per_batch=3"], "2 groups of 2 ranks: take a multiple of 2"),
-        (["data.seq_len=511"], "change data.seq_len"),
-        (["model.num_heads=3", "model.num_kv_heads=1"], "take a divisor of it"),
+        (2, ["rows_per_batch=3"], "2 groups of 2 ranks: take a multiple of 2"),
+        (2, ["data.seq_len=511"], "change data.seq_len"),
+        (2, ["model.num_heads=3", "model.num_kv_heads=1"], "take a divisor of it"),
+        (8, ["data=mqar", "data.curriculum_lengths=[4,64,128]", "model.num_heads=8"], "rows of 4 tokens equally"),
     ],
 )
-def test_what_ranks_cannot_share_is_refused(overrides, mend):
+def test_what_ranks_cannot_share_is_refused(shared, overrides, mend):
     config = composed("device=cpu", "rows_per_batch=6", "sequence_parallel=2")
     assert accumulation(check(config, ranks=4), ranks=4) == (3, 1)
     with pytest.raises(ValueError, match=mend):
-        check(composed("device=cpu", "sequence_parallel=2", *overrides), ranks=4)
+        check(composed("device=cpu", f"sequence_parallel={shared}", *overrides), ranks=2 * shared)

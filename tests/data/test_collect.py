@@ -234,7 +234,7 @@ def test_what_a_page_closes_without_having_opened_it_changes_nothing():
 def test_what_every_element_of_a_page_becomes():
     headings, lists = ("h1", "h6"), ("li", "ul", "ol", "dl", "dt", "dd")
     blocks = ("p", "div", "br", "tr", "pre", "table", "section", "article", "blockquote", *headings, *lists)
-    found = {tag: html_text(f"a<{tag}>b</{tag}>c") for tag in (*blocks, "span", "h7", "pred")}
+    found = {tag: html_text(f"a<{tag}>b</{tag}>c") for tag in (*blocks, "span", "h7", "pred", "header")}
     assert found == {tag: "a\nb\nc" if tag in blocks else "abc" for tag in found}
     for tag in ("head", "nav", "footer"):
         assert html_text(f"a<{tag}>b<{tag}>x</{tag}>y</{tag}>c") == "ac", "one within another"

@@ -206,8 +206,9 @@ def test_what_begins_documents_can_be_said(tokenizer, text_config, tmp_path):
         assert TextTokenizer.load(str(tmp_path / f"kept{tokenizers.bos_token}")).bos_token == tokenizers.bos_token
         framing = tokenizers.framing().backend.encode("query").ids
         assert framing == tokenizers.encode_prompt("query")
-    with_template = TextTokenizer(own.backend, own.eos_token, settings={"chat_template": "x"}, bos_token="<t>")
-    assert with_template.framing().settings == {"chat_template": "x"}
+    first = own.backend.id_to_token(0)
+    with_template = TextTokenizer(own.backend, own.eos_token, settings={"chat_template": "x"}, bos_token=first)
+    assert (with_template.bos_id, with_template.framing().settings) == (0, {"chat_template": "x"})
     trained = build_tokenizer(text_config(bos_token="<s>"), tmp_path)
     assert trained.encode_documents(["x"])[0][0] == trained.backend.token_to_id("<s>")
     assert trained.vocab_size == tokenizer.vocab_size

@@ -98,6 +98,11 @@ def test_the_fastest_is_found_once_and_kept(timed, monkeypatch, tmp_path):
     assert len(timed) == count
     launch(BLOCK=128)
     assert len(timed) == 2 * count
+    # What the user's says of the same call holds before it.
+    entry = json.loads((tmp_path / "package" / "tuning.jsonl").read_text())
+    (tmp_path / "cache" / "tuning.jsonl").write_text(json.dumps(entry | {"choice": OPTIONS[2]}) + "\n")
+    new_process(monkeypatch)
+    assert launch()[0].launches == [OPTIONS[2]]
 
 
 def test_an_only_option_is_not_timed(timed):

@@ -11,7 +11,7 @@ from dashattn.backends import DashConfig
 from dashattn.routing import Routing
 from dashattn.selection import Selection
 from dashattn.stats import AttentionStats
-from data import build_data
+from data import IGNORE, Batch, build_data
 from data.tasks.material import read_haystack
 from experiments.evaluation import select
 from experiments.evaluation.config import EvaluateConfig
@@ -22,7 +22,7 @@ from experiments.evaluation.tasks import base, decoding, generated
 from experiments.evaluation.tasks.base import Setting, SparsityTally
 from experiments.evaluation.tasks.decoding import token_ms
 from experiments.evaluation.tasks.routing import Measured, Probe, mqar_probes, observe, score_routing, text_probes
-from experiments.evaluation.tasks.streams import MQARForm, data_at, first_queries
+from experiments.evaluation.tasks.streams import MQARForm, Tally, data_at, first_queries
 from experiments.files import read_rows
 from models import ModelConfig, Transformer
 
@@ -279,6 +279,13 @@ def test_a_query_is_the_first_where_no_earlier_position_asked_for_its_token():
     ids = torch.tensor([[5, 3, 5, 5, 0, 3, 3], [1, 1, 1, 1, 1, 1, 1]])
     asked = torch.tensor([[0, 1, 1, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0, 1]]).bool()
     assert first_queries(ids, asked).int().tolist() == [[0, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 1]]
+    # Those alone are counted, as asked and as answered right.
+    tally = Tally(["recall"])
+    tally.sparsity = SimpleNamespace(add=lambda stats, packed: None)
+    likeliest = torch.tensor([[1, 1, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]]).bool()
+    output = SimpleNamespace(token_losses=torch.zeros(2, 7), is_likeliest=likeliest, stats=None)
+    tally.add(Batch(ids, torch.where(asked, 7, IGNORE), torch.zeros_like(ids)), output)
+    assert tally.recalled == [(1, 2), (1, 1)]
 
 
 def test_probes_of_a_text_ask_for_every_token_of_its_references():

@@ -183,8 +183,8 @@ def with_more(study):
           for n in (512, 1024) for s in (0, 1)),
         row("niah", "match", 0.25, length=1024, depth=0.5, seed=1),
         row("niah", "match", 0.125, length=1024, depth=0.5, label="nsa"),
-        *(row("loss", "nats", 3.5 - n / 2048, length=n, label="nsa", variant="documents", seed=s, samples=9, stderr=0.1)
-          for n in (512, 1024) for s in (0, 1)),
+        *(row("loss", "nats", 3.5 - n / 2048 + s / 4, length=n, label="nsa", variant="documents", seed=s, samples=9,
+              stderr=0.1) for n in (512, 1024) for s in (0, 1)),
         row("loss", "nats", 3.25, label="nsa", data="code", length=256, seed=3, target_sparsity=0.5,
             sparsity_count="causal", by_row={"corpus": "c", "nats": [6.5], "targets": [2]}),
     ]  # fmt: skip

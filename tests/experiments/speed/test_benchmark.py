@@ -1,5 +1,6 @@
 """The speed benchmark without a GPU: its inputs, its correctness gate, and tables and figures from rows."""
 
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -36,7 +37,7 @@ from experiments.speed.inputs import (
     with_selection,
 )
 from experiments.speed.measure import failed_check
-from experiments.speed.methods import Method, UnavailableError, given_selection, nearest_knob
+from experiments.speed.methods import Method, Operation, UnavailableError, given_selection, nearest_knob
 from experiments.speed.peers import block_lists
 from experiments.speed.rows import (
     ATTENTION,
@@ -343,6 +344,12 @@ def test_a_wrong_gradient_keeps_the_backward_from_being_timed(rows_of, gradient)
     rows, timed = rows_of(kernel(gradient=gradient))
     assert {(row["pass"], row["status"]) for row in rows} == {(FORWARD, "ok"), (BOTH, "failed check")}
     assert timed == 2
+
+
+def test_an_output_that_is_nan_without_gradients_alone_is_wrong():
+    x = torch.ones(2, requires_grad=True)
+    operation = Operation(lambda: x * (1.0 if torch.is_grad_enabled() else math.nan), {"x": x}, lambda: [x, x])
+    assert operation.errors(torch.ones(2)) == {"out": math.inf, "x": 0}
 
 
 def test_selections_may_differ_in_few_rows():

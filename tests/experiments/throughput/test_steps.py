@@ -4,6 +4,7 @@ import gc
 import json
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -188,6 +189,12 @@ def test_neighbours_resemble_each_other_as_the_pattern_says():
         inside &= torch.arange(len(similar)) % NEIGHBOURS != 0  # next to the one whose embedding is shared
         assert similar[inside].mean() == pytest.approx(rho**2, abs=0.05)
         assert similar[~inside].mean() < max(0.7, rho)
+
+
+def test_parameters_that_ranks_share_count_whole():
+    module = torch.nn.Linear(3, 2)
+    module.weight.ds_numel, module.weight.data = 6, torch.empty(0)  # as ZeRO stage 3 leaves it
+    assert throughput.parameters_of(SimpleNamespace(engine=SimpleNamespace(module=module))) == 6 + 2
 
 
 def make_row(backend, length, tokens_per_s, **values):
