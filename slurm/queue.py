@@ -20,7 +20,7 @@ def max_array_size() -> int:
     """How many tasks one array of this cluster may have."""
     try:
         shown = _ask("scontrol", "show", "config")
-    except (OSError, subprocess.CalledProcessError):
+    except ValueError:
         return _ARRAY_SIZE
     found = re.search(r"MaxArraySize\s*=\s*(\d+)", shown)
     return int(found[1]) if found else _ARRAY_SIZE
@@ -32,10 +32,7 @@ def queue(name: str) -> dict[str, tuple[str, str]]:
     Raises:
         ValueError: Slurm does not answer.
     """
-    try:
-        lines = _ask("squeue", "--array", "--noheader", f"--name={name}", "--format=%i|%T|%r").splitlines()
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise ValueError(_silent(error)) from None
+    lines = _ask("squeue", "--array", "--noheader", f"--name={name}", "--format=%i|%T|%r").splitlines()
     return {job: (state, reason) for job, state, reason in (line.split("|", 2) for line in lines)}
 
 
@@ -45,12 +42,8 @@ def cancel(jobs: Sequence[str]) -> None:
     Raises:
         ValueError: Slurm does not answer.
     """
-    if not jobs:
-        return
-    try:
+    if jobs:
         _ask("scancel", *jobs)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise ValueError(_silent(error)) from None
 
 
 def ended(folder: Path, jobs: Sequence[str]) -> dict[str, str]:
@@ -66,7 +59,7 @@ def ended(folder: Path, jobs: Sequence[str]) -> dict[str, str]:
         asked = ["--noheader", "--parsable2", "--allocations", "--format=JobID,State,ExitCode"]
         lines = _ask("sacct", "--array", f"--jobs={','.join(jobs)}", *asked).splitlines()
         found = {job: _end(state, code) for job, state, code in (line.split("|") for line in lines)}
-    except (OSError, subprocess.CalledProcessError, ValueError):
+    except ValueError:  # also of lines that are none
         found = _remembered()
     found = {job: found.get(job) or _written(folder / f"{job}_0_log.err") for job in jobs}
     return {job: end for job, end in found.items() if end is not None}
@@ -76,7 +69,7 @@ def _remembered() -> dict[str, str]:
     """Of the jobs that ended in the last minutes."""
     try:
         lines = _ask("scontrol", "--oneliner", "show", "jobs").splitlines()
-    except (OSError, subprocess.CalledProcessError):
+    except ValueError:
         return {}
     found = {}
     for line in lines:
@@ -106,9 +99,10 @@ def _end(state: str, exit_code: str) -> str:
     return _ENDS.get(state, state.lower())
 
 
-def _silent(error: OSError | subprocess.CalledProcessError) -> str:
-    return f"Slurm does not answer ({' '.join((getattr(error, 'stderr', None) or str(error)).split())}): try again"
-
-
 def _ask(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    """What one of Slurm's commands prints. Raises ValueError if Slurm does not answer."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        raise ValueError(f"Slurm does not answer ({' '.join(said.split())}): try again") from None
