@@ -41,6 +41,11 @@ class DataConfig(Checked, at="data"):
     name: Line  # labels result rows
     seq_len: SeqLen  # tokens per row
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether a row holds several documents, none of which attends to another."""
+        return False
+
     def at_length(self, length: int, **changes) -> "DataConfig":
         """These data in rows of ``length`` tokens, all of them, with other fields changed too."""
         return replace(self, seq_len=length, **changes)
@@ -138,6 +143,10 @@ class PackedDataConfig(DataConfig):
     length_buckets: list[PositiveInt] = field(default_factory=list)
     # Of length_buckets, one more than there are bounds.
     length_weights: list[NonNegativeFloat] = field(default_factory=list)
+
+    @property
+    def is_packed(self) -> bool:
+        return self.pack == "documents"
 
     @property
     def parts(self) -> dict[str, tuple[CorpusConfig, float]]:

@@ -57,15 +57,11 @@ def setpoints(config: EvaluateConfig, train: TrainConfig) -> list[Setpoint]:
     if train.attention.knob is None:
         raise ValueError(f"attention={train.attention.name} has no sparsity knob: leave sparsities away")
     layers = turned_layers(train.attention, train.model.num_layers)
-    packed = _is_packed(train) and bool(set(config.tasks) & set(STREAM_TASKS))
+    packed = train.data.is_packed and bool(set(config.tasks) & set(STREAM_TASKS))
     for sparsity in config.sparsities:
         for length in config.lengths or [train.data.seq_len]:
             check_reachable(layers, sparsity, config.sparsity_count, length, packed=packed)
     return [Setpoint(target=sparsity, count=config.sparsity_count) for sparsity in dict.fromkeys(config.sparsities)]
-
-
-def _is_packed(train: TrainConfig) -> bool:
-    return getattr(train.data, "pack", None) == "documents"
 
 
 def turn_knob(model: Transformer, setpoint: Setpoint, task: Task, config: EvaluateConfig, target: Target) -> float:
@@ -101,7 +97,7 @@ def turn_knob(model: Transformer, setpoint: Setpoint, task: Task, config: Evalua
         model.set_knob(knob)
         return knob
     data = train.data.at_length(length, **config.mqar.given())
-    if _is_packed(train) and not task.packed:
+    if train.data.is_packed and not task.packed:
         data = replace(data, pack="plain")
     cache_dir, device = user_path(train.cache_dir), torch.device(train.device)
 

@@ -130,8 +130,8 @@ def _check_model(config: TrainConfig) -> None:
         )
     if attention.controls_sparsity:
         turned = turned_layers(attention, model.num_layers)
-        packed = getattr(config.data, "pack", None) == "documents"
-        check_reachable(turned, attention.target_sparsity, attention.sparsity_count, seq_len, packed=packed)
+        target = attention.target_sparsity, attention.sparsity_count
+        check_reachable(turned, *target, seq_len, packed=config.data.is_packed)
 
 
 def meta_backends(config: TrainConfig) -> list[AttentionBackend]:
@@ -154,7 +154,7 @@ def _check_backend(backend: AttentionBackend, config: TrainConfig) -> None:
             f"attention={attention.name} is for evaluation only: train another one, or evaluate a checkpoint of "
             f"attention=full with it"
         )
-    if getattr(config.data, "pack", None) == "documents" and not backend.capabilities.packed:
+    if config.data.is_packed and not backend.capabilities.packed:
         raise ValueError(
             f"attention={attention.name} takes no packed documents: use data.pack=plain, or another attention"
         )

@@ -99,10 +99,9 @@ def next_command(config: TrainConfig) -> str:
     sparsities = []
     if config.attention.knob is not None:
         layers = turned_layers(config.attention, config.model.num_layers)
-        packed = getattr(config.data, "pack", None) == "documents"
         for sparsity in _SUGGESTED:
             try:
-                check_reachable(layers, sparsity, "causal", config.data.seq_len, packed=packed)
+                check_reachable(layers, sparsity, "causal", config.data.seq_len, packed=config.data.is_packed)
             except ValueError:
                 continue
             sparsities.append(str(sparsity))

@@ -51,7 +51,7 @@ class StreamTask(Task):
     def __init__(self, names: Sequence[str], data: DataConfig, stream: BatchStream, form: MQARForm) -> None:
         self.names = tuple(names)
         self.stream = stream
-        self.packed = getattr(data, "pack", None) == "documents"
+        self.packed = data.is_packed
         self.columns = {"length": data.seq_len, "rows": data.validation_rows, "variant": None}
         if isinstance(data, MQARDataConfig):
             self.columns["variant"] = ", ".join(f"{k}={v}" for k, v in form.given().items()) or None
