@@ -8,14 +8,14 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 
 from dashattn.fields import user_path
 from dashattn.implementation import kernels_can_run
-from data import NO_TOKEN, BatchStream, Prefetched, TextTokenizer, build_data
+from data import NO_TOKEN, BatchStream, Prefetched, build_data
 from experiments.config import TrainConfig
-from experiments.errors import Stopped
 from experiments.files import ANOMALIES
 from experiments.origin import with_commits, with_own_tokenizer
 from experiments.provenance import device_name
@@ -86,23 +86,8 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
     train_data, validation_data = _open_data(config, run_dir, ranks, rows)
     check_start(run_dir, train_data.describe())
     config = _with_tokens(config, train_data)
-    torch.manual_seed(config.seed)  # the weights; nothing after this draws from PyTorch's global generators
-    model = Transformer(config.model, config.attention)
-    freeze(model, config.optim)
+    model, start = _begin(config, run_dir, weights, train_data, validation_data)
     order = parameter_order(model, config.optim)
-    start = {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "data": train_data.describe(),
-        "tokenizer": train_data.tokenizer and train_data.tokenizer.fingerprint(),
-        "unigram_entropy": validation_data.unigram_entropy(),  # a loss must be well below; null = not known
-    }
-    if weights is not None:
-        loaded = load_weights(model, weights)
-        start["init_from"] = {"weights": str(weights.resolve()), **asdict(loaded)}
-    if run_dir.is_branch:
-        start["branch_from"] = {"checkpoint": str(run_dir.checkpoint.resolve()), "step": run_dir.step}
-    if run_dir.damaged:
-        start["damaged_checkpoints"] = dict(run_dir.damaged)
     if run_dir.checkpoint is not None:
         positions = run_dir.state["data"]
         # Of another number of readers: the state of a stream that counts over all of them is the same for each.
@@ -114,7 +99,9 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
         closing(Prefetched(train_data, depth=micro_batches, pin_memory=config.device == "cuda"))
     )
     ranks.barrier()  # every rank has looked at the run directory before one changes it
-    _open(run_dir, config, overrides, start, train_data.tokenizer, ranks, resources)
+    lock = ranks.first(lambda: open_run_dir(run_dir, config, overrides, start, train_data.tokenizer))
+    if lock is not None:
+        resources.callback(lock.release)
 
     # The checkpoint is loaded into the engine, not into the model: it holds the optimizer's state, too, and DeepSpeed's
     # master weights, which the model's rounded ones would not give back.
@@ -160,31 +147,6 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
     )
 
 
-def _open(
-    run_dir: RunDir,
-    config: TrainConfig,
-    overrides: Sequence[str],
-    start: dict,
-    tokenizer: TextTokenizer | None,
-    ranks: Ranks,
-    resources: ExitStack,
-) -> None:
-    """``open_run_dir`` by the first rank; where that fails all ranks end alike, and none waits for another."""
-    error = None
-    if ranks.is_main:
-        try:
-            resources.callback(open_run_dir(run_dir, config, overrides, start, tokenizer).release)
-        except (ValueError, OSError, Stopped) as caught:
-            error = caught
-    told = ranks.gather(None if error is None else (str(error), getattr(error, "exit_code", 1)))[0]
-    if error is not None:
-        raise error
-    if told is not None:
-        stopped = Stopped(told[0])
-        stopped.exit_code = told[1]
-        raise stopped
-
-
 def _open_data(config: TrainConfig, run_dir: RunDir, ranks: Ranks, rows: int) -> tuple[BatchStream, BatchStream]:
     """This rank's training and validation streams, in batches of ``rows`` rows."""
     data = with_own_tokenizer(config.data, run_dir.tokenizer_home)
@@ -215,6 +177,33 @@ def _with_tokens(config: TrainConfig, data: BatchStream) -> TrainConfig:
     if data.tokenizer is None:
         return config
     return replace(config, data=replace(config.data, bos_token=data.tokenizer.bos_token or NO_TOKEN))
+
+
+def _begin(
+    config: TrainConfig,
+    run_dir: RunDir,
+    weights: Path | None,
+    train_data: BatchStream,
+    validation_data: BatchStream,
+) -> tuple[Transformer, dict]:
+    """The model as its run begins, with ``weights`` if there are any, and what start.json says of that."""
+    torch.manual_seed(config.seed)  # the weights; nothing after this draws from PyTorch's global generators
+    model = Transformer(config.model, config.attention)
+    freeze(model, config.optim)
+    start = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "data": train_data.describe(),
+        "tokenizer": train_data.tokenizer and train_data.tokenizer.fingerprint(),
+        "unigram_entropy": validation_data.unigram_entropy(),  # a loss must be well below; null = not known
+    }
+    if weights is not None:
+        loaded = load_weights(model, weights)
+        start["init_from"] = {"weights": str(weights.resolve()), **asdict(loaded)}
+    if run_dir.is_branch:
+        start["branch_from"] = {"checkpoint": str(run_dir.checkpoint.resolve()), "step": run_dir.step}
+    if run_dir.damaged:
+        start["damaged_checkpoints"] = dict(run_dir.damaged)
+    return model, start
 
 
 def _find_hold(

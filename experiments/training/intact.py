@@ -1,6 +1,7 @@
 """Before a run goes on: whether its checkpoint, and what stands beside it, are as the run wrote them."""
 
 import shlex
+from collections.abc import Callable
 
 from experiments.config import TrainConfig
 from experiments.files import CONFIG, GIT, START, TOKENIZER, WEIGHTS
@@ -15,15 +16,15 @@ def verify_checkpoint(run: RunDir, config: TrainConfig, ranks) -> RunDir:
         ValueError: the checkpoint would run code that no run of ours has written, or what says beside it what the run
             is was damaged.
     """
-    while run.checkpoint is not None:
-        own = damage(run.checkpoint, rank=ranks.rank, world_size=ranks.world_size)
-        problems = sorted({problem for share in ranks.gather(own) for problem in share})
-        if not problems:
-            break
+
+    def problems_of(look: Callable[..., list[str]]) -> list[str]:
+        own = look(run.checkpoint, rank=ranks.rank, world_size=ranks.world_size)
+        return sorted({problem for share in ranks.gather(own) for problem in share})
+
+    while run.checkpoint is not None and (problems := problems_of(damage)):
         run = find_run_dir(config, {**run.damaged, run.checkpoint.name: "; ".join(problems)})
     if run.checkpoint is not None:
-        own = foreign_code(run.checkpoint, rank=ranks.rank, world_size=ranks.world_size)
-        problems = sorted({problem for share in ranks.gather(own) for problem in share})
+        problems = problems_of(foreign_code)
         if problems:
             raise ValueError(
                 f"{run.checkpoint} was not written by a run of this project: resuming it would run code that came with "

@@ -6,13 +6,17 @@ DeepSpeed is imported inside the functions: its import chooses an accelerator an
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
 
 from dashattn.ops.full.reference import use_flash_attention_3
+from experiments.errors import Stopped
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -71,6 +75,28 @@ class Ranks:
     def gather_readers(self, value: Any) -> list[Any]:
         """``value`` of every reader, which is the same on all ranks that share its rows."""
         return self.gather(value)[:: self.sequence_parallel]
+
+    def first(self, work: Callable[[], T]) -> T | None:
+        """``work()`` of the first rank, None on the others. Where it fails all of them end alike, and none waits for
+        another.
+
+        Raises:
+            ValueError, OSError, Stopped: as ``work`` does; on the other ranks Stopped.
+        """
+        result = error = None
+        if self.is_main:
+            try:
+                result = work()
+            except (ValueError, OSError, Stopped) as caught:
+                error = caught
+        told = self.gather(None if error is None else (str(error), getattr(error, "exit_code", 1)))[0]
+        if error is not None:
+            raise error
+        if told is not None:
+            stopped = Stopped(told[0])
+            stopped.exit_code = told[1]
+            raise stopped
+        return result
 
     def barrier(self) -> None:
         if self.world_size > 1:

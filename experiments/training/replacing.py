@@ -58,20 +58,8 @@ def set_aside(config: TrainConfig) -> Path | None:
 
 
 def make_way(config: TrainConfig, ranks: Ranks, resources: ExitStack) -> None:
-    """``set_aside`` by the first rank, for all; it is moved back if the new run does not come to begin.
-
-    Raises:
-        ValueError: on all ranks alike.
-    """
-    aside = error = None
-    if ranks.is_main:
-        try:
-            aside = set_aside(config)
-        except ValueError as caught:
-            error = str(caught)
-    error = ranks.gather(error)[0]
-    if error is not None:
-        raise ValueError(error)
+    """``set_aside`` by the first rank, for all; it is moved back if the new run does not come to begin."""
+    aside = ranks.first(lambda: set_aside(config))
     if aside is not None:
         resources.callback(_move_back, aside, user_path(config.run_dir))
 

@@ -4,17 +4,19 @@ import fcntl
 import json
 from contextlib import ExitStack
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
+import torch
 from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 
 from experiments.config import TrainConfig
+from experiments.errors import Stopped
 from experiments.files import CONFIGS, read_rows
 from experiments.sweep import submit
 from experiments.training.check import check
+from experiments.training.ranks import Ranks
 from experiments.training.replacing import make_way, makes_way, set_aside
 from experiments.training.run import save
 from slurm.launcher import LauncherConfig
@@ -84,7 +86,7 @@ def test_what_does_not_come_to_begin_leaves_all_as_it_was(config, tmp_path):
     assert replaced(tmp_path) == []
 
 
-def test_refusals(config, tmp_path):
+def test_refusals(config, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "thesis.tex").touch()
@@ -95,10 +97,10 @@ def test_refusals(config, tmp_path):
     train(config)
     with FileLock(folder / ".lock"), pytest.raises(ValueError, match="another process is training in"):
         set_aside(replace(config, overwrite=True))
-    error = "another process is training"
-    other_rank = SimpleNamespace(is_main=False, gather=lambda value: [error, value])
-    with pytest.raises(ValueError, match=error), ExitStack() as resources:
-        make_way(replace(config, overwrite=True), other_rank, resources)
+    monkeypatch.setattr(Ranks, "gather", lambda _, value: [("another process is training", 75), value])
+    with pytest.raises(Stopped, match="another process is training") as told, ExitStack() as resources:
+        make_way(replace(config, overwrite=True), Ranks(1, 2, torch.device("cpu")), resources)
+    assert told.value.exit_code == 75
 
 
 def test_who_only_looks_at_the_lock_is_waited_for(config, tmp_path, monkeypatch):
