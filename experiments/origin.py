@@ -22,7 +22,7 @@ from data.config import CorpusConfig
 from data.hub import pinned
 from data.tokenizer import TOKENIZER as TOKENIZER_FILE
 from experiments.files import CONFIG, TOKENIZER, check_exists, is_foreign
-from experiments.schema import fitting, read_values
+from experiments.schema import fitting, flat, read_values
 from models import ModelConfig
 from models.hf import is_hf_folder, read_attention, read_config
 
@@ -38,7 +38,7 @@ def take_from_origin(cfg: DictConfig) -> DictConfig:
     """
     if "init_from" not in cfg or OmegaConf.is_missing(cfg, "model"):
         return cfg
-    given = _flat(OmegaConf.to_container(cfg.model, resolve=False))
+    given = flat(OmegaConf.to_container(cfg.model, resolve=False))
     left_open = [key for key, value in given.items() if value == LEFT_OPEN]
     if "rope.scaling" in left_open:  # its parameters go with it
         left_open += [key for key, value in given.items() if key.startswith("rope.") and value is None]
@@ -53,7 +53,7 @@ def take_from_origin(cfg: DictConfig) -> DictConfig:
         _replace_attention(cfg, _attention_of(origin) if own is None else own.attention)
         own = own or _own_config(cfg)  # the attention's name may be part of the directory's
     if left_open:
-        values = _flat(_known_model(origin) if own is None else OmegaConf.to_container(own.model))
+        values = flat(_known_model(origin) if own is None else OmegaConf.to_container(own.model))
         for key in left_open:
             OmegaConf.update(cfg, f"model.{key}", values.get(key))
     if "tokenizer" in cfg.data and cfg.data.tokenizer is None:
@@ -293,10 +293,3 @@ def _take_tokenizer(data: DictConfig, origin: Path) -> None:
         for key, value in (("bos_token", _begins(theirs)), ("eos_token", theirs.get("eos_token"))):
             if data[key] is None:
                 data[key] = value
-
-
-def _flat(values: dict, prefix: str = "") -> dict:
-    result = {}
-    for key, value in values.items():
-        result |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return result

@@ -12,7 +12,6 @@ if __name__ == "__main__":
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -22,7 +21,6 @@ from dashattn.fields import Checked, Line, PositiveFloat, PositiveInt, Sparsity
 from experiments.config import TrainConfig, to_train_config
 from experiments.errors import user_errors
 from experiments.files import CONFIGS
-from experiments.overrides import override
 from experiments.rates import Rate, Row, estimate_rate, kind_of, rows
 from experiments.schema import to_config
 from experiments.sweep.cells import Cell, SweepConfig, cells, register_sweep_config
@@ -250,7 +248,7 @@ def run_plan(arguments: Sequence[str]) -> str:
             config = to_config(compose("sweep", planned))
             return describe_sweep(config, list(plan_sweep(config, options, rows())))
         # A run directory that is there resumes its own configuration: what is planned is a new run.
-        config = to_train_config(compose("train", [*planned, override("run_dir", str(Path("plan-of-a-new-run")))]))
+        config = to_train_config(compose("train", [*planned, "run_dir=plan-of-a-new-run"]))
         return describe(plan_run(config, options, rows()))
 
 

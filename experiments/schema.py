@@ -67,6 +67,14 @@ def to_config(cfg: DictConfig) -> Any:
     return config
 
 
+def flat(values: dict, prefix: str = "") -> dict:
+    """Nested dictionaries as one, with dotted keys."""
+    result = {}
+    for key, value in values.items():
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return result
+
+
 def _unknown_keys(node: object, prefix: str = "") -> list[str]:
     """Dotted names of attributes that are no fields of their dataclass, in ``node`` and below it."""
     if isinstance(node, dict):

@@ -22,8 +22,7 @@ from experiments.figures import run_results
 from experiments.figures.frontier import newest
 from experiments.files import CONFIG, METRICS, RESULTS, START, check_exists, read_json, read_rows, write_atomically
 from experiments.plots import entitle, method_of, pyplot, styles
-from experiments.schema import read_values
-from experiments.training.run_dir import flat
+from experiments.schema import flat, read_values
 
 PAGE = "report.html"
 

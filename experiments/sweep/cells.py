@@ -13,7 +13,7 @@ names; which are done is read off their directories.
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -276,12 +276,17 @@ def _knob_key(train: list[str]) -> str:
     return f"attention.{knob}"
 
 
+def composing() -> AbstractContextManager:
+    """Where configurations can be composed."""
+    if GlobalHydra.instance().is_initialized():  # this command's own line has done it
+        return nullcontext()
+    return initialize_config_dir(CONFIGS, version_base="1.3")
+
+
 @cache
 def _attention(overrides: tuple[str, ...]) -> AttentionConfig:
     """What these overrides of train.py make of its attention: the files of configs/attention may have any name."""
-    with ExitStack() as stack:
-        if not GlobalHydra.instance().is_initialized():  # the sweep's own command line has done it
-            stack.enter_context(initialize_config_dir(CONFIGS, version_base="1.3"))
+    with composing():
         try:
             return OmegaConf.to_object(compose("train", list(overrides)).attention)
         except MissingConfigException as error:

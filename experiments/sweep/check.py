@@ -1,11 +1,9 @@
 """Whether the cells of a sweep can work, asked before they wait in a queue for hours."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from hydra import compose
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -13,10 +11,10 @@ from omegaconf.errors import OmegaConfBaseException
 from experiments.config import TrainConfig, to_train_config
 from experiments.evaluation.config import register_evaluate_config
 from experiments.evaluation.evaluate import check_request
-from experiments.files import CONFIG, CONFIGS
-from experiments.origin import LEFT_OPEN
+from experiments.files import CONFIG
+from experiments.origin import CHECKPOINT, LEFT_OPEN
 from experiments.schema import to_config
-from experiments.sweep.cells import Cell
+from experiments.sweep.cells import Cell, composing
 from experiments.training.check import check
 
 
@@ -31,7 +29,7 @@ def check_cells(found: Sequence[Cell], ranks: int) -> None:
     """
     register_evaluate_config()
     bases = {cell.name: cell for cell in found}
-    with _hydra():
+    with composing():
         for cell in found:
             try:
                 train = _check_training(cell, bases.get(cell.base), ranks)
@@ -64,19 +62,10 @@ def _check_evaluations(cell: Cell, train: TrainConfig | None) -> None:
     """``train``: as of ``_check_training``."""
     for overrides in (cell.evaluate, cell.evaluate_turned):
         if overrides is not None:
-            with _hydra():
+            with composing():
                 config = to_config(compose("evaluate", list(overrides)))
             if train is not None:
                 check_request(config, train)
-
-
-@contextmanager
-def _hydra() -> Iterator[None]:
-    """Where configurations can be composed."""
-    with ExitStack() as stack:
-        if not GlobalHydra.instance().is_initialized():  # this command's own line has done it
-            stack.enter_context(initialize_config_dir(CONFIGS, version_base="1.3"))
-        yield
 
 
 def _check_training(cell: Cell, base: Cell | None, ranks: int) -> TrainConfig | None:
@@ -90,6 +79,5 @@ def _check_training(cell: Cell, base: Cell | None, ranks: int) -> TrainConfig | 
 
 
 def _takes_from_origin(cfg: DictConfig) -> bool:
-    return (
-        LEFT_OPEN in str(OmegaConf.to_container(cfg.model, resolve=False)) or cfg.attention.get("name") == "checkpoint"
-    )
+    model = OmegaConf.to_container(cfg.model, resolve=False)
+    return LEFT_OPEN in str(model) or cfg.attention.get("name") == CHECKPOINT

@@ -18,6 +18,8 @@ from experiments.training.ranks import Ranks
 from models import ModelOutput, Transformer
 from models.transformer import TransformerBlock
 
+BUCKET = 500_000_000  # elements that are reduced at once, at most, which is DeepSpeed's default
+
 
 def deepspeed_json(
     config: TrainConfig, *, parameters: int, rows: int, micro_batches: int, universal: bool = False
@@ -31,8 +33,8 @@ def deepspeed_json(
         universal: a checkpoint of another number of ranks or stage will be loaded.
     """
     stage, precision = config.deepspeed.stage, config.deepspeed.precision
-    # DeepSpeed's default, 5e8 elements, would take gigabytes beside a small model; and it takes even numbers only.
-    bucket = min(parameters + parameters % 2, 500_000_000)
+    # DeepSpeed's default would take gigabytes beside a small model; and it takes even numbers only.
+    bucket = min(parameters + parameters % 2, BUCKET)
     result = {
         "train_micro_batch_size_per_gpu": rows,
         "gradient_accumulation_steps": micro_batches,

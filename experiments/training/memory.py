@@ -12,6 +12,7 @@ from experiments.config import TrainConfig
 from experiments.host_memory import share_of_memory
 from experiments.schema import DTYPES
 from experiments.training.check import accumulation
+from experiments.training.engine import BUCKET
 from experiments.training.optim import freeze
 from experiments.training.ranks import Ranks
 from models import Transformer
@@ -19,8 +20,7 @@ from models.activations import layer_bytes, loss_bytes
 from models.meta import without_memory
 
 GIB = 2**30
-# Largest number of elements that DeepSpeed reduces, or gathers, at once.
-BUCKET, LIVE = 500_000_000, 1_000_000_000
+LIVE = 1_000_000_000  # elements that DeepSpeed gathers at once, at most
 # Of a GPU's memory, what contexts of CUDA and NCCL, cuBLAS's workspaces and fragments leave PyTorch's tensors.
 USABLE = 0.93
 
@@ -174,7 +174,7 @@ def estimate_memory(config: TrainConfig, ranks: int, model: Transformer | None =
     layers = [
         layer_bytes(config.model, backend, length, itemsize, compiled=config.compile) for backend in model.backends
     ]
-    loss = loss_bytes(config.model, tokens, itemsize, compiled=config.compile)
+    logits = loss_bytes(config.model, tokens, itemsize, compiled=config.compile)
     hidden = itemsize * config.model.hidden_size * tokens
     table = config.model.vocab_size * config.model.hidden_size * itemsize
     if config.activation_checkpointing:
@@ -184,15 +184,14 @@ def estimate_memory(config: TrainConfig, ranks: int, model: Transformer | None =
         kept = tokens * sum(layer.kept for layer in layers)
         working = tokens * max(layer.scratch for layer in layers)
     # At the loss everything is kept; in the backward of a layer its own comes on top.
-    activations, logits = kept + working, loss
-    peak = weights + gradients + optimizer + max(kept + loss, kept + working + hidden + table)
+    peak = weights + gradients + optimizer + kept + max(logits, working + hidden + table)
     # A token's keys, values and summaries; a block more or less does not count.
     cache = length * sum(_cached_bytes(backend, itemsize) for backend in model.backends)
     return Memory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        activations=activations,
+        activations=kept + working,
         logits=logits,
         lists=tokens * max(layer.lists for layer in layers),
         peak=peak,

@@ -49,7 +49,7 @@ from experiments.files import (
 )
 from experiments.origin import parse_branch
 from experiments.provenance import environment, git_state
-from experiments.schema import read_values
+from experiments.schema import flat, read_values
 from experiments.training.checkpoint import (
     LATEST,
     STATE,
@@ -171,7 +171,8 @@ def find_run_dir(config: TrainConfig, damaged: Mapping[str, str] | None = None) 
             else; or if it cannot be written.
     """
     path = user_path(config.run_dir)
-    for directory in (path, path / "checkpoints"):
+    checkpoints = RunDir(path).checkpoints
+    for directory in (path, checkpoints):
         check_writable(directory, "give another run_dir=...")
     # A lock or a submission alone is the trace of a run that did not come to begin.
     if not path.exists() or all(entry.name == SUBMITTED or entry.name.startswith(".") for entry in path.iterdir()):
@@ -190,9 +191,9 @@ def find_run_dir(config: TrainConfig, damaged: Mapping[str, str] | None = None) 
     # state.json alone, which says where the run stands: every rank looks, and knows nothing of the others yet. The sums
     # of the large files are shared out among them, in ``verify_checkpoint``.
     damaged = dict(damaged or {})
-    if (path / "checkpoints" / LATEST).exists() and read_latest(path / "checkpoints") is None:
+    if (checkpoints / LATEST).exists() and read_latest(checkpoints) is None:
         damaged[LATEST] = "it names no checkpoint"
-    while (checkpoint := latest_checkpoint(path / "checkpoints", damaged)) is not None:
+    while (checkpoint := latest_checkpoint(checkpoints, damaged)) is not None:
         problems = damage(checkpoint, names=(STATE,))
         if not problems:
             break
@@ -206,7 +207,7 @@ def _begin(path: Path, config: TrainConfig, damaged: Mapping[str, str]) -> RunDi
         return RunDir(path)
     run, step = parse_branch(config.branch_from)
     check_exists(run, f"branch_from={config.branch_from} takes RUN@STEP")
-    checkpoint, named = run / "checkpoints" / step_name(step), f"branch_from={config.branch_from}"
+    checkpoint, named = RunDir(run).checkpoints / step_name(step), f"branch_from={config.branch_from}"
     if not (checkpoint / STATE).exists():
         names = sorted(found.name.removeprefix("step-") for found in checkpoint.parent.glob("step-*"))
         steps = [name.lstrip("0") for name in names if name.isdecimal()]
@@ -380,11 +381,3 @@ def _listed(different: dict[str, tuple]) -> str:
 
 def _is_among(key: str, names: Container[str]) -> bool:
     return key in names or key.split(".")[0] in names or ("data.files" in names and _FILES.fullmatch(key) is not None)
-
-
-def flat(values: dict, prefix: str = "") -> dict:
-    """Nested dictionaries as one, with dotted keys."""
-    result = {}
-    for key, value in values.items():
-        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return result

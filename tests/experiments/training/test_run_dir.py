@@ -14,11 +14,12 @@ from data.config import MixedCorpusConfig
 from experiments.config import load_config, plain, to_train_config
 from experiments.errors import REQUEUE, Occupied
 from experiments.files import read_rows, write_atomically
+from experiments.schema import flat
 from experiments.training import run_dir
 from experiments.training.checkpoint import seal
 from experiments.training.metrics import drop_rows_after
 from experiments.training.ranks import Ranks
-from experiments.training.run_dir import config_hash, find_run_dir, flat, open_run_dir
+from experiments.training.run_dir import config_hash, find_run_dir, open_run_dir
 from tests.experiments.conftest import CONFIGS
 
 
