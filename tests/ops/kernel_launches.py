@@ -95,7 +95,7 @@ def hopper_sizes():
             geo = geometry(q, 2, None)
             everything = Selection.from_mask(torch.ones(1, 128, 2, 128 // block, dtype=torch.bool), block)
             words = attention.flatten_words(everything.words)
-            lists = tile_lists(words, geo, block, hopper.tile_tokens(geo))
+            lists = tile_lists(words, geo, block, hopper.tile_tokens(geo, block))
             bias = torch.zeros(128, heads, 128 // block)
             hopper.forward(q[0], k[0], v[0], bias, lists, geo, block, 0.1)
             if block == dim:
@@ -124,7 +124,7 @@ def hopper_attention(length, heads, kv_heads, dim):
     geo = geometry(q, kv_heads, None)
     mask = torch.ones(1, length, kv_heads, -(-length // CHUNK), dtype=torch.bool)
     words = attention.flatten_words(Selection.from_mask(mask, CHUNK).words)
-    lists = tile_lists(words, geo, CHUNK, hopper.tile_tokens(geo))
+    lists = tile_lists(words, geo, CHUNK, hopper.tile_tokens(geo, CHUNK))
     for bias_heads in (0, kv_heads, heads):
         bias = torch.zeros(length, bias_heads, mask.shape[-1]) if bias_heads else None
         hopper.forward(q[0], k[0], v[0], bias, lists, geo, CHUNK, 0.1)

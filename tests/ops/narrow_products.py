@@ -10,7 +10,8 @@ seen from where it comes:
 
 A product of an index with another, or with what is not constant, can leave 32 bits; so can a token's number times heads
 or channels. Indices of tiles times the tokens of a tile are tokens. To tell the two apart the kernels are compiled for
-3 KV heads of 15 query heads and 40 channels: of such groups 2, 4 or 8 tokens make a tile, a power of two.
+3 KV heads of 15 query heads and 40 channels: of such groups 2, 4 or 8 tokens make a tile, a power of two, or three
+tiles of 4 do.
 """
 
 import json
@@ -26,6 +27,7 @@ from triton._C.libtriton import ir
 from triton.compiler.compiler import make_backend
 
 LARGEST_TILE = 64
+THREE_TILES = 12
 LARGEST_GRID = 2**16
 LIMIT = 2**31
 
@@ -77,7 +79,7 @@ def product(a, b):
         return ANY, True
     size, index = (a, b) if isinstance(a, Bounded) else (b, a)
     scale = Index(index * size)
-    fits = size.constant and size & (size - 1) == 0 and scale <= LARGEST_TILE
+    fits = size.constant and (size & (size - 1) == 0 or size == THREE_TILES) and scale <= LARGEST_TILE
     return (scale if fits else ANY), not fits
 
 

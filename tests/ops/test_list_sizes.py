@@ -1,5 +1,7 @@
 """What grows with the square of the length is counted before it is allocated, and refused where it can never fit."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -115,3 +117,11 @@ def test_more_rows_than_32_bits_count_are_refused():
     with pytest.raises(ValueError, match="split the batch"):
         geometry(torch.empty(2**10, 2**15, 64, 1, device="meta"), 64, None)
     assert geometry(torch.empty(2**9, 2**15, 64, 1, device="meta"), 64, None).tokens == 2**24
+
+
+def test_a_bias_without_groups_is_not_for_the_forward_of_hopper(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    q = SimpleNamespace(is_cuda=True, device=None, dtype=torch.bfloat16, itemsize=2)
+    for heads, has_bias, takes_hopper in ((2, False, True), (2, True, False), (4, True, True)):
+        geo = of_length(300, kv_heads=2, heads=heads)
+        assert (sparse._hopper(q, geo, 64, has_bias) is not None) == takes_hopper

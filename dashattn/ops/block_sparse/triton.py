@@ -43,7 +43,7 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, words: Tensor, bias: Tensor | None, geo: Geometry, block_size: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The forward on flat, contiguous tensors with the fastest kernel there is for them."""
-    hopper = _hopper(q, geo, block_size)
+    hopper = _hopper(q, geo, block_size, bias is not None)
     lists = tile_lists(words, geo, block_size, _forward_tile(hopper, q, geo, block_size))
     if hopper is not None:
         return hopper.forward(q, k, v, bias, lists, geo, block_size, scale)
@@ -51,13 +51,13 @@ def attend(
     return forward(q, k, v, bias, lists, geo, block_size, scale, options)
 
 
-def _hopper(q: Tensor, geo: Geometry, block_size: int) -> ModuleType | None:
+def _hopper(q: Tensor, geo: Geometry, block_size: int, has_bias: bool) -> ModuleType | None:
     """The kernel for Hopper, where it takes the call."""
     if not q.is_cuda:
         return None
     from dashattn.ops.block_sparse import hopper  # Gluon has no interpreter and asks for a GPU
 
-    return hopper if hopper.supported(q, geo, block_size) else None
+    return hopper if hopper.supported(q, geo, block_size, has_bias) else None
 
 
 def _hopper_backward(q: Tensor, geo: Geometry, block_size: int) -> ModuleType | None:
@@ -96,14 +96,16 @@ def gradients(
 def _forward_tile(hopper: ModuleType | None, q: Tensor, geo: Geometry, block_size: int) -> int:
     """Tokens of a query tile."""
     if hopper is not None:
-        return hopper.tile_tokens(geo)
+        return hopper.tile_tokens(geo, block_size)
     return geo.tile_tokens(forward_options(geo.padded_dim, block_size, q.itemsize)["rows"])
 
 
-def check_forward_room(q: Tensor, geo: Geometry, block_size: int, num_words: int, bias_blocks: int) -> None:
+def check_forward_room(
+    q: Tensor, geo: Geometry, block_size: int, num_words: int, bias_blocks: int, has_bias: bool
+) -> None:
     """Raises ValueError where lists and biases can never fit. ``bias_blocks``: of a bias of the forward's own, or 0."""
     needed = words_bytes(geo, num_words) + bias_bytes(geo, geo.kv_heads, bias_blocks)
-    tile = _forward_tile(_hopper(q, geo, block_size), q, geo, block_size)
+    tile = _forward_tile(_hopper(q, geo, block_size, has_bias), q, geo, block_size)
     check_room(needed + tile_list_bytes(geo, num_words, tile), geo, q.device)
 
 
@@ -148,7 +150,7 @@ def _forward_op(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     geo = geometry(q, k.shape[2], cu_seqlens)
-    check_forward_room(q, geo, block_size, words.shape[-1], 0)
+    check_forward_room(q, geo, block_size, words.shape[-1], 0, block_bias is not None)
     bias = None if block_bias is None else block_bias.flatten(0, 1).contiguous()
     out, lse = attend(*map(flatten_tokens, (q, k, v)), flatten_words(words), bias, geo, block_size, scale)
     return out.view(q.shape), lse.view(q.shape[:3])

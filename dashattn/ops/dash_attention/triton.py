@@ -73,7 +73,7 @@ def _forward_op(
     geo = geometry(q, k.shape[2], cu_seqlens)
     blocks = num_blocks(q, chunk_size)
     bias_blocks = blocks if has_forward_bias(prior, sigma, q.dtype) else 0
-    check_forward_room(q, geo, chunk_size, -(-blocks // 32), bias_blocks)
+    check_forward_room(q, geo, chunk_size, -(-blocks // 32), bias_blocks, bias_blocks > 0)
     q_nHD, k_nHD, v_nHD = (flatten_tokens(x) for x in (q, k, v))
     starts = summary_starts(geo, chunk_size)
     router = router_options(geo.padded_dim, q.itemsize)

@@ -26,7 +26,7 @@ def _forward_op(
     """Output [B, T, Hq, D] and selection words int32 [B, H, T, W]. Without a window branch its keys are None."""
     geo, windows = geometry(q, k.shape[2], cu_seqlens), Band(kernel_size, kernel_stride)
     num_blocks = -(-q.shape[1] // block_size)
-    check_forward_room(q, geo, block_size, -(-num_blocks // 32), 0)
+    check_forward_room(q, geo, block_size, -(-num_blocks // 32), 0, False)
     q_n, k_n, v_n, gates_n = (flatten_tokens(x) for x in (q, k, v, gates))
     compressed = [flatten_keys(x) for x in (compressed_k, compressed_v)]
     starts = windows.starts(geo)
