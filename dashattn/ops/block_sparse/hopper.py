@@ -24,6 +24,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from dashattn.ops.block_sparse.schedule import TileLists
 from dashattn.ops.block_sparse.triton_forward import stages_that_fit
+from dashattn.ops.gates.share import Share, share_constants
 from dashattn.ops.tiles import LOG2E, Geometry, locate_tile
 
 # The same barrier among the warps of a partition has another name from Triton 3.7 on.
@@ -102,10 +103,11 @@ def _attend_block(acc, total, peak, q, k_ring, v_ring, full, empty, entry, block
 
 @gluon.jit
 def _multiply(tiles, PART: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK: gl.constexpr,
-              DIM: gl.constexpr, STAGES: gl.constexpr, BIAS_HEADS: gl.constexpr):  # fmt: skip
+              DIM: gl.constexpr, STAGES: gl.constexpr, BIAS_HEADS: gl.constexpr, BRANCH: gl.constexpr,
+              BRANCHES: gl.constexpr):  # fmt: skip
     """Tile PART of a program's. ``first``: position of the first token of all of them in its document."""
-    (q_ptr, out_ptr, lse_ptr, bias_ptr, q_tiles, k_ring, v_ring, full, empty, block_list, choice_list, past, num_blocks,
-     start, end, first, kv_head, list_width, bias_width, scale_log2) = tiles  # fmt: skip
+    (q_ptr, out_ptr, lse_ptr, bias_ptr, gates_ptr, q_tiles, k_ring, v_ring, full, empty, block_list, choice_list, past,
+     num_blocks, start, end, first, kv_head, list_width, bias_width, scale_log2) = tiles  # fmt: skip
     TOKENS: gl.constexpr = ROWS // GROUP
     if TOKENS > 32:
         choice_list += PART * list_width
@@ -170,15 +172,22 @@ def _multiply(tiles, PART: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.const
     gl.store(lse_ptr + row_offset, lse, mask=valid)
     inverse = gl.convert_layout(gl.where(has_keys, 1.0 / total, 0.0), gl.SliceLayout(1, OUT))
     out = gl.convert_layout((acc * inverse[:, None]).to(out_ptr.dtype.element_ty), LOAD)
-    gl.store(out_ptr + flat_row[:, None] * DIM + dim[None, :], out, mask=in_tile[:, None])
+    out_ptr += flat_row[:, None] * DIM + dim[None, :]
+    if BRANCH >= 0:
+        gate = gl.load(gates_ptr + flat_row * BRANCHES + BRANCH, mask=in_tile, other=0.0).to(gl.float32)
+        before = gl.load(out_ptr, mask=in_tile[:, None], other=0.0).to(gl.float32)
+        # Rounded before it is weighed, as a branch that is stored by itself is: both give the same bits.
+        out = (before + gate[:, None] * out.to(gl.float32)).to(out.dtype)
+    gl.store(out_ptr, out, mask=in_tile[:, None])
 
 
 @gluon.jit(do_not_specialize=["num_slots", "num_documents", "list_width", "bias_width"])
 def forward_kernel(
-    q_ptr, k_desc, v_desc, bias_ptr, out_ptr, lse_ptr, documents, blocks, choices, counts, scale_log2,
+    q_ptr, k_desc, v_desc, bias_ptr, gates_ptr, out_ptr, lse_ptr, documents, blocks, choices, counts, scale_log2,
     num_slots, num_documents, list_width, bias_width,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK: gl.constexpr, DIM: gl.constexpr,
-    BIAS_HEADS: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr, WORKER_REGS: gl.constexpr,
+    BIAS_HEADS: gl.constexpr, BRANCH: gl.constexpr, BRANCHES: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
+    WORKER_REGS: gl.constexpr,
 ):  # fmt: skip
     TOKENS: gl.constexpr = TILES * (ROWS // GROUP)
     pid = gl.program_id(0)
@@ -204,14 +213,14 @@ def forward_kernel(
         mbarrier.init(empty.index(stage), count=TILES)
     fence_async_shared()
 
-    tiles = (q_ptr, out_ptr, lse_ptr, bias_ptr, q_tiles, k_ring, v_ring, full, empty, blocks, choices, past, num_blocks,
-             start, end, index * TOKENS, kv_head, list_width, bias_width, scale_log2)  # fmt: skip
+    tiles = (q_ptr, out_ptr, lse_ptr, bias_ptr, gates_ptr, q_tiles, k_ring, v_ring, full, empty, blocks, choices, past,
+             num_blocks, start, end, index * TOKENS, kv_head, list_width, bias_width, scale_log2)  # fmt: skip
     fetch = (k_desc, v_desc, k_ring, v_ring, full, empty, blocks, num_blocks, start, kv_head, BLOCK, DIM, STAGES)
     if TILES == 2:
         gl.warp_specialize(
             [
-                (_multiply, (tiles, 0, KV_HEADS, GROUP, BLOCK, DIM, STAGES, BIAS_HEADS)),
-                (_multiply, (tiles, 1, KV_HEADS, GROUP, BLOCK, DIM, STAGES, BIAS_HEADS)),
+                (_multiply, (tiles, 0, KV_HEADS, GROUP, BLOCK, DIM, STAGES, BIAS_HEADS, BRANCH, BRANCHES)),
+                (_multiply, (tiles, 1, KV_HEADS, GROUP, BLOCK, DIM, STAGES, BIAS_HEADS, BRANCH, BRANCHES)),
                 (_fetch, fetch),
             ],
             worker_num_warps=[4, 1],
@@ -220,9 +229,9 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_multiply, (tiles, 0, KV_HEADS, GROUP, BLOCK, DIM, STAGES, BIAS_HEADS)),
-                (_multiply, (tiles, 1, KV_HEADS, GROUP, BLOCK, DIM, STAGES, BIAS_HEADS)),
-                (_multiply, (tiles, 2, KV_HEADS, GROUP, BLOCK, DIM, STAGES, BIAS_HEADS)),
+                (_multiply, (tiles, 0, KV_HEADS, GROUP, BLOCK, DIM, STAGES, BIAS_HEADS, BRANCH, BRANCHES)),
+                (_multiply, (tiles, 1, KV_HEADS, GROUP, BLOCK, DIM, STAGES, BIAS_HEADS, BRANCH, BRANCHES)),
+                (_multiply, (tiles, 2, KV_HEADS, GROUP, BLOCK, DIM, STAGES, BIAS_HEADS, BRANCH, BRANCHES)),
                 (_fetch, fetch),
             ],
             worker_num_warps=[4, 4, 1],
@@ -265,14 +274,15 @@ def supported(q: Tensor, geo: Geometry, block_size: int, has_bias: bool) -> bool
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lists: TileLists, geo: Geometry, block_size: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """As ``triton_forward.forward``; ``lists`` for tiles of ``tile_tokens``."""
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lists: TileLists, geo: Geometry, block_size: int,
+    scale: float, share: Share | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As ``triton_forward.forward``; ``lists`` for tiles of ``tile_tokens``. A ``share`` is added to its ``out``."""
     constants = program_constants(geo, block_size)
     # Beside the ring: the query tiles, and half of their size to change the layout of the output.
     resident = constants["TILES"] * 96 * geo.head_dim * q.itemsize
     stages = stages_that_fit(resident, 2 * block_size * geo.head_dim * q.itemsize, 4)
-    out = torch.empty_like(q)
+    out = torch.empty_like(q) if share is None else share.out
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     slots = geo.slots(lists.tokens)
     dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[q.dtype]
@@ -280,10 +290,11 @@ def forward(
     layout = gl.NVMMASharedLayout.get_default_for(tile, dtype)
     k_desc, v_desc = (TensorDescriptor.from_tensor(x.flatten(1), tile, layout) for x in (k, v))
     forward_kernel[(slots * geo.kv_heads,)](
-        q, k_desc, v_desc, bias, out, lse, geo.documents, lists.blocks, lists.choices, lists.counts, scale * LOG2E,
-        slots, geo.num_documents, lists.blocks.shape[-1], 0 if bias is None else bias.shape[-1],
+        q, k_desc, v_desc, bias, None if share is None else share.gates, out, lse, geo.documents, lists.blocks,
+        lists.choices, lists.counts, scale * LOG2E, slots, geo.num_documents, lists.blocks.shape[-1],
+        0 if bias is None else bias.shape[-1],
         KV_HEADS=geo.kv_heads, GROUP=geo.group, BLOCK=block_size, DIM=geo.head_dim,
-        BIAS_HEADS=0 if bias is None else bias.shape[1], STAGES=stages, num_warps=4,
+        BIAS_HEADS=0 if bias is None else bias.shape[1], **share_constants(share), STAGES=stages, num_warps=4,
         **constants,
     )  # fmt: skip
     return out, lse

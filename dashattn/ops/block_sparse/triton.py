@@ -29,6 +29,7 @@ from dashattn.ops.block_sparse.triton_backward import (
     query_grad_options,
 )
 from dashattn.ops.block_sparse.triton_forward import forward, forward_options
+from dashattn.ops.gates.share import Share
 from dashattn.ops.operators import operator
 from dashattn.ops.tiles import Geometry, flatten_tokens, geometry
 from dashattn.selection import Selection
@@ -40,15 +41,22 @@ def flatten_words(words: Tensor) -> Tensor:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, words: Tensor, bias: Tensor | None, geo: Geometry, block_size: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """The forward on flat, contiguous tensors with the fastest kernel there is for them."""
+    q: Tensor, k: Tensor, v: Tensor, words: Tensor, bias: Tensor | None, geo: Geometry, block_size: int, scale: float,
+    share: Share | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The forward on flat, contiguous tensors with the fastest kernel there is for them.
+
+    With a ``share`` its ``out``, to which the output is added, times its gate.
+    """
     hopper = _hopper(q, geo, block_size, bias is not None)
     lists = tile_lists(words, geo, block_size, _forward_tile(hopper, q, geo, block_size))
     if hopper is not None:
-        return hopper.forward(q, k, v, bias, lists, geo, block_size, scale)
+        return hopper.forward(q, k, v, bias, lists, geo, block_size, scale, share)
     options = forward_options(geo.padded_dim, block_size, q.itemsize)
-    return forward(q, k, v, bias, lists, geo, block_size, scale, options)
+    out, lse = forward(q, k, v, bias, lists, geo, block_size, scale, options)
+    if share is not None:
+        out = share.out.addcmul_(share.gates[..., share.branch, None], out)
+    return out, lse
 
 
 def _hopper(q: Tensor, geo: Geometry, block_size: int, has_bias: bool) -> ModuleType | None:

@@ -36,9 +36,7 @@ def _forward_op(
         q_n, compressed[0], lse, starts, geo, windows, num_blocks, block_size, topk, init_blocks, local_blocks,
         pooling == "max", scale,
     )  # fmt: skip
-    selected, _ = attend(q_n, k_n, v_n, words, None, geo, block_size, scale)
-    out.addcmul_(gates_n[..., 1:2], selected)
-    del selected
+    attend(q_n, k_n, v_n, words, None, geo, block_size, scale, Share(gates_n, 1, out))
     if k_window is not None:
         band = Band(1, 1, window_size)
         keys = (flatten_keys(x) for x in (k_window, v_window))
