@@ -281,6 +281,10 @@ def summary_kernel(
 
 # Entries of a tile's list that are visited at a time: lists are short, and their last visit is filled up.
 LISTED_CHUNKS = 32
+# Query heads of a KV head up to which the kernel of the summaries has smaller tiles. The fewer, the more tokens has a
+# tile, each with a gradient of the bias, a word and a mean for every chunk: of 64 chunks they leave the registers.
+SMALL_GROUP = 2
+SUMMARY_LAUNCH = (*around(4, 1), dict(num_warps=4, num_stages=2))
 
 
 def route_backward(
@@ -318,14 +322,16 @@ def route_backward(
     )  # fmt: skip
 
     # Few chunks, many tokens: the tokens are split for parallelism, and the parts added in a fixed order.
-    chunk_slots = summaries.shape[0] // options["chunks"] + geo.num_documents
+    if geo.padded_group <= SMALL_GROUP:
+        constants["CHUNKS"] = min(constants["CHUNKS"], 32)
+    chunk_slots = summaries.shape[0] // constants["CHUNKS"] + geo.num_documents
     splits = max(1, min(64, 1024 // (chunk_slots * geo.kv_heads)))
     partial = torch.zeros(splits, *summaries.shape, dtype=torch.float32, device=q.device)
     launch(
         summary_kernel, (chunk_slots * geo.kv_heads, splits),
         q, summaries, alpha, peak, tau, bias_grad, row_mean, bias_mean, partial, words, geo.documents, starts,
         score_scale, geo.tokens, words.shape[-1], summaries.shape[0], geo.num_documents, num_blocks, splits,
-        *forced, SOFTMAX=softmax, options=LAUNCH, tokens=geo.tokens, **constants,
+        *forced, SOFTMAX=softmax, options=SUMMARY_LAUNCH, tokens=geo.tokens, **constants,
     )  # fmt: skip
     dsummaries = (partial.sum(0) * (score_scale * inverse_sigma)).to(summaries.dtype)
     return dsummaries, None if dalpha is None else dalpha.sum(0)
