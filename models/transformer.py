@@ -20,10 +20,11 @@ from dashattn.documents import document_positions
 from dashattn.rope import apply_rope
 from dashattn.selection import Chosen
 from dashattn.stats import AttentionStats
+from models import one_token
 from models.cache import ModelCache
 from models.config import ModelConfig
 from models.loss import IGNORE, chunk_loss, cross_entropy
-from models.modules import RMSNorm, SwiGLU, project, scaled
+from models.modules import RMSNorm, SwiGLU, scaled
 from models.rope import no_rotation, rope_tables
 from models.sequence_parallel import SequenceParallel
 
@@ -224,6 +225,8 @@ class Transformer(nn.Module):
         if counts_B is not None:
             hidden_BTE = hidden_BTE.take_along_dim(counts_B.long()[:, None, None] - 1, 1)
         head = self.embedding.weight if self.lm_head is None else self.lm_head.weight
+        if not return_stats and one_token.takes(hidden_BTE):
+            return one_token.logits(hidden_BTE, head, self.norm, self.config.logit_scale)
         logits_BTV = F.linear(scaled(self.norm(hidden_BTE), self.config.logit_scale), head)
         return (logits_BTV, stats) if return_stats else logits_BTV
 
@@ -297,6 +300,9 @@ class TransformerBlock(nn.Module):
         max_seqlen: int | None = None,
     ) -> tuple[Tensor, AttentionStats | None, Tensor | None, Chosen | None]:
         """The outputs beside the first are those of ``Attention``."""
+        if cache is not None and not return_stats and one_token.takes(x_BTE):
+            out_BTE, chosen = one_token.decode(self, x_BTE, rope, cache, taken)
+            return out_BTE, None, None, chosen
         into_BTE = x_BTE if self.post_norm else self.attention_norm(x_BTE)
         out_BTE, stats, loss, chosen = self.attention(
             into_BTE, rope, cu_seqlens, return_stats, cache, taken, max_seqlen
@@ -347,21 +353,10 @@ class Attention(nn.Module):
 
         ``taken``: what the layer has handed on from which this one takes its selection.
         """
-        q, k, v = (project(x_BTE, layer) for layer in (self.q_proj, self.k_proj, self.v_proj))
-        if self.qk_norm == "width":  # here, where a process that shares the sequence has all heads of its tokens
-            q, k = self.q_norm(q), self.k_norm(k)
         share = self.sequence or ALL_HEADS
-        q_BTHD, k_BTHD, v_BTHD = (share.gather(x.unflatten(-1, (-1, self.head_dim))) for x in (q, k, v))
-        if self.qk_norm == "head":
-            q_BTHD, k_BTHD = self.q_norm(q_BTHD), self.k_norm(k_BTHD)
-        if not self.turns:
-            rope = no_rotation(rope)
-        q_BTHD, k_BTHD = apply_rope(q_BTHD, *rope), apply_rope(k_BTHD, *rope)
-        qkv, options = (q_BTHD, k_BTHD, v_BTHD), {"rope": rope, "hidden": x_BTE}
-        options |= {"return_selection": True} if self.hands_on else {}
-        options |= {} if taken is None else {"taken": taken}
-        options |= {"return_stats": return_stats}
-        loss = None
+        rope = rope if self.turns else no_rotation(rope)
+        qkv = self.heads(*(layer(x_BTE) for layer in (self.q_proj, self.k_proj, self.v_proj)), rope, share)
+        options, loss = self.options(x_BTE, rope, taken) | {"return_stats": return_stats}, None
         if cache is not None:
             out = self.backend.decode(*qkv, cache, **options)
         else:
@@ -376,4 +371,19 @@ class Attention(nn.Module):
         if self.sequence is not None:
             out_BTHD = self.sequence.scatter(out_BTHD)
             stats = stats and self.sequence.all_heads(stats)
-        return project(out_BTHD.flatten(-2), self.o_proj), stats, loss, chosen
+        return self.o_proj(out_BTHD.flatten(-2)), stats, loss, chosen
+
+    def heads(self, q, k, v, rope, share) -> tuple[Tensor, Tensor, Tensor]:
+        """What the backend is given, [B, T, H, D], of what the projections give."""
+        if self.qk_norm == "width":  # here, where a process that shares the sequence has all heads of its tokens
+            q, k = self.q_norm(q), self.k_norm(k)
+        q_BTHD, k_BTHD, v_BTHD = (share.gather(x.unflatten(-1, (-1, self.head_dim))) for x in (q, k, v))
+        if self.qk_norm == "head":
+            q_BTHD, k_BTHD = self.q_norm(q_BTHD), self.k_norm(k_BTHD)
+        return apply_rope(q_BTHD, *rope), apply_rope(k_BTHD, *rope), v_BTHD
+
+    def options(self, hidden, rope, taken) -> dict:
+        """What the backend is told beside them."""
+        options = {"rope": rope, "hidden": hidden}
+        options |= {"return_selection": True} if self.hands_on else {}
+        return options | ({} if taken is None else {"taken": taken})

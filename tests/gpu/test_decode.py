@@ -13,6 +13,8 @@ from dashattn.backends import DashConfig, FullConfig, InfLLMv2Config, NSAConfig
 from dashattn.ops.chunk_summary.reference import chunk_summary
 from dashattn.ops.decode import reference, triton_routing
 from dashattn.ops.decode import triton as kernels
+from dashattn.ops.matvec import reference as plain_products
+from dashattn.ops.matvec import triton as products
 from dashattn.selection import Selection
 from models import RopeConfig
 from models.generate import generate
@@ -230,3 +232,30 @@ def test_selection_from_compressed_keys_of_long_sequences(pooling, topk):
     # Of nearly equal scores at the bound either may be taken.
     assert (selection.mask() != expected.mask()).sum() <= 2 * 4
     assert torch.equal(selection.mask().sum(-1), expected.mask().sum(-1))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize(("columns", "outputs"), [(576, 1536), (2048, 6144), (6144, 2048), (14336, 4096)])
+def test_products_of_a_token_at_real_sizes(columns, outputs, dtype):
+    """In a CUDA graph as decoding has them, each behind the other."""
+    x, onto = random(1, 1, columns, dtype=dtype), random(1, 1, outputs, dtype=dtype)
+    norm = random(columns, dtype=dtype) + 1, 1e-5
+    q, k, v, gate, up = (
+        random(rows, columns, dtype=dtype) / columns**0.5 for rows in (1024, 256, 256, outputs, outputs)
+    )
+    rope = (random(1, 1, 64, dtype=FP32), random(1, 1, 64, dtype=FP32))
+
+    def run(products, x, q, k, v, gate, up, onto, norm):
+        heads = products.heads(x, [q, k, v], 64, norm, rope)
+        return *heads, products.swiglu(x, gate, up, norm), products.product(x, gate, None, onto, 0.5)
+
+    tensors = x, q, k, v, gate, up, onto
+    run(products, *tensors, norm)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run(products, *tensors, norm)
+    graph.replay()
+    expected = run(plain_products, *(tensor.double() for tensor in tensors), (norm[0].double(), norm[1]))
+    for ours, wanted in zip(found, expected, strict=True):
+        assert relative_error(ours, wanted) < TOLERANCE[dtype]

@@ -21,6 +21,7 @@ from dashattn.ops.decode import triton as decode
 from dashattn.ops.decode import triton_attention, triton_compression, triton_routing, triton_selection
 from dashattn.ops.gates.triton import gated_sum
 from dashattn.ops.indexer import triton as indexer
+from dashattn.ops.matvec import triton as matvec
 from dashattn.ops.nsa_attention.triton import nsa_forward
 from dashattn.ops.tiles import geometry
 from dashattn.selection import Selection
@@ -50,7 +51,7 @@ def compile_launches(then) -> None:
 
     triton.runtime.driver.set_active(Hopper())
     JITFunction.run = compile_only
-    for module in (triton_attention, triton_compression, triton_routing, triton_selection):
+    for module in (triton_attention, triton_compression, triton_routing, triton_selection, matvec):
         module.overlapped_launch = lambda device: {"PDL": True, "launch_pdl": True}
 
 
@@ -157,6 +158,12 @@ def decoding(heads, kv_heads, dim):
     for pooling in ("max", "weighted"):
         options = dict(kernel_size=32, kernel_stride=16, block_size=64, topk=2, init_blocks=0, local_blocks=1)
         decode.cached_window_routing(q, *compressed, lengths, pooling=pooling, **options)
+    x, weights = make(1, 1, dim), [make(1, count * dim, dim)[0, 0] for count in (heads, kv_heads, kv_heads)]
+    norm = torch.ones(dim, dtype=x.dtype), 1e-5
+    for turns_by in (None, (torch.ones(1, dim), torch.zeros(1, dim))):
+        matvec.heads(x, weights, dim, norm, turns_by)
+    matvec.swiglu(x, *weights[1:], norm)
+    matvec.product(x, weights[0], onto=make(1, 1, heads * dim))
 
 
 def largest_tiles():
