@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dashattn.fields import NON_NEGATIVE_INT, POSITIVE, POSITIVE_INT, SPARSITY
+from dashattn.fields import NON_NEGATIVE_INT, POSITIVE, POSITIVE_INT
 from dashattn.ops.block_scores.reference import POOLINGS
 from dashattn.ops.dash_routing.reference import PRIOR_HEADS, PRIORS, SELECTORS
 from dashattn.ops.entmax.reference import MAX_ALPHA, MIN_ALPHA
@@ -41,10 +41,6 @@ def check_non_negative_int(**values: int) -> None:
 def check_positive(**values: float) -> None:
     for name, value in values.items():
         POSITIVE.check(name, value)
-
-
-def check_sparsity(name: str, value: float) -> None:
-    SPARSITY.check(name, value)
 
 
 def knob_value(name: str, value: float | Tensor) -> float | None:

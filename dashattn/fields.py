@@ -84,7 +84,6 @@ POSITIVE_INT = Range(int, 1, MOST_INT, "a positive integer, below 2**31")
 NON_NEGATIVE_INT = Range(int, 0, MOST_INT, "an integer of at least 0, below 2**31")
 POSITIVE = Range(float, LEAST_FLOAT, MOST_FLOAT, "a positive finite number, in float32")
 NON_NEGATIVE = Range(float, 0, MOST_FLOAT, "a finite number of at least 0, in float32")
-SPARSITY = Range(float, 0, 1, "a share of the keys in [0, 1), such as 0.75", but=(1,))
 
 PositiveInt = Annotated[int, POSITIVE_INT]
 NonNegativeInt = Annotated[int, NON_NEGATIVE_INT]
@@ -95,7 +94,7 @@ PositiveFloat = Annotated[float, POSITIVE]
 NonNegativeFloat = Annotated[float, NON_NEGATIVE]
 Share = Annotated[float, Range(float, 0, 1, "a share between 0 and 1")]
 PositiveShare = Annotated[float, Range(float, 0, 1, "a share in (0, 1]", but=(0,))]
-Sparsity = Annotated[float, SPARSITY]
+Sparsity = Annotated[float, Range(float, 0, 1, "a share of the keys in [0, 1), such as 0.75", but=(1,))]
 AnyText = Annotated[str, Pattern(r".*", "a text")]
 Text = Annotated[str, Pattern(r"[^\0]*[^\0\s][^\0]*", "a text that is not empty")]
 # Of a line, as names, labels and paths are: what no terminal, table or file name can show stands in none.

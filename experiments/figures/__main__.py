@@ -34,7 +34,6 @@ from experiments.figures.scores import make_ablations, make_costs, make_frontier
 from experiments.files import to_csv, write_atomically
 
 ROUTING = "evaluate.py tasks=[routing]"
-DECODING = "evaluate.py tasks=[...,decode]"
 FIGURES = (
     Figure(1, "frontier", "Score against measured causal sparsity", "evaluate.py sparsities=[...]", make_frontiers),
     Figure(
