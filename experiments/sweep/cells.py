@@ -193,7 +193,7 @@ def cells(config: SweepConfig) -> list[Cell]:
     if not config.studies or not config.seeds or any(not study.arms for study in config.studies.values()):
         raise ValueError("a sweep needs at least one study, one arm in each and one seed")
     if len(set(config.seeds)) != len(config.seeds):
-        raise ValueError(f"seeds={list(config.seeds)} names a seed twice")
+        raise ValueError(f"seeds={list(config.seeds)} names a seed twice: name it once")
     found = [
         cell
         for name, study in config.studies.items()
@@ -254,7 +254,9 @@ def _study_cells(config: SweepConfig, study_name: str, study: StudyConfig, seed:
         asked = {"knobs": arm.knobs, "sparsities": arm.sparsities}
         knobs = [f"{key}=[{','.join(f'{x:g}' for x in values)}]" for key, values in asked.items() if values is not None]
         if arm.turned is not None and arm.turned not in arm.trained_knobs:
-            raise ValueError(f"turned={arm.turned:g} of arm {label} is none of trained_knobs={list(arm.trained_knobs)}")
+            raise ValueError(
+                f"turned={arm.turned:g} of arm {label} is none of trained_knobs={list(arm.trained_knobs)}: take one"
+            )
         if not arm.trained_knobs:
             yield cell(label, arm.train, knobs, base, arm.evaluate)
         for knob in arm.trained_knobs:

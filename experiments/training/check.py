@@ -75,7 +75,8 @@ def check(config: TrainConfig, ranks: int | None = None) -> TrainConfig:
 def _check_saves(config: TrainConfig) -> None:
     if config.keep_every and (config.save_every == 0 or config.keep_every % config.save_every):
         raise ValueError(
-            f"keep_every={config.keep_every} is no multiple of save_every={config.save_every}: nothing is saved there"
+            f"keep_every={config.keep_every} is no multiple of save_every={config.save_every}, and nothing is saved "
+            "there: take a multiple, or keep_every=0"
         )
 
 
@@ -102,7 +103,7 @@ def _check_precision(config: TrainConfig) -> None:
         raise ValueError("deepspeed.precision=fp16 does not run on a CPU: use fp32 or bf16 there")
     if config.compile and stage == 3:
         raise ValueError(
-            "compile=true does not go with deepspeed.stage=3, which fetches weights inside the layers: use 2"
+            "compile=true does not go with deepspeed.stage=3, which fetches weights inside the layers: use stage 2"
         )
     if precision != "fp32" and stage == 0:
         # DeepSpeed's stage 0 keeps no fp32 master weights in bf16 the way stages 1-3 do, and trains differently.

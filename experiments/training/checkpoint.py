@@ -325,4 +325,7 @@ def _convert_to_universal(source: Path, target: Path) -> None:
     command += ["--input_folder", str(source / _ENGINE_TAG), "--output_folder", str(target / _ENGINE_TAG)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise Stopped(f"{source} could not be converted for another number of ranks or stage:\n{done.stderr[-2000:]}")
+        raise Stopped(
+            f"{source} could not be converted for another number of ranks or stage: go on with those that wrote it\n"
+            f"{done.stderr[-2000:]}"
+        )

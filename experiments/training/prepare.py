@@ -30,7 +30,9 @@ register_configs()
 def prepare(config: TrainConfig) -> None:
     """Fill the cache for ``config.data`` and print what it holds."""
     if not isinstance(config.data, PackedDataConfig):
-        raise ValueError(f"data={config.data.name} is generated while training: there is nothing to prepare")
+        raise ValueError(
+            f"data={config.data.name} is generated while training: there is nothing to prepare, start the run"
+        )
     if config.init_from is not None and not config.any_tokenizer:
         check_origin_tokenizer(config.data, user_path(config.init_from))
     cache_dir = user_path(config.cache_dir)

@@ -124,7 +124,7 @@ def test_an_arm_may_have_an_evaluation_of_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seeds": [0, 0]}, "names a seed twice"),
+        ({"seeds": [0, 0]}, "names a seed twice: name it once"),
         ({"seeds": []}, "at least one study"),
         ({"jobs": 0}, "jobs must be a positive integer"),
     ],
