@@ -53,7 +53,9 @@ def test_statistics_are_the_modules(monkeypatch):
     model, taken = build(DashConfig(chunk_size=8)).to(DEVICE), []
     monkeypatch.setattr(one_token, "takes", lambda x: taken.append(x) or True)
     _, stats = model.decode(tokens(1, 1).to(DEVICE), model.new_cache(1, 1), return_stats=True)
-    assert len(stats) == len(model.layers) and None not in stats and not taken
+    assert len(stats) == len(model.layers)
+    assert None not in stats
+    assert not taken
 
 
 @pytest.mark.parametrize("what", ["gradients", "tokens", "dtype", "device", None])
