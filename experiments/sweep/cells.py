@@ -14,7 +14,7 @@ names; which are done is read off their directories.
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -216,37 +216,31 @@ def cells(config: SweepConfig) -> list[Cell]:
 def _study_cells(config: SweepConfig, study_name: str, study: StudyConfig, seed: int) -> Iterator[Cell]:
     threads = [] if config.threads is None else [f"threads={config.threads}"]
 
-    def cell(
-        label: str,
-        train: list[str],
-        knobs: list[str] | None,
-        base: Cell | None,
-        own: list[str] | None = None,
-        suffix: str = "",
-    ) -> Cell:
+    def trained(label: str, train: Sequence[str], base: Cell | None = None, suffix: str = "") -> Cell:
         name = f"{study_name}-{label}{suffix}-seed{seed}"
         run_dir = user_path(config.output_dir) / name
         # Of two values for one key the later holds: an arm may differ from its study, but no cell from its own name.
         own_name, own_dir = override("name", name), override("run_dir", str(run_dir))
         overrides = [*study.train, *train, f"seed={seed}", own_name, own_dir, *threads]
-        if base is not None:
-            overrides.append(override("init_from", str(base.run_dir)))
-        base_name = None if base is None else base.name
-        if knobs is None:
-            return Cell(name, run_dir, tuple(overrides), None, base_name)
+        if base is None:
+            return Cell(name, run_dir, tuple(overrides), evaluate=None, base=None)
+        overrides.append(override("init_from", str(base.run_dir)))
+        return Cell(name, run_dir, tuple(overrides), evaluate=None, base=base.name)
+
+    def evaluated(cell: Cell, label: str, knobs: Sequence[str], own: Sequence[str] | None) -> Cell:
         # The label is the arm's, not the cell's: the rows of all its seeds and knobs make one line of a figure.
-        common = (override("run", str(run_dir)), override("label", label))
+        common = (override("run", str(cell.run_dir)), override("label", label))
         evaluate, turned = (*common, *(study.evaluate if own is None else own), *knobs, *threads), None
         # With a second evaluation the first one asks for everything, dear tasks too, at the knob trained with; the
         # second turns the knob for the few tasks that a frontier is drawn from.
         if own is None and study.evaluate_turned is not None:
             evaluate = (*common, *study.evaluate, *threads)
             turned = (*common, *study.evaluate_turned, *knobs, *threads) if knobs else None
-        return Cell(name, run_dir, tuple(overrides), evaluate, base_name, turned)
+        return replace(cell, evaluate=evaluate, evaluate_turned=turned)
 
     base = None
     if study.base is not None:
-        base = cell("base", study.base, None, None)
+        base = trained("base", study.base)
         yield base
     for label, arm in study.arms.items():
         if arm.knobs is not None and arm.sparsities is not None:
@@ -258,19 +252,18 @@ def _study_cells(config: SweepConfig, study_name: str, study: StudyConfig, seed:
                 f"turned={arm.turned:g} of arm {label} is none of trained_knobs={list(arm.trained_knobs)}: take one"
             )
         if not arm.trained_knobs:
-            yield cell(label, arm.train, knobs, base, arm.evaluate)
+            yield evaluated(trained(label, arm.train, base), label, knobs, arm.evaluate)
         for knob in arm.trained_knobs:
             # Which field the knob is, the backend's config says. Where the arm names one of its checkpoints to be
             # turned, the others are evaluated as trained: one point each.
-            train = [*arm.train, f"{_knob_key(arm.train)}={knob:g}"]
-            evaluated = knobs if arm.turned in (None, knob) else []
-            yield cell(label, train, evaluated, base, arm.evaluate, suffix=f"-knob{knob:g}")
+            cell = trained(label, [*arm.train, f"{_knob_key(arm.train)}={knob:g}"], base, suffix=f"-knob{knob:g}")
+            yield evaluated(cell, label, knobs if arm.turned in (None, knob) else [], arm.evaluate)
 
 
 def _knob_key(train: list[str]) -> str:
     """The configuration key of the sparsity knob that an arm's overrides choose."""
-    chosen = tuple(override for override in train if override.startswith(("attention=", "attention.")))
-    knob = _attention(chosen).knob if any(override.startswith("attention=") for override in chosen) else None
+    chosen = tuple(argument for argument in train if argument.startswith(("attention=", "attention.")))
+    knob = _attention(chosen).knob if any(argument.startswith("attention=") for argument in chosen) else None
     if knob is None:
         raise ValueError(f"trained_knobs needs attention=... with a sparsity knob among the arm's overrides {train}")
     if _attention(chosen).controls_sparsity:
