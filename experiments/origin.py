@@ -251,26 +251,23 @@ def parse_branch(branch_from: str) -> tuple[Path, int]:
     return user_path(run), int(step)
 
 
-def _known_model(origin: Path) -> dict:
-    _check_origin_exists(origin)
-    model = model_of(origin)
-    if model is None:
-        raise ValueError(f"init_from={origin} is neither a run nor a Hugging Face folder: it has no config")
-    return asdict(model)
-
-
-def _check_origin_exists(origin: Path) -> None:
+def _check_known(origin: Path) -> None:
+    """Refuses what says of no model. Raises ValueError."""
     check_exists(origin, "init_from takes a run directory, a checkpoint or a Hugging Face folder")
+    if not is_hf_folder(origin) and run_of(origin) is None:
+        raise ValueError(f"init_from={origin} is neither a run nor a Hugging Face folder: it has no config")
+
+
+def _known_model(origin: Path) -> dict:
+    _check_known(origin)
+    return asdict(model_of(origin))
 
 
 def _attention_of(origin: Path) -> DictConfig:
-    _check_origin_exists(origin)
+    _check_known(origin)
     if is_hf_folder(origin):
         return OmegaConf.structured(read_attention(origin) or FullConfig())
-    run = run_of(origin)
-    if run is None:
-        raise ValueError(f"init_from={origin} is neither a run nor a Hugging Face folder: it has no config")
-    return read_values(run / CONFIG).attention
+    return read_values(run_of(origin) / CONFIG).attention
 
 
 def _replace_attention(cfg: DictConfig, attention: DictConfig) -> None:

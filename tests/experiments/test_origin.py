@@ -65,6 +65,13 @@ def test_a_model_is_the_checkpoints_but_for_what_is_given(folder, tmp_path):
     assert config.data.tokenizer == "elsewhere.json"
     with pytest.raises(ValueError, match="model=checkpoint is that of init_from"):
         configure(tmp_path)
+    for group in ("model=checkpoint", "attention=checkpoint"):
+        for origin, said in (
+            (tmp_path / "gone", "does not exist: init_from takes"),
+            (tmp_path, "is neither a run nor"),
+        ):
+            with pytest.raises(ValueError, match=said):
+                configure(tmp_path, "model=debug", group, f"init_from={origin}")
 
 
 def test_a_scaling_that_is_given_replaces_the_checkpoints_with_its_parameters(tmp_path):
