@@ -3,7 +3,7 @@
 from dashattn.functional import dash_attention, full_attention, infllmv2_attention, nsa_attention
 from dashattn.stats import AttentionStats, causal_sparsity, paper_sparsity
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AttentionStats",
