@@ -226,6 +226,20 @@ def test_sums_of_what_was_read_by_hand():
     assert SparsityTally.of([tally.record(), tally.record()]).tokens == 2 * tally.tokens == 24
 
 
+@pytest.mark.parametrize("batches", [(3,), (2, 1), (1, 1, 1)])
+def test_every_row_weighs_alike_in_the_papers_sparsity_whatever_batches_it_comes_in(batches):
+    """Rows of one token more than it leaves out, in two layers: of that token's N keys so many are read."""
+    length, read = 4097, torch.tensor([[1, 10, 100], [3, 20, 200]])
+    active_LBTH = torch.ones(2, 3, length, 1, dtype=torch.int32)
+    active_LBTH[:, :, -1, 0] = read
+    tally = SparsityTally()
+    for active_BTH in zip(*(x.split(batches) for x in active_LBTH), strict=True):
+        positions = torch.arange(length).expand(len(active_BTH[0]), length)
+        tally.add([AttentionStats(active, positions, 0 * positions) for active in active_BTH], packed=False)
+    expected = 1 - read.sum().item() / 6 / length
+    assert tally.columns()["paper_sparsity"] == pytest.approx(expected, abs=1e-6)
+
+
 def test_the_time_of_a_token_is_measured_at_every_length_and_knob(recall_run, text_run, monkeypatch):
     seen = []
 
