@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from dashattn.documents import document_positions
-from dashattn.selection import Selection
+from dashattn.selection import WORD_BITS, Selection
 
 SPARSITY_COUNTS = ("causal", "paper")
 PAPER_SKIP = 4096  # first tokens, which the DashAttention authors do not count
+CHUNK_BLOCKS = 2**26  # of tokens, each with all of its blocks, counted at once: some ten bytes each
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,22 @@ def selection_stats(
         cu_seqlens: int32 [N + 1] or None.
         window_size: keys of the sliding window, the token itself included; 0 for none.
     """
-    batch, _, length, _ = selection.words.shape
+    batch, kv_heads, length, width = selection.words.shape
     positions = document_positions(cu_seqlens, batch, length, selection.words.device)
     window = (positions + 1).clamp(max=window_size)
+    # Compiled, nothing of this is in memory, and how often a loop goes round would be a constant.
+    size = length if torch.compiler.is_compiling() else max(1, CHUNK_BLOCKS // (batch * kv_heads * WORD_BITS * width))
+    parts = zip(
+        selection.words.split(size, dim=2), positions.split(size, dim=1), window.split(size, dim=1), strict=True
+    )
+    active = torch.cat([_active_tokens(Selection(words, selection.block_size), *own) for words, *own in parts], dim=1)
+    return AttentionStats(active, positions, routing_reads)
+
+
+def _active_tokens(selection: Selection, positions_BT: Tensor, window_BT: Tensor) -> Tensor:
     # A block counts with those of its keys that are neither in the future nor already in the window.
     mask_BTHN = selection.mask()
     size = selection.block_size
-    block_start = torch.arange(mask_BTHN.shape[-1], device=positions.device, dtype=torch.int32) * size
-    keys_BTN = (positions[..., None] + 1 - window[..., None] - block_start).clamp(0, size)
-    active = (mask_BTHN * keys_BTN[:, :, None]).sum(-1, dtype=torch.int32) + window[..., None]
-    return AttentionStats(active, positions, routing_reads)
+    block_start = torch.arange(mask_BTHN.shape[-1], device=positions_BT.device, dtype=torch.int32) * size
+    keys_BTN = (positions_BT[..., None] + 1 - window_BT[..., None] - block_start).clamp(0, size)
+    return (mask_BTHN * keys_BTN[:, :, None]).sum(-1, dtype=torch.int32) + window_BT[..., None]

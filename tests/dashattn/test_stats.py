@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dashattn import causal_sparsity, dash_attention, full_attention, infllmv2_attention, nsa_attention, paper_sparsity
 from dashattn.selection import Selection
@@ -99,3 +100,37 @@ def test_sums_of_counts_have_the_sparsity_of_all_rows():
     for count, of_one in (("causal", calls[0].causal_sparsity()), ("paper", calls[0].paper_sparsity())):
         active, counted = calls[0].counts(count).tolist()
         assert 1 - active / counted == pytest.approx(of_one.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, torch.tensor([0, 30, 41, 90], dtype=torch.int32)])
+def test_blocks_are_counted_in_pieces_of_a_bounded_size(monkeypatch, cu_seqlens):
+    """Of each token, by hand: the keys of its blocks that lie neither behind it nor in its window, and the window."""
+    batch = 2 if cu_seqlens is None else 1
+    mask = torch.rand(batch, 90, 3, 12) < 0.5
+    starts = torch.tensor([0]) if cu_seqlens is None else cu_seqlens[:-1]
+    position = [t - max(start for start in starts.tolist() if start <= t) for t in range(90)]
+    expected = torch.zeros(batch, 90, 3, dtype=torch.int32)
+    for row, t, head in itertools.product(range(batch), range(90), range(3)):
+        chosen = {key for n in range(12) if mask[row, t, head, n] for key in range(8 * n, 8 * n + 8)}
+        expected[row, t, head] = len(
+            {key for key in chosen | set(range(position[t] - 4, 96)) if 0 <= key <= position[t]}
+        )
+    selection, reads = Selection.from_mask(mask, 8), torch.zeros(batch, 90)
+    limit = 7 * batch * 3 * 32  # of seven tokens
+    monkeypatch.setattr("dashattn.stats.CHUNK_BLOCKS", limit)
+    with Largest() as seen:
+        found = selection_stats(selection, reads, cu_seqlens, window_size=5)
+    assert torch.equal(found.active_tokens, expected)
+    assert seen.numel == limit
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that is made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.numel = max(self.numel, out.numel())
+        return out
