@@ -22,7 +22,7 @@ from experiments.files import CALIBRATIONS, append_rows, columns_of, read_rows
 from experiments.sparsity import Found, calibrate, check_reachable, turned_layers
 from models import Transformer
 
-_ROWS = 16  # of training text that a knob is found on
+_ROWS = 16  # of training text that a knob is found on; a power of two
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,9 @@ def turn_knob(model: Transformer, setpoint: Setpoint, task: Task, config: Evalua
         batches = [next(stream) for _ in range(math.ceil(_ROWS / rows))]
         return calibrate(model, batches, setpoint.target, setpoint.count, length, device=device), rows * len(batches)
 
-    (found, rows), _ = halving(search, 1 if task.packed else min(config.rows_per_batch, _ROWS))
+    # A power of two, as its halves are, so that it is found on the same rows however many go at once.
+    at_once = 1 if task.packed else 2 ** (min(config.rows_per_batch, _ROWS).bit_length() - 1)
+    (found, rows), _ = halving(search, at_once)
     new = [key | {"knob_name": train.attention.knob, "rows": rows} | found.record()]
     if not append_rows(path, new, partial(columns_of, names=key)):  # another evaluation has found one meanwhile
         model.set_knob(kept())

@@ -11,6 +11,7 @@ from experiments.evaluation.config import EvaluateConfig
 from experiments.evaluation.evaluate import evaluate, find_target
 from experiments.evaluation.tasks import routing
 from experiments.evaluation.tasks.base import SparsityTally, count, halving, in_parts, quantiles
+from experiments.files import read_rows
 from models import Transformer
 from tests.experiments.test_host_memory import limited
 
@@ -104,6 +105,17 @@ def test_a_knob_is_found_with_half_the_rows(recall_run, monkeypatch, capsys):
     monkeypatch.setattr(Transformer, "forward", failing)
     assert run(recall_run, rows_per_batch=4, **options) == expected
     assert capsys.readouterr().err.count("going on with 2 rows at once") == 2  # the search, and the task
+
+
+def test_a_knob_is_found_on_the_same_rows_however_many_go_at_once(recall_run):
+    found = []
+    for rows_per_batch in (16, 5):
+        run(recall_run, tasks=["loss"], sparsities=[0.4], rows=4, rows_per_batch=rows_per_batch)
+        (kept,) = read_rows(recall_run / "calibrations.jsonl")
+        found.append((kept["rows"], kept["knob"], kept["tried"]))
+        (recall_run / "calibrations.jsonl").unlink()
+    assert found[0][0] == 16
+    assert found[0] == found[1]
 
 
 def test_memory_that_ends_while_scores_are_added_counts_nothing_twice(recall_run, monkeypatch):
