@@ -5,6 +5,8 @@ PY := .venv/bin/python
 FIND_LINKS = $(addprefix --find-links ,$(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null)))
 SWEEP ?= pareto
 OUTPUT ?= outputs/$(SWEEP)
+# Where it is set, every process compiles all that it imports: half a minute of a fresh clone's tests.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Directories with rows, and where their figures go (results/engineering has notes only).
 STUDIES ?= $(sort $(dir $(wildcard results/*/*.jsonl)))
