@@ -10,6 +10,7 @@ if __name__ == "__main__":
 
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 
 import hydra
@@ -35,6 +36,7 @@ from experiments.config import Device
 from experiments.errors import user_errors
 from experiments.evaluation.folder import locate_model
 from experiments.evaluation.target import build_model
+from experiments.evaluation.tasks.base import in_parts
 from experiments.files import CONFIGS
 from experiments.host_memory import limit_memory
 from experiments.overrides import as_text
@@ -44,7 +46,7 @@ from models.generate import Sampling, generate
 
 @dataclass
 class GenerateConfig(Checked):
-    """One batch of prompts."""
+    """One batch of prompts, halved where memory is short."""
 
     run: UserPath = MISSING  # run directory (its latest checkpoint), one of its checkpoints, or a Hugging Face folder
     prompt: AnyText | None = None  # the text to continue
@@ -116,16 +118,31 @@ def run_generation(config: GenerateConfig) -> None:
     prompts = [tokenizer.encode_prompt(text) for text in texts]
     stop_tokens = {tokenizer.eos_id, *(_stop_token(tokenizer, text) for text in config.stop_tokens)}
     printer = Printer(tokenizer, tokenizer.encode(texts[0]))  # a token that begins the document is not shown
+    told = Counter()  # tokens of each prompt: where memory ends they come once more, and are told once
+
+    def continue_some(indices: range) -> list[list[int]]:
+        came = Counter()
+
+        def tell(row: int, token: int) -> None:
+            index = indices[row]
+            came[index] += 1
+            if came[index] > told[index]:
+                told[index] += 1
+                printer(index, token)
+
+        return generate(
+            model,
+            [prompts[index] for index in indices],
+            max_new_tokens=config.max_new_tokens,
+            stop_tokens=stop_tokens,
+            sampling=sampling,
+            seeds=[int(fingerprint(config.seed, index), 16) for index in indices],
+            on_token=tell,
+        )
+
     start = time.perf_counter()
-    results = generate(
-        model,
-        prompts,
-        max_new_tokens=config.max_new_tokens,
-        stop_tokens=stop_tokens,
-        sampling=sampling,
-        seeds=[int(fingerprint(config.seed, index), 16) for index in range(len(prompts))],
-        on_token=printer,
-    )
+    parts = in_parts(range(len(prompts)), len(prompts), continue_some)
+    results = [new for _, part in parts for new in part]
     printer.end()
     for number, (text, result) in enumerate(zip(texts[1:], results[1:], strict=True), start=2):
         print(f"\n[{number}] {tokenizer.decode(tokenizer.encode(text) + result)}")

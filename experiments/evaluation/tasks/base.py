@@ -187,7 +187,8 @@ def halving(work: Callable[[int], R], rows: int) -> tuple[R, int]:
             if (told := out_of_memory(error)) is None:
                 raise
             if rows == 1:
-                raise ValueError(f"{told}. One row at once is too much: lower lengths, or free memory") from error
+                mend = "take shorter ones (lengths, max_length or max_new_tokens), or free memory"
+                raise ValueError(f"{told}. One row at once is too much: {mend}") from error
         # The error is gone here, and with it the tensors that its frames held.
         torch.cuda.empty_cache()
         rows //= 2

@@ -1,13 +1,16 @@
 """The command line ``python -m experiments.evaluation.generate``, on a run of a few steps."""
 
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
+import torch
 
 from data.cache import fingerprint
 from experiments.evaluation import generate
 from experiments.evaluation.generate import GenerateConfig, Printer, run_generation
 from experiments.evaluation.target import locate
+from models import Transformer
 from models.generate import Sampling
 from tests import forked
 from train import train
@@ -77,6 +80,32 @@ def test_prompts_of_any_length_go_on_at_once(run, capsys):
     printed = capsys.readouterr()
     assert printed.out == f"{alone[0]}\n[2] {alone[1]}"
     assert "16 in all" in printed.err
+
+
+@pytest.mark.parametrize("last_step", [0, 2])
+def test_half_the_prompts_go_on_where_memory_ends(run, capsys, monkeypatch, last_step):
+    """Before the first token or behind the second one: the same text, each token once."""
+    options = dict(prompts=["import os\n", "x", "def f("], max_new_tokens=6, temperature=1.5, threads=1)
+    run_generation(GenerateConfig(run, **options))
+    expected = capsys.readouterr()
+    decode, steps = Transformer.decode, []
+
+    def failing(self, input_ids, *args, **kwargs):
+        steps.append(len(input_ids))
+        if steps.count(3) > last_step:
+            steps[:] = []
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return decode(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(Transformer, "decode", failing)
+    run_generation(GenerateConfig(run, **options))
+    printed = capsys.readouterr()
+    assert printed.out == expected.out
+    assert printed.err.startswith("out of memory: going on with 1 rows at once\n")
+    assert printed.err.endswith(expected.err.split(";")[-1])  # how many in all
+    monkeypatch.setattr(Transformer, "decode", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.")))
+    with pytest.raises(ValueError, match=r"One row at once is too much: take shorter ones .*max_new_tokens"):
+        run_generation(GenerateConfig(run, "x"))
 
 
 def test_a_stop_token_ends_a_continuation(run, capsys):
