@@ -226,6 +226,13 @@ def test_dropout_is_refused(folders):
         model.train()(IDS)
 
 
+def test_a_layer_that_is_called_by_itself_is_causal(folders):
+    layer = theirs(folders(), "dash").model.layers[0].self_attn
+    q = torch.zeros(1, 4, 5, 8)
+    with pytest.raises(ValueError, match="'dash' is causal"):
+        transformers.AttentionInterface()["dash"](layer, q, q[:, :2], q[:, :2], None, is_causal=False)
+
+
 def test_another_architecture_is_refused():
     shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=310)
     config = transformers.Gemma2Config(**shape, num_key_value_heads=2, head_dim=8)

@@ -388,6 +388,7 @@ def test_fit_never_exceeds_the_budget_whatever_units_cost():
             assert tokens(sample) <= budget
             larger = Sample(str(int(sample.prompt) + 1), "", [])
             assert int(sample.prompt) == most or tokens(sample) > budget - 41 or tokens(larger) > budget
+    assert fit(Sized(lambda size: Sample(str(size), "", [])), lambda sample: 7 + int(sample.prompt), 7).prompt == "0"
 
 
 def test_sets_are_made_once_and_again_for_another_seed(encoder, tmp_path, monkeypatch):

@@ -2,10 +2,11 @@
 
 import re
 
+import pytest
 import torch
 
 from experiments import host_memory
-from experiments.errors import out_of_memory
+from experiments.errors import out_of_memory, run_faults, user_errors
 from experiments.host_memory import free_memory, share_of_memory
 from tests import forked
 
@@ -103,6 +104,9 @@ def test_what_is_no_lack_of_memory_is_told_apart():
     assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.\nmore")).endswith("Tried 2 GiB")
     for error in (MemoryError(), RuntimeError("std::bad_alloc")):
         assert out_of_memory(error) == "out of memory: this machine has no more for this process"
+        for told in (user_errors, run_faults):
+            with pytest.raises(SystemExit), told():
+                raise error
 
 
 def test_training_ends_in_one_line(tiny_overrides):
