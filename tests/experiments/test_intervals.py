@@ -55,7 +55,7 @@ def test_an_interval_ends_at_the_share_where_all_samples_agree(share, count):
 
 def test_the_interval_of_a_loss_is_students_over_rows_also_of_rows_from_before():
     nats, targets = [30.0, 32.0, 29.0, 37.0], [10, 10, 10, 10]
-    row = {"metric": "nats", "score": 3.2, "by_row": {"nats": nats, "targets": targets}}
+    row = {"metric": "nats", "score": 3.2, "by_row": {"nats": [*nats, 0.0], "targets": [*targets, 0]}}
     low, high = interval(row)
     half = 3.182446 * stdev(n / 10 for n in nats) / 2  # of the t distribution with 3 degrees of freedom
     assert (low, high) == pytest.approx((3.2 - half, 3.2 + half), rel=1e-5)

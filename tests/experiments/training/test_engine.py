@@ -1,7 +1,7 @@
 """What DeepSpeed is told, and what is asked of its engine."""
 
 import math
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,6 +13,7 @@ from experiments.training.anomalies import LossWatch
 from experiments.training.engine import (
     DataError,
     backend_metrics,
+    consolidated_weights,
     deepspeed_json,
     set_learning_rate,
     to_host,
@@ -76,6 +77,26 @@ def test_metrics_of_backends_are_means_over_the_layers_that_have_them(monkeypatc
     engine = SimpleNamespace(module=SimpleNamespace(backends=backends), zero_optimization_stage=lambda: stage)
     assert backend_metrics(engine) == {"alpha": 1.5, "beta": 7.0}
     assert gathered == [([number], stage == 3) for number in range(3)]
+
+
+def test_weights_of_stage_3_are_gathered_one_by_one(monkeypatch):
+    module = torch.nn.Linear(3, 2)
+    whole = {name: tensor.detach().clone() for name, tensor in module.named_parameters()}
+    module.weight.ds_id = 7
+
+    @contextmanager
+    def gather(parameters, *, enabled):
+        (parameter,) = parameters
+        parameter.data = whole["weight"].clone() if enabled else parameter.data
+        yield
+        parameter.data = torch.empty(0) if enabled else parameter.data
+
+    monkeypatch.setattr(deepspeed.zero, "GatheredParameters", gather)
+    module.weight.data = torch.empty(0)
+    found = consolidated_weights(SimpleNamespace(module=module), main=True)
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    assert consolidated_weights(SimpleNamespace(module=module), main=False) == {}
 
 
 def test_numbers_are_read_on_the_host():
