@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dashattn.ops.chunk_summary.reference import chunk_summary
+from dashattn.ops.dash_routing.reference import candidate_chunks, chunk_scores
 from dashattn.ops.entmax.reference import entmax
 from dashattn.selection import Selection
 
@@ -141,6 +142,20 @@ def select(
         mask[:, head, :complete] = (log_p > -torch.inf).any(1) | (past & ~candidates)
     mask[torch.arange(len(tokens), device=q.device), :, own] = True
     return mask
+
+
+def edge_distance(q: Tensor, summaries: Tensor, router_scale: float, chunk_size: int, init_chunks: int = 0) -> Tensor:
+    """How far a token's candidates are from the edge of its group's support, [B, T, H]; inf without candidates.
+
+    With z = s / 2 - tau, the square root of entmax's p (alpha 1.5), the least over the candidates of |highest z of the
+    group|. The gradient of log p is 1 / z: within 1e-5 of the edge float32 does not know its first digit.
+    """
+    own = torch.arange(q.shape[1], device=q.device) // chunk_size
+    candidates = candidate_chunks(own, summaries.shape[1], init_chunks, 0)[:, : summaries.shape[1]]
+    scores = chunk_scores(q, summaries, router_scale).masked_fill(~candidates, -torch.inf)
+    p, _ = entmax(scores, 1.5)
+    z = (scores - scores.amax(-1, keepdim=True)) / 2 + p.amax(-1, keepdim=True).sqrt()
+    return z.amax(2).abs().masked_fill(~candidates, torch.inf).amin(-1).transpose(1, 2)
 
 
 def _active_tokens(mask: Tensor, tokens: Tensor, chunk_size: int) -> Tensor:

@@ -15,9 +15,9 @@ from experiments.speed.inputs import Problem
 from experiments.speed.methods import SELECTED_BLOCKS, SELECTED_ROWS, SELECTION_TOLERANCE, Operation
 from experiments.speed.rows import BOTH, FORWARD
 
-# A tempered prior's gradient is 1 / p-like: the few chunks at the edge of the support dominate the chunk query's
-# gradient, and there float32 sums in another order differ visibly. This bound still sees a wrong formula.
-CHUNK_QUERY_TOLERANCE = 0.1
+# What a bfloat16 router rounds on the way to the chunk query (scores' gradients, those of the summaries), of rows that
+# are decided (``Operation.decided``): .004 to .005 on a GPU, where no chunk was near the edge of the support.
+CHUNK_QUERY_TOLERANCE = 0.02
 
 
 def measure(call: Callable[[], object], warmup: int, repetitions: int) -> list[float]:

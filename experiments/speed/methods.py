@@ -23,13 +23,16 @@ from dashattn.ops.gates.reference import gated_sum
 from dashattn.ops.window.reference import window_attention
 from dashattn.selection import Selection
 from experiments.sparsity import Found, find_knob
-from experiments.speed.inputs import SINK_CHUNKS, Problem, topk_sparsities, with_selection
+from experiments.speed.inputs import SINK_CHUNKS, Problem, edge_distance, topk_sparsities, with_selection
 from experiments.speed.rows import ATTENTION, ROUTING, WHOLE
 
 SELECTED_ROWS, SELECTED_BLOCKS = "selected rows", "selected blocks"
 # Share of (token, KV head) rows, or where there are few of them of blocks, that may be selected otherwise than by the
 # reference.
 SELECTION_TOLERANCE = 0.005
+# Distance from the edge of the support (``inputs.edge_distance``) below which float32's scores do not say to three
+# digits what the gradient of their logarithms is.
+EDGE = 0.01
 
 
 class UnavailableError(Exception):
@@ -56,8 +59,9 @@ class Operation:
     Attributes:
         forward: the call that is timed.
         leaves: tensors to differentiate by, by name; empty: there is no backward.
-        reference: what forward and gradients should be, on float32 copies, in the order output, ``leaves``.
-            None: the result is a selection and has no gradient.
+        reference: what forward and gradients should be, on float32 copies, in the order output, ``leaves``; it takes
+            the gradient of the output. None: the result is a selection and has no gradient.
+        decided: rows of the output [1, T, Hq, 1] whose gradients alone reach ``chunk_query`` when it is compared.
         selections: the kernel's selection and the reference's, where the method selects.
         causal_sparsity: where it is not that of the problem's selection.
         router_scale: where it is not the problem's.
@@ -65,7 +69,8 @@ class Operation:
 
     forward: Callable[[], Tensor | Selection]
     leaves: dict[str, Tensor]
-    reference: Callable[[], list[Tensor]] | None = None
+    reference: Callable[[Tensor], list[Tensor]] | None = None
+    decided: Callable[[], Tensor] | None = None
     selections: Callable[[], tuple[Selection, Selection]] | None = None
     causal_sparsity: float | None = None
     router_scale: float | None = None
@@ -80,12 +85,16 @@ class Operation:
             errors[SELECTED_ROWS] = differ.float().mean().item()
         if self.reference is not None:
             results = self.results(grad)
-            expected = self.reference()
+            expected = self.reference(grad)
             for name, result, wanted in zip(["out", *self.leaves], results, expected, strict=True):
                 errors[name] = relative_error(result, wanted)
             if self.leaves:  # without gradients, as the forward is timed, kernels may be others
                 with torch.no_grad():
                     errors["out"] = max(errors["out"], relative_error(self.forward(), expected[0]))
+            if self.decided is not None:
+                decided, place = grad * self.decided(), list(self.leaves).index("chunk_query") + 1
+                result, wanted = self.results(decided)[place], self.reference(decided)[place]
+                errors["chunk_query"] = relative_error(result, wanted)
         return errors
 
     def results(self, grad: Tensor) -> list[Tensor]:
@@ -117,11 +126,11 @@ def leaves_of(problem: Problem, **more: Tensor) -> dict[str, Tensor]:
     return {name: x.detach().requires_grad_() for name, x in tensors.items()}
 
 
-def on_copies(problem: Problem, leaves: dict[str, Tensor], attend: Callable[..., Tensor]) -> list[Tensor]:
-    """Output and gradients of ``attend`` on float32 copies of the leaves."""
+def on_copies(leaves: dict[str, Tensor], grad: Tensor, attend: Callable[..., Tensor]) -> list[Tensor]:
+    """Output and gradients of ``attend`` on float32 copies of the leaves; ``grad``: of the output."""
     copies = [x.detach().float().requires_grad_() for x in leaves.values()]
     out = attend(*copies)
-    return [out.detach(), *torch.autograd.grad(out, copies, problem.grad.float())]
+    return [out.detach(), *torch.autograd.grad(out, copies, grad.float())]
 
 
 def _everything(problem: Problem) -> Selection:
@@ -134,9 +143,9 @@ def given_selection(problem: Problem, attend: Callable[..., Tensor], selection: 
     """``attend(q, k, v)`` against the reference over a selection (None: dense), forward and gradients."""
     leaves = leaves_of(problem)
 
-    def reference():
+    def reference(grad):
         given = _everything(problem) if selection is None else selection
-        return on_copies(problem, leaves, lambda q, k, v: attention_reference.block_sparse_attention(q, k, v, given))
+        return on_copies(leaves, grad, lambda q, k, v: attention_reference.block_sparse_attention(q, k, v, given))
 
     return Operation(lambda: attend(*leaves.values()), leaves, reference)
 
@@ -191,10 +200,17 @@ def dash_whole(problem: Problem, **changes) -> Operation:
         _, bias = routing_reference.dash_routing(q, summaries, **options | {"topk": problem.length, "top_p": 1.0})
         return attention_reference.block_sparse_attention(q, k, v, route.forward(), bias)
 
-    def reference():
-        return on_copies(problem, leaves, attend_reference)
+    def reference(grad):
+        return on_copies(leaves, grad, attend_reference)
 
-    return Operation(forward, leaves, reference, selections=route.selections)
+    def decided():
+        summaries = summary_reference.chunk_summary(problem.k, problem.chunk_query, chunk_size=size)
+        distance = edge_distance(problem.q, summaries, problem.router_scale, size, problem.init_chunks)
+        rows = (distance > EDGE).repeat_interleave(problem.shape.heads // problem.shape.kv_heads, dim=2)
+        return rows[..., None]
+
+    entmax = options.get("selector", "entmax") == "entmax"
+    return Operation(forward, leaves, reference, decided if entmax else None, route.selections)
 
 
 def with_sink(prepare: Callable[[Problem], Operation]) -> Callable[[Problem], Operation]:
@@ -270,13 +286,11 @@ def infllmv2_whole(problem: Problem) -> Operation:
         blocks = {"pooling": "max", "block_size": size, "topk": topk, "init_blocks": 1, "local_blocks": window + 1}
         return _top_blocks(problem, None, **blocks)
 
-    def reference():
+    def reference(grad):
         selection, _ = selections()
-        return on_copies(
-            problem, leaves, lambda q, k, v: attention_reference.block_sparse_attention(q, k, v, selection)
-        )
+        return on_copies(leaves, grad, lambda q, k, v: attention_reference.block_sparse_attention(q, k, v, selection))
 
-    return Operation(forward, leaves, reference, selections, causal_sparsity=sparsity)
+    return Operation(forward, leaves, reference, selections=selections, causal_sparsity=sparsity)
 
 
 def nsa_whole(problem: Problem) -> Operation:
@@ -302,7 +316,7 @@ def nsa_whole(problem: Problem) -> Operation:
         blocks = {"pooling": "weighted", "block_size": size, "topk": topk, "init_blocks": 1, "local_blocks": 2}
         return _top_blocks(problem, lse, **blocks)
 
-    def reference():
+    def reference(grad):
         selection, _ = selections()
 
         def attend(q, k, v, compressed_k, compressed_v, gates):
@@ -313,9 +327,9 @@ def nsa_whole(problem: Problem) -> Operation:
             ]
             return gated_sum(gates, branches)
 
-        return on_copies(problem, leaves, attend)
+        return on_copies(leaves, grad, attend)
 
-    return Operation(forward, leaves, reference, selections, causal_sparsity=sparsity)
+    return Operation(forward, leaves, reference, selections=selections, causal_sparsity=sparsity)
 
 
 def nearest_knob(sparsity: Callable[[float], float], target: float, config: AttentionConfig, length: int) -> Found:
@@ -359,8 +373,8 @@ def module_whole(name: str, problem: Problem) -> Operation:
     for module in (backend, exact):
         module.set_knob(found.knob)
 
-    def reference():
-        return on_copies(problem, leaves, lambda q, k, v: exact(q, k, v, hidden=hidden.float()))
+    def reference(grad):
+        return on_copies(leaves, grad, lambda q, k, v: exact(q, k, v, hidden=hidden.float()))
 
     return Operation(
         lambda: backend(*leaves.values(), hidden=hidden), leaves, reference, causal_sparsity=found.sparsity

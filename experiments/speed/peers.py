@@ -113,7 +113,7 @@ def xunhao_nsa_whole(problem: Problem) -> Operation:
         out, blocks = route(q, compressed_k, compressed_v)
         return 0.5 * (out + topk_sparse_attention(q[0], k[0], v[0], blocks, size, cu_tokens))[None]
 
-    def reference():
+    def reference(grad):
         with torch.no_grad():
             _, blocks = route(problem.q, *compressed)
         none = -(-length // size)  # where the lists of early tokens are padded
@@ -126,7 +126,7 @@ def xunhao_nsa_whole(problem: Problem) -> Operation:
             out, _ = compressed_attention(q, compressed_k, compressed_v, lambda p: None, **options)
             return 0.5 * (out + attention_reference.block_sparse_attention(q, k, v, selection))
 
-        return on_copies(problem, leaves, attend)
+        return on_copies(leaves, grad, attend)
 
     return Operation(forward, leaves, reference, causal_sparsity=sparsity)
 
@@ -170,7 +170,7 @@ def released_dash(problem: Problem) -> Operation:
         words, _ = prefill.score_blocks(q * problem.router_scale, summaries, size, None, estimate_diag=True, sigma=1e6)
         return Selection(words, size)
 
-    def reference():
+    def reference(grad):
         inputs = (x.float() for x in (problem.q, problem.k, problem.v))
         return [attention_reference.block_sparse_attention(*inputs, own_selection())]
 

@@ -178,6 +178,66 @@ def test_dash_sink_is_dash_with_the_first_chunk_forced():
     assert not problem.selection.mask()[..., 0].all()
 
 
+def test_the_distance_from_the_edge_is_that_of_the_groups_highest_head():
+    """By hand: scores (.4, 0) have z = (.8, .6), and (3, 0) have (1, -.5); a token's own chunk is no candidate."""
+    summaries = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])[None, :, None]
+    q = torch.zeros(1, 6, 2, 3)
+    q[0, 4:, 0, 0], q[0, 4:, 1, 0] = 0.4, 3.0
+    distances = [inputs.edge_distance(x * 3**0.5, summaries, 1.0, 2)[0, :, 0] for x in (q, q[:, :, :1], q[:, :, 1:])]
+    for distance, expected in zip(distances, (0.6, 0.6, 0.5), strict=True):
+        assert distance[:2].tolist() == [math.inf] * 2
+        assert distance[2:].tolist() == pytest.approx([1, 1, expected, expected])
+    assert inputs.edge_distance(q * 3**0.5, summaries, 2.0, 2, init_chunks=1)[0, 4, 0] == pytest.approx(1)
+
+
+@pytest.fixture
+def at_the_edge(monkeypatch):
+    """DashAttention as the benchmark checks it, with the float64 definition in the kernels' place, where a chunk of one
+    token is so near the edge of the support that float32 loses its place; and ways to get the chunk query wrong."""
+    problem = make_problem("clustered", 200, 0.4, replace(GROUP, kv_heads=1), seed=1, device="cpu")
+    summaries = chunk_summary(problem.k, problem.chunk_query, chunk_size=16)
+
+    def nearest(scale, dtype=torch.float64):
+        return inputs.edge_distance(problem.q.to(dtype), summaries.to(dtype), scale, 16)
+
+    token = nearest(problem.router_scale).flatten().argmin()
+    scales = torch.linspace(0.9, 1.1, 4001, dtype=torch.float64) * problem.router_scale
+    for _ in range(4):  # its distance is smallest at one of these; then closer around that one
+        found = torch.stack([nearest(float(scale))[0, token, 0] for scale in scales[:: len(scales) // 40]])
+        best, width = scales[:: len(scales) // 40][found.argmin()], scales[len(scales) // 40] - scales[0]
+        scales = torch.linspace(-1, 1, 41, dtype=torch.float64) * width + best
+    problem = replace(problem, router_scale=float(best))
+    pooled, wrong = methods.summary_reference.chunk_summary, {}
+
+    def exact(q, k, v, chunk_query, *, impl, chunk_size, router_scale, init_chunks):
+        q, k, v, chunk_query = (x.double() for x in (q, k, v, chunk_query))
+        factor = wrong.get("factor", 1.0)
+        found = pooled(k, factor * chunk_query + (1 - factor) * chunk_query.detach(), chunk_size=chunk_size)
+        if "chunk" in wrong:
+            found = torch.cat([found[:, :3], found[:, 3:4].detach(), found[:, 4:]], dim=1)
+        options = {"chunk_size": chunk_size, "router_scale": router_scale, "init_chunks": init_chunks}
+        return block_sparse_attention(q, k, v, *dash_routing(q, found, **options)).float()
+
+    route = dash_routing(problem.q.double(), summaries.double(), chunk_size=16, router_scale=problem.router_scale)[0]
+    monkeypatch.setattr(methods, "dash_attention", exact)
+    monkeypatch.setattr(methods, "dash_routing", lambda *_: Operation(lambda: route, {}))
+    operation = methods.dash_whole(problem)
+    return lambda rows=operation.decided, **how: (
+        wrong.update(how) or replace(operation, decided=rows).errors(problem.grad)
+    )
+
+
+def test_a_token_at_the_edge_of_the_support_does_not_hide_what_the_chunk_query_gets(at_the_edge):
+    assert at_the_edge(rows=None)["chunk_query"] > 0.01  # float32 against float64, nothing wrong
+    assert at_the_edge()["chunk_query"] < 1e-4
+
+
+@pytest.mark.parametrize("how", [{"factor": -1.0}, {"factor": 0.9}, {"chunk": 3}], ids=str)
+def test_a_wrong_gradient_of_the_chunk_query_fails_the_check(at_the_edge, how):
+    failed = failed_check(at_the_edge(**how), BOTH, 0.005)
+    assert "chunk_query off by" in failed["detail"]
+
+
 @pytest.mark.parametrize("name", ["dash_topk", "dash_topp"])
 def test_other_selectors_are_held_to_the_reference_at_the_sparsity_asked_for(name, monkeypatch):
     pytest.importorskip("triton")
@@ -348,7 +408,7 @@ def test_a_wrong_gradient_keeps_the_backward_from_being_timed(rows_of, gradient)
 
 def test_an_output_that_is_nan_without_gradients_alone_is_wrong():
     x = torch.ones(2, requires_grad=True)
-    operation = Operation(lambda: x * (1.0 if torch.is_grad_enabled() else math.nan), {"x": x}, lambda: [x, x])
+    operation = Operation(lambda: x * (1.0 if torch.is_grad_enabled() else math.nan), {"x": x}, lambda grad: [x, x])
     assert operation.errors(torch.ones(2)) == {"out": math.inf, "x": 0}
 
 
