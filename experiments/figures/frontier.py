@@ -143,10 +143,9 @@ def ruler_averages(rows: Sequence[dict]) -> list[dict]:
     averages = []
     for key, tasks in settings.items():
         if len(asked[key[:4]]) > 1 and tasks.keys() == asked[key[:4]]:
-            means = {
-                name: mean(row[name] for row in tasks.values())
-                for name in ("score", "causal_sparsity", "active_tokens", "routing_reads")
-            }
+            means = {name: mean(row[name] for row in tasks.values()) for name in ("score", "causal_sparsity")}
+            read = [row.get("bytes_read") for row in tasks.values()]
+            means["bytes_read"] = None if None in read else mean(read)
             whole = "ruler" if len(tasks) == 13 else f"ruler ({len(tasks)} of 13 tasks)"
             averages.append(next(iter(tasks.values())) | means | scatter_of_mean(tasks.values()) | {"task": whole})
     return averages
@@ -196,7 +195,8 @@ def curves(points: Iterable[Point]) -> dict[tuple, list[Point]]:
     """The curves of each panel: (panel, label, what the curve is) -> points.
 
     One checkpoint with its knob turned is a curve. Where a label was trained at several sparsities, its points there
-    are one more; of them only those that have the most seeds, since a mean over others is no neighbour of theirs.
+    are one more. A curve has only those points that have the most seeds, since a mean over others is no neighbour of
+    theirs.
     """
     grouped: dict[tuple, dict[float, list[Point]]] = defaultdict(lambda: defaultdict(list))
     for point in points:
@@ -206,14 +206,19 @@ def curves(points: Iterable[Point]) -> dict[tuple, list[Point]]:
     for (panel, label), checkpoints in sorted(grouped.items()):
         if len([knob for knob in checkpoints if knob is not None]) > 1:
             trained = [p for line in checkpoints.values() for p in line if p.is_trained]
-            seeds = max((p.of_seed.keys() for p in trained), key=len, default=())
-            found[panel, label, "trained at each"] = [p for p in trained if p.of_seed.keys() == seeds]
+            found[panel, label, "trained at each"] = _of_most_seeds(trained)
         for trained_knob, line in sorted(checkpoints.items(), key=lambda item: (item[0] is not None, item[0])):
+            line = _of_most_seeds(line)
             if len(checkpoints) == 1 or len(line) > 1:
                 trained = UNTRAINED if trained_knob is None else f"trained at {trained_knob:g}"
                 is_said = trained_knob is None and label.endswith(UNTRAINED)
                 found[panel, label, "knob turned" if is_said else f"{trained}, knob turned"] = line
     return {key: line for key, line in found.items() if line}
+
+
+def _of_most_seeds(line: Sequence[Point]) -> list[Point]:
+    seeds = max((p.of_seed.keys() for p in line), key=len, default=())
+    return [p for p in line if p.of_seed.keys() == seeds]
 
 
 def panels_to_draw(points: Iterable[Point]) -> list[Panel]:

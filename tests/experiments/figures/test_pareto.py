@@ -87,6 +87,17 @@ def test_a_line_joins_only_means_over_the_same_seeds():
     assert "| dash | 3 | 3 | 50.0% | 0.9000 | 0.9000 | missing |" in pareto.to_markdown(found)
 
 
+def test_a_turned_knob_has_a_line_of_the_seeds_that_all_its_points_share():
+    rows = [make_row(knob=k, seed=s, sparsity=k / 4, score=0.9) for k in (1.0, 2.0) for s in (0, 1)]
+    rows += [make_row(knob=3.0, seed=0, sparsity=0.75, score=0.1)]
+    found = frontier.points(rows)
+    (line,) = frontier.curves(found).values()
+    assert [p.knob for p in line] == [1.0, 2.0]
+    text = pareto.to_markdown(found)
+    assert "| dash | 1 | 3 | 75.0% | 0.1000 | 0.1000 | missing |" in text
+    assert "| dash | trained at 1, knob turned | 0.9000 (0.900, 0.900) | not measured | " in text
+
+
 def test_two_runs_are_no_two_seeds():
     with pytest.raises(ValueError, match="two results of dash"):
         frontier.points([make_row(), make_row(config_hash="another model", score=0.1)])
@@ -123,12 +134,15 @@ def test_curves_are_compared_over_the_span_they_share():
 
 def test_rulers_average_is_over_the_tasks_that_all_settings_have():
     def row(task, score, knob=1.0):
-        return make_row(task=task, metric="match", score=score, knob=knob, active_tokens=1, routing_reads=0)
+        return make_row(task=task, metric="match", score=score, knob=knob)
 
     rows = [row("vt", 0.2), row("cwe", 0.6), row("vt", 0.4, knob=2.0), make_row()]
     (average,) = frontier.ruler_averages(rows)
     assert (average["task"], average["score"], average["knob"]) == ("ruler (2 of 13 tasks)", pytest.approx(0.4), 1.0)
     assert frontier.ruler_averages(rows[:1]) == []
+    assert average["bytes_read"] is None  # as rows from before it was kept
+    (average,) = frontier.ruler_averages([row("vt", 0.2) | {"bytes_read": 100}, row("cwe", 0.6) | {"bytes_read": 400}])
+    assert average["bytes_read"] == 250
     panels = {p.panel.task for p in frontier.points(frontier.of_frontiers(rows))}
     assert panels == {"vt", "cwe", "recall", "ruler (2 of 13 tasks)"}
 
@@ -324,8 +338,7 @@ def test_bars_say_what_they_are_of():
 
 def test_the_mean_of_tasks_scatters_less_than_each_of_them():
     rows = [make_row(task=task, metric="match", score=0.5, rows=100) for task in ("vt", "cwe", "fwe", "qa_1")]
-    mean = [row | {"active_tokens": 1.0, "routing_reads": 1.0} for row in rows]
-    (average,) = frontier.ruler_averages(mean)
+    (average,) = frontier.ruler_averages(rows)
     assert average["stderr"] == pytest.approx(0.05 / 2)
     assert average["samples"] == 400
     one, four = (high - low for low, high in (interval(rows[0]), interval(average)))
