@@ -91,7 +91,7 @@ RESULT_ROWS = Columns(
         (
             *("score", "stderr", "p10", "p90", "length", "knob", "trained_knob", "target_sparsity", "trained_sparsity"),
             *("paper_sparsity", "causal_sparsity", "active_tokens", "routing_reads", "bytes_read", "step", "tokens"),
-            *("seed", "parameters", "rows", "depth", "relevant", "samples", "seconds"),
+            *("seed", "parameters", "rows", "depth", "relevant", "samples", "seconds", "counted"),
         ),
         _is_finite,
     )

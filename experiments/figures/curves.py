@@ -165,9 +165,9 @@ def _draw_arms(table: list[dict], path: Path) -> None:
 def make_lengths(study: Study) -> Drawn | None:
     """The needle heat map, and every score of a model that was measured at more than one length."""
     found = as_trained(study.of("niah"))
-    needles = averaged(found, "data", "line", "length", "depth")
+    needles = averaged(found, "data", "variant", "line", "length", "depth")
     scores = [
-        {"variant": None} | row
+        row
         for row in as_trained(of_frontiers(study.evaluations))
         if not row["task"].startswith("niah_values") and not is_ablation(row)
     ]
@@ -175,11 +175,11 @@ def make_lengths(study: Study) -> Drawn | None:
     lines = averaged(scores, "data", "task", "metric", "variant", "line", "length")
     lengths = Counter(map(curve, lines))
     lines = [row for row in lines if lengths[curve(row)] > 1]
-    panels = grouped([row | {"panel": curve(row)[:3]} for row in lines], "panel")
+    panels = grouped([row | {"panel": itemgetter("data", "task", "metric", "variant")(row)} for row in lines], "panel")
     if not needles and not panels:
         return None
     table = needles + lines
-    maps = grouped(needles, "line")
+    maps = grouped([row | {"map": itemgetter("data", "variant", "line")(row)} for row in needles], "map")
     notes = []
     if not maps:
         notes.append("Needle heat map: missing.")
@@ -188,10 +188,10 @@ def make_lengths(study: Study) -> Drawn | None:
 
     def draw(path: Path) -> None:
         figure, axes = grid(len(maps) + len(panels))
-        for ax, (line, rows) in zip(axes, maps.items(), strict=False):
-            _heat_map(ax, line, rows)
+        for ax, ((data, variant, line), rows) in zip(axes, maps.items(), strict=False):
+            _heat_map(ax, f"{_named(data, 'needle found', variant)}: {line}", rows)
         style = styles(row["line"] for rows in panels.values() for row in rows)
-        for ax, ((data, task, variant), rows) in zip(axes[len(maps) :], panels.items(), strict=True):
+        for ax, ((data, task, metric, variant), rows) in zip(axes[len(maps) :], panels.items(), strict=True):
             for line, points in grouped(rows, "line").items():
                 colour, mark = style[line]
                 xs = [p["length"] for p in points]
@@ -199,9 +199,9 @@ def make_lengths(study: Study) -> Drawn | None:
                 ax.plot(xs, [p["score"] for p in points], color=colour, marker=mark, label=line)
             ax.set_xscale("log", base=2)
             ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            entitle(ax, f"{data}: {task}" + (f", {variant}" if variant else ""))
+            entitle(ax, _named(data, task, variant))
             ax.set_xlabel("tokens")
-            ax.set_ylabel(rows[0]["metric"])
+            ax.set_ylabel(metric)
             ax.grid(alpha=0.25)
         if panels:
             legend_below(figure, axes[len(maps) :])
@@ -210,7 +210,11 @@ def make_lengths(study: Study) -> Drawn | None:
     return Drawn(table, draw, [*notes, BARS], [*found, *scores])
 
 
-def _heat_map(ax, line: str, rows: list[dict]) -> None:
+def _named(data: str, what: str, variant: str | None) -> str:
+    return f"{data}: {what}" + (f", {variant}" if variant else "")
+
+
+def _heat_map(ax, title: str, rows: list[dict]) -> None:
     lengths, depths = sorted({row["length"] for row in rows}), sorted({row["depth"] for row in rows})
     found = {(row["depth"], row["length"]): row["score"] for row in rows}
     cells = [[found.get((depth, length), float("nan")) for length in lengths] for depth in depths]
@@ -219,7 +223,7 @@ def _heat_map(ax, line: str, rows: list[dict]) -> None:
     ax.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
     ax.set_xlabel("tokens")
     ax.set_ylabel("depth of the needle")
-    entitle(ax, f"needle found: {line}")
+    entitle(ax, title)
     ax.figure.colorbar(image, ax=ax)
 
 

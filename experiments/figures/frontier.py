@@ -119,14 +119,14 @@ def is_ablation(row: dict) -> bool:
 
 def newest(rows: Iterable[dict]) -> list[dict]:
     """Of rows that differ in the checkpoint's step only, those of the last step; with sparsities as knobs, where they
-    were asked for."""
+    were asked for, and a ``variant``, which rows from before there were several lack."""
     names = ("label", "config_hash", "task", "metric", "length", "rows", "seed", "knob", "variant")
     within = ("probe", "position", "depth", "relevant", "part")  # of one evaluation
     kept: dict[tuple, dict] = {}
     for row in map(with_setpoints, rows):
         key = (*(row.get(name) for name in names), *(str(row.get(name)) for name in within))
         if key not in kept or row["step"] >= kept[key]["step"]:
-            kept[key] = row
+            kept[key] = {"variant": None} | row
     return list(kept.values())
 
 
@@ -171,13 +171,9 @@ def points(rows: Iterable[dict]) -> list[Point]:
     groups: dict[tuple, list[dict]] = defaultdict(list)
     for row in rows:
         panel = Panel(row["data"], row["task"], row["metric"], row["length"], row.get("variant") or "")
-        group = groups[panel, row["label"], row["trained_knob"], row["knob"]]
-        if any(row["seed"] == other["seed"] for other in group):
-            raise ValueError(
-                f"two results of {row['label']} on {panel.title}, knob {row['knob']}, seed {row['seed']}: give one "
-                "a label of its own (evaluate.py label=...), or the directory of one study only"
-            )
-        group.append(row)
+        groups[panel, row["label"], row["trained_knob"], row["knob"]].append(row)
+    for (panel, *_), group in groups.items():
+        check_seeds(group, panel.title)
     return [
         Point(
             panel,
@@ -189,6 +185,20 @@ def points(rows: Iterable[dict]) -> list[Point]:
         )
         for (panel, label, trained_knob, knob), group in groups.items()
     ]
+
+
+def check_seeds(rows: Sequence[dict], what: str) -> None:
+    """Refuses rows that would become one mean in which a seed counts twice.
+
+    Raises:
+        ValueError: with the mend.
+    """
+    for number, row in enumerate(rows):
+        if any(row["seed"] == other["seed"] for other in rows[:number]):
+            raise ValueError(
+                f"two results of {row['label']} on {what}, knob {row['knob']}, seed {row['seed']}: give one a label of "
+                "its own (evaluate.py label=...), or the directory of one study only"
+            )
 
 
 def curves(points: Iterable[Point]) -> dict[tuple, list[Point]]:

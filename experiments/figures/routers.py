@@ -1,10 +1,11 @@
 """Figures 3 to 7: where attention is sparse, and what the router finds."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from experiments.figures.rows import BARS, Drawn, Study, as_trained, averaged, grouped
+from experiments.figures.rows import BARS, Drawn, Study, as_trained, averaged, grouped, line_of
+from experiments.figures.setpoints import is_as_trained
 from experiments.plots import BLACK, entitle, grid, legend_below, plain_log, save, styles
 from experiments.speed.report import tokens
 
@@ -31,9 +32,10 @@ def make_heat_map(study: Study) -> Drawn | None:
     rows = as_trained(study.of("sparsity", "causal_sparsity"))
     if not rows:
         return None
-    means = averaged(rows, "data", "length", "line", value="per_head")
+    means = averaged(rows, "data", "variant", "length", "line", value="per_head")
     table = [
-        {"data": m["data"], "length": m["length"], "model": m["line"], "layer": layer, "kv_head": head}
+        {"data": m["data"], "variant": m["variant"], "length": m["length"]}
+        | {"model": m["line"], "layer": layer, "kv_head": head}
         | {"causal_sparsity": value, "seeds": m["seeds"]}
         for m in means
         for layer, heads in enumerate(m["per_head"])
@@ -42,12 +44,12 @@ def make_heat_map(study: Study) -> Drawn | None:
 
     def draw(path: Path) -> None:
         # A row of panels for each corpus and length.
-        most = max(len(inside) for inside in _panels(means, "data", "length").values())
+        most = max(len(inside) for inside in _panels(means, "data", "variant", "length").values())
         figure, axes = grid(len(means), width=2.4, height=2.6, columns=min(most, 5))
         image = None
         for ax, m in zip(axes, means, strict=True):
             image = ax.imshow(m["per_head"], vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
-            ax.set_title(f"{m['line']}\n{m['data']}, {m['length']} tokens", fontsize=8)
+            ax.set_title(f"{m['line']}\n{_where(m)}", fontsize=8)
             ax.set_xlabel("KV head")
             ax.set_ylabel("layer")
             for axis in (ax.xaxis, ax.yaxis):
@@ -64,17 +66,17 @@ def make_active_tokens(study: Study) -> Drawn | None:
     if not rows:
         return None
     rows = [row | {"first": row["position"][0], "last": row["position"][1]} for row in rows]
-    keys = ("data", "length", "line", "first", "last")
+    keys = ("data", "variant", "length", "line", "first", "last")
     table = averaged(rows, *keys)
     for name in ("p10", "p90"):
         for entry, other in zip(table, averaged(rows, *keys, value=name), strict=True):
             entry[name] = other[name]
 
     def draw(path: Path) -> None:
-        panels = _panels(table, "data", "length")
+        panels = _panels(table, "data", "variant", "length")
         figure, axes = grid(len(panels))
         style = styles(row["line"] for row in table)
-        for ax, ((data, length), inside) in zip(axes, panels.items(), strict=True):
+        for ax, inside in zip(axes, panels.values(), strict=True):
             last = max(row["last"] for row in inside)
             ax.plot([1, last + 1], [1, last + 1], color=BLACK, linestyle="--", linewidth=1, label="dense")
             for line, bins in grouped(inside, "line").items():
@@ -88,7 +90,7 @@ def make_active_tokens(study: Study) -> Drawn | None:
                 axis.set_major_formatter(lambda value, _: tokens(value))
             ax.set_xlabel("position in the document")
             ax.set_ylabel("active tokens:\nmedian, p10-p90")
-            entitle(ax, f"{data}, {length} tokens")
+            entitle(ax, _where(inside[0]))
             ax.grid(alpha=0.25)
         legend_below(figure, axes)
         save(figure, path)
@@ -105,14 +107,29 @@ def make_adaptivity(study: Study) -> Drawn | None:
     ]
     if not rows:
         return None
-    keys = ("probes", "data", "length", "line", "relevant")
-    table = averaged(rows, *keys)
+    keys = ("probes", "data", "variant", "length", "line", "relevant")
+    table = averaged(_pooled(rows, keys), *keys)
     note = (
         f"Over tokens, layers and heads. {BARS} {DASHES} Needed: in text pieces of the answer, in "
         "MQAR the blocks that hold pairs, of which a single query needs one."
     )
-    named = [row | {"panel": f"{row['probes']}, {row['data']}, {row['length']} tokens"} for row in table]
+    named = [row | {"panel": f"{row['probes']}, {_where(row)}"} for row in table]
     return Drawn(table, _lines(named, "relevant"), [note], rows)
+
+
+def _pooled(rows: Iterable[dict], keys: Sequence[str]) -> list[dict]:
+    """A row for each seed: probes of several kinds may need as many blocks, and each had as many chances to as its row
+    has ``counted``."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        named = row | {"line": line_of(row)}
+        groups.setdefault(tuple(named[key] for key in (*keys, "seed", "config_hash")), []).append(row)
+    return [
+        own[0]
+        if len(own) == 1
+        else own[0] | {"score": sum(r["score"] * r["counted"] for r in own) / sum(r["counted"] for r in own)}
+        for own in groups.values()
+    ]
 
 
 def make_recall(study: Study) -> Drawn | None:
@@ -121,7 +138,7 @@ def make_recall(study: Study) -> Drawn | None:
     rows = [row | {"best_head": _best(row["per_head"])} for metric in RECALLS for row in study.of("routing", metric)]
     if not rows:
         return None
-    keys = ("metric", "probe", "length", "label", "knob")
+    keys = ("metric", "data", "variant", "probe", "length", "label", "trained_knob", "knob")
     table = averaged(rows, *keys)
     for name in ("causal_sparsity", "best_head"):
         for entry, other in zip(table, averaged(rows, *keys, value=name), strict=True):
@@ -129,6 +146,7 @@ def make_recall(study: Study) -> Drawn | None:
             if name == "best_head":
                 entry |= {"best_low": other["low"], "best_high": other["high"]}
     table.sort(key=lambda row: (list(RECALLS).index(row["metric"]), row["probe"], row["length"], row["label"]))
+    panel = ("metric", "data", "variant", "probe")
     settings = Counter((row["probe"], row["length"]) for row in table)
     # The last of a probe stands: most settings, and of equals the longest.
     most = {probe: length for (probe, length), _ in sorted(settings.items(), key=lambda item: (item[1], item[0][1]))}
@@ -141,11 +159,11 @@ def make_recall(study: Study) -> Drawn | None:
     ]
 
     def draw(path: Path) -> None:
-        panels = _panels(drawn, "metric", "probe")
+        panels = _panels(drawn, *panel)
         figure, axes = grid(len(panels), height=3.0)
         style = styles(row["label"] for row in drawn)
-        for ax, ((metric, probe), inside) in zip(axes, panels.items(), strict=True):
-            for label, points in grouped(inside, "label").items():
+        for ax, ((metric, _, _, probe), inside) in zip(axes, panels.items(), strict=True):
+            for (label, _), points in _panels(inside, "label", "trained_knob").items():
                 points = sorted(points, key=lambda row: row[x])
                 xs = [row[x] for row in points]
                 colour, mark = style[label]
@@ -157,7 +175,7 @@ def make_recall(study: Study) -> Drawn | None:
                     lows, highs = ([row[bound] for row in points] for bound in bounds)
                     ax.vlines(xs, lows, highs, color=colour, linewidth=1)
             where = f", {most[probe]} tokens" if is_turned else ""
-            entitle(ax, f"{probe}{where}:\n{RECALLS[metric]}")
+            entitle(ax, f"{_text(inside[0])}: {probe}{where}:\n{RECALLS[metric]}")
             if is_turned:
                 ax.set_xlabel("causal sparsity")
             else:
@@ -168,17 +186,19 @@ def make_recall(study: Study) -> Drawn | None:
         legend_below(figure, axes)
         save(figure, path)
 
-    where = (
-        "Drawn at the context with the most settings; the table has all lengths and probes."
-        if is_turned
-        else "At the knob trained with."
-    )
+    if is_turned:
+        where = "Drawn at the context with the most settings; the table has all lengths and probes."
+    elif all(is_as_trained(row["knob"], row["trained_knob"]) for row in table):
+        where = "At the knob trained with."
+    else:
+        where = "Each at one place of its knob, which is in the table."
     notes = [f"{where} The best head is each seed's own. {BARS}"]
-    for (metric, probe), inside in _panels(drawn, "metric", "probe").items():
-        absent = {row["label"] for row in drawn if row["probe"] == probe} - {row["label"] for row in inside}
+    for (metric, *place), inside in _panels(drawn, *panel).items():
+        there = _panels(drawn, *panel[1:])[tuple(place)]
+        absent = {row["label"] for row in there} - {row["label"] for row in inside}
         if absent:
             notes.append(
-                f"{RECALLS[metric]}, {probe}: not of {', '.join(sorted(absent))}, whose rows have no such score."
+                f"{RECALLS[metric]}, {place[-1]}: not of {', '.join(sorted(absent))}, whose rows have no such score."
             )
     return Drawn(table, draw, notes, rows)
 
@@ -192,10 +212,10 @@ def make_dispersion(study: Study) -> Drawn | None:
     rows = as_trained(row for metric in DISPERSION for row in study.of("routing", metric))
     if len({row["length"] for row in rows}) < 2:
         return None
-    table = averaged(rows, "metric", "probe", "line", "length")
+    table = averaged(rows, "metric", "data", "variant", "probe", "line", "length")
     table.sort(key=lambda row: (list(DISPERSION).index(row["metric"]), row["probe"], row["line"], row["length"]))
     named = [
-        row | {"panel": f"{row['probe']}: {DISPERSION[row['metric']]}"}
+        row | {"panel": f"{_text(row)}: {row['probe']}: {DISPERSION[row['metric']]}"}
         for row in table
         if not _is_of_values(row["probe"])
     ]
@@ -205,6 +225,15 @@ def make_dispersion(study: Study) -> Drawn | None:
 def _is_of_values(probe: str) -> bool:
     """One of the probes that differ in how much they need only: figure 5 has them on one axis."""
     return probe.startswith("niah_values_")
+
+
+def _text(row: dict) -> str:
+    """What was read, and in which form it was asked for."""
+    return row["data"] + (f", {row['variant']}" if row["variant"] else "")
+
+
+def _where(row: dict) -> str:
+    return f"{_text(row)}, {row['length']} tokens"
 
 
 def _panels(table: list[dict], *keys: str) -> dict[tuple, list[dict]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from experiments.figures.frontier import newest
+from experiments.figures.frontier import check_seeds, newest
 from experiments.figures.setpoints import AtSparsity, is_as_trained
 from experiments.files import METRICS, NUMERICS, RESULTS, SCALING, SPEED, THROUGHPUT, check_exists, read_rows
 from experiments.intervals import interval
@@ -119,12 +119,16 @@ def averaged(rows: Iterable[dict], *keys: str, value: str = "score") -> list[dic
     Of a single seed ``low`` and ``high`` are the 95 % interval over its samples, where it is known, and of a score.
 
     Lists, such as ``per_head``, are averaged element by element.
+
+    Raises:
+        ValueError: a seed has several of them.
     """
     groups: dict[tuple, list[dict]] = defaultdict(list)
     for row in rows:
         groups[tuple(line_of(row) if key == "line" else row[key] for key in keys)].append(row)
     out = []
     for key, group in groups.items():
+        check_seeds(group, f"{group[0]['task']}, {group[0]['length']} tokens")
         values = [row[value] for row in group]
         if isinstance(values[0], list):
             scores = {value: _mean_of_lists(values)}
@@ -132,8 +136,7 @@ def averaged(rows: Iterable[dict], *keys: str, value: str = "score") -> list[dic
             known = interval(group[0]) if len(group) == 1 and value == "score" else None
             low, high = known or (min(values), max(values))
             scores = {value: mean(values), "low": low, "high": high}
-        seeds = {row["seed"] for row in group}
-        out.append(dict(zip(keys, key, strict=True)) | scores | {"seeds": len(seeds)})
+        out.append(dict(zip(keys, key, strict=True)) | scores | {"seeds": len(group)})
     return sorted(out, key=lambda row: tuple((row[k] is None, row[k]) for k in keys))
 
 

@@ -8,6 +8,7 @@ from data.task_sets import SUITES
 from experiments.evaluation.tasks.decoding import DECODE
 from experiments.figures.frontier import (
     Point,
+    check_seeds,
     is_ablation,
     of_frontiers,
     panels_to_draw,
@@ -109,11 +110,13 @@ def make_ruler(study: Study) -> Drawn | None:
     if not rows:
         return None
     table, differs = [], {}
-    for (line, length), inside in _by(rows, lambda row: (line_of(row), row["length"])).items():
+    keys = ("data", "variant", "trained_knob", "length")
+    settings = _by(rows, lambda row: (line_of(row), *(row[key] for key in keys)))
+    for (line, *setting), inside in settings.items():
         table.append(
             {
                 "model": line,
-                "length": length,
+                **dict(zip(keys, setting, strict=True)),
                 "causal_sparsity": sum(row["causal_sparsity"] for row in inside) / len(inside),
                 "seeds": len({row["seed"] for row in inside}),
             }
@@ -239,7 +242,10 @@ def _by(rows: Sequence[dict], key) -> dict:
 def _mean_or_missing(name: str, rows: Sequence[dict], tasks: Sequence[str]) -> dict:
     """Columns ``name``, ``name low`` and ``name high``: the mean over the tasks, of the seeds that have them all."""
     means = []
-    for own in grouped((row for row in rows if row["task"] in tasks), "seed").values():
+    rows = [row for row in rows if row["task"] in tasks]
+    for task, own in grouped(rows, "task").items():
+        check_seeds(own, task)
+    for own in grouped(rows, "seed").values():
         if {row["task"] for row in own} == set(tasks):
             mean = {"task": name, "score": sum(row["score"] for row in own) / len(own)}
             means.append(own[0] | mean | (scatter_of_mean(own) if len(own) > 1 else {}))

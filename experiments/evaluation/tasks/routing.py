@@ -15,7 +15,7 @@ Metrics, means over questions; ``per_head`` holds them by layer and KV head:
     topk_recall                  of as many blocks: the forced ones, and the highest of that softmax
     dense_relevant_mass          of dense attention itself
     active_blocks                by ``relevant``, the number of blocks that the whole answer needs (MQAR: that hold
-                                 pairs), with p10 and p90
+                                 pairs), with p10 and p90, of as many as are ``counted``
 """
 
 from collections.abc import Iterator, Sequence
@@ -109,7 +109,8 @@ class RoutingTask(Task):
         for relevant, counts in sorted(measured.active.items()):
             low, _, high = quantiles(counts)
             score = (counts * torch.arange(len(counts))).sum().item() / counts.sum().item()
-            yield sparsity | row("routing", "active_blocks", score, relevant=relevant, p10=low, p90=high)
+            found = {"relevant": relevant, "p10": low, "p90": high, "counted": int(counts.sum())}
+            yield sparsity | row("routing", "active_blocks", score, **found)
 
 
 class Measured:

@@ -49,6 +49,7 @@ COMMON = {
     "routing_reads": 10.0,
     "bytes_read": 5000.0,
     "position": None,
+    "variant": None,
 }
 
 
@@ -523,6 +524,61 @@ def test_extrapolation_and_ablations(study):
     (made,) = (f.make(study) for f in FIGURES if f.number == 12)
     assert "chunk_size" in made.notes[0]
     assert "sigma" not in made.notes[0]
+
+
+def test_what_is_no_mean_of_seeds_is_kept_apart(study, tmp_path, monkeypatch):
+    """Text, form of a task and metric; a seed that counts twice is refused."""
+    chat = {"variant": "template=chat", "length": 16384}
+    asked = [row("niah_single_1", "match", score, data=data, **chat) for data, score in (("text", 1.0), ("code", 0.0))]
+    asked += [row("niah_single_1", "match", 0.25, length=16384, trained_knob=8.0, config_hash="8")]
+    found = {
+        (r["data"], r["variant"], r["trained_knob"]): r["niah_single_1"]
+        for r in table(11, replace(study, evaluations=[*study.evaluations, *asked]))
+        if r["model"].startswith("dash")
+    }
+    assert found == {
+        ("text", None, 4.0): 0.5,
+        ("text", "template=chat", 4.0): 1.0,
+        ("code", "template=chat", 4.0): 0.0,
+        ("text", None, 8.0): 0.25,
+    }
+    drawn = []
+    monkeypatch.setattr(curves, "save", lambda figure, path: drawn.append(figure))
+    needles = [row("niah", "match", score, data=data, depth=0.0) for data, score in (("text", 1.0), ("code", 0.5))]
+    scores = [
+        row("lm_eval/x", metric, length / 2048, length=length)
+        for metric in ("acc", "acc_norm")
+        for length in (512, 1024)
+    ]
+    (figure,) = (f for f in FIGURES if f.number == 10)
+    figure.make(replace(study, evaluations=[*needles, *scores])).draw(tmp_path / "figure")
+    panels = {ax.get_title(): ax for ax in drawn[0].axes if ax.get_title()}
+    maps = {title: ax.images[0].get_array().item() for title, ax in panels.items() if ax.images}
+    assert maps == {f"{data}: needle found: dash (router_scale 4)": n for data, n in (("text", 1.0), ("code", 0.5))}
+    lines = [(ax.get_ylabel(), ax.lines[0].get_xdata().tolist()) for ax in drawn[0].axes if ax.lines]
+    assert lines == [("acc", [512, 1024]), ("acc_norm", [512, 1024])]
+    twice = [row("routing", "recall", 0.5, probe="mqar", per_head=[[0.5]], config_hash=name) for name in "ab"]
+    ruler = [row("qa_1", "match", 0.5, config_hash=name) for name in "ab"]
+    for number, rows in ((6, twice), (11, ruler)):
+        with pytest.raises(ValueError, match=r"two results of dash on .*, seed 0: give one a label of its own"):
+            table(number, replace(study, evaluations=rows))
+
+
+def test_probes_that_need_as_many_blocks_count_by_how_much_they_counted(study):
+    counted = {"probe": "niah_values_2", "counted": 30}, {"probe": "niah_values_1", "counted": 10}
+    rows = [
+        row("routing", "active_blocks", score, relevant=2, p10=1, p90=9, **own)
+        for score, own in zip((2.0, 6.0), counted, strict=True)
+    ]
+    (found,) = table(5, replace(study, evaluations=rows))
+    assert [found[key] for key in ("score", "low", "high", "seeds")] == [3.0, 3.0, 3.0, 1]
+
+
+def test_a_router_at_one_place_of_its_knob_is_not_said_to_be_as_trained(study):
+    for knob, said in ((4.0, "At the knob trained with."), (2.0, "Each at one place of its knob, which is in the")):
+        found = [row("routing", "recall", 0.5, probe="mqar", per_head=[[0.5]], knob=knob)]
+        (made,) = (f.make(replace(study, evaluations=found)) for f in FIGURES if f.number == 6)
+        assert made.notes[0].startswith(said)
 
 
 def test_an_option_is_drawn_beside_what_it_differs_from(study, tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ def make_row(label="dash", knob=1.0, sparsity=0.5, score=0.9, **changes):
         "causal_sparsity": sparsity,
         "score": score,
         "position": None,
+        "variant": None,
         "config_hash": f"{label} {changes.get('trained_knob')}",
     }
     return row | changes
