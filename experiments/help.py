@@ -261,7 +261,7 @@ class Command:
         choice = self.chosen[group]
         if choice is not None and choice not in self.choices(group):
             return None  # several, or of another package
-        name, kinds = ".".join((group, *path)), self.kinds(group)
+        name = ".".join((group, *path))
         schema = None if choice in (None, "null") else self.schema_of(group, choice)
         own = {} if schema is None else schema.options()
         if path[0] in own:
@@ -269,6 +269,7 @@ class Command:
                 return _wrong_value(name, value, own[path[0]].kind)
             values = {} if schema is None else _values(group, choice)
             return self._wrong_below(own[path[0]], path[1:], f"{group}.{path[0]}", values.get(path[0]))
+        kinds = self.kinds(group)
         fitting = [min(choices, key=len) for kind, choices in kinds.items() if path[0] in kind.options()]
         if fitting:
             now = "nothing is chosen" if schema is None else f"{group}={choice} has no {path[0]}"

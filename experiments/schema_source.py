@@ -83,6 +83,7 @@ def _with_comment(option: Option, comment: str) -> Option:
     return Option(**{**vars(option), "comment": comment})
 
 
+@cache
 def schema_of_choice(store_module: str, name: str) -> Schema | None:
     """The dataclass that ``store.store(name=NAME, node=...)`` of a module hands to Hydra; those that come from a loop
     over a registry are looked up there."""
