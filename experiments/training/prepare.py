@@ -25,6 +25,7 @@ from experiments.files import CONFIGS
 from experiments.origin import check_origin_tokenizer, with_commits, with_own_tokenizer
 
 register_configs()
+LOADER_SECONDS = 3.0  # to read as fast as it goes
 
 
 def prepare(config: TrainConfig) -> None:
@@ -51,11 +52,11 @@ def prepare(config: TrainConfig) -> None:
     print(f"the loader alone: {loader_speed(stream):,.0f} tokens/s on one rank")
 
 
-def loader_speed(stream: BatchStream, seconds: float = 3.0) -> float:
+def loader_speed(stream: BatchStream) -> float:
     """Tokens per second that a stream hands out when nothing else is done, after its first batch."""
     next(stream)
     tokens, start = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < seconds:
+    while (elapsed := time.perf_counter() - start) < LOADER_SECONDS:
         tokens += next(stream).num_tokens
     return tokens / elapsed
 

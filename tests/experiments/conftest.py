@@ -7,6 +7,7 @@ from hydra import compose, initialize_config_dir
 from experiments.config import register_configs, to_train_config
 from experiments.speed.config import register_speed_config
 from experiments.throughput.steps import register_throughput_config
+from experiments.training import prepare
 from tests.composition import hasten
 
 hasten()
@@ -24,6 +25,11 @@ TINY = (
     *("data.tokenizer_bytes=300000", "optim.warmup_steps=1"),
     *("log_every=1", "stats_every=0", "eval_every=0", "save_every=0"),
 )
+
+
+@pytest.fixture(autouse=True)
+def _loaders_read_for_an_instant(monkeypatch):
+    monkeypatch.setattr(prepare, "LOADER_SECONDS", 0.05)
 
 
 @pytest.fixture(scope="session")

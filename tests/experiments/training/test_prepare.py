@@ -50,6 +50,7 @@ def test_prepare_mends_what_is_damaged_and_a_run_finds_it_all(make_config, tmp_p
 def test_the_loaders_speed_leaves_out_its_first_batch(monkeypatch):
     now = 0.0
     monkeypatch.setattr(prepare_module, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(prepare_module, "LOADER_SECONDS", 3.0)
 
     def stream():
         nonlocal now
