@@ -62,6 +62,7 @@ def _sparsity(target: Target) -> list[str]:
         row["length"]: row["causal_sparsity"]
         for row in read_rows(run_dir / RESULTS)
         if row["checkpoint"] == target.checkpoint.name and row["knob"] == knob and row["task"] == "loss"
+        if row.get("variant") is None  # in the form that it was trained on
     }
     if measured:
         return [f"- {value:.1%} of validation rows of {length} tokens" for length, value in sorted(measured.items())]

@@ -54,6 +54,7 @@ def test_the_card_of_a_sparse_run(make_target):
     row |= {"label": "oracle", "data": "text", "length": 128, "causal_sparsity": 0.5}
     others = [row | other for other in ({"task": "recall"}, {"checkpoint": "step-2"}, {"knob": 7})]
     others = [other | {"length": 256} for other in others]
+    others.append(row | {"variant": "pairs_max=8", "causal_sparsity": 0.75})  # another task than it was trained on
     make_target(attention, results=[row, *others, row | {"length": 64, "causal_sparsity": 0.25}])
     both = "- 25.0% of validation rows of 64 tokens\n- 50.0% of validation rows of 128 tokens"
     assert card.model_card(target, dense=False) == page.format(both, card._HOW, "abc")
