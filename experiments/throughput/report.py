@@ -23,14 +23,16 @@ def newest(rows: Iterable[dict]) -> list[dict]:
     """Of rows about the same thing on the same device the one written last; running out of time unsays nothing."""
     kept: dict[tuple, dict] = {}
     for row in rows:
-        key = (row["device"], *row["train"], *(row[name] for name in CASE))
+        key = (row["device"], *row["train"], row.get("sparsity"), *(row[name] for name in CASE))
         if key not in kept or row["status"] != "out of time":
             kept[key] = row
     return list(kept.values())
 
 
 def label(row: dict) -> str:
-    return row["backend"] + (f", {row['pattern']}" if row["pattern"] else "")
+    """What a line is of; rows from before they were kept lack the sparsity that was asked for."""
+    asked = f" {row['sparsity']:.0%}" if row.get("sparsity") else ""
+    return row["backend"] + (f", {row['pattern']}{asked}" if row["pattern"] else "")
 
 
 def fastest(rows: Iterable[dict]) -> list[dict]:

@@ -271,7 +271,8 @@ class Benchmark:
 
     def case(self, backend: str, length: int, setting: Setting, pattern: str | None) -> dict:
         """A row: measured, or why it was not."""
-        row = self.row(backend=backend, length=length, pattern=pattern, **asdict(setting))
+        asked = None if pattern is None else self.config.sparsity
+        row = self.row(backend=backend, length=length, pattern=pattern, sparsity=asked, **asdict(setting))
         if time.monotonic() > self.deadline:
             return row | {"status": "out of time", "detail": "raise time_budget"}
         return row | attempt(

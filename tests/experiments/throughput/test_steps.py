@@ -218,6 +218,7 @@ def test_the_table_compares_with_the_fastest_dense_run_of_the_length(tmp_path, m
         make_row("dash", 16384, 90.0, pattern="iid", mfu_causal=None),
         make_row("nsa", 16384, None, pattern="iid", status="out of memory"),
         make_row("dash", 16384, None, pattern="iid", status="out of time", detail="raise time_budget"),
+        make_row("dash", 16384, 40.0, pattern="iid", sparsity=0.9),  # none of those before
         make_row("dash", 32768, 30.0, pattern="shared"),
         make_row("dash", 32768, None, pattern="clustered", status="out of time", detail="raise time_budget"),
         make_row("loader", 8192, 2050.0, micro_batch_tokens=None),
@@ -238,6 +239,7 @@ def test_the_table_compares_with_the_fastest_dense_run_of_the_length(tmp_path, m
         "| 16k | full | 32k | yes | no | 0.0% | 60 | 1.00x | 50.0% | 25.0% | 2.0 GiB | 1.0% |",
         "| 16k | dash, iid | 32k | yes | no | 75.0% | 90 | 1.50x |  | 25.0% | 2.0 GiB | 1.0% |",
         "| 16k | dash, iid | 64k | yes | no | 75.0% | 70 | 1.17x | 50.0% | 25.0% | 2.0 GiB | 1.0% |",
+        "| 16k | dash, iid 90% | 32k | yes | no | 75.0% | 40 | 0.67x | 50.0% | 25.0% | 2.0 GiB | 1.0% |",
         "| 16k | nsa, iid | 32k | yes | no | out of memory | | | | | | |",
         "| 32k | dash, clustered | 32k | yes | no | out of time raise time_budget | | | | | | |",
         "| 32k | dash, shared | 32k | yes | no | 75.0% | 30 |  | 50.0% | 25.0% | 2.0 GiB | 1.0% |",
