@@ -25,27 +25,16 @@ MANY = 16  # more curves than that no panel holds
 DRAWN = 60  # points of a curve, which has a few inches
 SETTING = r"(-knob[^-]+|:.+?)?-seed\d+.*$"  # what a sweep's name of a run adds to its arm's
 SPEED_COLUMNS = (
-    "device",
-    "length",
-    "batch",
-    "pattern",
-    "sparsity",
-    "causal_sparsity",
-    "stage",
-    "method",
-    "pass",
-    "status",
-    "ms",
-    "ratio",
-    "tokens_per_second",
+    *(*speed_rows.SETUP, "length", "batch", "pattern", "sparsity", "causal_sparsity", "stage", "method", "pass"),
+    *("status", "ms", "ratio", "tokens_per_second"),
 )
 THROUGHPUT_COLUMNS = (
-    *("device", *throughput_report.CASE, "status", "tokens_per_s", "mfu_causal", "mfu_sparse"),
+    *("device", *throughput_report.CASE, "sparsity", "status", "tokens_per_s", "mfu_causal", "mfu_sparse"),
     *("causal_sparsity", "peak_memory_mib", "step_time", "data_wait"),
 )
 PARALLEL_COLUMNS = (
     *("device", *scaling_report.WORK, *scaling_report.WAY, "status", "tokens_per_s", "efficiency"),
-    *("step_time", "peak_memory_mib", "loss_difference"),
+    *("step_time", "peak_memory_mib", "loss_difference", "against"),
 )
 
 
@@ -271,6 +260,8 @@ def make_parallel(study: Study) -> Drawn | None:
     notes = ["Efficiency: tokens per second over as many times those of one device at the same step."]
     if any(row["efficiency"] is not None and row["efficiency"] > 1 for row in rows):
         notes.append("Above 100 %: one device alone was measured slower than each of several, so it could be faster.")
+    if any(row["against"] for row in rows):
+        notes.append("Against: the commit of the one device, where that was another.")
     is_compared = any(row["efficiency"] is not None for row in rows)
     draw = (lambda path: scaling_report.draw(rows, path)) if is_compared else None
     return Drawn(table, draw, notes, rows)

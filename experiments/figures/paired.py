@@ -26,10 +26,17 @@ class Setting(NamedTuple):
 def make_paired(study: Study) -> Drawn | None:
     """Losses at a sparsity that was asked for, less those of ``REFERENCE`` on the same rows of the same seed. Its
     interval is over rows, whose differences are means over seeds; it says nothing of other seeds."""
-    losses = [row for row in study.of("loss", "nats") if row.get("by_row") and isinstance(row["knob"], AtSparsity)]
-    table, unlike = [], set()
+    losses = [
+        row
+        for row in study.of("loss", "nats")
+        if isinstance(row["knob"], AtSparsity) and row.get("by_row") and _with_targets(row["by_row"]["targets"]) > 1
+    ]
+    table, unlike, twice = [], set(), set()
     for setting, rows in grouped([row | {"setting": _setting(row)} for row in losses], "setting").items():
         arms = grouped(rows, "label")
+        several = {label for label, own in arms.items() if len({row["seed"] for row in own}) < len(own)}
+        twice |= several
+        arms = {label: own for label, own in arms.items() if label not in several}
         reference = {row["seed"]: row for row in arms.pop(REFERENCE, ())}
         for label, own in arms.items():
             pairs = [(row, reference[row["seed"]]) for row in own if row["seed"] in reference]
@@ -46,6 +53,7 @@ def make_paired(study: Study) -> Drawn | None:
         "The measured sparsities of the two differ by up to "
         f"{100 * max(abs(row['sparsity_difference']) for row in table):.1f} points: in the table.",
         *([f"Left out, for other rows than those of {REFERENCE}: {', '.join(sorted(unlike))}."] if unlike else []),
+        *([f"Left out, for several models of one seed: {', '.join(sorted(twice))}."] if twice else []),
     ]
 
     def draw(path: Path) -> None:
@@ -75,9 +83,16 @@ def make_paired(study: Study) -> Drawn | None:
 
 
 def _setting(row: dict) -> Setting:
-    is_untrained = row["trained_knob"] is None
+    knob = row["trained_knob"]
+    trained = "untrained" if knob is None else "trained"
+    if isinstance(knob, AtSparsity):  # others each have a knob of their own
+        trained += f" at {knob}"
     at = AS_TRAINED if row["knob"].is_held else str(row["knob"])
-    return Setting(row["data"], row["length"], row["rows"], "untrained" if is_untrained else "trained", at)
+    return Setting(row["data"], row["length"], row["rows"], trained, at)
+
+
+def _with_targets(targets: Sequence[int]) -> int:
+    return sum(count > 0 for count in targets)
 
 
 def _are_alike(row: dict, reference: dict) -> bool:
@@ -90,7 +105,7 @@ def _difference(pairs: Sequence[tuple[dict, dict]]) -> dict:
     nats = [sum(a - b for a, b in seeds) / len(pairs) for seeds in of_rows]
     targets = pairs[0][0]["by_row"]["targets"]
     difference = sum(nats) / sum(targets)
-    low, high = student(difference, ratio_stderr(nats, targets), len(nats))
+    low, high = student(difference, ratio_stderr(nats, targets), _with_targets(targets))
     sparsity = sum(a["causal_sparsity"] - b["causal_sparsity"] for a, b in pairs) / len(pairs)
     return {
         "difference": difference,

@@ -2,7 +2,8 @@
 
 from experiments.figures.rows import Drawn, Study
 from experiments.figures.scores import MISSING, RULER_MEANS, make_ruler
-from experiments.speed.rows import DECODE, FLASH_3, batch, with_ratios
+from experiments.speed.report import title
+from experiments.speed.rows import DECODE, FLASH_3, SETUP, batch, with_ratios
 
 # RULER at 16k tokens, 8B models, 75 % sparse as the authors count it; the averages cannot be rebuilt from the groups.
 RULER_16K = {
@@ -37,8 +38,8 @@ def make_published(study: Study) -> Drawn | None:
         table += ours
         if left_out := len(ruler.table) - len(ours):
             notes.append(f"Left out: {left_out} of our settings, which have not all tasks of any group (figure 11).")
-        sizes = sorted({row["parameters"] for row in study.evaluations if row.get("parameters")})
-        tokens = sorted({row["tokens"] for row in study.evaluations})
+        sizes = sorted({row["parameters"] for row in ruler.rows if row.get("parameters")})
+        tokens = sorted({row["tokens"] for row in ruler.rows if row["tokens"]})  # 0: trained elsewhere
         millions = ", ".join(f"{n / 1e6:.1f}M" for n in sizes) or "an unknown number of"
         notes.append(
             f"Scale: ours have {millions} parameters and {_span(tokens)} training tokens against 8B parameters; "
@@ -57,22 +58,25 @@ def make_published(study: Study) -> Drawn | None:
 def _our_ruler(row: dict) -> dict:
     columns = [name for name in row if name.removesuffix(" low").removesuffix(" high") in COLUMNS]
     scores = {name: row[name] if row[name] == MISSING else 100 * row[name] for name in columns}
-    source = f"ours, {row['length']} tokens, {row['causal_sparsity']:.0%} causally sparse"
+    form = f", {row['variant']}" if row["variant"] else ""
+    source = f"ours, {row['length']} tokens{form}, {row['causal_sparsity']:.0%} causally sparse"
     return {"what": "RULER, %", "source": source, "model": row["model"]} | scores
 
 
 def _our_decoding(rows: list[dict]) -> list[dict]:
-    """A line for each device, length and method, of one sequence."""
+    """A line for each device, shape, length and method, of one sequence."""
     what = "decode speed-up over FlashAttention-3"
     lines: dict[tuple, dict] = {}
     for row in with_ratios(rows):
         if row["pass"] == DECODE and row["against"] == FLASH_3 and row["ratio"] and row["sparsity"] and batch(row) == 1:
-            source = f"ours, {row['device']}, {row['length']} tokens"
+            source = f"ours, {title(tuple(row[name] for name in SETUP))}, {row['length']} tokens"
             line = lines.setdefault((source, row["method"]), {"what": what, "source": source, "model": row["method"]})
             line[f"{row['sparsity']:.2%} sparse"] = row["ratio"]
     return list(lines.values()) or [{"what": what, "source": "ours", "model": MISSING}]
 
 
 def _span(values: list[int]) -> str:
+    if not values:
+        return "an unknown number of"
     low, high = (f"{value / 1e6:.1f}M" for value in (values[0], values[-1]))
     return low if low == high else f"{low} to {high}"

@@ -1,6 +1,7 @@
 """The rows of a study, and what a figure is made of."""
 
-from collections import defaultdict
+import os
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ class Study:
 
     Attributes:
         evaluations: of results.jsonl, of every evaluation the newest checkpoint's.
-        training: of metrics.jsonl, by run.
+        training: of metrics.jsonl, by run; of runs that are called alike with where they lie.
         speed, numerics, throughput, parallel: of the files of these names.
     """
 
@@ -42,10 +43,14 @@ class Study:
 def load_study(root: Path) -> Study:
     """Raises ValueError if the directory has no rows."""
     check_exists(root, "name directories of runs, of studies or of measurements")
-    training: dict[str, list[dict]] = {}
+    curves: dict[tuple[str, str], list[dict]] = {}  # by name and folder of a run
     for path in sorted(root.rglob(METRICS)):
         for row in read_rows(path):
-            training.setdefault(row.get("run") or path.parent.name, []).append(row)
+            place = path.parent if "run" in row else path.parent.parent
+            name = row.get("run") or path.parent.name
+            curves.setdefault((name, os.path.relpath(place, root)), []).append(row)
+    known = Counter(name for name, _ in curves)
+    training = {name if known[name] == 1 else f"{place}: {name}": rows for (name, place), rows in curves.items()}
     found = {
         name: [row for path in sorted(root.rglob(name)) for row in read_rows(path)]
         for name in (RESULTS, SPEED, NUMERICS, THROUGHPUT, SCALING)

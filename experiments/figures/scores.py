@@ -35,7 +35,7 @@ RULER_MEANS = GROUPS | {"average": tuple(SUITES["ruler"])}
 FACTORS = ("alpha", "chunk_size", "sigma", "prior", "summary", "group", "router_scale")
 CONTROL = ("prior", "raw")  # of configs/sweep/ablations.yaml
 BESIDE = " ".join(CONTROL)  # as a value of another factor
-MARKED = f"Filled: as trained; open: the knob turned. {BARS}"
+MARKED = f"Filled: as trained; open: the knob turned; small, and in no line: of fewer seeds than its neighbours. {BARS}"
 
 
 def make_frontiers(study: Study) -> Drawn | None:
@@ -130,7 +130,8 @@ def make_ruler(study: Study) -> Drawn | None:
 
 def make_ablations(study: Study) -> Drawn | None:
     """Rows whose label is FACTOR:VALUE, as in label=sigma:100. Means are over the seeds that have all values of a
-    factor, since other seeds continue from other weights; CONTROL beside them is of the same seeds."""
+    factor, since other seeds continue from other weights; CONTROL beside them is of the same seeds, and where it has
+    some of them alone, so are they."""
     rows = []
     for row in of_frontiers(study.evaluations):
         if is_ablation(row):
@@ -141,16 +142,18 @@ def make_ablations(study: Study) -> Drawn | None:
     table, notes, seeds = [], [], {}
     for (factor, panel), arms in _by(rows, lambda row: (row["factor"], row["panel"])).items():
         have = [{row["seed"] for row in arm} for arm in grouped(arms, "value").values()]
-        shared = set.intersection(*have) or set.union(*have)
+        control = []
+        if factor in FACTORS and factor != CONTROL[0]:
+            control = [row for row in rows if (row["factor"], row["value"], row["panel"]) == (*CONTROL, panel)]
+        common = set.intersection(*have)
+        shared = (common & {row["seed"] for row in control}) or common or set.union(*have)
         if left_out := set.union(*have) - shared:
             notes.append(f"{factor}: without seed {_listed(left_out)}, which has not all values.")
         elif len(set(map(frozenset, have))) > 1:
             notes.append(f"{factor}: no seed has all values, so these are means over different seeds.")
         seeds[factor, panel] = _listed(shared)
-        if factor in FACTORS and factor != CONTROL[0]:
-            control = [row for row in rows if (row["factor"], row["value"], row["panel"]) == (*CONTROL, panel)]
-            arms = arms + [row | {"factor": factor, "value": BESIDE} for row in control]
-        arms = [row for row in arms if row["seed"] in shared]
+        beside = [row | {"factor": factor, "value": BESIDE} for row in control]
+        arms = [row for row in [*arms, *beside] if row["seed"] in shared]
         keys = ("factor", "panel", "value", "trained_knob", "knob")
         for score, sparsity in zip(averaged(arms, *keys), averaged(arms, *keys, value="causal_sparsity"), strict=True):
             table.append(score | {"causal_sparsity": sparsity["causal_sparsity"]})
@@ -193,6 +196,11 @@ def make_ablations(study: Study) -> Drawn | None:
 def _line(ax, line: list[dict], x: str, colour: str, mark: str, **style) -> None:
     """Scores against ``x`` in the knob's order, marked as MARKED says."""
     line = sorted(line, key=lambda row: (row["knob"] is not None, row["knob"]))
+    most = max(row["seeds"] for row in line)
+    for row in line:
+        if row["seeds"] < most:
+            ax.plot(row[x], row["score"], color=colour, marker=mark, markerfacecolor="white", markersize=3)
+    line = [row for row in line if row["seeds"] == most]
     xs, ys = [row[x] for row in line], [row["score"] for row in line]
     ax.vlines(xs, [row["low"] for row in line], [row["high"] for row in line], color=colour, linewidth=1)
     ax.plot(xs, ys, color=colour, marker=mark, markerfacecolor="white", linewidth=1.2, **style)

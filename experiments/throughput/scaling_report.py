@@ -22,11 +22,6 @@ def case_of(row: dict) -> tuple:
     return (row["device"], *row["train"], *(row[name] for name in (*WORK, *WAY)))
 
 
-def alone_of(rows: Iterable[dict]) -> dict[tuple, dict]:
-    """(device, overrides, work) -> what one rank measured of it."""
-    return {_work_of(row): row for row in rows if row["ranks"] == 1 and row["status"] == "ok"}
-
-
 def _work_of(row: dict) -> tuple:
     return (row["device"], *row["train"], *(row[name] for name in WORK))
 
@@ -35,20 +30,28 @@ def compared(rows: Iterable[dict]) -> list[dict]:
     """Of rows about the same thing the one written last, each beside what one rank measured of the same work.
 
     ``efficiency`` is the tokens per second over as many times those of one rank, ``loss_difference`` the largest of a
-    step; both are None where there is nothing to compare.
+    step, and ``against`` the commit that the one rank ran, if it was another; all are None where there is nothing to
+    compare.
     """
-    rows = list({case_of(row): row for row in rows}.values())
-    alone = alone_of(rows)
-    return [row | _against(row, alone.get(_work_of(row))) for row in rows]
+    rows = list(rows)
+    alone = [row for row in rows if row["ranks"] == 1 and row["status"] == "ok"]
+    newest = {_work_of(row): row for row in alone}
+    of_commit = {(_work_of(row), row["git_sha"]): row for row in alone}
+    found = []
+    for row in {case_of(row): row for row in rows}.values():
+        work = _work_of(row)
+        found.append(row | _against(row, of_commit.get((work, row["git_sha"])) or newest.get(work)))
+    return found
 
 
 def _against(row: dict, alone: dict | None) -> dict:
     if row["status"] != "ok" or row["ranks"] == 1 or alone is None:
-        return {"efficiency": None, "loss_difference": None}
+        return dict.fromkeys(("efficiency", "loss_difference", "against"))
     steps = zip(row["losses"], alone["losses"], strict=False)
     return {
         "efficiency": row["tokens_per_s"] / alone["tokens_per_s"] / row["ranks"],
         "loss_difference": max(abs(loss - loss_alone) for loss, loss_alone in steps),
+        "against": None if alone["git_sha"] == row["git_sha"] else (alone["git_sha"] or "unknown")[:10],
     }
 
 
@@ -83,6 +86,7 @@ def _line(row: dict) -> str:
     efficiency = difference = ""
     if row["efficiency"] is not None:
         efficiency, difference = f"{row['efficiency']:.1%}", f"{row['loss_difference']:.1e}"
+        efficiency += f", one device at commit {row['against']}" if row["against"] else ""
     measured = [f"{row['tokens_per_s']:,.0f}", efficiency, f"{row['step_time']:.3f} s"]
     measured += [f"{row['peak_memory_mib'] / 1024:.1f} GiB", difference]
     return f"| {' | '.join(case + measured)} |"

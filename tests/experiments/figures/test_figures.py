@@ -53,7 +53,8 @@ COMMON = {
 }
 
 
-PARALLEL = dict.fromkeys((*parallel_report.WORK, *parallel_report.WAY), 1) | {"device": "GPU", "train": []}
+PARALLEL = dict.fromkeys((*parallel_report.WORK, *parallel_report.WAY), 1)
+PARALLEL |= {"device": "GPU", "train": [], "git_sha": None}
 PARALLEL |= {"backend": "dash", "length": 8192, "status": "ok", "step_time": 1.0, "peak_memory_mib": 1.0}
 ALONE = PARALLEL | {"ranks": 1, "tokens_per_s": 100.0, "losses": [5.0, 4.0]}
 PAIR = PARALLEL | {"ranks": 2, "tokens_per_s": 190.0, "losses": [5.0, 4.5]}
@@ -103,6 +104,9 @@ def training_rows(run):
             "causal_sparsity": 0.1,
         }
     yield {"run": run, "step": 4, "split": "validation", "tokens": 400, "loss": 1.5}
+
+
+TWO_STEPS = list(training_rows("x"))[:2]
 
 
 def speed_rows():
@@ -455,8 +459,15 @@ def test_our_decoding_stands_beside_the_papers(study):
     ours = [r for r in table(14, replace(study, speed=rows)) if r["what"] == what and r["source"].startswith("ours")]
     assert ours == [
         {"what": what, "model": "dash"}
-        | {"source": f"ours, {common['device']}, 98304 tokens", "75.00% sparse": 2.0, "87.50% sparse": 3.0}
+        | {
+            "source": "ours, GPU: 8 heads, 2 KV heads of 64, chunks of 64, bf16, batch 1, causal, 98304 tokens",
+            "75.00% sparse": 2.0,
+            "87.50% sparse": 3.0,
+        }
     ]
+    others = [row | {"heads": 32, "ms": row["ms"] * (1 + (row["method"] == "dash"))} for row in rows[:2]]
+    both = [r for r in table(14, replace(study, speed=[*rows, *others])) if r["source"].startswith("ours")]
+    assert [r["75.00% sparse"] for r in both if "75.00% sparse" in r] == [2.0, 1.0]
     (made,) = (f.make(replace(study, speed=rows)) for f in FIGURES if f.number == 8)
     assert made.notes == []
     assert {row["ratio"] for row in made.table} == {1.0, 2.0, 3.0, None}
@@ -612,6 +623,36 @@ def test_an_option_is_drawn_beside_what_it_differs_from(study, tmp_path, monkeyp
     assert named == ["chunk_size 32", "chunk_size 128", "prior raw"]
 
 
+def test_a_control_of_fewer_seeds_stands_beside_arms_of_those(study, tmp_path, monkeypatch):
+    arms = [("sigma:1", 0), ("sigma:1", 1), ("sigma:1e6", 0), ("sigma:1e6", 1), ("prior:raw", 1), ("prior:raw", 2)]
+    rows = [row("recall", "accuracy", 0.5 + seed / 4, label=label, seed=seed) for label, seed in arms]
+    rows.append(row("recall", "accuracy", 0.1, label="sigma:1", seed=1, knob=2.0))
+    (made,) = (f.make(replace(study, evaluations=rows)) for f in FIGURES if f.number == 12)
+    found = {(r["value"], r["knob"]): (r["score"], r["seeds"]) for r in made.table if r["factor"] == "sigma"}
+    assert found == {
+        ("1", 2.0): (0.1, 1),
+        ("1", 4.0): (0.75, 1),
+        ("1e6", 4.0): (0.75, 1),
+        ("prior raw", 4.0): (0.75, 1),
+    }
+    assert made.notes[0] == "sigma: without seed 0, which has not all values."
+
+
+def test_a_line_joins_points_of_as_many_seeds(study, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(scores, "save", lambda figure, path: drawn.append(figure))
+    whole = [(knob, seed) for knob in (2.0, 4.0) for seed in (0, 1)]
+    rows = [
+        row("recall", "accuracy", knob / 10, knob=knob, seed=seed, bytes_read=knob) for knob, seed in [*whole, (8.0, 0)]
+    ]
+    (figure,) = (f for f in FIGURES if f.number == 2)
+    figure.make(replace(study, evaluations=rows)).draw(tmp_path / "figure")
+    lines = {line.get_label(): line for line in drawn[0].axes[0].lines}
+    assert lines["dash"].get_xdata().tolist() == [2.0, 4.0]
+    (alone,) = (line for line in lines.values() if line.get_markersize() == 3)
+    assert alone.get_xydata().tolist() == [[8.0, 0.8]]
+
+
 def test_an_ablation_compares_arms_of_the_same_seeds_with_their_control(study, tmp_path, monkeypatch):
     arms = (("sigma:1", 0), ("sigma:1", 1), ("sigma:1e6", 1), ("prior:raw", 0), ("prior:raw", 1), ("prior:none", 0))
     rows = [row("recall", "accuracy", 0.5 + seed / 4, label=label, seed=seed) for label, seed in arms]
@@ -720,6 +761,10 @@ def test_scale_beside_the_papers_is_told_as_far_as_rows_know_it(study):
         "the two say nothing about each other's level, at most about the order of the methods."
     )
     assert notes(ruler, speed=[]) == [source, said.format("2.5M", "1.0M")]
+    others = [row("loss", "nats", 3.0, label="tiny", parameters=1_000_000, tokens=1_000)]
+    assert notes([*ruler, *others], speed=[]) == notes(ruler, speed=[])  # no row of these is in the table
+    elsewhere = said.format("2.5M", "an unknown number of")
+    assert notes([r | {"tokens": 0} for r in ruler], speed=[])[-1] == elsewhere
     sizes = [r | {"parameters": n, "tokens": n} for r, n in zip(ruler, (3_000_000, 12_345_678) * 20, strict=False)]
     assert notes(sizes, speed=[])[-1] == said.format("3.0M, 12.3M", "3.0M to 12.3M")
     unknown = [r | {"parameters": None} for r in ruler]
@@ -799,13 +844,43 @@ def test_refusals(tmp_path, capsys):
         collect.collect(tmp_path / "empty", tmp_path / "kept")
 
 
-def test_losses_on_the_same_rows_are_compared_row_by_row(study):
-    def loss(label, seed, nats, corpus="a", **changes):
-        by_row = {"corpus": [corpus] * 3, "nats": nats, "targets": [10, 10, 20]}
-        asked = {"target_sparsity": 0.9, "sparsity_count": "causal", "trained_sparsity": 0.75}
-        asked |= {"trained_sparsity_count": "causal", "seed": seed, "by_row": by_row}
-        return with_setpoints(row("loss", "nats", sum(nats) / 40, label=label, **asked | changes))
+def loss(label, seed, nats, corpus="a", **changes):
+    by_row = {"corpus": [corpus] * 3, "nats": nats, "targets": [10, 10, 20]}
+    asked = {"target_sparsity": 0.9, "sparsity_count": "causal", "trained_sparsity": 0.75}
+    asked |= {"trained_sparsity_count": "causal", "seed": seed, "by_row": by_row}
+    return with_setpoints(row("loss", "nats", sum(nats) / 40, label=label, **asked | changes))
 
+
+def test_only_models_that_were_trained_alike_are_compared_row_by_row(study):
+    losses = [
+        *(loss("infllmv2", 0, [10.0 * n] * 3, trained_sparsity=sparsity) for n, sparsity in ((1, 0.5), (2, 0.75))),
+        *(loss("dash", 0, [10.0 * n + 4] * 3, trained_sparsity=sparsity) for n, sparsity in ((1, 0.5), (2, 0.75))),
+        *(loss("nsa", 0, [10.0] * 3, trained_sparsity=None, trained_knob=knob) for knob in (1.0, 2.0)),
+    ]
+    made = make_paired(replace(study, evaluations=losses))
+    assert {(r["trained"], r["label"]): (r["difference"], r["seeds"]) for r in made.table} == {
+        ("trained at 50% held", "dash"): (0.3, 1),
+        ("trained at 75% held", "dash"): (0.3, 1),
+    }
+    assert made.notes[-1] == "Left out, for several models of one seed: nsa."
+
+
+def test_one_row_has_no_interval_and_is_not_compared(study):
+    of_one = {"corpus": ["a", "a"], "nats": [10.0, 0.0], "targets": [10, 0]}
+    losses = [loss(label, 0, [10.0], by_row=of_one) for label in ("infllmv2", "dash")]
+    assert make_paired(replace(study, evaluations=losses)) is None
+
+
+def test_runs_that_are_called_alike_have_curves_of_their_own(tmp_path):
+    for folder, run in (("a/x", None), ("b/x", None), ("b/y", None), ("c", "x")):
+        (tmp_path / folder).mkdir(parents=True)
+        lines = [{**line, "run": run} if run else {k: v for k, v in line.items() if k != "run"} for line in TWO_STEPS]
+        (tmp_path / folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = load_study(tmp_path).training
+    assert {name: len(rows) for name, rows in found.items()} == {"a: x": 2, "b: x": 2, "y": 2, "c: x": 2}
+
+
+def test_losses_on_the_same_rows_are_compared_row_by_row(study):
     made = make_paired(
         replace(
             study,
@@ -826,7 +901,7 @@ def test_losses_on_the_same_rows_are_compared_row_by_row(study):
     assert set(found) == {"90%", "as trained"}
     assert found["as trained"]["difference"] == pytest.approx(1 / 40)
     at = found["90%"]
-    assert (at["label"], at["trained"], at["seeds"]) == ("dash-sink", "trained", 2)
+    assert (at["label"], at["trained"], at["seeds"]) == ("dash-sink", "trained at 75% held", 2)
     assert at["difference"] == pytest.approx(-9 / 40)
     assert at["sparsity_difference"] == pytest.approx(0.005)  # sparser than the reference
     assert "differ by up to 0.5 points" in made.notes[1]

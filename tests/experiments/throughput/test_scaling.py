@@ -149,6 +149,11 @@ ROWS = [
     ROW | {"ranks": 1, "tokens_per_s": 7.0, "losses": [5.0, 4.0], "train": ["model=60m"]},
     ROW | {"ranks": 2, "tokens_per_s": 7.0, "losses": [5.0, 4.0], "train": ["model=60m"]},
     ROW | {"ranks": 2, "tokens_per_s": 9.0, "losses": [5.0, 4.0], "device": "other"},
+    *(
+        ROW
+        | {"ranks": ranks, "tokens_per_s": rate, "losses": [5.0, 4.0], "device": "third", "git_sha": sha, "stage": s}
+        for ranks, rate, sha, s in ((1, 20.0, "a", 1), (2, 30.0, "a", 1), (1, 10.0, "b", 1), (2, 16.0, "c", 2))
+    ),
 ]
 
 
@@ -174,6 +179,10 @@ def test_the_table_compares_with_one_device_at_the_same_work(tmp_path):
         "| 8k | dash | 2 | 1 | whole | yes | no | 7 | 50.0% | 0.500 s | 2.0 GiB | 0.0e+00 |",
         "## other: model=350m",
         "| 8k | dash | 2 | 1 | whole | yes | no | 9 |  | 0.500 s | 2.0 GiB |  |",
+        "## third: model=350m",
+        "| 8k | dash | 1 | 1 | whole | yes | no | 10 |  | 0.500 s | 2.0 GiB |  |",
+        "| 8k | dash | 2 | 1 | whole | yes | no | 30 | 75.0% | 0.500 s | 2.0 GiB | 0.0e+00 |",
+        "| 8k | dash | 2 | 2 | whole | yes | no | 16 | 80.0%, one device at commit b | 0.500 s | 2.0 GiB | 0.0e+00 |",
     ]
 
 
