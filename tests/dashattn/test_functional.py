@@ -160,6 +160,15 @@ def test_ties_of_a_selector_go_to_the_lower_index():
         assert selection.mask()[0, 66, 0].nonzero().flatten().tolist() == expected
 
 
+@pytest.mark.parametrize("heads", [1, 3])
+def test_sharp_scores_are_ranked_where_their_probabilities_are_0_in_float32(heads):
+    products = torch.tensor([0.0, -300, -250, -200, -150, -110, -400])
+    q = torch.full((1, 57, heads, D), D**-0.5)
+    summaries = products[None, :, None, None].expand(1, 7, 1, D).contiguous()
+    selection, _ = dash_routing(q, summaries, chunk_size=8, selector="topk", topk=4, prior="none")
+    assert selection.mask()[0, 56, 0].nonzero().flatten().tolist() == [0, 4, 5, 7]
+
+
 def test_everything_that_a_selector_may_take_is_dense_attention():
     q, k, v = make_qkv(61, 6, 2)
     for options in ({"selector": "topk", "topk": 8}, {"selector": "topp", "top_p": 1.0}):

@@ -170,12 +170,14 @@ def chunk_probabilities(
         _, log_p = entmax(scores, alpha, candidates)
         return log_p, log_p > -torch.inf
     log_p = scores.masked_fill(~candidates, torch.finfo(scores.dtype).min).log_softmax(-1)
-    ranked = log_p.detach().exp().mean(2, keepdim=True).masked_fill(~candidates, -1)
-    p, order = ranked.sort(dim=-1, descending=True, stable=True)
+    # By logarithms: of sharp scores most probabilities are 0 in float32, and would tie.
+    ranked = log_p.detach().logsumexp(2, keepdim=True).masked_fill(~candidates, -torch.inf)
+    order = ranked.sort(dim=-1, descending=True, stable=True).indices
     if selector == "topk":
-        taken = torch.arange(p.shape[-1], device=p.device) < wanted
+        taken = torch.arange(order.shape[-1], device=order.device) < wanted
     else:  # what lies before a chunk does not reach it yet
-        taken = (p.clamp_min(0).cumsum(-1) - p < wanted) | (wanted >= 1)
+        p = log_p.detach().exp().mean(2, keepdim=True).masked_fill(~candidates, 0).gather(-1, order)
+        taken = (p.cumsum(-1) - p < wanted) | (wanted >= 1)
     chosen = torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, order, taken.expand_as(order)) & candidates
     return log_p, chosen.expand_as(log_p)
 
