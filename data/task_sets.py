@@ -98,7 +98,7 @@ def build_set(
     if name not in TEXT_TASKS.own:
         differs, samples = generate(task, encoder, length=length, count=count, seed=seed, material=material)
         key = fingerprint(
-            *(name, task.match, task.max_new_tokens, length, encoder.tokenizer.fingerprint(), encoder.name),
+            *(name, task.match, task.max_new_tokens, length, encoder.tokenizer.fingerprint(), encoder.key),
             *(json.dumps(asdict(sample)) for sample in samples),
         )
         return TaskSet(task, length, key, differs, samples)

@@ -414,6 +414,18 @@ def test_sets_are_made_once_and_again_for_another_seed(encoder, tmp_path, monkey
                 build_set("niah_single_2", encoder, seed=0, **options)
 
 
+def test_a_packages_sets_are_known_by_the_template_too(encoder, tmp_path, monkeypatch):
+    class OfPackages(dict):
+        own = ()
+
+    monkeypatch.setattr("data.task_sets.TEXT_TASKS", OfPackages(fwe=TEXT_TASKS["fwe"]))
+    templated = copy(encoder)
+    templated.key = "another template"
+    options = {"length": 600, "count": 1, "seed": 0, "material": MATERIAL, "cache_dir": tmp_path}
+    first, again, other = (build_set("fwe", by, **options).key for by in (encoder, encoder, templated))
+    assert first == again != other
+
+
 CUT = '{"differs": null, "samples": 1}\n{"prompt"'  # a disk that lost the rest
 
 
