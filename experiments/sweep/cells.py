@@ -246,7 +246,7 @@ def _study_cells(config: SweepConfig, study_name: str, study: StudyConfig, seed:
         if arm.knobs is not None and arm.sparsities is not None:
             raise ValueError(f"arm {label} has knobs and sparsities: give one of them")
         asked = {"knobs": arm.knobs, "sparsities": arm.sparsities}
-        knobs = [f"{key}=[{','.join(f'{x:g}' for x in values)}]" for key, values in asked.items() if values is not None]
+        knobs = [f"{key}=[{','.join(map(_exact, values))}]" for key, values in asked.items() if values is not None]
         if arm.turned is not None and arm.turned not in arm.trained_knobs:
             raise ValueError(
                 f"turned={arm.turned:g} of arm {label} is none of trained_knobs={list(arm.trained_knobs)}: take one"
@@ -256,8 +256,14 @@ def _study_cells(config: SweepConfig, study_name: str, study: StudyConfig, seed:
         for knob in arm.trained_knobs:
             # Which field the knob is, the backend's config says. Where the arm names one of its checkpoints to be
             # turned, the others are evaluated as trained: one point each.
-            cell = trained(label, [*arm.train, f"{_knob_key(arm.train)}={knob:g}"], base, suffix=f"-knob{knob:g}")
+            value = _exact(knob)
+            cell = trained(label, [*arm.train, f"{_knob_key(arm.train)}={value}"], base, suffix=f"-knob{value}")
             yield evaluated(cell, label, knobs if arm.turned in (None, knob) else [], arm.evaluate)
+
+
+def _exact(value: float) -> str:
+    """As short as tells it from all other numbers; an integer without a point, which a knob of blocks has to be."""
+    return str(int(value)) if value == int(value) else repr(value)
 
 
 def _knob_key(train: list[str]) -> str:

@@ -89,6 +89,16 @@ def test_an_arm_may_name_sparsities_in_place_of_knobs(tmp_path):
         cells(config)
 
 
+def test_knobs_keep_all_their_digits(tmp_path):
+    config = make_config(tmp_path, seeds=[0])
+    arm = ArmConfig(train=["attention=dash"], trained_knobs=[3.14159265, 2_000_000.0], sparsities=[0.9999999])
+    config.studies["text"].arms = {"dash": arm}
+    found = [cell for cell in cells(config) if cell.evaluate]
+    assert [cell.train[2] for cell in found] == ["attention.router_scale=3.14159265", "attention.router_scale=2000000"]
+    assert [cell.name for cell in found] == ["text-dash-knob3.14159265-seed0", "text-dash-knob2000000-seed0"]
+    assert all("sparsities=[0.9999999]" in cell.evaluate for cell in found)
+
+
 def test_turned_knobs_may_have_an_evaluation_of_their_own(tmp_path):
     config = make_config(tmp_path, seeds=[0])
     config.studies["text"].evaluate_turned = ["tasks=[json_kv]"]
