@@ -207,8 +207,11 @@ class Transformer(nn.Module):
             ValueError: the cache has no room, or a sequence would outgrow its rotation; see ``ModelCache``.
         """
         num_tokens = input_ids_BT.shape[1]
-        counts = [num_tokens] if new_tokens is None else new_tokens
-        check(1 <= min(counts) <= max(counts) <= num_tokens, f"new_tokens must lie in 1 .. {num_tokens}: {counts}")
+        counts = [num_tokens] * len(input_ids_BT) if new_tokens is None else new_tokens
+        check(
+            len(counts) == len(input_ids_BT) and all(1 <= count <= num_tokens for count in counts),
+            f"new_tokens must be a number from 1 to {num_tokens} for each of {len(input_ids_BT)} rows: {counts}",
+        )
         cache.check_room(num_tokens)
         cache.check_rotation(num_tokens if new_tokens is None else new_tokens)
         counts_B = None

@@ -111,8 +111,9 @@ def test_only_the_logits_asked_for():
     whole = model.decode(input_ids, model.new_cache(2, 9))
     some = model.decode(input_ids, model.new_cache(2, 9), new_tokens=[4, 9])
     torch.testing.assert_close(some, whole[[0, 1], [3, 8]][:, None])
-    with pytest.raises(ValueError, match=r"new_tokens must lie in 1 \.\. 9"):
-        model.decode(input_ids, model.new_cache(2, 9), new_tokens=[4, 0])
+    for wrong in ([4, 0], [4, 10], [4], []):
+        with pytest.raises(ValueError, match="a number from 1 to 9 for each of 2 rows"):
+            model.decode(input_ids, model.new_cache(2, 9), new_tokens=wrong)
 
 
 def test_stop_tokens_end_their_own_row_and_are_left_out():
