@@ -12,6 +12,12 @@ LEVEL = 0.95
 SHARES = ("match", "accuracy", "acc", "acc_norm", "exact_match")  # metrics between 0 and 1, means over samples
 
 
+def unfiltered(metric: str) -> str:
+    """A metric without the filter that lm_eval put answers through: ``exact_match (strict-match)`` is an
+    exact_match."""
+    return metric.partition(" (")[0]
+
+
 def ratio_stderr(sums: Sequence[float], counts: Sequence[float]) -> float | None:
     """Standard error of ``sum(sums) / sum(counts)``, a mean over what samples hold, such as the loss over the targets
     of rows; None of fewer than two samples that hold something. Linearised (Cochran, Sampling Techniques, 6.4): where
@@ -33,10 +39,9 @@ def stderr_of(row: Mapping) -> tuple[float | None, int | None]:
     if stderr is None and row.get("by_row"):
         nats, targets = row["by_row"]["nats"], row["by_row"]["targets"]
         stderr, samples = ratio_stderr(nats, targets), sum(count > 0 for count in targets)
-    if stderr is None and row["metric"] in SHARES and samples:
-        stderr = math.sqrt(
-            row["score"] * (1 - row["score"]) / samples
-        )  # at most: what is between 0 and 1 scatters less
+    if stderr is None and unfiltered(row["metric"]) in SHARES and samples:
+        # At most: what is between 0 and 1 scatters less.
+        stderr = math.sqrt(row["score"] * (1 - row["score"]) / samples)
     return stderr, samples
 
 
@@ -49,7 +54,7 @@ def interval(row: Mapping) -> tuple[float, float] | None:
     score, (stderr, samples) = row["score"], stderr_of(row)
     if not samples:
         return None
-    if row["metric"] in SHARES:
+    if unfiltered(row["metric"]) in SHARES:
         return _wilson(score, score * (1 - score) / stderr**2 if stderr else samples)
     return None if stderr is None or samples < 2 else student(score, stderr, samples)
 

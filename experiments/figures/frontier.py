@@ -16,10 +16,10 @@ from typing import NamedTuple
 from data.task_sets import SUITES
 from experiments.figures.setpoints import is_as_trained, with_setpoints
 from experiments.files import RESULTS, UNTRAINED, check_exists, read_rows
-from experiments.intervals import interval, stderr_of
+from experiments.intervals import SHARES, interval, stderr_of, unfiltered
 
 HIGHER_IS_BETTER = {
-    **dict.fromkeys(("accuracy", "match", "acc", "acc_norm", "exact_match"), True),
+    **dict.fromkeys(SHARES, True),
     **dict.fromkeys(("nats", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"), False),
 }
 SOLVED = 0.99  # accuracy that the dense control must reach on synthetic recall
@@ -103,7 +103,7 @@ def of_frontiers(rows: Iterable[dict]) -> list[dict]:
     scores = [
         row
         for row in rows
-        if row["metric"] in HIGHER_IS_BETTER
+        if unfiltered(row["metric"]) in HIGHER_IS_BETTER
         and row["position"] is None
         and row.get("depth") is None
         and row.get("part") is None
@@ -241,7 +241,7 @@ def panels_to_draw(points: Iterable[Point]) -> list[Panel]:
 def frontier(points: Iterable[Point]) -> list[Point]:
     """The points that no other beats in both sparsity and score, from dense to sparse."""
     points = list(points)
-    higher = HIGHER_IS_BETTER[points[0].panel.metric]
+    higher = HIGHER_IS_BETTER[unfiltered(points[0].panel.metric)]
     kept, best = [], -math.inf
     for point in sorted(points, key=lambda p: (-p.sparsity, -p.score if higher else p.score)):
         value = point.score if higher else -point.score

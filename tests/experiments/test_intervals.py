@@ -45,6 +45,15 @@ def test_intervals_of_shares_hold_the_true_one_as_often_as_they_say(share, says_
     assert 0.93 <= held / 2000 <= 0.99
 
 
+def test_a_share_is_one_whatever_filter_its_answers_went_through():
+    row = {"metric": "exact_match", "score": 0.97, "stderr": 0.017, "samples": 100}
+    assert (
+        interval(row | {"metric": "exact_match (strict-match)"})
+        == interval(row)
+        == pytest.approx((0.915, 0.990), abs=2e-3)
+    )
+
+
 @pytest.mark.parametrize("share", [0.0, 1.0])
 @pytest.mark.parametrize("count", [7, 33, 64, 363])
 def test_an_interval_ends_at_the_share_where_all_samples_agree(share, count):

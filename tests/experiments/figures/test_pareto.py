@@ -43,6 +43,14 @@ def test_frontier_drops_what_another_point_beats_in_both():
     assert [(p.sparsity, p.score) for p in edge] == [(0.2, 1.0), (0.6, 0.9), (0.9, 0.3)]
 
 
+def test_an_answer_that_was_filtered_is_a_score_of_its_own_panel():
+    filtered = [f"exact_match ({name})" for name in ("strict-match", "flexible-extract")]
+    rows = [make_row(metric=metric, knob=k, score=k / 4) for metric in filtered for k in (1.0, 2.0)]
+    found = frontier.points(frontier.of_frontiers([*rows, make_row(metric="bleu")]))
+    assert sorted({p.panel.metric for p in found}) == sorted(filtered)
+    assert [p.score for p in frontier.frontier(p for p in found if p.panel.metric == filtered[0])] == [0.5]
+
+
 def test_frontier_of_a_loss_prefers_low():
     edge = frontier.frontier(scored((0.2, 3.0), (0.5, 3.5), (0.6, 3.2), metric="nats"))
     assert [(p.sparsity, p.score) for p in edge] == [(0.2, 3.0), (0.6, 3.2)]
