@@ -8,6 +8,7 @@ kernels, elsewhere the reference in lower precision.
 """
 
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from dashattn.backends import BACKENDS, AttentionBackend, AttentionConfig, Atten
 from experiments.arguments import parse
 from experiments.errors import user_errors
 from experiments.files import NUMERICS, append_rows, columns_of, read_rows
-from experiments.provenance import device_name
+from experiments.provenance import provenance
 from experiments.schema import DTYPES
 
 SHAPE = AttentionShape(hidden_size=512, num_heads=8, num_kv_heads=2, head_dim=64)
@@ -66,13 +67,15 @@ def write_numerics(root: Path, length: int) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtypes = DTYPES if device == "cuda" else ("fp32", "bf16")
     root.mkdir(parents=True, exist_ok=True)
+    where = provenance(device)
     common = {
-        "device": device_name(device),
+        "device": where["device"],
         "impl": "auto" if device == "cuda" else "reference",
         "length": length,
         "torch": torch.__version__,
     }
     keys = (*common, "backend", "dtype")
+    common |= {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "git_sha": where["git_sha"], "dirty": where["dirty"]}
     done = {tuple(row[key] for key in keys) for row in read_rows(root / NUMERICS)}
     count = 0
     for name in CONFIGS:

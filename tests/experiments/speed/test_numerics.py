@@ -1,11 +1,13 @@
 """Errors against float64: sizes that each precision allows, and nothing measured twice."""
 
+import re
+
 import pytest
 import torch
 
 from experiments.arguments import parse, parser
 from experiments.files import read_rows
-from experiments.provenance import device_name
+from experiments.provenance import device_name, git_state
 from experiments.speed import numerics
 from experiments.speed.numerics import CONFIGS, main, write_numerics
 
@@ -22,6 +24,8 @@ def test_errors_are_of_the_size_of_the_precision(tmp_path):
         assert row["error"] < 0.5, row
         assert (row["rows_selected_differently"] is None) == (row["backend"] in WITHOUT_ROUTER)
     told = {"device": device_name("cpu"), "impl": "reference", "length": 150, "torch": torch.__version__}
+    told |= {"git_sha": git_state()[0]["sha"]}
+    assert all(re.match(r"\d{4}-\d\d-\d\dT", row["date"]) for row in rows)
     assert torch.cuda.is_available() or all({name: row[name] for name in told} == told for row in rows)
     errors = {(row["backend"], row["tensor"], row["dtype"]): row["error"] for row in rows}
     assert all(errors[name, "out", "bf16"] > 10 * errors[name, "out", "fp32"] for name in ("full", "nsa"))
