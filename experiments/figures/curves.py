@@ -55,7 +55,7 @@ def make_training(study: Study) -> Drawn | None:
     """Every run's curves against tokens and, for the loss, against time."""
     table = []
     for run, rows in study.training.items():
-        seconds = step = 0.0
+        seconds, step = 0.0, _first_step(rows)
         for row in rows:
             if row["split"] == "train":
                 seconds += row["step_time"] * (row["step"] - step)
@@ -78,7 +78,7 @@ def make_training(study: Study) -> Drawn | None:
     notes = [f"Missing: {', '.join(absent)}, no row has it."] if absent else []
     notes.append(
         "Solid: training batches; dotted: validation. Colours are the methods', of runs that name none any; marks "
-        "stand at a few of the points. Time is that of the training steps alone."
+        "stand at a few of the points. Time is that of the training steps alone, of a branch its own."
     )
     for name, key in present.items():
         flat = sorted({r["run"] for r in table if r.get(key) == 0} - {r["run"] for r in table if r.get(key)})
@@ -103,6 +103,12 @@ def make_training(study: Study) -> Drawn | None:
         save(figure, path)
 
     return Drawn(table, draw, notes)
+
+
+def _first_step(rows: Sequence[dict]) -> int:
+    """The step that rows begin to count at: of a branch the one that it left the other run at."""
+    first, *later = [row["step"] for row in rows if row["split"] == "train"] or [0]
+    return max(0, 2 * first - later[0]) if later else 0
 
 
 def _draw_runs(ax, rows: list[dict], x: str, y: str, runs: Iterable[str], arm: str = "") -> None:
@@ -224,15 +230,18 @@ def make_numerics(study: Study) -> Drawn | None:
 
     def draw(path: Path) -> None:
         labels = sorted({f"{row['backend']}, {row['tensor']}" for row in table}, reverse=True)  # upwards
-        dtypes = sorted({(row["device"], row["impl"], row["dtype"]) for row in table})
+        kind = itemgetter("device", "impl", "dtype", "length")
+        kinds = sorted(set(map(kind, table)))
         figure, axes = pyplot().subplots(figsize=(8, 1.2 + 0.28 * len(labels)), layout="constrained")
-        style = styles(map(str, dtypes))
-        for device, impl, dtype in dtypes:
-            colour, mark = style[str((device, impl, dtype))]
-            inside = [row for row in table if (row["device"], row["impl"], row["dtype"]) == (device, impl, dtype)]
+        style = styles(map(str, kinds))
+        for device, impl, dtype, length in kinds:
+            colour, mark = style[str((device, impl, dtype, length))]
+            inside = [row for row in table if kind(row) == (device, impl, dtype, length)]
             ys = [labels.index(f"{row['backend']}, {row['tensor']}") for row in inside]
             xs = [row["error"] for row in inside]
-            axes.plot(xs, ys, color=colour, marker=mark, linestyle="", label=f"{dtype}, {impl}, {device}")
+            axes.plot(
+                xs, ys, color=colour, marker=mark, linestyle="", label=f"{dtype}, {impl}, {device}, {length} tokens"
+            )
         axes.set_yticks(range(len(labels)), labels)
         axes.set_xscale("log")
         axes.set_xlabel("relative RMS error against float64, whole operation")

@@ -507,6 +507,9 @@ def test_training_curves_count_time_by_steps(study):
         (200, 1.0),
         (400, 2.0),
     ]
+    branch = [row | {"step": row["step"] + 96, "step_time": 2.0} for row in training_rows("a") if row["step"] > 1]
+    branch = replace(study, training={"branch": branch})  # its first row is of steps 97 and 98
+    assert [r["seconds"] for r in table(9, branch) if r["split"] == "train"] == [4.0, 8.0]
     (made,) = (f.make(study) for f in FIGURES if f.number == 9)
     assert "router's gradient norm" in made.notes[0]
     rows = list(training_rows("none"))
