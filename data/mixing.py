@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 _SCHEDULE = 2**32 - 1  # apart from the numbers that orders of rows are drawn with
+_MOST_ROWS = 2**24  # of a block, whose rows are laid out in memory
 
 
 class Schedule:
@@ -13,14 +14,22 @@ class Schedule:
     share * n at the end of each block of rows, and inside a block the order is random, a function of (seed, block).
 
     Where a row comes from depends on its number alone, so a stream's state is the number of rows handed out.
+
+    Raises ValueError for a share of less than two rows in 2**24.
     """
 
     def __init__(self, weights: Sequence[float], seed: int) -> None:
         self.seed = seed
         self.shares = np.asarray(weights, np.float64) / math.fsum(weights)
         self._bounds = np.append(np.cumsum(self.shares)[:-1], 1.0)
+        least = self.shares.min()
+        if least * _MOST_ROWS < 2:
+            raise ValueError(
+                f"a corpus, or a length bucket of one, has {least:.1g} of the rows, too few to be dealt out: raise its "
+                "weight, or leave it out (a bucket by the weight 0 in data.length_weights)"
+            )
         # Every component in every block, so that no count falls from one block to the next.
-        self.block = max(1024, math.ceil(2 / self.shares.min()))
+        self.block = max(1024, math.ceil(2 / least))
         self._cached: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def counts(self, blocks: int) -> np.ndarray:

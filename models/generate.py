@@ -75,7 +75,8 @@ def generate(
         prompts: token ids, at least one each.
         seeds: one a prompt, of what is drawn for it alone; None = 0, 1, 2, ...
         on_token: called with (index of the prompt, token) as soon as a token is there.
-        on_stats: called with what each layer's attention read in the prompts, before the first token is there.
+        on_stats: called with what each layer's attention read in the prompts, before the first token is there; of
+            each as many tokens as of the longest, the others' last ones padding.
 
     Returns:
         New tokens only, one list a prompt, without the stop token.

@@ -35,6 +35,12 @@ def test_shares_are_exact_and_every_component_is_read_in_order(weights):
                 assert abs(seen[component] - share * (number + 1)) < 2
 
 
+def test_shares_that_would_take_all_memory_are_refused():
+    assert Schedule([1, 2**-22], seed=0).block == 2**23 + 2
+    with pytest.raises(ValueError, match=r"has 1e-09 of the rows, too few to be dealt out: raise its weight"):
+        Schedule([1, 1e-9], seed=0)
+
+
 def test_a_place_depends_on_seed_and_number_alone():
     numbers = [5, 4000, 0, 1023, 1024, 7]
     whole, other, another_seed = (Schedule([2, 1], seed=seed) for seed in (1, 1, 2))
