@@ -19,6 +19,7 @@ from dashattn.ops.compression.reference import num_windows
 from dashattn.ops.dash_attention.triton import dash_attention
 from dashattn.ops.decode import triton as decode
 from dashattn.ops.decode import triton_attention, triton_compression, triton_routing, triton_selection
+from dashattn.ops.gates.share import Share
 from dashattn.ops.gates.triton import gated_sum
 from dashattn.ops.indexer import triton as indexer
 from dashattn.ops.matvec import triton as matvec
@@ -128,7 +129,8 @@ def hopper_attention(length, heads, kv_heads, dim):
     lists = tile_lists(words, geo, CHUNK, hopper.tile_tokens(geo, CHUNK))
     for bias_heads in (0, kv_heads, heads):
         bias = torch.zeros(length, bias_heads, mask.shape[-1]) if bias_heads else None
-        hopper.forward(q[0], k[0], v[0], bias, lists, geo, CHUNK, 0.1)
+        share = None if bias_heads else Share(make(length, heads, 3)[0], 1, q[0])  # NSA's, which has no bias
+        hopper.forward(q[0], k[0], v[0], bias, lists, geo, CHUNK, 0.1, share)
         if bias_heads == kv_heads:
             _hopper_backward(q, k, v, words, bias, geo, CHUNK)
 
