@@ -174,6 +174,27 @@ def test_nsa_attention(batch, length, group, kv_heads, part):
     compare(attend, tensors, grad, part)
 
 
+@pytest.mark.parametrize(
+    ("batch", "length", "group", "kv_heads", "part"),
+    [
+        (1, 262_144, 8, 33, "head"),  # lists of the query tiles, of 16 tokens and all blocks
+        (132, 16_384, 8, 2, "sequence"),  # entries of q and of the branches' sum
+    ],
+)
+def test_nsa_attention_without_gradients(batch, length, group, kv_heads, part):
+    """One operator, whose branches add to one output."""
+    (q, k, v), _ = inputs_for(batch, length, group * kv_heads, kv_heads, 64)
+    assert ((kv_heads - 1) * length**2 // (16 * 64) if part == "head" else (batch - 1) * q[0].numel()) >= LIMIT
+    tensors = [q, k, v, *(mean_compress(x, **WINDOWS) for x in (k, v))]
+    tensors.append(torch.rand(*q.shape[:3], 3, device="cuda").bfloat16())
+    with torch.no_grad():
+        among = last(nsa_attention(*tensors, impl="triton"), part, kv_heads).clone()
+        tensors = [last(x, part, kv_heads).contiguous() for x in tensors]
+        torch.cuda.empty_cache()
+        alone = nsa_attention(*tensors, impl="triton")
+    assert torch.equal(among, alone)
+
+
 def test_decoding_of_the_last_sequence_and_head():
     """Entries of the caches: a token is written, its chunk summarised, both are read."""
     batch, kv_heads, group, capacity, dim, chunk = 40, 8, 4, 65_536, 128, 64
