@@ -177,8 +177,9 @@ class Sampler:
         if sampling.top_k:
             logits_BV[:, sampling.top_k :] = -torch.inf
         p_BV = logits_BV.softmax(-1)
-        before = p_BV.cumsum(-1) - p_BV
-        p_BV = p_BV.masked_fill(before >= sampling.top_p, 0)
+        if sampling.top_p < 1:  # a sum of all may round to more than 1 long before the last token
+            before = p_BV.cumsum(-1) - p_BV
+            p_BV = p_BV.masked_fill(before >= sampling.top_p, 0)
         # The first of exponential clocks of rates p rings with probability p / sum p.
         clock = torch.empty_like(p_BV)
         for row, generator in zip(clock, self.generators, strict=True):

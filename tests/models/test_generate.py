@@ -180,6 +180,13 @@ def test_samples_have_the_distribution_asked_for(sampling, expected):
     assert all(share == 0 for share, p in zip(shares, expected, strict=True) if p == 0)
 
 
+def test_all_tokens_are_all_of_them(monkeypatch):
+    clock = torch.tensor([1.0, 1e-12])  # the second one's rings first, though it has 2e-9 of the probability
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda row, generator: row.copy_(clock))
+    sampler = Sampler(Sampling(temperature=1.0), [[0]], [0], 2, "cpu")
+    assert sampler(torch.tensor([[0.0, -20.0]])).tolist() == [1]
+
+
 def test_a_repetition_penalty_is_transformers_own():
     from transformers import RepetitionPenaltyLogitsProcessor
 
