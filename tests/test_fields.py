@@ -288,6 +288,7 @@ def test_no_field_takes_nonsense_or_ends_in_a_traceback(case, folder, monkeypatc
     wrong = []
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         base = compose(entry, overrides)
+        whole = copy.deepcopy(base)
         if case != "generate":  # which needs a run
             use(copy.deepcopy(base))
         tried = [(key, hint) for key, hint in leaves(base) if key.startswith(prefix)]
@@ -299,15 +300,22 @@ def test_no_field_takes_nonsense_or_ends_in_a_traceback(case, folder, monkeypatc
                     if found not in ("refused", "taken") or (values is NONSENSE and found == "taken"):
                         wrong.append(f"{key}={value!r}: {found}")
     assert wrong == []
+    assert base == whole
 
 
 def outcome(base: DictConfig, key: str, value: Any, use) -> str:
-    cfg = copy.deepcopy(base)
+    """With one value in ``base``, which is as it was afterwards: a copy for each took as long as what is tested."""
+    path, _, name = key.rpartition(".")
+    holder = OmegaConf.select(base, path) if path else base
+    content, name = holder._content, int(name) if isinstance(holder, ListConfig) else name
+    kept = copy.deepcopy(content[name])
     try:
-        OmegaConf.update(cfg, key, value, merge=False)  # a number in a key is the index of a list
-        use(cfg)
+        OmegaConf.update(base, key, value, merge=False)  # a number in a key is the index of a list
+        use(base)
     except (ValueError, OmegaConfBaseException, HydraException):  # what ``user_errors`` makes a message of
         return "refused"
     except BaseException as error:
         return f"{type(error).__name__}: {error}"[:300]
+    finally:
+        content[name] = kept
     return "taken"
