@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = [
-    *("torch._dynamo", "deepspeed", "datasets", "transformers", "hydra", "rich.progress", "submitit"),
+    *("torch._dynamo", "deepspeed", "datasets", "transformers", "hydra", "rich.progress", "scipy.special", "submitit"),
     "deepspeed.runtime.zero.muon.original_muon",  # which every engine imports, and with it torch's compiler: a second
 ]
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
