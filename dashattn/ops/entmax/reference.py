@@ -50,9 +50,11 @@ def _solve(scores: Tensor, alpha: Tensor) -> Tensor:
         z = (x - tau).clamp_min(0)
         slope = z ** (exponent - 1)
         excess = ((slope * z).sum(-1, keepdim=True) - 1).masked_fill(empty, 0)
-        if excess.abs().max() <= _TOLERANCE[scores.dtype]:
+        unsolved = ~(excess.abs() <= _TOLERANCE[scores.dtype])  # of a row that is not finite, too
+        if not unsolved.any():
             break
-        tau = tau + excess / (exponent * slope.masked_fill(z == 0, 0).sum(-1, keepdim=True)).masked_fill(empty, 1)
+        step = excess / (exponent * slope.masked_fill(z == 0, 0).sum(-1, keepdim=True)).masked_fill(empty, 1)
+        tau = torch.where(unsolved, tau + step, tau)  # a row's result does not depend on those beside it
     return (x - tau).clamp_min(0)
 
 
