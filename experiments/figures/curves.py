@@ -170,11 +170,11 @@ def make_lengths(study: Study) -> Drawn | None:
     lines = averaged(scores, "data", "task", "metric", "variant", "line", "length")
     lengths = Counter(map(curve, lines))
     lines = [row for row in lines if lengths[curve(row)] > 1]
-    panels = grouped([row | {"panel": itemgetter("data", "task", "metric", "variant")(row)} for row in lines], "panel")
+    panels = grouped(lines, "data", "task", "metric", "variant")
     if not needles and not panels:
         return None
     table = needles + lines
-    maps = grouped([row | {"map": itemgetter("data", "variant", "line")(row)} for row in needles], "map")
+    maps = grouped(needles, "data", "variant", "line")
     notes = []
     if not maps:
         notes.append("Needle heat map: missing.")

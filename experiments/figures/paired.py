@@ -32,7 +32,7 @@ def make_paired(study: Study) -> Drawn | None:
         if isinstance(row["knob"], AtSparsity) and row.get("by_row") and _with_targets(row["by_row"]["targets"]) > 1
     ]
     table, unlike, twice = [], set(), set()
-    for setting, rows in grouped([row | {"setting": _setting(row)} for row in losses], "setting").items():
+    for setting, rows in grouped(losses, _setting).items():
         arms = grouped(rows, "label")
         several = {label for label, own in arms.items() if len({row["seed"] for row in own}) < len(own)}
         twice |= several
@@ -57,7 +57,7 @@ def make_paired(study: Study) -> Drawn | None:
     ]
 
     def draw(path: Path) -> None:
-        panels = grouped([row | {"panel": (row["data"], row["length"], row["trained"])} for row in table], "panel")
+        panels = grouped(table, "data", "length", "trained")
         style = styles(row["label"] for row in table)
         figure, axes = grid(len(panels), columns=2)
         for ax, ((data, length, trained), rows) in zip(axes, panels.items(), strict=True):

@@ -44,7 +44,7 @@ def make_heat_map(study: Study) -> Drawn | None:
 
     def draw(path: Path) -> None:
         # A row of panels for each corpus and length.
-        most = max(len(inside) for inside in _panels(means, "data", "variant", "length").values())
+        most = max(len(inside) for inside in grouped(means, "data", "variant", "length").values())
         figure, axes = grid(len(means), width=2.4, height=2.6, columns=min(most, 5))
         image = None
         for ax, m in zip(axes, means, strict=True):
@@ -73,7 +73,7 @@ def make_active_tokens(study: Study) -> Drawn | None:
             entry[name] = other[name]
 
     def draw(path: Path) -> None:
-        panels = _panels(table, "data", "variant", "length")
+        panels = grouped(table, "data", "variant", "length")
         figure, axes = grid(len(panels))
         style = styles(row["line"] for row in table)
         for ax, inside in zip(axes, panels.values(), strict=True):
@@ -120,15 +120,12 @@ def make_adaptivity(study: Study) -> Drawn | None:
 def _pooled(rows: Iterable[dict], keys: Sequence[str]) -> list[dict]:
     """A row for each seed: probes of several kinds may need as many blocks, and each had as many chances to as its row
     has ``counted``."""
-    groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        named = row | {"line": line_of(row)}
-        groups.setdefault(tuple(named[key] for key in (*keys, "seed", "config_hash")), []).append(row)
+    named = (row | {"line": line_of(row)} for row in rows)
     return [
         own[0]
         if len(own) == 1
         else own[0] | {"score": sum(r["score"] * r["counted"] for r in own) / sum(r["counted"] for r in own)}
-        for own in groups.values()
+        for own in grouped(named, *keys, "seed", "config_hash").values()
     ]
 
 
@@ -159,11 +156,11 @@ def make_recall(study: Study) -> Drawn | None:
     ]
 
     def draw(path: Path) -> None:
-        panels = _panels(drawn, *panel)
+        panels = grouped(drawn, *panel)
         figure, axes = grid(len(panels), height=3.0)
         style = styles(row["label"] for row in drawn)
         for ax, ((metric, _, _, probe), inside) in zip(axes, panels.items(), strict=True):
-            for (label, _), points in _panels(inside, "label", "trained_knob").items():
+            for (label, _), points in grouped(inside, "label", "trained_knob").items():
                 points = sorted(points, key=lambda row: row[x])
                 xs = [row[x] for row in points]
                 colour, mark = style[label]
@@ -193,8 +190,8 @@ def make_recall(study: Study) -> Drawn | None:
     else:
         where = "Each at one place of its knob, which is in the table."
     notes = [f"{where} The best head is each seed's own. {BARS}"]
-    for (metric, *place), inside in _panels(drawn, *panel).items():
-        there = _panels(drawn, *panel[1:])[tuple(place)]
+    for (metric, *place), inside in grouped(drawn, *panel).items():
+        there = grouped(drawn, *panel[1:])[tuple(place)]
         absent = {row["label"] for row in there} - {row["label"] for row in inside}
         if absent:
             notes.append(
@@ -234,13 +231,6 @@ def _text(row: dict) -> str:
 
 def _where(row: dict) -> str:
     return f"{_text(row)}, {row['length']} tokens"
-
-
-def _panels(table: list[dict], *keys: str) -> dict[tuple, list[dict]]:
-    panels: dict[tuple, list[dict]] = {}
-    for row in table:
-        panels.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return panels
 
 
 def _length_axis(ax) -> None:

@@ -1,9 +1,10 @@
 """The rows of a study, and what a figure is made of."""
 
 import os
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from statistics import mean
 
@@ -128,11 +129,8 @@ def averaged(rows: Iterable[dict], *keys: str, value: str = "score") -> list[dic
     Raises:
         ValueError: a seed has several of them.
     """
-    groups: dict[tuple, list[dict]] = defaultdict(list)
-    for row in rows:
-        groups[tuple(line_of(row) if key == "line" else row[key] for key in keys)].append(row)
     out = []
-    for key, group in groups.items():
+    for key, group in grouped(rows, lambda row: tuple(line_of(row) if k == "line" else row[k] for k in keys)).items():
         check_seeds(group, f"{group[0]['task']}, {group[0]['length']} tokens")
         values = [row[value] for row in group]
         if isinstance(values[0], list):
@@ -152,8 +150,11 @@ def _mean_of_lists(values: list) -> list | float | None:
     return mean(present) if present else None
 
 
-def grouped(rows: Iterable[dict], key: str) -> dict:
+def grouped(rows: Iterable[dict], *keys: str | Callable[[dict], Hashable]) -> dict:
+    """Rows by what stands in a column, or by what is made of them; of several keys by a tuple. In their order."""
+    parts = [itemgetter(key) if isinstance(key, str) else key for key in keys]
     groups: dict = {}
     for row in rows:
-        groups.setdefault(row[key], []).append(row)
+        found = tuple(part(row) for part in parts)
+        groups.setdefault(found if len(parts) > 1 else found[0], []).append(row)
     return groups

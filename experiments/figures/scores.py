@@ -87,7 +87,7 @@ def make_costs(study: Study) -> Drawn | None:
         style = styles(row["label"] for row in rows)
         for ax, (cost, panel) in zip(axes, panels, strict=True):
             inside = [row for row in table if (row["cost"], row["panel"]) == (cost, panel)]
-            for (label, _), line in _by(inside, lambda row: (row["label"], row["trained_knob"])).items():
+            for (label, _), line in grouped(inside, "label", "trained_knob").items():
                 _line(ax, line, "amount", *style[label], linestyle=":", label=label)
             entitle(ax, panel)
             ax.set_ylabel(named[panel])
@@ -111,7 +111,7 @@ def make_ruler(study: Study) -> Drawn | None:
         return None
     table, differs = [], {}
     keys = ("data", "variant", "trained_knob", "length")
-    settings = _by(rows, lambda row: (line_of(row), *(row[key] for key in keys)))
+    settings = grouped(rows, line_of, *keys)
     for (line, *setting), inside in settings.items():
         table.append(
             {
@@ -140,7 +140,7 @@ def make_ablations(study: Study) -> Drawn | None:
     if not rows:
         return None
     table, notes, seeds = [], [], {}
-    for (factor, panel), arms in _by(rows, lambda row: (row["factor"], row["panel"])).items():
+    for (factor, panel), arms in grouped(rows, "factor", "panel").items():
         have = [{row["seed"] for row in arm} for arm in grouped(arms, "value").values()]
         control = []
         if factor in FACTORS and factor != CONTROL[0]:
@@ -159,7 +159,7 @@ def make_ablations(study: Study) -> Drawn | None:
             table.append(score | {"causal_sparsity": sparsity["causal_sparsity"]})
     absent = [factor for factor in FACTORS if factor not in {row["factor"] for row in rows}]
     notes += [f"Missing: {', '.join(absent)}."] if absent else []
-    panels = _by(table, lambda row: (row["factor"], row["panel"]))
+    panels = grouped(table, "factor", "panel")
     # A control alone compares nothing.
     drawn = {
         (factor, panel): inside
@@ -238,13 +238,6 @@ def _model_of(row: dict) -> tuple:
 def _with_panel(row: dict) -> dict:
     (point,) = points([row])
     return row | {"panel": point.panel.title, "axis": point.panel.score}
-
-
-def _by(rows: Sequence[dict], key) -> dict:
-    groups: dict = {}
-    for row in rows:
-        groups.setdefault(key(row), []).append(row)
-    return groups
 
 
 def _mean_or_missing(name: str, rows: Sequence[dict], tasks: Sequence[str]) -> dict:

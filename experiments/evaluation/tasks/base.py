@@ -164,11 +164,6 @@ def scatter(sums: Sequence[float], counts: Sequence[float]) -> dict:
     return {"stderr": ratio_stderr(sums, counts), "samples": sum(count > 0 for count in counts)}
 
 
-def mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values)
-
-
 def halving(work: Callable[[int], R], rows: int) -> tuple[R, int]:
     """``work(rows)``, or where memory does not suffice, of half as many, and so on, which stderr says.
 

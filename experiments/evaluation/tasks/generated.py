@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
+from statistics import mean
 
 from data.cache import fingerprint
 from data.prompts import PromptEncoder
@@ -20,7 +21,6 @@ from experiments.evaluation.tasks.base import (
     Task,
     generate_measured,
     in_parts,
-    mean,
     row,
     scatter,
 )
