@@ -27,6 +27,9 @@ RECALLS = {
 }
 
 
+_OF_RECALL = ("metric", "data", "variant", "probe")  # what a panel of recall is of
+
+
 def make_heat_map(study: Study) -> Drawn | None:
     """Causal sparsity of every layer and KV head, at the knob trained with."""
     rows = as_trained(study.of("sparsity", "causal_sparsity"))
@@ -143,45 +146,15 @@ def make_recall(study: Study) -> Drawn | None:
             if name == "best_head":
                 entry |= {"best_low": other["low"], "best_high": other["high"]}
     table.sort(key=lambda row: (list(RECALLS).index(row["metric"]), row["probe"], row["length"], row["label"]))
-    panel = ("metric", "data", "variant", "probe")
     settings = Counter((row["probe"], row["length"]) for row in table)
     # The last of a probe stands: most settings, and of equals the longest.
     most = {probe: length for (probe, length), _ in sorted(settings.items(), key=lambda item: (item[1], item[0][1]))}
     is_turned = any(len({row["knob"] for row in rows}) > 1 for rows in grouped(table, "label").values())
-    x = "causal_sparsity" if is_turned else "length"
     drawn = [
         row
         for row in table
         if not _is_of_values(row["probe"]) and (not is_turned or row["length"] == most[row["probe"]])
     ]
-
-    def draw(path: Path) -> None:
-        panels = grouped(drawn, *panel)
-        figure, axes = grid(len(panels), height=3.0)
-        style = styles(row["label"] for row in drawn)
-        for ax, ((metric, _, _, probe), inside) in zip(axes, panels.items(), strict=True):
-            for (label, _), points in grouped(inside, "label", "trained_knob").items():
-                points = sorted(points, key=lambda row: row[x])
-                xs = [row[x] for row in points]
-                colour, mark = style[label]
-                line = {"color": colour, "marker": mark, "markersize": 5}
-                ax.plot(xs, [row["score"] for row in points], label=f"{label}, mean of heads", **line)
-                best = {"linestyle": ":", "markerfacecolor": "white"} | line
-                ax.plot(xs, [row["best_head"] for row in points], label=f"{label}, best head", **best)
-                for bounds in (("low", "high"), ("best_low", "best_high")):
-                    lows, highs = ([row[bound] for row in points] for bound in bounds)
-                    ax.vlines(xs, lows, highs, color=colour, linewidth=1)
-            where = f", {most[probe]} tokens" if is_turned else ""
-            entitle(ax, f"{_text(inside[0])}: {probe}{where}:\n{RECALLS[metric]}")
-            if is_turned:
-                ax.set_xlabel("causal sparsity")
-            else:
-                _length_axis(ax)
-            if metric != "precision":
-                ax.set_ylim(-0.03, 1.03)
-            ax.grid(alpha=0.25)
-        legend_below(figure, axes)
-        save(figure, path)
 
     if is_turned:
         where = "Drawn at the context with the most settings; the table has all lengths and probes."
@@ -190,14 +163,45 @@ def make_recall(study: Study) -> Drawn | None:
     else:
         where = "Each at one place of its knob, which is in the table."
     notes = [f"{where} The best head is each seed's own. {BARS}"]
-    for (metric, *place), inside in grouped(drawn, *panel).items():
-        there = grouped(drawn, *panel[1:])[tuple(place)]
+    for (metric, *place), inside in grouped(drawn, *_OF_RECALL).items():
+        there = grouped(drawn, *_OF_RECALL[1:])[tuple(place)]
         absent = {row["label"] for row in there} - {row["label"] for row in inside}
         if absent:
             notes.append(
                 f"{RECALLS[metric]}, {place[-1]}: not of {', '.join(sorted(absent))}, whose rows have no such score."
             )
-    return Drawn(table, draw, notes, rows)
+    return Drawn(table, lambda path: _draw_recall(drawn, is_turned, path), notes, rows)
+
+
+def _draw_recall(table: list[dict], is_turned: bool, path: Path) -> None:
+    """Mean and best head: against the sparsity if knobs were turned, each probe at one length, else against that."""
+    x = "causal_sparsity" if is_turned else "length"
+    panels = grouped(table, *_OF_RECALL)
+    figure, axes = grid(len(panels), height=3.0)
+    style = styles(row["label"] for row in table)
+    for ax, ((metric, _, _, probe), inside) in zip(axes, panels.items(), strict=True):
+        for (label, _), points in grouped(inside, "label", "trained_knob").items():
+            points = sorted(points, key=lambda row: row[x])
+            xs = [row[x] for row in points]
+            colour, mark = style[label]
+            line = {"color": colour, "marker": mark, "markersize": 5}
+            ax.plot(xs, [row["score"] for row in points], label=f"{label}, mean of heads", **line)
+            best = {"linestyle": ":", "markerfacecolor": "white"} | line
+            ax.plot(xs, [row["best_head"] for row in points], label=f"{label}, best head", **best)
+            for bounds in (("low", "high"), ("best_low", "best_high")):
+                lows, highs = ([row[bound] for row in points] for bound in bounds)
+                ax.vlines(xs, lows, highs, color=colour, linewidth=1)
+        where = f", {inside[0]['length']} tokens" if is_turned else ""
+        entitle(ax, f"{_text(inside[0])}: {probe}{where}:\n{RECALLS[metric]}")
+        if is_turned:
+            ax.set_xlabel("causal sparsity")
+        else:
+            _length_axis(ax)
+        if metric != "precision":
+            ax.set_ylim(-0.03, 1.03)
+        ax.grid(alpha=0.25)
+    legend_below(figure, axes)
+    save(figure, path)
 
 
 def _best(per_head: list[list[float | None]]) -> float:

@@ -168,29 +168,35 @@ def make_ablations(study: Study) -> Drawn | None:
     }
     if not drawn:
         return Drawn(table, None, notes, rows)
-    titled = {row["panel"]: row["axis"] for row in rows}
     notes.append(
         f"{MARKED} Dashed: {BESIDE}, from which the lines beside it differ in one option. Other factors: in the table."
     )
 
-    def draw(path: Path) -> None:
-        figure, axes = grid(len(drawn), height=3.4)
-        for ax, ((factor, panel), inside) in zip(axes, drawn.items(), strict=True):
-            lines = grouped(inside, "value")
-            control = CONTROL[1] if factor == CONTROL[0] else BESIDE
-            style = styles(lines.keys() - {control}) | {control: (BLACK, "o")}
-            for value, line in sorted(lines.items(), key=lambda item: (item[0] == control, _by_number(item[0]))):
-                label, dashes = (BESIDE, "--") if value == control else (f"{factor} {value}", "-")
-                _line(ax, line, "causal_sparsity", *style[value], linestyle=dashes, label=label)
-            entitle(ax, f"{factor}, seed {seeds[factor, panel]}\n{panel}")
-            ax.set_ylabel(titled[panel])
-            ax.ticklabel_format(useOffset=False)
-            ax.set_xlabel("causal sparsity")
-            ax.grid(alpha=0.25)
-            ax.legend(fontsize=8)
-        save(figure, path)
+    named = {row["panel"]: row["axis"] for row in rows}
+    titles = {
+        (factor, panel): (f"{factor}, seed {seeds[factor, panel]}\n{panel}", named[panel]) for factor, panel in drawn
+    }
+    return Drawn(table, lambda path: _draw_ablations(drawn, titles, path), notes, rows)
 
-    return Drawn(table, draw, notes, rows)
+
+def _draw_ablations(panels: dict[tuple, list[dict]], titles: dict[tuple, tuple[str, str]], path: Path) -> None:
+    """A panel for each factor and task; ``titles``: of each, and what its scores are."""
+    figure, axes = grid(len(panels), height=3.4)
+    for ax, (key, inside) in zip(axes, panels.items(), strict=True):
+        factor, lines = key[0], grouped(inside, "value")
+        control = CONTROL[1] if factor == CONTROL[0] else BESIDE
+        style = styles(lines.keys() - {control}) | {control: (BLACK, "o")}
+        for value, line in sorted(lines.items(), key=lambda item: (item[0] == control, _by_number(item[0]))):
+            label, dashes = (BESIDE, "--") if value == control else (f"{factor} {value}", "-")
+            _line(ax, line, "causal_sparsity", *style[value], linestyle=dashes, label=label)
+        title, score = titles[key]
+        entitle(ax, title)
+        ax.set_ylabel(score)
+        ax.ticklabel_format(useOffset=False)
+        ax.set_xlabel("causal sparsity")
+        ax.grid(alpha=0.25)
+        ax.legend(fontsize=8)
+    save(figure, path)
 
 
 def _line(ax, line: list[dict], x: str, colour: str, mark: str, **style) -> None:
