@@ -11,6 +11,7 @@ if __name__ == "__main__":
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import hydra
@@ -90,6 +91,17 @@ class Printer:
         """Prints what waited for the rest of a character, which will not come, and ends the line."""
         print(self.tokenizer.decode(self.tokens)[self.printed :])
 
+    def tell_speed(self, start: float, prompts: Sequence[list[int]], results: Sequence[list[int]]) -> None:
+        """On stderr, how fast the tokens came since ``start``; nothing if none came."""
+        if not self.times:
+            return
+        first, last, count = self.times[0], self.times[-1], len(self.times)
+        later = count - sum(map(bool, results))  # than the first step's
+        rate = f", then {later / (last - first):.1f} tokens/s" if later else ""
+        read = sum(map(len, prompts))
+        report = f"{read} tokens read, the first new one after {first - start:.2f} s{rate}; {count} in all"
+        print(report, file=sys.stderr)
+
 
 def run_generation(config: GenerateConfig) -> None:
     """Prints every prompt with its continuation, and on stderr how fast they came.
@@ -146,13 +158,7 @@ def run_generation(config: GenerateConfig) -> None:
     printer.end()
     for number, (text, result) in enumerate(zip(texts[1:], results[1:], strict=True), start=2):
         print(f"\n[{number}] {tokenizer.decode(tokenizer.encode(text) + result)}")
-    if printer.times:
-        first, last, count = printer.times[0], printer.times[-1], len(printer.times)
-        later = count - sum(map(bool, results))  # than the first step's
-        rate = f", then {later / (last - first):.1f} tokens/s" if later else ""
-        read = sum(map(len, prompts))
-        report = f"{read} tokens read, the first new one after {first - start:.2f} s{rate}; {count} in all"
-        print(report, file=sys.stderr)
+    printer.tell_speed(start, prompts, results)
 
 
 def _stop_token(tokenizer: TextTokenizer, text: str) -> int:

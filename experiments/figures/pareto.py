@@ -4,7 +4,7 @@ Reads only results.jsonl of the run directories below. The x axis is measured ca
 """
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -104,36 +104,7 @@ def draw(points: Sequence[Point], path: Path) -> None:
     for ax, panel in zip(axes, panels, strict=True):
         inside = [p for p in points if p.panel == panel]
         show = _as_errors(ax) if panel.metric == "accuracy" else lambda score: score
-        for p in inside:
-            bounds = None if p.bounds is None else [show(bound) for bound in p.bounds]
-            if p.knob is None:
-                style_of_level = "-." if UNTRAINED in p.label else "--"
-                level = ax.axhline(show(p.score), color=BLACK, linestyle=style_of_level, linewidth=1)
-                legend[f"{p.label} (dense)"] = level
-                if bounds is not None:
-                    ax.axhspan(*bounds, color=BLACK, alpha=0.08, linewidth=0)
-                continue
-            colour, mark = style[p.label]
-            if bounds is not None:
-                ax.vlines(p.sparsity, *bounds, color=colour, linewidth=1)
-            ax.plot(
-                p.sparsity,
-                show(p.score),
-                mark,
-                color=colour,
-                markerfacecolor=colour if p.is_trained else "white",
-                markersize=6 if len(p.of_seed) == most else 3,
-            )
-        for (_, label, curve), line in curves(inside).items():
-            line = sorted(line, key=lambda p: p.sparsity)
-            colour, mark = style[label]
-            turned = "-." if UNTRAINED in f"{label}, {curve}" else ":"
-            own = {"color": colour, "linestyle": turned if curve.endswith("knob turned") else "-", "linewidth": 1.5}
-            ax.plot([p.sparsity for p in line], [show(p.score) for p in line], **own)
-            # With its mark, filled as it is of most of the line.
-            face = colour if curve == "trained at each" else "white"
-            named = f"{label}, {curve.removesuffix(', knob turned')}"
-            legend[named] = plt.Line2D([], [], marker=mark, markerfacecolor=face, **own)
+        legend |= _draw_points(ax, inside, show, style, most) | _draw_curves(ax, inside, show, style)
         note = "\nno dense control of 99 % or more" if panel in untrained(points) else ""
         entitle(ax, panel.title + note)
         if panel.metric != "accuracy":
@@ -157,6 +128,41 @@ def draw(points: Sequence[Point], path: Path) -> None:
     columns = 3 if len(panels) < PANEL_COLUMNS else 4
     figure.legend(legend.values(), legend.keys(), fontsize=8, ncols=columns, loc="outside lower center")
     save(figure, path)
+
+
+def _draw_points(ax, points: Sequence[Point], show: Callable, style: Mapping, most: int) -> dict[str, object]:
+    """Of one panel, small where they have fewer than the ``most`` seeds; returns what the legend says of levels."""
+    levels = {}
+    for p in points:
+        bounds = None if p.bounds is None else [show(bound) for bound in p.bounds]
+        if p.knob is None:
+            dashes = "-." if UNTRAINED in p.label else "--"
+            levels[f"{p.label} (dense)"] = ax.axhline(show(p.score), color=BLACK, linestyle=dashes, linewidth=1)
+            if bounds is not None:
+                ax.axhspan(*bounds, color=BLACK, alpha=0.08, linewidth=0)
+            continue
+        colour, mark = style[p.label]
+        if bounds is not None:
+            ax.vlines(p.sparsity, *bounds, color=colour, linewidth=1)
+        face, size = colour if p.is_trained else "white", 6 if len(p.of_seed) == most else 3
+        ax.plot(p.sparsity, show(p.score), mark, color=colour, markerfacecolor=face, markersize=size)
+    return levels
+
+
+def _draw_curves(ax, points: Sequence[Point], show: Callable, style: Mapping) -> dict[str, object]:
+    """Of one panel; returns what the legend says of them."""
+    plt, lines = pyplot(), {}
+    for (_, label, curve), line in curves(points).items():
+        line = sorted(line, key=lambda p: p.sparsity)
+        colour, mark = style[label]
+        turned = "-." if UNTRAINED in f"{label}, {curve}" else ":"
+        own = {"color": colour, "linestyle": turned if curve.endswith("knob turned") else "-", "linewidth": 1.5}
+        ax.plot([p.sparsity for p in line], [show(p.score) for p in line], **own)
+        # With its mark, filled as it is of most of the line.
+        face = colour if curve == "trained at each" else "white"
+        named = f"{label}, {curve.removesuffix(', knob turned')}"
+        lines[named] = plt.Line2D([], [], marker=mark, markerfacecolor=face, **own)
+    return lines
 
 
 def bars(points: Iterable[Point]) -> str:
