@@ -255,7 +255,10 @@ def _check_known(origin: Path) -> None:
     """Refuses what says of no model. Raises ValueError."""
     check_exists(origin, "init_from takes a run directory, a checkpoint or a Hugging Face folder")
     if not is_hf_folder(origin) and run_of(origin) is None:
-        raise ValueError(f"init_from={origin} is neither a run nor a Hugging Face folder: it has no config")
+        raise ValueError(
+            f"init_from={origin} is neither a run nor a Hugging Face folder, since it has no config: name the folder "
+            f"that its {CONFIG} or config.json is in"
+        )
 
 
 def _known_model(origin: Path) -> dict:

@@ -124,9 +124,9 @@ def check_tasks(config: EvaluateConfig, train: TrainConfig) -> None:
             f"{train.data.name}: use recall, or routing"
         )
     if not is_mqar and "recall" in config.tasks:
-        raise ValueError(f"task recall needs a run trained on MQAR; this one was trained on {train.data.name}")
+        raise ValueError(f"task recall needs a run trained on MQAR, not {train.data.name}: leave it out, or use loss")
     if not is_mqar and config.mqar.given():
-        raise ValueError(f"mqar.* needs a run trained on MQAR; this one was trained on {train.data.name}")
+        raise ValueError(f"mqar.* needs a run trained on MQAR, not {train.data.name}: leave it out")
     if ROUTING in config.tasks and not is_mqar:
         wrong = [name for name in expand(config.probes) if name not in TEXT_TASKS or name in ("cwe", "fwe")]
         if wrong or not config.probes:

@@ -56,7 +56,9 @@ def find_target(config: EvaluateConfig) -> Target:
         target = locate_folder(config)
     else:
         if config.attention is not None:
-            raise ValueError(f"attention=... is for a Hugging Face folder: the run {config.run} has its own")
+            raise ValueError(
+                f"attention=... is for a Hugging Face folder: the run {config.run} has its own, leave it out"
+            )
         where = {"cache_dir": config.cache_dir, "any_data": config.any_data, "data": config.data}
         target = locate(config.run, config.device, config.output, **where)
     check_writable(target.rows_dir, "its rows are kept there unless output=... names another directory")

@@ -180,7 +180,10 @@ def build_model(target: Target) -> Transformer:
     model = Transformer(train.model, train.attention)
     loaded = load_weights(model, checkpoint if target.is_folder else checkpoint / WEIGHTS)
     if loaded.differs and not target.is_folder:
-        raise ValueError(f"{checkpoint} is not a checkpoint of this configuration ({loaded})")
+        raise ValueError(
+            f"{checkpoint} is not a checkpoint of this configuration ({loaded}): restore the {CONFIG} that "
+            "it was trained with"
+        )
     if loaded.differs:
         print(f"weights of {checkpoint}; {loaded}")
     model.set_step(read_step(checkpoint) if target.is_folder else read_state(checkpoint)["step"])

@@ -82,7 +82,9 @@ def main(arguments: Sequence[str]) -> None:
         studies = [load_study(root) for root in given.studies]
         names = [study.name for study in studies]
         if len(set(names)) != len(names):
-            raise ValueError(f"studies {', '.join(names)}: two have the same name, and so would their figures")
+            raise ValueError(
+                f"studies {', '.join(names)}: two have the same name, and so would their figures: rename one"
+            )
         missing = write_figures(given.output, studies)
     for figure in missing:
         print(f"missing: {figure.number}. {figure.title} (rows come from {figure.needs})")

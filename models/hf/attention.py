@@ -57,7 +57,7 @@ def read_step(folder: Path) -> int:
     """The step of training at which an export's weights were saved, for schedules of its attention; 0 for others."""
     step = read_json(folder / CONFIG).get(STEP, 0)
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-        raise ValueError(f"{folder / CONFIG} has {STEP}={step!r}, which is no step")
+        raise ValueError(f"{folder / CONFIG} has {STEP}={step!r}, which is no step: restore it from a copy")
     return step
 
 

@@ -459,8 +459,8 @@ def test_a_placement_that_does_not_exist_is_refused():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tasks": ["recall"]}, "needs a run trained on MQAR"),
-        ({"mqar": MQARForm(pairs_max=3)}, "needs a run trained on MQAR"),
+        ({"tasks": ["recall"]}, "trained on MQAR, not .*: leave it out, or use loss"),
+        ({"mqar": MQARForm(pairs_max=3)}, "trained on MQAR, not .*: leave it out"),
         ({"tasks": ["routing"], "probes": ["cwe"]}, "whose answer stands in one place"),
         ({"tasks": ["vt"], "lengths": [256]}, "needs at least 512 tokens"),
         ({"tasks": ["vt"], "lengths": [512], "template": "llama3"}, "which the tokenizer lacks"),
