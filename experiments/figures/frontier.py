@@ -193,11 +193,15 @@ def check_seeds(rows: Sequence[dict], what: str) -> None:
     Raises:
         ValueError: with the mend.
     """
-    for number, row in enumerate(rows):
-        if any(row["seed"] == other["seed"] for other in rows[:number]):
+    first: dict[int, dict] = {}
+    for row in rows:
+        other = first.setdefault(row["seed"], row)
+        if other is not row:
+            differing = [name for name in ("config_hash", "rows", "step") if row.get(name) != other.get(name)]
+            how = f" (they differ in {', '.join(differing)})" if differing else ""
             raise ValueError(
-                f"two results of {row['label']} on {what}, knob {row['knob']}, seed {row['seed']}: give one a label of "
-                "its own (evaluate.py label=...), or the directory of one study only"
+                f"two results of {row['label']} on {what}, knob {row['knob']}, seed {row['seed']}{how}: give one a label "
+                "of its own (evaluate.py label=...), or the directory of one study only"
             )
 
 

@@ -574,7 +574,9 @@ def test_what_is_no_mean_of_seeds_is_kept_apart(study, tmp_path, monkeypatch):
     twice = [row("routing", "recall", 0.5, probe="mqar", per_head=[[0.5]], config_hash=name) for name in "ab"]
     ruler = [row("qa_1", "match", 0.5, config_hash=name) for name in "ab"]
     for number, rows in ((6, twice), (11, ruler)):
-        with pytest.raises(ValueError, match=r"two results of dash on .*, seed 0: give one a label of its own"):
+        with pytest.raises(
+            ValueError, match=r"two results of dash on .*, seed 0 \(they differ in config_hash\): give one a label"
+        ):
             table(number, replace(study, evaluations=rows))
 
 

@@ -108,8 +108,11 @@ def test_a_turned_knob_has_a_line_of_the_seeds_that_all_its_points_share():
 
 
 def test_two_runs_are_no_two_seeds():
-    with pytest.raises(ValueError, match="two results of dash"):
-        frontier.points([make_row(), make_row(config_hash="another model", score=0.1)])
+    for changes, differing in (({"config_hash": "another model", "score": 0.1}, "config_hash"), ({"rows": 9}, "rows")):
+        with pytest.raises(
+            ValueError, match=rf"two results of dash .* \(they differ in {differing}\): give one a label"
+        ):
+            frontier.points([make_row(), make_row(**changes)])
 
 
 def test_trained_and_turned_knobs_are_different_curves():
