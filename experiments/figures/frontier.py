@@ -200,8 +200,8 @@ def check_seeds(rows: Sequence[dict], what: str) -> None:
             differing = [name for name in ("config_hash", "rows", "step") if row.get(name) != other.get(name)]
             how = f" (they differ in {', '.join(differing)})" if differing else ""
             raise ValueError(
-                f"two results of {row['label']} on {what}, knob {row['knob']}, seed {row['seed']}{how}: give one a label "
-                "of its own (evaluate.py label=...), or the directory of one study only"
+                f"two results of {row['label']} on {what}, knob {row['knob']}, seed {row['seed']}{how}: give one a "
+                "label of its own (evaluate.py label=...), or the directory of one study only"
             )
 
 
