@@ -1,9 +1,12 @@
 """Shared by all tests."""
 
+import contextlib
 import gc
 import os
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 # A shell's background jobs ignore Ctrl-C, and so would all that tests start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -38,6 +41,13 @@ def pytest_runtest_logstart():
         gc.collect()
         gc.freeze()
         _frozen = len(sys.modules)
+
+
+def pytest_configure(config):
+    """After a clone all files are as young as git's index, and each run's ``git diff`` reads them: until a status."""
+    if not hasattr(config, "workerinput"):
+        with contextlib.suppress(OSError):
+            subprocess.run(["git", "status"], cwd=Path(__file__).parent, capture_output=True, check=False)
 
 
 def pytest_collection_modifyitems(items):
