@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dashattn.stats import AttentionStats, paper_sparsity
+from dashattn.stats import AttentionStats
 from experiments.errors import out_of_memory
 from experiments.intervals import ratio_stderr
 from models import Transformer
@@ -72,10 +72,9 @@ class SparsityTally:
         new.active_LH = torch.stack([layer.active_tokens.double().sum((0, 1)) for layer in stats]).cpu()
         new.dense_LH = (stats[0].positions.double() + 1).sum().cpu().expand_as(new.active_LH)
         new.reads_L = torch.stack([layer.routing_reads.double().sum() for layer in stats]).cpu()
-        if not packed:  # of each row, since what a batch holds must not weigh
-            rows = zip(*(layer.active_tokens.split(1) for layer in stats), strict=True)
-            paper = [torch.stack([paper_sparsity(active) for active in layers]).mean() for layers in rows]
-            new.paper = [float(value) for value in paper if not value.isnan()]
+        if not packed:  # for each row, since how many a batch holds must not weigh
+            paper = torch.stack([layer.paper_sparsity() for layer in stats]).mean()
+            new.paper = [] if paper.isnan() else [float(paper)] * len(stats[0].positions)
         self.merge(new)
 
     @classmethod
