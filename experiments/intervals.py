@@ -18,6 +18,11 @@ def unfiltered(metric: str) -> str:
     return metric.partition(" (")[0]
 
 
+def filled(counts: Sequence[float]) -> int:
+    """How many samples hold something."""
+    return sum(count > 0 for count in counts)
+
+
 def ratio_stderr(sums: Sequence[float], counts: Sequence[float]) -> float | None:
     """Standard error of ``sum(sums) / sum(counts)``, a mean over what samples hold, such as the loss over the targets
     of rows; None of fewer than two samples that hold something. Linearised (Cochran, Sampling Techniques, 6.4): where
@@ -38,7 +43,7 @@ def stderr_of(row: Mapping) -> tuple[float | None, int | None]:
         samples = row["rows"]  # a prompt a row
     if stderr is None and row.get("by_row"):
         nats, targets = row["by_row"]["nats"], row["by_row"]["targets"]
-        stderr, samples = ratio_stderr(nats, targets), sum(count > 0 for count in targets)
+        stderr, samples = ratio_stderr(nats, targets), filled(targets)
     if stderr is None and unfiltered(row["metric"]) in SHARES and samples:
         # At most: what is between 0 and 1 scatters less.
         stderr = math.sqrt(row["score"] * (1 - row["score"]) / samples)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from experiments.figures.rows import Drawn, Study, grouped
 from experiments.figures.setpoints import AtSparsity
-from experiments.intervals import ratio_stderr, student
+from experiments.intervals import filled, ratio_stderr, student
 from experiments.plots import BLACK, grid, legend_below, save, styles
 
 REFERENCE = "infllmv2"
@@ -29,7 +29,7 @@ def make_paired(study: Study) -> Drawn | None:
     losses = [
         row
         for row in study.of("loss", "nats")
-        if isinstance(row["knob"], AtSparsity) and row.get("by_row") and _with_targets(row["by_row"]["targets"]) > 1
+        if isinstance(row["knob"], AtSparsity) and row.get("by_row") and filled(row["by_row"]["targets"]) > 1
     ]
     table, unlike, twice = [], set(), set()
     for setting, rows in grouped(losses, _setting).items():
@@ -91,10 +91,6 @@ def _setting(row: dict) -> Setting:
     return Setting(row["data"], row["length"], row["rows"], trained, at)
 
 
-def _with_targets(targets: Sequence[int]) -> int:
-    return sum(count > 0 for count in targets)
-
-
 def _are_alike(row: dict, reference: dict) -> bool:
     return all(row["by_row"][name] == reference["by_row"][name] for name in ("corpus", "targets"))
 
@@ -105,7 +101,7 @@ def _difference(pairs: Sequence[tuple[dict, dict]]) -> dict:
     nats = [sum(a - b for a, b in seeds) / len(pairs) for seeds in of_rows]
     targets = pairs[0][0]["by_row"]["targets"]
     difference = sum(nats) / sum(targets)
-    low, high = student(difference, ratio_stderr(nats, targets), _with_targets(targets))
+    low, high = student(difference, ratio_stderr(nats, targets), filled(targets))
     sparsity = sum(a["causal_sparsity"] - b["causal_sparsity"] for a, b in pairs) / len(pairs)
     return {
         "difference": difference,

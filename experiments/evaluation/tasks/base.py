@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dashattn.stats import AttentionStats
 from experiments.errors import out_of_memory
-from experiments.intervals import ratio_stderr
+from experiments.intervals import filled, ratio_stderr
 from models import Transformer
 from models.generate import generate
 
@@ -160,7 +160,7 @@ def row(task: str, metric: str, score: float, **columns) -> dict:
 
 def scatter(sums: Sequence[float], counts: Sequence[float]) -> dict:
     """``stderr`` and ``samples`` of a mean over what samples hold, from sum and count of each."""
-    return {"stderr": ratio_stderr(sums, counts), "samples": sum(count > 0 for count in counts)}
+    return {"stderr": ratio_stderr(sums, counts), "samples": filled(counts)}
 
 
 def halving(work: Callable[[int], R], rows: int) -> tuple[R, int]:
