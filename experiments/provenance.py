@@ -80,10 +80,15 @@ def _plugin_packages() -> list[str]:
     return sorted({point.dist.name for point in points if point.dist is not None})
 
 
+def now() -> str:
+    """The date of a row, with the time and its zone."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
 def environment(device: str) -> dict:
     """What a run directory says about the process that works in it."""
     return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "time": now(),
         "command": sys.argv,
         "host": platform.node(),
         "platform": platform.platform(),

@@ -36,7 +36,7 @@ from experiments.files import (
     read_json,
     read_rows,
 )
-from experiments.provenance import device_name, git_state
+from experiments.provenance import device_name, git_state, now
 from experiments.training.checkpoint import read_state
 from experiments.training.run_dir import config_hash
 from models import Transformer
@@ -149,7 +149,7 @@ class Evaluation:
         source = "-".join((target.checkpoint.name, *target.identity.values()))
         setting = Setting(model, torch.device(target.train.device), knob, source, target.rows_dir, advance)
         rows = list(task.run(setting, names))
-        when = {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": time.perf_counter() - start}
+        when = {"date": now(), "seconds": time.perf_counter() - start}
         shared = self._common | task.columns | one.place.columns() | {"knob": knob} | when
         new = [shared | row | {"bytes_read": bytes_read(model, row)} for row in rows]
         _check_finite(new)

@@ -17,7 +17,7 @@ import torch
 
 from dashattn.fields import user_path
 from experiments.files import SPEED, append_rows
-from experiments.provenance import provenance
+from experiments.provenance import now, provenance
 from experiments.schema import DTYPES
 from experiments.speed.config import SpeedConfig
 from experiments.speed.decode import Decoding, Result
@@ -133,7 +133,7 @@ class Benchmark:
 
     def row(self, method: Method | Result, pattern: str, length: int, sparsity: float | None, name: str) -> dict:
         return self.common | {
-            "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "date": now(),
             "length": length,
             "pattern": None if sparsity is None else pattern,
             "sparsity": sparsity,

@@ -8,7 +8,6 @@ kernels, elsewhere the reference in lower precision.
 """
 
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from dashattn.backends import BACKENDS, AttentionBackend, AttentionConfig, Atten
 from experiments.arguments import parse
 from experiments.errors import user_errors
 from experiments.files import NUMERICS, append_rows, columns_of, read_rows
-from experiments.provenance import provenance
+from experiments.provenance import now, provenance
 from experiments.schema import DTYPES
 
 SHAPE = AttentionShape(hidden_size=512, num_heads=8, num_kv_heads=2, head_dim=64)
@@ -75,7 +74,7 @@ def write_numerics(root: Path, length: int) -> int:
         "torch": torch.__version__,
     }
     keys = (*common, "backend", "dtype")
-    common |= {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "git_sha": where["git_sha"], "dirty": where["dirty"]}
+    common |= {"date": now(), "git_sha": where["git_sha"], "dirty": where["dirty"]}
     done = {tuple(row[key] for key in keys) for row in read_rows(root / NUMERICS)}
     count = 0
     for name in CONFIGS:

@@ -31,7 +31,7 @@ from experiments.config import TrainConfig, register_configs, to_train_config
 from experiments.errors import user_errors
 from experiments.files import CONFIGS, SCALING, append_rows, read_rows
 from experiments.overrides import override
-from experiments.provenance import provenance
+from experiments.provenance import now, provenance
 from experiments.schema import to_config
 from experiments.throughput.scaling_report import case_of, write_report
 from experiments.throughput.steps import attempt, time_steps
@@ -127,7 +127,7 @@ def measure(config: ParallelConfig, ranks: Ranks, path: Path) -> Iterator[dict]:
     known = {case_of(row) for row in read_rows(path)}
     ranks.barrier()  # every rank knows the same rows before one of them adds to them
     for backend, mode in cases(config, ranks.world_size):
-        row = common | {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "backend": backend} | asdict(mode)
+        row = common | {"date": now(), "backend": backend} | asdict(mode)
         if case_of(row) in known:
             continue
         torch.compiler.reset()  # else what was compiled for one case counts against another's limit

@@ -37,7 +37,7 @@ from data import Batch, build_data
 from experiments.config import TrainConfig, register_configs, to_train_config
 from experiments.files import THROUGHPUT, append_rows
 from experiments.overrides import override
-from experiments.provenance import provenance
+from experiments.provenance import now, provenance
 from experiments.sparsity import find_knob, knob_span, turned_layers
 from experiments.speed.inputs import NEIGHBOURS, PATTERNS
 from experiments.speed.methods import explain
@@ -299,7 +299,7 @@ class Benchmark:
 
     def row(self, **case) -> dict:
         empty = dict.fromkeys((*CASE, "knob", "tokens_per_s", "detail"))
-        return self.common | {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z")} | empty | case
+        return self.common | {"date": now()} | empty | case
 
 
 def run_benchmark(config: ThroughputConfig, device: str, say: Callable[[str], None] = print) -> None:
