@@ -18,7 +18,7 @@ from dashattn.ops.tiles import overlapped_launch, power_of_2_from, wait_for_kern
 
 TILE = 2**14  # weights of a program: 64 of a thread
 WIDEST = 2**14  # inputs: a program has whole rows
-SINGLE, HALVES, GATED = range(3)
+SINGLE, HALVES, GATED = map(tl.constexpr, range(3))
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def matvec_kernel(
     pid = tl.program_id(0)
     part, before, num_rows = 0, 0, ROWS0
     weight = w_ptr
-    if KIND == 1:
+    if KIND == HALVES:
         programs0: tl.constexpr = (ROWS0 // 2 + ROWS - 1) // ROWS
         programs1: tl.constexpr = (ROWS1 // 2 + ROWS - 1) // ROWS
         if pid >= programs0 + programs1:
@@ -59,14 +59,14 @@ def matvec_kernel(
             weight = w1_ptr
             pid -= programs0
     row = pid.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    if KIND == 1:
+    if KIND == HALVES:
         channel = row % HALF
         row += row - channel  # of the head before: HALF channels each
     column = tl.arange(0, COLS)
     w = _load_rows(weight, row, num_rows, K, COLS, MASKED)  # before the wait, for no kernel writes weights
-    if KIND == 1:
+    if KIND == HALVES:
         other = _load_rows(weight, row + HALF, num_rows, K, COLS, MASKED)
-    if KIND == 2:
+    if KIND == GATED:
         other = _load_rows(w1_ptr, row, num_rows, K, COLS, MASKED)
     if NORM:
         norm = tl.load(norm_ptr + column, mask=column < K, other=0.0).to(tl.float32)
@@ -77,13 +77,13 @@ def matvec_kernel(
     if NORM:
         factor = tl.rsqrt(tl.sum(x * x, 0) / K + eps)
         x *= norm
-        if KIND == 1 and tl.program_id(0) == 0:
+        if KIND == HALVES and tl.program_id(0) == 0:
             tl.store(hidden_ptr + column, (x * factor).to(hidden_ptr.dtype.element_ty), mask=column < K)
     out = _multiply(w, x, factor)
     in_rows = row < num_rows
-    if KIND == 2:
+    if KIND == GATED:
         out = out * tl.sigmoid(out) * _multiply(other, x, factor)
-    if KIND == 1:
+    if KIND == HALVES:
         second = _multiply(other, x, factor)
         if ROPE and part < 2:
             cos, sin = tl.load(cos_ptr + channel), tl.load(sin_ptr + channel)
@@ -92,7 +92,7 @@ def matvec_kernel(
             out = first * cos - second * sin
             second = second * other_cos + first * other_sin
         tl.store(out_ptr + before + row + HALF, second.to(out_ptr.dtype.element_ty), mask=in_rows)
-    if KIND == 0:
+    if KIND == SINGLE:
         out *= scale
     if ONTO:
         out += tl.load(onto_ptr + row, mask=in_rows, other=0.0).to(tl.float32)
@@ -105,8 +105,9 @@ def takes(x: Tensor) -> bool:
 
 
 def _launch(
-    x: Tensor, weights: list[Tensor], kind: int, norm: Tensor | None, eps: float, *, hidden: Tensor | None = None,
-    half: int = 1, rope: tuple[Tensor, Tensor] | None = None, onto: Tensor | None = None, scale: float = 1.0,
+    x: Tensor, weights: list[Tensor], kind: tl.constexpr, norm: Tensor | None, eps: float, *,
+    hidden: Tensor | None = None, half: int = 1, rope: tuple[Tensor, Tensor] | None = None,
+    onto: Tensor | None = None, scale: float = 1.0,
 ) -> Tensor:  # fmt: skip
     sizes = [weight.shape[0] for weight in weights]
     columns = power_of_2_from(x.shape[-1])
@@ -118,7 +119,7 @@ def _launch(
     programs = sum(-(-unit // rows) for unit in units)
     matvec_kernel[(programs,)](
         x.contiguous(), norm, hidden, *weights, None if onto is None else onto.contiguous(), cos, sin, out, eps, scale,
-        *sizes, *[0] * (3 - len(sizes)), K=x.shape[-1], COLS=columns, ROWS=rows, KIND=kind, HALF=half,
+        *sizes, *[0] * (3 - len(sizes)), K=x.shape[-1], COLS=columns, ROWS=rows, KIND=kind.value, HALF=half,
         NORM=norm is not None, ONTO=onto is not None, ROPE=rope is not None,
         MASKED=columns != x.shape[-1] or any(unit % rows for unit in units),
         num_warps=8, **overlapped_launch(x.device),
