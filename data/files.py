@@ -35,11 +35,10 @@ class LeftOut:
     Attributes:
         count: how many there were.
         first: the first of them, and why.
-        has_separator: whether ``data.document_separator`` was in a text file that could be read.
     """
 
     def __init__(self, corpus: CorpusConfig) -> None:
-        self.corpus, self.count, self.first, self.has_separator = corpus, 0, "", False
+        self.corpus, self.count, self.first = corpus, 0, ""
 
     def add(self, place: str, why: object) -> None:
         """Raises DataSourceError if that is one more than ``bad_rows``."""
@@ -88,11 +87,15 @@ def file_texts(
         OSError: a file is not there, or the disk does not give it: that may pass, and nothing is left out for it.
     """
     left_out, found = left_out or LeftOut(corpus), False
+    is_cut = corpus.document_separator is None or "text" not in map(file_kind, paths)
     for path in paths:
+        is_text = file_kind(path) == "text"
         try:
-            for text in _read(path, corpus, left_out):
-                found = True
-                yield text
+            for number, text in enumerate(_read(path, corpus, left_out)):
+                is_cut |= is_text and number > 0
+                if text:
+                    found = True
+                    yield text
         except DataSourceError:
             raise
         except Exception as error:  # decompression and parsers: each has errors of its own
@@ -100,23 +103,21 @@ def file_texts(
                 raise
             left_out.add(path, f"{type(error).__name__}: {error}")
     left_out.end(found or not are_all)
-    is_cut = corpus.document_separator is None or left_out.has_separator or "text" not in map(file_kind, paths)
     if are_all and not is_cut:
         told = f"data.document_separator={corpus.document_separator!r} is in no text file of data.files"
         tell(f"{told}: each of them is one document")
 
 
 def _read(path: str, corpus: CorpusConfig, left_out: LeftOut) -> Iterator[str]:
+    """The documents of one file; an empty one for a row that is null, and for white space between separators."""
     kind = file_kind(path)
     if kind == "parquet":
         yield from _texts(path, _parquet_values(path, corpus), lambda value: value.as_py(), corpus, left_out)
         return
     with _opened(path) as file:
         if kind == "text":
-            for number, text in enumerate(split_text(io.TextIOWrapper(file, encoding="utf-8"), corpus)):
-                left_out.has_separator |= number > 0
-                if text.strip():
-                    yield text
+            pieces = split_text(io.TextIOWrapper(file, encoding="utf-8"), corpus)
+            yield from (piece if piece.strip() else "" for piece in pieces)
         else:
             rows = _lines(file) if kind == "lines" else _json_rows(file)
             yield from _texts(path, rows, lambda row: _json_value(row, corpus), corpus, left_out)
@@ -131,8 +132,7 @@ def _texts(
         except (ValueError, RecursionError) as error:
             left_out.add(f"{path}, row {number}", error)
         else:
-            if text:
-                yield text
+            yield text
 
 
 def _json_value(row: Any, corpus: CorpusConfig) -> Any:

@@ -184,9 +184,9 @@ def test_a_large_text_is_split_into_documents(tmp_path, text_config):
 def test_a_separator_that_no_file_has_is_told(tmp_path, capsys):
     for number in range(3):
         (tmp_path / f"{number}.txt").write_text(f"file {number}\n---")
-    (tmp_path / "rows.jsonl").write_text('{"text": "===\\n***"}\n')
+    (tmp_path / "rows.jsonl").write_text('{"text": "===\\n***"}\n' * 2)  # rows are no cut texts
     every = [tmp_path / "*.txt", tmp_path / "rows.jsonl"]
-    assert len(texts(files_config(*every, document_separator="==="))) == 4
+    assert len(texts(files_config(*every, document_separator="==="))) == 5
     told = "data.document_separator='===' is in no text file of data.files: each of them is one document\n"
     assert capsys.readouterr().err == told
     (tmp_path / "1.txt").write_text("one file has it at its end\n***")
