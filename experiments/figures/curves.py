@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from operator import itemgetter
 from pathlib import Path
 
-from experiments.figures.frontier import is_ablation, of_frontiers
+from experiments.figures.frontier import is_ablation, of_frontiers, title_of
 from experiments.figures.rows import BARS, Drawn, Study, as_trained, averaged, grouped
 from experiments.plots import entitle, grid, legend_below, plain_log, pyplot, save, styles
 from experiments.speed import report as speed_report
@@ -184,7 +184,7 @@ def make_lengths(study: Study) -> Drawn | None:
     def draw(path: Path) -> None:
         figure, axes = grid(len(maps) + len(panels))
         for ax, ((data, variant, line), rows) in zip(axes, maps.items(), strict=False):
-            _heat_map(ax, f"{_named(data, 'needle found', variant)}: {line}", rows)
+            _heat_map(ax, f"{title_of(data, 'needle found', variant)}: {line}", rows)
         style = styles(row["line"] for rows in panels.values() for row in rows)
         for ax, ((data, task, metric, variant), rows) in zip(axes[len(maps) :], panels.items(), strict=True):
             for line, points in grouped(rows, "line").items():
@@ -194,7 +194,7 @@ def make_lengths(study: Study) -> Drawn | None:
                 ax.plot(xs, [p["score"] for p in points], color=colour, marker=mark, label=line)
             ax.set_xscale("log", base=2)
             ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            entitle(ax, _named(data, task, variant))
+            entitle(ax, title_of(data, task, variant))
             ax.set_xlabel("tokens")
             ax.set_ylabel(metric)
             ax.grid(alpha=0.25)
@@ -203,10 +203,6 @@ def make_lengths(study: Study) -> Drawn | None:
         save(figure, path)
 
     return Drawn(table, draw, [*notes, BARS], [*found, *scores])
-
-
-def _named(data: str, what: str, variant: str | None) -> str:
-    return f"{data}: {what}" + (f", {variant}" if variant else "")
 
 
 def _heat_map(ax, title: str, rows: list[dict]) -> None:

@@ -25,6 +25,11 @@ HIGHER_IS_BETTER = {
 SOLVED = 0.99  # accuracy that the dense control must reach on synthetic recall
 
 
+def title_of(data: str, *about: str | None) -> str:
+    """What a panel is called by: the data, and what there is of task, length and form, in this order."""
+    return ": ".join(filter(None, (data, ", ".join(filter(None, about)))))
+
+
 class Panel(NamedTuple):
     """What is measured."""
 
@@ -43,8 +48,7 @@ class Panel(NamedTuple):
     @property
     def title(self) -> str:
         what = "validation loss" if self.task == "loss" else self.task
-        what += f", {self.score}"
-        return f"{self.data}: {what}, {self.length} tokens" + (f", {self.variant}" if self.variant else "")
+        return title_of(self.data, what, self.score, f"{self.length} tokens", self.variant)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from experiments.figures.frontier import title_of
 from experiments.figures.rows import Drawn, Study, grouped
 from experiments.figures.setpoints import AtSparsity
 from experiments.intervals import filled, ratio_stderr, student
@@ -74,7 +75,7 @@ def make_paired(study: Study) -> Drawn | None:
             ax.set_xlim(-0.5, len(ticks) - 0.5)
             ax.set_xlabel("causal sparsity asked for")
             ax.set_ylabel(f"nats above {REFERENCE}")
-            ax.set_title(f"{data}, {length} tokens, {trained}", fontsize=9)
+            ax.set_title(title_of(data, f"{length} tokens", trained), fontsize=9)
             ax.grid(alpha=0.25, axis="y")
         legend_below(figure, axes)
         save(figure, path)

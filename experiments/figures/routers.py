@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from experiments.figures.frontier import title_of
 from experiments.figures.rows import BARS, Drawn, Study, as_trained, averaged, grouped, line_of
 from experiments.figures.setpoints import is_as_trained
 from experiments.plots import BLACK, entitle, grid, legend_below, plain_log, save, styles
@@ -52,7 +53,7 @@ def make_heat_map(study: Study) -> Drawn | None:
         image = None
         for ax, m in zip(axes, means, strict=True):
             image = ax.imshow(m["per_head"], vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
-            ax.set_title(f"{m['line']}\n{_where(m)}", fontsize=8)
+            ax.set_title(f"{m['line']}\n{_title(m)}", fontsize=8)
             ax.set_xlabel("KV head")
             ax.set_ylabel("layer")
             for axis in (ax.xaxis, ax.yaxis):
@@ -93,7 +94,7 @@ def make_active_tokens(study: Study) -> Drawn | None:
                 axis.set_major_formatter(lambda value, _: tokens(value))
             ax.set_xlabel("position in the document")
             ax.set_ylabel("active tokens:\nmedian, p10-p90")
-            entitle(ax, _where(inside[0]))
+            entitle(ax, _title(inside[0]))
             ax.grid(alpha=0.25)
         legend_below(figure, axes)
         save(figure, path)
@@ -116,7 +117,7 @@ def make_adaptivity(study: Study) -> Drawn | None:
         f"Over tokens, layers and heads. {BARS} {DASHES} Needed: in text pieces of the answer, in "
         "MQAR the blocks that hold pairs, of which a single query needs one."
     )
-    named = [row | {"panel": f"{row['probes']}, {_where(row)}"} for row in table]
+    named = [row | {"panel": _title(row, row["probes"])} for row in table]
     return Drawn(table, _lines(named, "relevant"), [note], rows)
 
 
@@ -179,7 +180,7 @@ def _draw_recall(table: list[dict], is_turned: bool, path: Path) -> None:
     panels = grouped(table, *_OF_RECALL)
     figure, axes = grid(len(panels), height=3.0)
     style = styles(row["label"] for row in table)
-    for ax, ((metric, _, _, probe), inside) in zip(axes, panels.items(), strict=True):
+    for ax, ((metric, data, variant, probe), inside) in zip(axes, panels.items(), strict=True):
         for (label, _), points in grouped(inside, "label", "trained_knob").items():
             points = sorted(points, key=lambda row: row[x])
             xs = [row[x] for row in points]
@@ -191,8 +192,8 @@ def _draw_recall(table: list[dict], is_turned: bool, path: Path) -> None:
             for bounds in (("low", "high"), ("best_low", "best_high")):
                 lows, highs = ([row[bound] for row in points] for bound in bounds)
                 ax.vlines(xs, lows, highs, color=colour, linewidth=1)
-        where = f", {inside[0]['length']} tokens" if is_turned else ""
-        entitle(ax, f"{_text(inside[0])}: {probe}{where}:\n{RECALLS[metric]}")
+        title = _title(inside[0], probe) if is_turned else title_of(data, probe, variant)
+        entitle(ax, f"{title}:\n{RECALLS[metric]}")
         if is_turned:
             ax.set_xlabel("causal sparsity")
         else:
@@ -216,7 +217,7 @@ def make_dispersion(study: Study) -> Drawn | None:
     table = averaged(rows, "metric", "data", "variant", "probe", "line", "length")
     table.sort(key=lambda row: (list(DISPERSION).index(row["metric"]), row["probe"], row["line"], row["length"]))
     named = [
-        row | {"panel": f"{_text(row)}: {row['probe']}: {DISPERSION[row['metric']]}"}
+        row | {"panel": f"{title_of(row['data'], row['probe'], row['variant'])}: {DISPERSION[row['metric']]}"}
         for row in table
         if not _is_of_values(row["probe"])
     ]
@@ -228,13 +229,8 @@ def _is_of_values(probe: str) -> bool:
     return probe.startswith("niah_values_")
 
 
-def _text(row: dict) -> str:
-    """What was read, and in which form it was asked for."""
-    return row["data"] + (f", {row['variant']}" if row["variant"] else "")
-
-
-def _where(row: dict) -> str:
-    return f"{_text(row)}, {row['length']} tokens"
+def _title(row: dict, what: str | None = None) -> str:
+    return title_of(row["data"], what, f"{row['length']} tokens", row["variant"])
 
 
 def _length_axis(ax) -> None:

@@ -226,7 +226,10 @@ def test_a_sparsity_is_no_knob_of_its_value_and_no_other_count():
 
 def test_another_form_of_the_task_is_another_panel():
     rows = [make_row(), make_row(variant="pairs_max=4", score=0.1)]
-    assert {p.panel.variant: p.score for p in frontier.points(rows)} == {"": 0.9, "pairs_max=4": 0.1}
+    assert {p.panel.title: p.score for p in frontier.points(rows)} == {
+        "mqar: recall, accuracy, 512 tokens": 0.9,
+        "mqar: recall, accuracy, 512 tokens, pairs_max=4": 0.1,
+    }
 
 
 def test_only_the_newest_checkpoint_counts():
