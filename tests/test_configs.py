@@ -1,5 +1,7 @@
 """Every YAML file under configs/ composes, and what the command line gets wrong is refused."""
 
+import hashlib
+import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -9,15 +11,20 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.errors import ConfigCompositionException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from dashattn.backends import BACKENDS, Capabilities
 from dashattn.backends.dash import DashBackend
 from dashattn.integrations.transformers import PRESETS
+from experiments import plan  # noqa: F401 (registers its schema)
 from experiments.config import TrainConfig, load_config, plain, register_configs, to_train_config
+from experiments.evaluation import generate  # noqa: F401 (likewise)
 from experiments.evaluation.config import check_tasks, register_evaluate_config
 from experiments.schema import to_config
+from experiments.speed.config import register_speed_config
 from experiments.sweep.cells import cells, register_sweep_config
+from experiments.throughput.scaling import register_parallel_config
+from experiments.throughput.steps import register_throughput_config
 from experiments.training.check import accumulation, check
 from models import Transformer
 from tests.checkpoints import make_folder
@@ -27,6 +34,9 @@ hasten()
 register_configs()
 register_sweep_config()
 register_evaluate_config()
+register_speed_config()
+register_throughput_config()
+register_parallel_config()
 CONFIGS = Path(__file__).parents[1] / "configs"
 GROUPS = ("attention", "model", "data", "optim", "deepspeed", "logger", "launcher", "experiment")
 CHOICES = [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))]
@@ -43,9 +53,45 @@ COMPANIONS = {
 }
 
 
-def composed(*overrides: str) -> TrainConfig:
+# Of a training run without overrides every value as it is composed, of a choice those that it changes (with what it is
+# composed with here), of the other commands every one. Rows of results name them: another value is another experiment.
+VALUES = json.loads((Path(__file__).parent / "expected" / "configs.json").read_text())
+# Likewise of a sweep, as a digest of its configuration.
+SWEEPS = {
+    "ablations": "3c12ee01",
+    "from_scratch": "423075c9",
+    "frontier": "51033bbf",
+    "frontier_base": "6a48145d",
+    "frontier_budget": "03f7d925",
+    "frontier_rates": "580aa29e",
+    "frontier_text": "c80628c4",
+    "pareto": "606a4ad0",
+    "real_model": "7cadbe68",
+    "routers": "1057ded9",
+    "routers_gpu": "d7efb1c4",
+    "scratch": "47607bee",
+    "smoke": "4486da38",
+}
+
+
+def from_files(entry: str, *overrides: str) -> DictConfig:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return to_config(compose("train", list(overrides)))
+        return compose(entry, list(overrides))
+
+
+def composed(*overrides: str) -> TrainConfig:
+    return to_config(from_files("train", *overrides))
+
+
+def values_of(cfg: DictConfig) -> dict:
+    """By dotted keys."""
+
+    def leaves(value, key):
+        if not isinstance(value, dict) or not value:
+            return {key: value}
+        return {k: v for name, inner in value.items() for k, v in leaves(inner, f"{key}.{name}".lstrip(".")).items()}
+
+    return leaves(OmegaConf.to_container(cfg), "")
 
 
 @pytest.mark.parametrize("overrides", [[], ["attention=nsa", "optim=wsd", "steps=${rows_per_batch}"]])
@@ -57,13 +103,44 @@ def test_what_is_composed_in_haste_is_what_hydra_composes(overrides, monkeypatch
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_makes_a_run(choice):
+    cfg = from_files("train", choice, "device=cpu", *COMPANIONS.get(choice, []))
+    expected = VALUES["train"] | {"device": "cpu"}
+    assert {key: value for key, value in values_of(cfg).items() if (key, value) not in expected.items()} == VALUES.get(
+        choice
+    )
     if choice == EVALUATED_ONLY:
         with pytest.raises(ValueError, match="for evaluation only"):
-            check(composed(choice, "device=cpu"))
+            check(to_config(cfg))
         return
-    config = check(composed(choice, "device=cpu", *COMPANIONS.get(choice, [])))
+    config = check(to_config(cfg))
     assert config.device == "cpu"
     assert config.deepspeed.precision == "fp32"
+
+
+OTHERS = {
+    "train": ["train"],
+    **{choice: ["train", choice] for choice in ("model=checkpoint", "attention=checkpoint")},
+    "experiment=continue_pretraining": ["train", "experiment=continue_pretraining"],
+    **{entry: [entry] for entry in ("evaluate", "generate", "plan", "scaling", "speed", "speed_shapes", "throughput")},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_other_files_say_what_they_said(name):
+    found = values_of(from_files(*OTHERS[name]))
+    if OTHERS[name][0] == "train" != name:
+        found = {key: value for key, value in found.items() if (key, value) not in VALUES["train"].items()}
+    assert found == VALUES.get(name)
+
+
+def test_every_file_is_held_to_its_values():
+    """Those of ``configs/sweep`` below."""
+    named = {*CHOICES, *OTHERS} - {"train"}
+    files = {path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "sweep"}
+    assert {f"{path.parent.name}={path.stem}" if path.parent != CONFIGS else path.stem for path in files} == named | {
+        "train",
+        "sweep",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +320,10 @@ def test_every_sweep_composes_into_cells_that_can_be(name, tmp_path, checkpoint,
         return to_config(compose("evaluate", ["run=x", *overrides]))
 
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        sweep = to_config(compose("sweep", [f"sweep={name}", f"output_dir={tmp_path}"]))
+        cfg = compose("sweep", [f"sweep={name}", f"output_dir={tmp_path}"])
+        said = json.dumps({key: value for key, value in values_of(cfg).items() if key != "output_dir"})
+        assert hashlib.blake2b(said.encode(), digest_size=4).hexdigest() == SWEEPS.get(name)
+        sweep = to_config(cfg)
         assert len(cells(sweep)) % len(sweep.seeds) == 0
         for cell in cells(replace(sweep, seeds=sweep.seeds[:1])):  # the others compose the same but for a number
             config = check(load(compose("train", ["device=cpu", *given, *cell.train])))
