@@ -281,7 +281,7 @@ def test_python_sources_are_neither_stubs_nor_tables_nor_there_twice(tmp_path, m
     assert {document.text[0] for document in found} == {"#", "c", "f"}
 
 
-def test_fingerprint_follows_what_decides_the_documents(corpus, tmp_path):
+def test_fingerprint_follows_what_decides_the_documents(corpus, tmp_path, monkeypatch):
     def of(config):
         return corpus_fingerprint(config, tmp_path / "cache")
 
@@ -300,7 +300,9 @@ def test_fingerprint_follows_what_decides_the_documents(corpus, tmp_path):
     assert of(files_config(tmp_path / "a.txt", tmp_path / "b.txt")) != mixed
     recall = {"name": "x", "seq_len": 8, "source": "recall", "max_documents": 9}
     changes = ({}, {"recall_seed": 1}, {"facts_min": 2}, {"facts_max": 9}, {"hay_max": 9}, {"max_documents": 8})
-    assert len({of(TextDataConfig(**recall | change)) for change in changes}) == len(changes)
+    fingerprints = {of(TextDataConfig(**recall | change)) for change in changes}
+    monkeypatch.setattr(corpora, "RECALL_VERSION", 99)
+    assert len(fingerprints | {of(TextDataConfig(**recall))}) == len(changes) + 1
     assert len({of(stdlib_config(max_bytes=count, max_documents=9)) for count in (1, 30_000)}) == 2
     with corpus.open("a") as file:
         file.write('{"text": "one more"}\n')

@@ -1,8 +1,10 @@
 import itertools
 import json
 import random
+import shutil
 from collections import Counter
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -220,13 +222,41 @@ def test_a_file_without_a_document_does_not_end_a_stream(make_stream, corpus, tm
     assert rows_of(alone) == rows_of(beside)
 
 
-def test_a_checkpoint_of_other_data_is_refused(make_stream):
+def test_rows_without_text_are_no_documents_of_a_stream(make_stream, monkeypatch):
+    """Of a data set on the hub, say."""
+
+    def rows(texts):
+        return lambda corpus: datasets.IterableDataset.from_generator(lambda: ({"text": text} for text in texts))
+
+    make_stream()
+    streams = []
+    for texts in (["one two", None, "", "three", None], ["one two", "three"]):
+        monkeypatch.setattr("data.text.open_dataset", rows(texts))
+        monkeypatch.setattr("data.text.split_of", lambda text, fraction: "train")
+        streams.append(rows_of(take(make_stream(streaming=True), 3)))
+    assert streams[0] == streams[1]
+
+
+def test_a_checkpoint_of_other_data_is_refused(make_stream, corpus, tmp_path):
+    shutil.copy(corpus, tmp_path / "other.jsonl")
+    with (tmp_path / "other.jsonl").open("a") as file:
+        file.write('{"text": "one more"}\n')
+    make_stream().tokenizer.save(tmp_path / "tokenizer.json")
+    weighted = {"length_buckets": [60], "length_weights": [1.0, 2.0]}
     for streaming in (False, True):
+        # With tokens that stay as they are, though the documents are others, or come in another proportion.
+        config = {"streaming": streaming, "tokenizer": str(tmp_path / "tokenizer.json")}
+        state = make_stream(**config).state_dict()
+        for change in ({"validation_fraction": 0.3}, {"files": [str(tmp_path / "other.jsonl")]}):
+            with pytest.raises(ValueError, match=r"(stream|tokens) is '\w+', the checkpoint's '\w+'\."):
+                make_stream(**config | change).load_state_dict(state)
         state = make_stream(streaming=streaming).state_dict()
         changes = [{"seq_len": 32}, {"seed": 1}, {"validation_fraction": 0.3}, {"vocab_size": 310}]
         for change in [*changes, *([] if streaming else [{"max_documents": 100}, {"streaming": True}])]:
             with pytest.raises(ValueError, match="the data differ"):
                 make_stream(**{"streaming": streaming} | change).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"the data differ from those .*: tokens is"):
+        make_stream(**weighted).load_state_dict(make_stream(length_buckets=[60]).state_dict())
     with pytest.raises(
         ValueError, match=r"differ from those .*: seq_len is 64, the checkpoint's 32; seed is 0, .* 1\. "
     ):

@@ -168,6 +168,8 @@ def test_long_documents_are_read_oftener(mixture):
     assert plain.describe()["tokens_fingerprint"] != upsampled.describe()["tokens_fingerprint"]
     without = mixture(length_buckets=[12], length_weights=[0.0, 1.0])
     assert len(without.components) == 2
+    with pytest.raises(ValueError, match=r"length_weights=\[1.0, 0.0, 1.0\] leave nothing of corpus small to read"):
+        mixture(length_buckets=[3, 10**4], length_weights=[1.0, 0.0, 1.0])
 
 
 def test_a_checkpoint_of_another_mixture_is_refused(mixture):

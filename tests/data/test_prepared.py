@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -81,6 +82,11 @@ def test_splits_hold_every_document_once_and_are_disjoint(make, text_config, tok
     assert sum(covered) == complete["documents"] == sum(map(len, expected.values()))
     assert complete["tokens"] == sum(map(len, stored.values()))
     assert (complete["shards"], complete["dtype"]) == (len(covered), "uint16")
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32)])
+def test_a_token_takes_the_bytes_that_the_largest_one_needs(vocab_size, dtype):
+    assert prepared_module._dtype(SimpleNamespace(vocab_size=vocab_size)) == dtype
 
 
 def test_windows_over_shards_are_those_of_the_whole(make, small_shards):
@@ -378,7 +384,7 @@ def test_a_corpus_that_changes_while_it_is_prepared_is_refused(make, corpus, sma
     assert not [path for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir()]
 
 
-def test_what_was_left_out_is_told_to_all_who_read_the_tokens(make, tmp_path, corpus, capsys):
+def test_what_was_left_out_is_told_to_all_who_read_the_tokens(make, tmp_path, corpus, capsys, monkeypatch):
     make()
     assert "left out" not in capsys.readouterr().err
     with corpus.open("a") as file:
@@ -392,6 +398,11 @@ def test_what_was_left_out_is_told_to_all_who_read_the_tokens(make, tmp_path, co
         assert all(line.startswith(start) for line, start in zip(told, expected, strict=True))
         files.tell.cache_clear()  # as in another process, which finds the tokens
         make(bad_rows=2)
+    files.tell.cache_clear()
+    capsys.readouterr()
+    monkeypatch.setenv("RANK", "1")  # of several, of which the first one tells it
+    make(bad_rows=2)
+    assert capsys.readouterr().err == ""
     with pytest.raises(DataSourceError, match=r"2 rows or files .*data\.bad_rows=1, the first of them .*, row 241"):
         make(bad_rows=1)
 

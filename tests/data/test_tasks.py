@@ -191,11 +191,14 @@ SQUAD = {
         for a in "xyz"
     ]
 }
+DOCUMENTS = (0, 1, 2), (0, 1, 2, 2)  # of a question, and of the last one
 HOTPOT = [
     {
         "question": f"Who is {i}?",
         "answer": f"person {i}",
-        "context": [[f"Title {i}{j}", [f"Sentence {i}{j}.", " More."] * (300 if i == 0 else 1)] for j in range(3)],
+        "context": [
+            [f"Title {i}{j}", [f"Sentence {i}{j}.", " More."] * (300 if i == 0 else 1)] for j in DOCUMENTS[i == 5]
+        ],
     }
     for i in range(6)
 ]
@@ -235,6 +238,7 @@ def test_a_question_whose_documents_do_not_fit_is_passed_over(qa_files, encoder)
     _, samples = samples_of("qa_2", encoder, length=512, material=qa_files)
     assert [sample.references for sample in samples] == [[f"person {i}"] for i in range(1, 5)]
     assert all(len(sample.evidence) == 3 for sample in samples)
+    assert len(read_hotpotqa(qa_files.hotpotqa)[0][5].own) == 3, "what is there twice is one document"
     with pytest.raises(ValueError, match="6 samples of qa_2 do not fit into 512"):
         samples_of("qa_2", encoder, length=512, material=qa_files, count=6)
 
@@ -288,20 +292,23 @@ SAMPLES = {
     "niah_values_8": "7a276d16",
     "niah_values_16": "edb11fe0",
     "json_kv": "78a16376",
+    "qa_1": "467f7fdc",
+    "qa_2": "24d87e81",
 }
 
 
-def test_samples_have_not_changed_without_a_new_version():
-    assert SAMPLES.keys() == {name for name, task in TEXT_TASKS.items() if task.needs in (None, "haystack")}
+def test_samples_have_not_changed_without_a_new_version(qa_files):
+    assert SAMPLES.keys() == TEXT_TASKS.keys()
+    material = replace(MATERIAL, squad=qa_files.squad, hotpotqa=qa_files.hotpotqa)
     letters = SimpleNamespace(encode=lambda sample: range(len(sample.prompt + sample.answer_prefix) // 4))
     found = {}
     for name in SAMPLES:
         rows = []
         for length in (1000, 4096):
-            differs, samples = samples_of(name, letters, length=length, count=2)
+            differs, samples = samples_of(name, letters, length=length, count=2, material=material)
             rows += [differs, *map(asdict, samples)]
         for form in TEXT_TASKS[name].forms(4096):
-            draw = next(form.draws(MATERIAL, 1))
+            draw = next(form.draws(material, 1))
             rows += [form.differs, draw.least, draw.most, *(asdict(draw(draw.least + size)) for size in (0, 50))]
         found[name] = hashlib.blake2b(json.dumps(rows).encode(), digest_size=4).hexdigest()
     assert (GENERATOR_VERSION, found) == (1, SAMPLES)

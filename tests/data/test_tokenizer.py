@@ -34,7 +34,7 @@ def test_ids_stay_below_vocab_size(tokenizer, text_config):
     assert 0 <= min(ids) < 257 <= max(ids) < tokenizer.vocab_size
 
 
-def test_training_is_cached_and_deterministic(tokenizer, text_config, tmp_path):
+def test_training_is_cached_and_deterministic(tokenizer, text_config, tmp_path, monkeypatch):
     folders = list((tmp_path / "cache" / "tokenizers").glob("*/tokenizer.json"))
     written = folders[0].stat().st_mtime_ns
     build_tokenizer(text_config(), tmp_path / "cache")
@@ -50,7 +50,10 @@ def test_training_is_cached_and_deterministic(tokenizer, text_config, tmp_path):
     changes = [{"tokenizer_bytes": 9}, {"validation_fraction": 0.3}, {"eos_token": "</s>"}, {"bos_token": "<s>"}]
     for change in [*changes, {"max_documents": 100}]:
         build_tokenizer(text_config(**change), tmp_path / "cache")
-    assert len(list((tmp_path / "cache" / "tokenizers").glob("*/tokenizer.json"))) == 2 + len(changes) + 1
+    monkeypatch.setattr(tokenizer_module, "TRAINER_VERSION", tokenizer_module.TRAINER_VERSION + 1)
+    build_tokenizer(text_config(), tmp_path / "cache")
+    monkeypatch.undo()
+    assert len(list((tmp_path / "cache" / "tokenizers").glob("*/tokenizer.json"))) == 2 + len(changes) + 2
     other.save(folders[0])  # as a flipped bit in a merge: a tokenizer, and not the one that was trained
     with pytest.raises(ValueError, match=rf"is another tokenizer .* or remove {folders[0].parent}: the same"):
         build_tokenizer(text_config(), tmp_path / "cache")
