@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from data.task_sets import SUITES
-from experiments.figures import curves, routers, scores
+from experiments.figures import curves, paired, routers, scores
 from experiments.figures import page as page_module
 from experiments.figures.__main__ import FIGURES, main, write_figures
 from experiments.figures.page import WIDEST
@@ -23,7 +23,7 @@ from experiments.figures.rows import BARS, load_study
 from experiments.figures.setpoints import with_setpoints
 from experiments.files import read_rows
 from experiments.plots import METHODS, grid, save
-from experiments.speed.rows import CUDNN, DECODE, DENSE, FLASH_3, PASSES, SETUP, WHOLE
+from experiments.speed.rows import CUDNN, DECODE, DENSE, FLASH_3, FULL, PASSES, SETUP, WHOLE
 from experiments.sweep import collect
 from experiments.throughput import scaling_report as parallel_report
 from experiments.throughput.report import CASE
@@ -88,7 +88,8 @@ def rows():
         asked = {"target_sparsity": 0.5, "sparsity_count": "causal", "length": 256}
         yield row("loss", "nats", 3.5, label=label, by_row={"corpus": "ab", "nats": nats, "targets": [1, 1]}, **asked)
     for task in SUITES["ruler"]:
-        yield row(task, "match", 0.5 if task.startswith("niah") else 0.25, length=16384)
+        score, sparsity = (0.5, 0.5) if task.startswith("niah") else (0.25, 0.75)
+        yield row(task, "match", score, length=16384, causal_sparsity=sparsity)
         if task not in ("qa_1", "qa_2"):
             differs = "haystack: mine" if task == "niah_single_2" else None
             yield row(task, "match", 1.0, length=16384, label="nsa", differs=differs)
@@ -138,9 +139,9 @@ def study(tmp_path):
     throughput = [
         dict.fromkeys(CASE)
         | {"backend": backend, "length": length, "device": "GPU", "train": [], "status": "ok"}
-        | {"tokens_per_s": 1e5, "mfu_causal": 0.5}
-        for backend in ("full", "dash")
-        for length in (8192, 16384)
+        | {"tokens_per_s": rate, "mfu_causal": rate / 2e5, "mfu_sparse": rate / 4e5, "causal_sparsity": sparsity}
+        for backend, sparsity, rates in (("full", 0.0, (1e5, 5e4)), ("dash", 0.75, (1.2e5, 9e4)))
+        for length, rate in zip((8192, 16384), rates, strict=True)
     ]
     for name, content in (
         ("throughput.jsonl", throughput),
@@ -165,8 +166,8 @@ def table(figure, study):
 
 
 def with_more(study):
-    """Several methods, seeds, corpora and lengths in a panel, and every kind of value; without most of RULER's tasks,
-    each of which would take a panel."""
+    """Several methods, seeds, corpora and lengths in a panel, every kind of value, and what was measured again; without
+    most of RULER's tasks, each of which would take a panel."""
     asked = {"trained_knob": None, "knob": 1.0, "target_sparsity": 0.5, "sparsity_count": "causal"}
     more = [
         *(row("recall", "accuracy", 0.7 / k, label="nsa", knob=k, trained_knob=k, seed=s,
@@ -181,12 +182,17 @@ def with_more(study):
           for first in (2, 5)),
         row("sparsity", "active_tokens", 3, position=[4, 7], p10=2, p90=6, seed=1),
         *(row("routing", "active_blocks", 5 + s, probe="mqar", relevant=3, seed=s) for s in (0, 1)),
-        row("routing", "recall", 0.75, probe="mqar", per_head=[[0.5], [1.0]], seed=1),
-        row("routing", "recall", 0.5, probe="niah", label="nsa", per_head=[[0.5]], length=1024),
+        row("routing", "active_blocks", 9, probe="niah_single_2", relevant=2),
+        row("routing", "recall", 0.75, probe="mqar", per_head=[[1.0], [0.5]], seed=1),
+        row("routing", "recall", 0.5, probe="niah", label="nsa", per_head=[[0.5]], length=1024, stderr=0.01, samples=9),
         row("routing", "mass_recall", 0.5, probe="mqar", label="nsa", per_head=[[0.25], [0.75]]),
         *(row("routing", "entropy", s + 0.125, probe="mqar", label="infllmv2", length=n, seed=s)
           for n in (512, 1024) for s in (0, 1)),
+        *(row("routing", "entropy", n / 2048, probe="niah_values_1", length=n) for n in (512, 1024)),
+        row("niah_single_1", "match", 0.75, length=16384, seed=1),
+        row("niah_single_1", "match", 0.25, label="nsa"),
         row("niah", "match", 0.25, length=1024, depth=0.5, seed=1),
+        row("niah", "match", 0.875, depth=1.0, label="nsa"),
         row("niah", "match", 0.125, length=1024, depth=0.5, label="nsa"),
         *(row("loss", "nats", 3.5 - n / 2048 + s / 4, length=n, label="nsa", variant="documents", seed=s, samples=9,
               stderr=0.1) for n in (512, 1024) for s in (0, 1)),
@@ -201,12 +207,17 @@ def with_more(study):
     ]
     still = [r | {"grad_norm_router": 0.0} for r in training_rows("still") if r["split"] == "train"]
     numerics = [study.numerics[0] | {"backend": "nsa", "device": "GPU", "impl": "auto", "error": 1e-4}]
-    parallel = [ALONE | {"length": 4096}, PAIR | {"length": 4096, "tokens_per_s": 210.0, "backend": "dash"}]
+    parallel = [row | {"length": 4096, "git_sha": sha} for row, sha in ((ALONE, "a" * 40), (PAIR, "b" * 40))]
+    parallel[1] |= {"tokens_per_s": 210.0}
+    again = {"date": "2026-11-28T02:00:00+0000", "seed": 1}, {"date": "2026-11-30T01:00:00+0000"}
+    speed = [row | changes for row, changes in zip(study.speed, again, strict=False)]
     return replace(
         study,
         evaluations=found,
         training=study.training | {"recall-nsa-knob2-seed1": router, "still": still},
+        speed=[study.speed[0] | {"status": "error", "detail": "mended since"}, *speed, *study.speed[2:]],
         numerics=[*study.numerics, *numerics],
+        throughput=[study.throughput[0] | {"tokens_per_s": 1.0}, *study.throughput],
         parallel=[*study.parallel, *parallel],
     )
 
@@ -254,7 +265,7 @@ def test_every_figure_becomes_files_and_a_page(study, tmp_path, marks_stand_whol
         assert len(list(csv.DictReader((output / f"{stem}.csv").open()))) == len(table(figure.number, study)) > 0
         assert f'<h2 id="f{figure.number}">' in page
         made = figure.make(study)
-        text += [f"{figure.number}. {figure.title}", *made.notes, f"Rows: {made.origin}."]
+        text += [f"{figure.number}. {figure.title}, of {figure.needs}", *made.notes, f"Rows: {made.origin}."]
         text += [*(drawn.pop(0) if made.draw else []), *map(rounded, csv.reader((output / f"{stem}.csv").open())), ""]
         if figure.number not in (11, 14):
             assert (output / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
@@ -386,6 +397,10 @@ def test_router_recall_is_drawn_at_the_length_that_has_most_settings(study, tmp_
         for knob in (2.0, 8.0)
     ]
     turned.append(row("routing", "recall", 0.25, label="full", knob=None, length=512, probe="mqar", per_head=[[0.25]]))
+    turned += [
+        row("routing", "recall", 0.125, label="nsa", knob=knob, trained_knob=knob, probe="mqar", per_head=[[0.125]])
+        for knob in (1.0, 2.0)
+    ]
     (figure,) = (f for f in FIGURES if f.number == 6)
     figure.make(replace(study, evaluations=[*study.evaluations, *turned])).draw(tmp_path / "figure")
     ax = drawn[0].axes[0]
@@ -424,6 +439,7 @@ def test_a_ruler_table_says_what_is_missing_and_what_departs(study):
     assert (nsa["SG 1-3"], nsa["qa_1"], nsa["QA 1-2"], nsa["average"]) == (1.0, *["missing"] * 3)
     (made,) = (f.make(study) for f in FIGURES if f.number == 11)
     assert made.notes == ["niah_single_2 departs from RULER: haystack: mine."]
+    assert dash["causal_sparsity"] == pytest.approx((8 * 0.5 + 5 * 0.75) / 13)
     # Wilson's interval of 4 of 8, and of their mean by the root of the sum of squares: 24 samples.
     assert [dash[f"niah_single_1 {bound}"] for bound in ("low", "high")] == pytest.approx([0.2152, 0.7848], abs=1e-4)
     assert [dash[f"SG 1-3 {bound}"] for bound in ("low", "high")] == pytest.approx([0.3143, 0.6857], abs=1e-4)
@@ -439,6 +455,10 @@ def test_the_papers_numbers_stand_beside_ours(study):
     assert paper == {model: scores[-1] for model, scores in RULER_16K.items()}
     (ours,) = (r for r in ruler if r["model"] == "dash (router_scale 4)")
     assert ours["SG 1-3"] == 50
+    assert ours["source"] == "ours, 16384 tokens, 60% causally sparse"
+    chat = [r | {"variant": "template=chat"} for r in study.evaluations if r["task"] in SUITES["ruler"]]
+    source = "ours, 16384 tokens, template=chat, 60% causally sparse"
+    assert source in {r["source"] for r in table(14, replace(study, evaluations=chat))}
     (here,) = (r for r in table(11, study) if r["model"] == "dash (router_scale 4)")
     for bound in ("low", "high"):
         assert ours[f"SG 1-3 {bound}"] == pytest.approx(100 * here[f"SG 1-3 {bound}"])
@@ -455,6 +475,7 @@ def test_our_decoding_stands_beside_the_papers(study):
     rows = [common | {"method": FLASH_3, "ms": 0.06}, common | sparse | {"sparsity": 0.75, "ms": 0.03}]
     rows += [common | sparse | {"sparsity": 0.875, "ms": 0.02}, common | sparse | {"length": 32768, "ms": 0.01}]
     rows += [row | {"batch": 16, "ms": 1.0} for row in rows[:2]]
+    rows += [row | {"length": 1024} for row in (rows[0] | {"method": FULL}, rows[1])]  # against our own
     what = "decode speed-up over FlashAttention-3"
     ours = [r for r in table(14, replace(study, speed=rows)) if r["what"] == what and r["source"].startswith("ours")]
     assert ours == [
@@ -470,7 +491,7 @@ def test_our_decoding_stands_beside_the_papers(study):
     assert [r["75.00% sparse"] for r in both if "75.00% sparse" in r] == [2.0, 1.0]
     (made,) = (f.make(replace(study, speed=rows)) for f in FIGURES if f.number == 8)
     assert made.notes == []
-    assert {row["ratio"] for row in made.table} == {1.0, 2.0, 3.0, None}
+    assert {row["ratio"] for row in made.table if row["length"] > 1024} == {1.0, 2.0, 3.0, None}
 
 
 def test_several_devices_are_drawn_against_one(study, tmp_path, monkeypatch):
@@ -525,9 +546,14 @@ def test_extrapolation_and_ablations(study):
     beside = [
         *(row("loss", "nats", 2.0, label="sigma:1", length=length) for length in (512, 1024)),
         row("loss", "nats", 2.0, label="nsa"),
+        *(row("niah_values_2", "match", 0.5, length=length) for length in (512, 1024)),
     ]
+    for name, other in (("data", "code"), ("task", "y"), ("variant", "v"), ("metric", "acc"), ("label", "moba")):
+        alone = row("x", "match", 0.5, label=f"nsa {name}")
+        beside += [alone, alone | {"length": 1024, name: other}]
     added = replace(study, evaluations=[*study.evaluations, *beside])
-    assert table(10, added) == table(10, study)  # neither an ablation nor what was measured at one length only
+    # Neither an ablation, nor what was measured at one length only, nor probes that differ in what they need.
+    assert table(10, added) == table(10, study)
     shown = [(r["factor"], r["value"], r["score"]) for r in table(12, study) if r["knob"] == 2]
     assert sorted(shown) == [
         ("prior", "raw", 0.6),
@@ -592,7 +618,8 @@ def test_probes_that_need_as_many_blocks_count_by_how_much_they_counted(study):
 
 def test_a_router_at_one_place_of_its_knob_is_not_said_to_be_as_trained(study):
     for knob, said in ((4.0, "At the knob trained with."), (2.0, "Each at one place of its knob, which is in the")):
-        found = [row("routing", "recall", 0.5, probe="mqar", per_head=[[0.5]], knob=knob)]
+        found = [row("routing", "recall", 0.5, probe="mqar", per_head=[[0.5]], knob=k) for k in (4.0, knob)]
+        found[0] |= {"label": "nsa"}
         (made,) = (f.make(replace(study, evaluations=found)) for f in FIGURES if f.number == 6)
         assert made.notes[0].startswith(said)
 
@@ -641,6 +668,10 @@ def test_a_control_of_fewer_seeds_stands_beside_arms_of_those(study, tmp_path, m
         ("prior raw", 4.0): (0.75, 1),
     }
     assert made.notes[0] == "sigma: without seed 0, which has not all values."
+    drawn = []
+    monkeypatch.setattr(scores, "save", lambda figure, path: drawn.append(figure))
+    made.draw(tmp_path / "figure")
+    assert [ax.get_title().splitlines()[0] for ax in drawn[0].axes] == ["sigma, seed 1"]
 
 
 def test_a_line_joins_points_of_as_many_seeds(study, tmp_path, monkeypatch):
@@ -680,29 +711,28 @@ def test_an_ablation_compares_arms_of_the_same_seeds_with_their_control(study, t
 
 
 def test_many_runs_are_drawn_by_arm(study, tmp_path, monkeypatch):
-    runs = [
-        "recall-dash-raw-knob4-seed0",
-        "recall-dash-raw-knob1-seed1",
-        "recall-dash-lr:1e-3-seed0",
-        "recall-base-seed1",
-    ]
-    drawn = []
-    monkeypatch.setattr(curves, "grid", lambda panels, **sizes: drawn.append(panels) or grid(panels, **sizes))
-    monkeypatch.setattr(curves, "MANY", 3)
-    (made,) = (
-        f.make(replace(study, training={run: list(training_rows(run)) for run in runs}))
-        for f in FIGURES
-        if f.number == 9
-    )
+    """Losses and the norm of a router's gradient, of an arm's runs in one panel; not of a run of one step."""
+    names = ["recall-dash-raw-knob4-seed0", "recall-dash-lr:1e-3-seed0", "recall-base-seed1"]
+    names += [f"recall-dash-raw-knob1-seed{seed}" for seed in range(1, 6)]
+    runs = {name: list(training_rows(name)) for name in names}
+    first = runs["recall-base-seed1"][0]
+    runs["recall-base-seed1"] = [first | {"step": n, "tokens": 100 * n, "loss": 100 / n} for n in range(1, 131)]
+    router = runs["recall-dash-lr:1e-3-seed0"]
+    runs["recall-dash-lr:1e-3-seed0"] = [r | {"grad_norm_router": 0.1 * r["step"]} for r in router]
+    runs["recall-new-seed0"] = [first]
+    monkeypatch.setattr(curves, "MANY", 8)
+    monkeypatch.setattr(curves, "DRAWN", 12)
+    (made,) = (f.make(replace(study, training=runs)) for f in FIGURES if f.number == 9)
     styled = []
-    monkeypatch.setattr(curves, "save", lambda figure, path: styled.append(figure) or save(figure, path))
+    monkeypatch.setattr(curves, "save", lambda figure, path: styled.append((figure, path)))
     made.draw(tmp_path / "training")
-    assert drawn == [3]  # the losses of dash-raw, dash-lr and base; no row has a router's gradient norm
-    looks = {ax.get_title(): {line.get_color() for line in ax.lines} for ax in styled[0].axes}
+    ((figure, path),) = styled
+    assert path == tmp_path / "training"
+    looks = {ax.get_title(): {line.get_color() for line in ax.lines} for ax in figure.axes}
     assert looks["recall-dash-raw"] == {METHODS["dash-raw"][0]}
     assert looks["recall-dash-lr"] == {METHODS["dash"][0]}
-    assert (tmp_path / "training.png").exists()
-    text = "\n".join([*made.notes, *shown(styled[0])])
+    figure.draw_without_rendering()
+    text = "\n".join([*made.notes, *shown(figure)])
     assert_as_expected(text, Path(__file__).parent / "expected" / "arms.txt", tmp_path)
 
 
@@ -729,6 +759,11 @@ def test_what_a_study_lacks_is_told(study):
     assert notes(10, evaluations=needles) == [missing, BARS]
     assert notes(10, evaluations=losses) == ["Needle heat map: missing.", BARS]
     assert notes(10, evaluations=losses[:1]) is None
+    routing = [r for r in study.evaluations if r["task"] == "routing"]
+    assert notes(7, evaluations=[r for r in routing if r["length"] == 512]) is None
+    failed = replace(study, throughput=[r | {"status": "error"} for r in study.throughput])
+    (made,) = (f.make(failed) for f in FIGURES if f.number == 15)
+    assert (made.draw, len(made.table)) == (None, 4)
     bare = [
         {k: r[k] for k in ("run", "step", "split", "tokens", "loss", "step_time")} for r in list(training_rows("a"))[:1]
     ]
@@ -792,7 +827,9 @@ def test_costs_are_per_panel(study):
 
 def test_a_score_stands_at_the_time_that_its_own_model_takes_to_decode(study):
     times = [row("decode", "ms", 10 / knob, knob=knob, device="a GPU") for knob in (2.0, 4.0)]
-    study = replace(study, evaluations=[*study.evaluations, *times, row("decode", "ms", 1.0, length=99, device="x")])
+    others = {"data": "code", "label": "nsa", "config_hash": "y", "seed": 5, "step": 99, "length": 99}
+    times += [times[0] | {name: other, "score": 1.0, "device": "x"} for name, other in others.items()]
+    study = replace(study, evaluations=[*study.evaluations, *times])
     (made,) = (f.make(study) for f in FIGURES if f.number == 2)
     found = {
         (r["panel"].split(",")[0], r["knob"], r["amount"], r["score"]) for r in made.table if r["cost"] == "decode_ms"
@@ -885,33 +922,56 @@ def test_runs_that_are_called_alike_have_curves_of_their_own(tmp_path):
     assert {name: len(rows) for name, rows in found.items()} == {"a: x": 2, "b: x": 2, "y": 2, "c: x": 2}
 
 
-def test_losses_on_the_same_rows_are_compared_row_by_row(study):
-    made = make_paired(
-        replace(
-            study,
-            evaluations=[
-                loss("infllmv2", 0, [30.0, 20.0, 50.0], causal_sparsity=0.9),
-                loss("infllmv2", 1, [31.0, 22.0, 52.0], causal_sparsity=0.9),
-                loss("dash-sink", 0, [28.0, 19.0, 44.0], causal_sparsity=0.89),
-                loss("dash-sink", 1, [29.0, 21.0, 46.0], causal_sparsity=0.92),
-                loss("dash-sink", 2, [1.0, 1.0, 1.0]),  # nothing to compare with
-                loss("dash", 0, [1.0, 1.0, 1.0], corpus="b"),
-                loss("nsa", 0, [1.0, 1.0, 1.0], rows=9),
-                loss("infllmv2", 0, [30.0, 20.0, 50.0], target_sparsity=None),
-                loss("dash-sink", 0, [31.0, 20.0, 50.0], target_sparsity=None),
-            ],
-        )
-    )
-    found = {r["at"]: r for r in made.table}
-    assert set(found) == {"90%", "as trained"}
-    assert found["as trained"]["difference"] == pytest.approx(1 / 40)
-    at = found["90%"]
-    assert (at["label"], at["trained"], at["seeds"]) == ("dash-sink", "trained at 75% held", 2)
+def test_losses_on_the_same_rows_are_compared_row_by_row(study, tmp_path, monkeypatch):
+    evaluations = [
+        loss("infllmv2", 0, [30.0, 20.0, 50.0], causal_sparsity=0.9),
+        loss("infllmv2", 1, [31.0, 22.0, 52.0], causal_sparsity=0.9),
+        loss("dash-sink", 0, [28.0, 19.0, 44.0], causal_sparsity=0.89),
+        loss("dash-sink", 1, [29.0, 21.0, 46.0], causal_sparsity=0.92),
+        loss("dash-sink", 2, [1.0, 1.0, 1.0]),  # nothing to compare with
+        loss("dash", 0, [1.0, 1.0, 1.0], corpus="b"),
+        loss("moba", 0, [1.0, 1.0, 1.0]),
+        loss("nsa", 0, [1.0, 1.0, 1.0], rows=9),
+        loss("nsa", 0, [32.0, 24.0, 50.0], causal_sparsity=0.85),
+        loss("infllmv2", 0, [30.0, 20.0, 50.0], target_sparsity=None),
+        loss("dash-sink", 0, [31.0, 20.0, 50.0], target_sparsity=None),
+        *(loss(label, 0, nats, length=1024) for label, nats in (("infllmv2", [30.0] * 3), ("nsa", [31.0, 32.0, 33.0]))),
+    ]
+    evaluations[6]["by_row"]["targets"] = [20, 10, 10]
+    made = make_paired(replace(study, evaluations=evaluations))
+    assert made.origin == "seed 0, 1, 2"
+    order = [(r["length"], r["at"], r["label"]) for r in made.table]
+    assert order == [
+        (512, "as trained", "dash-sink"),
+        (512, "90%", "dash-sink"),
+        (512, "90%", "nsa"),
+        (1024, "90%", "nsa"),
+    ]
+    found = {(r["at"], r["label"]): r for r in made.table if r["length"] == 512}
+    assert found["as trained", "dash-sink"]["difference"] == pytest.approx(1 / 40)
+    at = found["90%", "dash-sink"]
+    assert (at["trained"], at["seeds"]) == ("trained at 75% held", 2)
     assert at["difference"] == pytest.approx(-9 / 40)
     assert at["sparsity_difference"] == pytest.approx(0.005)  # sparser than the reference
-    assert "differ by up to 0.5 points" in made.notes[1]
+    assert "differ by up to 5.0 points" in made.notes[1]  # less sparse
     # Per row -2, -1 and -6 of 10, 10 and 20 targets; Student's quantile of 2 degrees of freedom is 4.303.
     scatter = [-2 + 2.25, -1 + 2.25, -6 + 4.5]
     half = 4.30265 * np.sqrt(sum(x * x for x in scatter) * 3 / 2) / 40
     assert [at["low"], at["high"]] == pytest.approx([-9 / 40 - half, -9 / 40 + half], rel=1e-5)
-    assert made.notes[-1].endswith("infllmv2: dash.")
+    assert made.notes[-1].endswith("infllmv2: dash, moba.")
+    drawn = []
+    monkeypatch.setattr(paired, "save", lambda figure, path: drawn.append(figure))
+    made.draw(tmp_path / "figure")
+    drawn[0].draw_without_rendering()
+    assert_as_expected("\n".join(shown(drawn[0])), Path(__file__).parent / "expected" / "paired.txt", tmp_path)
+
+
+def test_figures_of_what_was_trained_leave_out_where_the_knob_was_turned(study):
+    turned = [
+        r | {"knob": 2.0, "score": 9.0, "per_head": [[9.0]], "p10": 9, "p90": 9}
+        for r in study.evaluations
+        if r["task"] in ("sparsity", "routing", "niah", "loss")
+    ]
+    both = replace(study, evaluations=[*study.evaluations, *turned])
+    for number in (3, 4, 5, 7, 10):
+        assert table(number, both) == table(number, study), number

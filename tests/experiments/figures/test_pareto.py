@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from data.task_sets import SUITES
 from experiments.figures import frontier, pareto
 from experiments.figures.rows import as_trained, line_of
 from experiments.intervals import interval
@@ -52,8 +53,9 @@ def test_an_answer_that_was_filtered_is_a_score_of_its_own_panel():
 
 
 def test_frontier_of_a_loss_prefers_low():
-    edge = frontier.frontier(scored((0.2, 3.0), (0.5, 3.5), (0.6, 3.2), metric="nats"))
-    assert [(p.sparsity, p.score) for p in edge] == [(0.2, 3.0), (0.6, 3.2)]
+    for metric in ("nats", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"):
+        edge = frontier.frontier(scored((0.2, 3.0), (0.5, 3.5), (0.6, 3.2), metric=metric))
+        assert [(p.sparsity, p.score) for p in edge] == [(0.2, 3.0), (0.6, 3.2)]
 
 
 def test_interpolation_never_leaves_the_measured_span():
@@ -108,7 +110,11 @@ def test_a_turned_knob_has_a_line_of_the_seeds_that_all_its_points_share():
 
 
 def test_two_runs_are_no_two_seeds():
-    for changes, differing in (({"config_hash": "another model", "score": 0.1}, "config_hash"), ({"rows": 9}, "rows")):
+    for changes, differing in (
+        ({"config_hash": "another model", "score": 0.1}, "config_hash"),
+        ({"rows": 9}, "rows"),
+        ({"step": 200, "rows": 9}, "rows, step"),
+    ):
         with pytest.raises(
             ValueError, match=rf"two results of dash .* \(they differ in {differing}\): give one a label"
         ):
@@ -141,6 +147,7 @@ def test_curves_are_compared_over_the_span_they_share():
     assert frontier.mean_score(narrow, 0.5, 0.8) == pytest.approx((0.9 + 0.6) / 2)
     bent = scored((0.2, 1.0), (0.4, 0.8), (0.8, 0.0))
     assert frontier.mean_score(bent, 0.2, 0.8) == pytest.approx((0.2 * 0.9 + 0.4 * 0.4) / 0.6)
+    assert frontier.mean_score(bent, 0.5, 0.7) == pytest.approx(0.4)  # the bend lies outside
     assert frontier.common_span([wide, scored((0.85, 1.0), (0.9, 1.0))]) is None
 
 
@@ -157,6 +164,17 @@ def test_rulers_average_is_over_the_tasks_that_all_settings_have():
     assert average["bytes_read"] == 250
     panels = {p.panel.task for p in frontier.points(frontier.of_frontiers(rows))}
     assert panels == {"vt", "cwe", "recall", "ruler (2 of 13 tasks)"}
+    (average,) = frontier.ruler_averages(
+        row(task, 0.2) | {"causal_sparsity": number / 24} for number, task in enumerate(SUITES["ruler"])
+    )
+    assert (average["task"], average["causal_sparsity"]) == ("ruler", pytest.approx(0.25))
+    asked = {"data": "text", "length": 1024, "variant": "chat", "rows": 9}
+    for name, value in (asked | {"label": "nsa", "config_hash": "x", "seed": 1, "knob": 2.0, "step": 200}).items():
+        pair = [row(task, 0.2) for task in ("vt", "cwe")]
+        pair += [row(task, 0.6) | {name: value} for task in ("vt", "cwe", "fwe")]
+        found = [(average["task"], round(average["score"], 9)) for average in frontier.ruler_averages(pair)]
+        alone = [("ruler (2 of 13 tasks)", 0.2)] if name in asked else []  # else one task of three is missing there
+        assert found == [*alone, ("ruler (3 of 13 tasks)", 0.6)], name
 
 
 def at_sparsity(target, knob, **changes):
@@ -237,8 +255,11 @@ def test_only_the_newest_checkpoint_counts():
     assert [row["step"] for row in rows] == [200]
     again = [make_row(step=200, score=score) for score in (0.3, 0.2)]  # of the same checkpoint, the row written last
     assert [row["score"] for row in frontier.newest(again)] == [0.2]
-    other_work = [make_row(step=100, rows=4), make_row(step=200, rows=8)]
-    assert frontier.newest(other_work) == other_work
+    others = {"label": "x", "config_hash": "x", "task": "x", "metric": "x", "length": 1, "rows": 1, "seed": 1}
+    others |= {"knob": 2.0, "variant": "x", "probe": "x", "position": [0, 0], "depth": 0.5, "relevant": 1, "part": "x"}
+    for name, value in others.items():
+        other_work = [make_row(step=100), make_row(step=200) | {name: value}]
+        assert frontier.newest(other_work) == other_work, name
 
 
 def test_says_so_where_no_dense_control_solves_the_task():

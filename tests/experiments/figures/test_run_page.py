@@ -19,8 +19,10 @@ def make_run(path, steps=(1, 2, 3), layers=3, config="attention:\n  name: dash\n
     with (path / "metrics.jsonl").open("w") as file:
         for step in steps:
             row = {"step": step, "split": "train", "tokens": 100 * step, "loss": 4.0 - step, "lr": 1e-3}
-            row |= {"grad_norm": 1.0, "tokens_per_s": 12345.0, "step_time": 0.5, "data_wait": 0.125}
-            row |= {"causal_sparsity": 0.5, "causal_sparsity_per_layer": [0.1 * step] * layers} if layers else {}
+            row |= {"grad_norm": 1.0, "tokens_per_s": 12345.0, "step_time": 0.5 if step == steps[-1] else 1.0}
+            of_layers = [0.1 * step + 0.01 * layer for layer in range(layers)]
+            row |= {"causal_sparsity": 0.5, "causal_sparsity_per_layer": of_layers} if layers else {}
+            row |= {"data_wait": 0.125}
             file.write(json.dumps(row | columns) + "\n")
     return path
 
@@ -156,7 +158,7 @@ def test_runs_of_different_size_are_shown_by_what_they_cost(tmp_path, monkeypatc
     assert shows(small, large) == [(loss, "tokens", "linear")]  # of one it is not known
     for steps, scale in ((24, "linear"), (25, "log")):  # the other has 3
         longer = make_run(tmp_path / f"longer{steps}", steps=range(1, steps + 1))
-        assert shows(small, longer) == [(loss, "tokens", scale)]
+        assert shows(*((small, longer) if steps == 24 else (longer, small))) == [(loss, "tokens", scale)]
 
 
 def test_the_whole_page(tmp_path, monkeypatch):
@@ -178,7 +180,9 @@ def test_the_whole_page(tmp_path, monkeypatch):
         "peak_memory_mib": 2560,
     }
     dash = make_run(tmp_path / "dash", **all_columns, grad_norm_chunk_query=1e-4, tokens_per_s=1.5e6)
-    dense = make_run(tmp_path / "b", range(4, 33, 7), 0, "attention:\n  name: full\nsteps: 90\nseed: 7\n", lr=2e-3)
+    config = "attention:\n  name: full\nsteps: 90\nseed: 7\n"
+    dense = make_run(tmp_path / "b", range(3, 34, 3), 0, config, lr=2e-3, data_wait=0.0)
+    (dense / "config.yaml").write_text((dense / "config.yaml").read_text().replace("name: b\n", "name: its own\n"))
     with (dash / "metrics.jsonl").open("a") as file:
         for step in (1, 3):
             file.write(
@@ -186,6 +190,8 @@ def test_the_whole_page(tmp_path, monkeypatch):
             )
     with_scores(dash, (0.75, 0.25), (0.5, 0.5))
     with_scores(dense, (0.0, 0.75), parameters=2_000_000)
+    before = SCORE | {"score": 0.125, "causal_sparsity": 0.75, "knob": 7.5, "step": 2}  # of an older checkpoint
+    (dash / "results.jsonl").write_text(json.dumps(before) + "\n" + (dash / "results.jsonl").read_text())
     text = drawn(dash, dense)
     assert len(figures) == len(re.findall("<figure>", text))
     assert_as_expected(text, Path(__file__).parent / "expected" / "report.html", tmp_path)
