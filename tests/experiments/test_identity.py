@@ -178,6 +178,7 @@ def test_other_tokens_than_the_weights_are_refused_unless_asked_for(make, tmp_pa
         find_target(EvaluateConfig(**folder | {"data": named}))
     target = find_target(EvaluateConfig(**folder | {"data": named}, any_tokenizer=True))
     assert target.tokenizer.fingerprint() == other.fingerprint()
+    assert target.identity["text"] != find_target(EvaluateConfig(**folder)).identity["text"], "it is text to this model"
 
 
 def test_a_corpus_that_was_moved_or_touched_is_the_same(make, tmp_path):
@@ -246,6 +247,9 @@ def test_a_run_keeps_the_commit_of_what_it_reads_from_the_hub(make_config, tmp_p
     assert load_config(other / "config.yaml").data.revision == SECOND
     starts = [json.loads((x / "start.json").read_text())["data"]["tokens_fingerprint"] for x in (run, other)]
     assert starts[0] != starts[1]
+    export(run, tmp_path / "folder")
+    scored = EvaluateConfig(run=str(tmp_path / "folder"), data=make("x").data, device="cpu")
+    assert find_target(scored).train.data.revision == SECOND
     hub.disconnect()  # what was prepared needs no network
     set_back(run, 1)
     assert_same(weights(train(make("run")), 2), last)
@@ -326,7 +330,10 @@ def test_whoever_reads_text_begins_it_as_documents_began(make, tmp_path, monkeyp
     export(run, tmp_path / "exported")
     theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path / "exported")
     assert theirs("the water")["input_ids"] == [bos, *ids]
-    assert json.loads((tmp_path / "exported" / "config.json").read_text())["bos_token_id"] == bos
+    config = json.loads((tmp_path / "exported" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (bos, tokenizer.eos_id)
+    scored = EvaluateConfig(run=str(tmp_path / "exported"), data=make("x").data, device="cpu")
+    assert find_target(scored).train.data.bos_token == "<s>"
 
 
 def test_a_tokenizer_that_lies_elsewhere_is_the_one_that_was_kept(make, tmp_path):

@@ -105,6 +105,8 @@ def test_it_is_whole_also_where_nothing_was_new(recall_run, capsys):
     assert [knob for _, knob in order] == [5.0, 5.0, 1.0, 1.0]
     assert [row for row in again.rows() if row["task"] == "loss"] == first[::-1]
     assert list(again.run()) == []
+    config.tasks = ["loss"]
+    assert Evaluation(config, find_target(config)).rows() == first[::-1]
     config.label = "of another name"
     assert Evaluation(config, find_target(config)).rows() == []
 

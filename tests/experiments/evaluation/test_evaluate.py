@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +20,11 @@ from data import IGNORE, Batch, build_data
 from experiments.evaluation import evaluate as evaluation
 from experiments.evaluation.config import EvaluateConfig
 from experiments.evaluation.evaluate import bytes_read, evaluate, find_target
+from experiments.evaluation.export import export
 from experiments.evaluation.target import build_model
 from experiments.evaluation.tasks import streams
 from experiments.files import read_rows
+from experiments.intervals import ratio_stderr
 from experiments.schema import to_config
 from experiments.training.checkpoint import seal
 from experiments.training.ranks import Ranks
@@ -31,6 +34,7 @@ from tests import forked
 MQAR = (
     *("experiment=pareto_recall", "device=cpu", "threads=1", "steps=2", "optim.warmup_steps=1", "eval_every=0"),
     *("data.seq_len=64", "data.pairs_max=8", "data.validation_rows=6", "model.hidden_size=32", "model.head_dim=16"),
+    "seed=3",
 )
 DASH = ("attention=dash", "attention.chunk_size=8", "attention.router_scale=2")
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -53,12 +57,21 @@ def run(config):
     return list(evaluate(config, find_target(config)))
 
 
-def test_recall_and_loss_equal_the_models_own(recall_run):
+def test_recall_and_loss_equal_the_models_own(recall_run, monkeypatch):
     config = EvaluateConfig(run=str(recall_run), tasks=["recall", "loss"], rows_per_batch=4, device="cpu")
+    spent, turn_knob, measure = [], evaluation.turn_knob, streams.measure
+    # What is not the run's own, and what takes 100 seconds and 3.
+    monkeypatch.setattr(evaluation, "git_state", lambda: ({"sha": "of the evaluation"}, ""))
+    monkeypatch.setattr(evaluation, "config_hash", lambda train: "of the evaluation")
+    monkeypatch.setattr(evaluation, "time", SimpleNamespace(perf_counter=lambda: sum(spent)))
+    monkeypatch.setattr(evaluation, "turn_knob", lambda *args: spent.append(100.0) or turn_knob(*args))
+    monkeypatch.setattr(streams, "measure", lambda *args: spent.append(3.0) or measure(*args))
     recall, loss = run(config)
+    monkeypatch.undo()
     target = find_target(config)
-    (batch,) = build_data(target.train.data, split="validation", seed=0, rows=6)
+    (batch,) = build_data(target.train.data, split="validation", seed=3, rows=6)
     model = build_model(target)
+    assert not model.training
     with torch.no_grad():
         output = model(batch.input_ids, position_ids=batch.position_ids, return_stats=True)
         expected = model(batch.input_ids, labels=batch.labels).loss
@@ -76,10 +89,27 @@ def test_recall_and_loss_equal_the_models_own(recall_run):
     assert loss["causal_sparsity"] == pytest.approx(sparsity.mean().item(), abs=1e-6)
     assert loss["causal_sparsity_per_layer"] == pytest.approx(sparsity.tolist(), abs=1e-6)
     assert 0 < loss["causal_sparsity"] < 1
-    assert {"backend", "task", "metric", "score", "length", "seed", "knob", "causal_sparsity", "paper_sparsity"} <= (
-        loss.keys()
-    )
-    assert {"active_tokens", "seconds", "checkpoint", "config_hash", "git_sha", "device", "date"} <= loss.keys()
+
+    checkpoint = recall_run / "checkpoints" / "step-00000002"
+    state, start, git = (json.loads((checkpoint / f"{name}.json").read_text()) for name in ("state", "start", "git"))
+    told = {
+        **{"backend": "dash", "data": "mqar", "seed": 3, "knob": 2.0, "knob_name": "router_scale", "trained_knob": 2.0},
+        **{"trained_sparsity": None, "trained_sparsity_count": None, "target_sparsity": None, "sparsity_count": None},
+        **{"checkpoint": "step-00000002", "step": 2, "tokens": 2 * 8 * 64, "parameters": start["parameters"]},
+        **{"config_hash": state["config_hash"], "git_sha": git["sha"], "device": "cpu", "label": "dash"},
+        **{"length": 64, "rows": 6, "variant": None, "seconds": 3.0, "bytes_read": bytes_read(model, loss)},
+        **{"task": "loss", "metric": "nats", "position": None, "samples": 6, "by_corpus": {}, "paper_sparsity": None},
+    }
+    assert {key: loss[key] for key in told} == told
+    nats, targets = loss["by_row"]["nats"], loss["by_row"]["targets"]
+    assert loss["stderr"] == ratio_stderr(nats, targets)
+    measured = {"causal_sparsity", "causal_sparsity_per_layer", "active_tokens", "active_tokens_per_layer"}
+    measured |= {"routing_reads", "routing_reads_per_layer"}
+    assert loss.keys() == told.keys() | measured | {"score", "stderr", "by_row", "date"}
+    assert (recall["metric"], recall["samples"], recall["seconds"]) == ("accuracy", 6, 3.0)
+
+    halved = replace(target.train, deepspeed=replace(target.train.deepspeed, precision="bf16"))
+    assert {p.dtype for p in build_model(replace(target, train=halved)).parameters()} == {torch.bfloat16}
 
 
 def test_knobs_turn_and_nothing_is_done_twice(recall_run):
@@ -107,6 +137,9 @@ def test_a_checkpoint_is_evaluated_at_its_own_step_beside_the_others(tmp_path):
         (row,) = run(config)
         assert (row["checkpoint"], row["step"], row["tokens"]) == (f"step-0000000{step}", step, step * 8 * 64)
         assert run(config) == []
+        export(config.run, tmp_path / f"folder-{step}")
+        model = build_model(replace(find_target(config), checkpoint=tmp_path / f"folder-{step}"))
+        assert model.backends[0].metrics()["alpha"] == pytest.approx(alpha)
 
 
 @pytest.mark.parametrize(("attention", "routing"), [(DashConfig(), 1), (NSAConfig(), 2)])
@@ -127,20 +160,30 @@ def test_bytes_read_count_an_index_key_once_for_all_heads():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_loss_is_told_by_row_and_by_corpus(packed):
-    tally = streams.Tally(["loss"])
-    tally.sparsity = SimpleNamespace(add=lambda stats, packed: None)
+def test_the_loss_is_told_by_row_by_corpus_and_by_position(packed):
+    tally, seen = streams.Tally(["loss", "position"]), []
+    tally.sparsity = SimpleNamespace(add=lambda stats, packed: seen.append(packed))
     losses = torch.tensor([[1.0, 0.0, 2.0], [0.0, 0.0, 3.0], [4.0, 4.0, 4.0]])
     labels = torch.tensor([[5, IGNORE, 5], [IGNORE, IGNORE, 5], [5, 5, 5]])
+    positions = torch.tensor([[0, 1, 2], [7, 8, 0], [0, 1, 3]])  # in documents
     for rows, sources in ((slice(0, 2), ("prose", "code")), (slice(2, 3), ("prose",))):
         shape = (1, -1) if packed else (len(sources), -1)
         tokens = labels[rows].reshape(shape)
-        batch = Batch(tokens, tokens, torch.zeros_like(tokens), sources=sources)
+        starts = torch.tensor([0, 3]) if packed else None
+        batch = Batch(tokens, tokens, positions[rows].reshape(shape), cu_seqlens=starts, sources=sources)
         tally.add(batch, SimpleNamespace(token_losses=losses[rows].reshape(shape), stats=None))
     (row,) = streams.SCORES["loss"](tally)
     assert row["score"] == pytest.approx(18 / 6)
     assert row["by_corpus"] == {"code": 3.0, "prose": 15 / 5}
     assert row["by_row"] == {"corpus": ["prose", "code", "prose"], "nats": [3, 3, 12], "targets": [2, 1, 3]}
+    assert (row["stderr"], row["samples"]) == (ratio_stderr([3, 3, 12], [2, 1, 3]), 3)
+    assert seen == [packed] * 2
+    keys = ("position", "score", "samples", "stderr")
+    assert [tuple(row[key] for key in keys) for row in streams.SCORES["position"](tally)] == [
+        ([0, 0], 8 / 3, 3, ratio_stderr([1, 3, 4], [1, 1, 1])),
+        ([1, 1], 4, 1, None),
+        ([2, 3], 6 / 2, 2, ratio_stderr([2, 4], [1, 1])),
+    ]
 
 
 def test_loss_by_position_averages_to_the_loss(tiny_overrides):
@@ -171,15 +214,16 @@ def test_the_whole_split_and_a_padded_vocabulary(tiny_overrides):
 
 
 def test_a_changed_corpus_is_refused(tiny_overrides):
-    overrides, run_dir = tiny_overrides("run", "steps=2")
+    overrides, run_dir = tiny_overrides("run", "steps=2", "attention=dash", "attention.chunk_size=8")
     train.train(compose_train(overrides))
     checkpoint = run_dir / "checkpoints" / "step-00000002"
     start = checkpoint / "start.json"
     start.write_text(start.read_text().replace('"tokens_fingerprint": "', '"tokens_fingerprint": "x'))
     (checkpoint / "manifest.json").unlink()
     seal(checkpoint, Ranks(0, 1, torch.device("cpu")))
-    with pytest.raises(ValueError, match="has changed since"):
-        run(EvaluateConfig(run=str(run_dir), device="cpu"))
+    for asked in ({"tasks": ["loss"]}, {"tasks": ["decode"]}, {"tasks": ["json_kv"], "sparsities": [0.1]}):
+        with pytest.raises(ValueError, match="has changed since"):
+            run(EvaluateConfig(run=str(run_dir), device="cpu", **asked))
 
 
 def test_half_a_row_of_a_crash_makes_way_for_whole_ones(recall_run):
@@ -240,10 +284,13 @@ def test_what_another_evaluation_made_meanwhile_is_not_computed_again(recall_run
 
 
 def test_progress_counts_tokens(recall_run):
-    config = EvaluateConfig(run=str(recall_run), tasks=["recall"], lengths=[32, 64], device="cpu")
-    shares = []
+    """Of as many rows as each task has: six, and one that is decoded."""
+    config = EvaluateConfig(run=str(recall_run), tasks=["recall", "decode"], lengths=[32, 64], device="cpu")
+    shares, done = [], []
     for row in evaluation.Evaluation(config, find_target(config)).run(shares.append):
-        assert shares[-1] == pytest.approx({32: 1 / 3, 64: 1.0}[row["length"]])
+        done.append((row["task"], shares[-1] * 7 * (32 + 64)))
+    tokens = (6 * 32, 7 * 32, 7 * 32 + 6 * 64, 7 * (32 + 64))
+    assert done == list(zip(2 * ["recall", "decode"], map(pytest.approx, tokens), strict=True))
     assert shares == sorted(shares)
 
 
@@ -252,7 +299,9 @@ def test_a_length_given_twice_is_one(recall_run):
     assert [row["length"] for row in rows] == [32, 64]
 
 
-def test_rows_go_where_output_says_and_tell_one_run_from_another(recall_run, tmp_path):
+def test_rows_go_where_output_says_and_tell_one_run_from_another(recall_run, tmp_path, monkeypatch):
+    sources, setting = [], evaluation.Setting  # by which answers that are kept are known
+    monkeypatch.setattr(evaluation, "Setting", lambda *values: sources.append(values[3]) or setting(*values))
     before = {path: path.stat().st_mtime_ns for path in recall_run.rglob("*")}
     config = EvaluateConfig(run=str(recall_run), sparsities=[0.5], device="cpu", output=str(tmp_path / "rows" / "new"))
     (row,) = run(config)
@@ -270,12 +319,15 @@ def test_rows_go_where_output_says_and_tell_one_run_from_another(recall_run, tmp
     (second,) = run(config)
     assert second["score"] != row["score"]
     assert len(read_rows(tmp_path / "rows" / "new" / "calibrations.jsonl")) == 2
+    assert len(set(sources)) == len(sources) == 2
 
 
 def test_a_run_one_may_not_write_to_is_refused_before_anything_is_computed(recall_run, monkeypatch):
     monkeypatch.setattr("experiments.files.os.access", lambda path, mode: False)  # for root everything may be written
     with pytest.raises(ValueError, match=r"recall cannot be written.*output=\.\.\. names another directory"):
         find_target(EvaluateConfig(run=str(recall_run), device="cpu"))
+    monkeypatch.setattr("experiments.files.os.access", lambda path, mode: path != recall_run)
+    assert find_target(EvaluateConfig(run=str(recall_run), device="cpu", output=f"{recall_run}-rows"))
 
 
 def test_a_score_that_is_no_number_is_told_with_its_task(recall_run, monkeypatch):
@@ -302,9 +354,9 @@ def test_a_failing_evaluation_keeps_the_rows_before_it(recall_run, monkeypatch):
     assert [json.loads(line)["knob"] for line in (recall_run / "results.jsonl").open()] == [1.0]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_refusals(recall_run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for changes, message in (
         ({"tasks": ["perplexity"]}, "choose from loss, position, recall"),
         ({"tasks": ["loss", "niah_singel_1"]}, r"did you mean niah_single_1 .*\? Or choose from loss"),
         ({"tasks": []}, "choose from"),
@@ -312,9 +364,9 @@ def test_a_failing_evaluation_keeps_the_rows_before_it(recall_run, monkeypatch):
         ({"knobs": [-1.0]}, r"knobs\[0\] must be a finite number of at least 0"),
         ({"rows": 0}, "rows must be a positive integer"),
         ({"device": "tpu"}, "device must be one of auto, cpu, cuda"),
+        ({"device": "cuda"}, "PyTorch sees no GPU: use device=cpu"),
+        ({"attention": DashConfig()}, "is for a Hugging Face folder: the run .*recall has its own, leave it out"),
         ({"run": "/nonexistent"}, "/nonexistent does not exist: give a run directory"),
-    ],
-)
-def test_refusals(recall_run, changes, message):
-    with pytest.raises(ValueError, match=message):
-        find_target(EvaluateConfig(**{"run": str(recall_run)} | changes))
+    ):
+        with pytest.raises(ValueError, match=message):
+            find_target(EvaluateConfig(**{"run": str(recall_run)} | changes))

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +16,13 @@ from data import NO_TOKEN
 from data.tokenizer import train_bpe
 from experiments.config import load_config
 from experiments.evaluation.config import EvaluateConfig, register_evaluate_config
-from experiments.evaluation.evaluate import evaluate, find_target
+from experiments.evaluation.evaluate import evaluate, find_target, own_label
 from experiments.evaluation.export import export
+from experiments.evaluation.folder import locate_model
 from experiments.evaluation.generate import GenerateConfig, run_generation
 from experiments.evaluation.target import build_model, locate, validation_stream
 from experiments.files import CONFIGS
+from experiments.provenance import git_state
 from experiments.schema import to_config
 
 register_evaluate_config()
@@ -77,9 +80,11 @@ def test_the_loss_is_transformers_and_nothing_was_trained(folder, tmp_path):
     assert (data.tokenizer, data.bos_token) == (str(folder), NO_TOKEN)  # said in full: rows are known by it
 
 
-def test_another_attention_and_its_knob(folder, tmp_path):
+def test_another_attention_and_its_knob(folder, tmp_path, capsys):
     sparse = ("attention=dash", "attention.chunk_size=8", "knobs=[0.1,1000]")
     first, second = rows_of(configure(tmp_path, folder, *sparse))
+    new = "new: attention.backend.chunk_query of layers 0-1; dropped: none"
+    assert capsys.readouterr().out == f"weights of {folder}; {new}\n"
     assert first["causal_sparsity"] < second["causal_sparsity"]
     assert (first["backend"], first["knob"], first["trained_knob"]) == ("dash", 0.1, None)
     assert first["label"] == "dash, untrained"
@@ -117,9 +122,12 @@ def test_text_that_has_changed_is_scored_anew_with_a_knob_of_its_own(folder, tmp
     assert first["score"] != second["score"]
 
 
-def test_what_cannot_be_scored_gets_one_line(folder, tmp_path):
+def test_what_cannot_be_scored_gets_one_line(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"name the text to score it on.*data=python_stdlib"):
         find_target(configure(tmp_path, folder, data=()))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="PyTorch sees no GPU: use device=cpu"):
+        find_target(configure(tmp_path, folder, "device=cuda"))
     for option, instead in (
         ("target_sparsity=0.5", r"sparsities=\[0.75\]"),
         ("sparsity_count=paper", "sparsity_count"),
@@ -152,6 +160,10 @@ def test_what_cannot_be_scored_gets_one_line(folder, tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 200}))
     with pytest.raises(ValueError, match=r"model\.vocab_size=200 is below the 27. of data\.tokenizer"):
         find_target(configure(tmp_path, folder))
+    (window / "model.safetensors").rename(tmp_path / "weights")
+    with pytest.raises(ValueError, match=r"mistral has no model\.safetensors"):
+        find_target(configure(tmp_path, window, "lengths=[128]"))
+    (tmp_path / "weights").rename(window / "model.safetensors")
     (window / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
         find_target(configure(tmp_path, window, "lengths=[128]"))
@@ -160,7 +172,7 @@ def test_what_cannot_be_scored_gets_one_line(folder, tmp_path):
     assert not (tmp_path / "rows").exists()
 
 
-def test_an_export_is_scored_as_its_run(text_run, tmp_path):
+def test_an_export_is_scored_as_its_run(text_run, tmp_path, monkeypatch):
     """With its learned chunk queries and options, under a name that says what it is."""
     folder = tmp_path / "exported"
     export(text_run, folder)
@@ -176,6 +188,11 @@ def test_an_export_is_scored_as_its_run(text_run, tmp_path):
     assert {name: row[name] for name in columns} == {name: expected[name] for name in columns}
     assert (row["label"], row["untrained"]) == ("dash, exported", None)
     assert 0 < row["causal_sparsity"] < 1
+    assert (row["tokens"], row["git_sha"]) == (0, git_state()[0]["sha"])  # nothing was trained, and who evaluates
+    with monkeypatch.context() as patch:
+        patch.chdir(folder)
+        target = find_target(replace(same, run=".", output=None))
+        assert (own_label(target), target.rows_dir) == ("dash, exported", Path("outputs/exported-dash"))
     weights, own = (build_model(find_target(config)).state_dict() for config in (of_run, same))
     (queries,) = {name for name in own if "chunk_query" in name and name.startswith("layers.0.")}
     assert own[queries].abs().sum() > 0
@@ -210,6 +227,9 @@ def test_without_text_what_needs_none(text_run, tmp_path, capsys):
     config.tasks = config.tasks[:1]
     (row,) = rows_of(config)
     assert (row["task"], row["length"], row["data"]) == ("niah_single_1", 700, "no text")
+    target = find_target(replace(config, lengths=[512, 700, 600]))
+    assert (target.train.data.seq_len, target.train.cache_dir) == (700, config.cache_dir)
+    assert locate_model(str(folder), "cpu", 40).train.data.seq_len == 40
     for asked in ({"tasks": ["loss"]}, {"tasks": ["decode"]}, {"sparsities": [0.5]}):
         with pytest.raises(ValueError, match="name the text to score it on"):
             find_target(replace(config, **asked))

@@ -43,10 +43,14 @@ def test_a_run_continues_a_prompt_and_says_how_fast(run, capsys, monkeypatch):
         return [[65, 67, 68], [66], []]
 
     monkeypatch.setattr(generate, "generate", continued)
+    monkeypatch.setattr(generate, "limit_memory", lambda device: asked.update(device=device))
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: asked.update(threads=threads))
+    monkeypatch.setattr(Transformer, "compile_layers", lambda model, options: asked.update(compiled=options))
     monkeypatch.setattr(generate, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
     options = {"temperature": 0.5, "top_p": 0.9, "top_k": 3, "repetition_penalty": 1.5, "knob": 7.0, "seed": 5}
+    options |= {"compile": True, "device": "cpu"}
     run_generation(
-        GenerateConfig(run, prompts=["a", "b", "c"], threads=1, stop_tokens=["x"], max_new_tokens=3, **options)
+        GenerateConfig(run, prompts=["a", "b", "c"], threads=2, stop_tokens=["x"], max_new_tokens=3, **options)
     )
     tokenizer = locate(run, "cpu").tokenizer
     assert asked.pop("stop_tokens") == {tokenizer.eos_id, *tokenizer.encode("x")}
@@ -56,6 +60,7 @@ def test_a_run_continues_a_prompt_and_says_how_fast(run, capsys, monkeypatch):
         "seeds": [int(fingerprint(5, index), 16) for index in range(3)],
         "prompts": [1, 1, 1],
         "knobs": {7.0},
+        **{"threads": 2, "device": "cpu", "compiled": {"coordinate_descent_tuning": True}},
     }
     said = "3 tokens read, the first new one after 1.50 s, then 1.0 tokens/s; 4 in all\n"
     assert capsys.readouterr().err.endswith(said)

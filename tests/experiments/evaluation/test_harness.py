@@ -1,6 +1,7 @@
 """Our checkpoint under lm-evaluation-harness, offline: tasks of a local file, against the model asked directly."""
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from experiments.evaluation.evaluate import evaluate, find_target
 from experiments.evaluation.export import export
 from experiments.evaluation.lm_eval_options import GenerationOptions, read_options
 from experiments.schema import to_config
-from models import Transformer
+from models import ModelConfig, Transformer
 from models.generate import Sampling
 
 pytest.importorskip("lm_eval")
@@ -134,6 +135,8 @@ def test_log_likelihoods_are_the_models_own(run_dir):
         assert total == pytest.approx(expected[-scored:].sum().item(), abs=1e-3)
     context = lm.tok_encode("import os")
     _, greedy = log_p(lm.model, [*context, 0])
+    turned = HarnessModel(str(run_dir), knob=3.0, device="cpu").model
+    assert {backend.config.router_scale for backend in turned.backends} == {3}
     ((_, is_greedy),) = lm._loglikelihood_tokens([(None, context, [greedy[-1]])], disable_tqdm=True)
     ((_, is_other),) = lm._loglikelihood_tokens([(None, context, [greedy[-1] - 1])], disable_tqdm=True)
     assert (is_greedy, is_other) == (True, False)
@@ -190,19 +193,20 @@ def test_a_context_of_white_space_is_none(run_dir):
 
 def test_rolling_predicts_every_token_once(run_dir):
     lm = HarnessModel(str(run_dir), device="cpu", max_length=16)
-    text = "".join(document["text"] for document in DOCUMENTS)
+    texts = ("".join(document["text"] for document in DOCUMENTS), DOCUMENTS[1]["text"])
     cached = cached_by(lm)
-    (total,) = lm.loglikelihood_rolling(requests("loglikelihood_rolling", (text,)), disable_tqdm=True)
-    assert cached == {("loglikelihood_rolling", str((text,))): total}
-    ids = [lm.eot_token_id, *lm.tok_encode(text)]
-    expected, position = 0.0, 1
-    while position < len(ids):  # windows of 16 targets, the last one with what context fits
-        last = min(position + 16, len(ids))
-        first = max(0, last - 17)
-        expected += log_p(lm.model, ids[first:last])[0][-(last - position) :].sum().item()
-        position = last
-    assert len(ids) > 40
-    assert total == pytest.approx(expected, abs=1e-3)
+    totals = lm.loglikelihood_rolling(requests("loglikelihood_rolling", *((x,) for x in texts)), disable_tqdm=True)
+    assert cached == {("loglikelihood_rolling", str((x,))): total for x, total in zip(texts, totals, strict=True)}
+    for text, total in zip(texts, totals, strict=True):
+        ids = [lm.eot_token_id, *lm.tok_encode(text)]
+        expected, position = 0.0, 1
+        while position < len(ids):  # windows of 16 targets, the last one with what context fits
+            last = min(position + 16, len(ids))
+            first = max(0, last - 17)
+            expected += log_p(lm.model, ids[first:last])[0][-(last - position) :].sum().item()
+            position = last
+        assert len(ids) > (40 if text == texts[0] else 16)
+        assert total == pytest.approx(expected, abs=1e-3)
 
 
 def test_generation_stops_at_the_first_stop_string(run_dir, monkeypatch):
@@ -394,6 +398,8 @@ def test_rows_from_evaluate(run_dir, task_dir):
     assert [row["stderr"] is None for row in rows[:3]] == [False, True, False]  # lm_eval has none for a perplexity
     assert rows[0]["causal_sparsity"] < rows[3]["causal_sparsity"]
     assert list(evaluate(config, find_target(config))) == []
+    config.template = "tokenizer"
+    find_target(config)  # that it has no template, the task says
     config.template = "chatml"
     with pytest.raises(ValueError, match="template=chatml is not for lm_eval/tiny_choice: template=tokenizer"):
         find_target(config)
@@ -440,23 +446,53 @@ def test_an_exported_folder_answers_as_its_run(run_dir, task_dir, tmp_path):
 
 
 def test_evaluate_puts_tasks_by_the_tokenizers_template(chat_model, task_dir, monkeypatch):
-    seen = []
-
-    def simple_evaluate(model, *, apply_chat_template, **options):
-        seen.append(apply_chat_template)
-        raise InterruptedError
-
-    monkeypatch.setattr(lm_eval, "simple_evaluate", simple_evaluate)
     options = {"length": 64, "rows": 2, "rows_per_batch": 2, "fewshot": 1, "include_path": str(task_dir)}
     for chat, variant in ((False, "1-shot"), (True, "1-shot, template=tokenizer")):
         task = HarnessTask("lm_eval/tiny_choice", chat_model.tokenizer, **options, chat=chat)
-        assert task.columns["variant"] == variant
-        with pytest.raises(InterruptedError):
-            next(task.run(SimpleNamespace(model=chat_model.model), task.names))
-    assert seen == [False, True]
+        assert (task.chat, task.columns["variant"]) == (chat, variant)
     chat_model.tokenizer.settings.pop("chat_template")
     with pytest.raises(ValueError, match="has no chat template"):
         HarnessTask("lm_eval/tiny_choice", chat_model.tokenizer, **options, chat=True)
+
+
+def test_a_tasks_scores_are_rows(monkeypatch, capsys):
+    """Of a group, too, and of answers that went through filters; what lm_eval prints is no row."""
+    results = {
+        "group": {"alias": "all", "acc,none": 0.5, "acc_stderr,none": 0.1, "sample_len": 9},
+        "part": {"alias": "-", "exact_match,strict": 0.25, "exact_match_stderr,strict": "N/A", "sample_len": 3},
+    }
+    seen = []
+
+    def simple_evaluate(model, **options):
+        seen.append((model.batch_size, model.max_length, options, os.environ["DISABLE_MULTIPROC"]))
+        print("a table")
+        model.sparsity = SimpleNamespace(columns=lambda: {"causal_sparsity": 0.5})
+        return {"results": results}
+
+    index = SimpleNamespace(all_tasks=["group"])
+    monkeypatch.setattr(lm_eval, "simple_evaluate", simple_evaluate)
+    monkeypatch.setattr(lm_eval_task, "task_manager", lambda path: index)
+    monkeypatch.setattr(lm_eval_task, "chat_tokenizer", lambda tokenizer: None)
+    shape = dict(vocab_size=9, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1, num_kv_heads=1)
+    at = SimpleNamespace(model=Transformer(ModelConfig(**shape, head_dim=8, max_seq_len=32), DashConfig()))
+    for fewshot, rows, chat, before in ((None, None, False, None), (2, 7, True, "0")):
+        monkeypatch.delenv("DISABLE_MULTIPROC", raising=False)
+        if before is not None:
+            monkeypatch.setenv("DISABLE_MULTIPROC", before)
+        options = {"length": 16, "rows": rows, "rows_per_batch": 3, "include_path": None}
+        task = HarnessTask("lm_eval/group", None, **options, fewshot=fewshot, chat=chat)
+        found = list(task.run(at, task.names))
+        sparsity, name = {"causal_sparsity": 0.5}, "lm_eval/group"
+        assert found == [
+            sparsity | base.row(name, "acc", 0.5, part=None, stderr=0.1, samples=9),
+            sparsity | base.row(name, "exact_match (strict)", 0.25, part="part", stderr=None, samples=3),
+        ]
+        asked = {"tasks": ["group"], "num_fewshot": fewshot, "limit": rows, "task_manager": index}
+        asked |= {"bootstrap_iters": 1000, "log_samples": False, "apply_chat_template": chat}
+        assert seen.pop() == (3, 16, asked, "1")
+        assert os.environ.get("DISABLE_MULTIPROC") == before
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "a table\n" * 2)
 
 
 def test_refusals(run_dir):

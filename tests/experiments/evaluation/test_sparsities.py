@@ -1,18 +1,29 @@
 """An evaluation that is asked for sparsities: which knobs it takes, and where it finds them."""
 
+from dataclasses import replace
+from itertools import count, repeat
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from data import build_data
+from dashattn.backends import DashConfig
+from data import MQARDataConfig, build_data
 from experiments.evaluation import knobs
 from experiments.evaluation.config import EvaluateConfig
 from experiments.evaluation.evaluate import evaluate, find_target
+from experiments.evaluation.export import export
+from experiments.evaluation.knobs import Setpoint, turn_knob
 from experiments.evaluation.target import build_model
+from experiments.evaluation.tasks.streams import MQARForm
 from experiments.figures import frontier
 from experiments.files import CALIBRATIONS, RESULTS, read_rows
 from experiments.schema import to_config
+from experiments.sparsity import Found
 from experiments.training.checkpoint import read_state
+from models.hf import read_attention
 from tests.experiments.conftest import CONFIGS, TINY
 from train import train
 
@@ -39,7 +50,7 @@ def run(config):
 def test_the_knob_of_a_sparsity_is_found_for_each_length_and_kept(text_run, monkeypatch):
     for name in (RESULTS, CALIBRATIONS):  # of other tests
         (text_run / name).unlink(missing_ok=True)
-    config = configured(text_run, sparsities=[0.3, 0.5], lengths=[96, 128])
+    config = configured(text_run, sparsities=[0.3, 0.5, 0.3], lengths=[96, 128])
     rows = run(config)
     assert [(row["target_sparsity"], row["length"]) for row in rows] == [(s, n) for s in (0.3, 0.5) for n in (96, 128)]
     assert len({row["knob"] for row in rows}) == 4
@@ -88,6 +99,61 @@ def test_it_is_found_on_training_rows_packed_as_the_tasks_are(text_run, monkeypa
     assert found["sparsity"] == pytest.approx(sparsity, abs=1e-4)
 
 
+def test_a_knob_is_found_anew_where_anything_differs_that_it_depends_on(monkeypatch, tmp_path):
+    """On as many training rows of the same kind as a batch takes, or 16."""
+    read, turned, number = [], [], count(1)
+
+    def calibrate(model, batches, *asked, device):
+        read[-1] += (len(batches), *asked)
+        return Found(float(next(number)), 0.5, {})
+
+    def build(data, *, split, seed, rows, cache_dir):
+        read.append((data, split, seed, rows, cache_dir))
+        return repeat("a batch")
+
+    monkeypatch.setattr(knobs, "calibrate", calibrate)
+    monkeypatch.setattr(knobs, "build_data", build)
+    data = MQARDataConfig(name="mqar", seq_len=64, pairs_min=4, pairs_max=4, validation_rows=4)
+    train = SimpleNamespace(attention=DashConfig(), data=data, cache_dir=str(tmp_path), device="cpu", seed=3)
+    target = SimpleNamespace(train=train, checkpoint=Path("step-1"), rows_dir=tmp_path, identity={})
+    task, place = SimpleNamespace(columns={"length": 64}, packed=False), Setpoint(target=0.5, count="causal")
+    plain, form = EvaluateConfig(run="r"), EvaluateConfig(run="r", mqar=MQARForm(pairs_max=8), rows_per_batch=5)
+
+    def found(place=place, task=task, config=plain, target=target):
+        turned.clear()
+        knob = turn_knob(SimpleNamespace(set_knob=turned.append), place, task, config, target)
+        assert turned in ([knob], [])  # where it was measured the model has it
+        return knob
+
+    def of(**changes):
+        return SimpleNamespace(**vars(target) | {"train": SimpleNamespace(**vars(train) | changes)})
+
+    def read_by(rows, batches, *asked, data=data):
+        return data, "train", 3, rows, tmp_path, batches, *asked
+
+    other = replace(data, name="other")
+    questions = (
+        ({}, read_by(8, 2, 0.5, "causal", 64)),
+        ({"place": Setpoint(target=0.6, count="causal")}, read_by(8, 2, 0.6, "causal", 64)),
+        ({"place": Setpoint(target=0.5, count="paper")}, read_by(8, 2, 0.5, "paper", 64)),
+        (
+            {"task": SimpleNamespace(columns={"length": 128}, packed=False)},
+            read_by(8, 2, 0.5, "causal", 128, data=data.at_length(128)),
+        ),
+        ({"task": SimpleNamespace(columns={"length": 64}, packed=True)}, read_by(1, 16, 0.5, "causal", 64)),
+        ({"config": form}, read_by(4, 4, 0.5, "causal", 64, data=data.at_length(64, pairs_max=8))),
+        ({"target": of(attention=DashConfig(chunk_size=8))}, read_by(8, 2, 0.5, "causal", 64)),
+        ({"target": of(data=other)}, read_by(8, 2, 0.5, "causal", 64, data=other)),
+        ({"target": SimpleNamespace(**vars(target) | {"checkpoint": Path("2")})}, read_by(8, 2, 0.5, "causal", 64)),
+        ({"target": SimpleNamespace(**vars(target) | {"identity": {"x": "y"}})}, read_by(8, 2, 0.5, "causal", 64)),
+    )
+    assert [found(**question) for question, _ in questions] == list(range(1, 11))
+    assert read == [rows for _, rows in questions]
+    assert [found(**question) for question, _ in questions] == list(range(1, 11))
+    assert found(target=of(attention=DashConfig(router_scale=7.0))) == 1, "it is what is looked for"
+    assert len(read) == 10
+
+
 def test_a_knob_that_another_evaluation_found_meanwhile_is_taken(text_run, monkeypatch, tmp_path):
     append = knobs.append_rows
 
@@ -104,11 +170,14 @@ def test_a_knob_that_another_evaluation_found_meanwhile_is_taken(text_run, monke
     assert same["causal_sparsity"] == row["causal_sparsity"]
 
 
-def test_without_knobs_it_is_the_one_that_training_held(text_run):
+def test_without_knobs_it_is_the_one_that_training_held(text_run, tmp_path):
     (row,) = run(configured(text_run))
     state = read_state(text_run / "checkpoints/step-00000004")
     assert row["knob"] == row["trained_knob"] == state["sparsity"]["knob"] != 1.0
-    assert row["target_sparsity"] is None
+    told = ("target_sparsity", "sparsity_count", "trained_sparsity", "trained_sparsity_count")
+    assert [row[name] for name in told] == [None, None, 0.5, "causal"]
+    export(text_run, tmp_path / "folder")
+    assert read_attention(tmp_path / "folder").router_scale == row["knob"]
 
 
 @pytest.mark.parametrize(

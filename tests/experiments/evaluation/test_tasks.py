@@ -1,6 +1,7 @@
 """Tasks on a trained checkpoint: what their rows say, against the model and against counting by hand."""
 
 from itertools import count
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,18 +13,28 @@ from dashattn.routing import Routing
 from dashattn.selection import Selection
 from dashattn.stats import AttentionStats
 from data import IGNORE, Batch, build_data
-from data.tasks.material import read_haystack
+from data.tasks.material import Material, read_haystack
 from experiments.evaluation import select
 from experiments.evaluation.config import EvaluateConfig
 from experiments.evaluation.evaluate import evaluate, find_target
 from experiments.evaluation.select import build_tasks
 from experiments.evaluation.target import build_model, validation_stream
-from experiments.evaluation.tasks import base, decoding, generated
+from experiments.evaluation.tasks import base, decoding, generated, routing
 from experiments.evaluation.tasks.base import Setting, SparsityTally
 from experiments.evaluation.tasks.decoding import token_ms
-from experiments.evaluation.tasks.routing import Measured, Probe, mqar_probes, observe, score_routing, text_probes
-from experiments.evaluation.tasks.streams import MQARForm, Tally, data_at, first_queries
+from experiments.evaluation.tasks.generated import GeneratedTask
+from experiments.evaluation.tasks.routing import (
+    Measured,
+    Probe,
+    RoutingTask,
+    mqar_probes,
+    observe,
+    score_routing,
+    text_probes,
+)
+from experiments.evaluation.tasks.streams import SCORES, MQARForm, Tally, data_at, first_queries
 from experiments.files import read_rows
+from experiments.intervals import ratio_stderr
 from models import ModelConfig, Transformer
 
 
@@ -44,6 +55,7 @@ def answering(right):
     def generate(model, prompts, *, max_new_tokens, stop_tokens, on_stats):
         whole(model, prompts, max_new_tokens=1, on_stats=on_stats)
         calls.append(len(prompts))
+        generate.ends = max_new_tokens, stop_tokens
         return [right(sum(calls[:-1]) + i) for i in range(len(prompts))]
 
     return generate, calls
@@ -121,6 +133,23 @@ def test_what_tasks_are_built_with(text_run, monkeypatch, tmp_path):
     config.rows, config.lengths = 5, [512]
     build_tasks(config, target)
     assert [options.get("count", options.get("rows")) for _, _, options in built] == [5] * 4
+    # By the tokenizer's template; in files of each task's own, or held-out text in which samples begin anywhere.
+    built.clear()
+    read = []
+    monkeypatch.setattr(select, "held_out_text", lambda *asked: read.append(asked) or Material())
+    monkeypatch.setattr(select, "PromptEncoder", lambda tokenizer, template: SimpleNamespace(name=template))
+    config.tasks, config.lengths, config.template = ["qa_1", "qa_2", "niah", "lm_eval/a"], [512, 700, 600], "tokenizer"
+    config.haystack, config.squad, config.hotpotqa = None, "~/dev.json", None
+    build_tasks(config, target)
+    first, other, needle, asked, *_ = built
+    assert [one[1] for one in (first, other, needle)] == ["tokenizer"] * 3
+    assert [one[2]["material"] for one in (first, other)] == [Material(squad=Path("/home/me/dev.json")), Material()]
+    assert asked[2]["chat"]
+    assert read == [(target.train.data, 4 * 700)]
+    built.clear()
+    config.tasks, config.squad, config.hotpotqa = ["qa_2"], None, "hotpot.json"
+    build_tasks(config, target)
+    assert built[0][2]["material"] == Material(hotpotqa=Path("hotpot.json"))
 
 
 def test_an_interrupted_task_goes_on_from_the_answers_it_has(text_run, monkeypatch):
@@ -137,14 +166,20 @@ def test_an_interrupted_task_goes_on_from_the_answers_it_has(text_run, monkeypat
     assert calls == [2, 2, 1]
     (path,) = (text_run / "predictions").glob("*.jsonl")
     assert [answer["index"] for answer in read_rows(path)] == [0, 1, 2, 3]
-    generate, calls = answering(lambda index: [])
+    (task,) = build_tasks(EvaluateConfig(run=str(text_run), **options), setting(text_run)[0])
+    right = task.encoder.tokenizer.encode(task.set.samples[4].references[0])
+    generate, calls = answering(lambda index: [] if index else right)
     monkeypatch.setattr(base, "generate", generate)
     (row,) = run(text_run, **options)
     assert calls == [1]
-    assert row["score"] == 0
-    # Another knob is another set of answers.
+    assert generate.ends == (task.set.task.max_new_tokens, task.encoder.stop_tokens)
+    assert (row["score"], row["stderr"], row["samples"]) == (0.2, ratio_stderr([0, 0, 0, 0, 1], [1] * 5), 5)
+    # Another knob is another set of answers, and so are other samples.
     assert [row["knob"] for row in run(text_run, **options, knobs=[20.0, 30.0])] == [30.0]
     assert calls == [1, 2, 2, 1]
+    (other,) = run(text_run, **options, samples_seed=1)
+    assert calls == [1, 2, 2, 1, 2, 2, 1]
+    assert other["set"] != row["set"] == task.set.key
 
 
 def test_right_answers_score_and_the_heat_map_has_a_row_for_every_depth(text_run, monkeypatch):
@@ -164,6 +199,9 @@ def test_right_answers_score_and_the_heat_map_has_a_row_for_every_depth(text_run
     (path,) = (text_run / "predictions").glob("*.jsonl")
     assert [answer["seconds"] for answer in read_rows(path)] == pytest.approx([0.5 / 8] * 16 + [0.5 / 6] * 6)
     assert [(row["depth"], row["score"]) for row in rows] == [(0.0, 1.0), *((i / 10, 0.5) for i in range(1, 11))]
+    assert [(row["stderr"], row["samples"]) for row in rows] == [(0, 2), *[(ratio_stderr([1, 0], [1, 1]), 2)] * 10]
+    template = GeneratedTask(task.set, SimpleNamespace(name="chatml"), 1).columns
+    assert (template["variant"], rows[0]["variant"]) == ("template=chatml", None)
     assert {row["differs"] for row in rows} == {"haystack: held-out text of python_stdlib"}
 
 
@@ -203,6 +241,15 @@ def test_sparsity_by_layer_head_and_position(text_run):
     for row in bins:
         assert row["p10"] <= row["score"] <= row["p90"] <= row["position"][1] + 1
     assert bins[0]["score"] == 1
+    per_head = torch.tensor([[0.5, 0.25]])
+    sparsity = SimpleNamespace(per_head=lambda: per_head, columns=lambda: {"causal_sparsity": 0.375})
+    counts = {2: torch.tensor([0, 4, 2, 5]), 1: torch.tensor([0, 3])}  # of 11 numbers, four are 1
+    whole, *bins = SCORES["sparsity"](SimpleNamespace(sparsity=sparsity, bin_active=counts))
+    assert whole == base.row("sparsity", "causal_sparsity", 0.375, per_head=per_head.tolist())
+    assert bins == [
+        base.row("sparsity", "active_tokens", 1, p10=1, p90=1, position=[1, 1]),
+        base.row("sparsity", "active_tokens", 2, p10=1, p90=3, position=[2, 3]),
+    ]
 
 
 def test_sums_of_what_was_read_by_hand():
@@ -257,7 +304,8 @@ def test_the_time_of_a_token_is_measured_at_every_length_and_knob(recall_run, te
 
 
 def test_a_token_takes_the_median_of_steps_that_all_stand_at_the_end_of_the_prompt(recall_run, monkeypatch):
-    """Time goes by in the step alone: 1 s in the first ones, and in the others as much as tokens are in the cache."""
+    """Time goes by in the step alone: 1 s in the first three, and in the others as much as tokens are in the cache, but
+    for some of them."""
     _, at = setting(recall_run)
     clock, inner, steps = [0.0], decoding.decode_step, []
 
@@ -266,7 +314,7 @@ def test_a_token_takes_the_median_of_steps_that_all_stand_at_the_end_of_the_prom
 
         def slow(token_B):
             steps.append(token_B.tolist())
-            clock[0] += 1 if len(steps) <= decoding.WARM_UP else 1e-3 * cache.host_lengths[0]
+            clock[0] += 1 if len(steps) <= 3 + 9 else 1e-3 * cache.host_lengths[0]
             return step(token_B)
 
         return slow
@@ -274,7 +322,7 @@ def test_a_token_takes_the_median_of_steps_that_all_stand_at_the_end_of_the_prom
     monkeypatch.setattr(decoding, "decode_step", decode_step)
     monkeypatch.setattr(decoding.time, "perf_counter", lambda: clock[0])
     assert decoding.token_ms(at.model, torch.arange(48)[None]) == pytest.approx(48)
-    assert steps == [[47]] * (decoding.WARM_UP + decoding.REPETITIONS)
+    assert steps == [[47]] * 23
 
 
 def test_forms_of_mqar_are_rows_of_their_own(recall_run):
@@ -285,8 +333,12 @@ def test_forms_of_mqar_are_rows_of_their_own(recall_run):
     assert run(recall_run, tasks=["recall"], mqar=form) == []
     (longer,) = run(recall_run, tasks=["recall"], lengths=[256])
     assert (longer["length"], longer["variant"]) == (256, None)
-    data = data_at(find_target(EvaluateConfig(run=str(recall_run))).train.data, 256, 6, MQARForm())
+    target = find_target(EvaluateConfig(run=str(recall_run)))
+    data = data_at(target.train.data, 256, 6, MQARForm())
     assert (data.seq_len, data.pairs_max, data.curriculum_lengths) == (256, 8, [])
+    (task,) = build_tasks(EvaluateConfig(run=str(recall_run), tasks=["routing"], mqar=form), target)
+    assert task.columns == {"length": 64, "rows": 32, "variant": other["variant"], "probe": "mqar"}
+    assert {len(probe.needed) for probe in task.probes} <= {2, 3, 4}
 
 
 def test_a_query_is_the_first_where_no_earlier_position_asked_for_its_token():
@@ -300,6 +352,8 @@ def test_a_query_is_the_first_where_no_earlier_position_asked_for_its_token():
     output = SimpleNamespace(token_losses=torch.zeros(2, 7), is_likeliest=likeliest, stats=None)
     tally.add(Batch(ids, torch.where(asked, 7, IGNORE), torch.zeros_like(ids)), output)
     assert tally.recalled == [(1, 2), (1, 1)]
+    expected = base.row("recall", "accuracy", 2 / 3, stderr=ratio_stderr([1, 1], [2, 1]), samples=2)
+    assert list(SCORES["recall"](tally)) == [expected]
 
 
 def test_probes_of_a_text_ask_for_every_token_of_its_references():
@@ -322,7 +376,7 @@ def test_probes_of_a_text_ask_for_every_token_of_its_references():
 def test_mqar_probes_point_at_the_pair_of_each_first_query(recall_run):
     target, _ = setting(recall_run)
     stream = validation_stream(target)
-    (batch,) = build_data(target.train.data, split="validation", seed=0, rows=6)
+    (batch,) = build_data(target.train.data, split="validation", seed=3, rows=6)
     probes = list(mqar_probes(stream, target.train.data))
     assert len(probes) == 6
     for probe, ids, labels in zip(probes, batch.input_ids.tolist(), batch.labels.tolist(), strict=True):
@@ -332,6 +386,7 @@ def test_mqar_probes_point_at_the_pair_of_each_first_query(recall_run):
             assert last == first + 2 <= 32
             assert ids[first : first + 2] == [ids[t], labels[t]]
         assert {span for (span,) in probe.evidence} <= set(probe.needed)
+        assert all(last <= 32 for _, last in probe.needed)
 
 
 def test_routing_rows_of_mqar(recall_run):
@@ -342,11 +397,44 @@ def test_routing_rows_of_mqar(recall_run):
         assert 0 <= by_metric[metric]["score"] <= 1
         assert len(by_metric[metric]["per_head"]) == 2
     assert by_metric["entropy"]["score"] <= by_metric["softmax_entropy"]["score"] + 1e-6
-    for row in rows:
-        if row["metric"] == "active_blocks":
-            assert row["relevant"] >= 1
-            assert row["p10"] <= row["p90"]
+    blocks = [row for row in rows if row["metric"] == "active_blocks"]
+    for row in blocks:
+        assert row["relevant"] >= 1
+        assert row["p10"] <= row["p90"]
+    (task,) = build_tasks(EvaluateConfig(run=str(recall_run), tasks=["routing"], rows=3), setting(recall_run)[0])
+    heads = sum(map(len, by_metric["recall"]["per_head"]))
+    assert sum(row["counted"] for row in blocks) == heads * sum(len(probe.queries) for probe in task.probes)
+    assert {row["rows"] for row in rows} == {3}
     assert run(recall_run, tasks=["routing"], rows=3) == []
+
+
+def test_rows_of_routing_by_hand(monkeypatch):
+    """Of two probes, in two layers of two KV heads, of which one is asked nothing."""
+    layers = [{"recall": (torch.tensor([1.0, 2.0]), torch.tensor([2, 4]))}] * 2
+    last = [{"recall": (torch.tensor([2.0, 0.0]), torch.tensor([2, 0]))}] * 2
+    probes = {"a": (layers, 2, [0, 1, 3]), "b": (last, 1, [2])}
+
+    def observe(setting, probe, measured):
+        scores, needed, blocks = probes[probe]
+        measured.add(scores)
+        measured.active[needed] = base.count(torch.tensor(blocks))
+        measured.sparsity = SimpleNamespace(columns=lambda: {"causal_sparsity": 0.5})
+
+    monkeypatch.setattr(routing, "observe", observe)
+    task = RoutingTask("vt", list(probes), {"length": 64, "rows": None, "variant": "v"})
+    assert task.columns == {"length": 64, "rows": 2, "variant": "v", "probe": "vt"}
+    shares = []
+    recall, *blocks = task.run(SimpleNamespace(advance=shares.append), ("routing",))
+    assert shares == [0.5, 1]
+    known = {"stderr": ratio_stderr([6, 4], [12, 4]), "samples": 2, "per_head": [[3 / 4, 2 / 4]] * 2}
+    assert recall == {"causal_sparsity": 0.5} | base.row("routing", "recall", 10 / 16, **known)
+    assert blocks == [
+        {"causal_sparsity": 0.5} | base.row("routing", "active_blocks", score, relevant=needed, **found)
+        for needed, score, found in (
+            (1, 2, {"p10": 2, "p90": 2, "counted": 1}),
+            (2, 4 / 3, {"p10": 0, "p90": 3, "counted": 3}),
+        )
+    ]
 
 
 def test_routing_scores_by_hand():
@@ -436,19 +524,17 @@ def test_dense_mass_is_the_models_own_attention(recall_run):
     assert not any(backend._forward_pre_hooks for backend in at.model.backends)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"tasks": ["ruler"]}, "are in text and need a run trained on text"),
+def test_refusals_of_a_recall_run(recall_run):
+    for changes, message in (
+        ({"tasks": ["ruler"]}, "tasks ruler are in text and need a run trained on text"),
+        ({"tasks": ["loss", "lm_eval/a"]}, "tasks lm_eval/a are in text and need a run trained on text"),
         ({"tasks": ["recall"], "lengths": []}, "give at least one"),
         ({"tasks": ["recall"], "lengths": [30]}, "must be a multiple of 4"),
         ({"tasks": ["recall"], "lengths": [16]}, "data.pairs_max=8 does not fit"),
         ({"tasks": ["recall"], "template": "alpaca"}, "must be one of base"),
-    ],
-)
-def test_refusals_of_a_recall_run(recall_run, changes, message):
-    with pytest.raises(ValueError, match=message):
-        run(recall_run, **changes)
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(recall_run, **changes)
 
 
 def test_a_placement_that_does_not_exist_is_refused():
@@ -456,17 +542,15 @@ def test_a_placement_that_does_not_exist_is_refused():
         MQARForm(placement="middle")
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"tasks": ["recall"]}, "trained on MQAR, not .*: leave it out, or use loss"),
+def test_refusals_of_a_text_run(text_run):
+    for changes, message in (
+        ({"tasks": ["loss", "recall"]}, "trained on MQAR, not .*: leave it out, or use loss"),
         ({"mqar": MQARForm(pairs_max=3)}, "trained on MQAR, not .*: leave it out"),
-        ({"tasks": ["routing"], "probes": ["cwe"]}, "whose answer stands in one place"),
+        ({"tasks": ["routing"], "probes": ["vt", "cwe"]}, "whose answer stands in one place"),
+        ({"tasks": ["routing"], "probes": ["fwe"]}, "whose answer stands in one place"),
         ({"tasks": ["vt"], "lengths": [256]}, "needs at least 512 tokens"),
         ({"tasks": ["vt"], "lengths": [512], "template": "llama3"}, "which the tokenizer lacks"),
         ({"tasks": ["niah"], "lengths": [512], "haystack": "/none.txt"}, "/none.txt does not exist: give a text file"),
-    ],
-)
-def test_refusals_of_a_text_run(text_run, changes, message):
-    with pytest.raises(ValueError, match=message):
-        run(text_run, **changes)
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(text_run, **changes)
