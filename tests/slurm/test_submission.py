@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -63,7 +64,9 @@ def commands(script):
     return [line for line in script.splitlines() if line and not line.startswith("#")]
 
 
-def test_every_value_of_the_launcher_reaches_the_batch_script(scripts, make_config, tiny_overrides):
+def test_every_value_of_the_launcher_reaches_the_batch_script(
+    scripts, make_config, tiny_overrides, tmp_path, monkeypatch
+):
     launcher = LauncherConfig(
         partition="big",
         account="us",
@@ -71,8 +74,8 @@ def test_every_value_of_the_launcher_reaches_the_batch_script(scripts, make_conf
         nodes=2,
         gpus_per_node=4,
         cpus_per_task=6,
-        mem_gb=100.5,
-        hours=1.5,
+        mem_gb=100.3,
+        hours=1.505,
         signal_s=200,
         setup=["module load cuda/13", "export NCCL_DEBUG=INFO"],
         python="apptainer exec --nv image.sif python",
@@ -80,8 +83,18 @@ def test_every_value_of_the_launcher_reaches_the_batch_script(scripts, make_conf
         sbatch_args={"constraint": "h100"},
     )
     config = make_config("run", "rows_per_batch=8")
-    config.launcher = launcher
-    assert submit_run(config, tiny_overrides("run", "rows_per_batch=8")[0]) == "7"
+    config.launcher, config.run_dir = replace(launcher, evaluate=["tasks=[loss]"]), "run"
+    given, submit = [], submission.submit
+    monkeypatch.setattr(submission, "submit", lambda *args, **options: given.append(args) or submit(*args, **options))
+    monkeypatch.chdir(tmp_path)
+    own = [o for o in tiny_overrides("run", "rows_per_batch=8")[0] if not o.startswith("run_dir=")]
+    others = ["launcher=slurm", "launcher.hours=1", "+launcher.x=1", "~launcher.qos", "run_dir=run", "overwrite=false"]
+    assert submit_run(config, [*others[:3], *own, *others[3:]]) == "7"
+    ((work, ((cell, log_dir),), asked),) = given
+    place = tmp_path / "run"
+    assert (work, log_dir, asked) == (submission.run_in_job, place / "slurm", config.launcher)
+    assert (cell.name, cell.run_dir, cell.base) == ("run", place, None)
+    assert cell.commands == [["train.py", *own, f"run_dir={place}"], ["evaluate.py", f"run={place}", "tasks=[loss]"]]
     script = (scripts / "7.sh").read_text()
     asked = {
         **{
@@ -89,10 +102,10 @@ def test_every_value_of_the_launcher_reaches_the_batch_script(scripts, make_conf
             "account": "us",
             "qos": "high",
             "constraint": "h100",
-            "job-name": job_name(Path(config.run_dir)),
+            "job-name": job_name(place),
         },
         **{"nodes": "2", "ntasks-per-node": "4", "gpus-per-node": "4", "cpus-per-task": "6"},
-        **{"mem": "102912M", "time": "90", "signal": "USR2@200", "requeue": "", "open-mode": "append"},
+        **{"mem": "102708M", "time": "91", "signal": "USR2@200", "requeue": "", "open-mode": "append"},
     }
     assert {key: flags(script).get(key) for key in asked} == asked
 
@@ -110,7 +123,7 @@ def test_every_value_of_the_launcher_reaches_the_batch_script(scripts, make_conf
     ("values", "ranks", "minutes"),
     [
         ({"nodes": 2, "gpus_per_node": 0}, 2, 24 * 60),
-        ({"nodes": 2, "gpus_per_node": 4, "hours": 0.51}, 8, 31),
+        ({"nodes": 2, "gpus_per_node": 4, "hours": 0.505}, 8, 31),
         ({}, 1, 24 * 60),
         ({"hours": 0.05, "signal_s": 119}, 1, 3),
         ({"hours": 0.05, "signal_s": 120}, 1, None),  # Slurm may send the signal a minute early
@@ -212,6 +225,7 @@ def test_a_job_begins_with_the_code_and_the_call_that_were_submitted(scripts, ma
 def sweep(tiny_overrides, tmp_path):
     """Of two arms that continue from a base, and two seeds."""
     common = [o for o in tiny_overrides("x")[0] if not o.startswith(("name=", "run_dir="))]
+    common += ["device=cuda", "deepspeed.precision=fp16"]  # of the machines that jobs run on
     arms = {"dense": ArmConfig(train=["attention=full"])}
     arms["dash"] = ArmConfig(train=["attention=dash", "attention.chunk_size=8"])
     study = StudyConfig(train=common, base=["attention=full"], evaluate=["tasks=[loss]"], arms=arms)
@@ -225,8 +239,15 @@ def _unchecked(monkeypatch):
     monkeypatch.setattr(submission, "check_cells", lambda found, ranks: None)
 
 
-def test_arms_wait_for_their_base(scripts, sweep):
-    submit_sweep(sweep)
+def test_arms_wait_for_their_base(scripts, sweep, tmp_path, monkeypatch):
+    given, submit = [], submission.submit
+    monkeypatch.setattr(submission, "submit", lambda *args, **options: given.append(args) or submit(*args, **options))
+    monkeypatch.chdir(tmp_path)
+    submit_sweep(replace(sweep, output_dir="s"))
+    tasks = [task for args in given for task in args[1]]
+    assert [len(args[1]) for args in given] == [2, 2, 2]
+    assert {cell.name: cell for cell, _ in tasks} == {cell.name: cell for cell in cells(sweep)}  # by whole paths
+    assert {log_dir for _, log_dir in tasks} == {tmp_path / "s" / "logs"}
     submitted = {path.stem: flags(path.read_text()) for path in scripts.iterdir()}
     assert {job: asked["array"] for job, asked in submitted.items()} == {"7": "0-1%1", "8": "0-1%1", "9": "0-1%1"}
     needs = [submitted[job].get("dependency") for job in "789"]
@@ -236,8 +257,12 @@ def test_arms_wait_for_their_base(scripts, sweep):
 
 @pytest.mark.usefixtures("_unchecked")
 def test_what_is_queued_is_not_submitted_again(scripts, sweep, make_config, tiny_overrides, tmp_path):
-    assert "6 cells submitted, 0 were queued" in submit_sweep(sweep)
-    assert "0 cells submitted, 6 were queued" in submit_sweep(sweep)
+    assert "6 cells submitted, 0 were queued, 0 done" in submit_sweep(sweep)
+    base = cells(sweep)[0]
+    base.run_dir.mkdir()
+    record_done(base.run_dir, base.commands)
+    status_ = f"how they stand: python -m experiments.sweep.status {tmp_path / 's'}"
+    assert submit_sweep(sweep) == f"s: 0 cells submitted, 6 were queued, 1 done; {status_}"
     (tmp_path / "link").symlink_to(tmp_path / "s")
     assert "0 cells submitted, 6 were queued" in submit_sweep(replace(sweep, output_dir=str(tmp_path / "link")))
     config = make_config("run")
@@ -344,10 +369,19 @@ def test_no_more_cells_than_asked_for_run_at_a_time(scripts, sweep, tmp_path, mo
         ({"train": ["attention=dash", "rows_per_batch=3"]}, "rows_per_batch=3 does not divide"),
         ({"train": ["attention=full"], "evaluate": ["tasks=[lsos]"]}, "cell t-dash-seed0 cannot work: tasks="),
         ({"train": ["attention=full"], "knobs": [1.0]}, "cell t-dash-seed0 cannot work: .*knob"),
+        (
+            {
+                "train": ["attention=dash", "attention.chunk_size=8"],
+                "knobs": [1.0],
+                "evaluate_turned": ["tasks=[lsos]"],
+            },
+            "cell t-dash-seed0 cannot work: tasks=",
+        ),
     ],
 )
 def test_a_cell_that_cannot_work_is_refused_before_anything_is_submitted(scripts, sweep, arm, message):
     sweep.launcher = replace(sweep.launcher, gpus_per_node=2)
+    sweep.studies["t"].evaluate_turned = arm.pop("evaluate_turned", None)
     sweep.studies["t"].arms["dash"] = ArmConfig(**arm)
     with pytest.raises(ValueError, match=message):
         submit_sweep(sweep)
@@ -363,6 +397,9 @@ def test_an_evaluation_that_cannot_work_is_refused_before_its_run_is_submitted(
     config = make_config("run")
     config.launcher = LauncherConfig(gpus_per_node=0, evaluate=[wrong])
     with pytest.raises(ValueError, match=rf"launcher\.evaluate cannot work: .*{said}"):
+        submit_run(config, tiny_overrides("run")[0])
+    config.launcher = LauncherConfig(gpus_per_node=3)
+    with pytest.raises(ValueError, match="rows_per_batch=4 does not divide among 3 ranks"):
         submit_run(config, tiny_overrides("run")[0])
     assert list(scripts.iterdir()) == []
 
@@ -386,6 +423,7 @@ def test_a_job_that_slurm_will_not_take_is_one_line_and_leaves_nothing(scripts, 
 
 def test_cells_that_take_the_model_of_a_base_are_submitted_with_it(scripts, sweep):
     sweep.studies["t"].arms["dash"].train += ["model=checkpoint"]
+    sweep.studies["t"].arms["dense"].train = ["attention=checkpoint"]
     submit_sweep(sweep)
     assert len(list(scripts.iterdir())) == 3
 
@@ -405,7 +443,7 @@ def test_a_time_limit_below_the_signals_lead_is_refused(scripts, sweep, make_con
 def test_directories_may_have_almost_any_name(scripts, sweep, tmp_path):
     odd = tmp_path / "o= ,()[]{}'\"&#!~;^<>`*?|$äß漢字"
     sweep.output_dir = str(odd)
-    submit_sweep(sweep)
+    assert shlex.split(submit_sweep(sweep))[-1] == str(odd)
     script = (scripts / "7.sh").read_text()
     shown = subprocess.run(["bash", "-c", script.split("# command")[0] + 'echo "$PYTHONPATH"'], capture_output=True)
     assert shown.stdout.decode().startswith(f"{odd}/slurm/code-")
@@ -527,8 +565,9 @@ def test_the_status_tells_why_a_cell_waits_or_ended(scripts, sweep, tmp_path):
     squeue.write_text("#!/bin/sh\n")
     sacct.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
     assert status(tmp_path / "s")[0][1] == "done"
-    assert "7_1" in asked.read_text()
-    assert "7_0" not in asked.read_text()
+    jobs = ",".join(sorted(job for job in read_jobs(tmp_path / "s").values() if job != "7_0"))
+    options = "--noheader --parsable2 --allocations --format=JobID,State,ExitCode"
+    assert asked.read_text() == f"--array --jobs={jobs} {options}\n"
     said = "RuntimeError: it never began\nsrun: error: n1: task 0: Exited with exit code 1\n"
     said += "srun: launch/slurm: _step_signal: Terminating StepId=9.1\n"
     (tmp_path / "s" / "slurm" / "9_1_0_log.err").write_text(said)

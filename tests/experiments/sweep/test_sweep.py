@@ -24,7 +24,7 @@ from experiments.files import CELL, CELL_LOCK, read_rows
 from experiments.signals import Children
 from experiments.sweep import __main__ as sweep
 from experiments.sweep import status as status_module
-from experiments.sweep.__main__ import run_sweep
+from experiments.sweep.__main__ import gpu_lanes, run_sweep, visible_gpus
 from experiments.sweep.cells import (
     ArmConfig,
     StudyConfig,
@@ -76,6 +76,9 @@ def test_cells_are_backends_times_knobs_times_seeds(tmp_path):
         "knobs=[0.5,8]",
         "threads=1",
     )
+    run_dir = f"run_dir={tmp_path}/text-base-seed0"
+    train = ("experiment=debug", "attention=full", "seed=0", "name=text-base-seed0", run_dir, "threads=1")
+    assert found["text-base-seed0"].train == train
     assert found["text-base-seed0"].evaluate is None
 
 
@@ -402,6 +405,13 @@ def test_cells_share_the_gpus_out_among_them(tmp_path, monkeypatch):
 
     with pytest.raises(ValueError, match="gpus_per_cell=8, and this machine shows 4 GPUs"):
         run_sweep(make_config(tmp_path, gpus_per_cell=8), Console(file=io.StringIO()))
+    assert [gpu_lanes(gpus, 2) for gpus in (["2", "3"], list("abcde"))] == [[("2", "3")], [("a", "b"), ("c", "d")]]
+    assert [gpu_lanes(gpus, 1) for gpus in ([], ["a", "b"])] == [[()], [("a",), ("b",)]]
+    for named, seen in ((None, ["0", "1", "2", "3"]), ("", ["0", "1", "2", "3"]), ("a,b,,c,d,e", ["a", "b", "c", "d"])):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES") if named is None else monkeypatch.setenv(
+            "CUDA_VISIBLE_DEVICES", named
+        )
+        assert visible_gpus() == seen
 
 
 # Of a sweep whose cells do nothing for a while: the commands of real ones cost half a minute.
@@ -596,7 +606,7 @@ def test_the_status_tells_what_is_done_runs_and_failed(tmp_path, ran, monkeypatc
     (tmp_path / "logs" / "text-full-seed1.log").write_text(log)
     knob = tmp_path / "text-dash-knob1-seed0"
     (knob / "cell.json").unlink()
-    (knob / "metrics.jsonl").write_text('{"step": 7, "split": "train"}\n')
+    (knob / "metrics.jsonl").write_text("".join(f'{{"step": {step}, "split": "train"}}\n' for step in (3, 7)))
     with FileLock(knob / ".lock"):
         rows = {name: rest for name, *rest in status(tmp_path)}
     assert rows["text-base-seed0"] == ["done", "", ""]
