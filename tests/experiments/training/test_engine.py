@@ -9,6 +9,9 @@ import deepspeed
 import pytest
 import torch
 
+from experiments.config import OptimConfig
+from experiments.errors import Stopped
+from experiments.training import run as run_module
 from experiments.training.anomalies import LossWatch
 from experiments.training.engine import (
     DataError,
@@ -20,9 +23,9 @@ from experiments.training.engine import (
     validation_loss,
 )
 from experiments.training.metrics import Clock
-from experiments.training.optim import LR_FACTOR
+from experiments.training.optim import LR_FACTOR, learning_rate
 from experiments.training.ranks import Ranks, world_size
-from experiments.training.run import Update, judge, read_step
+from experiments.training.run import Read, Update, hold_sparsity, judge, log, read_step, take_step
 
 BF16 = {"bf16": {"enabled": True, "immediate_grad_update": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 
@@ -117,6 +120,36 @@ def test_ranks_that_share_rows_are_one_reader(monkeypatch):
     assert world_size() == 1
 
 
+def test_what_ranks_tell_each_other_is_exact_and_a_failure_of_the_first_ends_all(monkeypatch):
+    def all_reduce(total, group):
+        assert group == "of the hosts"
+        total.mul_(2)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    first, second = (Ranks(rank, 2, torch.device("cpu"), host="of the hosts") for rank in (0, 1))
+    assert second.sum(2**24 + 1, 0.1) == [2**25 + 2, 0.2]  # more than float32 counts to
+    told = []
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: told.append(value) or [told[0], value])
+    for work, error in ((lambda: "done", None), (lambda: 1 // 0, ZeroDivisionError)):
+        if error is None:
+            assert (first.first(work), second.first(lambda: 1 // 0)) == ("done", None)
+        else:
+            with pytest.raises(error):  # a fault of ours, which is not told
+                first.first(work)
+        told.clear()
+
+    def stop():
+        failure = Stopped("no room")
+        failure.exit_code = 75
+        raise failure
+
+    for rank in (first, second):
+        with pytest.raises(Stopped, match=r"^no room$") as stopped:
+            rank.first(stop)
+        assert stopped.value.exit_code == 75
+    assert told == [("no room", 75), None]
+
+
 def batch(num_targets, num_tokens=None):
     """As much of one as counts."""
     made = SimpleNamespace(num_targets=num_targets, num_tokens=num_tokens, cu_seqlens=None, max_seqlen=None)
@@ -170,6 +203,95 @@ def test_what_was_read_for_a_step_is_counted_over_all_ranks(monkeypatch, shared)
     assert (read.batches, read.position, type(read.error), read.failures, read.stops) == (
         ([], {"rows": 2}, StopIteration, 2, 2)
     )
+
+
+@pytest.mark.parametrize("auxiliary", [True, False])
+def test_a_step_weighs_every_target_and_every_token_of_all_ranks_alike(monkeypatch, auxiliary):
+    """Of two ranks and two micro-batches, over which DeepSpeed averages."""
+    done, asked = [], []
+    losses = iter(((2.0, 10.0, "stats of the first"), (5.0, 20.0, None)))
+
+    def forward(engine, batch, device, *, return_stats):
+        asked.append((batch.num_targets, return_stats))
+        loss, other, stats = next(losses)
+        return SimpleNamespace(
+            loss=torch.tensor(loss), auxiliary_loss=torch.tensor(other) if auxiliary else None, stats=stats
+        )
+
+    monkeypatch.setattr(Ranks, "sum", lambda self, *values: [2 * value for value in values])
+    monkeypatch.setattr(run_module, "forward", forward)
+    monkeypatch.setattr(run_module, "set_learning_rate", lambda engine, rate: done.append(("rate", rate)))
+    monkeypatch.setattr(run_module, "gradient_norms", lambda engine: {"grad_norm_router": 0.5})
+    monkeypatch.setattr(run_module, "optimizer_step", lambda engine, clip: done.append(("update", clip)) or 7.0)
+    engine = SimpleNamespace(
+        module=SimpleNamespace(set_step=lambda step: done.append(("step", step))),
+        backward=lambda objective: done.append(("backward", pytest.approx(float(objective)))),
+    )
+    optim = OptimConfig(lr=1.0, warmup_steps=8, grad_clip=0.25)
+    run = SimpleNamespace(
+        config=SimpleNamespace(optim=optim, steps=9),
+        engine=engine,
+        ranks=Ranks(0, 2, torch.device("cpu")),
+        micro_batches=2,
+        tokens=100,
+        clock=SimpleNamespace(count=lambda tokens: done.append(("tokens", tokens))),
+    )
+    read = Read([batch(3, 8), batch(1, 4)], {}, targets=8.0, tokens=24.0, error=None, failures=0, stops=0)
+    update = take_step(run, 5, read, with_norms=True, with_stats=True)
+    rate, ranks_and_parts = learning_rate(optim, 4, 9), 4
+    beside = [10 * 8 / 24 if auxiliary else 0, 20 * 4 / 24 if auxiliary else 0]
+    assert done == [
+        *(("step", 4), ("rate", rate)),
+        *(("backward", ranks_and_parts * (2 * 3 / 8 + beside[0])), ("update", 0.25)),
+        *(("backward", ranks_and_parts * (5 * 1 / 8 + beside[1])), ("update", 0.25)),
+        ("tokens", 24.0),
+    ]
+    assert asked == [(3, True), (1, False)]
+    assert run.tokens == 124
+    mean = 2 * (2 * 3 / 8 + 5 * 1 / 8)
+    found = pytest.approx(2 * sum(beside)) if auxiliary else None
+    assert update == (mean, found, rate, 7.0, {"grad_norm_router": 0.5}, "stats of the first")
+
+
+def test_the_row_of_a_step(monkeypatch):
+    told = []
+    monkeypatch.setattr(run_module, "backend_metrics", lambda engine: {"alpha": 1.25})
+    monkeypatch.setattr(run_module, "peak_memory_mib", lambda device: 512.0)
+    monkeypatch.setattr(run_module, "attention_metrics", lambda stats: {"causal_sparsity": len(stats) / 4})
+    timed = {"step_time": 2.0, "data_wait": 0.5, "tokens_per_s": 12.0}
+    run = SimpleNamespace(
+        **{"tokens": 100, "engine": None, "hold": None, "ranks": Ranks(0, 1, torch.device("cpu"))},
+        watch=SimpleNamespace(skipped=2),
+        clock=SimpleNamespace(read=lambda: dict(timed)),
+        utilisation=SimpleNamespace(measure=told.append, read=lambda *asked: {"mfu_causal": asked}),
+        metrics=SimpleNamespace(write=told.append),
+    )
+    read = SimpleNamespace(batches=["a batch"])
+    log(run, 7, read, Update(2.5, None, 0.1, None, norms={}, stats=None))
+    plain = {"step": 7, "split": "train", "tokens": 100, "loss": 2.5, "lr": 0.1, "grad_norm": math.inf}
+    plain |= {"skipped_steps": 2, **timed, "alpha": 1.25, "peak_memory_mib": 512.0, "mfu_causal": (["a batch"], 12.0)}
+    assert told == [plain]
+    told.clear()
+    run.hold = SimpleNamespace(knob=3.5)
+    log(run, 7, read, Update(2.5, 0.25, 0.1, torch.tensor(1.5), norms={"grad_norm_router": 0.5}, stats=["one", "two"]))
+    more = {"auxiliary_loss": 0.25, "grad_norm": 1.5, "grad_norm_router": 0.5, "knob": 3.5, "causal_sparsity": 0.5}
+    assert told == [["one", "two"], plain | more]
+
+
+def test_a_sparsity_is_held_by_what_all_ranks_read(monkeypatch):
+    counted, turned = [], []
+    monkeypatch.setattr(Ranks, "sum", lambda self, active, keys: [active + 10, keys + 100])
+    monkeypatch.setattr(run_module, "count_keys", lambda *asked: counted.append(asked) or torch.tensor([30.0, 100.0]))
+    model = SimpleNamespace(set_knob=turned.append)
+    run = SimpleNamespace(
+        config=SimpleNamespace(attention=SimpleNamespace(sparsity_count="paper")),
+        engine=SimpleNamespace(module=model),
+        ranks=Ranks(0, 2, torch.device("cpu")),
+        hold=SimpleNamespace(update=lambda sparsity: ("turned by", sparsity)),
+    )
+    hold_sparsity(run, SimpleNamespace(stats="stats"))
+    assert counted == [(model, "stats", "paper")]
+    assert turned == [("turned by", 1 - 40 / 200)]
 
 
 @pytest.mark.parametrize(("precision", "judged"), [("fp16", None), ("bf16", "skipped")])

@@ -184,6 +184,7 @@ def test_too_many_in_a_row_stop_the_run_with_its_state_kept(make_config, at_step
     assert train(make_config("new", f"init_from={kept / 'stopped-step-00000005'}"))
     train(config)  # the same command goes on from the latest
     assert [row["step"] for row in read_rows(kept.parent / "anomalies.jsonl")] == [2, 4]
+    assert state(kept.parent, 8)["skipped_steps"] == 2
 
 
 def test_a_diverged_run_overwrites_no_checkpoint(make_config):

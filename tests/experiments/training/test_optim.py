@@ -57,6 +57,11 @@ def test_only_a_schedule_that_decays_so_needs_room_for_it(make_config):
     check(make_config("run", *options, "optim.schedule=wsd", "optim.decay_fraction=0.6"))
     with pytest.raises(ValueError, match=r"optim\.decay_fraction=0\.7 overlap within steps=10"):
         check(make_config("run", *options, "optim.schedule=wsd"))
+    rounded = ("optim.schedule=wsd", "optim.warmup_steps=5", "optim.decay_fraction=0.55")  # 6 of 10 steps
+    with pytest.raises(ValueError, match=r"optim\.decay_fraction=0\.55 overlap within steps=10"):
+        check(make_config("run", *options, *rounded))
+    with pytest.raises(ValueError, match=r"optim\.warmup_steps=10 leaves no step of steps=10 after the warm-up"):
+        check(make_config("run", *options, "optim.warmup_steps=10"))
 
 
 def test_constant_stays():

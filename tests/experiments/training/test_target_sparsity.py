@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,13 +86,15 @@ def test_the_knob_is_found_on_the_rows_of_a_step_or_on_16(make_config, monkeypat
         def set_knob(self, knob):
             self.knob = knob
 
-    read = []
+    read, asked, opened, build_data = [], [], [], start_knob.build_data
 
-    def calibrate(model, batches, *_, **__):
+    def calibrate(model, batches, *target, **options):
         read.append(sum(len(batch.input_ids) for batch in batches))
+        asked.append((model.weight.dtype, *target, options))
         return Found(2.5, 0.6, {2.5: 0.6})
 
     monkeypatch.setattr(start_knob, "calibrate", calibrate)
+    monkeypatch.setattr(start_knob, "build_data", lambda data, **how: opened.append(how) or build_data(data, **how))
     data = MQARDataConfig(name="mqar", seq_len=128, pairs_min=4, pairs_max=4, validation_rows=4)
     config = replace(make_config("run", *DASH, "deepspeed.precision=fp32"), data=data)
     for rows_per_batch in (4, 16, 40):
@@ -99,6 +102,17 @@ def test_the_knob_is_found_on_the_rows_of_a_step_or_on_16(make_config, monkeypat
         start_knob.find_start_knob(replace(config, rows_per_batch=rows_per_batch), model, init_ranks("cpu"), rows=4)
         assert model.knob == 2.5
     assert read == [16, 16, 40]
+    # Of each of several readers its share, in the precision of training; the third of four ranks is the second reader.
+    ranks = replace(init_ranks("cpu"), rank=2, world_size=4, sequence_parallel=2)
+    attention = replace(config.attention, sparsity_count="paper")
+    config = replace(config, attention=attention, seed=5, rows_per_batch=40)
+    config = replace(config, deepspeed=replace(config.deepspeed, precision="bf16"))
+    start_knob.find_start_knob(config, model, ranks, rows=4)
+    assert read[-1] == 20
+    assert asked[-1] == (torch.bfloat16, 0.6, "paper", 128, {"device": ranks.device, "total": ranks.sum})
+    how = {"split": "train", "seed": 5, "rows": 4, "rank": 1, "world_size": 2, "cache_dir": Path(config.cache_dir)}
+    assert opened[-1] == how
+    assert model.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ["infllmv2", "nsa"])

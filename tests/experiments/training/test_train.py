@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 import train as train_module
-from data import TextTokenizer
+from data import TextTokenizer, build_data
 from experiments.config import load_config
 from experiments.errors import Stopped
 from experiments.evaluation import export
 from experiments.files import read_rows
+from experiments.training import build as build_module
 from experiments.training import metrics
 from experiments.training import run as run_module
 from experiments.training.checkpoint import read_state
@@ -180,13 +181,21 @@ def test_clipping_bounds_the_update_at_every_stage(make_config):
 def test_a_clipped_update_is_as_long_as_the_bound_times_the_rate(make_config, stage):
     """AdamW's first update is lr g / (|g| + eps): with eps = 1 and a small gradient, lr g."""
     options = ["optim.grad_clip=1e-3", "optim.eps=1", "optim.weight_decay=0", "optim.warmup_steps=0", "optim.lr=0.5"]
-    config = make_config("run", f"deepspeed=zero{stage}", *options, "steps=1")
+    config = make_config("run", f"deepspeed=zero{stage}", *options, "steps=1", "seed=3", "data.pack=documents")
     weights = load_file(find_weights(train(config)))
-    torch.manual_seed(config.seed)
-    initial = Transformer(replace(config.model, vocab_size=300), config.attention).state_dict()
+    torch.manual_seed(3)
+    model = Transformer(replace(config.model, vocab_size=300), config.attention)
+    initial = model.state_dict()
     moved = torch.cat([(weights[name] - initial[name]).flatten() for name in initial]).norm()
     assert moved.item() == pytest.approx(0.5 * 1e-3, rel=0.01)
-    assert rows(Path(config.run_dir))[0]["grad_norm"] > 0.1
+    (row,) = rows(Path(config.run_dir))
+    assert row["grad_norm"] > 0.1
+    # On the first rows of the seed, whose documents know nothing of each other.
+    batch = next(build_data(config.data, split="train", seed=3, rows=4, cache_dir=config.cache_dir))
+    assert len(batch.cu_seqlens) > 2
+    documents = {"position_ids": batch.position_ids, "cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen}
+    expected = model(batch.input_ids, labels=batch.labels, **documents).loss.item()
+    assert row["loss"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_run_can_begin_with_other_weights(make_config, tmp_path, capsys):
@@ -229,14 +238,19 @@ def test_a_run_can_begin_with_a_hugging_face_folder_and_become_one(make_config, 
     assert "back exists: give a new folder" in capsys.readouterr().err
 
 
-def test_a_complete_run_is_left_alone(make_config, capsys):
+def test_a_complete_run_is_left_alone(make_config, capsys, monkeypatch):
     config = make_config("run", "eval_every=2")
     run_dir = train(config)
     assert [row["step"] for row in rows(run_dir, "validation")] == [2, 4]
     assert not any("causal_sparsity" in row for row in rows(run_dir))  # stats_every=0
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    capsys.readouterr()
     train(make_config("run", "eval_every=2"))
-    assert "is complete: 4 steps" in capsys.readouterr().out
+    next_ = f"next: python evaluate.py run={run_dir}"
+    assert capsys.readouterr().out.splitlines() == [f"{run_dir} is complete: 4 steps", next_]
+    monkeypatch.setenv("RANK", "1")  # one of many says it
+    train(make_config("run", "eval_every=2"))
+    assert not capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
     with pytest.raises(ValueError, match="steps: 4 there, 6 now"):
         train(make_config("run", "eval_every=2", "steps=6"))
@@ -355,6 +369,8 @@ def test_what_is_due_at_a_step_is_done_there_and_nowhere_else(make_config):
     assert start["parameters"] == sum(weight.numel() for weight in weights.values())
     assert start["tokenizer"] == TextTokenizer.load(str(run_dir / "tokenizer")).fingerprint()
     assert start.keys() == {"parameters", "data", "tokenizer", "unigram_entropy"}
+    read = build_data(config.data, split="train", seed=config.seed, rows=4, cache_dir=config.cache_dir)
+    assert (start["data"], start["unigram_entropy"]) == (read.describe(), read.unigram_entropy())
 
 
 def test_a_row_says_what_the_step_cost(make_config):
@@ -388,12 +404,19 @@ def test_profiling_writes_one_trace_of_the_main_rank(make_config):
     assert {name for name in names if "ProfilerStep" in str(name)} == {"ProfilerStep#4", "ProfilerStep#5"}
 
 
-def test_activation_checkpointing_changes_no_loss(make_config):
+def test_activation_checkpointing_changes_no_loss(make_config, monkeypatch):
+    asked, build_engine = [], build_module.build_engine
+    monkeypatch.setattr(
+        build_module,
+        "build_engine",
+        lambda model, *others: asked.append(model.checkpoint_activations) or build_engine(model, *others),
+    )
     plain = losses(train(make_config("plain", *ATTENTION["dash"])))
     for stage in (1, 3):
         options = [*ATTENTION["dash"], "activation_checkpointing=true", f"deepspeed=zero{stage}", "stats_every=2"]
         run_dir = train(make_config(f"zero{stage}", *options))
         assert losses(run_dir) == pytest.approx(plain, rel=1e-6)
+    assert asked == [False, True, True]
 
 
 @pytest.mark.long
