@@ -263,7 +263,8 @@ def _eos_by_id(folder: Path, backend: Tokenizer) -> str | None:
     eos_id = _read_object(folder / "config.json").get("eos_token_id")
     if isinstance(eos_id, list):
         eos_id = next(iter(eos_id), None)
-    return backend.id_to_token(eos_id) if isinstance(eos_id, int) and eos_id >= 0 else None
+    is_number = isinstance(eos_id, int) and not isinstance(eos_id, bool)
+    return backend.id_to_token(eos_id) if is_number and 0 <= eos_id <= LARGEST_ID else None
 
 
 def _read_object(path: Path) -> dict:

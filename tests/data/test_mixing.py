@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from data import MixtureDataConfig, build_data
+from data.cache import fingerprint
 from data.config import MixedCorpusConfig
 from data.mixing import Schedule
 
@@ -173,6 +174,9 @@ def test_long_documents_are_read_oftener(mixture):
 
 
 def test_a_checkpoint_of_another_mixture_is_refused(mixture):
+    stream = mixture(small=3.0)
+    parts = [stream.corpora[name].fingerprint for name in ("small", "large")]
+    assert stream.fingerprint == fingerprint(parts, [3.0, 1.0], []), "checkpoints hold it"
     state = mixture().state_dict()
     for change in ({"small": 2.0}, {"length_buckets": [12]}, {"seed": 1}):
         with pytest.raises(ValueError, match="the data differ"):

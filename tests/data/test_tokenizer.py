@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import Tokenizer, processors
@@ -125,10 +126,15 @@ def test_a_folder_says_which_token_ends_a_document(tokenizer, tmp_path):
     assert TextTokenizer.load(str(tmp_path)).eos_token == "<|endoftext|>"  # nothing says otherwise
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [backend.token_to_id("<end>"), 0]}))
     assert TextTokenizer.load(str(tmp_path)).eos_token == "<end>"
+    for junk in (-1, 2**32, 10**30, True, 2.5, "x", [], [None], {}):
+        (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": junk}))
+        assert TextTokenizer.load(str(tmp_path)).eos_token == "<|endoftext|>"
     settings = {"eos_token": {"content": "</s>", "lstrip": False}, "bos_token": "<s>", "auto_map": {"x": "y.py"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     loaded = TextTokenizer.load(str(tmp_path))
     assert (loaded.eos_token, loaded.bos_id, loaded.named_bos_id) == ("</s>", None, backend.token_to_id("<s>"))
+    begun = TextTokenizer.load(str(tmp_path), bos_token="<end>")
+    assert begun.named_bos_id == begun.bos_id == backend.token_to_id("<end>")
     other_end = TextTokenizer.load(str(tmp_path), "<end>")
     other_end.save_folder(tmp_path / "other")
     assert other_end.eos_token == TextTokenizer.load(str(tmp_path / "other")).eos_token == "<end>"
@@ -190,8 +196,8 @@ def test_of_two_files_that_differ_the_tokenizers_own_counts(tokenizer, tmp_path)
     assert (loaded.named_bos_id, loaded.eos_token) == (loaded.backend.token_to_id("<t>"), "<s>")
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "of the settings"}')
     assert TextTokenizer.load(str(tmp_path)).settings["chat_template"] == "of the settings"
-    (tmp_path / "chat_template.jinja").write_text("of its own file")
-    assert TextTokenizer.load(str(tmp_path)).settings["chat_template"] == "of its own file"
+    (tmp_path / "chat_template.jinja").write_text(" of its own file\n")
+    assert TextTokenizer.load(str(tmp_path)).settings["chat_template"] == " of its own file\n"
 
 
 def test_what_begins_documents_can_be_said(tokenizer, text_config, tmp_path):
@@ -207,13 +213,15 @@ def test_what_begins_documents_can_be_said(tokenizer, text_config, tmp_path):
     for tokenizers in (own, without, other):
         tokenizers.save_folder(tmp_path / f"kept{tokenizers.bos_token}")
         assert TextTokenizer.load(str(tmp_path / f"kept{tokenizers.bos_token}")).bos_token == tokenizers.bos_token
-        framing = tokenizers.framing().backend.encode("query").ids
-        assert framing == tokenizers.encode_prompt("query")
+        framing = tokenizers.framing()
+        assert framing.backend.encode("query").ids == tokenizers.encode_prompt("query")
+        assert (framing.name, framing.settings) == (tokenizers.name, tokenizers.settings)
     first = own.backend.id_to_token(0)
     with_template = TextTokenizer(own.backend, own.eos_token, settings={"chat_template": "x"}, bos_token=first)
     assert (with_template.bos_id, with_template.framing().settings) == (0, {"chat_template": "x"})
     trained = build_tokenizer(text_config(bos_token="<s>"), tmp_path)
     assert trained.encode_documents(["x"])[0][0] == trained.backend.token_to_id("<s>")
+    assert (trained.eos_id, trained.bos_id) == (0, 1)
     assert trained.vocab_size == tokenizer.vocab_size
     with pytest.raises(ValueError, match=r"has no token '<u>'; name the one .* in data\.bos_token, or none"):
         build_tokenizer(text_config(tokenizer=folder, bos_token="<u>"), tmp_path)
@@ -237,6 +245,16 @@ def test_a_kept_tokenizer_knows_what_it_was(tokenizer, tmp_path):
     other.save(str(tmp_path / "kept" / "tokenizer.json"))
     with pytest.raises(ValueError, match=r"kept is another tokenizer than was saved there.*restore it"):
         TextTokenizer.load(str(tmp_path / "kept"))
+
+
+def test_who_interrupts_the_reading_of_a_tokenizer_ends_it(tokenizer, tmp_path, monkeypatch):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    tokenizer.save(tmp_path / "tokenizer.json")
+    monkeypatch.setattr(tokenizer_module, "Tokenizer", SimpleNamespace(from_str=interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        TextTokenizer.load(str(tmp_path))
 
 
 def test_a_token_with_a_number_that_cannot_be_is_refused_at_once(tokenizer, tmp_path):
