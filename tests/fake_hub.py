@@ -38,7 +38,8 @@ class FakeHub:
         self.monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # nothing is tried again and again
         commit_of.cache_clear()
 
-    def _info(self, revision=None, **_):
+    def _info(self, repo_type=None, revision=None, **_):
+        assert repo_type == "dataset"
         if not self.is_online:
             raise OfflineModeIsEnabled("no network")
         return SimpleNamespace(sha=self.main if revision in (None, "main") else revision)

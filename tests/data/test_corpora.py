@@ -115,7 +115,7 @@ def test_what_cannot_be_read_is_left_out_and_named_up_to_a_limit(tmp_path, capsy
     assert told[0].startswith(f"left out: 11 rows and files in all, the first of them {tmp_path}/a.jsonl, row 3: ")
     (tmp_path / "ee.json").unlink()
     with pytest.raises(
-        DataSourceError, match=r"4 rows or files .* more than data\.bad_rows=3, the last .*a\.jsonl, row 6"
+        DataSourceError, match=r"^4 rows or files .* more than data\.bad_rows=3, the last .*a\.jsonl, row 6"
     ):
         texts(files_config(tmp_path / "*", bad_rows=3))
     (tmp_path / "g.jsonl").symlink_to(tmp_path / "gone")

@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import json
 import random
@@ -348,7 +349,7 @@ def test_a_fingerprint_is_of_the_values_in_whatever_order_they_were_written():
             from_checked_json(text)
 
 
-def test_build_once_leaves_nothing_half_written(tmp_path):
+def test_build_once_leaves_nothing_half_written(tmp_path, monkeypatch):
     target = tmp_path / "result"
 
     def fail(folder):
@@ -366,6 +367,13 @@ def test_build_once_leaves_nothing_half_written(tmp_path):
 
     build_once(target, lose_the_race)
     assert [path.name for path in target.iterdir()] == ["theirs"]
+
+    class Waited(contextlib.nullcontext):  # for one that has built it meanwhile
+        def __enter__(self):
+            self.enter_result.with_suffix("").mkdir()
+
+    monkeypatch.setattr("data.cache.FileLock", Waited)
+    assert build_once(tmp_path / "other", fail) == tmp_path / "other"
 
 
 def test_python_sources_end_to_end(tmp_path):

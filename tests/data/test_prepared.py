@@ -19,7 +19,7 @@ import pytest
 
 from data import DamagedShardError, DataSourceError, build_tokenizer, files
 from data import prepared as prepared_module
-from data.corpora import iterate_documents, split_of
+from data.corpora import Document, iterate_documents, split_of
 from data.prepared import prepare
 from data.shards import ShardWriter, TokenizedPart, read_summary
 from data.tokenizer import TextTokenizer
@@ -82,6 +82,15 @@ def test_splits_hold_every_document_once_and_are_disjoint(make, text_config, tok
     assert sum(covered) == complete["documents"] == sum(map(len, expected.values()))
     assert complete["tokens"] == sum(map(len, stored.values()))
     assert (complete["shards"], complete["dtype"]) == (len(covered), "uint16")
+
+
+def test_a_task_is_closed_by_as_many_documents_or_characters(tokenizer, monkeypatch):
+    monkeypatch.setattr(prepared_module, "TASK_DOCUMENTS", 4)
+    monkeypatch.setattr(prepared_module, "TASK_CHARACTERS", 20)
+    recipe = prepared_module.Recipe(tokenizer, 0.0, ("train",), (), None)
+    documents = [Document("", "x" * size) for size in (9, 10, 1, 1, 1, 1, 1, 40, 5)]
+    tasks = [(covered, [len(text) for _, text in task]) for covered, task in prepared_module._tasks(documents, recipe)]
+    assert tasks == [(3, [9, 10, 1]), (4, [1, 1, 1, 1]), (1, [40]), (1, [5])]
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32)])

@@ -21,7 +21,7 @@ from data.tasks.aggregation import frequencies
 from data.tasks.material import Material, all_words, read_haystack, sentences, word_list
 from data.tasks.niah import DEPTHS, HEAT_DEPTHS, NOISE
 from data.tasks.question_answering import read_hotpotqa, read_squad
-from data.tasks.sample import Sample, Sized, fit
+from data.tasks.sample import Form, Sample, Sized, TextTask, each_sample, fit
 from data.tokenizer import TextTokenizer, train_bpe
 
 NEEDLE = re.compile(r"One of the special magic (\w+) for (\S+) is: (\S+)\.")
@@ -421,16 +421,25 @@ def test_sets_are_made_once_and_again_for_another_seed(encoder, tmp_path, monkey
                 build_set("niah_single_2", encoder, seed=0, **options)
 
 
-def test_a_packages_sets_are_known_by_the_template_too(encoder, tmp_path, monkeypatch):
+def test_a_packages_sets_are_known_by_all_that_they_are(encoder, tmp_path, monkeypatch):
     class OfPackages(dict):
         own = ()
 
-    monkeypatch.setattr("data.task_sets.TEXT_TASKS", OfPackages(fwe=TEXT_TASKS["fwe"]))
-    templated = copy(encoder)
+    def key(name="toy", by=encoder, references=("a",), length=600, **changes):
+        sample = Sample("What?", " That:", list(references))
+        form = Form(each_sample(name, lambda material, rng: Sized(lambda size: sample, most=0)))
+        fields = {"match": "all", "max_new_tokens": 9, "forms": lambda length: [form]}
+        monkeypatch.setattr("data.task_sets.TEXT_TASKS", OfPackages({name: TextTask(name, **fields | changes)}))
+        options = {"length": length, "count": 1, "seed": 0, "material": MATERIAL, "cache_dir": tmp_path}
+        return build_set(name, by, **options).key
+
+    templated, other_tokens = copy(encoder), copy(encoder)
     templated.key = "another template"
-    options = {"length": 600, "count": 1, "seed": 0, "material": MATERIAL, "cache_dir": tmp_path}
-    first, again, other = (build_set("fwe", by, **options).key for by in (encoder, encoder, templated))
-    assert first == again != other
+    other_tokens.tokenizer = TextTokenizer(encoder.tokenizer.backend, "a")
+    changes = [{"name": "other"}, {"by": templated}, {"by": other_tokens}, {"references": ("b",)}, {"length": 601}]
+    changes += [{"match": "any"}, {"max_new_tokens": 8}]
+    assert key() == key()
+    assert len({key(), *(key(**change) for change in changes)}) == 1 + len(changes)
 
 
 CUT = '{"differs": null, "samples": 1}\n{"prompt"'  # a disk that lost the rest
@@ -495,6 +504,8 @@ def test_chat_models_get_their_turns_in_special_tokens(encoder):
     several = [{"name": "tools", "template": "x"}, {"name": "default", "template": turns + begin}]
     listed = PromptEncoder(TextTokenizer(backend, "<eos>", settings=own | {"chat_template": several}), "tokenizer")
     assert (listed.encode(sample), listed.key) == (ids, same.key)
+    named = own | {"chat_template": "{{ bos_token }}" + turns + begin, "bos_token": "<|im_end|>"}
+    assert PromptEncoder(TextTokenizer(backend, "<eos>", settings=named), "tokenizer").encode(sample) == [end, *ids]
     other = PromptEncoder(TextTokenizer(backend, "<eos>", settings=own | {"chat_template": turns}), "tokenizer")
     assert other.key != same.key, "samples and answers under another template are others"
     with pytest.raises(ValueError, match="has no chat template"):

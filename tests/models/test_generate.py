@@ -185,6 +185,9 @@ def test_all_tokens_are_all_of_them(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "exponential_", lambda row, generator: row.copy_(clock))
     sampler = Sampler(Sampling(temperature=1.0), [[0]], [0], 2, "cpu")
     assert sampler(torch.tensor([[0.0, -20.0]])).tolist() == [1]
+    clock.zero_()  # of a token that is left out, too
+    sampler = Sampler(Sampling(temperature=1.0, top_k=1), [[0]], [0], 2, "cpu")
+    assert sampler(torch.tensor([[0.0, 1.0]])).tolist() == [1]
 
 
 def test_a_repetition_penalty_is_transformers_own():
