@@ -154,8 +154,10 @@ def test_the_knob_turns_the_chosen_layers_alone():
     model = build({"0": "full", "1": window, "2": {"topk": 9}}, infllm)
     model.set_knob(5)
     assert [getattr(b.config, b.config.knob) for b in model.backends[1:]] == [2, 5, 5]
+    dense = build({"0": "dash"}, FullConfig())
+    assert (dense.turned, model.turned) == ([], [model.backends[2], model.backends[3]])
     with pytest.raises(ValueError, match="no sparsity knob"):
-        build({"0": "dash"}, FullConfig()).set_knob(1)
+        dense.set_knob(1)
 
 
 def test_decoding_a_mixed_model_equals_its_forward():
