@@ -193,6 +193,21 @@ def test_other_selectors(group, selector, router_scale, prior, sigma, cu_seqlens
         assert relative_error(ours, reference) < 8e-3
 
 
+def test_a_threshold_is_the_one_of_the_token_alone():
+    """Beside tokens that take more steps: the same bits."""
+    from dashattn.ops.dash_routing.triton import _route_op
+
+    q, summaries = (random(1, tokens, heads, 64, dtype=BF16) for tokens, heads in ((4096, 4), (64, 1)))
+    q *= torch.logspace(-2, 2, 4096, device="cuda")[torch.randperm(4096)][:, None, None]
+    among_easy = q.clone()
+    among_easy[:, ::2] = 0
+    for alpha in (None, torch.linspace(1.05, 2, 4, device="cuda")):
+        options = alpha, None, None, None, 64, 1.0, [0, 0], "entmax"
+        _, *among, _, peak, tau = *_route_op(q, summaries, *options), *_route_op(among_easy, summaries, *options)
+        for x, alone in zip(among, (peak, tau), strict=True):
+            assert torch.equal(x[:, 1::2], alone[:, 1::2])
+
+
 @pytest.mark.parametrize("num_chunks", [256, 1024, 8192])
 @pytest.mark.parametrize("spread", [0.0, 0.01, 1.0])
 def test_thresholds_are_exact_at_any_chunk_count(num_chunks, spread):

@@ -58,6 +58,20 @@ def test_selection_and_prior_agree_with_the_reference(alpha, router_scale):
     assert relative_error(bias, expected_bias) < 1e-4
 
 
+def test_a_threshold_is_the_one_of_the_token_alone():
+    """Beside tokens that take more steps: the same bits."""
+    alpha = torch.tensor([1.2, 1.7])
+    q, summaries = torch.randn(1, 200, 2, 16), torch.randn(1, 12, 1, 16)
+    q *= torch.logspace(-2, 2, 200)[torch.randperm(200)][:, None, None]
+    _, peak, tau = kernels._route_op(q, summaries, alpha, None, None, None, CHUNK, 1.0, [0, 0], "entmax")
+    for first in range(2):
+        among_easy = q.clone()
+        among_easy[:, first::2] = 0
+        _, *alone = kernels._route_op(among_easy, summaries, alpha, None, None, None, CHUNK, 1.0, [0, 0], "entmax")
+        for together, by_itself in zip((peak, tau), alone, strict=True):
+            assert torch.equal(together[:, 1 - first :: 2], by_itself[:, 1 - first :: 2])
+
+
 @pytest.mark.parametrize(
     ("init_chunks", "local_chunks", "alpha", "prior"),
     [

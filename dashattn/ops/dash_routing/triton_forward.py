@@ -206,7 +206,7 @@ def threshold_kernel(
         open_rows = (count > 0) & unsolved(tau, better, totals[0], alpha)
         searching = (tl.max(open_rows.to(tl.int32), 0) > 0) & (passes < MAX_PASSES)
         if searching:
-            tau = better
+            tau = tl.where(open_rows, better, tau)  # a token's result does not depend on those beside it
     tl.store(peak_ptr + flat_row, peak, mask=valid)
     tl.store(tau_ptr + flat_row, tau, mask=valid)
 
