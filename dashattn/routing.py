@@ -50,9 +50,9 @@ def topk_routing(
     windows = {"kernel_size": kernel_size, "kernel_stride": kernel_stride}
     num_blocks = -(-q.shape[1] // block_size)
 
-    def consume(p_BHGTJ: Tensor) -> tuple[Selection, Tensor]:
+    def consume(log_p_BHGTJ: Tensor) -> tuple[Selection, Tensor]:
         selection = topk_selection(
-            p_BHGTJ,
+            log_p_BHGTJ,
             **windows,
             pooling=pooling,
             block_size=block_size,
@@ -60,7 +60,8 @@ def topk_routing(
             init_blocks=init_blocks,
             local_blocks=local_blocks,
         )
-        scores = pool_block_scores(p_BHGTJ.sum(2), num_blocks, **windows, block_size=block_size, pooling=pooling)
+        p_BHTJ = log_p_BHGTJ.exp().sum(2)
+        scores = pool_block_scores(p_BHTJ, num_blocks, **windows, block_size=block_size, pooling=pooling)
         return selection, scores.transpose(1, 2)
 
     scale = q.shape[-1] ** -0.5

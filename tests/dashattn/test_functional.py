@@ -489,8 +489,8 @@ def test_infllmv2_with_every_block_is_dense():
 def test_selections_never_name_a_block_of_the_future(topk):
     """Which the causal cut would hide here, and kernels that walk the selection would read."""
     sizes = {"kernel_size": 4, "kernel_stride": 2, "block_size": 8}
-    p = torch.rand(1, 2, 3, 41, num_windows(41, 4, 2))
-    selection = topk_selection(p, **sizes, pooling="max", topk=topk, init_blocks=2, local_blocks=1)
+    log_p = torch.rand(1, 2, 3, 41, num_windows(41, 4, 2)).log()
+    selection = topk_selection(log_p, **sizes, pooling="max", topk=topk, init_blocks=2, local_blocks=1)
     own = torch.arange(41) // 8
     mask = selection.mask()
     assert not (mask & (torch.arange(mask.shape[-1]) > own[:, None, None])).any()

@@ -61,8 +61,8 @@ def test_compressed_attention_is_float32(dtype):
     ck, cv = (mean_compress(x, **WINDOWS) for x in (k, v))
 
     def attend(*qkv):
-        out, (p,) = compressed_attention(*qkv, lambda p: p, **WINDOWS, scale=0.2, cu_seqlens=None)
-        return out, p
+        out, (log_p,) = compressed_attention(*qkv, lambda log_p: log_p, **WINDOWS, scale=0.2, cu_seqlens=None)
+        return out, log_p.exp()
 
     for result, exact in zip(attend(q, ck, cv), attend(*(x.double() for x in (q, ck, cv))), strict=True):
         assert result.dtype == torch.float32

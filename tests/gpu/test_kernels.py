@@ -159,6 +159,8 @@ def test_dash_attention(group, alpha, router_scale, prior, sigma, cu_seqlens, fo
         (7, {"topk": 8}, 2.0, "tempered", 1e6, None, (0, 0)),
         (3, {"topk": 5}, 2.0, "tempered", 0.5, (100, 100, 131, 700, 1500), (1, 1)),
         (1, {"topk": 6}, 1.0, "none", 1.0, None, (1, 0)),
+        (1, {"topk": 8}, 1000.0, "none", 1.0, None, (1, 0)),  # most probabilities are 0 in float32
+        (7, {"topk": 12}, 1000.0, "none", 1.0, None, (1, 0)),
         (16, {"top_p": 0.5}, 1.0, "raw", 1.0, None, (1, 0)),
         (4, {"top_p": 0.3}, 2.0, "raw", 1.0, (100, 100, 131, 700, 1500), (0, 2)),
         (3, {"top_p": 0.7}, 2.0, "tempered", 0.5, None, (0, 0)),

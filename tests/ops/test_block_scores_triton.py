@@ -130,6 +130,23 @@ def test_without_groups_scores_that_underflow_are_told_apart(monkeypatch):
     assert selection.mask()[0, -1, 0].nonzero().flatten().tolist() == [3, 5, 6, 9]
 
 
+@pytest.mark.parametrize(("group", "query_bytes"), [(3, 2**16), (4, 2**16), (20, 2**13)])
+def test_of_groups_scores_that_underflow_are_told_apart(group, query_bytes, monkeypatch):
+    """Up to three parts of eight heads, some of them none; every other token's scores do not underflow."""
+    monkeypatch.setattr(triton_select, "QUERY_BYTES", query_bytes)
+    triton_select.select_tile.cache_clear()
+    windows = dict(kernel_size=8, kernel_stride=4)
+    blocks = dict(pooling="max", block_size=16, topk=9, init_blocks=1, local_blocks=1)
+    q = torch.randn(1, 200, 1, 16).expand(-1, -1, group, -1) + 0.01 * torch.randn(1, 200, group, 16)
+    q[:, ::2] *= 100
+    k = torch.randn(1, num_windows(200, 8, 4), 1, 16)
+    options = dict(scale=1.0, cu_seqlens=None)
+    expected = reference(q, k, windows, blocks, **options)
+    assert torch.equal(reference(q.double(), k.double(), windows, blocks, **options).words, expected.words)
+    assert torch.equal(kernels.select_blocks(q, k, **windows, **blocks, **options).words, expected.words)
+    triton_select.select_tile.cache_clear()
+
+
 def test_given_normalisers_are_used():
     windows = dict(kernel_size=8, kernel_stride=4)
     blocks = dict(pooling="max", block_size=16, topk=3, init_blocks=0, local_blocks=1)

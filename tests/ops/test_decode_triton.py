@@ -18,8 +18,10 @@ from dashattn.backends import (
     build_backend,
 )
 from dashattn.backends.nsa import MeanMLP
+from dashattn.ops.block_scores.triton import select_blocks
 from dashattn.ops.chunk_summary.reference import chunk_summary
 from dashattn.ops.compression.reference import mean_compress
+from dashattn.ops.dash_routing.triton import dash_routing
 from dashattn.ops.decode import reference
 from dashattn.ops.decode import triton as kernels
 from dashattn.selection import Selection
@@ -163,6 +165,38 @@ def test_selection_from_compressed_keys(pooling, group, num_tokens, topk):
     assert torch.equal(selection.mask(), expected.mask())
     torch.testing.assert_close(out, expected_out, rtol=1e-4, atol=1e-5)
     assert out[0].abs().max() == 0
+
+
+@pytest.mark.parametrize("method", ["dash", "infllmv2"])
+@pytest.mark.parametrize(("group", "scale"), [(1, 1.0), (1, 1000.0), (3, 30.0), (3, 1000.0), (16, 1000.0)])
+def test_prefill_and_decoding_rank_what_the_reference_ranks(method, group, scale):
+    """At any scale: of the sharpest scores hardly a probability is above 0 in float32."""
+    tokens, length, topk = 24, 24 * BLOCK, 8
+    q = torch.randn(1, length, 2, 1, 24, device=DEVICE) + 0.1 * torch.randn(1, length, 2, group, 24, device=DEVICE)
+    q = q.flatten(2, 3)
+    lengths = torch.tensor([length - tokens], dtype=torch.int32, device=DEVICE)
+    last = q[:, -tokens:].contiguous()
+    if method == "dash":
+        summaries = torch.randn(1, length // BLOCK, 2, 24, device=DEVICE)
+        options = dict(chunk_size=BLOCK, selector="topk", topk=topk, router_scale=scale, prior="none", init_chunks=1)
+        prefill = dash_routing(q, summaries, **options)[0]
+        options |= dict(sigma=1.0)
+        decoded = kernels.cached_dash_routing(last, summaries, lengths, **options)[0]
+        wanted = reference.cached_dash_routing(last, summaries, lengths, prior_heads="group", **options)[0]
+        exact = (last.double(), summaries.double(), lengths)
+        exact = reference.cached_dash_routing(*exact, prior_heads="group", **options)[0]
+    else:
+        keys = torch.randn(1, length // 4, 2, 24, device=DEVICE)
+        options = dict(block_size=BLOCK, kernel_size=8, kernel_stride=4, pooling="max", topk=topk)
+        options |= dict(init_blocks=1, local_blocks=1, scale=scale * 24**-0.5)
+        prefill = select_blocks(q, keys[:, :-1], **options, cu_seqlens=None)
+        decoded = kernels.cached_window_routing(last, keys, None, lengths, **options)[1]
+        wanted = reference.cached_window_routing(last, keys, None, lengths, **options)[1]
+        exact = reference.cached_window_routing(last.double(), keys.double(), None, lengths, **options)[1]
+    masks = [x.mask()[:, -tokens:, :, : length // BLOCK] for x in (prefill, decoded, wanted)]
+    for mask in masks:
+        assert (mask != exact.mask()[..., : length // BLOCK]).any(-1).float().mean() < 0.03  # rounding of scores
+    assert torch.equal(masks[0].sum(-1), masks[1].sum(-1))
 
 
 def test_ties_go_to_the_lower_block():

@@ -98,7 +98,7 @@ def count(scratch, num_blocks, low, high, probes, TOKENS: tl.constexpr, SEARCHED
 
 @triton.jit
 def even_probes(low, high, PROBES: tl.constexpr, BY_LOGITS: tl.constexpr):
-    """Even steps from ``low`` to ``high``: of bit patterns, which are nearly logarithms, or of logits."""
+    """Even steps from ``low`` to ``high``: of bit patterns, which are nearly logarithms, or of logarithms."""
     probes = ()
     if BY_LOGITS:
         bottom = logit_of_rank(low)

@@ -19,11 +19,13 @@ the k-th score, 5-fold a step and to the scores that are there, until what it ho
 a single value: the blocks of that value tie, and the lowest win. Max-pooling makes such ties common: neighbouring
 blocks share a window. With TOP_P it is the score at which the sum of all that are as high reaches what is wanted.
 
-A maximum over one query head is that of the products themselves: BY_LOGITS there are neither normalisers nor
-exponentials.
+Of sharp scores most probabilities are 0 in float32, and would tie. So tokens for which a block below FAINT was taken,
+as a rule none, are ranked again, by the logarithm of what a group's probabilities sum to: BY_LOGITS. A maximum over one
+query head is that of the products themselves: it is ranked so at once, with neither normalisers nor exponentials.
+Weighted windows and masses are ranked by probabilities alone.
 
 Shapes as in ``band/triton_forward``, with N blocks of BLOCK tokens and W words of 32 blocks: words int32 [H, n, W];
-scratch int32 [programs, scratch_blocks > N, TOKENS].
+scratch int32 [programs, scratch_blocks > N, TOKENS]; faint int8 [H, n]: tokens to rank again.
 """
 
 import math
@@ -47,18 +49,20 @@ from dashattn.ops.block_scores.triton_search import (
     words_at_least,
 )
 from dashattn.ops.block_sparse.triton_forward import precision, stages_that_fit
+from dashattn.ops.dash_routing.triton_entmax import exp2, log2
 from dashattn.ops.tiles import LOG2E, Geometry, locate_tile, ones_below
 from dashattn.ops.tuning import around, launch
 
 # Four for each multiprocessor of an H100 or H200. They take tiles until none is left: it matters not how many run.
 PROGRAMS = 528
 PROBES = 4
+# Bits of 2 ** -96: what is lost of a sum that underflows in part, at most 2 ** -126 a head, counts for nothing.
+FAINT = tl.constexpr(0x0F800000)
 
 
 @triton.jit
 def _load_queries(q_ptr, lse_ptr, start, end, first, kv_head, part, GROUP: tl.constexpr, KV_HEADS: tl.constexpr,
-                  TOKENS: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
-                  BY_LOGITS: tl.constexpr):  # fmt: skip
+                  TOKENS: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):  # fmt: skip
     """The ``part``-th HEADS heads of the group, [HEADS * TOKENS, DIM], and their log-normalisers, if needed."""
     column = tl.arange(0, HEADS * TOKENS)
     head = part * HEADS + column // TOKENS
@@ -69,9 +73,17 @@ def _load_queries(q_ptr, lse_ptr, start, end, first, kv_head, part, GROUP: tl.co
     in_tile = valid[:, None] & (dim < HEAD_DIM)[None, :]
     q = tl.load(q_ptr + flat_row[:, None] * HEAD_DIM + dim[None, :], mask=in_tile, other=0.0)
     lse = tl.zeros([HEADS * TOKENS], tl.float32)
-    if not BY_LOGITS:
-        lse = tl.load(lse_ptr + flat_row, mask=valid, other=float("inf"))
+    if lse_ptr is not None:  # of 1e30 a probability is 0, too, and differences of logarithms are finite
+        lse = tl.minimum(tl.load(lse_ptr + flat_row, mask=valid, other=float("inf")), 1e30)
     return q, lse
+
+
+@triton.jit
+def _add_logs(peak, total, other_peak, other_total):
+    """total 2 ** peak + other_total 2 ** other_peak in the same form."""
+    ratio = exp2(-tl.abs(peak - other_peak))
+    total = tl.where(peak > other_peak, total + other_total * ratio, total * ratio + other_total)
+    return tl.maximum(peak, other_peak), total
 
 
 @triton.jit
@@ -105,13 +117,21 @@ def _pool(
         key = first_key + place
         k = k_desc.load([kv_head, key % RATIO, first_block + key // RATIO, 0]).reshape(KEYS, DIM)
         total = tl.zeros([KEYS, TOKENS], tl.float32)
+        peak = total - 1e30
         for part in tl.static_range(PARTS):
             p = tl.dot(k, queries[2 * part].T, input_precision=PRECISION) * scale_log2
-            if not BY_LOGITS:
-                p = tl.exp2(p - queries[2 * part + 1][None, :])
-            if HEADS > 1:
-                p = tl.sum(tl.reshape(p, (KEYS, HEADS, TOKENS)), 1)
-            total += p
+            if BY_LOGITS and PARTS * HEADS > 1:
+                log_p = tl.reshape(p - queries[2 * part + 1][None, :], (KEYS, HEADS, TOKENS))
+                more = tl.reduce((log_p, tl.full([KEYS, HEADS, TOKENS], 1.0, tl.float32)), 1, _add_logs)
+                peak, total = _add_logs(peak, total, more[0], more[1])
+            else:
+                if not BY_LOGITS:
+                    p = tl.exp2(p - queries[2 * part + 1][None, :])
+                if HEADS > 1:
+                    p = tl.sum(tl.reshape(p, (KEYS, HEADS, TOKENS)), 1)
+                total += p
+        if BY_LOGITS and PARTS * HEADS > 1:
+            total = peak + log2(total)
         if MASKED:
             window = (first_block + row) * RATIO + place
             total = tl.where(window[:, None] < stop[None, :], total, lowest)
@@ -150,8 +170,8 @@ def _pool(
 
 @triton.jit
 def _select_tile(
-    tile, q_ptr, k_desc, lse_ptr, words, scratch, documents, key_starts, scale_log2, num_tokens, num_words, num_slots,
-    num_documents, scratch_blocks, topk, wanted_mass, init_blocks, local_blocks,
+    tile, q_ptr, k_desc, lse_ptr, words, faint, any_faint, scratch, documents, key_starts, scale_log2, num_tokens,
+    num_words, num_slots, num_documents, scratch_blocks, topk, wanted_mass, init_blocks, local_blocks,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr,
     BLOCK: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, MAX_POOLING: tl.constexpr,
     BY_LOGITS: tl.constexpr, TOP_P: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
@@ -165,6 +185,9 @@ def _select_tile(
 
     token_position = index * TOKENS + tl.arange(0, TOKENS)
     in_document = start + token_position < end
+    if faint is not None and BY_LOGITS:
+        token = (start + token_position).to(tl.int64)
+        in_document &= tl.load(faint + kv_head.to(tl.int64) * num_tokens + token, mask=in_document, other=0) != 0
     own = tl.where(in_document, token_position // BLOCK, -1)
     last_own = tl.max(own, 0)
     # Where there are no more blocks than topk, all are taken. Elsewhere the forced ones leave ``free`` to compete for.
@@ -190,7 +213,7 @@ def _select_tile(
         for part in tl.static_range(PARTS):
             queries += _load_queries(
                 q_ptr, lse_ptr, start, end, index * TOKENS, kv_head, part, GROUP, KV_HEADS, TOKENS, HEADS, HEAD_DIM,
-                DIM, BY_LOGITS,
+                DIM,
             )  # fmt: skip
         stop = tl.where(in_document, visible_keys(token_position, SIZE, STRIDE), 0)
         competing_end = tl.where(ranked, own - local_blocks + 1, 0)
@@ -237,6 +260,11 @@ def _select_tile(
         surplus = count_low - count_high > 1 if TOP_P else count_low > wanted
         searching = tl.max((surplus & (high - low > 1)).to(tl.int32), 0) > 0
 
+    token = (start + token_position).to(tl.int64)
+    if faint is not None and not BY_LOGITS:
+        is_faint = ranked & (low < FAINT)
+        tl.store(faint + kv_head.to(tl.int64) * num_tokens + token, is_faint.to(tl.int8), mask=in_document)
+        tl.store(any_faint, 1, mask=tl.max(is_faint.to(tl.int32), 0) > 0)
     if TOP_P:
         # One block alone is between, or blocks of one score: as many of them as it takes.
         tie = low.to(tl.float32, bitcast=True)
@@ -246,7 +274,6 @@ def _select_tile(
     # Where all that tie are wanted none has to be left out.
     left = tl.where(count_low > wanted, wanted - count_high, 0)
     high = tl.where(count_low > wanted, high, low)
-    token = (start + token_position).to(tl.int64)
     word_row = words + (kv_head.to(tl.int64) * num_tokens + token) * num_words
     low = tl.where(ranked, low, INFINITY_BITS + 1)
     high = tl.where(ranked, high, INFINITY_BITS + 1)
@@ -268,21 +295,23 @@ def _select_tile(
     ]
 )  # fmt: skip
 def select_kernel(
-    q_ptr, k_desc, lse_ptr, words, scratch, next_tile, documents, key_starts, scale_log2, num_tokens, num_words,
-    num_slots, num_documents, scratch_blocks, topk, wanted_mass, init_blocks, local_blocks,
+    q_ptr, k_desc, lse_ptr, words, faint, any_faint, scratch, next_tile, documents, key_starts, scale_log2, num_tokens,
+    num_words, num_slots, num_documents, scratch_blocks, topk, wanted_mass, init_blocks, local_blocks,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr,
     BLOCK: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, MAX_POOLING: tl.constexpr,
     BY_LOGITS: tl.constexpr, TOP_P: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
     SEARCHED: tl.constexpr, STEP: tl.constexpr, PROBES: tl.constexpr,
 ):  # fmt: skip
+    if faint is not None and BY_LOGITS:
+        num_slots = tl.where(tl.load(any_faint) != 0, num_slots, 0)
     scratch += tl.program_id(0).to(tl.int64) * (TOKENS * scratch_blocks)
     tile = tl.atomic_add(next_tile, 1)
     while tile < num_slots * KV_HEADS:
         _select_tile(
-            tile, q_ptr, k_desc, lse_ptr, words, scratch, documents, key_starts, scale_log2, num_tokens, num_words,
-            num_slots, num_documents, scratch_blocks, topk, wanted_mass, init_blocks, local_blocks, KV_HEADS, GROUP,
-            TOKENS, HEADS, PARTS, BLOCK, KEYS, SIZE, STRIDE, MAX_POOLING, BY_LOGITS, TOP_P, HEAD_DIM, DIM, PRECISION,
-            SEARCHED, STEP, PROBES,
+            tile, q_ptr, k_desc, lse_ptr, words, faint, any_faint, scratch, documents, key_starts, scale_log2,
+            num_tokens, num_words, num_slots, num_documents, scratch_blocks, topk, wanted_mass, init_blocks,
+            local_blocks, KV_HEADS, GROUP, TOKENS, HEADS, PARTS, BLOCK, KEYS, SIZE, STRIDE, MAX_POOLING, BY_LOGITS,
+            TOP_P, HEAD_DIM, DIM, PRECISION, SEARCHED, STEP, PROBES,
         )  # fmt: skip
         tile = tl.atomic_add(next_tile, 1)
 
@@ -333,9 +362,9 @@ def window_descriptor(k: Tensor, geo: Geometry, ratio: int, blocks: int) -> Tens
     )
 
 
-def ranks_by_logits(geo: Geometry, max_pooling: bool) -> bool:
+def ranks_by_logits(geo: Geometry, max_pooling: bool, top_p: float | None = None) -> bool:
     """Whether top-k needs no normalisers: the largest probability of one query head is that of the largest product."""
-    return max_pooling and geo.group == 1
+    return max_pooling and geo.group == 1 and top_p is None
 
 
 def wanted_mass(top_p: float | None, group: int) -> float:
@@ -351,12 +380,13 @@ def select(
     """Selection words int32 [H, n, W].
 
     Args:
-        lse: base-2 log-normalisers, float32 [n, Hq], of the same products; None where ``ranks_by_logits``.
+        lse: base-2 log-normalisers, float32 [n, Hq], of the same products; not read where ``ranks_by_logits``.
         top_p: in place of ``topk``: the fewest blocks beside the forced ones whose scores, on average over the heads of
             a group, sum to it; 1 takes all.
     """
     words = torch.zeros(geo.kv_heads, geo.tokens, -(-num_blocks // 32), dtype=torch.int32, device=q.device)
-    tile = select_tile(geo.group, geo.padded_dim, q.itemsize, lse is None)
+    by_logits = ranks_by_logits(geo, max_pooling, top_p)
+    tile = select_tile(geo.group, geo.padded_dim, q.itemsize, by_logits)
     keys, tokens = tile_keys(q.itemsize), tile["TOKENS"]
     step = max(1, 128 // tokens)  # a score for each of 128 threads
     searched = max(32, 16 * step)
@@ -365,16 +395,23 @@ def select(
     # The last tile of blocks may go past the last block, and then the search takes a step.
     scratch_blocks = num_blocks + keys + searched
     scratch = torch.empty(programs, scratch_blocks, tokens, dtype=torch.int32, device=q.device)
-    next_tile = torch.zeros(1, dtype=torch.int32, device=q.device)
-    launch(
-        select_kernel, (programs,),
-        q, window_descriptor(k, geo, block_size // band.stride, keys), lse, words, scratch, next_tile, geo.documents,
-        starts, scale * LOG2E, geo.tokens, words.shape[-1], slots, geo.num_documents, scratch_blocks, topk,
-        wanted_mass(top_p, geo.group), init_blocks, local_blocks,
-        KV_HEADS=geo.kv_heads, GROUP=geo.group, **tile, BLOCK=block_size, KEYS=keys, SIZE=band.size,
-        STRIDE=band.stride, MAX_POOLING=max_pooling, BY_LOGITS=lse is None, TOP_P=top_p is not None,
-        HEAD_DIM=geo.head_dim, DIM=geo.padded_dim, PRECISION=precision(q.dtype), SEARCHED=searched, STEP=step,
-        PROBES=PROBES, tokens=geo.tokens, restore=[next_tile],
-        options=select_options(geo.padded_dim, tile["PARTS"], q.itemsize, max_pooling),
-    )  # fmt: skip
+    windows = window_descriptor(k, geo, block_size // band.stride, keys)
+    options = select_options(geo.padded_dim, tile["PARTS"], q.itemsize, max_pooling)
+    any_faint = torch.zeros(1, dtype=torch.int32, device=q.device)
+    faint, passes = None, (by_logits,)
+    if max_pooling and top_p is None and not by_logits:
+        faint, passes = torch.empty(geo.kv_heads, geo.tokens, dtype=torch.int8, device=q.device), (False, True)
+    for logits in passes:
+        next_tile = torch.zeros(1, dtype=torch.int32, device=q.device)
+        launch(
+            select_kernel, (programs,),
+            q, windows, None if by_logits else lse, words, faint, any_faint, scratch, next_tile, geo.documents, starts,
+            scale * LOG2E, geo.tokens, words.shape[-1], slots, geo.num_documents, scratch_blocks, topk,
+            wanted_mass(top_p, geo.group), init_blocks, local_blocks,
+            KV_HEADS=geo.kv_heads, GROUP=geo.group, **tile, BLOCK=block_size, KEYS=keys, SIZE=band.size,
+            STRIDE=band.stride, MAX_POOLING=max_pooling, BY_LOGITS=logits, TOP_P=top_p is not None,
+            HEAD_DIM=geo.head_dim, DIM=geo.padded_dim, PRECISION=precision(q.dtype), SEARCHED=searched, STEP=step,
+            PROBES=PROBES, options=options, restore=[next_tile],
+            tokens=0 if faint is not None and logits else geo.tokens,  # hardly any: none is timed
+        )  # fmt: skip
     return words

@@ -81,17 +81,18 @@ def attend_windows(
     """Attention of q [B, T, Hq, D] over the first ``visible`` (int, broadcasts to [B, T]) of J windows [B, J, H, D].
 
     Returns:
-        The output [B, T, Hq, D] (None without ``compressed_v``) and the probabilities [B, H, G, T, J], in float32 or
-        float64; both 0 where nothing is visible.
+        The output [B, T, Hq, D] (None without ``compressed_v``), 0 where nothing is visible, and the logarithms of the
+        probabilities [B, H, G, T, J], -inf there and without a gradient; both in float32 or float64.
     """
     q_BTHGD = upcast(q).unflatten(2, (compressed_k.shape[2], -1)) * scale
     allowed = (torch.arange(compressed_k.shape[1], device=q.device) < visible[..., None])[:, None, None]
     logits = torch.einsum("bthgd,bjhd->bhgtj", q_BTHGD, upcast(compressed_k))
+    log_p = logits.detach().masked_fill(~allowed, -torch.inf).log_softmax(-1).masked_fill(~allowed, -torch.inf)
+    if compressed_v is None:
+        return None, log_p
     p = masked_softmax(logits, allowed) if logits.shape[-1] else logits
     p = p.masked_fill(~allowed, 0)
-    if compressed_v is None:
-        return None, p
-    return torch.einsum("bhgtj,bjhd->bthgd", p, upcast(compressed_v)).flatten(2, 3), p
+    return torch.einsum("bhgtj,bjhd->bthgd", p, upcast(compressed_v)).flatten(2, 3), log_p
 
 
 def compressed_attention(
@@ -110,7 +111,8 @@ def compressed_attention(
     Args:
         q: [B, T, Hq, D].
         compressed_k: [B, J, H, D]; ``compressed_v`` likewise, or None when only the probabilities are wanted.
-        consume: maps the probabilities of one document [B, H, G, T, J], 0 where nothing is visible, to what is kept.
+        consume: maps the log probabilities of one document [B, H, G, T, J], -inf where nothing is visible, to what is
+            kept.
 
     Returns:
         The output [B, T, Hq, D] in float32 or float64 (None without ``compressed_v``; 0 before the first window),
@@ -127,8 +129,8 @@ def compressed_attention(
         positions = document_positions(None, 1, length, q.device)
         visible = visible_windows(positions, kernel_size, kernel_stride)
         values = None if compressed_v is None else compressed_v[:, windows]
-        out, p = attend_windows(q_BTHD, compressed_k[:, windows], values, visible, scale)
-        consumed.append(consume(p))
+        out, log_p = attend_windows(q_BTHD, compressed_k[:, windows], values, visible, scale)
+        consumed.append(consume(log_p))
         return out
 
     outs = per_document(attend, cu_seqlens, q)

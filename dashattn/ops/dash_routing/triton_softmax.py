@@ -2,8 +2,7 @@
 
 Scores are never written. What is kept per (token, query head) are the highest product q . k~ and, as tau, the base-2
 logarithm of the sum of exponentials relative to it: log2 p = score_scale log2(e) (q . k~ - peak) - tau. Blocks are
-ranked by ``block_scores``' kernel, for which a chunk is a window as long as a block. It ranks probabilities: those that
-are 0 in float32 tie, and the lowest chunks win, where the reference ranks their logarithms.
+ranked by ``block_scores``' kernel, for which a chunk is a window as long as a block.
 
 Shapes and names as in ``triton_forward``.
 """

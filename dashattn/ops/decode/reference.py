@@ -102,9 +102,9 @@ def cached_window_routing(
     visible = visible_windows(positions, kernel_size, kernel_stride)
     if compressed_v is not None:
         compressed_v = _silence(compressed_v, visible[:, -1:])
-    out, p = attend_windows(q, compressed_k, compressed_v, visible, scale)
+    out, log_p = attend_windows(q, compressed_k, compressed_v, visible, scale)
     selection = topk_selection(
-        p,
+        log_p,
         kernel_size=kernel_size,
         kernel_stride=kernel_stride,
         block_size=block_size,

@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dashattn.ops.block_scores.triton_search import INFINITY_BITS, rank_of_bits
 from dashattn.ops.block_scores.triton_select import wanted_mass
+from dashattn.ops.dash_routing.triton_entmax import log2_sum
 from dashattn.ops.dash_routing.triton_forward import clamp_forced
 from dashattn.ops.decode.triton_attention import visible_count
 from dashattn.ops.decode.triton_routing import NewToken, multiply, prior_bias
@@ -47,10 +49,13 @@ def normaliser_kernel(
 def score_kernel(
     product_ptr, normaliser_ptr, score_ptr, lengths, scale_log2, num_tokens, num_windows, num_blocks,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, MAX: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, MAX: tl.constexpr, BY_LOGS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Scores of BLOCKS blocks up to the query's own, from the probabilities of the windows that touch them."""
+    """Scores of BLOCKS blocks up to the query's own, from the probabilities of the windows that touch them.
+
+    BY_LOGS: their base-2 logarithms, as in ``block_scores.triton_select``.
+    """
     wait_for_kernel_before(PDL)
     kv_head = tl.program_id(0) % KV_HEADS
     query = tl.program_id(0) // KV_HEADS
@@ -63,7 +68,7 @@ def score_kernel(
     flat_row = query.to(tl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP + member
     normaliser = tl.load(normaliser_ptr + flat_row, mask=in_group, other=0.0)
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
-    score = tl.zeros([BLOCKS], tl.float32)
+    score = tl.full([BLOCKS], float("-inf") if BY_LOGS else 0.0, tl.float32)
     for offset in tl.static_range(1 - SIZE // STRIDE, BLOCK // STRIDE):
         window = block * (BLOCK // STRIDE) + offset
         seen = (window >= 0) & (window < visible)
@@ -72,7 +77,12 @@ def score_kernel(
             mask=in_group[:, None] & seen[None, :],
             other=float("-inf"),
         )
-        p = tl.sum(tl.exp2(product * scale_log2 - normaliser[:, None]), 0)
+        log_p = product * scale_log2 - normaliser[:, None]
+        if BY_LOGS:
+            p, seen = log2_sum(log_p, 0)
+            p = tl.where(seen, p, float("-inf"))
+        else:
+            p = tl.sum(tl.exp2(log_p), 0)
         if MAX:
             score = tl.maximum(score, p)
         else:
@@ -85,7 +95,7 @@ def score_kernel(
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks", "num_words"])
 def topk_kernel(
     score_ptr, words_ptr, lengths, num_tokens, num_blocks, num_words, topk, wanted_mass, init_blocks, local_blocks,
-    KV_HEADS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, TOP_P: tl.constexpr,
+    KV_HEADS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, TOP_P: tl.constexpr, BY_LOGS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Selection words of the ``topk`` highest of at most BLOCKS scores, or of the forced blocks and of as many of the
@@ -99,8 +109,10 @@ def topk_kernel(
     score = tl.load(row + block, mask=block <= own, other=0.0)
     # The bits of numbers that are not negative order as the numbers do.
     key = score.to(tl.int32, bitcast=True)
+    if BY_LOGS:
+        key = tl.minimum(rank_of_bits(key), INFINITY_BITS)
     forced = ((block < init_blocks) | (block > own - local_blocks)) & (block <= own)
-    key = tl.where(forced, -1 if TOP_P else 0x7F800000, key)
+    key = tl.where(forced, -1 if TOP_P else 0x7FFFFFFF, key)
     key = tl.where(block <= own, key, -1)
     # The highest key that ``topk`` of them reach, bit by bit; 0 if there are fewer. (Two bits at a time are slower.)
     bound = own * 0
@@ -179,17 +191,17 @@ def _rank(
         **sizes, num_warps=max(4, min(16, width // 512)), **overlapped_launch(q.device),
     )  # fmt: skip
     scores = torch.empty(queries * kv_heads, num_blocks, dtype=torch.float32, device=q.device)
-    tile = 32
+    tile, by_logs = 32, pooling == "max" and top_p is None
     score_kernel[(queries * kv_heads, -(-num_blocks // tile))](
         products, normalisers, scores, lengths, scale * LOG2E, num_tokens, num_windows, num_blocks,
         KV_HEADS=kv_heads, GROUP=group, GROUP_P=power_of_2_from(group), BLOCK=block_size, BLOCKS=tile,
-        MAX=pooling == "max", **sizes, num_warps=4, **overlapped_launch(q.device),
+        MAX=pooling == "max", BY_LOGS=by_logs, **sizes, num_warps=4, **overlapped_launch(q.device),
     )  # fmt: skip
     words = torch.empty(batch, kv_heads, num_tokens, -(-num_blocks // 32), dtype=torch.int32, device=q.device)
     width = max(32, power_of_2_from(num_blocks))
     topk_kernel[(queries * kv_heads,)](
         scores, words, lengths, num_tokens, num_blocks, words.shape[-1], topk, wanted_mass(top_p, group), init_blocks,
-        local_blocks, KV_HEADS=kv_heads, BLOCK=block_size, BLOCKS=width, TOP_P=top_p is not None,
+        local_blocks, KV_HEADS=kv_heads, BLOCK=block_size, BLOCKS=width, TOP_P=top_p is not None, BY_LOGS=by_logs,
         num_warps=max(4, min(16, width // 512)), **overlapped_launch(q.device),
     )  # fmt: skip
     return words, normalisers
