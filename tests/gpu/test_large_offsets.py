@@ -14,6 +14,8 @@ from dashattn.ops.block_sparse.triton import block_sparse_attention
 from dashattn.ops.compression.reference import mean_compress
 from dashattn.ops.dash_routing.triton import dash_routing
 from dashattn.ops.decode import triton as decode
+from dashattn.ops.true_mass.triton import block_masses
+from dashattn.selection import Selection
 
 LIMIT = 2**31
 NEEDED = 120e9  # bytes
@@ -76,18 +78,19 @@ def run(attend, tensors, grad, chunk_query):
 
 
 @pytest.mark.parametrize(
-    ("group", "kv_heads", "prior"),
+    ("group", "kv_heads", "prior", "selector"),
     [
-        (1, 8, "raw"),  # key lists and biases, 7 heads of 2**29 and 2**30
-        (32, 5, "raw"),  # lists of the query tiles, Hopper's too, and entries of q
+        (1, 8, "raw", "entmax"),  # key lists and biases, 7 heads of 2**29 and 2**30
+        (32, 5, "raw", "entmax"),  # lists of the query tiles, Hopper's too, and entries of q
+        (32, 5, "raw", "topk"),  # the same in the kernels of a softmax: MoBA's, and those of the indexer of means
     ],
 )
-def test_dash_attention_of_the_last_head(group, kv_heads, prior):
+def test_dash_attention_of_the_last_head(group, kv_heads, prior, selector):
     length, chunk, dim = 262_144, 64, 64
     assert (kv_heads - 1) * length**2 // (2 * chunk) >= LIMIT
     assert group == 1 or length * group * kv_heads * dim >= LIMIT
     tensors, grad = inputs_for(1, length, group * kv_heads, kv_heads, dim)
-    check_dash_attention(tensors, grad, "head", chunk, prior)
+    check_dash_attention(tensors, grad, "head", chunk, prior, selector)
 
 
 @pytest.mark.parametrize(
@@ -104,20 +107,21 @@ def test_dash_attention_of_the_last_sequence(group, kv_heads, chunk, prior):
     check_dash_attention(tensors, grad, "sequence", chunk, prior)
 
 
-def check_dash_attention(tensors, grad, part, chunk, prior):
+def check_dash_attention(tensors, grad, part, chunk, prior, selector="entmax"):
     chunk_query = 0.2 * gaussian(*tensors[1].shape[2:], dtype=torch.float32)
 
     def attend(q, k, v, r):
-        return dash_attention(q, k, v, r, chunk_size=chunk, router_scale=30.0, prior=prior, impl="triton")
+        options = dict(chunk_size=chunk, selector=selector, topk=24, router_scale=30.0, prior=prior)
+        return dash_attention(q, k, v, r, **options, impl="triton")
 
     compare(attend, tensors, grad, part, chunk_query)
 
 
 def test_selections_of_the_last_head():
-    """Words, of which the last head's begin past 2**31, by both routers, forward alone."""
+    """Words, of which the last head's begin past 2**31, by all routers, forward alone."""
     length, block, kv_heads, dim = 524_288, 16, 5, 32
     assert (kv_heads - 1) * length * length // block // 32 >= LIMIT
-    q, k = (gaussian(1, length, kv_heads, dim) for _ in range(2))
+    q, k, pairs = (gaussian(1, length, heads, dim) for heads in (kv_heads, kv_heads, 2 * kv_heads))
     compressed = mean_compress(k, kernel_size=16, kernel_stride=16)
 
     def dash(q, summaries):
@@ -127,12 +131,37 @@ def test_selections_of_the_last_head():
         sizes = dict(kernel_size=16, kernel_stride=16, block_size=block, topk=20, init_blocks=1, local_blocks=2)
         return select_blocks(q, compressed, None, **sizes, pooling="max", scale=dim**-0.5, cu_seqlens=None).words
 
-    for route in (dash, topk):
-        among = route(q, compressed)[:, -1].clone()
+    def sharp(q, summaries):
+        """Of groups, whose probabilities are 0 in float32: by both passes of the selection."""
+        options = dict(chunk_size=block, selector="topk", topk=20, router_scale=1000.0, prior="none")
+        return dash_routing(q, summaries, **options)[0].words
+
+    for route, queries in ((dash, q), (topk, q), (sharp, pairs)):
+        among = route(queries, compressed)[:, -1].clone()
         torch.cuda.empty_cache()
-        alone = route(q[:, :, -1:].contiguous(), compressed[:, :, -1:].contiguous())[:, 0]
+        alone = route(last(queries, "head", kv_heads).contiguous(), compressed[:, :, -1:].contiguous())[:, 0]
         assert alone.any()
         assert torch.equal(among, alone)
+
+
+def test_masses_of_the_last_head():
+    """Lists of the query tiles, entries of q and of the masses, in the kernel of dq by query."""
+    length, block, group, kv_heads, dim = 262_144, 64, 32, 5, 64
+    blocks = length // block
+    assert min(length * group * kv_heads * dim, (kv_heads - 1) * length * blocks) >= LIMIT
+    (q, k, _), _ = inputs_for(1, length, group * kv_heads, kv_heads, dim)
+    words = torch.zeros(1, kv_heads, length, blocks // 32, dtype=torch.int32, device="cuda")
+    token = torch.arange(length, device="cuda")
+    own = token // block
+    for chosen in (own * 0, own // 2, own):
+        words[:, :, token, chosen // 32] |= (1 << chosen % 32).int()
+    lse = torch.full(q.shape[:3], 6.0, device="cuda")
+    among = block_masses(q, k, Selection(words, block), lse)[:, :, -1].clone()
+    torch.cuda.empty_cache()
+    q, lse = (last(x, "head", kv_heads).contiguous() for x in (q, lse))
+    alone = block_masses(q, k[:, :, -1:].contiguous(), Selection(words[:, -1:].contiguous(), block), lse)[:, :, 0]
+    assert (alone > 0).sum(-1).min() >= 1
+    assert torch.equal(among, alone)
 
 
 @pytest.mark.parametrize(
