@@ -22,7 +22,7 @@ from dashattn.ops.block_scores.triton import select_blocks
 from dashattn.ops.chunk_summary.reference import chunk_summary
 from dashattn.ops.compression.reference import mean_compress
 from dashattn.ops.dash_routing.triton import dash_routing
-from dashattn.ops.decode import reference
+from dashattn.ops.decode import reference, triton_attention
 from dashattn.ops.decode import triton as kernels
 from dashattn.selection import Selection
 
@@ -365,3 +365,12 @@ def test_what_the_kernels_cannot_decode_is_refused(config, message):
     auto = build_backend(config, AttentionShape(24, 4, 2, 16)).to(DEVICE)
     assert auto.decodes_statically(cache.layers[0]) == (config.selector != "entmax")
     assert auto.decode(q, k, v, cache.layers[0]).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "blocks", "splits"),
+    [(1, 2048, 132), (2, 2048, 66), (4, 2048, 64), (8, 2048, 33), (128, 2048, 2), (1000, 2048, 1), (2, 50, 50)],
+)
+def test_programs_that_share_the_blocks_of_a_row(monkeypatch, rows, blocks, splits):
+    monkeypatch.setattr(triton_attention, "processors", lambda device: 132)
+    assert triton_attention.num_splits(rows, blocks, torch.device("cpu")) == splits

@@ -242,8 +242,13 @@ def processors(device: torch.device) -> int:
 
 
 def num_splits(rows: int, blocks: int, device: torch.device) -> int:
-    """Programs that share the blocks of one query row and KV head: two for every multiprocessor in all."""
-    return max(1, min(2 * processors(device) // rows, blocks, 256))
+    """Programs that share the blocks of one query row and KV head.
+
+    Two for every multiprocessor in all hide each other's loads; but what adds a row's parts up reads them one after
+    another, and beyond 64 of them one for every multiprocessor is faster.
+    """
+    splits = max(processors(device) // rows, min(2 * processors(device) // rows, 64))
+    return max(1, min(splits, blocks, 256))
 
 
 def attend(

@@ -16,7 +16,7 @@ from dashattn.ops.matvec.reference import Norm
 from dashattn.ops.operators import operator
 from dashattn.ops.tiles import overlapped_launch, power_of_2_from, wait_for_kernel_before
 
-TILE = 2**14  # weights of a program: 64 of a thread
+TILE = 2**13  # weights of a program: 64 of a thread
 WIDEST = 2**14  # inputs: a program has whole rows
 SINGLE, HALVES, GATED = map(tl.constexpr, range(3))
 
@@ -122,7 +122,7 @@ def _launch(
         *sizes, *[0] * (3 - len(sizes)), K=x.shape[-1], COLS=columns, ROWS=rows, KIND=kind.value, HALF=half,
         NORM=norm is not None, ONTO=onto is not None, ROPE=rope is not None,
         MASKED=columns != x.shape[-1] or any(unit % rows for unit in units),
-        num_warps=8, **overlapped_launch(x.device),
+        num_warps=4, **overlapped_launch(x.device),
     )  # fmt: skip
     return out
 
