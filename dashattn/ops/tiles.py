@@ -113,6 +113,11 @@ class Geometry:
         return self.heads // self.kv_heads
 
     @property
+    def longest(self) -> int:
+        """Upper bound of a document's tokens."""
+        return self.tokens if self.uniform is None else self.uniform
+
+    @property
     def padded_group(self) -> int:
         return power_of_2_from(self.group)
 
@@ -154,6 +159,21 @@ def geometry(q: Tensor, kv_heads: int, cu_seqlens: Tensor | None) -> Geometry:
     if cu_seqlens is not None:
         return Geometry(cu_seqlens.to(torch.int32), None, batch * length, heads, kv_heads, head_dim)
     return Geometry(multiples(length, batch, q.device), length, batch * length, heads, kv_heads, head_dim)
+
+
+# A tensor core cuts off what it adds to a float32 sum, by 2 ** -24 of the sum on average (Fasi et al. 2021,
+# doi 10.7717/peerj-cs.330), and adds 16 rows at a time: a sum of so many is 1e-3 too small on average, less than the
+# rounding of bfloat16. It grows with the rows, of which a key of a long context has millions.
+SUMMED_ROWS = 2**19
+
+
+def query_splits(programs: int, rows: int) -> int:
+    """Parts of the queries of which each of ``programs`` by key makes a sum of its own, to be added in their order.
+
+    So many that the 132 multiprocessors of an H100 or H200 are evenly busy, and that no sum is of too many of the
+    ``rows`` that a key can meet.
+    """
+    return max(1, min(64, max(1024 // programs, -(-rows // SUMMED_ROWS))))
 
 
 def multiples(step: int, count: int, device: torch.device) -> Tensor:

@@ -22,7 +22,7 @@ from dashattn.ops.band.triton_forward import (
 )
 from dashattn.ops.block_sparse.triton_backward import delta, key_grad_options, packs, query_grad_options
 from dashattn.ops.block_sparse.triton_forward import key_descriptor
-from dashattn.ops.tiles import LOG2E, Geometry, locate_tile, query_rows
+from dashattn.ops.tiles import LOG2E, Geometry, locate_tile, query_rows, query_splits
 from dashattn.ops.tuning import around, launch
 
 
@@ -140,10 +140,6 @@ def band_key_grad_kernel(
     tl.store(dv_ptr + offset, dv.to(dv_ptr.dtype.element_ty), mask=in_keys)
 
 
-# Programs of the key kernel that keep the 132 multiprocessors of an H100 or H200 evenly busy.
-KEY_GRAD_PROGRAMS = 1024
-
-
 def backward(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, out: Tensor, lse: Tensor, starts: Tensor, geo: Geometry, band: Band,
     scale: float,
@@ -164,7 +160,7 @@ def backward(
     )  # fmt: skip
 
     programs = (k.shape[0] // keys + geo.num_documents) * geo.kv_heads
-    splits = max(1, min(64, KEY_GRAD_PROGRAMS // programs))
+    splits = query_splits(programs, min(span * band.stride, geo.longest) * geo.group)
     dtype = k.dtype if splits == 1 else torch.float32
     dk, dv = (torch.zeros(splits, *k.shape, dtype=dtype, device=k.device) for _ in range(2))
     options = key_grad_options(geo.padded_dim, keys, q.itemsize)

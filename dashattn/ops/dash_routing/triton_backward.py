@@ -31,7 +31,7 @@ from dashattn.ops.dash_routing.triton_entmax import (
     spread,
 )
 from dashattn.ops.dash_routing.triton_forward import LAUNCH, clamp_forced, load_tile, router_constants
-from dashattn.ops.tiles import Geometry, locate_tile
+from dashattn.ops.tiles import Geometry, locate_tile, query_splits
 from dashattn.ops.tuning import around, launch
 
 
@@ -321,11 +321,10 @@ def route_backward(
         restore=[dq], **listed,
     )  # fmt: skip
 
-    # Few chunks, many tokens: the tokens are split for parallelism, and the parts added in a fixed order.
     if geo.padded_group <= SMALL_GROUP:
         constants["CHUNKS"] = min(constants["CHUNKS"], 32)
     chunk_slots = summaries.shape[0] // constants["CHUNKS"] + geo.num_documents
-    splits = max(1, min(64, 1024 // (chunk_slots * geo.kv_heads)))
+    splits = query_splits(chunk_slots * geo.kv_heads, geo.longest * geo.group)
     partial = torch.zeros(splits, *summaries.shape, dtype=torch.float32, device=q.device)
     launch(
         summary_kernel, (chunk_slots * geo.kv_heads, splits),
