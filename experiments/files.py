@@ -30,6 +30,7 @@ START = "start.json"  # facts that the configuration alone does not tell
 TOKENIZER = "tokenizer"  # folder: the tokenizer.json that the tokens were made with, and its settings
 GIT = "git.json"
 LOCK = ".lock"
+REPLACED = ".replaced-"  # in the name of the directory of a run that another took the place of
 SUBMITTED = "slurm"  # folder of what Slurm was given, and its logs; written before the run begins
 METRICS = "metrics.jsonl"
 ANOMALIES = "anomalies.jsonl"
@@ -117,6 +118,11 @@ def check_exists(path: Path, mend: str) -> None:
     """
     if not path.exists():
         raise ValueError(f"{path} does not exist: {mend}")
+
+
+def files_below(root: Path, name: str) -> list[Path]:
+    """The files of a name in a directory and below it, sorted, without those of runs that others took the place of."""
+    return [path for path in sorted(root.rglob(name)) if REPLACED not in str(path.relative_to(root))]
 
 
 @contextlib.contextmanager

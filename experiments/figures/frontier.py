@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from data.task_sets import SUITES
 from experiments.figures.setpoints import is_as_trained, with_setpoints
-from experiments.files import RESULTS, UNTRAINED, check_exists, read_rows
+from experiments.files import RESULTS, UNTRAINED, check_exists, files_below, read_rows
 from experiments.intervals import SHARES, interval, stderr_of, unfiltered
 
 HIGHER_IS_BETTER = {
@@ -95,7 +95,7 @@ def load_rows(root: Path) -> list[dict]:
         ValueError: there are none.
     """
     check_exists(root, "name a directory of evaluated runs")
-    rows = of_frontiers(row for path in sorted(root.rglob(RESULTS)) for row in read_rows(path))
+    rows = of_frontiers(row for path in files_below(root, RESULTS) for row in read_rows(path))
     rows = [row for row in rows if not is_ablation(row)]
     if not rows:
         raise ValueError(f"no results under {root}: run a sweep or evaluate.py there first")

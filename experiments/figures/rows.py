@@ -10,7 +10,17 @@ from statistics import mean
 
 from experiments.figures.frontier import check_seeds, newest
 from experiments.figures.setpoints import AtSparsity, is_as_trained
-from experiments.files import METRICS, NUMERICS, RESULTS, SCALING, SPEED, THROUGHPUT, check_exists, read_rows
+from experiments.files import (
+    METRICS,
+    NUMERICS,
+    RESULTS,
+    SCALING,
+    SPEED,
+    THROUGHPUT,
+    check_exists,
+    files_below,
+    read_rows,
+)
 from experiments.intervals import interval
 
 BARS = (
@@ -45,7 +55,7 @@ def load_study(root: Path) -> Study:
     """Raises ValueError if the directory has no rows."""
     check_exists(root, "name directories of runs, of studies or of measurements")
     curves: dict[tuple[str, str], list[dict]] = {}  # by name and folder of a run
-    for path in sorted(root.rglob(METRICS)):
+    for path in files_below(root, METRICS):
         for row in read_rows(path):
             place = path.parent if "run" in row else path.parent.parent
             name = row.get("run") or path.parent.name
@@ -53,7 +63,7 @@ def load_study(root: Path) -> Study:
     known = Counter(name for name, _ in curves)
     training = {name if known[name] == 1 else f"{place}: {name}": rows for (name, place), rows in curves.items()}
     found = {
-        name: [row for path in sorted(root.rglob(name)) for row in read_rows(path)]
+        name: [row for path in files_below(root, name) for row in read_rows(path)]
         for name in (RESULTS, SPEED, NUMERICS, THROUGHPUT, SCALING)
     }
     if not training and not any(found.values()):

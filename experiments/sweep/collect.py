@@ -15,7 +15,17 @@ from pathlib import Path
 
 from experiments.arguments import parse
 from experiments.errors import user_errors
-from experiments.files import CELL, CELLS, METRICS, RESULTS, check_exists, locked, read_rows, write_atomically
+from experiments.files import (
+    CELL,
+    CELLS,
+    METRICS,
+    RESULTS,
+    check_exists,
+    files_below,
+    locked,
+    read_rows,
+    write_atomically,
+)
 from experiments.sweep.cells import read_done, record_done
 
 
@@ -29,7 +39,7 @@ def collect(source: Path, target: Path) -> dict[str, int]:
     check_exists(source, "name the directory of a sweep or of a run")
     if target.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"{target} lies in {source}, whose rows it would count twice: name another directory")
-    runs = sorted({path.parent for name in (RESULTS, METRICS, CELL) for path in source.rglob(name)})
+    runs = sorted({path.parent for name in (RESULTS, METRICS, CELL) for path in files_below(source, name)})
     names = [run.name for run in runs]
     twice = next((run for run in runs if names.count(run.name) > 1), None)
     if twice is not None:

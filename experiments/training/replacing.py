@@ -10,7 +10,7 @@ from filelock import Timeout
 
 from dashattn.fields import user_path
 from experiments.config import TrainConfig
-from experiments.files import LOCK, hold
+from experiments.files import LOCK, REPLACED, hold
 from experiments.origin import is_own, with_commits
 from experiments.training.ranks import Ranks
 from experiments.training.run import owes_validation
@@ -42,7 +42,7 @@ def set_aside(config: TrainConfig) -> Path | None:
     if not makes_way(config):
         return None
     path = user_path(config.run_dir)
-    aside = path.with_name(f"{path.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}")
+    aside = path.with_name(f"{path.name}{REPLACED}{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}")
     try:
         lock = hold(path / LOCK)
         try:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from data.task_sets import SUITES
-from experiments.figures import curves, paired, routers, scores
+from experiments.figures import curves, frontier, paired, routers, scores
 from experiments.figures import page as page_module
 from experiments.figures.__main__ import FIGURES, main, write_figures
 from experiments.figures.page import WIDEST
@@ -21,7 +21,7 @@ from experiments.figures.paired import make_paired
 from experiments.figures.published import RULER_16K
 from experiments.figures.rows import BARS, load_study
 from experiments.figures.setpoints import with_setpoints
-from experiments.files import read_rows
+from experiments.files import REPLACED, read_rows
 from experiments.plots import METHODS, grid, save
 from experiments.speed.rows import CUDNN, DECODE, DENSE, FLASH_3, FULL, PASSES, SETUP, WHOLE
 from experiments.sweep import collect
@@ -841,9 +841,10 @@ def test_a_score_stands_at_the_time_that_its_own_model_takes_to_decode(study):
 
 
 def test_collected_rows_draw_the_same_figures(tmp_path):
-    for run in ("a", "b"):
+    for run, score in {"a": 0.5, f"a{REPLACED}20261130": 0.1, "b": 0.5}.items():
         (tmp_path / "runs" / run).mkdir(parents=True)
-        (tmp_path / "runs" / run / "results.jsonl").write_text(json.dumps(row("recall", "accuracy", 0.5, label=run)))
+        scored = row("recall", "accuracy", score, label=run[0])
+        (tmp_path / "runs" / run / "results.jsonl").write_text(json.dumps(scored))
         with (tmp_path / "runs" / run / "results.jsonl").open("a") as file:
             file.write("\n")
         lines = [{k: v for k, v in line.items() if k != "run"} for line in training_rows(run)]
@@ -855,6 +856,8 @@ def test_collected_rows_draw_the_same_figures(tmp_path):
     }
     collected, direct = load_study(tmp_path / "kept"), load_study(tmp_path / "runs")
     assert table(1, collected) == table(1, direct)
+    assert [point["score"] for point in table(1, direct)] == [0.5, 0.5]
+    assert [found["score"] for found in frontier.load_rows(tmp_path / "runs")] == [0.5, 0.5]
     assert collected.training.keys() == direct.training.keys() == {"a", "b"}
     assert table(9, collected) == table(9, direct)
     with pytest.raises(ValueError, match="count twice"):

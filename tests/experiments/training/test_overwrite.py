@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from experiments.config import TrainConfig
 from experiments.errors import Stopped
-from experiments.files import CONFIGS, read_rows
+from experiments.files import CONFIGS, files_below, read_rows
 from experiments.sweep import submit
 from experiments.training.check import check
 from experiments.training.ranks import Ranks
@@ -43,6 +43,8 @@ def test_a_run_begins_anew_and_the_old_one_is_kept(config, tmp_path, capsys):
     assert train(other) == run
     (aside,) = replaced(tmp_path)
     assert contents(aside) == before
+    assert files_below(tmp_path, "metrics.jsonl") == [run / "metrics.jsonl"]  # of two, whose rows may not be told apart
+    assert files_below(aside, "metrics.jsonl") == [aside / "metrics.jsonl"]
     assert f"what was in {run} is in {aside}" in capsys.readouterr().out
     assert [row["step"] for row in read_rows(run / "metrics.jsonl") if row["split"] == "train"] == [1, 2]
     # It is complete: the next one makes it way in turn. One that is not goes on, as after a kill.
