@@ -83,7 +83,7 @@ RESULT_ROWS = Columns(
         (
             *("task", "metric", "label", "backend", "checkpoint", "config_hash", "data", "date", "device", "git_sha"),
             *("run", "knob_name", "probe", "set", "sparsity_count", "trained_sparsity_count", "untrained", "differs"),
-            "weights",
+            *("text", "weights"),
         ),
         _is_text,
     )

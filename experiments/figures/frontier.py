@@ -22,6 +22,7 @@ HIGHER_IS_BETTER = {
     **dict.fromkeys(SHARES, True),
     **dict.fromkeys(("nats", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"), False),
 }
+_READ = ("set", "text")  # columns that tell what was read: samples of a generated task, a folder's text and tokenizer
 SOLVED = 0.99  # accuracy that the dense control must reach on synthetic recall
 
 
@@ -95,11 +96,19 @@ def load_rows(root: Path) -> list[dict]:
         ValueError: there are none.
     """
     check_exists(root, "name a directory of evaluated runs")
-    rows = of_frontiers(row for path in files_below(root, RESULTS) for row in read_rows(path))
-    rows = [row for row in rows if not is_ablation(row)]
+    rows = [row for row in of_frontiers(read_results(root)) if not is_ablation(row)]
     if not rows:
         raise ValueError(f"no results under {root}: run a sweep or evaluate.py there first")
     return rows
+
+
+def read_results(root: Path) -> list[dict]:
+    """All rows of results.jsonl in a directory and below it, their ``run`` with where they lie."""
+    return [
+        row | {"run": str(path.parent.relative_to(root) / row.get("run", ""))}
+        for path in files_below(root, RESULTS)
+        for row in read_rows(path)
+    ]
 
 
 def of_frontiers(rows: Iterable[dict]) -> list[dict]:
@@ -122,15 +131,20 @@ def is_ablation(row: dict) -> bool:
 
 
 def newest(rows: Iterable[dict]) -> list[dict]:
-    """Of rows that differ in the checkpoint's step only, those of the last step; with sparsities as knobs, where they
-    were asked for, and a ``variant``, which rows from before there were several lack."""
-    names = ("label", "config_hash", "task", "metric", "length", "rows", "seed", "knob", "variant")
+    """Of rows that differ in the checkpoint's step only, those of the last step, and of one checkpoint the row written
+    last; with sparsities as knobs, where they were asked for, and a ``variant``, which rows from before there were
+    several lack. Other samples or another text make another measurement; other weights do at one step, since each step
+    has its own."""
+    names = ("run", "label", "config_hash", "task", "metric", "length", "rows", "seed", "knob", "variant", *_READ)
     within = ("probe", "position", "depth", "relevant", "part")  # of one evaluation
-    kept: dict[tuple, dict] = {}
-    for row in map(with_setpoints, rows):
-        key = (*(row.get(name) for name in names), *(str(row.get(name)) for name in within))
-        if key not in kept or row["step"] >= kept[key]["step"]:
-            kept[key] = {"variant": None} | row
+    keyed = [
+        ((*(row.get(name) for name in names), *(str(row.get(name)) for name in within)), row)
+        for row in map(with_setpoints, rows)
+    ]
+    last: dict[tuple, int] = {}
+    for key, row in keyed:
+        last[key] = max(row["step"], last.get(key, row["step"]))
+    kept = {(*key, row.get("weights")): {"variant": None} | row for key, row in keyed if row["step"] == last[key]}
     return list(kept.values())
 
 
@@ -201,11 +215,13 @@ def check_seeds(rows: Sequence[dict], what: str) -> None:
     for row in rows:
         other = first.setdefault(row["seed"], row)
         if other is not row:
-            differing = [name for name in ("config_hash", "rows", "step") if row.get(name) != other.get(name)]
+            names = ("run", "config_hash", "rows", "step", "weights", *_READ)
+            differing = [name for name in names if row.get(name) != other.get(name)]
             how = f" (they differ in {', '.join(differing)})" if differing else ""
+            how += f", from {other['run']} and {row['run']}" if "run" in differing else ""
             raise ValueError(
                 f"two results of {row['label']} on {what}, knob {row['knob']}, seed {row['seed']}{how}: give one a "
-                "label of its own (evaluate.py label=...), or the directory of one study only"
+                "label of its own (evaluate.py label=...), or the directory of one study only, or remove its rows"
             )
 
 

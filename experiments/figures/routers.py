@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from experiments.figures.frontier import title_of
+from experiments.figures.frontier import check_seeds, title_of
 from experiments.figures.rows import BARS, Drawn, Study, as_trained, averaged, grouped, line_of
 from experiments.figures.setpoints import is_as_trained
 from experiments.plots import BLACK, entitle, grid, legend_below, plain_log, save, styles
@@ -124,7 +124,9 @@ def make_adaptivity(study: Study) -> Drawn | None:
 def _pooled(rows: Iterable[dict], keys: Sequence[str]) -> list[dict]:
     """A row for each seed: probes of several kinds may need as many blocks, and each had as many chances to as its row
     has ``counted``."""
-    named = (row | {"line": line_of(row)} for row in rows)
+    named = [row | {"line": line_of(row)} for row in rows]
+    for (probe, *_), own in grouped(named, "probe", *keys, "config_hash").items():
+        check_seeds(own, f"probes of {probe}")
     return [
         own[0]
         if len(own) == 1

@@ -8,12 +8,11 @@ from operator import itemgetter
 from pathlib import Path
 from statistics import mean
 
-from experiments.figures.frontier import check_seeds, newest
+from experiments.figures.frontier import check_seeds, newest, read_results
 from experiments.figures.setpoints import AtSparsity, is_as_trained
 from experiments.files import (
     METRICS,
     NUMERICS,
-    RESULTS,
     SCALING,
     SPEED,
     THROUGHPUT,
@@ -64,12 +63,12 @@ def load_study(root: Path) -> Study:
     training = {name if known[name] == 1 else f"{place}: {name}": rows for (name, place), rows in curves.items()}
     found = {
         name: [row for path in files_below(root, name) for row in read_rows(path)]
-        for name in (RESULTS, SPEED, NUMERICS, THROUGHPUT, SCALING)
+        for name in (SPEED, NUMERICS, THROUGHPUT, SCALING)
     }
-    if not training and not any(found.values()):
+    evaluations = newest(read_results(root))
+    if not training and not evaluations and not any(found.values()):
         raise ValueError(f"no rows in {root}: name directories of runs, of studies or of measurements")
-    measured = (found[name] for name in (SPEED, NUMERICS, THROUGHPUT, SCALING))
-    return Study(root.resolve().name, newest(found[RESULTS]), training, *measured)
+    return Study(root.resolve().name, evaluations, training, *found.values())
 
 
 @dataclass(frozen=True)

@@ -614,6 +614,9 @@ def test_probes_that_need_as_many_blocks_count_by_how_much_they_counted(study):
     ]
     (found,) = table(5, replace(study, evaluations=rows))
     assert [found[key] for key in ("score", "low", "high", "seeds")] == [3.0, 3.0, 3.0, 1]
+    rows.append(rows[0] | {"set": "other samples"})
+    with pytest.raises(ValueError, match=r"dash on probes of niah_values_2, .* differ in set\)"):
+        table(5, replace(study, evaluations=rows))
 
 
 def test_a_router_at_one_place_of_its_knob_is_not_said_to_be_as_trained(study):

@@ -121,6 +121,14 @@ def test_two_runs_are_no_two_seeds():
             frontier.points([make_row(), make_row(**changes)])
 
 
+def test_two_runs_of_one_configuration_are_no_newer_and_older_one(tmp_path):
+    for run, score in (("a", 0.1), ("b", 0.2)):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "results.jsonl").write_text(json.dumps(make_row(score=score)) + "\n")
+    with pytest.raises(ValueError, match=r"differ in run\), from a and b: give one a label"):
+        frontier.points(frontier.load_rows(tmp_path))
+
+
 def test_trained_and_turned_knobs_are_different_curves():
     turned = [make_row(knob=k, trained_knob=1.0) for k in (1.0, 2.0)]
     others = [make_row(knob=4.0, trained_knob=4.0, config_hash="another"), make_row("full", None, 0.0, 1.0)]
@@ -255,11 +263,27 @@ def test_only_the_newest_checkpoint_counts():
     assert [row["step"] for row in rows] == [200]
     again = [make_row(step=200, score=score) for score in (0.3, 0.2)]  # of the same checkpoint, the row written last
     assert [row["score"] for row in frontier.newest(again)] == [0.2]
-    others = {"label": "x", "config_hash": "x", "task": "x", "metric": "x", "length": 1, "rows": 1, "seed": 1}
+    others = {
+        "run": "x",
+        "set": "x",
+        "text": "x",
+        "label": "x",
+        "config_hash": "x",
+        "task": "x",
+        "metric": "x",
+        "length": 1,
+        "rows": 1,
+        "seed": 1,
+    }
     others |= {"knob": 2.0, "variant": "x", "probe": "x", "position": [0, 0], "depth": 0.5, "relevant": 1, "part": "x"}
     for name, value in others.items():
         other_work = [make_row(step=100), make_row(step=200) | {name: value}]
         assert frontier.newest(other_work) == other_work, name
+    # Weights are another at each step; two at one step are two models, and no mean is of both.
+    steps = [make_row(step=step) | {"weights": weights} for step, weights in ((100, "a"), (200, "b"), (200, "c"))]
+    assert frontier.newest([*steps, steps[2]]) == steps[1:]
+    with pytest.raises(ValueError, match=r"differ in weights\): give one a label .*, or remove its rows"):
+        frontier.points(frontier.newest(steps))
 
 
 def test_says_so_where_no_dense_control_solves_the_task():
