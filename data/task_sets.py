@@ -49,12 +49,14 @@ class TaskSet:
     """Samples of one task at one length.
 
     Attributes:
+        seed: the samples were drawn with.
         key: differs with the samples; those of the cache are found by it.
         differs: how they depart from the task's published definition; None if they do not.
     """
 
     task: TextTask
     length: int
+    seed: int
     key: str
     differs: str | None
     samples: list[Sample]
@@ -101,7 +103,7 @@ def build_set(
             *(name, task.match, task.max_new_tokens, length, encoder.tokenizer.fingerprint(), encoder.key),
             *(json.dumps(asdict(sample)) for sample in samples),
         )
-        return TaskSet(task, length, key, differs, samples)
+        return TaskSet(task, length, seed, key, differs, samples)
     key = fingerprint(
         *(GENERATOR_VERSION, name, encoder.tokenizer.fingerprint(), encoder.key, length, count, seed),
         *(all_words(), material.fingerprint(task.needs)),
@@ -117,7 +119,7 @@ def build_set(
         head, *rows = map(json.loads, (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1])
         if head.get("samples", len(rows)) != len(rows):
             raise ValueError(f"{len(rows)} samples of {head['samples']}")
-        return TaskSet(task, length, key, head["differs"], [Sample(**row) for row in rows])
+        return TaskSet(task, length, seed, key, head["differs"], [Sample(**row) for row in rows])
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{folder} is damaged ({error}): remove it, and its samples are made again") from None
 

@@ -75,7 +75,7 @@ class EvaluateConfig(Checked):
     mqar: MQARForm = field(default_factory=MQARForm)  # MQAR in another form than trained on
     # How a generated task is put to the model; tokenizer = by its tokenizer's own chat template, those of lm_eval, too.
     template: Annotated[str, OneOf((*TEMPLATES, OWN_TEMPLATE))] = "base"
-    samples_seed: Seed = 0  # of generated tasks
+    samples_seed: Seed = 0  # of generated tasks; with another than 0 they are a panel of their own in figures
     haystack: UserPath | None = None  # text file, or RULER's PaulGrahamEssays.json; null = the run's held-out text
     squad: UserPath | None = None  # SQuAD's dev-v2.0.json, for qa_1
     hotpotqa: UserPath | None = None  # hotpot_dev_distractor_v1.json, for qa_2

@@ -404,6 +404,7 @@ def test_sets_are_made_once_and_again_for_another_seed(encoder, tmp_path, monkey
     assert isinstance(made, TaskSet)
     other = build_set("niah_single_2", encoder, seed=1, **options)
     assert made.samples != other.samples
+    assert (made.seed, other.seed) == (0, 1)
     monkeypatch.setattr("data.task_sets.generate", None)
     assert build_set("niah_single_2", encoder, seed=0, **options) == made
     templated, other_tokens = copy(encoder), copy(encoder)

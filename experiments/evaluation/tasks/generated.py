@@ -35,10 +35,12 @@ class GeneratedTask(Task):
     def __init__(self, task_set: TaskSet, encoder: PromptEncoder, prompts_per_batch: int) -> None:
         self.set, self.encoder, self.prompts_per_batch = task_set, encoder, prompts_per_batch
         self.names = (task_set.task.name,)
+        said = [f"template={encoder.name}"] if encoder.name != "base" else []
+        said += [f"samples_seed={task_set.seed}"] if task_set.seed != 0 else []
         self.columns = {
             "length": task_set.length,
             "rows": len(task_set.samples),
-            "variant": None if encoder.name == "base" else f"template={encoder.name}",
+            "variant": ", ".join(said) or None,
             "set": task_set.key,
             "differs": task_set.differs,
         }

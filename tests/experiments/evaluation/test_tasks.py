@@ -91,8 +91,9 @@ def test_what_tasks_are_built_with(text_run, monkeypatch, tmp_path):
 
     def build_set(name, encoder, **options):
         built.append((name, encoder.name, options))
+        task = SimpleNamespace(name=name)
         return SimpleNamespace(
-            task=SimpleNamespace(name=name), length=options["length"], samples=[], key="k", differs=None
+            task=task, length=options["length"], seed=options["seed"], samples=[], key="k", differs=None
         )
 
     def harness(name, tokenizer, **options):
@@ -119,6 +120,10 @@ def test_what_tasks_are_built_with(text_run, monkeypatch, tmp_path):
     materials = [options["material"] for name, _, options in built if name in ("niah", "niah_single_2")]
     assert all(material is materials[0] for material in materials)  # read once
     assert materials[0].haystack == read_haystack(tmp_path / "words.txt").haystack
+    variants = [task.columns["variant"] for task in tasks if hasattr(task, "columns")]
+    assert variants == 2 * [None, *["samples_seed=7"] * 3]  # loss, vt, niah, routing
+    by_template = generated.GeneratedTask(tasks[1].set, SimpleNamespace(name="chatml"), 1)
+    assert by_template.columns["variant"] == "template=chatml, samples_seed=7"
     _, tokenizer, given = built[2]
     assert tokenizer is target.tokenizer
     assert given == {
