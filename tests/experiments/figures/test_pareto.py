@@ -263,18 +263,8 @@ def test_only_the_newest_checkpoint_counts():
     assert [row["step"] for row in rows] == [200]
     again = [make_row(step=200, score=score) for score in (0.3, 0.2)]  # of the same checkpoint, the row written last
     assert [row["score"] for row in frontier.newest(again)] == [0.2]
-    others = {
-        "run": "x",
-        "set": "x",
-        "text": "x",
-        "label": "x",
-        "config_hash": "x",
-        "task": "x",
-        "metric": "x",
-        "length": 1,
-        "rows": 1,
-        "seed": 1,
-    }
+    others = dict.fromkeys(("run", "set", "text", "label", "config_hash", "task", "metric"), "x")
+    others |= {"length": 1, "rows": 1, "seed": 1}
     others |= {"knob": 2.0, "variant": "x", "probe": "x", "position": [0, 0], "depth": 0.5, "relevant": 1, "part": "x"}
     for name, value in others.items():
         other_work = [make_row(step=100), make_row(step=200) | {name: value}]
