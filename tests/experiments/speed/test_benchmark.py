@@ -339,11 +339,16 @@ def kernel(factor=1.0, gradient=1.0):
 def rows_of(monkeypatch, tmp_path):
     """rows_of(method): the rows of a benchmark of that one method, and the number of calls that were timed."""
 
-    def rows(*methods, **changes):
-        timed = []
+    def rows(*methods, ms=2.0, extra_mib=lambda call: 5.0, **changes):
+        timed, rows.asked = [], []
+
+        def measure(call, *rest):
+            rows.asked.append(rest)
+            return [timed.append(call()) or ms / 2, 1.5 * ms, ms]
+
         monkeypatch.setitem(speed.BACKENDS, "dash", list(methods))
-        monkeypatch.setattr(speed, "measure", lambda call, *_: [timed.append(call()) or 1.0, 3.0, 2.0])
-        monkeypatch.setattr(speed, "extra_mib", lambda call: 5.0)
+        monkeypatch.setattr(speed, "measure", measure)
+        monkeypatch.setattr(speed, "extra_mib", extra_mib)
         monkeypatch.setattr(speed, "call_ms", lambda call, *_: 2.5)
         monkeypatch.setattr(speed, "graph_ms", lambda call, *_: 1.5)
         lines = []
@@ -362,6 +367,7 @@ def test_what_is_right_is_timed(rows_of):
         (length, name, "ok") for length in (64, 128) for name in (FORWARD, BOTH)
     ]
     assert timed == 4
+    assert rows_of.asked == [(3, 12)] * 4  # calls before, calls timed
     assert {(row["ms"], row["call_ms"], row["graph_ms"]) for row in rows} == {(2.0, 2.5, 1.5)}
     assert {row["extra_mib"] for row in rows} == {5.0}
     assert set(rows[0]["errors"]) == {"out", "q", "k", "v"}
@@ -394,9 +400,12 @@ def test_a_wrong_output_is_not_timed(rows_of):
 
 def test_others_kernels_may_round_more(rows_of, monkeypatch):
     monkeypatch.setitem(speed.BASELINES, "fla_nsa", [kernel(factor=1.01)])
-    rows, timed = rows_of(kernel(factor=1.01), baselines=["fla_nsa"])
-    assert [row["status"] for row in rows] == [*["ok"] * 2, *["failed check"] * 2] * 2
+    monkeypatch.setitem(speed.BASELINES, "cudnn", [replace(kernel(factor=1.01), name=CUDNN)])
+    rows, timed = rows_of(kernel(factor=1.01), baselines=["fla_nsa", "cudnn"], lengths=[64])
+    assert [row["status"] for row in rows] == [*["ok"] * 4, *["failed check"] * 2]
     assert timed == 4
+    assert [row["call_ms"] for row in rows[:4]] == [2.5] * 4
+    assert [row["graph_ms"] for row in rows[:4]] == [None, None, 1.5, 1.5]  # others' may wait inside
 
 
 @pytest.mark.parametrize("gradient", [0.98, float("nan")])
@@ -444,6 +453,57 @@ def test_what_cannot_run_has_a_row_and_stops_no_other(rows_of):
     assert rows_of.said[0] == f"{said} is not installed"
     assert timed == 4
     assert len(calls) == 1  # a check that broke is not tried again at every length
+
+
+@pytest.mark.parametrize(("ms", "others"), [(49.9, (2.5, 1.5)), (50.0, (None, None))])
+def test_of_long_calls_the_hosts_share_is_nothing(rows_of, ms, others):
+    rows, _ = rows_of(kernel(), ms=ms, lengths=[64])
+    assert {(row["ms"], row["call_ms"], row["graph_ms"]) for row in rows} == {(ms, *others)}
+
+
+def test_a_pass_that_does_not_fit_leaves_the_other(rows_of):
+    calls = []
+
+    def extra_mib(call):
+        calls.append(call)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError
+        return 5.0
+
+    rows, _ = rows_of(kernel(), extra_mib=extra_mib, lengths=[64])
+    assert [(row["pass"], row["status"], row["ms"]) for row in rows] == [
+        (FORWARD, "ok", 2.0),
+        (BOTH, "out of memory", None),
+    ]
+
+
+def test_an_operation_says_what_it_is(rows_of):
+    """Its sparsity and its router's scale where they are not the problem's; without leaves it has no backward."""
+
+    def prepare(problem):
+        out = problem.q.float()
+        return Operation(lambda: out, {}, lambda grad: [out], causal_sparsity=0.25, router_scale=7.0)
+
+    rows, timed = rows_of(Method("own", WHOLE, prepare), lengths=[64])
+    assert [(row["pass"], row["status"]) for row in rows] == [(FORWARD, "ok"), (BOTH, "no backward")]
+    assert {(row["causal_sparsity"], row["router_scale"]) for row in rows} == {(0.25, 7.0)}
+    assert timed == 1
+
+
+def test_each_input_is_checked_once_at_the_length_of_the_check(rows_of):
+    seen, method = [], kernel()
+    seeing = replace(method, prepare=lambda problem: seen.append(problem.length) or method.prepare(problem))
+    rows, _ = rows_of(seeing, patterns=["clustered", "iid"], lengths=[128, 64, 128])
+    assert seen == [96, 64, 96, 64, 128, 128]
+    assert [(row["length"], row["pattern"]) for row in rows[::2]] == [
+        (length, pattern) for length in (64, 128) for pattern in ("clustered", "iid")
+    ]
+
+
+def test_all_shapes_share_the_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed.Benchmark, "rows", lambda self: iter([self.deadline]))
+    first, second = speed.measured(make_config(tmp_path, shapes=[[4, 2, 16], [2, 2, 16]]), "cpu")
+    assert first == second
 
 
 def test_what_is_out_of_time_has_a_row(rows_of):
@@ -543,6 +603,18 @@ def test_what_cannot_be_measured_is_refused(override, mend):
         check(composed(override))
 
 
+def test_something_is_left_to_measure(tmp_path):
+    check(make_config(tmp_path))
+    check(make_config(tmp_path, lengths=[], decode=[[64, 1]]))
+    for changes, mend in (
+        ({"sparsities": [0.5, 0.0]}, "lie between 0 and 1"),
+        ({"lengths": []}, "nothing to measure"),
+        ({"decode_model": [[64, 1]]}, "decode_model needs a model"),
+    ):
+        with pytest.raises(ValueError, match=mend):
+            check(make_config(tmp_path, **changes))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_without_a_gpu_it_ends_in_one_message(tmp_path):
     done = forked.run("-m", "experiments.speed", f"output_dir={tmp_path / 'speed'}")
@@ -575,8 +647,8 @@ def make_row(method, ms, length=1024, name=FORWARD, pattern="clustered", sparsit
         **{"heads": 32, "kv_heads": 2, "head_dim": 128, "chunk_size": 64, "dtype": "bf16", "seed": 0},
         **{"date": "2026-01-01T00:00:00+0000", "length": length, "pattern": pattern, "sparsity": sparsity},
         **{"causal_sparsity": sparsity, "router_scale": 4.0, "stage": stage, "method": method, "pass": name},
-        **{"status": "ok", "detail": "", "ms": ms, "ms_min": ms, "ms_max": ms, "extra_mib": 10.0, "errors": {}},
-        **changes,
+        **{"status": "ok", "detail": "", "ms": ms, "ms_min": ms and ms / 2, "ms_max": ms and 2 * ms, "errors": {}},
+        **{"extra_mib": 10.0 if name == FORWARD else 30.0} | changes,
     }
 
 
@@ -629,6 +701,19 @@ def test_a_failed_check_unsays_what_was_measured_and_running_out_of_time_does_no
     assert speed_rows.newest([*rows, late]) == rows
 
 
+def test_rows_of_other_cases_are_neither_superseded_nor_compared():
+    shape = {"device": "x", "heads": 16, "kv_heads": 4, "head_dim": 64, "chunk_size": 32, "dtype": "fp16"}
+    shape |= {"length": 2048, "batch": 2, "pass": BOTH}
+    dense, sparse = make_row(FLASH_3, 1.0, stage=DENSE), make_row("dash", 2.0)
+    for name, value in (shape | {"run": "b"}).items():
+        found = speed_rows.with_ratios([dense, sparse | {name: value}])
+        assert [row["ratio"] for row in found] == [1.0, None], name
+    for name, value in (shape | {"pattern": "iid", "sparsity": 0.9, "stage": ROUTING, "method": "nsa"}).items():
+        rows = [sparse, sparse | {name: value}]
+        assert speed_rows.newest(rows) == rows, name
+    assert speed_rows.newest([sparse, sparse | {"run": "b"}]) == [sparse | {"run": "b"}]
+
+
 @pytest.mark.parametrize(
     ("line", "length"),
     [
@@ -651,7 +736,7 @@ def test_table():
     rows += [make_row("fla NSA", None, length, name, **absent) for length in (1024, 4096) for name in (FORWARD, BOTH)]
     rows.append(make_row("fla NSA", None, 4096, pattern="iid", **absent))
     table = speed_report.to_markdown(rows)
-    assert "| 4k | clustered 75% | 75.0% | whole | dash | 8 (2.00x) | 24 (2.00x) | 10 MiB | 10 MiB |" in table
+    assert "| 4k | clustered 75% | 75.0% | whole | dash | 8 (2.00x) | 24 (2.00x) | 10 MiB | 30 MiB |" in table
     assert "| 4k | any |  | dense | FlashAttention-3 | 16 (1.00x) | 48 (1.00x) |  |  |" in table
     assert "| dash | clustered 75% | 2k | 2k |" in table
     assert "| dash | iid 75% | not reached | not reached |" in table
@@ -662,7 +747,7 @@ def test_table():
 
 
 def test_short_calls_stand_beside_their_graphs():
-    rows = [make_row(FLASH_3, 2.0, stage=DENSE), make_row("dash", 4.0, graph_ms=1.0)]
+    rows = [make_row(FLASH_3, 2.0, stage=DENSE, call_ms=9.0), make_row("dash", 4.0, graph_ms=1.0)]
     table = speed_report.to_markdown(rows)
     assert "4 (0.50x), 1 (2.00x)" in table
     assert "not reached, 1k or less as a CUDA graph" in table
@@ -683,11 +768,13 @@ def test_shapes_stand_beside_each_other():
             make_row(FLASH_3, 5.0 * factor, stage=DENSE, **common),
             make_row("dash", 1.0, call_ms=2.0, graph_ms=0.5, **common),
             make_row("nsa", 8.0, call_ms=8.0, graph_ms=4.0, **common),
+            make_row(CUDNN, 0.5, 2048, stage=DENSE, **common),
+            make_row("SDPA flash", 0.5, stage=DENSE, **common | {"run": "another"}),
         ]
     table = speed_report.to_markdown(rows)
-    assert "| heads / KV heads of size | FlashAttention-3 | SDPA cuDNN | dash | nsa |" in table
-    assert "| 32 / 2 of 128 | 5 /  | 4 /  | 2.00x / ; 4.00x /  | 0.50x / ; 0.50x /  |" in table
-    assert "| 16 / 2 of 128 | 50 /  | 40 /  | 20.00x / ; 40.00x /  | 5.00x / ; 5.00x /  |" in table
+    assert "| heads / KV heads of size | FlashAttention-3 | SDPA cuDNN | SDPA flash | dash | nsa |" in table
+    assert "| 32 / 2 of 128 | 5 /  | 4 /  |  /  | 2.00x / ; 4.00x /  | 0.50x / ; 0.50x /  |" in table
+    assert "| 16 / 2 of 128 | 50 /  | 40 /  |  /  | 20.00x / ; 40.00x /  | 5.00x / ; 5.00x /  |" in table
     assert "several models" not in speed_report.to_markdown([row for row in rows if row["heads"] == 32])
 
 
@@ -712,17 +799,24 @@ def test_the_whole_report(tmp_path, capsys, monkeypatch):
         make_row("nsa", None, 1024, status="error", detail="RuntimeError:\nno | such"),
         make_row("nsa", None, 4096, BOTH, sparsity=0.9, status="error", detail="RuntimeError:\nno | such"),
         make_row("nsa", None, 8192, status="out of time"),
+        make_row("nsa", 12.0, 4096, BOTH),
         *(row | other for row in a_run("b", flash_3=False) if row["length"] < 16384),
-        make_row("dash", 3.0, run="c", heads=16, kv_heads=16, head_dim=64, call_ms=4.0),
+        make_row("dash", 3.0, run="c", heads=16, kv_heads=16, head_dim=64, call_ms=4.0, causal_sparsity=0.725),
         make_row(FLASH_3, 6.0, run="c", heads=16, kv_heads=16, head_dim=64, stage=DENSE),
     ]
     for length, batch, dense, ms in ((32768, 1, 0.25, 0.125), (32768, 16, 4.0, 1.0), (131072, 1, 1.0, 0.25)):
         common = {"length": length, "batch": batch, "name": DECODE, "layers": 8, "extra_mib": None}
-        rows += [make_row(FULL, dense, stage=DENSE, **common), make_row("dash", ms, **common, sparsity=0.9)]
+        if batch > 1:
+            rows.append(make_row(CUDNN, 99.0, stage=DENSE, **common))  # of which no share stands for another
+        elif length > 32768:
+            rows.append(make_row(FLASH_3, 0.5, stage=DENSE, **common))
+        rows += [make_row(FULL, dense, stage=DENSE, **common)]
+        rows += [make_row("dash", ms, **common | {"layers": 6}, sparsity=0.9)]
         rows += [make_row("nsa", None, **common, status="failed check", detail="out off by 0.5, allowed 0.02")]
     common = {"length": 32768, "batch": 2, "name": MODEL_DECODE, "layers": 16, "parameters": 1_234_567_890}
     common |= {"extra_mib": None, "tokens_per_second": 400.0}
-    rows += [make_row(FULL, 5.0, stage=DENSE, **common), make_row("dash", 2.5, **common, compiled=True)]
+    rows += [make_row(FULL, 5.0, stage=DENSE, **common)]
+    rows += [make_row("dash", 2.5, **common | {"tokens_per_second": 800.0}, compiled=True)]
     append_rows(tmp_path / SPEED, rows)
     speed_report.main([str(tmp_path)])
     table = (tmp_path / "speed.md").read_text()

@@ -56,7 +56,13 @@ def rows_of(monkeypatch, tmp_path):
         compile_layers = partialmethod(Transformer.compile_layers, backend="eager")
         monkeypatch.setattr(Transformer, "compile_layers", compile_layers)
         monkeypatch.setattr(speed_decode, "graph_times", lambda call, *_: [call() and 5.0, 7.0, 6.0])
-        monkeypatch.setattr(speed_decode, "measure", lambda call, *_: [call() is not None and 5.0, 7.0, 6.0])
+        rows.asked = []
+
+        def measure(call, *rest):
+            rows.asked.append(rest)
+            return [call() is not None and 5.0, 7.0, 6.0]
+
+        monkeypatch.setattr(speed_decode, "measure", measure)
         config = make_config(tmp_path, **changes)
         check(config)
         speed.run(config, DEVICE, lambda line: None)
@@ -140,10 +146,14 @@ def test_a_layers_gates_and_clock(tmp_path, monkeypatch):
     assert timed == []
 
 
-def test_a_whole_models_rows(rows_of):
-    """The step that is timed is the compiled one, at each sparsity."""
+def test_a_whole_models_rows(rows_of, monkeypatch):
+    """The step that is timed is the compiled one, at each sparsity; heads are the model's."""
     counters.clear()
-    rows = rows_of(decode=[], decode_model=[[128, 3]], sparsities=[0.3, 0.4])
+    filled, fill_all = [], speed_decode.fill
+    monkeypatch.setattr(speed_decode, "fill", lambda *args: filled.append(args[-1]) or fill_all(*args))
+    rows = rows_of(decode=[], decode_model=[[128, 3]], sparsities=[0.3, 0.4], heads=8, kv_heads=8, head_dim=32)
+    assert filled == [[112] * 3] * 2  # half a chunk short of the length; once for all sparsities
+    assert rows_of.asked == [(3, 40)] * 3
     assert [(row["method"], row["pass"], row["status"], row["compiled"]) for row in rows] == [
         (FULL, MODEL_DECODE, "ok", True),
         ("dash", MODEL_DECODE, "ok", True),
@@ -152,7 +162,7 @@ def test_a_whole_models_rows(rows_of):
     assert rows[1]["causal_sparsity"] < rows[2]["causal_sparsity"]
     assert counters["frames"]["ok"] > 0
     assert {row["tokens_per_second"] for row in rows} == {3 / 6e-3}
-    assert {(row["heads"], row["layers"]) for row in rows} == {(4, 2)}
+    assert {tuple(row[name] for name in ("heads", "kv_heads", "head_dim", "layers")) for row in rows} == {(4, 2, 16, 2)}
     assert rows[0]["parameters"] > 2 * speed_decode.VOCABULARY * MODEL.hidden_size
 
 
@@ -296,9 +306,10 @@ def test_a_backend_without_a_line_of_its_own_is_timed_as_itself(rows_of):
 
 
 def test_out_of_time(rows_of):
-    rows = rows_of(time_budget=1e-9, decode_model=[[128, 1]])
-    assert [(row["pass"], row["status"]) for row in rows] == [
-        (name, "out of time") for name in (DECODE, MODEL_DECODE) for _ in range(2)
+    rows = rows_of(time_budget=1e-9, decode_model=[[128, 1], [256, 2]])
+    cases = (DECODE, 128, 2), (MODEL_DECODE, 128, 1), (MODEL_DECODE, 256, 2)
+    assert [(row["pass"], row["length"], row["batch"], row["method"], row["status"]) for row in rows] == [
+        (*case, method, "out of time") for case in cases for method in (FULL, "dash")
     ]
 
 

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from dashattn.backends import build_backend
 from experiments.arguments import parse, parser
 from experiments.files import read_rows
 from experiments.provenance import device_name, git_state
@@ -42,6 +43,15 @@ def test_a_row_is_selected_differently_where_any_of_its_words_is(monkeypatch):
     assert row == {"tensor": "out", "error": 0.1, "rows_selected_differently": 0.25}
 
 
+def test_gradients_are_of_what_they_are_called_by():
+    backend = build_backend(CONFIGS["full"], numerics.SHAPE).double()
+    q, k, v, grad = (torch.randn(1, 5, heads, 64, dtype=torch.double) for heads in (8, 2, 2, 8))
+    found, _ = numerics._run(backend, {"q": q, "k": k, "v": v, "hidden": None, "out": grad})
+    own = torch.autograd.grad(backend(q, k, v, hidden=None), (q, k, v), grad)
+    for name, expected in zip(("dq", "dk", "dv"), own, strict=True):
+        torch.testing.assert_close(found[name], expected)
+
+
 def test_the_length_is_what_the_help_says():
     given = parse("experiments.speed.numerics", ["rows"])
     assert given.length == 1000
@@ -49,6 +59,7 @@ def test_the_length_is_what_the_help_says():
 
 
 def test_usage(capsys):
-    with pytest.raises(SystemExit):
-        main([])
-    assert "usage" in capsys.readouterr().err
+    for arguments, said in (([], "usage"), (["rows", "0"], "LENGTH is 0: at least 1 is needed")):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert said in capsys.readouterr().err

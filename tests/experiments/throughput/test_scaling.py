@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 
 from experiments.files import SCALING, append_rows, read_rows
@@ -55,6 +57,7 @@ def test_one_rank_measures_what_is_missing(config, tmp_path):
 
 def test_a_failure_is_a_row_and_the_others_are_measured(config, tmp_path, monkeypatch):
     def time_steps(run, warmup, steps):
+        assert (warmup, steps) == (1, 2)
         if run.config.data.seq_len == 64:
             raise RuntimeError("a kernel failed")
         return {"tokens_per_s": 1.0}
@@ -63,6 +66,44 @@ def test_a_failure_is_a_row_and_the_others_are_measured(config, tmp_path, monkey
     failed, other = rows_of(config, tmp_path / SCALING)
     assert (failed["status"], failed["detail"]) == ("error", "RuntimeError: a kernel failed")
     assert other["status"] == "ok"
+
+
+def test_of_several_ranks_one_writes_and_whichever_fails_ends_all(config, tmp_path, monkeypatch):
+    replies, waited = [{"status": "ok", "tokens_per_s": 1.0}] * 5 + [{"status": "error", "detail": "lost"}], []
+    monkeypatch.setattr(parallel, "attempt", lambda *_: replies.pop(0))
+
+    def found(is_main, path):
+        ranks = SimpleNamespace(device=torch.device("cpu"), world_size=2, is_main=is_main)
+        ranks.barrier = lambda: waited.append(is_main)
+        return measure(config, ranks, path)
+
+    assert list(found(False, tmp_path / SCALING)) == []
+    assert not (tmp_path / SCALING).exists()
+    rows = list(found(True, tmp_path / SCALING))
+    assert [(row["ranks"], row["stage"], row["shares_rows"]) for row in rows] == [(2, 1, False), (2, 3, True)]
+    other = found(False, tmp_path / "other" / SCALING)
+    (tmp_path / "other").mkdir()
+    (failed,) = read_rows(tmp_path / "other" / SCALING) or [next(other)]  # after one that was measured
+    assert (failed["status"], failed["detail"], failed["stage"]) == ("error", "lost", 3)
+    with pytest.raises(SystemExit) as end:
+        next(other)
+    assert end.value.code == 1
+    assert waited == [False, True, False]
+
+
+def test_each_case_is_told_in_a_line(config, tmp_path, monkeypatch, capsys):
+    row = {"ranks": 2, "backend": "dash", "length": 64, "stage": 3, "status": "ok", "tokens_per_s": 12345.6}
+    failed = row | {"status": "error", "detail": "a kernel failed", "tokens_per_s": None}
+    for is_main in (True, False):
+        monkeypatch.setattr(parallel, "init_ranks", lambda device, main=is_main: SimpleNamespace(is_main=main))
+        monkeypatch.setattr(parallel, "measure", lambda *_: iter([row, failed]))
+        monkeypatch.setattr(parallel, "write_report", lambda path: f"the table of {path.name}")
+        parallel.main.__wrapped__(compose("scaling", [f"output_dir={tmp_path / 'out'}"]))
+        assert capsys.readouterr().out.splitlines() == [
+            "[0 s] 2 x dash  64  stage 3  ok  12,346 tokens/s",
+            "[0 s] 2 x dash  64  stage 3  error  a kernel failed",
+            *["the table of out"] * is_main,
+        ]
 
 
 def test_one_rank_does_once_what_stages_and_sharing_divide_among_several(config):
@@ -130,7 +171,7 @@ def test_what_is_measured_by_default_can_be(ranks):
 ROW = {"device": "GPU", "train": ["model=350m"], "date": "2026-01-02T", "git_sha": None, "dirty": False, "versions": {}}
 ROW |= {"backend": "dash", "length": 8192, "tokens_per_step": 1, "tokens_per_micro_batch": 1, "compile": True}
 ROW |= {"activation_checkpointing": False, "stage": 1, "shares_rows": False, "warmup": 1, "steps": 1, "status": "ok"}
-ROW |= {"step_time": 0.5, "peak_memory_mib": 2048.0, "detail": None}
+ROW |= {"step_time": 0.5, "peak_memory_mib": 3000.0, "detail": None}
 
 
 ROWS = [
@@ -163,27 +204,38 @@ def test_the_table_compares_with_one_device_at_the_same_work(tmp_path):
     assert (tmp_path / "parallel.md").read_text() == table
     assert [line for line in table.splitlines() if line.startswith(("## ", "| 8k", "| 4k"))] == [
         "## GPU: model=350m",
-        "| 4k | full | 1 | 1 | whole | yes | no | 50 |  | 0.500 s | 2.0 GiB |  |",
-        "| 4k | full | 2 | 1 | whole | yes | no | 80 | 80.0% | 0.500 s | 2.0 GiB | 0.0e+00 |",
-        "| 8k | dash | 1 | 1 | whole | yes | no | 100 |  | 0.500 s | 2.0 GiB |  |",
+        "| 4k | full | 1 | 1 | whole | yes | no | 50 |  | 0.500 s | 2.9 GiB |  |",
+        "| 4k | full | 2 | 1 | whole | yes | no | 80 | 80.0% | 0.500 s | 2.9 GiB | 0.0e+00 |",
+        "| 8k | dash | 1 | 1 | whole | yes | no | 100 |  | 0.500 s | 2.9 GiB |  |",
         "| 8k | dash | 1 | 1 | whole | yes | no | error | | | | |",
-        "| 8k | dash | 2 | 1 | whole | yes | no | 190 | 95.0% | 0.500 s | 2.0 GiB | 1.0e-02 |",
-        "| 8k | dash | 2 | 1 | whole | yes | yes | 170 |  | 0.500 s | 2.0 GiB |  |",
-        "| 8k | dash | 2 | 1 | whole | yes | no | 190 |  | 0.500 s | 2.0 GiB |  |",
+        "| 8k | dash | 2 | 1 | whole | yes | no | 190 | 95.0% | 0.500 s | 2.9 GiB | 1.0e-02 |",
+        "| 8k | dash | 2 | 1 | whole | yes | yes | 170 |  | 0.500 s | 2.9 GiB |  |",
+        "| 8k | dash | 2 | 1 | whole | yes | no | 190 |  | 0.500 s | 2.9 GiB |  |",
         "| 8k | dash | 2 | 2 | whole | yes | no | out of memory a / b | | | | |",
-        "| 8k | dash | 4 | 1 | whole | yes | no | 300 | 75.0% | 0.500 s | 2.0 GiB | 5.0e-01 |",
-        "| 8k | dash | 1 | 1 | whole | no | no | 50 |  | 0.500 s | 2.0 GiB |  |",
-        "| 8k | dash | 2 | 3 | shared | no | no | 90 | 90.0% | 0.500 s | 2.0 GiB | 0.0e+00 |",
+        "| 8k | dash | 4 | 1 | whole | yes | no | 300 | 75.0% | 0.500 s | 2.9 GiB | 5.0e-01 |",
+        "| 8k | dash | 1 | 1 | whole | no | no | 50 |  | 0.500 s | 2.9 GiB |  |",
+        "| 8k | dash | 2 | 3 | shared | no | no | 90 | 90.0% | 0.500 s | 2.9 GiB | 0.0e+00 |",
         "## GPU: model=60m",
-        "| 8k | dash | 1 | 1 | whole | yes | no | 7 |  | 0.500 s | 2.0 GiB |  |",
-        "| 8k | dash | 2 | 1 | whole | yes | no | 7 | 50.0% | 0.500 s | 2.0 GiB | 0.0e+00 |",
+        "| 8k | dash | 1 | 1 | whole | yes | no | 7 |  | 0.500 s | 2.9 GiB |  |",
+        "| 8k | dash | 2 | 1 | whole | yes | no | 7 | 50.0% | 0.500 s | 2.9 GiB | 0.0e+00 |",
         "## other: model=350m",
-        "| 8k | dash | 2 | 1 | whole | yes | no | 9 |  | 0.500 s | 2.0 GiB |  |",
+        "| 8k | dash | 2 | 1 | whole | yes | no | 9 |  | 0.500 s | 2.9 GiB |  |",
         "## third: model=350m",
-        "| 8k | dash | 1 | 1 | whole | yes | no | 10 |  | 0.500 s | 2.0 GiB |  |",
-        "| 8k | dash | 2 | 1 | whole | yes | no | 30 | 75.0% | 0.500 s | 2.0 GiB | 0.0e+00 |",
-        "| 8k | dash | 2 | 2 | whole | yes | no | 16 | 80.0%, one device at commit b | 0.500 s | 2.0 GiB | 0.0e+00 |",
+        "| 8k | dash | 1 | 1 | whole | yes | no | 10 |  | 0.500 s | 2.9 GiB |  |",
+        "| 8k | dash | 2 | 1 | whole | yes | no | 30 | 75.0% | 0.500 s | 2.9 GiB | 0.0e+00 |",
+        "| 8k | dash | 2 | 2 | whole | yes | no | 16 | 80.0%, one device at commit b | 0.500 s | 2.9 GiB | 0.0e+00 |",
     ]
+
+
+def test_whatever_is_measured_otherwise_is_another_case():
+    row = ROW | {"ranks": 1, "tokens_per_s": 1.0, "losses": [5.0]}
+    two = row | {"ranks": 2}
+    for name in ("device", *parallel_report.WORK):
+        (_, found) = parallel_report.compared([row, two | {name: 7}])
+        assert found["efficiency"] is None, name
+    for name in ("device", *parallel_report.WORK, *parallel_report.WAY):
+        assert len(parallel_report.compared([row, row | {name: 7}])) == 2, name
+    assert len(parallel_report.compared([row, row | {"date": "x"}])) == 1
 
 
 def test_the_figure_has_a_panel_for_each_number_of_devices(tmp_path, monkeypatch):

@@ -51,9 +51,12 @@ def test_settings_compete_and_the_fastest_measures_every_backend(make_benchmark,
     config = make_benchmark("backends=[full,dash]", "patterns=[shared]", settings=[SMALL, LARGE])
     check_throughput(config)
     config.lengths, config.sparsity = [128, 256], 0.2
-    run_benchmark(config, "cpu")
+    said = []
+    run_benchmark(config, "cpu", said.append)
     rows = read_rows(tmp_path / THROUGHPUT)
     assert all(row["status"] == "ok" for row in rows)
+    assert [row["sparsity"] for row in rows[:-1]] == [*[None] * 3, 0.2, 0.2]
+    assert said[0] == f"full  128  512  False  True  ok  {rows[0]['tokens_per_s']:,.0f} tokens/s"
     trials, others, loader = rows[:2], rows[2:-1], rows[-1]
     assert [case(row) for row in trials] == [("full", 128, None, 512), ("full", 128, None, 1024)]
     best = max(trials, key=lambda row: row["tokens_per_s"])["micro_batch_tokens"]
@@ -67,7 +70,7 @@ def test_settings_compete_and_the_fastest_measures_every_backend(make_benchmark,
         assert row["loss"] == row["losses"][-1]
     assert all(row["causal_sparsity"] == 0 for row in rows[:3])
     assert others[-1]["causal_sparsity"] == pytest.approx(0.2, abs=0.05)
-    assert loader["backend"] == "loader"
+    assert (loader["backend"], loader["length"]) == ("loader", 128)
     assert loader["tokens_per_s"] > 10 * max(row["tokens_per_s"] for row in rows[:-1])
 
     table = throughput_report.write_report(tmp_path)
@@ -87,6 +90,91 @@ def test_a_top_k_is_found_beyond_what_is_forced(make_benchmark):
     config.sparsity = 0.99  # the window and the first block stay: 4 of 32 blocks
     row = Benchmark(config, "cpu").case("infllmv2", 512, SMALL, "iid")
     assert (row["knob"], row["status"]) == (4, "ok")
+
+
+def test_what_is_timed_of_a_step(monkeypatch):
+    """The steps after the warm-up, from when the device is done until it is done; memory of the rank that took most."""
+    log = []
+    ranks = SimpleNamespace(device=torch.device("cpu"), gather=lambda own: [own, 7.0, 1.0])
+    clock = SimpleNamespace(restart=lambda: log.append("restart"), read=lambda: {"tokens_per_s": 10.0})
+    utilisation = SimpleNamespace(measure=log.append, read=lambda batches, rate: {"read": (batches, rate)})
+    engine = SimpleNamespace(module=torch.nn.Linear(3, 2))
+    run = SimpleNamespace(ranks=ranks, clock=clock, utilisation=utilisation, engine=engine)
+    norms = [1.0, 1.0, 1.0, 1.0, None]
+    reads = [SimpleNamespace(error=None, batches=[f"first of {n}", f"second of {n}"]) for n in range(1, 6)]
+    reads.append(SimpleNamespace(error=OSError("disk"), batches=[]))
+
+    def take_step(run, step, read):
+        log.append(f"step {step} of {read.batches[1]}")
+        return SimpleNamespace(loss=10.0 - step, grad_norm=norms.pop(0))
+
+    monkeypatch.setattr(throughput, "read_step", lambda run: reads.pop(0))
+    monkeypatch.setattr(throughput, "take_step", take_step)
+    monkeypatch.setattr(throughput, "wait_for", lambda run: log.append("wait"))
+    monkeypatch.setattr(throughput, "peak_memory_mib", lambda device: 5.0)
+    monkeypatch.setattr(throughput, "forward", lambda _, batch, *__, **___: SimpleNamespace(stats=f"stats of {batch}"))
+    monkeypatch.setattr(throughput, "attention_metrics", lambda stats: {"causal_sparsity": stats})
+    assert throughput.time_steps(run, 2, 2) == {
+        **{"tokens_per_s": 10.0, "peak_memory_mib": 7.0, "parameters": 8, "loss": 6.0, "losses": [9.0, 8.0, 7.0, 6.0]},
+        **{"read": (["first of 4", "second of 4"], 10.0), "causal_sparsity": "stats of first of 4"},
+    }
+    steps = [f"step {n} of second of {n}" for n in range(1, 5)]
+    assert log == [*steps[:2], "wait", "restart", *steps[2:], "wait", "stats of first of 4"]
+    with pytest.raises(ValueError, match="the gradient of step 1 is not finite"):
+        throughput.time_steps(run, 0, 1)
+    with pytest.raises(OSError, match="disk"):
+        throughput.time_steps(run, 0, 1)
+
+
+def test_every_backend_at_every_length_and_pattern_with_what_was_fastest_and_fits(make_benchmark, monkeypatch):
+    asked, slow = [], Setting(2048)
+    rates = {("full", 128, 512): 5.0, ("full", 128, 1024): 9.0, ("full", 128, 2048): None}
+
+    def case(self, backend, length, setting, pattern):
+        asked.append((backend, length, setting.micro_batch_tokens, pattern))
+        rate = rates.get((backend, length, setting.micro_batch_tokens), 1.0)
+        status = "out of memory" if rate is None or (length, setting) == (256, LARGE) else "ok"
+        return {"status": status, "tokens_per_s": rate}
+
+    monkeypatch.setattr(Benchmark, "case", case)
+    monkeypatch.setattr(Benchmark, "loader", lambda self, length: length)
+    config = make_benchmark("backends=[nsa,full]", "patterns=[iid,shared]", settings=[SMALL, slow, LARGE])
+    config.lengths = [256, 128, 256]
+    *_, loader = Benchmark(config, "cpu").rows()
+    assert loader == 128
+    assert asked == [
+        *(("full", 128, setting.micro_batch_tokens, None) for setting in (SMALL, slow, LARGE)),
+        *(("nsa", 128, 1024, pattern) for pattern in ("iid", "shared")),
+        *(("nsa", 256, size, pattern) for pattern in ("iid", "shared") for size in (1024, 512)),
+        *(("full", 256, size, None) for size in (1024, 512)),
+    ]
+
+
+def test_the_loader_reads_packed_documents_by_whole_micro_batches(make_benchmark, monkeypatch):
+    opened = []
+
+    def build_data(data, **options):
+        opened.append((data.pack, options["split"], options["rows"]))
+        return iter(lambda: SimpleNamespace(num_tokens=1), None)
+
+    monkeypatch.setattr(throughput, "build_data", build_data)
+    monkeypatch.setattr(throughput, "LOADER_SECONDS", 4.0)
+    clock = iter((1.0, 2.0, 3.0, 4.0, 5.5, 6.0))  # three batches in five seconds
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(clock))
+    assert Benchmark(make_benchmark(), "cpu").loader(256)["tokens_per_s"] == 3 / 5
+    assert opened == [("documents", "train", 2)]
+
+
+def test_each_row_is_told_in_a_line(make_benchmark, tmp_path, monkeypatch):
+    case = {"backend": "nsa", "length": 64, "pattern": "iid", "micro_batch_tokens": 8, "compile": True}
+    case |= {"activation_checkpointing": None, "detail": None}
+    rows = [case | {"status": "ok", "tokens_per_s": 1234.5}]
+    rows.append(case | {"status": "error", "tokens_per_s": None, "detail": "no"})
+    monkeypatch.setattr(Benchmark, "rows", lambda self: iter(rows))
+    said = []
+    run_benchmark(make_benchmark(), "cpu", said.append)
+    assert said == ["nsa  64  iid  8  True  ok  1,234 tokens/s", "nsa  64  iid  8  True  error  no"]
+    assert read_rows(tmp_path / THROUGHPUT) == rows
 
 
 def test_what_does_not_fit_gives_way_to_the_next_fastest(make_benchmark, monkeypatch):
@@ -134,6 +222,7 @@ def test_what_the_time_does_not_suffice_for_is_said(make_benchmark):
         ("lengths=[]", "lengths and settings need one entry at least"),
         ("settings=[]", "lengths and settings need one entry at least"),
         ("sparsity=1.5", r"sparsity .*got 1\.5"),
+        ("sparsity=0.0", "sparsity=0 leaves nothing out"),
         ("steps=0", r"steps .*got 0"),
     ],
 )
@@ -201,7 +290,7 @@ def make_row(backend, length, tokens_per_s, **values):
     row = {"pattern": None, "device": "GPU", "train": ["model=350m"], "status": "ok"}
     row |= {"date": "2026-01-01T00:00:00", "git_sha": None, "dirty": False, "versions": {"torch": "2"}, "detail": None}
     row |= {"micro_batch_tokens": 32768, "compile": True, "activation_checkpointing": False, "causal_sparsity": 0.75}
-    row |= {"peak_memory_mib": 2048.0, "data_wait": 0.01, "step_time": 1.0, "mfu_causal": 0.5, "mfu_sparse": 0.25}
+    row |= {"peak_memory_mib": 3000.0, "data_wait": 0.01, "step_time": 1.0, "mfu_causal": 0.5, "mfu_sparse": 0.25}
     return row | {"backend": backend, "length": length, "tokens_per_s": tokens_per_s} | values
 
 
@@ -232,22 +321,22 @@ def test_the_table_compares_with_the_fastest_dense_run_of_the_length(tmp_path, m
     found = [line for line in table.splitlines() if line and not line.startswith(("2026-", "| length", "|---"))]
     assert found == [
         "## GPU: model=350m",
-        "| 8k | full | 32k | yes | no | 75.0% | 100 | 1.00x | 50.0% | 25.0% | 2.0 GiB | 25.0% |",
-        "| 8k | full | 32k | yes | yes | 75.0% | 80 | 0.80x | 50.0% |  | 2.0 GiB | 1.0% |",
-        "| 8k | full | 32k | no | no | 75.0% | 70 | 0.70x | 50.0% | 25.0% | 2.0 GiB | 1.0% |",
+        "| 8k | full | 32k | yes | no | 75.0% | 100 | 1.00x | 50.0% | 25.0% | 2.9 GiB | 25.0% |",
+        "| 8k | full | 32k | yes | yes | 75.0% | 80 | 0.80x | 50.0% |  | 2.9 GiB | 1.0% |",
+        "| 8k | full | 32k | no | no | 75.0% | 70 | 0.70x | 50.0% | 25.0% | 2.9 GiB | 1.0% |",
         "| 8k | full | 64k | yes | no | error a / b | | | | | | |",
-        "| 16k | full | 32k | yes | no | 0.0% | 60 | 1.00x | 50.0% | 25.0% | 2.0 GiB | 1.0% |",
-        "| 16k | dash, iid | 32k | yes | no | 75.0% | 90 | 1.50x |  | 25.0% | 2.0 GiB | 1.0% |",
-        "| 16k | dash, iid | 64k | yes | no | 75.0% | 70 | 1.17x | 50.0% | 25.0% | 2.0 GiB | 1.0% |",
-        "| 16k | dash, iid 90% | 32k | yes | no | 75.0% | 40 | 0.67x | 50.0% | 25.0% | 2.0 GiB | 1.0% |",
+        "| 16k | full | 32k | yes | no | 0.0% | 60 | 1.00x | 50.0% | 25.0% | 2.9 GiB | 1.0% |",
+        "| 16k | dash, iid | 32k | yes | no | 75.0% | 90 | 1.50x |  | 25.0% | 2.9 GiB | 1.0% |",
+        "| 16k | dash, iid | 64k | yes | no | 75.0% | 70 | 1.17x | 50.0% | 25.0% | 2.9 GiB | 1.0% |",
+        "| 16k | dash, iid 90% | 32k | yes | no | 75.0% | 40 | 0.67x | 50.0% | 25.0% | 2.9 GiB | 1.0% |",
         "| 16k | nsa, iid | 32k | yes | no | out of memory | | | | | | |",
         "| 32k | dash, clustered | 32k | yes | no | out of time raise time_budget | | | | | | |",
-        "| 32k | dash, shared | 32k | yes | no | 75.0% | 30 |  | 50.0% | 25.0% | 2.0 GiB | 1.0% |",
+        "| 32k | dash, shared | 32k | yes | no | 75.0% | 30 |  | 50.0% | 25.0% | 2.9 GiB | 1.0% |",
         "The loader alone, packed documents in rows of 8k, one thread: 2,050 tokens/s, 20 times the fastest model.",
         "## other GPU: model=350m",
-        "| 8k | dash | 32k | yes | no | 75.0% | 10 |  | 50.0% | 25.0% | 2.0 GiB | 1.0% |",
+        "| 8k | dash | 32k | yes | no | 75.0% | 10 |  | 50.0% | 25.0% | 2.9 GiB | 1.0% |",
         "## GPU: model=60m x=1",
-        "| 8k | full | 32k | yes | no | 75.0% | 7 | 1.00x | 50.0% | 25.0% | 2.0 GiB | 1.0% |",
+        "| 8k | full | 32k | yes | no | 75.0% | 7 | 1.00x | 50.0% | 25.0% | 2.9 GiB | 1.0% |",
         "## third GPU: model=350m",
     ]
 
