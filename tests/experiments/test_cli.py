@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments.arguments import PATH_COMMANDS, parse
+from experiments.arguments import PATH_COMMANDS, parse, parser
 from experiments.cli import COMMANDS, main
 from experiments.errors import user_errors
 from experiments.files import CONFIGS, ROOT
@@ -102,11 +102,13 @@ def test_help_has_values_choices_and_comments():
     assert "attention.router_scale=4.0" in help_page("train", ["attention=dash_fine"])
 
 
-def test_whole_pages_of_help(tmp_path):
-    """Every command's own options with their defaults, groups with their choices, and the kinds of a small group; they
-    were checked by hand."""
+def test_whole_pages_of_help(tmp_path, monkeypatch):
+    """Every command's own options with their defaults, groups with their choices, and the kinds of a small group; what
+    takes paths; all were checked by hand."""
+    monkeypatch.setenv("COLUMNS", "120")
     pages = [re.split(r"\n\n(?:model|attention|launcher)=", help_page(name))[0] for name in SCHEMAS]
     pages.append(help_page("train", ["launcher=slurm"]).partition("\n\nlauncher=")[2])
+    pages += [parser(module).format_help() for module in PATH_COMMANDS]
     assert_as_expected("\n\n\n".join(pages), Path(__file__).parent / "expected" / "help.txt", tmp_path)
 
 
@@ -200,6 +202,8 @@ def test_a_file_of_ones_own_is_named_in_a_line(tmp_path, content, message):
         said = advice("train", [*options, "experiment=own", "steps=3"])
         assert message is None if said is None else re.match(f"{re.escape(str(path))} {message}", said)
         assert advice("train", [*options, "experiment=debug"]) is None
+        for several in ("+experiment=own", "experiment=debug,own", "experiment=[debug, own]"):
+            assert message is None or re.match(f"{re.escape(str(path))} ", advice("train", [*options, several]))
 
 
 def test_nothing_that_is_committed_gets_advice():

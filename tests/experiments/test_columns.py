@@ -13,7 +13,7 @@ TEXTS = (
 NUMBERS = (
     *("score", "stderr", "p10", "p90", "length", "knob", "trained_knob", "target_sparsity", "trained_sparsity"),
     *("paper_sparsity", "causal_sparsity", "active_tokens", "routing_reads", "bytes_read", "step", "tokens", "seed"),
-    *("parameters", "rows", "depth", "relevant", "samples", "seconds"),
+    *("parameters", "rows", "depth", "relevant", "samples", "seconds", "counted"),
 )
 LISTS = ("causal_sparsity_per_layer", "active_tokens_per_layer", "routing_reads_per_layer", "per_head")
 NEVER_NULL = ("task", "metric", "score", "label", "length", "causal_sparsity", "data", "checkpoint")

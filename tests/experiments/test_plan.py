@@ -25,7 +25,7 @@ from dashattn.backends import (
 )
 from experiments import plan, rates
 from experiments.config import TrainConfig, to_train_config
-from experiments.files import CONFIGS, ROOT, SCALING, THROUGHPUT, read_rows
+from experiments.files import CONFIGS, ROOT, SCALING, THROUGHPUT, append_rows, read_rows
 from experiments.training import build, memory
 from experiments.training.check import meta_backends
 from experiments.training.memory import GIB, check_memory, check_room, estimate_memory, fits, meta_model
@@ -221,6 +221,10 @@ def test_what_is_told_of_an_estimate(measured, monkeypatch):
 
     alone, nothing = told(1, "NVIDIA H100 80GB HBM3")
     assert nothing == []
+    fitted = rates.fit(measured)
+    off = [fitted.ratio(row) for row in measured if row.backend == "dash"]
+    assert alone.most / alone.tokens_per_s == pytest.approx(max(off))
+    assert alone.least / alone.tokens_per_s == pytest.approx(min(off))
     several = "more than 2 GPUs were not measured: as 2 of one host"
     way = "no rows of GPUs that share work this way: nothing is taken off for it"
     assert told(2, "H100")[1] == []
@@ -301,11 +305,29 @@ def test_passes_that_only_sparse_layers_make():
 
 def test_several_gpus_lose_what_the_worst_of_their_backends_does(measured, monkeypatch):
     config = configure("model=60m", "attention=dash", "attention.layers={0: full}", "compile=true")
-    found = []
+    found, ways = [], set()
     for lost in (1.0, 0.5):
-        monkeypatch.setattr(rates.Fit, "share", lambda self, way, name, lost=lost: lost if name == "full" else 1.0)
+
+        def share(self, way, name, lost=lost):
+            ways.add(way)
+            return lost if name == "full" else 1.0
+
+        monkeypatch.setattr(rates.Fit, "share", share)
         found.append(rates.estimate_rate(config, meta_model(config), 2, "H100", 0.75, measured).tokens_per_s)
     assert found[1] == pytest.approx(found[0] / 2)
+    ways.clear()
+    for stage, ranks, shared in ((2, 2, 1), (1, 2, 2)):
+        other = replace(config, deepspeed=replace(config.deepspeed, stage=stage), sequence_parallel=shared)
+        known = [replace(row, way=(stage, shared > 1)) if row.way else row for row in measured]
+        rates.estimate_rate(other, meta_model(other), ranks, "H100", 0.75, known)
+    assert {(2, False), (1, True)} <= ways
+
+
+def test_what_dense_layers_read_is_none_the_less(measured):
+    config = configure("model=60m", "attention=full", "compile=true")
+    model = meta_model(config)
+    dense, sparse = (rates.estimate_rate(config, model, 1, "H100", sparsity, measured) for sparsity in (0.0, 0.75))
+    assert dense == sparse
 
 
 def test_at_the_highest_rate_it_takes_least():
@@ -443,6 +465,8 @@ def test_every_number_of_a_plan_in_its_unit_and_on_its_line(checkpointed):
     activations, peaks = ((7, 5), (8, 9)) if checkpointed else ((5, 7), (9, 8))
     numbers = (1, 2, 3, *activations, 4, 6, *peaks)
     said = plan.describe(planned).splitlines()
+    parameters = sum(p.numel() for p in model.parameters())
+    assert said[0] == f"{parameters:,} parameters, attention=dash, rows of 4096"
     assert said[1:4] == ["2 x H100, ZeRO stage 2, bf16", "", "memory on each GPU, GiB"]
     assert [line.split()[-1] for line in said[4:13]] == [f"{number}.00" for number in numbers]
     assert [line.split()[0] for line in said[4:13]] == (
@@ -459,6 +483,74 @@ def test_every_number_of_a_plan_in_its_unit_and_on_its_line(checkpointed):
     ]
     slow = replace(planned, rate=rates.Rate(94.0, 1.0, 10_000.0, ()))
     assert "16,384,000 tokens in 2.0 days (27.3 min to 189.6 days)" in plan.describe(slow)
+    assert [plan._duration(hours) for hours in (48.0, 47.9, 1.0, 0.5)] == ["2.0 days", "47.9 h", "1.0 h", "30.0 min"]
+
+
+def test_what_a_plan_says_of_what_does_not_fit_and_of_pytorch(measured, monkeypatch):
+    config = configure("model=60m", "model.vocab_size=99", "attention=full", "compile=true", "attention.impl=reference")
+    planned = plan.plan_run(config, plan.PlanConfig(memory_gib=1.0, sparsity=0.5), measured)
+    mends, saved = [(["a=1", "b=2"], "still too large"), (["a=1", "b=3"], "smaller")], []
+    monkeypatch.setattr(plan, "savings", lambda config, ranks: mends)
+    monkeypatch.setattr(plan, "fits", lambda config, *_: config == "smaller")
+    monkeypatch.setattr(plan, "estimate_memory", lambda *args: saved.append(args) or SimpleNamespace(peak=3 * GIB))
+    said = plan.describe(planned).splitlines()
+    assert said[1] == "1 x H100, ZeRO stage 1, bf16, compiled"
+    assert f"  as configured {planned.memory.peak / GIB:.2f} of 1.0: does not fit" in said
+    assert "  with a=1 b=3 it takes 3.00, and fits" in said
+    assert saved == [("smaller", 1, planned.model)]
+    assert "time, dense" in said
+    assert said[-1] == "  note: in PyTorch, which takes more memory and time than this: the whole attention"
+    mends.pop()
+    assert "  take more GPUs, a smaller model or shorter rows" in plan.describe(planned).splitlines()
+
+
+def test_cells_that_differ_by_their_seed_are_planned_once(monkeypatch):
+    """On as many GPUs as a cell has; of a base that is still to be trained nothing is asked for."""
+    asked = []
+    monkeypatch.setattr(plan, "cells", lambda config: config.cells)
+    monkeypatch.setattr(plan, "compose", lambda name, overrides: (name, *overrides))
+    monkeypatch.setattr(plan, "to_train_config", lambda composed: composed)
+    monkeypatch.setattr(plan, "plan_run", lambda *args: asked.append(args[:2]) or len(asked))
+    own = ("name=a", "run_dir=b", "threads=1", "init_from=c", "steps=3")
+    found = [SimpleNamespace(train=(*own, f"seed={seed}"), base=base) for base in (None, "base") for seed in (0, 1)] + [
+        SimpleNamespace(train=("steps=4",), base=None)
+    ]
+    job = SimpleNamespace(ranks=8)
+    for launcher, gpus, used in ((None, None, 2), (None, 4, 4), (job, None, 8), (job, 4, 4)):
+        asked.clear()
+        config = SimpleNamespace(cells=found, launcher=launcher, gpus_per_cell=2)
+        planned = list(plan.plan_sweep(config, plan.PlanConfig(gpus=gpus), ()))
+        assert planned == list(zip(found, (1, 1, 2, 2, 3), strict=True))
+        assert [config for config, _ in asked] == [
+            ("train", "init_from=c", "steps=3"),
+            ("train", "steps=3"),
+            ("train", "steps=4"),
+        ]
+        assert {options.gpus for _, options in asked} == {used}
+
+
+def test_of_a_case_the_newest_version_counts(tmp_path, monkeypatch):
+    row = {"device": "H100", "backend": "dash", "length": 8, "compile": True, "status": "ok", "parameters": 1}
+    row |= {"git_sha": "a", "date": "2026-01-02", "ranks": 1, "stage": 1, "shares_rows": False}
+    rows = [
+        row | {"git_sha": "b", "date": "2026-01-03", "n": 1},
+        row | {"n": 2},
+        row | {"git_sha": "b", "date": "2026-01-01", "n": 3},  # before, but of the version that was measured last
+        row | {"status": "error", "git_sha": "c", "date": "2026-02-01"},
+        {key: value for key, value in (row | {"git_sha": "d", "date": "2026-02-01"}).items() if key != "parameters"},
+    ]
+    others = {"device": "H200", "backend": "nsa", "length": 9, "compile": False, "ranks": 2, "stage": 2}
+    others |= {"shares_rows": True}
+    rows += [row | {name: value, "n": name} for name, value in others.items()]
+    (tmp_path / "results" / "study").mkdir(parents=True)
+    append_rows(tmp_path / "results" / "study" / THROUGHPUT, rows)
+    append_rows(tmp_path / "results" / "study" / SCALING, [row | {"n": "of several"}])
+    monkeypatch.setattr(rates, "ROOT", tmp_path)
+    monkeypatch.setattr(rates, "_measured", lambda row, path: (row["n"], path.name))
+    assert set(rates.rows.__wrapped__()) == {
+        *((name, THROUGHPUT) for name in (1, 3, *others)),
+        ("of several", SCALING),
+    }
 
 
 def test_a_sweeps_table_and_its_sums():

@@ -2,8 +2,11 @@
 
 import json
 import os
+import platform
 import re
 import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -51,7 +54,8 @@ def test_the_state_of_a_checkout(root, monkeypatch):
     told = provenance("cpu")
     assert (told["git_sha"], told["dirty"], told["device"]) == (clean["sha"], True, "cpu")
     assert told["versions"].keys() >= {"torch", "triton", "python", "cuda"}
-    assert re.fullmatch(rf"\d{{8}}T\d{{6}}Z-{os.getpid()}", told["run"])
+    monkeypatch.setattr(time, "gmtime", lambda: time.struct_time((2001, 2, 3, 4, 5, 6, 5, 34, 0)))
+    assert provenance("cpu")["run"] == f"20010203T040506Z-{os.getpid()}"
     git(root, "checkout", "-q", "-f", "--detach")
     assert git_state() == (clean | {"branch": None}, "")
     monkeypatch.setenv("PATH", str(root))
@@ -78,5 +82,8 @@ def test_the_environment_is_told_without_secrets(monkeypatch):
     told = environment("cpu")
     assert told["variables"] == known | {"TRITON_INTERPRET": "1"}
     assert (told["device"], told["cuda"], told["threads"]) == ("cpu", None, torch.get_num_threads())
+    assert (told["command"], told["cpus"], told["host"]) == (sys.argv, os.cpu_count(), platform.node())
+    assert (told["python"], told["platform"]) == (platform.python_version(), platform.platform())
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4}", told["time"])
     assert told["packages"]["torch"] == torch.__version__
     assert told["packages"].keys() >= {"triton", "deepspeed", "numpy", "datasets", "tokenizers", "dashattn"}
