@@ -16,6 +16,7 @@ from experiments.evaluation.tasks.decoding import DECODE, DecodingTask
 from experiments.evaluation.tasks.generated import GeneratedTask
 from experiments.evaluation.tasks.routing import RoutingTask, mqar_probes, text_probes
 from experiments.evaluation.tasks.streams import STREAM_TASKS, StreamTask, data_at
+from experiments.provenance import device_name
 
 SAMPLES, PROBES = 100, 32  # where ``rows`` is null
 
@@ -80,7 +81,7 @@ def _decoding_tasks(config: EvaluateConfig, train: TrainConfig, length: int) -> 
         return []
     data = data_at(train.data, length, 1, config.mqar)
     stream = build_stream(data, train.seed, 1, user_path(train.cache_dir))
-    return [DecodingTask(next(iter(stream)).input_ids.flatten().tolist())]
+    return [DecodingTask(next(iter(stream)).input_ids.flatten().tolist(), device_name(train.device))]
 
 
 def _mqar_tasks(config: EvaluateConfig, train: TrainConfig, length: int) -> list[Task]:

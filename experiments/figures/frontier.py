@@ -14,6 +14,7 @@ from statistics import mean
 from typing import NamedTuple
 
 from data.task_sets import SUITES
+from experiments.evaluation.tasks.decoding import DECODE
 from experiments.figures.setpoints import is_as_trained, with_setpoints
 from experiments.files import RESULTS, UNTRAINED, check_exists, files_below, read_rows
 from experiments.intervals import SHARES, interval, stderr_of, unfiltered
@@ -133,19 +134,24 @@ def is_ablation(row: dict) -> bool:
 def newest(rows: Iterable[dict]) -> list[dict]:
     """Of rows that differ in the checkpoint's step only, those of the last step, and of one checkpoint the row written
     last; with sparsities as knobs, where they were asked for, and a ``variant``, which rows from before there were
-    several lack. Other samples or another text make another measurement; other weights do at one step, since each step
-    has its own."""
-    names = ("run", "label", "config_hash", "task", "metric", "length", "rows", "seed", "knob", "variant", *_READ)
-    within = ("probe", "position", "depth", "relevant", "part")  # of one evaluation
-    keyed = [
-        ((*(row.get(name) for name in names), *(str(row.get(name)) for name in within)), row)
-        for row in map(with_setpoints, rows)
-    ]
+    several lack. Other samples or another text make another measurement, and another device of times; other weights do
+    at one step, since each step has its own."""
+    keyed = [(_measured(row), row) for row in map(with_setpoints, rows)]
     last: dict[tuple, int] = {}
     for key, row in keyed:
         last[key] = max(row["step"], last.get(key, row["step"]))
     kept = {(*key, row.get("weights")): {"variant": None} | row for key, row in keyed if row["step"] == last[key]}
     return list(kept.values())
+
+
+def _measured(row: dict) -> tuple:
+    """What tells a row's measurement from others, but for the checkpoint."""
+    names = (
+        *("run", "label", "config_hash", "data", "task", "metric", "length", "rows", "seed", "knob", "variant"),
+        *(("device",) if row["task"] == DECODE else ()),
+    )
+    within = ("probe", "position", "depth", "relevant", "part")  # of one evaluation
+    return (*(row.get(name) for name in (*names, *_READ)), *(str(row.get(name)) for name in within))
 
 
 def ruler_averages(rows: Sequence[dict]) -> list[dict]:

@@ -49,8 +49,7 @@ def make_frontiers(study: Study) -> Drawn | None:
 
 
 def make_costs(study: Study) -> Drawn | None:
-    """Score against bytes read and, where it was measured, time per decoded token."""
-    decoding = {_model_of(row): row for row in study.of(DECODE, "ms")}
+    """Score against bytes read and, where it was measured, time per decoded token, of each device by itself."""
     rows = [row for row in of_frontiers(study.evaluations) if row.get("bytes_read") is not None]
     rows = [_with_panel(row) for row in rows if not is_ablation(row)]
     if not _has_sparse(rows):
@@ -58,12 +57,13 @@ def make_costs(study: Study) -> Drawn | None:
     found = points(rows)
     costs = {"bytes_read": "bytes read per token"}
     notes = [MARKED]
-    timed = {id(row): decoding[_model_of(row)] for row in rows if _model_of(row) in decoding}
-    if timed:
-        costs["decode_ms"] = "ms per decoded token"
-        devices = sorted({row["device"] for row in timed.values()})
-        notes.append(f"Time per decoded token: of one sequence, on {', '.join(devices)}.")
-        rows = [row | {"decode_ms": timed[id(row)]["score"]} if id(row) in timed else row for row in rows]
+    for device, decoding in sorted(grouped(study.of(DECODE, "ms"), "device").items()):
+        times = {_model_of(row): row["score"] for row in decoding}
+        if any(_model_of(row) in times for row in rows):
+            costs[f"decode_ms, {device}"] = f"ms per decoded token, {device}"
+            rows = [row | {f"decode_ms, {device}": times.get(_model_of(row))} for row in rows]
+    if len(costs) > 1:
+        notes.append("Time per decoded token: of one sequence.")
     else:
         notes.append(f"Time per decoded token: missing, rows come from evaluate.py tasks=[{DECODE}].")
     notes += _not_drawn(found)

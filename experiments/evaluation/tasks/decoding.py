@@ -20,9 +20,10 @@ class DecodingTask(Task):
 
     names = (DECODE,)
 
-    def __init__(self, prompt: list[int]) -> None:
+    def __init__(self, prompt: list[int], device: str) -> None:
+        """``device``: its name, of which the time is."""
         self.prompt = prompt
-        self.columns = {"length": len(prompt), "rows": 1, "variant": None}
+        self.columns = {"length": len(prompt), "rows": 1, "variant": None, "device": device}
 
     @torch.inference_mode()
     def run(self, setting: Setting, names: Sequence[str]) -> Iterator[dict]:

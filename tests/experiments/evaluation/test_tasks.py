@@ -306,6 +306,11 @@ def test_the_time_of_a_token_is_measured_at_every_length_and_knob(recall_run, te
         assert all(row["score"] > 0 and row["metric"] == "ms" for row in rows)
         assert rows[0]["causal_sparsity"] < rows[-1]["causal_sparsity"] or path == text_run
     assert seen == [64, 128, 64, 128, 40, 40]
+    assert run(text_run, tasks=["decode"], lengths=[40], knobs=[1.0]) == []
+    for module in ("select", "evaluate"):
+        monkeypatch.setattr(f"experiments.evaluation.{module}.device_name", lambda device: "another one")
+    (other,) = run(text_run, tasks=["decode"], lengths=[40], knobs=[1.0])
+    assert other["device"] == "another one"
 
 
 def test_a_token_takes_the_median_of_steps_that_all_stand_at_the_end_of_the_prompt(recall_run, monkeypatch):

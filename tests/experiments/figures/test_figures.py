@@ -831,16 +831,21 @@ def test_costs_are_per_panel(study):
 def test_a_score_stands_at_the_time_that_its_own_model_takes_to_decode(study):
     times = [row("decode", "ms", 10 / knob, knob=knob, device="a GPU") for knob in (2.0, 4.0)]
     others = {"data": "code", "label": "nsa", "config_hash": "y", "seed": 5, "step": 99, "length": 99}
-    times += [times[0] | {name: other, "score": 1.0, "device": "x"} for name, other in others.items()]
-    study = replace(study, evaluations=[*study.evaluations, *times])
+    times += [times[0] | {name: other, "score": 1.0} for name, other in others.items()]
+    times.append(row("decode", "ms", 700.0, device="a CPU"))
+    study = replace(study, evaluations=frontier.newest([*study.evaluations, *times]))
     (made,) = (f.make(study) for f in FIGURES if f.number == 2)
+    assert list(dict.fromkeys(r["cost"] for r in made.table)) == ["bytes_read", "decode_ms, a CPU", "decode_ms, a GPU"]
+    assert {(r["knob"], r["amount"]) for r in made.table if r["cost"] == "decode_ms, a CPU"} == {(4.0, 700.0)}
     found = {
-        (r["panel"].split(",")[0], r["knob"], r["amount"], r["score"]) for r in made.table if r["cost"] == "decode_ms"
+        (r["panel"].split(",")[0], r["knob"], r["amount"], r["score"])
+        for r in made.table
+        if r["cost"] == "decode_ms, a GPU"
     }
     assert ("text: recall", 2.0, 5.0, 0.9) in found  # of the seed that was timed
     assert ("text: recall", 4.0, 2.5, 0.8) in found
     assert {knob for _, knob, *_ in found} == {2.0, 4.0}
-    assert made.notes[1] == "Time per decoded token: of one sequence, on a GPU."
+    assert made.notes[1] == "Time per decoded token: of one sequence."
 
 
 def test_collected_rows_draw_the_same_figures(tmp_path):

@@ -263,7 +263,7 @@ def test_only_the_newest_checkpoint_counts():
     assert [row["step"] for row in rows] == [200]
     again = [make_row(step=200, score=score) for score in (0.3, 0.2)]  # of the same checkpoint, the row written last
     assert [row["score"] for row in frontier.newest(again)] == [0.2]
-    others = dict.fromkeys(("run", "set", "text", "label", "config_hash", "task", "metric"), "x")
+    others = dict.fromkeys(("run", "data", "set", "text", "label", "config_hash", "task", "metric"), "x")
     others |= {"length": 1, "rows": 1, "seed": 1}
     others |= {"knob": 2.0, "variant": "x", "probe": "x", "position": [0, 0], "depth": 0.5, "relevant": 1, "part": "x"}
     for name, value in others.items():
