@@ -344,6 +344,11 @@ def test_fresh_backends_start_as_mean_pooling():
     torch.testing.assert_close(compress(windows), windows.mean(2))
 
 
+def test_a_chunk_query_that_no_gradient_reaches_is_not_trained():
+    configs = (DashConfig(), DashConfig(prior="none"), DashConfig(learn_summary=False), DashConfig(prior="mass"))
+    assert [build_backend(c, SHAPE).chunk_query.requires_grad for c in configs] == [True, False, False, True]
+
+
 def test_paper_compression_by_hand():
     """Each token of a window gets the embedding of its own place."""
     compress = build(CONFIGS["nsa"]).compress_k
@@ -528,7 +533,9 @@ def test_a_target_is_a_share_of_the_keys(target):
         (lambda: build_backend(FullConfig(), AttentionShape(8, 3, 2, 8)), "multiple of num_kv_heads"),
         (lambda: build_backend(FullConfig(), AttentionShape(8, 2, 2, 512)), "head sizes up to 256"),
         (lambda: build(CONFIGS["nsa"])(*make_inputs(9)[0]), "pass hidden"),
+        (lambda: build(CONFIGS["indexer"])(*make_inputs(9)[0]), "indexer makes its index of hidden: pass hidden"),
         (lambda: build(CONFIGS["dash rope"])(*make_inputs(9)[0]), "pass rope"),
+        (lambda: build(CONFIGS["nsa own kv"])(*make_inputs(9)[0], hidden=make_inputs(9)[1]["hidden"]), "pass rope"),
     ],
 )
 def test_refusals(make, message):

@@ -257,6 +257,13 @@ def test_a_capacity_need_not_be_a_multiple_of_the_blocks():
     cache = backend.new_cache(1, 9, dtype=torch.float32, device="cpu")
     assert cache.layers[0]["k"].shape[1] == 16
     assert cache.layers[0]["summaries"].shape[1] == 2
+    kept = [cache.lengths, *cache.layers[0].tensors.values()]
+    addresses = [x.data_ptr() for x in kept]
+    for act in (cache.advance, lambda: cache.advance([7]), lambda: cache.truncate([2]), lambda: cache.reorder([0])):
+        act()
+    cache.reset()
+    now = [cache.lengths, *cache.layers[0].tensors.values()]
+    assert [x.data_ptr() for x in now] == addresses, "where a CUDA graph finds them"
     cache.check_room(9)
     with pytest.raises(ValueError, match="holds 9"):
         cache.check_room(10)

@@ -529,6 +529,10 @@ DOUBLE = functools.partial(torch.tensor, dtype=torch.float64)
 NSA_R = {"compressed_k": R, "compressed_v": R, "gates": R}
 THREE_HEADS, SHORT = torch.zeros(1, 16, 3, D, dtype=torch.float64), torch.zeros(1, 8, 4, D, dtype=torch.float64)
 TWO_ROWS = {name: torch.zeros(2, 16, 2, D) for name in "qkv"}
+Q, K = (torch.zeros(1, 16, heads, D, dtype=torch.float64) for heads in (4, 2))
+NSA_C, NSA_G = torch.zeros(1, 0, 2, D, dtype=torch.float64), torch.zeros(1, 16, 4, 3, dtype=torch.float64)
+NSA_OK = {"compressed_k": NSA_C, "compressed_v": NSA_C, "gates": NSA_G}
+NSA_TWO = NSA_OK | {"gates": NSA_G[..., :2], "window_size": 0}
 REFUSALS = {
     "dimensions": (full_attention, {"q": torch.zeros(16, 4, D)}, "4 dimensions"),
     "heads": (full_attention, {"q": THREE_HEADS}, "multiple of the number of KV heads"),
@@ -582,6 +586,26 @@ REFUSALS = {
     "nsa window": (nsa_attention, NSA_R | {"window_size": -1}, "window_size must be an integer of at least 0"),
     "nsa forced": (nsa_attention, NSA_R | {"topk": 2}, "topk 2 < 3"),
     "nsa compressed": (nsa_attention, NSA_R, r"compressed_k must have shape \(1, 0, 2, 8\)"),
+    "nsa stride": (nsa_attention, NSA_OK | {"kernel_stride": 24}, "multiples of kernel_stride"),
+    "nsa values": (nsa_attention, NSA_OK | {"compressed_v": R}, r"compressed_v must have shape \(1, 0, 2, 8\)"),
+    "nsa dtype": (nsa_attention, NSA_OK | {"compressed_k": NSA_C.float()}, "compressed_k is torch.float32"),
+    "nsa gates": (nsa_attention, NSA_OK | {"gates": R}, r"gates must have shape \(1, 16, 4, 3\)"),
+    "nsa two gates": (nsa_attention, NSA_TWO | {"gates": NSA_G}, r"gates must have shape \(1, 16, 4, 2\)"),
+    "nsa gates' device": (nsa_attention, NSA_OK | {"gates": NSA_G.to("meta")}, "gates is on meta, q on cpu"),
+    "nsa one of two": (nsa_attention, NSA_OK | {"k_window": K}, "give both k_window and v_window"),
+    "nsa no window": (nsa_attention, NSA_TWO | {"k_window": K, "v_window": K}, "need window_size > 0"),
+    "nsa own shape": (nsa_attention, NSA_OK | {"k_window": K, "v_window": R}, "v_window must have shape"),
+    "nsa own dtype": (nsa_attention, NSA_OK | {"k_window": K.float(), "v_window": K}, "k_window is torch.float32"),
+    "strides": (infllmv2_attention, {"impl": "triton", "kernel_stride": 1}, "at most 32 strides, not of 64"),
+    "dense kernels": (full_attention, {"impl": "triton"}, "full_attention has no Triton kernels"),
+    "cu_seqlens alone": (full_attention, {"cu_seqlens": CU([16])}, r"must be int32 \[N \+ 1\]"),
+    "cu_seqlens' device": (full_attention, {"cu_seqlens": CU([0, 16]).to("meta")}, "cu_seqlens is on meta, q on cpu"),
+    "chunk_query's device": (dash_attention, {"chunk_query": R.to("meta")}, "chunk_query is on meta, q on cpu"),
+    "router_qk k": (dash_attention, {"chunk_query": R, "router_qk": (Q, Q)}, "router_qk k must have shape"),
+    "router_qk dtype": (dash_attention, {"chunk_query": R, "router_qk": (Q, K.half())}, "router_qk k is torch.float16"),
+    "two tables": (dash_attention, {"chunk_query": R, "summary_rope": 2 * (TWO_ROWS["q"][:, :, 0],)}, r"\[B, T, D\]"),
+    "mass": (dash_attention, {"chunk_query": R, "prior": "mass", "return_selection": True}, "no other layer can take"),
+    "index_q": (indexer_attention, {"index_q": R, "index_k": R}, "index_q must have shape"),
 }  # fmt: skip
 
 

@@ -177,6 +177,8 @@ def test_minicpm_scales_embeddings_branches_and_logits(tmp_path):
     written = json.loads((tmp_path / "back" / "config.json").read_text())
     assert (written["model_type"], written["scale_emb"], written["dim_model_base"]) == ("minicpm", 12, 16)
     assert written["scale_depth"] == pytest.approx(1.4, rel=1e-12)
+    edit(tmp_path / "theirs", tie_word_embeddings=...)
+    assert read_config(tmp_path / "theirs").tie_embeddings
     edit(tmp_path / "theirs", scale_depth=...)
     with pytest.raises(ValueError, match="has no 'scale_depth'"):
         read_config(tmp_path / "theirs")
@@ -218,6 +220,15 @@ def test_all_that_config_json_need_not_say_is_what_transformers_takes(tmp_path, 
         qkv_bias=kind == "qwen2",
         tie_embeddings=theirs.tie_word_embeddings,
     )
+
+
+def test_the_length_before_an_extension_need_not_be_said(tmp_path):
+    """Phi-3 has one of its own."""
+    save(tmp_path, "phi3, longrope")
+    name = "original_max_position_embeddings"
+    rope = {key: value for key, value in PARTIAL_LONGROPE.items() if key != name}
+    edit(tmp_path, **{name: ...}, rope_parameters=rope)
+    assert read_config(tmp_path).rope.original_max_seq_len == Phi3Config().original_max_position_embeddings
 
 
 def test_without_a_list_every_so_manieth_layer_is_not_rotated(tmp_path):
@@ -284,6 +295,10 @@ def test_a_folder_of_several_files_and_the_old_names_of_rope(tmp_path):
     assert weight_files(tmp_path) == sorted(tmp_path.glob("*.safetensors"))
     edit(tmp_path, rope_parameters=None, rope_theta=10000.0, rope_scaling=None)
     assert_same_logits(read(tmp_path)[0], theirs)
+    old = {"type": "linear", "factor": 4.0}  # which wins over the new name, and says no theta
+    edit(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 5.0}, rope_scaling=old)
+    assert read_config(tmp_path).rope == RopeConfig(scaling="linear", factor=4.0)
+    edit(tmp_path, rope_parameters=None, rope_scaling=None)
     for number in (2, 3):
         next(tmp_path.glob(f"model-0000{number}*")).unlink()
     with pytest.raises(ValueError, match=r"has no model-00002\S+, model-00003\S+: copy .*safetensors only"):
@@ -561,6 +576,9 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     with safe_open(new / "model.safetensors", framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         assert file.metadata() == {"format": "pt", "sha256": digest_of(tensors)}
+    x = torch.arange(6, dtype=torch.int16)
+    others = ({"a": x}, {"b": x}, {"a": x.view(2, 3)}, {"a": x.view(torch.float16)}, {"a": x + 1}, {"a": x, "b": x[:0]})
+    assert len(set(map(digest_of, others))) == len(others)
     changed = tensors | {"model.norm.weight": tensors["model.norm.weight"] + 1}
     save_file(changed, new / "changed.safetensors", metadata={"format": "pt", "sha256": digest_of(tensors)})
     with pytest.raises(ValueError, match=r"changed\.safetensors holds other weights than were written"):

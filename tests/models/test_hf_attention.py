@@ -102,6 +102,8 @@ def test_the_authors_format_in_and_out(tmp_path, tempered):
     assert (attention.prior, attention.chunk_size) == ("tempered" if tempered else "raw", 16)
     assert attention.router_scale == 0.35
     assert attention.sigma == (100.0 if tempered else DashConfig().sigma)
+    edit(tmp_path / "theirs", scaling_factor=...)
+    assert read_attention(tmp_path / "theirs") == replace(attention, router_scale=1.0)
     model = load(tmp_path / "theirs", attention)
     for i, backend in enumerate(model.backends):
         assert torch.equal(backend.chunk_query, queries[f"model.layers.{i}.self_attn.indexer_q"].view(2, 32))
