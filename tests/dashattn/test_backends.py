@@ -342,6 +342,12 @@ def test_fresh_backends_start_as_mean_pooling():
     windows = k.unfold(1, 4, 2).movedim(-1, 2)
     compress = build_backend(CONFIGS["nsa"], SHAPE).compress_k
     torch.testing.assert_close(compress(windows), windows.mean(2))
+    for name in ("nsa", "nsa own kv", "nsa minicpm"):
+        assert (build_backend(CONFIGS[name], SHAPE).gate.bias == 0).all()
+    index = build_backend(CONFIGS["indexer"], AttentionShape(256, 6, 2, 8))
+    own = build_backend(CONFIGS["nsa own kv"], SHAPE).branch_kv
+    for projection in (own, index.index_query, index.index_key):
+        assert projection.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
 def test_a_chunk_query_that_no_gradient_reaches_is_not_trained():
@@ -397,6 +403,7 @@ def test_alpha_schedule_is_a_function_of_the_step():
 def test_learnable_alpha_starts_at_alpha():
     backend = build_backend(DashConfig(alpha_mode="learnable", alpha=1.3), SHAPE)
     assert backend.alpha().tolist() == pytest.approx([1.3] * 6)
+    assert backend.bfloat16().alpha().dtype == torch.float32
 
 
 def test_knobs():
