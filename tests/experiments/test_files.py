@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 from experiments import files
-from experiments.files import append_rows, check_writable, locked, read_json, read_rows, write_atomically
+from experiments.files import (
+    append_rows,
+    check_writable,
+    columns_of,
+    locked,
+    naming,
+    read_json,
+    read_rows,
+    write_atomically,
+)
 from experiments.training import checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +31,7 @@ NAMES = {
     **{"CALIBRATIONS": "calibrations.jsonl", "EVALUATING": ".evaluating", "WEIGHTS": "model.safetensors"},
     **{"STATE": "state.json", "CELL": "cell.json", "CELL_LOCK": ".cell.lock", "PLAN": "cells.json"},
     **{"CELLS": "cells.jsonl", "SPEED": "speed.jsonl", "NUMERICS": "numerics.jsonl", "UNTRAINED": "untrained"},
-    **{"THROUGHPUT": "throughput.jsonl", "SCALING": "parallel.jsonl"},
+    **{"THROUGHPUT": "throughput.jsonl", "SCALING": "parallel.jsonl", "REPLACED": ".replaced-"},
 }
 
 
@@ -66,6 +75,44 @@ def test_rows_with_an_identity_that_is_there_are_left_out(tmp_path):
     added = append_rows(path, [{"task": "a", "position": 2}, {"task": "b"}], lambda row: row["task"])
     assert added == [{"task": "b"}]
     assert read_rows(path) == [{"task": "a"}, {"task": "a", "position": 1}, {"task": "b"}]
+
+
+def test_an_identity_is_what_a_row_says_in_some_of_its_columns():
+    one, other = {"a": {"x": 1, "y": 2}, "b": 3, "c": 4}, {"c": 5, "a": {"y": 2, "x": 1}, "b": 3, "d": None}
+    assert columns_of(one, ("a", "b")) == columns_of(other, ("a", "b"))
+    assert columns_of(one, ("d",)) == columns_of(other, ("d",)) != columns_of(one, ("c",)) != columns_of(other, ("c",))
+
+
+def test_an_error_that_names_no_file_names_the_one_that_was_written(tmp_path):
+    for error, named in (
+        (OSError(28, "No space left"), str(tmp_path)),
+        (OSError(28, "No space left", "other"), "other"),
+        (OSError("timed out"), None),
+    ):
+        with pytest.raises(OSError, match="No space left|timed out") as found, naming(tmp_path):
+            raise error
+        assert (found.value.errno, found.value.filename) == (error.errno, named)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "fit", "misfit"),
+    [
+        *(("start.json", key, {}, []) for key in ("data", "init_from")),
+        ("start.json", "parameters", 3, "3"),
+        ("start.json", "tokenizer", None, 3),
+        ("git.json", "sha", None, 3),
+        *(("state.json", key, 3, "3") for key in ("step", "tokens", "stage", "world_size")),
+        ("state.json", "config_hash", "x", None),
+        ("state.json", "data", [], {}),
+    ],
+)
+def test_what_stands_in_files_is_of_its_kind(tmp_path, name, key, fit, misfit):
+    path = tmp_path / name
+    path.write_text(json.dumps({key: fit, "other": 1}))
+    assert read_json(path) == {key: fit, "other": 1}
+    path.write_text(json.dumps({key: misfit, "other": 1}))
+    with pytest.raises(ValueError, match=rf"{name} is damaged \(its {key} cannot be\): restore it"):
+        read_json(path)
 
 
 def test_a_number_that_is_not_finite_is_named_and_nothing_is_written(tmp_path):

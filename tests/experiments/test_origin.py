@@ -5,6 +5,7 @@ import os
 import shutil
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
+from data import NO_TOKEN
 from data.tokenizer import TextTokenizer, build_tokenizer, train_bpe
+from experiments import origin as origin_module
 from experiments.config import load_config, to_train_config
 from experiments.evaluation import export, target
-from experiments.origin import LEFT_OPEN
+from experiments.origin import LEFT_OPEN, parse_branch, with_commits
 from experiments.training.check import check
 from models import ModelConfig, RopeConfig
 from models.hf import read_config
@@ -197,6 +200,8 @@ def test_a_sparse_export_says_what_it_was_and_is_taken_as_such(folder, tmp_path)
     assert taken.attention == replace(attention, target_sparsity=None)
     of_run = configure(tmp_path, f"init_from={run}", "attention=checkpoint", later)
     assert of_run.attention == load_config(run / "config.yaml").attention
+    given = configure(tmp_path, f"init_from={run}", "attention=checkpoint", "attention.impl=reference", later)
+    assert given.attention == replace(of_run.attention, impl="reference")
     assert configure(tmp_path, f"init_from={folder}", "attention=checkpoint", later).attention.name == "full"
     check(taken)
     start = json.loads((train(taken) / "start.json").read_text())
@@ -223,3 +228,48 @@ def test_another_model_and_missing_files_are_refused_before_anything_is_built(tm
     with pytest.raises(ValueError, match=f"has no {shard.name}"):
         check(configure(tmp_path, f"init_from={folder}"))
     assert not (tmp_path / "cache").exists()
+
+
+def of_run(folder, data):
+    """A folder that says of a run what is read of it here, with the tokenizer's."""
+    (folder / "tokenizer").mkdir(parents=True)
+    values = {"model": {}, "attention": {}, "data": data}
+    OmegaConf.save(OmegaConf.create(values), folder / "config.yaml")
+    return folder
+
+
+def test_text_begins_and_ends_as_where_the_weights_come_from_unless_told_otherwise(tmp_path):
+    run = of_run(tmp_path / "run", {"bos_token": "<s>", "eos_token": "<e>"})
+    before = of_run(tmp_path / "before", {})  # of before there were such tokens
+    for origin, own, expected in (
+        (run, {}, ("<s>", "<e>")),
+        (run, {"bos_token": "<b>"}, ("<b>", "<e>")),
+        (run, {"eos_token": "<b>"}, ("<s>", "<b>")),
+        (before, {}, (NO_TOKEN, None)),
+    ):
+        data = OmegaConf.create({"tokenizer": None, "bos_token": None, "eos_token": None} | own)
+        origin_module._take_tokenizer(data, origin)
+        assert (data.tokenizer, data.bos_token, data.eos_token) == (str(origin / "tokenizer"), *expected)
+
+
+def test_a_branch_is_a_run_and_a_step():
+    assert parse_branch("outputs/a@b@12") == (Path("outputs/a@b"), 12)
+    for wrong in ("run", "run@", "@3", "run@x", "run@-1", "run@1.5"):
+        with pytest.raises(ValueError, match=rf"branch_from={wrong}: give RUN@STEP"):
+            parse_branch(wrong)
+
+
+def test_commits_of_the_hub_are_those_that_a_run_began_with(tmp_path, monkeypatch):
+    """By corpus of a mixture, or of the only one; a run that is there before the one that it branches off."""
+    monkeypatch.setattr(origin_module, "pinned", lambda data, began: (data.name, began))
+    mixture = of_run(tmp_path / "mixture", {"name": "m", "corpora": {"a": {"revision": "1"}, "b": {}}})
+    single = of_run(tmp_path / "single", {"name": "s", "revision": "2"})
+    data = SimpleNamespace(name="own")
+    for run_dir, branch, began in (
+        (mixture, None, {"a": "1", "b": None}),
+        (single, None, {"own": "2"}),
+        (mixture, f"{single}@3", {"a": "1", "b": None}),
+        (tmp_path / "new", f"{single}@3", {"own": "2"}),
+        (tmp_path / "new", None, {}),
+    ):
+        assert with_commits(data, str(run_dir), branch) == ("own", began)

@@ -2,12 +2,13 @@
 
 import random
 import string
+from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from experiments.overrides import as_text, override
+from experiments.overrides import as_text, override, path_of
 
 ODD = [
     "null",
@@ -77,6 +78,13 @@ def test_what_a_user_writes_is_the_text(text):
     for value in (text, f"{text}: x"):
         if value not in ("null", "''"):
             assert read(as_text(f"prompt={value}", "prompt").replace("prompt", "run_dir", 1)) == value
+
+
+def test_a_path_is_what_an_override_of_its_key_names():
+    assert path_of(override("run", "a b, c"), "run", "init_from") == Path("a b, c")
+    assert path_of("init_from=x", "run", "init_from") == Path("x")
+    for argument in ("other=x", "run=", "run=null", "run=3", "run=[x]", "run=a,b", "run"):
+        assert path_of(argument, "run") is None, argument
 
 
 @pytest.mark.parametrize("argument", ["prompt=null", "prompt='f(x), y'", 'prompt="f(x), y"', "run=f(x)", "-m"])

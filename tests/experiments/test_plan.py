@@ -238,6 +238,12 @@ def test_what_is_told_of_an_estimate(measured, monkeypatch):
     other, notes = told(1, "A100")
     assert notes == ["no rows of this kind of GPU: the share of the peak that H100 and H200 reach"]
     assert 0.3 < other.tokens_per_s / alone.tokens_per_s < 0.6  # products at 312 of 989, passes alike
+    with monkeypatch.context() as patched:  # as slow as the slowest kind that is known
+        rates_of = []
+        for slowness in ({"H100": 1.0, "H200": 1.0}, {"H100": 2.0, "H200": 1.0}):
+            patched.setattr(rates, "fit", lambda rows, known=slowness: replace(fitted, slowness=known))
+            rates_of.append(told(1, "A100")[0].tokens_per_s)
+        assert rates_of[1] == pytest.approx(rates_of[0] / 2)
     without = [row for row in measured if row.backend != "dash"]
     notes = told(1, "H100", rows=without)[1]
     assert sorted(notes) == [
@@ -602,6 +608,21 @@ def test_the_gpus_of_a_job_are_the_runs():
     overrides = ["model=60m", "attention=full", "launcher=slurm", "launcher.nodes=2", "launcher.gpus_per_node=4"]
     assert "8 x H100" in plan.run_plan([*overrides, "gpu=H100"])
     assert "2 x H100" in plan.run_plan([*overrides, "gpu=H100", "gpus=2"])
+
+
+def test_what_is_planned_is_a_new_run(monkeypatch):
+    composed = []
+    monkeypatch.setattr(plan, "compose", lambda name, overrides: composed.append((name, *overrides)) or name)
+    monkeypatch.setattr(plan, "to_config", lambda composed: plan.PlanConfig())
+    monkeypatch.setattr(plan, "to_train_config", lambda composed: composed)
+    monkeypatch.setattr(plan, "rows", tuple)
+    monkeypatch.setattr(plan, "plan_run", lambda config, *_: config)
+    monkeypatch.setattr(plan, "describe", lambda planned: planned)
+    assert plan.run_plan(["gpus=2", "model=60m", "run_dir=outputs/there"]) == "train"
+    assert composed == [
+        ("plan", "gpus=2"),
+        ("train", "model=60m", "run_dir=outputs/there", "run_dir=plan-of-a-new-run"),
+    ]
 
 
 def test_what_is_said():

@@ -73,6 +73,12 @@ def test_a_method_looks_the_same_whatever_is_drawn_beside_it():
         assert many[name] not in METHODS.values()
 
 
+def test_the_shortest_label_of_a_method_has_its_mark():
+    found = styles(["dash with more words", "dash zz"])
+    assert found["dash zz"] == METHODS["dash"]
+    assert found["dash with more words"][0] == METHODS["dash"][0]
+
+
 def test_lines_that_name_no_method_are_told_apart_by_colour_and_by_mark():
     found = styles([f"alpha {value}" for value in range(6)]).values()
     assert len({colour for colour, _ in found}) == len({mark for _, mark in found}) == 6
@@ -83,7 +89,11 @@ def test_an_axis_from_zero_holds_the_highest_mark_and_numbers_stand_in_place_of_
     ax.plot([1, 2], [0.9, 1.0], marker="o")
     from_zero(ax)
     assert ax.get_ylim() == (0, pytest.approx(1.08))
-    for top, said in ((50, {"1", "2", "5", "10", "20", "50"}), (5000, {"1", "10", "100", "1000"})):
+    for top, said in (
+        (50, {"1", "2", "5", "10", "20", "50"}),
+        (500, {"1", "10", "100"}),
+        (5000, {"1", "10", "100", "1000"}),
+    ):
         beside.clear()
         beside.plot([1, 2], [1, top])
         beside.set_yscale("log")

@@ -271,6 +271,41 @@ def test_layers_of_several_sizes_share_a_knob():
         check_reachable([], 0.5, "causal", 1024, packed=False)
 
 
+def test_a_knob_is_searched_on_packed_rows_by_the_layers_that_it_turns_over_all_ranks():
+    """The turned layer leaves out a sixteenth of its keys times the knob, another one none; of all ranks together half
+    as many are read as of this one."""
+    asked, sums = [], []
+
+    class Backend:
+        config = SimpleNamespace(knob_span=lambda length: (1.0, 16.0))
+
+    other, turned = Backend(), Backend()
+
+    def model(input_ids, **options):
+        asked.append((input_ids, options))
+        read = torch.tensor([[16.0, 16.0], [16.0 - knobs[-1], 16.0]], dtype=torch.float64)
+        return SimpleNamespace(stats=[SimpleNamespace(counts=lambda count, own=own: own) for own in read])
+
+    def total(active, counted):
+        sums.append((active, counted))
+        return [active / 2, counted]
+
+    knobs = []
+    model.set_knob, model.turned, model.backends = knobs.append, [turned], (other, turned)
+    model.attention = SimpleNamespace(name="dash", knob="router_scale", router_scale=1.0)
+    ids = torch.zeros(1, 8, dtype=torch.int64)
+    batches = [Batch(ids + n, ids + n, ids, torch.tensor([0, 3, 8]), 5) for n in range(2)]
+    found = calibrate(model, batches, 0.75, "causal", 8, device=torch.device("cpu"), total=total)
+    assert found.knob == knobs[-1] == pytest.approx(8.0, abs=0.05)
+    assert sums[0] == (30.0, 32.0)  # of two rows, where the search begins
+    for (given, options), batch in zip(asked, batches, strict=False):
+        assert given.equal(batch.input_ids)
+        assert options["labels"].equal(batch.labels)
+        assert options["position_ids"].equal(batch.position_ids)
+        assert options["cu_seqlens"].equal(batch.cu_seqlens)
+        assert (options["max_seqlen"], options["return_stats"]) == (5, True)
+
+
 def test_no_knob_no_target():
     with pytest.raises(ValueError, match="no sparsity knob"):
         FullConfig(target_sparsity=0.5)

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train as train_module
 from experiments.errors import Preempted, run_faults
 from experiments.files import read_rows
-from experiments.signals import StopRequest, end_silently, interruptible
+from experiments.signals import Children, StopRequest, end_silently, interruptible
 from experiments.training import build as build_module
 from experiments.training.display import Display, next_command
 from experiments.training.run_dir import RunDir
@@ -156,6 +156,13 @@ def test_a_request_to_stop_is_told_once_as_soon_as_it_comes(make_config):
     assert (request.received, len(told)) == (signal.SIGUSR2, 1)
     assert task.description == "saving after this step; again: ends at once"
     display.close()
+
+
+def test_what_asked_first_to_stop_is_what_children_were_asked_by():
+    with Children() as children:
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+    assert children.received is signal.SIGUSR1
 
 
 def test_ctrl_c_of_another_job_is_not_heard():
