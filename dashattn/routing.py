@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from dashattn.ops.block_scores.reference import pool_block_scores, topk_selection
-from dashattn.ops.compression.reference import compressed_attention
+from dashattn.ops.compression.reference import attend_windows, visible_windows
 from dashattn.selection import Selection
 
 
 @dataclass(frozen=True)
 class Routing:
-    """Router of one call, on unpacked rows.
+    """Router of one call, on unpacked rows: of all T tokens, or of those that were asked for.
 
     Attributes:
         selection: blocks that are read, the token's own and all forced ones among them.
@@ -28,15 +28,20 @@ class Routing:
     logits: Tensor | None = None
 
 
-def past_blocks(length: int, num_blocks: int, block_size: int, device: torch.device) -> Tensor:
-    """Bool [T, N]: the blocks before each token's own."""
-    own = torch.arange(length, device=device) // block_size
-    return torch.arange(num_blocks, device=device) < own[:, None]
+def past_blocks(positions: Tensor, num_blocks: int, block_size: int) -> Tensor:
+    """Bool [P, N]: the blocks before the own one of each of the tokens ``positions`` [P]."""
+    return torch.arange(num_blocks, device=positions.device) < (positions // block_size)[:, None]
+
+
+def positions_of(q: Tensor, positions: Tensor | None) -> Tensor:
+    """``positions`` or, if they are None, all of q [B, T, Hq, D]."""
+    return torch.arange(q.shape[1], device=q.device) if positions is None else positions
 
 
 def topk_routing(
     q: Tensor,
     compressed_k: Tensor,
+    positions: Tensor | None,
     *,
     kernel_size: int,
     kernel_stride: int,
@@ -46,29 +51,28 @@ def topk_routing(
     init_blocks: int,
     local_blocks: int,
 ) -> Routing:
-    """Router of InfLLM v2 and NSA from q [B, T, Hq, D] and compressed keys [B, J, Hkv, D]."""
+    """Router of InfLLM v2 and NSA from q [B, T, Hq, D] and compressed keys [B, J, Hkv, D]; ``positions`` as in
+    ``AttentionBackend.route``."""
+    positions = positions_of(q, positions)
     windows = {"kernel_size": kernel_size, "kernel_stride": kernel_stride}
     num_blocks = -(-q.shape[1] // block_size)
 
-    def consume(log_p_BHGTJ: Tensor) -> tuple[Selection, Tensor]:
-        selection = topk_selection(
-            log_p_BHGTJ,
-            **windows,
-            pooling=pooling,
-            block_size=block_size,
-            topk=topk,
-            init_blocks=init_blocks,
-            local_blocks=local_blocks,
-        )
-        p_BHTJ = log_p_BHGTJ.exp().sum(2)
-        scores = pool_block_scores(p_BHTJ, num_blocks, **windows, block_size=block_size, pooling=pooling)
-        return selection, scores.transpose(1, 2)
-
-    scale = q.shape[-1] ** -0.5
-    _, ((selection, scores_BTHN),) = compressed_attention(
-        q, compressed_k, None, consume, **windows, scale=scale, cu_seqlens=None
+    visible = visible_windows(positions[None], **windows)
+    _, log_p_BHGPJ = attend_windows(q[:, positions], compressed_k, None, visible, q.shape[-1] ** -0.5)
+    selection = topk_selection(
+        log_p_BHGPJ,
+        **windows,
+        pooling=pooling,
+        block_size=block_size,
+        topk=topk,
+        init_blocks=init_blocks,
+        local_blocks=local_blocks,
+        positions=positions[None],
+        num_blocks=num_blocks,
     )
-    past = past_blocks(q.shape[1], num_blocks, block_size, q.device)
-    scores_BTHN = scores_BTHN.masked_fill(~past[:, None], 0)
-    total = scores_BTHN.sum(-1, keepdim=True)
-    return Routing(selection, scores_BTHN / total.masked_fill(total == 0, 1))
+    p_BHPJ = log_p_BHGPJ.exp().sum(2)
+    scores_BHPN = pool_block_scores(p_BHPJ, num_blocks, **windows, block_size=block_size, pooling=pooling)
+    past_PN = past_blocks(positions, num_blocks, block_size)
+    scores_BPHN = scores_BHPN.transpose(1, 2).masked_fill(~past_PN[:, None], 0)
+    total = scores_BPHN.sum(-1, keepdim=True)
+    return Routing(selection, scores_BPHN / total.masked_fill(total == 0, 1))

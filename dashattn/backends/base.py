@@ -337,8 +337,12 @@ class AttentionBackend(nn.Module):
         *,
         hidden: Tensor | None = None,
         rope: tuple[Tensor, Tensor] | None = None,
+        positions: Tensor | None = None,
     ) -> Routing | None:
-        """What the router decides for these inputs of ``forward``, unpacked; None for a backend that has none."""
+        """What the router decides for these inputs of ``forward``, unpacked; None for a backend that has none.
+
+        ``positions``: int64 [P], the tokens to say it of; None: all, whose scores of all blocks may be many.
+        """
         return None
 
     def flops(self, active_tokens: float, routing_reads: float) -> AttentionFlops:

@@ -24,14 +24,14 @@ from dashattn.ops.dash_routing.reference import (
     candidate_chunks,
     chunk_probabilities,
     chunk_scores,
-    dash_routing,
+    select_chunks,
 )
 from dashattn.ops.decode.reference import new_positions
 from dashattn.ops.dtypes import upcast
 from dashattn.ops.entmax.reference import MAX_ALPHA, MIN_ALPHA
 from dashattn.rope import undo_rope
-from dashattn.routing import Routing
-from dashattn.selection import Chosen
+from dashattn.routing import Routing, positions_of
+from dashattn.selection import Chosen, Selection
 
 KNOBS = {"entmax": "router_scale", "topk": "topk", "topp": "top_p"}
 ALPHA_MODES = ("fixed", "scheduled", "learnable")
@@ -231,21 +231,22 @@ class DashBackend(AttentionBackend):
         alpha = self.alpha()
         return {"alpha": alpha.mean().item() if isinstance(alpha, Tensor) else alpha}
 
-    def route(self, q, k, v, *, hidden=None, rope=None):
-        config, length = self.config, q.shape[1]
+    def route(self, q, k, v, *, hidden=None, rope=None, positions=None):
+        config, num_chunks = self.config, self._num_blocks(q.shape[1])
         q, k = self._router_qk(q, k, rope) or (q, k)
         rope = self._summary_rope(rope)
         summaries = chunk_summary(k, self.chunk_query, chunk_size=config.chunk_size, rope=rope)
-        options = self._routing_options(self.alpha(), self.numbers) | {"prior": "none"}
-        selection, _ = dash_routing(q, summaries, **options)
-        own_chunk = torch.arange(length, device=q.device) // config.chunk_size
-        num_chunks = -(-length // config.chunk_size)
-        candidates_TN = candidate_chunks(own_chunk, num_chunks, config.init_chunks, config.local_chunks)
+        positions = positions_of(q, positions)
+        q, own_chunk = q[:, positions], positions // config.chunk_size
+        options = self._routing_options(self.alpha(), self.numbers) | {"prior": "none", "prior_heads": "group"}
+        del options["chunk_size"]
+        mask, _ = select_chunks(q, summaries, own_chunk[None], num_chunks, **options)
+        candidates_PN = candidate_chunks(own_chunk, num_chunks, config.init_chunks, config.local_chunks)
         scores = F.pad(chunk_scores(q, summaries, config.router_scale), (0, num_chunks - summaries.shape[1]))
-        log_p, _ = chunk_probabilities(scores, candidates_TN, selector=config.selector, alpha=self.alpha())
-        p_BTHN = log_p.exp().masked_fill(~candidates_TN, 0).mean(2).transpose(1, 2)
-        logits = scores.masked_fill(~candidates_TN, -torch.inf).flatten(1, 2).transpose(1, 2)
-        return Routing(selection, p_BTHN, logits)
+        log_p, _ = chunk_probabilities(scores, candidates_PN, selector=config.selector, alpha=self.alpha())
+        p_BPHN = log_p.exp().masked_fill(~candidates_PN, 0).mean(2).transpose(1, 2)
+        logits = scores.masked_fill(~candidates_PN, -torch.inf).flatten(1, 2).transpose(1, 2)
+        return Routing(Selection.from_mask(mask, config.chunk_size), p_BPHN, logits)
 
     def forward(
         self,

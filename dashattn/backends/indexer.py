@@ -17,7 +17,7 @@ from dashattn.indexer import index_choice, indexer_attention
 from dashattn.ops.compression.reference import mean_compress
 from dashattn.ops.decode.reference import new_positions
 from dashattn.ops.indexer.reference import Index, block_scores
-from dashattn.routing import Routing
+from dashattn.routing import Routing, positions_of
 from dashattn.selection import Chosen, Selection
 
 KNOBS = {"topk": "topk", "topp": "top_p"}
@@ -149,14 +149,16 @@ class IndexerBackend(AttentionBackend):
         keys = self.index_key(hidden)[:, :, None].expand_as(queries)  # a share is of heads: each gets the key
         return share.gather(queries), share.gather(keys)[:, :, 0]
 
-    def route(self, q, k, v, *, hidden=None, rope=None):
+    def route(self, q, k, v, *, hidden=None, rope=None, positions=None):
         config, choice = self.config, index_choice(**self._choice)
         index_q, index_k = self._index(hidden)
         index = Index.make(index_q, index_k, config.block_size, config.index_pooling, None)
-        scores_BTHN = index.scores(slice(None), index_q, index.keys)
-        mask, _, log_p = choice(scores_BTHN, index.own)
-        candidates = choice.candidates(index.own, index.num_blocks)
-        logits = scores_BTHN.masked_fill(~candidates, -torch.inf).repeat_interleave(self.shape.group_size, dim=2)
+        positions = positions_of(q, positions)
+        own_BP = index.own[:, positions]
+        scores_BPHN = block_scores(index_q[:, positions], index.keys, index.num_blocks)
+        mask, _, log_p = choice(scores_BPHN, own_BP)
+        candidates = choice.candidates(own_BP, index.num_blocks)
+        logits = scores_BPHN.masked_fill(~candidates, -torch.inf).repeat_interleave(self.shape.group_size, dim=2)
         selection = Selection.from_mask(mask, config.block_size)
         return Routing(selection, log_p.exp().masked_fill(~candidates, 0), logits)
 

@@ -76,11 +76,12 @@ class InfLLMv2Backend(AttentionBackend):
         flops = super().flops(active_tokens, routing_reads)
         return replace(flops, backward=2 * flops.attention)
 
-    def route(self, q, k, v, *, hidden=None, rope=None):
+    def route(self, q, k, v, *, hidden=None, rope=None, positions=None):
         config = self.config
         return topk_routing(
             q,
             mean_compress(k, config.kernel_size, config.kernel_stride),
+            positions,
             **config.selection,
         )
 

@@ -249,13 +249,14 @@ class NSABackend(AttentionBackend):
         forward = attention + compressed + 2 * projections
         return AttentionFlops(attention, compressed, 2 * projections, backward=2 * forward)
 
-    def route(self, q, k, v, *, hidden=None, rope=None):
+    def route(self, q, k, v, *, hidden=None, rope=None, positions=None):
         config = self.config
         if self.branch_kv is not None:
             (k, v), _ = self._own_kv(hidden, rope)
         return topk_routing(
             q,
             self._compress(k, v, None)[0],
+            positions,
             **config.selection,
         )
 

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dashattn.backends import (
     AttentionShape,
@@ -53,6 +55,41 @@ def test_the_selection_is_the_one_that_forward_reads(name, length):
     window = getattr(backend.config, "window_size", 0) if name.startswith("nsa") else 0
     counted = selection_stats(routing.selection, stats.routing_reads, None, window)
     assert torch.equal(counted.active_tokens, stats.active_tokens)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_some_tokens_are_told_what_all_of_them_are(name):
+    backend = build_backend(CONFIGS[name], SHAPE).double()
+    for p in backend.parameters():
+        torch.nn.init.normal_(p)
+    q, k, v, extra = inputs(61)
+    some = torch.tensor([3, 60, 24, 25, 8])
+    of_all, of_some = (backend.route(q, k, v, **extra, positions=positions) for positions in (None, some))
+    assert torch.equal(of_some.selection.words, of_all.selection.words[:, :, some])
+    torch.testing.assert_close(of_some.probabilities, of_all.probabilities[:, some])
+    if of_all.logits is not None:
+        torch.testing.assert_close(of_some.logits, of_all.logits[:, some])
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that is made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            self.numel = max(self.numel, x.untyped_storage().nbytes() // x.itemsize if isinstance(x, Tensor) else 0)
+        return out
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_router_of_some_tokens_holds_no_scores_of_all(name):
+    backend = build_backend(CONFIGS[name], SHAPE)
+    q, k, v, extra = inputs(4096, torch.float32)
+    with Largest() as made:
+        backend.route(q, k, v, **extra, positions=torch.tensor([5, 4095]))
+    assert made.numel < 2 * 4096 * 2 * 4096 // 8  # rows, tokens, KV heads, blocks
 
 
 # No other branch reads values.

@@ -19,7 +19,7 @@ Metrics, means over questions; ``per_head`` holds them by layer and KV head:
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -34,7 +34,7 @@ from data.task_sets import TaskSet
 from experiments.evaluation.tasks.base import Setting, SparsityTally, Task, count, halving, quantiles, row, scatter
 from experiments.evaluation.tasks.streams import first_queries
 
-CHUNK_LOGITS = 2**27  # of attention, held at once
+CHUNK_LOGITS = 2**27  # of attention or a router, held at once
 
 Span = tuple[int, int]  # positions [first, last)
 
@@ -47,6 +47,11 @@ class Probe:
     queries: list[int]
     evidence: list[list[Span]]  # one list a query
     needed: list[Span]
+
+    def parts(self, most: int) -> Iterator["Probe"]:
+        """The same row with up to ``most`` of the queries, and then with the others."""
+        for i in range(0, len(self.queries), most):
+            yield replace(self, queries=self.queries[i : i + most], evidence=self.evidence[i : i + most])
 
 
 def text_probes(task_set: TaskSet, encoder: PromptEncoder) -> Iterator[Probe]:
@@ -139,19 +144,28 @@ def observe(setting: Setting, probe: Probe, measured: Measured) -> None:
     """One forward pass; every layer's router is asked on its inputs as they come by."""
     layers: list[dict] = []
     active: list[tuple[int, Tensor]] = []
-    routings: dict[int, Routing | None] = {}
+    sources = {backend.source for backend in setting.model.backends}
+    routings: dict[int, list[Routing | None]] = {}  # of layers that others take over from, in parts
 
     def look(index, backend, args, kwargs):
         q, k, v = args
-        if backend.source is None:
-            routing = routings[index] = backend.route(q, k, v, hidden=kwargs["hidden"], rope=kwargs["rope"])
-        else:  # what was chosen there, against what is attended to here
-            routing = routings[backend.source]
-        if routing is None:
-            return
-        scores, needed, selected_PH = score_routing(routing, q, k, probe)
+        scores: dict = {}
+        # As many queries at once as scores of all tokens, which are more than those of blocks, may be held of.
+        for number, part in enumerate(probe.parts(max(1, CHUNK_LOGITS // (q.shape[2] * q.shape[1])))):
+            if backend.source is None:
+                positions = torch.tensor(part.queries, device=q.device)
+                routing = backend.route(q, k, v, hidden=kwargs["hidden"], rope=kwargs["rope"], positions=positions)
+                if index in sources:
+                    routings.setdefault(index, []).append(routing)
+            else:  # what was chosen there, against what is attended to here
+                routing = routings[backend.source][number]
+            if routing is None:
+                return
+            of_part, needed, selected_PH = score_routing(routing, q, k, part)
+            for metric, found in of_part.items():
+                scores[metric] = tuple(map(sum, zip(found, scores.get(metric, (0, 0)), strict=True)))
+            active.append((needed, selected_PH.flatten().int().cpu()))
         layers.append(scores)
-        active.append((needed, selected_PH.flatten().int().cpu()))
 
     hooks = [
         backend.register_forward_pre_hook(partial(look, index), with_kwargs=True)
@@ -177,34 +191,29 @@ def block_mask(spans: list[Span], num_blocks: int, block_size: int, device) -> T
     return mask
 
 
-def dense_block_mass(q_BTHD: Tensor, k_BTHD: Tensor, queries: Tensor, block_size: int) -> Tensor:
-    """Dense attention's mass on every block, mean over the group: [P, Hkv, N] at the positions ``queries`` [P]."""
+def dense_block_mass(q_BTHD: Tensor, k_BTHD: Tensor, queries_P: Tensor, block_size: int) -> Tensor:
+    """Dense attention's mass on every block, mean over the group: [P, Hkv, N] at the positions ``queries_P``."""
     length, num_kv_heads = k_BTHD.shape[1:3]
-    k_SHD = upcast(k_BTHD[0])
-
-    def of_some(queries_P: Tensor) -> Tensor:
-        q_PHGD = upcast(q_BTHD[0, queries_P]).unflatten(1, (num_kv_heads, -1)) * q_BTHD.shape[-1] ** -0.5
-        logits = torch.einsum("phgd,shd->phgs", q_PHGD, k_SHD)
-        future = torch.arange(length, device=queries_P.device) > queries_P[:, None]
-        p_PHS = logits.masked_fill(future[:, None, None], -torch.inf).softmax(-1).mean(2)
-        return F.pad(p_PHS, (0, -length % block_size)).unflatten(-1, (-1, block_size)).sum(-1)
-
-    at_once = max(1, CHUNK_LOGITS // (q_BTHD.shape[2] * length))
-    return torch.cat([of_some(part) for part in queries.split(at_once)])
+    q_PHGD = upcast(q_BTHD[0, queries_P]).unflatten(1, (num_kv_heads, -1)) * q_BTHD.shape[-1] ** -0.5
+    logits = torch.einsum("phgd,shd->phgs", q_PHGD, upcast(k_BTHD[0]))
+    future = torch.arange(length, device=queries_P.device) > queries_P[:, None]
+    p_PHS = logits.masked_fill(future[:, None, None], -torch.inf).softmax(-1).mean(2)
+    return F.pad(p_PHS, (0, -length % block_size)).unflatten(-1, (-1, block_size)).sum(-1)
 
 
 def score_routing(routing: Routing, q: Tensor, k: Tensor, probe: Probe) -> tuple[dict, int, Tensor]:
-    """(metric -> (sum, count) over the queries, each [Hkv]; blocks needed; selected blocks [P, Hkv])."""
+    """(metric -> (sum, count) over the queries, each [Hkv]; blocks needed; selected blocks [P, Hkv]). ``routing``: of
+    the queries."""
     queries = torch.tensor(probe.queries, device=q.device)
-    p_PHN = routing.probabilities[0, queries]
+    (p_PHN,) = routing.probabilities
     num_blocks, size = p_PHN.shape[-1], routing.selection.block_size
-    past_PHN = past_blocks(q.shape[1], num_blocks, size, q.device)[queries][:, None].expand_as(p_PHN)
-    selected_PHN = routing.selection.mask()[0, queries][..., :num_blocks] & past_PHN
+    past_PHN = past_blocks(queries, num_blocks, size)[:, None].expand_as(p_PHN)
+    selected_PHN = routing.selection.mask()[0, ..., :num_blocks] & past_PHN
     relevant_PN = torch.stack([block_mask(spans, num_blocks, size, q.device) for spans in probe.evidence])
     relevant_PHN = relevant_PN[:, None] & past_PHN
     candidates_PHN = past_PHN
     if routing.logits is not None:
-        logits_PHGN = routing.logits[0, queries].unflatten(1, (p_PHN.shape[1], -1))
+        logits_PHGN = routing.logits[0].unflatten(1, (p_PHN.shape[1], -1))
         candidates_PHN = (logits_PHGN > -torch.inf).any(2)
     mass_PHN = dense_block_mass(q, k, queries, size)
 

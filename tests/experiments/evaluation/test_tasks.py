@@ -9,6 +9,7 @@ import torch
 
 import models.generate
 from dashattn.backends import DashConfig
+from dashattn.backends.dash import DashBackend
 from dashattn.routing import Routing
 from dashattn.selection import Selection
 from dashattn.stats import AttentionStats
@@ -455,7 +456,7 @@ def test_routing_scores_by_hand():
     p[0, 7, 0] = torch.tensor([0, 0.5, 0.5, 0])
     p[0, 7, 1] = torch.tensor([1.0, 0, 0, 0])
     own = torch.nn.functional.one_hot(torch.arange(8) // 2, 4).bool()
-    routing = Routing(Selection.from_mask((p > 0) | own[:, None], 2), p)
+    routing = Routing(Selection.from_mask(((p > 0) | own[:, None])[:, [5, 7]], 2), p[:, [5, 7]])
     # Equal keys: dense attention is uniform over the past.
     q, k = torch.randn(1, 8, 2, 4), torch.ones(1, 8, 2, 4)
     probe = Probe(list(range(8)), [5, 7], [[(1, 2)], [(0, 2), (4, 6)]], [(0, 2), (4, 6)])
@@ -481,7 +482,7 @@ def test_forced_blocks_are_read_but_no_choice_of_the_router():
     logits[0, 7, 0, 1:3] = torch.tensor([0.0, 1.0])
     own = torch.nn.functional.one_hot(torch.arange(8) // 2, 4).bool()
     mask = torch.tensor([True, False, False, False]) | (p > 0.5) | own[:, None]
-    routing = Routing(Selection.from_mask(mask, 2), p, logits)
+    routing = Routing(Selection.from_mask(mask[:, [3, 7]], 2), p[:, [3, 7]], logits[:, [3, 7]])
     q = torch.ones(1, 8, 1, 4)
     probe = Probe(list(range(8)), [3, 7], [[(0, 1)], [(0, 1), (4, 6)]], [(0, 1), (4, 6)])
     scores, _, active_PH = score_routing(routing, q, q, probe)
@@ -501,24 +502,40 @@ def test_evidence_in_the_queries_own_block_is_no_question_to_the_router():
     p = torch.zeros(1, 4, 1, 2)
     p[0, 3, 0, 0] = 1
     own = torch.nn.functional.one_hot(torch.arange(4) // 2, 2).bool()
-    routing = Routing(Selection.from_mask((p > 0) | own[:, None], 2), p)
+    routing = Routing(Selection.from_mask(((p > 0) | own[:, None])[:, [3]], 2), p[:, [3]])
     q = torch.randn(1, 4, 1, 4)
     scores, _, _ = score_routing(routing, q, q, Probe([0] * 4, [3], [[(2, 3)]], [(2, 3)]))
     assert scores["recall"][1].tolist() == [0]
     assert scores["mass_recall"][1].tolist() == [1]
 
 
-def test_a_layer_that_shares_a_selection_holds_it_against_its_own_attention():
+def test_a_layer_that_shares_a_selection_holds_it_against_its_own_attention(monkeypatch):
     shape = dict(vocab_size=70, hidden_size=16, intermediate_size=16, num_layers=2, num_heads=2, num_kv_heads=1)
     attention = DashConfig(chunk_size=8, router_scale=30.0, layers={"1": {"share_selection_from": 0}})
     torch.manual_seed(0)
     model = Transformer(ModelConfig(**shape, head_dim=8, max_seq_len=64, init_std=0.5), attention)
     measured = Measured()
     at = SimpleNamespace(model=model, device=torch.device("cpu"))
-    observe(at, Probe(list(range(64)), [40, 63], [[(0, 2)], [(3, 9)]], [(0, 2)]), measured)
+    probe = Probe(list(range(64)), [40, 63, 50], [[(0, 2)], [(3, 9)], [(8, 9)]], [(0, 2)])
+    observe(at, probe, measured)
     (recall, shared_recall), (mass, shared_mass) = measured.sums["recall"], measured.sums["mass_recall"]
     assert recall == shared_recall
     assert mass != shared_mass
+    monkeypatch.setattr(routing, "CHUNK_LOGITS", 2 * 2 * 64 + 1)  # two queries at once, and one
+    in_parts, route, asked = Measured(), DashBackend.route, []
+
+    def counted(self, *inputs, positions, **options):
+        asked.append(positions.tolist())
+        return route(self, *inputs, positions=positions, **options)
+
+    monkeypatch.setattr(DashBackend, "route", counted)
+    observe(at, probe, in_parts)
+    assert asked == [[40, 63], [50]]
+    for metric, sums in measured.sums.items():
+        torch.testing.assert_close(in_parts.sums[metric], sums)
+        assert torch.equal(in_parts.counts[metric], measured.counts[metric])
+    assert torch.equal(in_parts.active[1], measured.active[1])
+    torch.testing.assert_close(in_parts.probes, measured.probes)
 
 
 def test_dense_mass_is_the_models_own_attention(recall_run):
