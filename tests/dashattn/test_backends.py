@@ -23,6 +23,7 @@ from dashattn.backends import (
     OracleConfig,
     SinkWindowConfig,
     build_backend,
+    build_backends,
 )
 from dashattn.controls import oracle_attention, sink_window_attention
 from dashattn.indexer import IndexerOutput, indexer_attention
@@ -561,6 +562,32 @@ def test_what_runs_in_pytorch_is_told():
     told = {name: build(config).capabilities.in_pytorch for name, config in CONFIGS.items()}
     assert told["hils"].endswith("all of decoding")
     assert {name for name, what in told.items() if what} == {"hils", *(n for n in CONFIGS if n.startswith("indexer"))}
+
+
+def test_what_a_plan_is_told_of_reads_and_memory_by_hand():
+    """Of rows of 64 tokens in float32; eight blocks of 8, two KV heads and six query heads of 8 channels."""
+    per_read, scored = {"nsa": 2 * 16, "indexer": 6}, {"infllmv2": 65 / 4, "nsa": 65 / 4}
+    for name, config in CONFIGS.items():
+        backend = build(config)
+        assert backend.numbers_read(20.0, 3.0) == 2 * 16 * 20 + per_read.get(config.name, 16) * 3, name
+        unscored = config.name in ("full", "sink_window", "oracle")
+        assert backend.summaries_scored(64) == (0 if unscored else scored.get(config.name, 65 / 16)), name
+    _, taking = build_backends(
+        dataclasses.replace(CONFIGS["dash"], layers={"1": {"share_selection_from": 0}}), SHAPE, 2
+    )
+    assert taking.summaries_scored(64) == 0
+    lists = build(CONFIGS["infllmv2"]).scratch_bytes(64, 4)
+    dash = DashConfig(chunk_size=8)
+    bias = {"none": 0, "tempered": 1, "raw": 2}
+    more = {build(dataclasses.replace(dash, prior=prior)).scratch_bytes(64, 4) - lists: n for prior, n in bias.items()}
+    assert more == {4 * 2 * 8 * n: n for n in bias.values()}
+    assert build(dataclasses.replace(dash, sigma=1.0)).scratch_bytes(64, 4) - lists == 4 * 2 * 8 * 2
+    assert build(CONFIGS["hils"]).scratch_bytes(64, 4) - lists == 8 * 6 * 8
+    assert (build(FullConfig()).scratch_bytes(64, 4), build(FullConfig()).kept_bytes(64, 4)) == (0, 4 * 6)
+    index = build(CONFIGS["indexer"]).kept_bytes(64, 4)
+    assert index == 4 * 6 + 4 * 2 + (2 + 1) * 6 * 4 + 2 * (4 * 2 * 8), "bits of the blocks, the index, scores and p"
+    assert InfLLMv2Config.at_block_size(48).window_size == 1008
+    assert build(CONFIGS["dash topk"]).metrics() == {}
 
 
 def test_registry_names_agree():
