@@ -229,6 +229,9 @@ def test_the_length_before_an_extension_need_not_be_said(tmp_path):
     rope = {key: value for key, value in PARTIAL_LONGROPE.items() if key != name}
     edit(tmp_path, **{name: ...}, rope_parameters=rope)
     assert read_config(tmp_path).rope.original_max_seq_len == Phi3Config().original_max_position_embeddings
+    save(tmp_path / "llama")
+    edit(tmp_path / "llama", rope_parameters={key: value for key, value in YARN.items() if key != name})
+    assert read_config(tmp_path / "llama").rope.original_max_seq_len == SHAPE["max_position_embeddings"]
 
 
 def test_without_a_list_every_so_manieth_layer_is_not_rotated(tmp_path):

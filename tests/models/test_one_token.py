@@ -28,9 +28,9 @@ def last_logits(model, input_ids):
         {},
         {"attention": DashConfig(chunk_size=8), "no_rope_layers": [1], "tie_embeddings": False},
         {"attention": NSAConfig(**SMALL_BLOCKS), "residual_scale": 0.3, "logit_scale": 0.5},  # gates of hidden
-        {"qkv_bias": True, "qk_norm": "head"},
+        {"qkv_bias": True, "qk_norm": "head", "no_rope_layers": [1]},
         {"rope": RopeConfig(partial_rotary_factor=0.5)},
-        {"norm_position": "post", "qk_norm": "width"},
+        {"norm_position": "post", "qk_norm": "width", "residual_scale": 0.3},
     ],
     ids=lambda changes: "-".join(map(str, changes)) or "plain",
 )
