@@ -185,7 +185,7 @@ def test_a_streamed_epoch_has_the_training_tokens_in_stored_order(make_stream):
 
 
 def test_streaming_validation_is_prepared_from_the_head(make_stream, monkeypatch):
-    monkeypatch.setattr("data.prepared.TASK_DOCUMENTS", 5)
+    monkeypatch.setattr("data.prepared.TASK_DOCUMENTS", 20)
     streamed = make_stream("validation", rows=2, streaming=True, validation_rows=8)
     assert len(list(streamed)) == 4
     whole, head = tokens_of(make_stream("validation", rows=2)), tokens_of(streamed)

@@ -271,11 +271,15 @@ def test_a_file_of_another_shard_is_told(tmp_path):
         TokenizedPart([tmp_path / "shard-00000"], "train-0", np.dtype(np.uint16), 6).window(0, 10)
 
 
-def test_a_shard_of_before_there_were_checksums_is_believed(tmp_path):
+def test_a_shard_of_before_there_were_checksums_is_believed(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("data.shards.sync", synced.append)
     with ShardWriter(tmp_path, 0, np.dtype(np.uint16), 6) as writer:
         writer.add("train-0", np.arange(10) % 6, np.array([4, 6]), 7)
         writer.publish(2)
-    shard = tmp_path / "shard-00000"
+    shard, written = tmp_path / "shard-00000", writer.temporary
+    assert synced[-2:] == [written, tmp_path], "what is published is on the disk, and then its name"
+    assert set(synced[:-2]) == {written / path.name for path in shard.iterdir()}
     summary = json.loads((shard / "shard.json").read_text())
     del summary["check"]
     (shard / "shard.json").write_text(json.dumps(summary))
@@ -432,6 +436,13 @@ def test_a_worker_that_is_killed_ends_a_preparation_in_a_line(make, small_shards
     monkeypatch.setattr(prepared_module, "POOL_TASKS", 1)
     with pytest.raises(ValueError, match=r"tokenises was ended from outside.* the same command goes on"):
         make(workers=2)
+
+
+def test_cpus_are_those_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 7}, raising=False)
+    assert prepared_module.usable_cpus() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert prepared_module.usable_cpus() == os.cpu_count()
 
 
 def test_a_cache_that_cannot_be_written_is_named(make, tmp_path):
