@@ -142,7 +142,7 @@ def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -
         ),
         metrics=metrics,
         clock=Clock(),
-        utilisation=Utilisation(config, peak and peak * ranks.world_size),
+        utilisation=Utilisation(config, peak, ranks),
         tracer=resources.enter_context(closing(Tracer(run_dir.path, traced, run_dir.step + 1, ranks.device))),
     )
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dashattn.stats import AttentionStats
 from data import Batch
 from experiments.config import TrainConfig
+from experiments.training.ranks import Ranks
 from models import Transformer
 from models.flops import flops_per_token, layer_reads
 from models.meta import without_memory
@@ -39,9 +40,9 @@ class Utilisation:
     """MFU of a run, counted twice: ``mfu_causal`` as if attention were dense and causal, the usual figure, which makes
     backends comparable; ``mfu_sparse`` with the keys and summaries that the attention was last measured to read."""
 
-    def __init__(self, config: TrainConfig, peak: float | None):
-        """``peak``: TFLOP/s of all devices together; None = there is nothing to report."""
-        self._peak = peak
+    def __init__(self, config: TrainConfig, peak: float | None, ranks: Ranks):
+        """``peak``: TFLOP/s of a rank's device; None = there is nothing to report."""
+        self._peak = None if peak is None else peak * ranks.world_size
         if peak is not None:
             with without_memory():  # shapes are all it takes, and the run's own may lie in parts on many devices
                 self._model = Transformer(config.model, config.attention)

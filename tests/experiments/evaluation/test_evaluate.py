@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import Timeout
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 
@@ -272,6 +273,26 @@ def test_what_another_evaluation_has_in_hand_is_left_to_it_and_looked_at_again(r
     order.clear()
     assert [row["knob"] for row in run(config)] == [2.0, 1.0]
     assert order == [2.0, 1.0]
+
+    class Busy(SimpleNamespace):
+        def acquire(self, timeout=None):
+            order.append(timeout)
+            if timeout == 0:
+                raise Timeout("busy")
+
+        def release(self):
+            order.append("released")
+
+    order.clear()
+    monkeypatch.setattr(evaluation, "FileLock", lambda path: Busy())
+    with in_hand(recall_run, {}, waits=False) as is_free:
+        assert not is_free
+    assert not capsys.readouterr().err
+    with in_hand(recall_run, {}, waits=True) as is_free:
+        assert is_free
+    assert order == [0, 0, None, "released"]
+    said = "waiting for another evaluation, which has in hand what is missing here\n"
+    assert capsys.readouterr().err == said
 
 
 def test_what_another_evaluation_made_meanwhile_is_not_computed_again(recall_run, monkeypatch):

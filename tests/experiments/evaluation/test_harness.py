@@ -415,7 +415,10 @@ def test_lm_evals_own_command_line(run_dir, task_dir, tmp_path, monkeypatch, cap
     command += ["--tasks", "tiny_choice", "--include_path", str(task_dir), "--output_path", str(tmp_path)]
     monkeypatch.setattr(evaluate_config, "EvaluatorConfig", evaluate_config.EvaluatorConfig)  # ``main`` replaces it
     monkeypatch.setattr("sys.argv", ["harness", *command])
+    limited = []
+    monkeypatch.setattr(harness, "limit_memory", limited.append)
     harness.main()
+    assert limited == ["auto"]
     said = capsys.readouterr().out.splitlines()
     table = [[cell.strip() for cell in line.split("|")] for line in said if line.startswith("|")]
     assert table[0][1:5] == ["Tasks", "Version", "Filter", "n-shot"]

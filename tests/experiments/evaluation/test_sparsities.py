@@ -13,7 +13,7 @@ from dashattn.backends import DashConfig
 from data import MQARDataConfig, build_data
 from experiments.evaluation import knobs
 from experiments.evaluation.config import EvaluateConfig
-from experiments.evaluation.evaluate import evaluate, find_target
+from experiments.evaluation.evaluate import describe, evaluate, find_target
 from experiments.evaluation.export import export
 from experiments.evaluation.knobs import Setpoint, turn_knob
 from experiments.evaluation.target import build_model
@@ -176,6 +176,9 @@ def test_without_knobs_it_is_the_one_that_training_held(text_run, tmp_path):
     assert row["knob"] == row["trained_knob"] == state["sparsity"]["knob"] != 1.0
     told = ("target_sparsity", "sparsity_count", "trained_sparsity", "trained_sparsity_count")
     assert [row[name] for name in told] == [None, None, 0.5, "causal"]
+    target = find_target(configured(text_run))
+    given = replace(target.train, attention=replace(target.train.attention, sparsity_control="none"))
+    assert [describe(replace(target, train=given))[name] for name in told[2:]] == [None, None]
     export(text_run, tmp_path / "folder")
     assert read_attention(tmp_path / "folder").router_scale == row["knob"]
 

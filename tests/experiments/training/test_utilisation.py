@@ -8,9 +8,12 @@ import torch
 from dashattn.stats import AttentionStats
 from data import Batch
 from experiments.training.check import check
+from experiments.training.ranks import Ranks
 from experiments.training.utilisation import Utilisation, peak_tflops
 from models import Transformer
 from models.flops import matmul_parameters
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -45,15 +48,15 @@ def test_the_peak_is_known_by_the_devices_name(config, name, peak):
 def test_there_is_no_mfu_on_a_cpu(config):
     assert peak_tflops(config, "x86_64") is None
     assert peak_tflops(replace(config, peak_tflops=1.0), "x86_64") is None
-    utilisation = Utilisation(config, None)
+    utilisation = Utilisation(config, None, ALONE)
     utilisation.measure([])
     assert utilisation.read([], 1000.0) == {}
 
 
 def test_both_counts_by_hand(config):
     model, layers = config.model, config.model.num_layers
-    peak = 2.0
-    utilisation = Utilisation(config, peak)
+    peak = 4 * 0.5  # of four ranks
+    utilisation = Utilisation(config, 0.5, replace(ALONE, world_size=4))
     # Two documents of 2 and 4 tokens: dense attention reads 1, 2, 1, 2, 3 and 4 keys.
     positions = torch.tensor([[0, 1, 0, 1, 2, 3]])
     batch = Batch(torch.zeros(1, 6, dtype=torch.long), torch.zeros(1, 6, dtype=torch.long), positions)
@@ -73,5 +76,5 @@ def test_no_weights_are_made_for_it(config, monkeypatch):
     made = []
     init = Transformer.__init__
     monkeypatch.setattr(Transformer, "__init__", lambda self, *args: (made.append(self), init(self, *args))[1])
-    Utilisation(config, 1.0)
+    Utilisation(config, 1.0, ALONE)
     assert {p.device.type for p in made[0].parameters()} == {"meta"}
