@@ -18,7 +18,7 @@ from experiments.sweep.cells import ArmConfig, StudyConfig, SweepConfig, cells, 
 from experiments.sweep.status import status
 from experiments.sweep.submit import job_name, read_jobs, submit_run, submit_sweep
 from slurm.launcher import LauncherConfig
-from slurm.queue import ended
+from slurm.queue import cancel, ended, queue
 from tests import forked
 
 SBATCH = """#!/bin/sh
@@ -306,6 +306,14 @@ def test_a_submission_killed_before_it_recorded_its_jobs_makes_none_twice(script
     assert "4 cells submitted, 2 were queued" in submit_sweep(sweep)
     assert read_jobs(tmp_path / "s")["t-base-seed1"] == "7_1"
     assert len(list(scripts.iterdir())) == 3
+    # One cell alone is no array.
+    alone = replace(sweep, output_dir=str(tmp_path / "alone"), seeds=[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(submission, "write_atomically", killed)
+        with pytest.raises(KeyboardInterrupt):
+            submit_sweep(alone)
+    assert "2 cells submitted, 1 were queued" in submit_sweep(alone)
+    assert read_jobs(tmp_path / "alone")["t-base-seed0"] == "10"
 
 
 @pytest.mark.usefixtures("_unchecked")
@@ -481,6 +489,20 @@ SACCT = """7_0|TIMEOUT|0:0
 14|FAILED|128:0
 15|COMPLETED|0:9
 """
+
+
+def test_a_slurm_that_does_not_answer_is_told_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "squeue").write_text(
+        "#!/bin/sh\nprintf 'slurm_load_jobs error:\\n  Unable to contact\\n' >&2\nexit 1\n"
+    )
+    (tmp_path / "squeue").chmod(stat.S_IRWXU)
+    said = r"^Slurm does not answer \(slurm_load_jobs error: Unable to contact\): try again$"
+    with pytest.raises(ValueError, match=said):
+        queue("a-job")
+    with pytest.raises(ValueError, match=r"^Slurm does not answer \(.*No such file .*scancel'?\): try again$"):
+        cancel(["7"])
+    cancel([])
 
 
 def test_how_jobs_ended_is_said_in_words(tmp_path, monkeypatch):

@@ -139,7 +139,8 @@ def test_what_cannot_be_scored_gets_one_line(folder, tmp_path, monkeypatch):
         locate(str(folder), "cpu")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"attention": {"name": "dash", "chunk_size": 8}}))
-    assert find_target(configure(tmp_path, folder)).train.attention.name == "dash"
+    for own in ((), ("attention=checkpoint",)):
+        assert find_target(configure(tmp_path, folder, *own)).train.attention == DashConfig(chunk_size=8)
     with pytest.raises(ValueError, match="trained with dash"):
         find_target(configure(tmp_path, folder, "attention=full"))
     assert (

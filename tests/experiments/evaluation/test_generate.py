@@ -67,8 +67,8 @@ def test_a_run_continues_a_prompt_and_says_how_fast(run, capsys, monkeypatch):
 
 
 def test_the_command_line(run):
-    command = ["-m", "experiments.evaluation.generate", f"run={run}", "prompt=import os", "max_new_tokens=4"]
-    assert forked.run(*command).stdout.startswith("import os")
+    command = ["-m", "experiments.evaluation.generate", f"run={run}", "prompt=x = [1, {", "max_new_tokens=4"]
+    assert forked.run(*command).stdout.startswith("x = [1, {")
     failed = forked.run(*command, "top_p=2")
     assert failed.returncode == 1
     assert "error: top_p must be a share in (0, 1]; got 2.0" in failed.stderr

@@ -248,6 +248,7 @@ def test_samples_differ_and_depend_on_nothing_but_seed_prompt_and_repetition(run
     assert [among_others[1], among_others[3]] == eight[:2]
     assert texts(("import os", sampled | {"seed": 1}))[0] not in eight
     assert texts(("import os", sampled | {"top_k": 1})) == texts(("import os", {"max_new_tokens": 12}))
+    assert texts(("", {"max_new_tokens": 12})) == texts((lm.tokenizer.eos_token, {"max_new_tokens": 12}))
     assert texts(("import os", sampled | {"repetition_penalty": 3.0}))[0] != eight[0]
 
 

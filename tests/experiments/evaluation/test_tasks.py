@@ -473,6 +473,11 @@ def test_routing_scores_by_hand():
     assert total["mass_recall"] == pytest.approx([6 / 6 + 6 / 8, 4 / 6 + 4 / 8], abs=1e-6)
     assert total["dense_relevant_mass"] == pytest.approx([2 / 6 + 4 / 8] * 2, abs=1e-6)
     assert all(counts.tolist() == [2, 2] for _, counts in scores.values())
+    # Where dense attention looks at block 1 most, at 2 less, at 0 least, of head 0's two blocks all are among the
+    # heaviest; head 1 reads one of two and three, at first the heaviest.
+    k = torch.tensor([0.0, 2.0, 1.0, 0.0]).repeat_interleave(2)[None, :, None, None].expand(1, 8, 2, 4)
+    scores, _, _ = score_routing(routing, torch.ones(1, 8, 2, 4), k, probe)
+    assert scores["mass_precision"][0].tolist() == [2, 1]
 
 
 def test_forced_blocks_are_read_but_no_choice_of_the_router():
@@ -564,7 +569,8 @@ def test_refusals_of_a_recall_run(recall_run):
             run(recall_run, **changes)
 
 
-def test_a_placement_that_does_not_exist_is_refused():
+def test_a_form_is_what_was_given_if_it_can_be():
+    assert MQARForm(pairs_max=8, show_answers=False).given() == {"pairs_max": 8, "show_answers": False}
     with pytest.raises(ValueError, match=r"mqar\.placement must be one of clustered, spread"):
         MQARForm(placement="middle")
 
@@ -575,6 +581,7 @@ def test_refusals_of_a_text_run(text_run):
         ({"mqar": MQARForm(pairs_max=3)}, "trained on MQAR, not .*: leave it out"),
         ({"tasks": ["routing"], "probes": ["vt", "cwe"]}, "whose answer stands in one place"),
         ({"tasks": ["routing"], "probes": ["fwe"]}, "whose answer stands in one place"),
+        ({"tasks": ["routing"], "probes": []}, r"probes=\[\]: choose generated tasks"),
         ({"tasks": ["vt"], "lengths": [256]}, "needs at least 512 tokens"),
         ({"tasks": ["vt"], "lengths": [512], "template": "llama3"}, "which the tokenizer lacks"),
         ({"tasks": ["niah"], "lengths": [512], "haystack": "/none.txt"}, "/none.txt does not exist: give a text file"),

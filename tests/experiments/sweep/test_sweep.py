@@ -200,10 +200,14 @@ def test_a_second_call_does_only_what_is_missing(tmp_path, ran, jobs):
     names, failing = ran
     config = make_config(tmp_path, jobs=jobs)
     failing.add("text-dash-knob1-seed0")
-    first = run(config)
-    assert first.pop("text-dash-knob1-seed0") == "failed"
-    assert set(first.values()) == {"done"}
+    first = run_sweep(config, Console(file=(said := io.StringIO())))
+    assert first.pop("text-dash-knob1-seed0") == Outcome("failed", 1.0, "boom")
+    assert set(first.values()) == {Outcome("done", 1.0)}
     assert len(names) == 8
+    told = said.getvalue().splitlines()
+    assert told[0] == "s: 8 cells to do, 0 done before"
+    assert {"  start  text-base-seed0", "  done   text-base-seed0  1 s  "} <= set(told)
+    assert "  failed text-dash-knob1-seed0  1 s  boom" in told
 
     names.clear()
     failing.clear()
@@ -595,6 +599,10 @@ def test_a_sweep_ends_as_its_cells_did(tmp_path, monkeypatch, capsys, statuses, 
         ["c0", statuses[0], "", "why 0"],
         ["c1", statuses[1], "62", "why 1"],
     ]
+    monkeypatch.setattr(sweep, "submit_sweep", lambda config: f"{config.name} is submitted")
+    monkeypatch.setattr("sys.argv", ["sweep", "sweep=smoke", "launcher=slurm"])
+    sweep.main()
+    assert capsys.readouterr().out == "smoke is submitted\n"
 
 
 def test_the_status_tells_what_is_done_runs_and_failed(tmp_path, ran, monkeypatch, capsys):

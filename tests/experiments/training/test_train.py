@@ -443,3 +443,11 @@ def test_the_entry_point_prints_one_message(make_config, monkeypatch, capsys):
     message = capsys.readouterr().err
     assert message.startswith("error: optim.warmup_steps=5")
     assert "Traceback" not in message
+    given = []
+    monkeypatch.setattr(train_module, "submit_run", lambda *asked: given.append(asked) or "7")
+    monkeypatch.setattr("sys.argv", ["train.py", "steps=3", "launcher=slurm"])
+    train_module.main()
+    assert capsys.readouterr().out == "submitted job 7\n"
+    assert [(config.steps, config.launcher.nodes, overrides) for config, overrides in given] == [
+        (3, 1, ["steps=3", "launcher=slurm"])
+    ]
