@@ -1,3 +1,4 @@
+import json
 import math
 import shutil
 
@@ -10,6 +11,7 @@ from dashattn.backends import AttentionShape, DashConfig, NSAConfig, build_backe
 from experiments.config import OptimConfig
 from experiments.training import build as build_module
 from experiments.training.check import check
+from experiments.training.checkpoint import read_state, seal
 from experiments.training.optim import (
     LR_FACTOR,
     build_optimizer,
@@ -18,6 +20,7 @@ from experiments.training.optim import (
     parameter_groups,
     parameter_order,
 )
+from experiments.training.ranks import Ranks
 from experiments.training.weights import find_weights
 from models import ModelConfig, Transformer
 from train import train
@@ -146,6 +149,14 @@ def test_a_run_with_odd_sizes_resumes(make_config, stage):
     (checkpoints / "latest").write_text("step-00000002")
     resumed = load_file(find_weights(train(config)))
     assert all(torch.equal(resumed[name], weight) for name, weight in expected.items())
+    shutil.rmtree(checkpoints / "step-00000004")
+    (checkpoints / "latest").write_text("step-00000002")
+    checkpoint = checkpoints / "step-00000002"
+    (checkpoint / "state.json").write_text(json.dumps(read_state(checkpoint) | {"parameter_order": "another"}))
+    (checkpoint / "manifest.json").unlink()
+    seal(checkpoint, Ranks(0, 1, torch.device("cpu")))
+    with pytest.raises(ValueError, match="laid the parameters in another order"):
+        train(config)
 
 
 def test_what_backends_own_may_have_a_rate_of_its_own():

@@ -10,11 +10,14 @@ import torch
 from dashattn.backends import AttentionShape, build_backend
 from data import MQARDataConfig
 from experiments.files import METRICS, START, read_rows
-from experiments.sparsity import Found
+from experiments.sparsity import Found, Hold, knob_span
+from experiments.training import build as build_module
 from experiments.training import start_knob
 from experiments.training.check import check
 from experiments.training.checkpoint import read_state
 from experiments.training.ranks import init_ranks
+from experiments.training.run_dir import RunDir
+from models import Transformer
 from train import train
 
 LONG = ("data.seq_len=128", "data.pack=plain", "stats_every=1")
@@ -113,6 +116,18 @@ def test_the_knob_is_found_on_the_rows_of_a_step_or_on_16(make_config, monkeypat
     how = {"split": "train", "seed": 5, "rows": 4, "rank": 1, "world_size": 2, "cache_dir": Path(config.cache_dir)}
     assert opened[-1] == how
     assert model.weight.dtype == torch.float32
+
+
+def test_a_resumed_run_holds_as_it_held(make_config):
+    """Within what rows of its length can have, which are shorter than the model's longest."""
+    config = make_config("run", "attention=infllmv2", *BLOCKS, "model.vocab_size=300", "model.max_seq_len=256")
+    model, start = Transformer(config.model, config.attention), {}
+    state = {"knob": 5, "mean": 0.55, "seen": 2}
+    run_dir = RunDir(Path("run"), Path("checkpoint"), {"step": 4, "sparsity": state})
+    hold = build_module._find_hold(model, config, run_dir, None, 4, start)
+    assert hold == Hold(0.6, knob_span([config.attention] * 2, 128), 5, mean=0.55, seen=2)
+    assert hold.state_dict() == state
+    assert ({backend.config.topk for backend in model.backends}, start) == ({5}, {})
 
 
 @pytest.mark.parametrize("name", ["infllmv2", "nsa"])
