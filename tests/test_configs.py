@@ -297,6 +297,14 @@ def test_auto_is_what_the_machine_has(monkeypatch, has_gpu, asked, resolved):
         assert (found.device, found.deepspeed.precision) == resolved
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_sixteen_bits_need_a_stage_that_keeps_float32_weights(monkeypatch, precision):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = composed("device=cuda", "deepspeed.stage=0", f"deepspeed.precision={precision}")
+    with pytest.raises(ValueError, match=rf"deepspeed\.stage=0 trains in fp32 only, not {precision}: use"):
+        check(config)
+
+
 def test_a_backend_that_cannot_take_packed_documents_is_refused_before_it_meets_them(monkeypatch):
     monkeypatch.setattr(DashBackend, "capabilities", Capabilities(packed=False))
     check(composed("attention=dash", "data.pack=plain"))

@@ -260,7 +260,7 @@ WSD = ("optim=wsd", "optim.lr=3e-3", "optim.warmup_steps=1", "optim.decay_fracti
 WSD = (*WSD, "attention.chunk_size=16")
 
 
-def test_a_branch_is_what_a_run_of_its_length_would_have_been(make, tmp_path):
+def test_a_branch_is_what_a_run_of_its_length_would_have_been(make, tmp_path, monkeypatch):
     trunk = train(make("trunk", *WSD, "steps=5", "save_every=1", "keep_checkpoints=0"))  # at its peak up to step 3
     whole = train(make("whole", *WSD, "steps=4", "optim.decay_fraction=0.25"))
     before = {path: path.stat().st_mtime_ns for path in trunk.rglob("*")}
@@ -276,6 +276,12 @@ def test_a_branch_is_what_a_run_of_its_length_would_have_been(make, tmp_path):
     assert json.loads((run / "start.json").read_text())["branch_from"]["step"] == 3
     with pytest.raises(ValueError, match=rf"init_from: None there, {tmp_path / 'lost'} now"):
         train(make("other", *WSD, "steps=4", f"branch_from={trunk}@3", f"init_from={tmp_path / 'lost'}"))
+    asked = []
+    with monkeypatch.context() as patch:  # at another stage it has to be converted
+        patch.setattr(build_module, "load_checkpoint", lambda *_, reshard_in: asked.append(reshard_in) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(make("stage2", *WSD, "steps=5", "deepspeed.stage=2", f"branch_from={trunk}@3"))
+    assert asked == [tmp_path / "stage2" / "checkpoints"]
     assert before == {path: path.stat().st_mtime_ns for path in trunk.rglob("*")}, "the trunk is only read"
     with pytest.raises(ValueError, match=r"(?s)steps: 5 there, 9 now\nbranch_from=.*trunk@STEP, under another"):
         train(make("trunk", *WSD, "steps=9"))

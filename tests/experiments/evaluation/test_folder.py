@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from dashattn.backends import DashConfig
 from data import NO_TOKEN
 from data.tokenizer import train_bpe
-from experiments.config import load_config
+from experiments.config import load_config, to_train_config
 from experiments.evaluation.config import EvaluateConfig, register_evaluate_config
 from experiments.evaluation.evaluate import evaluate, find_target, own_label
 from experiments.evaluation.export import export
@@ -24,6 +24,7 @@ from experiments.evaluation.target import build_model, locate, validation_stream
 from experiments.files import CONFIGS
 from experiments.provenance import git_state
 from experiments.schema import to_config
+from experiments.training.check import check
 
 register_evaluate_config()
 TEXT = (
@@ -152,6 +153,9 @@ def test_what_cannot_be_scored_gets_one_line(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="rows of 48 would be read sparsely"):
         find_target(configure(tmp_path, folder, "lengths=[48,64]"))
     assert find_target(configure(tmp_path, folder, "lengths=[48]", "attention=full")).train.attention.name == "full"
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        goes_on = ("model=checkpoint", f"init_from={folder}", "attention=full", "data.seq_len=48", "device=cpu")
+        assert check(to_train_config(compose("train", goes_on))).attention.name == "full"  # so it trains, too
     window = make_folder(tmp_path / "mistral", MistralConfig, MistralForCausalLM, sliding_window=128)
     assert find_target(configure(tmp_path, window, "lengths=[128]"))
     with pytest.raises(ValueError, match="sliding_window 128"):

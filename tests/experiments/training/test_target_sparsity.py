@@ -20,6 +20,7 @@ from experiments.training.run_dir import RunDir
 from models import Transformer
 from train import train
 
+PACKED = "data.pack=documents"
 LONG = ("data.seq_len=128", "data.pack=plain", "stats_every=1")
 DASH = (*LONG, "attention=dash", "attention.chunk_size=8", "attention.target_sparsity=0.6")
 BLOCKS = (
@@ -159,6 +160,10 @@ def test_topk_is_the_nearest_integer(make_config, name):
         ((*DASH, "attention.target_sparsity=0.9"), "cannot be had: at 128 tokens attention=dash reaches"),
         ((*DASH, "attention.init_chunks=2", "attention.target_sparsity=0.75"), r"attention=dash reaches 0\.604"),
         ((*DASH, "attention.sparsity_count=paper"), "use sparsity_count=causal"),
+        (
+            (*DASH, "attention.sparsity_count=paper", *("data.seq_len=8192", "model.max_seq_len=8192"), PACKED),
+            "needs rows of one document",
+        ),
     ],
 )
 def test_what_no_row_can_have_is_refused_before_anything_is_built(make_config, options, message):
