@@ -78,9 +78,10 @@ def test_what_every_checkpoint_calls_is_taken_and_each_rank_looks_at_its_share(t
     for name in "123":
         torch.save({"more": Payload(os.getenv, name)}, folder / f"{name}.pt")
     (folder / "sub").mkdir()
-    bad = [f"deepspeed/{name}.pt calls os.getenv" for name in "123"]
+    torch.save({"more": Payload(os.getenv, "4")}, folder / "sub" / "4.pt")
+    bad = [f"deepspeed/{name}.pt calls os.getenv" for name in ("1", "2", "3", "sub/4")]
     assert foreign_code(tmp_path) == bad
-    assert [foreign_code(tmp_path, rank=rank, world_size=2) for rank in (0, 1)] == [bad[1:2], [bad[0], bad[2]]]
+    assert [foreign_code(tmp_path, rank=rank, world_size=2) for rank in (0, 1)] == [bad[1:2], [bad[0], bad[2], bad[3]]]
 
 
 def test_a_copy_of_the_code_is_what_its_name_says(tmp_path):

@@ -16,13 +16,13 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 
 import train
-from dashattn.backends import DashConfig, IndexerConfig, NSAConfig
+from dashattn.backends import DashConfig, FullConfig, IndexerConfig, NSAConfig
 from data import IGNORE, Batch, build_data
 from experiments.evaluation import evaluate as evaluation
 from experiments.evaluation.config import EvaluateConfig
 from experiments.evaluation.evaluate import bytes_read, evaluate, find_target
 from experiments.evaluation.export import export
-from experiments.evaluation.target import build_model
+from experiments.evaluation.target import build_model, validation_stream
 from experiments.evaluation.tasks import streams
 from experiments.files import read_rows
 from experiments.intervals import ratio_stderr
@@ -111,6 +111,14 @@ def test_recall_and_loss_equal_the_models_own(recall_run, monkeypatch):
 
     halved = replace(target.train, deepspeed=replace(target.train.deepspeed, precision="bf16"))
     assert {p.dtype for p in build_model(replace(target, train=halved)).parameters()} == {torch.bfloat16}
+    for other, differs in (
+        (FullConfig(), "dropped: att.*chunk_query"),
+        (NSAConfig(), "new: att.*gate.*; dropped: att"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"00002 is not a checkpoint of this configuration \(.*{differs}.*restore"
+        ):
+            build_model(replace(target, train=replace(target.train, attention=other)))
 
 
 def test_knobs_turn_and_nothing_is_done_twice(recall_run):
@@ -218,13 +226,24 @@ def test_a_changed_corpus_is_refused(tiny_overrides):
     overrides, run_dir = tiny_overrides("run", "steps=2", "attention=dash", "attention.chunk_size=8")
     train.train(compose_train(overrides))
     checkpoint = run_dir / "checkpoints" / "step-00000002"
-    start = checkpoint / "start.json"
-    start.write_text(start.read_text().replace('"tokens_fingerprint": "', '"tokens_fingerprint": "x'))
-    (checkpoint / "manifest.json").unlink()
-    seal(checkpoint, Ranks(0, 1, torch.device("cpu")))
+    start, config = checkpoint / "start.json", EvaluateConfig(run=str(run_dir), device="cpu")
+    whole = start.read_text()
+
+    def rewrite(key):
+        start.write_text(whole.replace(f'"{key}": "', f'"{key}": "x'))
+        (checkpoint / "manifest.json").unlink()
+        seal(checkpoint, Ranks(0, 1, torch.device("cpu")))
+
+    rewrite("tokenizer")
+    for read in (validation_stream, lambda target: target.tokenizer):
+        with pytest.raises(
+            ValueError, match=r"tokenizer is another tokenizer than the run was trained with .*: restore"
+        ):
+            read(find_target(config))
+    rewrite("tokens_fingerprint")
     for asked in ({"tasks": ["loss"]}, {"tasks": ["decode"]}, {"tasks": ["json_kv"], "sparsities": [0.1]}):
         with pytest.raises(ValueError, match="has changed since"):
-            run(EvaluateConfig(run=str(run_dir), device="cpu", **asked))
+            run(replace(config, **asked))
 
 
 def test_half_a_row_of_a_crash_makes_way_for_whole_ones(recall_run):

@@ -193,6 +193,7 @@ def test_without_knobs_it_is_the_one_that_training_held(text_run, tmp_path):
         ({"sparsities": [0.5, 0.9], "lengths": [128, 64]}, "at 128 tokens attention=dash reaches 0.8"),
         ({"sparsities": [0.7], "lengths": [128, 64]}, r"at 64 tokens attention=dash reaches 0\.646"),
         ({"sparsities": [0.5], "sparsity_count": "paper"}, "use sparsity_count=causal"),
+        ({"sparsities": [0.5], "sparsity_count": "paper", "lengths": [8192]}, "needs rows of one document"),
         ({"sparsities": [0.5], "sparsity_count": "mine"}, "sparsity_count must be one of causal, paper"),
     ],
 )

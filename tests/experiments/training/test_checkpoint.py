@@ -174,6 +174,8 @@ def test_of_a_checkpoint_all_is_intact_that_says_what_its_weights_are(tmp_path, 
     (checkpoint / "config.yaml").write_text("rope: {theta: 10001}\n")
     with pytest.raises(ValueError, match=r"no intact weights .*config\.yaml has another checksum"):
         find_weights(tmp_path)
+    weights = checkpoint / "model.safetensors"
+    assert find_weights(weights) == weights, "who names the weights alone reads nothing else"
 
 
 def test_latest_decides_and_without_it_the_newest_is_taken(tmp_path):

@@ -1,6 +1,7 @@
 """The command that fills the cache before a run."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,13 @@ MIXTURE = (
     *("data=mixture", "data.seq_len=64", "data.vocab_size=300", "data.tokenizer_bytes=200000"),
     *("data.corpora.python.max_bytes=1000000", "data.corpora.recall.max_documents=100", "data.validation_rows=4"),
 )
+
+
+class Part(SimpleNamespace):
+    """Of documents of 250,000 tokens."""
+
+    def __len__(self):
+        return 250_000 * self.num_documents
 
 
 @pytest.mark.long
@@ -59,6 +67,50 @@ def test_the_loaders_speed_leaves_out_its_first_batch(monkeypatch):
             yield SimpleNamespace(num_tokens=30)
 
     assert loader_speed(stream()) == 4 * 30 / 3.0
+
+
+def test_what_is_prepared_is_what_the_run_would_read(make_config, tmp_path, monkeypatch, capsys):
+    """The commits and the tokenizer that its directory holds already, of every part what is damaged made again."""
+    asked = []
+    first, second, held = (
+        Part(num_documents=n, num_bytes=size) for n, size in ((3, 1_500_000), (4, 2_500_000), (1, 10**6))
+    )
+    corpus = SimpleNamespace(training={"a": first, "b": second}, validation=held, fingerprint="f00")
+
+    def step(name, answer):
+        monkeypatch.setattr(
+            prepare_module, name, lambda *given, **options: asked.append((name, given, options)) or answer
+        )
+
+    for name, answer in (
+        ("check_origin_tokenizer", None),
+        ("with_commits", "with commits"),
+        ("with_own_tokenizer", "with all"),
+        ("build_tokenizer", "a tokenizer"),
+        ("prepare_all", {"python": corpus}),
+        ("build_data", "a stream"),
+        ("loader_speed", 1234.5),
+    ):
+        step(name, answer)
+    config = make_config("run", "seed=3", "rows_per_micro_batch=2", "data.tokenizer=null")
+    config = replace(config, init_from=str(tmp_path / "origin"), branch_from="trunk@3")
+    prepare(config)
+    cache, run = Path(config.cache_dir), Path(config.run_dir)
+    own = [
+        ("with_commits", (config.data, config.run_dir, "trunk@3"), {}),
+        ("with_own_tokenizer", ("with commits", run), {}),
+        ("build_tokenizer", ("with all", cache), {}),
+        ("prepare_all", ("with all", "a tokenizer", cache), {"verify": True}),
+        ("build_data", ("with all",), {"split": "train", "seed": 3, "rows": 2, "cache_dir": cache}),
+        ("loader_speed", ("a stream",), {}),
+    ]
+    assert asked == [("check_origin_tokenizer", (config.data, tmp_path / "origin"), {}), *own]
+    told = f"python: 8 documents, 5.0 MB of text, 2,000,000 tokens (2.50 bytes each), {cache}/tokens/f00\n"
+    assert capsys.readouterr().out == told + "the loader alone: 1,234 tokens/s on one rank\n"
+    asked.clear()
+    prepare(replace(config, any_tokenizer=True, rows_per_micro_batch=None))
+    assert [name for name, _, _ in asked] == [name for name, _, _ in own]
+    assert asked[-2][2]["rows"] == 4
 
 
 def test_what_is_generated_while_training_needs_no_preparation():

@@ -33,7 +33,8 @@ def opened(config, start=None):
     return find_run_dir(config)
 
 
-def test_a_new_directory_explains_itself(config):
+def test_a_new_directory_explains_itself(config, monkeypatch):
+    monkeypatch.setattr(run_dir, "git_state", lambda: ({"sha": "abc", "dirty": True}, "what differs\n"))
     run = opened(config, {"parameters": 7})
     assert run.checkpoint is None
     assert run.step == 0
@@ -42,8 +43,8 @@ def test_a_new_directory_explains_itself(config):
     environment = json.loads((run.path / "environment.json").read_text())
     assert environment["packages"]["torch"]
     assert "variables" in environment
-    assert "sha" in json.loads((run.path / "git.json").read_text())
-    assert (run.path / "git.diff").exists()
+    assert json.loads((run.path / "git.json").read_text()) == {"sha": "abc", "dirty": True}
+    assert (run.path / "git.diff").read_text() == "what differs\n"
     assert json.loads((run.path / "start.json").read_text()) == {"parameters": 7}
 
 
@@ -221,13 +222,19 @@ def test_a_stage_of_another_family_is_refused_with_what_can_be(config, old, new,
     with pytest.raises(ValueError, match=f"use {mend} on any number of ranks.*init_from="):
         find_run_dir(at(new))
     assert not find_run_dir(at(old)).is_resharded
+    save(find_run_dir(at(old)), config.steps, old)
+    assert find_run_dir(at(new)).step == config.steps, "what is complete is not resumed"
 
 
 def test_another_number_of_ranks_is_noticed(config, monkeypatch):
-    save(opened(config), 2, stage=1)
-    assert not find_run_dir(config).is_resharded
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert find_run_dir(config).is_resharded
+    run = opened(config)
+    for stage, is_resharded in ((0, False), (1, True)):  # at stage 0 every rank holds everything
+        own = replace(config, deepspeed=replace(config.deepspeed, stage=stage))
+        save(run, 2 + stage, stage)
+        assert not find_run_dir(own).is_resharded
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert find_run_dir(own).is_resharded == is_resharded
+        monkeypatch.delenv("WORLD_SIZE")
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_latest_names_the_one_before(config):
@@ -383,6 +390,9 @@ def test_a_second_process_on_a_run_directory_is_refused(make_config, monkeypatch
     config = make_config("locked")
     run = find_run_dir(config)
     lock = open_run_dir(run, config, [], {})
+    with pytest.raises(ValueError, match="another process is training"):
+        open_run_dir(run, config, [], {})
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
     with pytest.raises(ValueError, match="another process is training"):
         open_run_dir(run, config, [], {})
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # a job that Slurm has begun again
