@@ -15,7 +15,7 @@ from experiments.evaluation import knobs
 from experiments.evaluation.config import EvaluateConfig
 from experiments.evaluation.evaluate import describe, evaluate, find_target
 from experiments.evaluation.export import export
-from experiments.evaluation.knobs import Setpoint, turn_knob
+from experiments.evaluation.knobs import Setpoint, setpoints, turn_knob
 from experiments.evaluation.target import build_model
 from experiments.evaluation.tasks.streams import MQARForm
 from experiments.figures import frontier
@@ -61,6 +61,7 @@ def test_the_knob_of_a_sparsity_is_found_for_each_length_and_kept(text_run, monk
         assert row["causal_sparsity"] == pytest.approx(row["target_sparsity"], abs=0.06)  # 4 rows of other documents
         assert (row["sparsity_count"], row["trained_sparsity"]) == ("causal", 0.5)
     assert run(config) == []
+    assert [place.target for place in setpoints(config, find_target(config).train)] == [0.3, 0.5]
     at_96 = [row for row in frontier.newest(read_rows(text_run / RESULTS)) if row["length"] == 96]
     assert [str(row["knob"]) for row in at_96] == ["30%", "50%"]
 
