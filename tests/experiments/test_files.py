@@ -89,7 +89,7 @@ def test_an_error_that_names_no_file_names_the_one_that_was_written(tmp_path):
         (OSError(28, "No space left", "other"), "other"),
         (OSError("timed out"), None),
     ):
-        with pytest.raises(OSError, match="No space left|timed out") as found, naming(tmp_path):
+        with pytest.raises(OSError, match=r"No space left|timed out") as found, naming(tmp_path):
             raise error
         assert (found.value.errno, found.value.filename) == (error.errno, named)
 
