@@ -150,6 +150,9 @@ WRONG = (
     ("evaluate", "run=x lengths=[1e3]"),
     ("train", 'attention=dash attention.layers={"*":full}'),
     ("train", "attention=dash attention.layers={0:full,'1':full}"),
+    ("plan", "gpus=2 attention=dahs"),
+    ("plan", "sweep=fronteir sparsity=0.5"),
+    ("plan", "sweep=smoke studies.recall.arms.ful.turned=4 gpu=H100"),
 )
 
 

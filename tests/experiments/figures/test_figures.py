@@ -19,7 +19,7 @@ from experiments.figures.__main__ import FIGURES, main, write_figures
 from experiments.figures.page import WIDEST
 from experiments.figures.paired import make_paired
 from experiments.figures.published import RULER_16K
-from experiments.figures.rows import BARS, load_study
+from experiments.figures.rows import BARS, averaged, load_study
 from experiments.figures.setpoints import with_setpoints
 from experiments.files import REPLACED, read_rows
 from experiments.plots import METHODS, grid, save
@@ -354,6 +354,12 @@ def test_seeds_are_averaged_and_kept_apart(study):
     assert (point["score"], point["seed 0"], point["seed 1"]) == (pytest.approx(0.85), 0.9, pytest.approx(0.8))
     heat = {(r["layer"], r["kv_head"]): r["causal_sparsity"] for r in table(3, study)}
     assert heat == {(0, 0): pytest.approx(0.4), (0, 1): pytest.approx(0.6), (1, 0): 0.5, (1, 1): 0.5}
+    pair = [
+        row("sparsity", "causal_sparsity", 0.5, per_head=per_head, seed=seed)
+        for seed, per_head in enumerate(([[0.5, None], [None, 1.0]], [[0.25, None], [0.5, 0.0]]))
+    ]
+    (found,) = averaged(pair, "line", value="per_head")
+    assert found["per_head"] == [[0.375, None], [0.5, 0.5]]
 
 
 def test_a_row_that_lacks_a_column_is_named_or_does_without(study, tmp_path):
@@ -377,6 +383,25 @@ def test_a_row_that_lacks_a_column_is_named_or_does_without(study, tmp_path):
     named = {(name, column) for name, column, _ in told}
     assert {("metrics.jsonl", "tokens"), ("metrics.jsonl", "step_time"), ("results.jsonl", "seed")} <= named
     assert {("speed.jsonl", "ms"), ("parallel.jsonl", "losses"), ("throughput.jsonl", "device")} <= named
+
+
+def test_what_is_said_of_a_router():
+    """Of each metric; some have no row above."""
+    assert routers.DISPERSION == {
+        "relevant_mass": "router's mass on the relevant blocks",
+        "softmax_relevant_mass": "mass, softmax over the same scores",
+        "dense_relevant_mass": "mass, dense attention of the same model",
+        "entropy": "router's entropy, nats",
+        "softmax_entropy": "entropy, softmax over the same scores",
+        "support": "blocks above zero",
+    }
+    assert routers.RECALLS == {
+        "recall": "share of the answer's blocks selected",
+        "topk_recall": "the same for as many blocks by softmax and top-k",
+        "precision": "share of the selected blocks that hold the answer",
+        "mass_recall": "share of dense attention's mass read",
+        "mass_precision": "share of the selected among dense attention's heaviest",
+    }
 
 
 def test_router_tables(study):
