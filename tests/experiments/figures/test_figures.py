@@ -67,7 +67,7 @@ def row(task, metric, score, **changes):
 
 def rows():
     for seed, shift in ((0, 0.0), (1, 0.1)):
-        for knob, score in ((2.0, 0.9), (4.0, 0.8), (8.0, 0.3)):
+        for knob, score in ((4.0, 0.8), (2.0, 0.9), (8.0, 0.3)):
             sparsity = 0.2 * knob**0.5
             yield row("recall", "accuracy", score - shift, seed=seed, knob=knob, causal_sparsity=sparsity)
     yield row("recall", "accuracy", 0.99, label="full", knob=None, trained_knob=None, causal_sparsity=0.0)
@@ -181,6 +181,7 @@ def with_more(study):
         *(row("sparsity", "active_tokens", 2, position=[first, first], p10=1.5, p90=3 + first, label="infllmv2")
           for first in (2, 5)),
         row("sparsity", "active_tokens", 3, position=[4, 7], p10=2, p90=6, seed=1),
+        row("sparsity", "active_tokens", 16, position=[8, 31], p10=4, p90=24, data="code", length=32),
         *(row("routing", "active_blocks", 5 + s, probe="mqar", relevant=3, seed=s) for s in (0, 1)),
         row("routing", "active_blocks", 9, probe="niah_single_2", relevant=2),
         row("routing", "recall", 0.75, probe="mqar", per_head=[[1.0], [0.5]], seed=1),
@@ -205,7 +206,8 @@ def with_more(study):
         r | ({"grad_norm_router": 0.01 * r["step"]} if r["split"] == "train" else {"step_time": 9.0, "loss": 1.75})
         for r in training_rows("recall-nsa-knob2-seed1")
     ]
-    still = [r | {"grad_norm_router": 0.0} for r in training_rows("still") if r["split"] == "train"]
+    dense = {"grad_norm_router": 0.0, "causal_sparsity": 0.0}
+    still = [r | dense for r in training_rows("still") if r["split"] == "train"]
     numerics = [study.numerics[0] | {"backend": "nsa", "device": "GPU", "impl": "auto", "error": 1e-4}]
     parallel = [row | {"length": 4096, "git_sha": sha} for row, sha in ((ALONE, "a" * 40), (PAIR, "b" * 40))]
     parallel[1] |= {"tokens_per_s": 210.0}
@@ -272,7 +274,12 @@ def test_every_figure_becomes_files_and_a_page(study, tmp_path, marks_stand_whol
             assert (output / f"{stem}.pdf").read_bytes().startswith(b"%PDF")
     assert page.count("<img ") >= 12
     assert len(page) < 1_500_000
-    assert max(map(int, re.findall(r'<img [^>]*width="(\d+)"', page))) <= WIDEST
+    sizes = []
+    for path in sorted(output.glob("*.png")):
+        with Image.open(path) as picture:
+            scale = min(1.0, WIDEST / picture.width)
+            sizes.append((str(round(scale * picture.width)), str(round(scale * picture.height))))
+    assert re.findall(r'<img [^>]*width="(\d+)" height="(\d+)"', page) == sizes
     assert set(re.findall(r'(?:src|href)="([^#d][^"]*)"', page)) == set()  # all it shows is in it
     assert_as_expected("\n".join(text), Path(__file__).parent / "expected" / "figures.txt", tmp_path)
 
@@ -554,8 +561,9 @@ def test_training_curves_count_time_by_steps(study):
         (400, 2.0),
     ]
     branch = [row | {"step": row["step"] + 96, "step_time": 2.0} for row in training_rows("a") if row["step"] > 1]
+    branch.insert(2, branch[1] | {"step": 103})
     branch = replace(study, training={"branch": branch})  # its first row is of steps 97 and 98
-    assert [r["seconds"] for r in table(9, branch) if r["split"] == "train"] == [4.0, 8.0]
+    assert [r["seconds"] for r in table(9, branch) if r["split"] == "train"] == [4.0, 8.0, 14.0]
     (made,) = (f.make(study) for f in FIGURES if f.number == 9)
     assert "router's gradient norm" in made.notes[0]
     rows = list(training_rows("none"))
@@ -923,22 +931,27 @@ def test_refusals(tmp_path, capsys):
 
 
 def loss(label, seed, nats, corpus="a", **changes):
-    by_row = {"corpus": [corpus] * 3, "nats": nats, "targets": [10, 10, 20]}
+    by_row = {"corpus": [corpus] * 4, "nats": [*nats, 0.0], "targets": [10, 10, 20, 0]}
     asked = {"target_sparsity": 0.9, "sparsity_count": "causal", "trained_sparsity": 0.75}
     asked |= {"trained_sparsity_count": "causal", "seed": seed, "by_row": by_row}
     return with_setpoints(row("loss", "nats", sum(nats) / 40, label=label, **asked | changes))
 
 
 def test_only_models_that_were_trained_alike_are_compared_row_by_row(study):
+    untrained = ("infllmv2", [20.0, 10.0, 10.0]), ("dash", [20.0, 10.0, 20.0])
     losses = [
         *(loss("infllmv2", 0, [10.0 * n] * 3, trained_sparsity=sparsity) for n, sparsity in ((1, 0.5), (2, 0.75))),
         *(loss("dash", 0, [10.0 * n + 4] * 3, trained_sparsity=sparsity) for n, sparsity in ((1, 0.5), (2, 0.75))),
         *(loss("nsa", 0, [10.0] * 3, trained_sparsity=None, trained_knob=knob) for knob in (1.0, 2.0)),
+        *(loss(label, 0, nats, trained_sparsity=None, trained_knob=None) for label, nats in untrained),
+        *(loss(label, 0, nats, trained_sparsity=None, length=64) for label, nats in untrained),
     ]
     made = make_paired(replace(study, evaluations=losses))
     assert {(r["trained"], r["label"]): (r["difference"], r["seeds"]) for r in made.table} == {
         ("trained at 50% held", "dash"): (0.3, 1),
         ("trained at 75% held", "dash"): (0.3, 1),
+        ("untrained", "dash"): (0.25, 1),
+        ("trained", "dash"): (0.25, 1),  # at a knob, which each has of its own
     }
     assert made.notes[-1] == "Left out, for several models of one seed: nsa."
 
@@ -963,7 +976,7 @@ def test_losses_on_the_same_rows_are_compared_row_by_row(study, tmp_path, monkey
         loss("infllmv2", 0, [30.0, 20.0, 50.0], causal_sparsity=0.9),
         loss("infllmv2", 1, [31.0, 22.0, 52.0], causal_sparsity=0.9),
         loss("dash-sink", 0, [28.0, 19.0, 44.0], causal_sparsity=0.89),
-        loss("dash-sink", 1, [29.0, 21.0, 46.0], causal_sparsity=0.92),
+        loss("dash-sink", 1, [27.0, 21.0, 48.0], causal_sparsity=0.92),
         loss("dash-sink", 2, [1.0, 1.0, 1.0]),  # nothing to compare with
         loss("dash", 0, [1.0, 1.0, 1.0], corpus="b"),
         loss("moba", 0, [1.0, 1.0, 1.0]),
@@ -971,9 +984,10 @@ def test_losses_on_the_same_rows_are_compared_row_by_row(study, tmp_path, monkey
         loss("nsa", 0, [32.0, 24.0, 50.0], causal_sparsity=0.85),
         loss("infllmv2", 0, [30.0, 20.0, 50.0], target_sparsity=None),
         loss("dash-sink", 0, [31.0, 20.0, 50.0], target_sparsity=None),
+        loss("nsa", 0, [1.0, 1.0, 1.0], target_sparsity=None, trained_sparsity=None, length=1024),  # no sparsity
         *(loss(label, 0, nats, length=1024) for label, nats in (("infllmv2", [30.0] * 3), ("nsa", [31.0, 32.0, 33.0]))),
     ]
-    evaluations[6]["by_row"]["targets"] = [20, 10, 10]
+    evaluations[6]["by_row"]["targets"] = [20, 10, 10, 0]
     made = make_paired(replace(study, evaluations=evaluations))
     assert made.origin == "seed 0, 1, 2"
     order = [(r["length"], r["at"], r["label"]) for r in made.table]
@@ -990,8 +1004,8 @@ def test_losses_on_the_same_rows_are_compared_row_by_row(study, tmp_path, monkey
     assert at["difference"] == pytest.approx(-9 / 40)
     assert at["sparsity_difference"] == pytest.approx(0.005)  # sparser than the reference
     assert "differ by up to 5.0 points" in made.notes[1]  # less sparse
-    # Per row -2, -1 and -6 of 10, 10 and 20 targets; Student's quantile of 2 degrees of freedom is 4.303.
-    scatter = [-2 + 2.25, -1 + 2.25, -6 + 4.5]
+    # Per row -3, -1 and -5 of 10, 10 and 20 targets; Student's quantile of 2 degrees of freedom is 4.303.
+    scatter = [-3 + 2.25, -1 + 2.25, -5 + 4.5]
     half = 4.30265 * np.sqrt(sum(x * x for x in scatter) * 3 / 2) / 40
     assert [at["low"], at["high"]] == pytest.approx([-9 / 40 - half, -9 / 40 + half], rel=1e-5)
     assert made.notes[-1].endswith("infllmv2: dash, moba.")

@@ -237,6 +237,8 @@ def test_lines_say_the_sparsity_and_the_held_knob_is_the_one_trained_with():
     assert [line_of(row) for row in (held, found, other)] == ["dash (75% held)", "dash (75%)", "more (90%)"]
     assert as_trained([held, found, other]) == [held, other]  # ``more`` was evaluated at nothing else
     assert line_of(make_row(knob=0.25, knob_name="router_scale")) == "dash (router_scale 0.25)"
+    (found,) = frontier.newest([at_sparsity(0.875, 0.4, sparsity_count="paper")])
+    assert line_of(found) == "dash (87.5% (paper count))"
 
 
 def test_a_sparsity_is_no_knob_of_its_value_and_no_other_count():
@@ -294,7 +296,7 @@ def test_writes_table_and_figure(tmp_path, capsys):
     rows += [make_row("full", None, 0.0, 1.0), make_row("nsa", 4, 0.8, 0.5, trained_knob=4)]
     rows += [
         make_row("nsa", 2.0, 0.4, 0.6, trained_knob=2.0),
-        make_row("nsa", 1.0, 0.1, 0.75, trained_knob=1.0, seed=7),
+        make_row("nsa", 1.0, 0.45, 0.75, trained_knob=1.0, seed=7),
     ]
     loss = {"task": "loss", "metric": "nats", "variant": "packed"}
     rows += [
@@ -363,10 +365,13 @@ def test_seeds_that_differ_are_the_interval_and_a_bar_that_lacks_is_explained(mo
     figure, legend = drawn(monkeypatch, tmp_path, seeds)
     assert bars_of(figure.axes[0]) == [(pytest.approx(0.1), pytest.approx(0.3))] * 2  # of wrong answers
     assert figure.axes[0].get_ylabel() == "queries answered wrong"
+    assert figure.axes[0].get_title().endswith("\nno dense control of 99 % or more")
     assert "lowest to highest of 2 seeds" in legend
     assert "fewer seeds" not in legend
     _, legend = drawn(monkeypatch, tmp_path, seeds[:-1])
     assert "fewer seeds" in legend
+    _, legend = drawn(monkeypatch, tmp_path, [*seeds, make_row("full", None, 0.0, 1.0)])
+    assert not any(text.startswith("no bar") for text in legend)  # a level has none
     _, legend = drawn(monkeypatch, tmp_path, [row for row in seeds if row["seed"] == 0])
     assert "no bar: samples' scatter not kept" in legend
 
