@@ -68,6 +68,11 @@ class RopeConfig(Checked, at="model.rope"):
                 f"rope.high_freq_factor={self.high_freq_factor} must exceed "
                 f"rope.low_freq_factor={self.low_freq_factor}: Llama 3 uses 4 and 1"
             )
+        if self.scaling == "longrope" and self.original_max_seq_len == 1 and self.attention_factor is None:
+            raise ValueError(
+                "rope.original_max_seq_len=1 has no attention factor, which divides by its logarithm: give the length "
+                "of the first pretraining stage, in tokens, or rope.attention_factor"
+            )
         if self.max_period is not None and self.max_period < 2 * math.pi:
             raise ValueError(
                 f"rope.max_period={self.max_period} is below one turn of the fastest channel pair, 6.28 tokens: give "

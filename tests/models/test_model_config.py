@@ -165,6 +165,17 @@ def test_schema_stops_typos_and_missing_values():
         (
             {
                 "rope": {
+                    "scaling": "longrope",
+                    "original_max_seq_len": 1,
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [2.0] * 4,
+                }
+            },
+            r"original_max_seq_len=1 has no attention factor.*or rope\.attention_factor",
+        ),
+        (
+            {
+                "rope": {
                     "scaling": "llama3",
                     "factor": 8.0,
                     "original_max_seq_len": 32,

@@ -59,6 +59,15 @@ def transformers_rope(scaling, parameters) -> LlamaRotaryEmbedding:
     )
 
 
+@pytest.mark.parametrize(("original", "factor"), [(2, {}), (1, {"attention_factor": 0.9})])
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_longropes_shortest_lengths_equal_transformers(original, factor, length):
+    parameters = {"original_max_seq_len": original, "short_factor": SHORT, "long_factor": LONG} | factor
+    theirs = transformers_rope("longrope", parameters)(torch.zeros(1), torch.arange(length)[None])
+    ours = rope_tables(model_config("longrope", **parameters), torch.arange(length))
+    torch.testing.assert_close(torch.stack(ours), torch.cat(theirs))
+
+
 @pytest.mark.parametrize("length", [1, ORIGINAL, ORIGINAL + 1, MAX_SEQ_LEN])
 @pytest.mark.parametrize(("scaling", "parameters"), SCALINGS)
 def test_tables_equal_transformers(scaling, parameters, length):
