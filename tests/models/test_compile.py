@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 
-from dashattn.backends import DashConfig, FullConfig, IndexerConfig, InfLLMv2Config, NSAConfig
+from dashattn.backends import DashConfig, FullConfig, IndexerConfig, InfLLMv2Config, NSAConfig, dash, indexer
 from dashattn.ops.compression.reference import mean_compress
 from models import ModelConfig, Transformer
 from models import loss as loss_module
@@ -133,6 +133,29 @@ def test_around_an_indexer_that_stays_as_it_is_the_layer_compiles(options):
         for ours, expected in zip(*results, strict=True):
             torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4)
             assert expected.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("module", "called", "attention"),
+    [(indexer, "indexer_attention", INDEXER), (dash, "dash_attention", DashConfig(chunk_size=8, prior="mass"))],
+    ids=["indexer", "hils"],
+)
+def test_what_a_backend_leaves_uncompiled_is_not_traced(monkeypatch, module, called, attention):
+    """Neither in training, with a loss of its own, nor in evaluation."""
+    torch._dynamo.reset()
+    whole, is_traced = getattr(module, called), []
+
+    def attend(*inputs, **options):
+        is_traced.append(torch.compiler.is_compiling())
+        return whole(*inputs, **options)
+
+    monkeypatch.setattr(module, called, attend)
+    model, input_ids = build(attention), torch.randint(50, (1, 20))
+    model.compile_layers(backend="eager")
+    model(input_ids, labels=input_ids)
+    with torch.no_grad():
+        model(input_ids)
+    assert is_traced == [False, False]
 
 
 @pytest.mark.long
