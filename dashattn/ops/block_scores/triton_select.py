@@ -171,7 +171,7 @@ def _pool(
 @triton.jit
 def _select_tile(
     tile, q_ptr, k_desc, lse_ptr, words, faint, any_faint, scratch, documents, key_starts, scale_log2, num_tokens,
-    num_words, num_slots, num_documents, scratch_blocks, topk, wanted_mass, init_blocks, local_blocks,
+    num_words, num_slots, num_documents, topk, wanted_mass, init_blocks, local_blocks,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr,
     BLOCK: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, MAX_POOLING: tl.constexpr,
     BY_LOGITS: tl.constexpr, TOP_P: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
@@ -309,7 +309,7 @@ def select_kernel(
     while tile < num_slots * KV_HEADS:
         _select_tile(
             tile, q_ptr, k_desc, lse_ptr, words, faint, any_faint, scratch, documents, key_starts, scale_log2,
-            num_tokens, num_words, num_slots, num_documents, scratch_blocks, topk, wanted_mass, init_blocks,
+            num_tokens, num_words, num_slots, num_documents, topk, wanted_mass, init_blocks,
             local_blocks, KV_HEADS, GROUP, TOKENS, HEADS, PARTS, BLOCK, KEYS, SIZE, STRIDE, MAX_POOLING, BY_LOGITS,
             TOP_P, HEAD_DIM, DIM, PRECISION, SEARCHED, STEP, PROBES,
         )  # fmt: skip
