@@ -36,6 +36,7 @@ from experiments.training.memory import (
     vocabulary,
 )
 from models import Transformer
+from models.flops import count_parameters
 
 # GiB that PyTorch finds on a GPU of a kind.
 MEMORY_GIB = {"H100": 79.2, "H200": 139.8, "A100": 79.2, "L40S": 44.4, "RTX 4090": 23.5, "B200": 178.4, "GB200": 184.0}
@@ -129,7 +130,7 @@ def plan_run(config: TrainConfig, options: PlanConfig, measured: Sequence[Row]) 
 def describe(plan: Plan) -> str:
     """The plan of a run for the reader of the terminal."""
     config, memory, rate = plan.config, plan.memory, plan.rate
-    count = sum(p.numel() for p in plan.model.parameters())
+    count = count_parameters(plan.model)
     compiled = ", compiled" if config.compile else ""
     lines = [
         f"{count:,} parameters, attention={config.attention.name}, rows of {config.data.seq_len}",

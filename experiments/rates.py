@@ -22,7 +22,7 @@ from experiments.training.check import accumulation
 from experiments.training.memory import meta_model
 from experiments.training.utilisation import PEAK_TFLOPS
 from models import Transformer
-from models.flops import matmul_parameters
+from models.flops import count_parameters, matmul_parameters
 
 MEMORY_TBPS = 3.35  # only the unit of the passes: what is fitted is a multiple of it
 MATMUL = ("matmul", "")
@@ -254,7 +254,7 @@ def estimate_rate(
         notes.append("no rows of GPUs that share work this way: nothing is taken off for it")
     if ranks > 2:
         notes.append("more than 2 GPUs were not measured: as 2 of one host")
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = count_parameters(model)
     if parameters < SMALL:
         notes.append("no rows of a model this small")
     elif parameters > LARGE:

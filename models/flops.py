@@ -7,28 +7,16 @@ nor is recomputation: these are the FLOPs that model FLOPs utilisation (MFU) is 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
 from dashattn.stats import AttentionStats
 from models.config import ModelConfig
 from models.transformer import Transformer
 
 
-@dataclass(frozen=True)
-class ParameterCount:
-    """``embedding``: the token table and, where the two are not tied, the output table."""
-
-    total: int
-    embedding: int
-
-    @property
-    def non_embedding(self) -> int:
-        return self.total - self.embedding
-
-
-def count_parameters(model: Transformer) -> ParameterCount:
-    """Parameters of a ``Transformer``, those of its attention backends included."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    tables = [model.embedding] if model.lm_head is None else [model.embedding, model.lm_head]
-    return ParameterCount(total, sum(table.weight.numel() for table in tables))
+def count_parameters(model: nn.Module) -> int:
+    """All of them, those of the attention backends included."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @dataclass(frozen=True)

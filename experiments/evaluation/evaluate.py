@@ -248,7 +248,7 @@ def _of_folder(target: Target) -> dict:
     """Nothing was trained here: ``untrained`` names the folder, unless it says that its weights were trained so."""
     train = target.train
     with without_memory():
-        parameters = count_parameters(Transformer(train.model, train.attention)).total
+        parameters = count_parameters(Transformer(train.model, train.attention))
     return {
         "step": read_step(target.checkpoint),
         "tokens": 0,

@@ -37,6 +37,7 @@ from experiments.speed.inputs import Shape
 from experiments.speed.measure import failed_check, graph_times, measure, run_jax, summary
 from experiments.speed.methods import explain
 from experiments.speed.rows import DECODE, DENSE, FLASH_3, FULL, MODEL_DECODE, WHOLE
+from models.flops import count_parameters
 from models.generate import decode_step
 from models.transformer import Transformer
 
@@ -205,7 +206,7 @@ class Decoding:
         errors, sparsity = assess(outs, expected, selections, sequences.lengths)
         values = {"errors": errors, "causal_sparsity": sparsity, "knob": knob, "layers": shape.num_layers}
         values |= {"heads": shape.num_heads, "kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim}
-        values |= {"parameters": sum(p.numel() for p in model.parameters())}
+        values |= {"parameters": count_parameters(model)}
         failed = failed_check(errors, DECODE, config.tolerance)
         if failed:
             return values | failed

@@ -44,6 +44,7 @@ from experiments.training.tracing import Tracer
 from experiments.training.utilisation import Utilisation, peak_tflops
 from experiments.training.weights import Loaded, find_weights, load_weights
 from models import Transformer
+from models.flops import count_parameters
 
 
 def build(config: TrainConfig, overrides: Sequence[str], resources: ExitStack) -> Run | None:
@@ -191,7 +192,7 @@ def _begin(
     model = Transformer(config.model, config.attention)
     freeze(model, config.optim)
     start = {
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": count_parameters(model),
         "data": train_data.describe(),
         "tokenizer": train_data.tokenizer and train_data.tokenizer.fingerprint(),
         "unigram_entropy": validation_data.unigram_entropy(),  # a loss must be well below; null = not known

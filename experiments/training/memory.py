@@ -17,6 +17,7 @@ from experiments.training.optim import freeze
 from experiments.training.ranks import Ranks
 from models import Transformer
 from models.activations import layer_bytes, loss_bytes
+from models.flops import count_parameters
 from models.meta import without_memory
 
 GIB = 2**30
@@ -208,7 +209,7 @@ def _cached_bytes(backend: AttentionBackend, itemsize: int) -> float:
 def _states(config: TrainConfig, ranks: int, model: Transformer, itemsize: int) -> tuple[float, float, float]:
     """Weights, gradients and optimizer as DeepSpeed lays them out for ``training.engine``."""
     stage = config.deepspeed.stage
-    total = sum(p.numel() for p in model.parameters())
+    total = count_parameters(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     shares = ranks if stage > 0 else 1
     weights = itemsize * total
