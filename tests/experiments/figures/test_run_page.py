@@ -42,6 +42,18 @@ class Elements(HTMLParser):
         self.text += " " + data
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Of a figure only what its axes are called."""
+
+    def named(figure, **options):
+        ax = figure.axes[0]
+        pyplot().close(figure)
+        return f"<svg>{ax.get_title()}{ax.get_title(loc='left')}: {ax.get_xlabel()}</svg>"
+
+    monkeypatch.setattr(report, "_svg", named)
+
+
 def drawn(*runs):
     main([str(run) for run in runs])
     return (runs[0] / "report.html").read_text()
@@ -122,6 +134,7 @@ def with_scores(run, *scores, parameters=10):
     return run
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_shows_its_scores(tmp_path):
     text = drawn(with_scores(make_run(tmp_path / "run"), (0.5, 0.5), (0.75, 0.25)))
     for piece in ("text: niah_single_1, share found, 512 tokens", "measured causal sparsity", "All 2 scores"):
@@ -197,8 +210,8 @@ def test_the_whole_page(tmp_path, monkeypatch):
     assert_as_expected(text, Path(__file__).parent / "expected" / "report.html", tmp_path)
 
 
-def test_runs_that_are_called_alike_are_numbered_and_none_is_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "_svg", lambda figure, **options: pyplot().close(figure) or "")
+@pytest.mark.usefixtures("undrawn")
+def test_runs_that_are_called_alike_are_numbered_and_none_is_lost(tmp_path):
     runs = [tmp_path / "x" / "dash", tmp_path / "y" / "dash"]
     for score, run in zip((0.5, 0.25), runs, strict=True):
         run.parent.mkdir()
