@@ -15,7 +15,7 @@ from hydra.errors import ConfigCompositionException
 from dashattn.ops.block_scores.reference import topk_selection
 from dashattn.ops.block_sparse.reference import block_sparse_attention
 from dashattn.ops.chunk_summary.reference import chunk_summary
-from dashattn.ops.compression.reference import compressed_attention
+from dashattn.ops.compression.reference import compressed_attention, mean_compress
 from dashattn.ops.dash_routing.reference import dash_routing
 from dashattn.stats import selection_stats
 from experiments.files import SPEED, append_rows, read_rows
@@ -88,7 +88,8 @@ def test_recipes(pattern, length):
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize(("target", "init_chunks"), [(0.4, 0), (0.6, 0), (0.6, 1)])
-def test_the_reference_selects_the_sparsity_asked_for(pattern, target, init_chunks):
+def test_the_reference_selects_the_sparsity_asked_for(pattern, target, init_chunks, monkeypatch):
+    monkeypatch.setattr(inputs, "_ROWS", 384)  # of which the last are fewer
     problem = with_selection(make_problem(pattern, 1000, target, SHAPE, device="cpu"), init_chunks)
     summaries = chunk_summary(problem.k, problem.chunk_query, chunk_size=16)
     options = {"chunk_size": 16, "router_scale": problem.router_scale, "init_chunks": init_chunks}
@@ -256,6 +257,7 @@ def test_other_selectors_are_held_to_the_reference_at_the_sparsity_asked_for(nam
         assert errors.pop("selected rows") == 0
         assert max(errors.values(), default=0) < 1e-3
         assert operation.causal_sparsity == pytest.approx(0.4, abs=0.06)
+        assert operation.router_scale == methods.variant(name, 16).router_scale
 
 
 def test_names_and_stages_of_what_is_timed():
@@ -302,7 +304,13 @@ def test_what_windows_select_is_held_to_the_definition_of_the_backend(name, leng
     shape = replace(GROUP, chunk_size=64)
     problem = make_problem("clustered", length, target, shape, device="cpu")
     ((method,),) = (methods.OPERATIONS[name],)
+    forced, nearest = [], methods.nearest_topk
+    monkeypatch.setattr(methods, "nearest_topk", lambda p, blocks: forced.append(blocks) or nearest(p, blocks))
     operation = method.prepare(problem)
+    assert forced == [{"infllmv2": 1024 // 64 + 2, "nsa": 3}[name]]
+    for key in {"compressed_k", "compressed_v"} & operation.leaves.keys():
+        pooled = mean_compress(getattr(problem, key[-1]), **methods.WINDOWS)
+        torch.testing.assert_close(operation.leaves[key].detach(), pooled)
     errors = operation.errors(problem.grad)
     assert set(errors) == {"selected rows", "out", *operation.leaves}
     assert max(errors.values()) < 1e-4
@@ -553,11 +561,12 @@ def test_flash_attention_3_through_jax(monkeypatch, tmp_path):
     ]
 
 
-def test_a_backend_without_a_line_of_its_own_is_timed_as_its_module():
+@pytest.mark.parametrize("name", ["sink_window", "indexer"])  # without parameters and with some
+def test_a_backend_without_a_line_of_its_own_is_timed_as_its_module(name):
     problem = make_problem("iid", 512, 0.5, Shape(4, 2, 16, 32, torch.float32), seed=0, device="cpu")
-    (method,) = speed.BACKENDS["sink_window"]
+    (method,) = speed.BACKENDS[name]
     operation = method.prepare(problem)
-    assert (method.name, method.stage) == ("sink_window", WHOLE)
+    assert (method.name, method.stage) == (name, WHOLE)
     assert operation.causal_sparsity == pytest.approx(0.5, abs=0.05)
     assert all(error < 1e-5 for error in operation.errors(problem.grad).values())
 

@@ -25,12 +25,17 @@ def test_errors_are_of_the_size_of_the_precision(tmp_path):
         assert row["error"] < 0.5, row
         assert (row["rows_selected_differently"] is None) == (row["backend"] in WITHOUT_ROUTER)
     told = {"device": device_name("cpu"), "impl": "reference", "length": 150, "torch": torch.__version__}
-    told |= {"git_sha": git_state()[0]["sha"]}
+    told |= {"git_sha": git_state()[0]["sha"], "dirty": git_state()[0].get("dirty", False)}
     assert all(re.match(r"\d{4}-\d\d-\d\dT", row["date"]) for row in rows)
     assert torch.cuda.is_available() or all({name: row[name] for name in told} == told for row in rows)
     errors = {(row["backend"], row["tensor"], row["dtype"]): row["error"] for row in rows}
     assert all(errors[name, "out", "bf16"] > 10 * errors[name, "out", "fp32"] for name in ("full", "nsa"))
     assert write_numerics(tmp_path, 150) == 0
+
+
+def test_the_same_is_measured_again():
+    first, again = (list(numerics.measure("full", "bf16", 8, "cpu")) for _ in range(2))
+    assert first == again
 
 
 def test_a_row_is_selected_differently_where_any_of_its_words_is(monkeypatch):
