@@ -150,6 +150,12 @@ def test_validation_is_bounded_repeats_and_ignores_the_seed(make_stream):
         for ours, theirs in zip(first, make_stream("validation", seed, 4, validation_rows=10), strict=True):
             assert_same(ours, theirs)
     assert rows_of(list(stream)) == rows_of(first)
+    shares = [list(make_stream("validation", rows=2, rank=rank, world_size=3, validation_rows=10)) for rank in range(3)]
+    steps = list(zip(*shares, strict=True))
+    assert [[batch.num_tokens // 64 for batch in step] for step in steps] == [[2] * 3, [1] * 3], (
+        "all alike, and no more"
+    )
+    assert [row for step in steps for row in rows_of(step)] == rows_of(first)[:9]
     everything = make_stream("validation", rows=4, validation_rows=None)
     targets = sum(batch.num_targets for batch in everything)
     ((_, split, _),) = everything.components

@@ -92,6 +92,12 @@ def test_corpora_come_in_proportion_to_their_weights_not_their_size(mixture, str
     stream = mixture(small=3.0, large=1.0, rows=32, streaming=streaming)
     found = Counter(corpus_of(stream, row) for row in rows(stream, 32))
     assert found == {"small": 768, "large": 256}
+    described = stream.describe()
+    assert (described["source"], described["shares"]) == ({"small": "files", "large": "files"}, [0.75, 0.25])
+    if not streaming:
+        parts = [corpus.training[0] for corpus in stream.corpora.values()]
+        sums = [sum(getattr(part, name) for part in parts) for name in ("num_documents", "num_bytes")]
+        assert [described[name] for name in ("documents", "bytes", "tokens")] == [*sums, sum(map(len, parts))]
 
 
 @pytest.mark.parametrize(("split", "streaming"), [("train", False), ("train", True), ("validation", False)])
