@@ -8,6 +8,8 @@ import functools
 from pathlib import Path
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException
 from omegaconf import base
@@ -18,9 +20,20 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 @functools.cache
 def hasten() -> None:
-    """Read the files of ``configs/`` that are chosen once, and set values in a copy of what was made of them; parse
-    an interpolation once."""
-    load = ConfigLoaderImpl.load_configuration
+    """Read each file of ``configs/`` once, compose those that are chosen once, and set values in a copy of what was made
+    of them; parse an interpolation once."""
+    load, read = ConfigLoaderImpl.load_configuration, ConfigRepository.load_config
+    files = {}
+
+    @functools.wraps(read)
+    def read_once(repository, config_path):
+        source = repository._find_object_source(config_path, ObjectType.CONFIG)
+        if source is None or source.path != str(CONFIGS):
+            return read(repository, config_path)
+        if config_path not in files:
+            files[config_path] = read(repository, config_path)
+        return copy.deepcopy(files[config_path])
+
     parser = OverridesParser.create()
     parse = functools.cache(lambda override: parser.parse_overrides([override])[0])
     made = {}
@@ -42,5 +55,6 @@ def hasten() -> None:
             raise ConfigCompositionException from error
         return config
 
+    ConfigRepository.load_config = read_once
     ConfigLoaderImpl.load_configuration = load_once
     base.parse = functools.cache(base.parse)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 
@@ -97,7 +98,8 @@ def values_of(cfg: DictConfig) -> dict:
 @pytest.mark.parametrize("overrides", [[], ["attention=nsa", "optim=wsd", "steps=${rows_per_batch}"]])
 def test_what_is_composed_in_haste_is_what_hydra_composes(overrides, monkeypatch):
     hasty = [composed(*overrides, "name=x") for _ in range(2)]
-    monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", ConfigLoaderImpl.load_configuration.__wrapped__)
+    for kind, name in ((ConfigLoaderImpl, "load_configuration"), (ConfigRepository, "load_config")):
+        monkeypatch.setattr(kind, name, getattr(kind, name).__wrapped__)
     assert hasty == 2 * [composed(*overrides, "name=x")]
 
 

@@ -175,6 +175,10 @@ def test_resume_with_another_number_of_ranks():
     for _ in range(3):
         expected = next(alone)
         assert torch.equal(torch.cat([next(rank).input_ids for rank in ranks]), expected.input_ids)
+    plain = [build_data(mqar_config(), split="train", seed=0, rows=rows) for rows in (8, 16)]
+    next(plain[0])
+    plain[1].load_state_dict(plain[0].state_dict())
+    assert torch.equal(next(plain[1]).input_ids[:8], next(plain[0]).input_ids), "goes on in rows of any number"
     with pytest.raises(ValueError, match="had 8 rows over all ranks, and have 16 now"):
         build_data(config, split="train", seed=0, rows=8, world_size=2).load_state_dict(state)
 
