@@ -20,8 +20,8 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 @functools.cache
 def hasten() -> None:
-    """Read each file of ``configs/`` once, compose those that are chosen once, and set values in a copy of what was made
-    of them; parse an interpolation once."""
+    """Read each file of ``configs/`` once, compose those that are chosen once, and set values in a copy of what that
+    gave; parse an interpolation once."""
     load, read = ConfigLoaderImpl.load_configuration, ConfigRepository.load_config
     files = {}
 
