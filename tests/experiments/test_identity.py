@@ -171,6 +171,8 @@ def test_other_tokens_than_the_weights_are_refused_unless_asked_for(make, tmp_pa
         check(make("a", f"init_from={bare}"))
     for known in (f"data.tokenizer={tmp_path / 'same'}", "any_tokenizer=true"):
         check(make("a", f"init_from={bare}", known))
+    with pytest.raises(ValueError, match=r"has no config\.yaml, nor does it lie in a run directory: copy it there"):
+        locate(str(bare), "cpu")
 
     folder = dict(run=str(exported), data=make("b").data, device="cpu")
     named = replace(folder["data"], tokenizer=str(tmp_path / "other"))

@@ -120,19 +120,27 @@ def log_p(model, ids):
     return logits_TV.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0], logits_TV.argmax(-1).tolist()
 
 
-def test_log_likelihoods_are_the_models_own(run_dir):
+def test_log_likelihoods_are_the_models_own(run_dir, monkeypatch):
     lm = HarnessModel(str(run_dir), device="cpu", batch_size=3)
     pairs = [("import os", "\nimport sys"), ("", "class A"), ("for x ", "in y"), ("a" * 900, " = b"), ("def f", "(x):")]
-    cached = cached_by(lm)
-    results = lm.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
+    cached, lengths, forward = cached_by(lm), [], Transformer.forward
+    with monkeypatch.context() as patch:  # how long each row is without what fills it up
+        patch.setattr(
+            Transformer,
+            "forward",
+            lambda *ids, **given: lengths.extend(given["lengths"].tolist()) or forward(*ids, **given),
+        )
+        results = lm.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
     assert cached == {("loglikelihood", str(pair)): result for pair, result in zip(pairs, results, strict=True)}
     for (context, continuation), (total, _) in zip(pairs, results, strict=True):
         context_ids = lm.tok_encode(context.rstrip()) or [lm.eot_token_id]
         ids = context_ids + lm.tok_encode(context + continuation)[len(context_ids) if context else 0 :]
         scored = len(ids) - len(context_ids)
         ids = ids[-(lm.max_length + 1) :]
+        lengths.remove(len(ids) - 1)
         expected, _ = log_p(lm.model, ids)
         assert total == pytest.approx(expected[-scored:].sum().item(), abs=1e-3)
+    assert lengths == []
     context = lm.tok_encode("import os")
     _, greedy = log_p(lm.model, [*context, 0])
     turned = HarnessModel(str(run_dir), knob=3.0, device="cpu").model
