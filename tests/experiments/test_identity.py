@@ -353,6 +353,7 @@ def test_a_tokenizer_that_lies_elsewhere_is_the_one_that_was_kept(make, tmp_path
     kept.save(tmp_path / "moved" / "tokenizer.json")
     assert is_kept(tmp_path / "kept", make("x", f"data.tokenizer={tmp_path / 'moved'}", 'data.bos_token="<s>"'))
     assert not is_kept(tmp_path / "none", make("x", f"data.tokenizer={tmp_path / 'moved'}", 'data.bos_token="<s>"'))
+    assert not is_kept(tmp_path / "kept", make("x")), "none is named"
 
 
 def test_a_run_of_before_there_was_a_beginning_goes_on_without(make, tmp_path):

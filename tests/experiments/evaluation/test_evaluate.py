@@ -174,7 +174,7 @@ def test_the_loss_is_told_by_row_by_corpus_and_by_position(packed):
     tally.sparsity = SimpleNamespace(add=lambda stats, packed: seen.append(packed))
     losses = torch.tensor([[1.0, 0.0, 2.0], [0.0, 0.0, 3.0], [4.0, 4.0, 4.0]])
     labels = torch.tensor([[5, IGNORE, 5], [IGNORE, IGNORE, 5], [5, 5, 5]])
-    positions = torch.tensor([[0, 1, 2], [7, 8, 0], [0, 1, 3]])  # in documents
+    positions = torch.tensor([[0, 1, 2], [7, 8, 0], [1, 2, 3]])  # in documents
     for rows, sources in ((slice(0, 2), ("prose", "code")), (slice(2, 3), ("prose",))):
         shape = (1, -1) if packed else (len(sources), -1)
         tokens = labels[rows].reshape(shape)
@@ -189,9 +189,9 @@ def test_the_loss_is_told_by_row_by_corpus_and_by_position(packed):
     assert seen == [packed] * 2
     keys = ("position", "score", "samples", "stderr")
     assert [tuple(row[key] for key in keys) for row in streams.SCORES["position"](tally)] == [
-        ([0, 0], 8 / 3, 3, ratio_stderr([1, 3, 4], [1, 1, 1])),
+        ([0, 0], 4 / 2, 2, ratio_stderr([1, 3], [1, 1])),
         ([1, 1], 4, 1, None),
-        ([2, 3], 6 / 2, 2, ratio_stderr([2, 4], [1, 1])),
+        ([2, 3], 10 / 3, 2, ratio_stderr([2, 8], [1, 2])),
     ]
 
 

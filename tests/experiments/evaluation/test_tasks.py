@@ -422,7 +422,7 @@ def test_routing_rows_of_mqar(recall_run):
 def test_rows_of_routing_by_hand(monkeypatch):
     """Of two probes, in two layers of two KV heads, of which one is asked nothing, and a probe that asks nothing."""
     layers = [{"recall": (torch.tensor([1.0, 2.0]), torch.tensor([2, 4]))}] * 2
-    last = [{"recall": (torch.tensor([2.0, 0.0]), torch.tensor([2, 0]))}] * 2
+    last = [{"recall": (torch.tensor([2.0, 0.0]), torch.tensor([6, 0]))}] * 2
     none = [{"recall": (torch.zeros(2), torch.zeros(2, dtype=torch.long))}] * 2
     probes = {"a": (layers, 2, [0, 1, 3]), "b": (last, 1, [2]), "c": (none, 0, [5])}
 
@@ -438,8 +438,8 @@ def test_rows_of_routing_by_hand(monkeypatch):
     shares = []
     recall, *blocks = task.run(SimpleNamespace(advance=shares.append), ("routing",))
     assert shares == [1 / 3, 2 / 3, 1]
-    known = {"stderr": ratio_stderr([6, 4], [12, 4]), "samples": 2, "per_head": [[3 / 4, 2 / 4]] * 2}
-    assert recall == {"causal_sparsity": 0.5} | base.row("routing", "recall", 10 / 16, **known)
+    known = {"stderr": ratio_stderr([6, 4], [12, 12]), "samples": 2, "per_head": [[3 / 8, 2 / 4]] * 2}
+    assert recall == {"causal_sparsity": 0.5} | base.row("routing", "recall", 10 / 24, **known)
     assert blocks == [
         {"causal_sparsity": 0.5} | base.row("routing", "active_blocks", score, relevant=needed, **found)
         for needed, score, found in (

@@ -25,7 +25,7 @@ from experiments.training.engine import (
 from experiments.training.metrics import Clock
 from experiments.training.optim import LR_FACTOR, learning_rate
 from experiments.training.ranks import Ranks, world_size
-from experiments.training.run import Read, Update, hold_sparsity, judge, log, read_step, take_step
+from experiments.training.run import Read, Update, hold_sparsity, is_measured, judge, log, read_step, take_step
 
 BF16 = {"bf16": {"enabled": True, "immediate_grad_update": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 
@@ -276,6 +276,19 @@ def test_the_row_of_a_step(monkeypatch):
     log(run, 7, read, Update(2.5, 0.25, 0.1, torch.tensor(1.5), norms={"grad_norm_router": 0.5}, stats=["one", "two"]))
     more = {"auxiliary_loss": 0.25, "grad_norm": 1.5, "grad_norm_router": 0.5, "knob": 3.5, "causal_sparsity": 0.5}
     assert told == [["one", "two"], plain | more]
+
+
+@pytest.mark.parametrize(
+    ("warmup", "length", "holds", "measured"),
+    [(0, 64, True, [4, 8, 12]), (7, 64, True, [8, 12]), (8, 64, True, [12]), (0, 63, True, []), (0, 64, False, [])],
+)
+def test_sparsity_is_measured_on_whole_rows_where_all_layers_are_sparse(warmup, length, holds, measured):
+    """Step k is taken when k - 1 are done."""
+    turned = [SimpleNamespace(config=SimpleNamespace(is_dense_at=lambda step, n=n: step < n)) for n in (0, warmup)]
+    config = SimpleNamespace(attention=SimpleNamespace(holds_sparsity=holds), data=SimpleNamespace(seq_len=64))
+    run = SimpleNamespace(config=config, engine=SimpleNamespace(module=SimpleNamespace(turned=turned)))
+    read = SimpleNamespace(batches=[SimpleNamespace(input_ids=torch.zeros(2, length))])
+    assert [step for step in range(1, 13) if is_measured(run, step, read)] == measured
 
 
 def test_a_sparsity_is_held_by_what_all_ranks_read(monkeypatch):

@@ -226,6 +226,15 @@ def test_a_stage_of_another_family_is_refused_with_what_can_be(config, old, new,
     assert find_run_dir(at(new)).step == config.steps, "what is complete is not resumed"
 
 
+@pytest.mark.parametrize("old", [1, 2])
+def test_stages_of_one_family_are_converted(config, old):
+    def at(stage):
+        return replace(config, deepspeed=replace(config.deepspeed, stage=stage))
+
+    save(opened(at(old)), 2, old)
+    assert [find_run_dir(at(new)).is_resharded for new in (old, 3 - old)] == [False, True]
+
+
 def test_another_number_of_ranks_is_noticed(config, monkeypatch):
     run = opened(config)
     for stage, is_resharded in ((0, False), (1, True)):  # at stage 0 every rank holds everything
