@@ -19,6 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train as train_module
+from experiments import signals
 from experiments.errors import Preempted, run_faults
 from experiments.files import read_rows
 from experiments.signals import Children, StopRequest, end_silently, interruptible
@@ -163,6 +164,35 @@ def test_what_asked_first_to_stop_is_what_children_were_asked_by():
         for number in (signal.SIGUSR1, signal.SIGTERM):
             os.kill(os.getpid(), number)
     assert children.received is signal.SIGUSR1
+
+
+def test_a_child_that_was_being_started_is_asked_to_stop_too(monkeypatch):
+    children, asked = Children(), []
+
+    class Started:
+        def __init__(self, command):
+            children._hear(signal.SIGTERM, None)
+
+        def send_signal(self, number):
+            asked.append(number)
+
+        def wait(self):
+            return 3
+
+    monkeypatch.setattr(subprocess, "Popen", Started)
+    assert (children.run(["x"]), asked) == (3, [signal.SIGTERM])
+    assert children.run(["x"]) is None  # none is started after it
+
+
+def test_who_asks_again_a_second_later_wants_it_at_once(monkeypatch):
+    seconds, ended = iter((10.0, 11.0, 11.01)), []
+    monkeypatch.setattr(signals.time, "monotonic", lambda: next(seconds))
+    monkeypatch.setattr(signals.os, "_exit", ended.append)
+    request = StopRequest()
+    request.saves = lambda: None
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        request._hear(number, None)
+    assert ended == [128 + signal.SIGUSR2]
 
 
 def test_ctrl_c_of_another_job_is_not_heard():
