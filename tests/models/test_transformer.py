@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from test_rope import turned_by_definition
 
-from dashattn.backends import DashConfig, FullConfig, InfLLMv2Config, NSAConfig, full
+from dashattn.backends import DashConfig, FullConfig, IndexerConfig, InfLLMv2Config, NSAConfig, full
 from data.packing import Row, collate
 from experiments.training.engine import forward
 from models import ModelConfig, RopeConfig, Transformer
@@ -122,6 +122,21 @@ def test_dense_attention_is_told_the_longest_document(monkeypatch):
     batch = collate(rows, "documents")
     forward(model, batch, torch.device("cpu"))
     assert told == [23]
+
+
+def test_the_auxiliary_loss_is_the_sum_of_the_layers():
+    model, losses = build(IndexerConfig(block_size=8, index_size=6, topk=4, kl_weight=0.5), num_layers=3), []
+    for backend in model.backends:
+        whole = backend.forward_with_loss
+        backend.forward_with_loss = lambda *qkv, whole=whole, **options: (
+            losses.append(whole(*qkv, **options)) or losses[-1]
+        )
+    output = model(tokens(1, 40), labels=tokens(1, 40, seed=2))
+    assert len(losses) == 3
+    torch.testing.assert_close(output.auxiliary_loss, sum(loss for _, loss in losses), atol=0, rtol=1e-5)
+    assert output.auxiliary_loss > 0
+    with torch.no_grad():
+        assert model(tokens(1, 40), labels=tokens(1, 40, seed=2)).auxiliary_loss is None
 
 
 def test_packed_documents_are_one_row():
