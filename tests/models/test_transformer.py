@@ -125,7 +125,7 @@ def test_dense_attention_is_told_the_longest_document(monkeypatch):
 
 
 def test_the_auxiliary_loss_is_the_sum_of_the_layers():
-    model, losses = build(IndexerConfig(block_size=8, index_size=6, topk=4, kl_weight=0.5), num_layers=3), []
+    model, losses = build(IndexerConfig(block_size=4, index_size=6, topk=8, kl_weight=0.5), num_layers=3), []
     for backend in model.backends:
         whole = backend.forward_with_loss
         backend.forward_with_loss = lambda *qkv, whole=whole, **options: (
