@@ -49,7 +49,7 @@ from dashattn.ops.block_scores.triton_search import (
     words_at_least,
 )
 from dashattn.ops.block_sparse.triton_forward import precision, stages_that_fit
-from dashattn.ops.dash_routing.triton_entmax import exp2, log2
+from dashattn.ops.instructions import exp2, log2
 from dashattn.ops.tiles import LOG2E, Geometry, locate_tile, ones_below
 from dashattn.ops.tuning import around, launch
 

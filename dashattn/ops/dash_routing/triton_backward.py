@@ -21,16 +21,15 @@ from dashattn.ops.block_sparse.schedule import TileLists
 from dashattn.ops.dash_routing.triton_entmax import (
     above_threshold,
     entropy_gap,
-    exp2,
     fold,
     power,
-    saturated,
     share_of_group,
     share_of_logs,
     softmax_slope,
     spread,
 )
 from dashattn.ops.dash_routing.triton_forward import LAUNCH, clamp_forced, load_tile, router_constants
+from dashattn.ops.instructions import exp2, saturated
 from dashattn.ops.tiles import Geometry, locate_tile, query_splits
 from dashattn.ops.tuning import around, launch
 

@@ -15,23 +15,13 @@ tile is split into.
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+from dashattn.ops.instructions import exp2, log2, saturated
+
 SMALLEST_EXPONENT = tl.constexpr(1e-7)
 MAX_PASSES = tl.constexpr(40)
 LN_2 = tl.constexpr(0.6931471805599453)
 # log p of what was selected although z, formed anew, is 0: at the support's edge the last bit of a product decides.
 EDGE_LOG_P = tl.constexpr(-35.0)
-
-
-@triton.jit
-def saturated(x, slope, shift):
-    """x * slope + shift, cut to [0, 1]: one instruction where a maximum with 0 alone would cost two."""
-    if INTERPRETED:
-        return tl.minimum(tl.maximum(x * slope + shift, 0.0), 1.0)
-    else:
-        return tl.inline_asm_elementwise(
-            "fma.rn.sat.f32 $0, $1, $2, $3;", "=f,f,f,f", [x, slope, shift], dtype=tl.float32, is_pure=True, pack=1
-        )
 
 
 @triton.jit
@@ -50,28 +40,6 @@ def is_positive(z):
 def fold(x):
     """Sums the columns that a thread holds, [R, C] -> [R, 8]: threads exchange their sums once, after the loop."""
     return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 8, 8)), 1)
-
-
-@triton.jit
-def log2(z):
-    """One instruction of the special unit; -inf for 0."""
-    if INTERPRETED:
-        return tl.where(z > 0, tl.log2(tl.where(z > 0, z, 1.0)), float("-inf"))
-    else:
-        return tl.inline_asm_elementwise(
-            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [z], dtype=tl.float32, is_pure=True, pack=1
-        )
-
-
-@triton.jit
-def exp2(x):
-    """One instruction of the special unit; 0 for -inf."""
-    if INTERPRETED:
-        return tl.exp2(x)
-    else:
-        return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
 
 
 @triton.jit
@@ -207,27 +175,6 @@ def unsolved(tau, better, power_sum, alpha):
     """
     tolerance = tl.where(alpha > 1.5, 1e-6, 5e-6)
     return (tl.abs(power_sum - 1.0) > tolerance) & (tl.abs(better - tau) > 1.2e-7 * tl.abs(tau))
-
-
-@triton.jit
-def any_thread(condition):
-    """Whether a condition holds as any thread of the program sees it: one answer for all, so that a loop may end by it.
-
-    A sum of floats may differ in its last bit between threads that hold it, a comparison of it then altogether.
-    """
-    if INTERPRETED:
-        return condition
-    else:
-        anywhere = tl.inline_asm_elementwise(
-            """{
-            .reg .pred mine, anywhere;
-            setp.ne.s32 mine, $1, 0;
-            bar.red.or.pred anywhere, 0, mine;
-            selp.s32 $0, 1, 0, anywhere;
-            }""",
-            "=r,r", [condition.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-        return anywhere != 0
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from torch import Tensor
 from dashattn.ops.band.triton_forward import Band
 from dashattn.ops.block_scores.triton_select import select
 from dashattn.ops.block_sparse.triton_forward import NO_PEAK, key_descriptor
-from dashattn.ops.dash_routing.triton_entmax import exp2, softmax_slope
+from dashattn.ops.dash_routing.triton_entmax import softmax_slope
 from dashattn.ops.dash_routing.triton_forward import (
     LAUNCH,
     clamp_forced,
@@ -24,6 +24,7 @@ from dashattn.ops.dash_routing.triton_forward import (
     router_constants,
     whole_tiles,
 )
+from dashattn.ops.instructions import exp2
 from dashattn.ops.tiles import Geometry, locate_tile
 from dashattn.ops.tuning import launch
 

@@ -21,7 +21,6 @@ from dashattn.ops.dash_routing.triton_entmax import (
     EDGE_LOG_P,
     MAX_PASSES,
     above_threshold,
-    any_thread,
     is_positive,
     log_mean,
     log_mean_of_logs,
@@ -32,6 +31,7 @@ from dashattn.ops.dash_routing.triton_entmax import (
 )
 from dashattn.ops.dash_routing.triton_forward import clamp_forced
 from dashattn.ops.decode.triton_attention import load_group, processors, visible_count, write_token
+from dashattn.ops.instructions import any_thread
 from dashattn.ops.tiles import overlapped_launch, power_of_2_from, wait_for_kernel_before
 
 
