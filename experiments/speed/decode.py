@@ -173,8 +173,11 @@ class Decoding:
         """The whole model's step with one backend: everything from a token to the next token's logits."""
         targets, stage = ([None], DENSE) if name == FULL else (self.config.sparsities, WHOLE)
         filled = cache(partial(self.filled_model, name, length, batch))  # once for all sparsities
+        shape = self.config.model
+        known = {"heads": shape.num_heads, "kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim}
+        known["layers"] = shape.num_layers
         for target in targets:
-            values = self.attempt(self.model_step, filled, target)
+            values = known | self.attempt(self.model_step, filled, target)
             yield Result(name, stage, MODEL_DECODE, length, batch, target, values)
 
     def filled_model(self, name: str, length: int, batch: int) -> tuple[Transformer, DecodeCache]:
@@ -195,7 +198,7 @@ class Decoding:
 
     def model_step(self, filled: Callable[[], tuple[Transformer, DecodeCache]], target: float | None) -> dict:
         config, (model, sequences) = self.config, filled()
-        batch, shape = len(sequences.host_lengths), model.config
+        batch = len(sequences.host_lengths)
         token_B = torch.zeros(batch, dtype=torch.int64, device=self.device)
         knob = None
         if target is not None:
@@ -204,8 +207,7 @@ class Decoding:
         backends, queries, layers, hidden, outs = zip(*recorded_step(model, sequences, token_B), strict=True)
         expected, selections = expected_of(zip(backends, queries, layers, hidden, strict=True))
         errors, sparsity = assess(outs, expected, selections, sequences.lengths)
-        values = {"errors": errors, "causal_sparsity": sparsity, "knob": knob, "layers": shape.num_layers}
-        values |= {"heads": shape.num_heads, "kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim}
+        values = {"errors": errors, "causal_sparsity": sparsity, "knob": knob}
         values |= {"parameters": count_parameters(model)}
         failed = failed_check(errors, DECODE, config.tolerance)
         if failed:

@@ -27,6 +27,7 @@ from experiments.speed.rows import (
     STAGES,
     batch,
     curves,
+    model_of,
     setups,
     with_ratios,
 )
@@ -74,7 +75,9 @@ def to_markdown(rows: Sequence[dict]) -> str:
         if at_once:
             out += [*_measurements(at_once), *_break_even_table(at_once)]
         for name in DECODE_PASSES:
-            out += _decode_table([row for row in inside if row["pass"] == name and row["status"] == "ok"])
+            measured = [row for row in inside if row["pass"] == name and row["status"] == "ok"]
+            for model in dict.fromkeys(map(model_of, measured)):
+                out += _decode_table([row for row in measured if model_of(row) == model])
         lines = not_measured(inside)
         if lines:
             head = [
@@ -160,9 +163,7 @@ def _measurements(rows: Sequence[dict]) -> list[str]:
 
 
 def _decode_table(rows: Sequence[dict]) -> list[str]:
-    """A line for each length, number of sequences, sparsity and method of one decoding pass."""
-    if not rows:
-        return []
+    """A line for each length, number of sequences, sparsity and method of one decoding pass, of one model if any."""
     whole = rows[0]["pass"] == MODEL_DECODE
     against = ", ".join(sorted({row["against"] for row in rows if row["ratio"]}))
     note, unit, last = "one layer's attention, the caches' update included where it is ours", "microseconds", "layers"

@@ -35,11 +35,16 @@ def batch(row: dict) -> int:
     return row.get("batch", 1)
 
 
+def model_of(row: dict) -> int | None:
+    """What tells whole models with heads of one shape apart, their layers; None of what is no model."""
+    return row.get("layers") if row["pass"] == MODEL_DECODE else None
+
+
 def newest(rows: Iterable[dict]) -> list[dict]:
     """Of rows about the same thing on the same device the one written last; running out of time unsays nothing."""
     kept: dict[tuple, dict] = {}
     for row in rows:
-        key = (*(row[name] for name in (*SETUP, *CASE)), batch(row))
+        key = (*(row[name] for name in (*SETUP, *CASE)), batch(row), model_of(row))
         if key not in kept or row["status"] != "out of time":
             kept[key] = row
     return list(kept.values())

@@ -311,6 +311,8 @@ def test_out_of_time(rows_of):
     assert [(row["pass"], row["length"], row["batch"], row["method"], row["status"]) for row in rows] == [
         (*case, method, "out of time") for case in cases for method in (FULL, "dash")
     ]
+    shape = (MODEL.num_heads, MODEL.num_kv_heads, MODEL.head_dim, MODEL.num_layers)  # of the model, not of the layer
+    assert all(tuple(row[name] for name in ("heads", "kv_heads", "head_dim", "layers")) == shape for row in rows[2:])
 
 
 def test_one_case_that_does_not_fit_leaves_the_others(rows_of, monkeypatch):
@@ -371,6 +373,18 @@ def some_rows():
     rows.append(make_row(FULL, 4.0, **model, tokens_per_second=250.0))
     rows.append(make_row("dash", 2.0, sparsity=0.75, **model, tokens_per_second=500.0, compiled=True))
     return rows
+
+
+def test_two_models_with_heads_of_one_shape_are_two_tables():
+    """The second takes no row of the first's, though all but its layers is alike; measured again it would."""
+    model = {"pass": MODEL_DECODE, "heads": 16, "tokens_per_second": 250.0}
+    small, large = ({"layers": layers, "parameters": layers * 1e8} for layers in (3, 9))
+    rows = [make_row(FULL, ms, **model, **size) for ms, size in ((7.0, small), (1.0, small), (4.0, large))]
+    assert speed_rows.newest(rows) == rows[1:]
+    table = speed_report.to_markdown(rows)
+    assert [line.split(" random")[0] for line in table.splitlines() if "random parameters" in line] == [
+        f"Decoding a token, a whole model of {millions}M" for millions in (300, 900)
+    ]
 
 
 def test_table():
