@@ -15,6 +15,7 @@ from experiments.config import TrainConfig
 from experiments.errors import Stopped
 from experiments.files import CONFIGS, files_below, read_rows
 from experiments.sweep import submit
+from experiments.training import replacing
 from experiments.training.check import check
 from experiments.training.ranks import Ranks
 from experiments.training.replacing import make_way, makes_way, set_aside
@@ -68,6 +69,12 @@ def test_one_that_was_killed_goes_on_by_the_same_command(config, tmp_path, monke
         train(again)
     monkeypatch.undo()
     assert not makes_way(check(again))
+    # A branch on the hub stands for the commit that the run began with.
+    moved = replace(again, data=replace(again.data, max_documents=7))
+    assert makes_way(check(moved))
+    with monkeypatch.context() as patch:
+        patch.setattr(replacing, "with_commits", lambda data, *run: again.data if data == moved.data else None)
+        assert not makes_way(check(moved))
     train(again)
     assert len(replaced(tmp_path)) == 1
     assert (tmp_path / "run" / "resumed" / "step-00000001").is_dir()

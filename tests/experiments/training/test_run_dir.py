@@ -326,6 +326,17 @@ def test_a_branch_that_cannot_be_is_refused(config, step, changes, message):
         find_run_dir(branching(config, step, **changes))
 
 
+def test_a_tokenizer_is_the_runs_own_or_that_of_what_it_goes_on_from(tmp_path):
+    path, trunk = tmp_path / "branch", tmp_path / "trunk"
+    checkpoint = trunk / "checkpoints" / "step-00000002"
+    run, new = run_dir.RunDir(path, checkpoint), run_dir.RunDir(path)
+    assert (run.tokenizer_home, new.tokenizer_home) == (path, path)
+    for place in (trunk, checkpoint, path):
+        (place / "tokenizer").mkdir(parents=True)
+        assert run.tokenizer_home == place
+    assert new.tokenizer_home == path
+
+
 def test_a_damaged_checkpoint_is_not_branched_from(config):
     branch = branching(config)
     run = find_run_dir(branch)
