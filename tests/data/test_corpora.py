@@ -32,6 +32,7 @@ def stdlib_config(**overrides):
 def test_a_text_file_is_a_document(tmp_path):
     (tmp_path / "b.txt").write_text("second\nfile\n")
     (tmp_path / "a.txt").write_text("first")
+    (tmp_path / "folder.txt").mkdir()
     assert texts(files_config(tmp_path / "*.txt")) == ["first", "second\nfile\n"]
 
 

@@ -248,6 +248,8 @@ def test_a_window_counts_above_its_length_only(tmp_path):
     assert_same_logits(read(tmp_path)[0], theirs)
     with pytest.raises(ValueError, match=r"sliding_window 80.*set model\.max_seq_len=80"):
         read(tmp_path, config=replace(config, max_seq_len=81))
+    edit(tmp_path, sliding_window=200)
+    assert read_config(tmp_path).max_seq_len == 128, "beyond the context it says nothing"
     edit(tmp_path, sliding_window=..., max_position_embeddings=32768)
     assert read_config(tmp_path).max_seq_len == 4096  # Mistral's own default
     save(tmp_path / "qwen2", "qwen2")
