@@ -1,4 +1,7 @@
-"""Single instructions of a GPU, where Triton's own functions take more; in its interpreter what comes to the same."""
+"""Single instructions of a GPU, where Triton's own functions take more; in its interpreter what comes to the same.
+
+Shapes: number by number; arguments and results are tiles of one shape, or broadcast to it. float32.
+"""
 
 import triton
 import triton.language as tl
