@@ -14,7 +14,7 @@ from data import collect as module
 from data.collect import clean, collect, html_text, main
 from data.corpora import iterate_documents
 
-PROSE = "The first line of a text that is long enough to be a document.\n" * 6
+PROSE = "The first linë of a text that is long enough to be a document.\n" * 6
 
 
 def archive(files, mode="w:xz"):
@@ -60,6 +60,7 @@ def test_documents_are_found_wherever_they_lie_and_only_once(sources, tmp_path):
     counts = collect(output, [str(sources)], [])
     assert first_letters(output) == ["a", "b", "c", "d"]
     assert (counts["documents"], counts["duplicates"], counts["no documents"]) == (4, 1, 4)
+    assert counts["bytes"] == 4 * (2 + len(PROSE.encode()))
     before = output.read_bytes()
     collect(output, [str(sources)], [])
     assert output.read_bytes() == before
@@ -154,6 +155,7 @@ def test_a_corpus_within_its_source_does_not_hold_itself(sources):
         counts = collect(sources / "corpus.jsonl", [str(sources)], [])
         assert first_letters(sources / "corpus.jsonl") == ["a", "b", "c", "d"]
         assert (counts["documents"], counts["duplicates"], counts["no documents"]) == (4, 1, 4)
+    assert counts["bytes"] == 4 * (2 + len(PROSE.encode()))
 
 
 @pytest.mark.parametrize("piece", [" ", "\t\f", "\n ", "<a ", "<a b='", "<!--", "<p\n", "<p>", "&"])

@@ -127,6 +127,8 @@ def test_what_cannot_be_read_is_left_out_and_named_up_to_a_limit(tmp_path, capsy
     monkeypatch.undo()
     with pytest.raises(DataSourceError, match=r"no document; 1 rows or files were left out: .*c\.parquet"):
         texts(files_config(tmp_path / "c.parquet"))
+    (tmp_path / "h.jsonl.gz").write_bytes(good[2])  # an OSError, but of no disk
+    assert texts(files_config(tmp_path / "[fh].*")) == ["f"]
 
 
 @pytest.mark.parametrize("separator", ["|", "||", "|||", "|-|", "abab"])

@@ -5,6 +5,7 @@ import shutil
 import datasets
 import pytest
 
+from data import corpora
 from data.config import CorpusConfig
 from data.corpora import corpus_fingerprint, iterate_documents
 from data.files import DataSourceError
@@ -45,6 +46,13 @@ def test_a_branch_that_moved_is_another_corpus(hub, tmp_path, max_documents):
     of_then = corpus(max_documents=max_documents, revision=FIRST)
     assert (texts(of_then), corpus_fingerprint(of_then, tmp_path)) == ([" one\n", "two"], before)
     assert corpus_fingerprint(corpus(max_documents=max_documents, revision="main"), tmp_path) != before
+
+
+def test_a_data_set_may_not_know_its_columns_before_it_is_read(monkeypatch):
+    rows = datasets.IterableDataset.from_generator(lambda: iter([{"text": "a"}]))
+    assert rows.column_names is None
+    monkeypatch.setattr(corpora, "open_hub", lambda corpus, streaming: rows)
+    assert texts(corpus()) == ["a"]
 
 
 def test_what_is_read_of_a_data_set_is_what_was_named(hub, tmp_path):
