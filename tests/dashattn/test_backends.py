@@ -535,6 +535,7 @@ def test_a_target_is_a_share_of_the_keys(target):
         (lambda: DashConfig(summary_rope="max"), "none, mean"),
         (lambda: InfLLMv2Config(topk=10), "shrink window_size"),
         (lambda: NSAConfig(variant="minicpm"), "set window_size=0"),
+        (lambda: NSAConfig(variant="minicpm", window_size=0, shared_kv=False), "shared_kv=true.*got.*shared_kv=False"),
         (lambda: NSAConfig(window_size=0), "window_size > 0"),
         (lambda: build_backend(FullConfig(name="dash"), SHAPE), "with its own config"),
         (lambda: build_backend(FullConfig(), AttentionShape(8, 33, 1, 8)), "raise num_kv_heads"),

@@ -187,12 +187,18 @@ def test_parameters_of_an_export_learn_as_ours(pairs, name):
 
 def test_an_index_that_could_not_learn_is_refused(pairs):
     _, loaded = pairs("indexer")
+    some = [next(layer.self_attn.backend.parameters()) for layer in loaded.model.layers]
     loaded.train()
     try:
-        with pytest.raises(ValueError, match=r"or freeze the parameters of self_attn\.backend"):
-            loaded(IDS)
+        for wanted in (True, False):  # all of its parameters, and all but one
+            for x in some:
+                x.requires_grad_(wanted)
+            with pytest.raises(ValueError, match=r"or freeze the parameters of self_attn\.backend"):
+                loaded(IDS)
     finally:
         loaded.eval()
+        for x in some:
+            x.requires_grad_(True)
 
 
 @torch.no_grad()

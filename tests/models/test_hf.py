@@ -71,7 +71,7 @@ KINDS = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}, None),
     "qwen2, tied, yarn": (
         *(Qwen2Config, Qwen2ForCausalLM),
-        {"tie_word_embeddings": True, "rope_parameters": YARN},
+        {"tie_word_embeddings": True, "rope_parameters": YARN | {"attention_factor": 0.9}},
         None,
     ),
     "qwen3": (*QWEN3, HEADS, None),
@@ -145,6 +145,7 @@ def test_logits_are_those_of_transformers_there_and_back(tmp_path, kind):
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "back", local_files_only=True)
     assert back.config.model_type == (KINDS[kind][3] or theirs.config.model_type)
     assert back.config.rms_norm_eps == 1e-2
+    assert (back.config.bos_token_id, back.config.eos_token_id) == (None, None)  # where none are told
     assert_same_logits(ours, back)
     assert read_config(tmp_path / "back") == ours.config
 

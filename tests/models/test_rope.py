@@ -80,13 +80,16 @@ def test_tables_equal_transformers(scaling, parameters, length):
         torch.testing.assert_close(our, their[0], atol=1e-4, rtol=0)
 
 
-def test_yarns_own_bounds_are_transformers_at_a_real_head_size():
-    """Small heads have so few pairs that other bounds can fall on the same ones."""
-    yarn = {"factor": 4.0, "original_max_position_embeddings": 4096, "rope_type": "yarn", "rope_theta": 10000.0}
-    sizes = dict(hidden_size=256, num_attention_heads=2, head_dim=128, max_position_embeddings=16384)
+@pytest.mark.parametrize("original", [4096, 2**18])
+def test_yarns_own_bounds_are_transformers_at_a_real_head_size(original):
+    """Small heads have so few pairs that other bounds can fall on the same ones. In 2**18 tokens all 64 turn more than
+    once: the upper bound lies beyond the last.
+    """
+    yarn = {"factor": 4.0, "original_max_position_embeddings": original, "rope_type": "yarn", "rope_theta": 10000.0}
+    sizes = dict(hidden_size=256, num_attention_heads=2, head_dim=128, max_position_embeddings=4 * original)
     theirs = LlamaRotaryEmbedding(LlamaConfig(**sizes, rope_parameters=yarn)).inv_freq
-    rope = RopeConfig(theta=10000.0, scaling="yarn", factor=4.0, original_max_seq_len=4096)
-    ours = inverse_frequencies(ModelConfig(256, 64, 1, 2, 1, 128, 16384, rope=rope))
+    rope = RopeConfig(theta=10000.0, scaling="yarn", factor=4.0, original_max_seq_len=original)
+    ours = inverse_frequencies(ModelConfig(256, 64, 1, 2, 1, 128, 4 * original, rope=rope))
     torch.testing.assert_close(ours, theirs, atol=0, rtol=1e-5)
 
 

@@ -65,7 +65,7 @@ def test_packed_documents_and_non_contiguous_inputs():
     cu_seqlens = torch.tensor([0, 1, 1, 20, 44], dtype=torch.int32)
     q, grad = (torch.randn(1, 2, 44, 16).transpose(1, 2) for _ in range(2))
     k, v = torch.randn(1, 44, 1, 32).chunk(2, dim=-1)
-    bias = torch.randn(1, 44, 1, 3)
+    bias = torch.randn(1, 3, 1, 44).transpose(1, 3)
     selection = Selection.from_mask(torch.rand(1, 44, 1, 3) < 0.5, 16)
     expected = run(reference.block_sparse_attention, q, k, v, selection, bias, grad, cu_seqlens)
     results = run(kernels.block_sparse_attention, q, k, v, selection, bias, grad, cu_seqlens)

@@ -31,7 +31,7 @@ def make_inputs(num_heads=4, num_kv_heads=2, length=54, head_dim=16):
         pytest.param({"prior": "raw"}, marks=pytest.mark.slow),
         {"prior": "tempered", "sigma": 2.0},
         pytest.param({"prior": "none"}, marks=pytest.mark.slow),
-        {"prior": "raw", "alpha": 1.3},
+        {"prior": "raw", "alpha": 1.3, "scale": 0.4},  # several chunks to choose from, by the router's own scale
         {"prior": "raw", "cu_seqlens": CU_SEQLENS, "summary_rope": ANGLES},
         {"prior": "raw", "init_chunks": 1, "local_chunks": 1, "scale": 0.4},
         {"prior": "mass", "selector": "topk", "topk": 3, "cu_seqlens": CU_SEQLENS, "scale": 0.4},

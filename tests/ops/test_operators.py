@@ -1,5 +1,8 @@
 """The custom operators as torch.compile, autograd and activation checkpointing see them."""
 
+from importlib import import_module
+from pkgutil import walk_packages
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
-from dashattn import dash_attention
+from dashattn import dash_attention, ops
 from dashattn.backends import AttentionShape, DashConfig, IndexerConfig, InfLLMv2Config, NSAConfig, build_backend
 from dashattn.ops import operators
 from dashattn.ops.band import triton as band
@@ -17,7 +20,7 @@ from dashattn.ops.block_sparse import triton as block_sparse
 from dashattn.ops.chunk_summary import triton as chunk_summary
 from dashattn.ops.dash_attention import triton as dash_whole
 from dashattn.ops.gates import triton as gates
-from dashattn.ops.nsa_attention import triton as nsa_whole
+from dashattn.ops.matvec import triton as matvec
 from dashattn.ops.true_mass import triton as true_mass
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,6 +28,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def make(*shape):
     return torch.randn(*shape, device=DEVICE, requires_grad=True)
+
+
+def make_half(*shape):
+    return torch.randn(*shape, device=DEVICE).bfloat16().requires_grad_()
 
 
 def make_qkv(length=24):
@@ -53,7 +60,7 @@ def test_operators_keep_torch_librarys_rules():
 
 
 def test_fake_tensors_have_the_sizes_of_what_is_computed(monkeypatch):
-    """Of every operator that a backend with kernels calls, at lengths that fill neither a word nor a block."""
+    """And its types, in 16 bits, of every operator, at lengths that fill neither a word nor a block."""
     call, calls = operators.Operator.__call__, []
 
     def recorded(operator, *inputs, **options):
@@ -70,20 +77,30 @@ def test_fake_tensors_have_the_sizes_of_what_is_computed(monkeypatch):
         IndexerConfig(impl="triton", block_size=16, topk=3),
         IndexerConfig(impl="triton", block_size=16, topk=3, gradient="prior"),
     ):
-        backend = build_backend(config, AttentionShape(32, 2, 1, 16)).to(DEVICE)
-        q, k, v = (torch.randn(1, 27, heads, 16, device=DEVICE) for heads in (2, 1, 1))
-        extra = {"hidden": torch.randn(1, 27, 32, device=DEVICE), "rope": (torch.ones(27, 16), torch.zeros(27, 16))}
+        backend = build_backend(config, AttentionShape(32, 2, 1, 16)).to(DEVICE, torch.bfloat16)
+        q, k, v = (make_half(1, 27, heads, 16) for heads in (2, 1, 1))
+        rope = torch.ones(27, 16, device=DEVICE), torch.zeros(27, 16, device=DEVICE)
+        extra = {"hidden": make_half(1, 27, 32), "rope": rope}
         with torch.no_grad():
             backend.forward_with_loss(q, k, v, **extra)
             backend.route(q, k, v, **extra)
+        backend(q, k, v, **extra).sum().backward()
+    alpha = torch.full((2,), 1.5, device=DEVICE, requires_grad=True)
+    others = {"alpha": alpha, "prior": "raw", "router_qk": (make_half(1, 27, 2, 16), k)}
+    dash_attention(q, k, v, make_half(1, 16), chunk_size=16, **others, impl="triton").sum().backward()
+    x, weights = make_half(1, 1, 32).detach(), [make_half(rows, 32).detach() for rows in (64, 16, 48)]
+    matvec.heads(x, weights, 16, (x[0, 0], 1e-5), None)
+    matvec.swiglu(x, *weights[:1] * 2, None)
+    matvec.product(x, weights[2])
     for operator, inputs, options, found in calls:
         with FakeTensorMode() as mode:
             fakes = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in inputs]
             told = operator.op(*fakes, **options)
         for fake, real in zip(*((x,) if isinstance(x, Tensor) else x for x in (told, found)), strict=True):
             assert (fake.shape, fake.dtype) == (real.shape, real.dtype), operator.op
-    whole = {block_sparse._forward_op, dash_whole._forward_op, block_scores._select_op, true_mass._masses_op}
-    assert {operator for operator, *_ in calls} == whole | {nsa_whole._forward_op}
+    modules = (import_module(name) for _, name, _ in walk_packages(ops.__path__, "dashattn.ops.") if "triton" in name)
+    every = {x for module in modules for x in vars(module).values() if isinstance(x, operators.Operator)}
+    assert {operator for operator, *_ in calls} == every
 
 
 def test_an_eager_call_is_the_operators():
