@@ -321,7 +321,7 @@ def test_the_pages_pictures_keep_the_numbers_that_colours_are_and_what_is_grey(t
 
 def test_the_page_lists_figures_and_escapes_what_rows_say():
     figures = [page_module.Figure(3, "a", "A & B", "x <y>", None), page_module.Figure(7, "b", "C", "z", None)]
-    rows = [{"name": "<b>", "score": 0.123456, "score low": 0.1, "score high": 0.23456, "n": 3, "gone": None}]
+    rows = [{"name": "<b>", "score": 0.123456, "score low": 0.1, "score high": 0.23456, "n&": 3, "gone": None}]
     rows += [{"name": "missing", "score": 2.0, "score low": None, "score high": 3.0, "extra": True}]
     drawn = page_module.Drawn(rows * 13, None, ["1 < 2"], [{"device": "G&G", "seed": 2, "date": "2026-01-02T03"}])
     beside = page_module.Drawn(rows[:1], None)
@@ -329,7 +329,7 @@ def test_the_page_lists_figures_and_escapes_what_rows_say():
         figures, {7: [page_module.Section("a&b", drawn, None), page_module.Section("c", beside, None)]}
     )
     body = page[page.index("<body>") :]
-    head = "<tr><th>name</th><th>score</th><th>n</th><th>gone</th><th>extra</th></tr>"
+    head = "<tr><th>name</th><th>score</th><th>n&amp;</th><th>gone</th><th>extra</th></tr>"
     first = "<tr><td>&lt;b&gt;</td><td>0.1235 [0.1, 0.235]</td><td>3</td><td></td><td></td></tr>"
     second = '<tr><td class="missing">missing</td><td>2</td><td></td><td></td><td>True</td></tr>'
     assert body == (

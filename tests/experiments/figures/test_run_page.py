@@ -99,8 +99,10 @@ def test_runs_side_by_side(tmp_path):
 
 
 def test_a_run_of_one_row_and_a_name_that_is_no_html(tmp_path):
-    run = make_run(tmp_path / "a <b> & c", steps=(1,))
-    text = drawn(run)
+    config = 'attention: {name: dash}\nsteps: 3\ncorpora: {"<b>": x}\n'
+    run = make_run(tmp_path / "a <b> & c", steps=(1,), config=config)
+    text = drawn(with_scores(run, (0.5, 0.5)))
+    assert "corpora.&lt;b&gt;" in text
     assert "a &lt;b&gt; &amp; c" in text
     assert "<b>" not in text
 

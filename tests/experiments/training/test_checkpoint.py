@@ -2,9 +2,11 @@ import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dashattn.backends import DashConfig, FullConfig, IndexerConfig, InfLLMv2Config, NSAConfig
@@ -358,6 +360,11 @@ def test_a_checkpoint_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
     assert all(torch.equal(read[name], weight) for name, weight in weights.items())
     with pytest.raises(Stopped, match=r"step-00000005 could not be written .*No space left.*see that .*checkpoints is"):
         write_checkpoint(target.with_name("step-00000005"), {"step": 5}, Engine(module, fails=True), ranks)
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
+    error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    monkeypatch.setattr("experiments.training.checkpoint.save_file", Mock(side_effect=error))
+    with pytest.raises(Stopped, match=r"step-00000005 could not be written .*No space left"):
+        write_checkpoint(target.with_name("step-00000005"), {"step": 5}, Engine(module), ranks)
     assert [path.name for path in target.parent.iterdir()] == [target.name]
 
 
