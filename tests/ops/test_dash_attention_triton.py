@@ -57,6 +57,18 @@ def test_forward_and_gradients_equal_the_reference(options):
             torch.testing.assert_close(ours.float(), expected.float(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("selector", ["entmax", "topk"])
+def test_more_chunks_than_a_tile_has(selector):
+    """A group of 3, whose tiles have an idle row; of 36 chunks, summaries beyond the first tile get their gradients."""
+    inputs, results = make_inputs(num_heads=3, num_kv_heads=1, length=576), {}
+    for impl in ("triton", "reference"):
+        out = dash_attention(*inputs, chunk_size=16, router_scale=3.0, prior="raw", selector=selector, impl=impl)
+        weight = torch.linspace(-1, 1, out.numel(), device=DEVICE).view_as(out)
+        results[impl] = (out, *torch.autograd.grad((out * weight).sum(), inputs))
+    for ours, expected in zip(results["triton"], results["reference"], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("options", [{"prior": "raw"}, {"prior": "tempered", "sigma": 2.0}, {"prior": "none"}], ids=str)
 def test_a_query_and_keys_of_the_routers_own(options):
     inputs, others = make_inputs(), make_inputs()[:2]
