@@ -397,10 +397,10 @@ def select(
     scratch = torch.empty(programs, scratch_blocks, tokens, dtype=torch.int32, device=q.device)
     windows = window_descriptor(k, geo, block_size // band.stride, keys)
     options = select_options(geo.padded_dim, tile["PARTS"], q.itemsize, max_pooling)
-    any_faint = torch.zeros(1, dtype=torch.int32, device=q.device)
-    faint, passes = None, (by_logits,)
+    faint, any_faint, passes = None, None, (by_logits,)
     if max_pooling and top_p is None and not by_logits:
-        faint, passes = torch.empty(geo.kv_heads, geo.tokens, dtype=torch.int8, device=q.device), (False, True)
+        faint = torch.empty(geo.kv_heads, geo.tokens, dtype=torch.int8, device=q.device)
+        any_faint, passes = torch.zeros(1, dtype=torch.int32, device=q.device), (False, True)
     for logits in passes:
         next_tile = torch.zeros(1, dtype=torch.int32, device=q.device)
         launch(
