@@ -62,7 +62,9 @@ class Point:
     trained_knob: float | None  # or ``AtSparsity``; None: dense, or not trained
     knob: float | None
     of_seed: Mapping[int, tuple[float, float]]  # seed -> (causal sparsity, score)
-    of_samples: tuple[float, float] | None = None  # 95 % interval over the samples of a single seed, if known
+    # 95 % interval over the samples of a single seed, if known. Of a share alone: losses of rows differ far more from
+    # each other than lines do on the same row (``paired``).
+    of_samples: tuple[float, float] | None = None
 
     @property
     def sparsity(self) -> float:
@@ -194,7 +196,9 @@ def points(rows: Iterable[dict]) -> list[Point]:
     """
     groups: dict[tuple, list[dict]] = defaultdict(list)
     for row in rows:
-        panel = Panel(row["data"], row["task"], row["metric"], row["length"], row.get("variant") or "")
+        # Weights that nothing was trained of are so far off that beside them what was trained lies in one line.
+        forms = filter(None, (row.get("variant"), UNTRAINED if row.get("untrained") else None))
+        panel = Panel(row["data"], row["task"], row["metric"], row["length"], ", ".join(forms))
         groups[panel, row["label"], row["trained_knob"], row["knob"]].append(row)
     for (panel, *_), group in groups.items():
         check_seeds(group, panel.title)
@@ -205,7 +209,7 @@ def points(rows: Iterable[dict]) -> list[Point]:
             trained_knob,
             knob,
             {row["seed"]: (row["causal_sparsity"], row["score"]) for row in sorted(group, key=lambda row: row["seed"])},
-            interval(group[0]) if len(group) == 1 else None,
+            interval(group[0]) if len(group) == 1 and unfiltered(panel.metric) in SHARES else None,
         )
         for (panel, label, trained_knob, knob), group in groups.items()
     ]

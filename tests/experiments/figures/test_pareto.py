@@ -391,6 +391,26 @@ def test_bars_say_what_they_are_of():
         assert pareto.bars(frontier.points(rows)) == said
 
 
+def test_a_loss_has_no_bar_of_its_rows_which_all_lines_share(monkeypatch, tmp_path):
+    by_row = {"nats": [1.0, 2.0, 6.0], "targets": [1, 1, 1]}
+    loss = {"task": "loss", "metric": "nats", "by_row": by_row}
+    rows = [make_row(knob=k, sparsity=s, score=3.0, **loss) for k, s in ((1.0, 0.5), (2.0, 0.7))]
+    assert interval(rows[0]) is not None
+    figure, legend = drawn(monkeypatch, tmp_path, rows)
+    assert bars_of(figure.axes[0]) == []
+    assert not any("95 %" in text or text.startswith("no bar") for text in legend)
+
+
+def test_weights_that_nothing_was_trained_of_have_a_panel_of_their_own():
+    before = {"untrained": "smollm2", "step": 0, "trained_knob": None}
+    rows = [make_row(score=0.7), make_row(score=0.1, **before), make_row(score=0.2, variant="packed", **before)]
+    assert {p.panel.title: p.score for p in frontier.points(rows)} == {
+        "mqar: recall, accuracy, 512 tokens": 0.7,
+        "mqar: recall, accuracy, 512 tokens, untrained": 0.1,
+        "mqar: recall, accuracy, 512 tokens, packed, untrained": 0.2,
+    }
+
+
 def test_the_mean_of_tasks_scatters_less_than_each_of_them():
     rows = [make_row(task=task, metric="match", score=0.5, rows=100) for task in ("vt", "cwe", "fwe", "qa_1")]
     (average,) = frontier.ruler_averages(rows)
