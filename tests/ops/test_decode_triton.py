@@ -369,7 +369,16 @@ def test_what_the_kernels_cannot_decode_is_refused(config, message):
 
 @pytest.mark.parametrize(
     ("rows", "blocks", "splits"),
-    [(1, 2048, 132), (2, 2048, 66), (4, 2048, 64), (8, 2048, 33), (128, 2048, 2), (1000, 2048, 1), (2, 50, 50)],
+    [
+        (1, 2048, 132),
+        (2, 2048, 66),
+        (4, 2048, 33),
+        (6, 2048, 44),
+        (8, 2048, 33),
+        (128, 2048, 2),
+        (1000, 2048, 1),
+        (2, 50, 50),
+    ],
 )
 def test_programs_that_share_the_blocks_of_a_row(monkeypatch, rows, blocks, splits):
     monkeypatch.setattr(triton_attention, "processors", lambda device: 132)

@@ -245,9 +245,10 @@ def num_splits(rows: int, blocks: int, device: torch.device) -> int:
     """Programs that share the blocks of one query row and KV head.
 
     Two for every multiprocessor in all hide each other's loads; but what adds a row's parts up reads them one after
-    another, and beyond 64 of them one for every multiprocessor is faster.
+    another, and a row that has 32 of them from one for every multiprocessor is faster with those.
     """
-    splits = max(processors(device) // rows, min(2 * processors(device) // rows, 64))
+    one = processors(device) // rows
+    splits = one if one >= 32 else 2 * processors(device) // rows
     return max(1, min(splits, blocks, 256))
 
 
