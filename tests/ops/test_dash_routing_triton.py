@@ -58,6 +58,23 @@ def test_selection_and_prior_agree_with_the_reference(alpha, router_scale):
     assert relative_error(bias, expected_bias) < 1e-4
 
 
+@pytest.mark.parametrize("tokens", [63, 64, 65])
+def test_there_are_as_many_chunks_as_have_tokens(tokens):
+    q, summaries = torch.randn(1, tokens, 2, 16), torch.randn(1, tokens // CHUNK, 1, 16)
+    _, bias = kernels.dash_routing(q, summaries, chunk_size=CHUNK, prior="raw")
+    assert bias.shape == (1, tokens, 1, -(-tokens // CHUNK))
+
+
+def test_what_is_chosen_of_16_bits_is_chosen_and_weighed_in_32():
+    # float16: what the interpreter makes of bfloat16 is not what a GPU does
+    q, summaries = torch.randn(1, 600, 2, 16).half(), torch.randn(1, 600 // CHUNK, 1, 16).half()
+    options = dict(chunk_size=CHUNK, router_scale=3.0, prior="raw")
+    expected, expected_bias = reference.dash_routing(q.float(), summaries.float(), **options)
+    selection, bias = kernels.dash_routing(q, summaries, **options)
+    assert torch.equal(selection.mask(), expected.mask())
+    assert relative_error(bias, expected_bias) < 1e-4
+
+
 def test_a_threshold_is_the_one_of_the_token_alone():
     """Beside tokens that take more steps: the same bits."""
     alpha = torch.tensor([1.2, 1.7])
