@@ -10,6 +10,7 @@ from statistics import NormalDist
 
 LEVEL = 0.95
 SHARES = ("match", "accuracy", "acc", "acc_norm", "exact_match")  # metrics between 0 and 1, means over samples
+LOSSES = ("nats", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
 
 
 def unfiltered(metric: str) -> str:
@@ -62,6 +63,12 @@ def interval(row: Mapping) -> tuple[float, float] | None:
     if unfiltered(row["metric"]) in SHARES:
         return _wilson(score, score * (1 - score) / stderr**2 if stderr else samples)
     return None if stderr is None or samples < 2 else student(score, stderr, samples)
+
+
+def bar(row: Mapping) -> tuple[float, float] | None:
+    """The row's interval as a figure of several lines shows it: none of a loss. Rows of text differ far more from each
+    other than lines do on the same row; differences of lines are ``experiments.figures.paired``."""
+    return None if unfiltered(row["metric"]) in LOSSES else interval(row)
 
 
 def student(mean: float, stderr: float, samples: int) -> tuple[float, float]:

@@ -17,11 +17,11 @@ from data.task_sets import SUITES
 from experiments.evaluation.tasks.decoding import DECODE
 from experiments.figures.setpoints import is_as_trained, with_setpoints
 from experiments.files import RESULTS, UNTRAINED, check_exists, files_below, read_rows
-from experiments.intervals import SHARES, interval, stderr_of, unfiltered
+from experiments.intervals import LOSSES, SHARES, bar, stderr_of, unfiltered
 
 HIGHER_IS_BETTER = {
     **dict.fromkeys(SHARES, True),
-    **dict.fromkeys(("nats", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"), False),
+    **dict.fromkeys(LOSSES, False),
 }
 _READ = ("set", "text")  # columns that tell what was read: samples of a generated task, a folder's text and tokenizer
 SOLVED = 0.99  # accuracy that the dense control must reach on synthetic recall
@@ -62,9 +62,7 @@ class Point:
     trained_knob: float | None  # or ``AtSparsity``; None: dense, or not trained
     knob: float | None
     of_seed: Mapping[int, tuple[float, float]]  # seed -> (causal sparsity, score)
-    # 95 % interval over the samples of a single seed, if known. Of a share alone: losses of rows differ far more from
-    # each other than lines do on the same row (``paired``).
-    of_samples: tuple[float, float] | None = None
+    of_samples: tuple[float, float] | None = None  # ``bar`` of a single seed
 
     @property
     def sparsity(self) -> float:
@@ -209,7 +207,7 @@ def points(rows: Iterable[dict]) -> list[Point]:
             trained_knob,
             knob,
             {row["seed"]: (row["causal_sparsity"], row["score"]) for row in sorted(group, key=lambda row: row["seed"])},
-            interval(group[0]) if len(group) == 1 and unfiltered(panel.metric) in SHARES else None,
+            bar(group[0]) if len(group) == 1 else None,
         )
         for (panel, label, trained_knob, knob), group in groups.items()
     ]

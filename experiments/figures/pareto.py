@@ -24,7 +24,7 @@ from experiments.figures.frontier import (
     untrained,
 )
 from experiments.files import UNTRAINED, to_csv, write_atomically
-from experiments.intervals import SHARES, unfiltered
+from experiments.intervals import LOSSES, unfiltered
 from experiments.plots import BLACK, WIDTH, entitle, grid, pyplot, save, styles
 from experiments.plots import COLUMNS as PANEL_COLUMNS
 
@@ -123,7 +123,7 @@ def draw(points: Sequence[Point], path: Path) -> None:
     legend |= {text: gray(marker="|", markersize=12) for text in [bars(points)] if text}
     if any(len(p.of_seed) < most for p in points):
         legend["fewer seeds"] = gray(markersize=3)
-    if any(p.bounds is None and p.knob is not None and unfiltered(p.panel.metric) in SHARES for p in points):
+    if any(p.bounds is None and p.knob is not None and unfiltered(p.panel.metric) not in LOSSES for p in points):
         legend["no bar: samples' scatter not kept"] = gray(marker="")
     # Below the panels: ten lines leave no corner free.
     columns = 3 if len(panels) < PANEL_COLUMNS else 4

@@ -20,11 +20,11 @@ from experiments.files import (
     files_below,
     read_rows,
 )
-from experiments.intervals import interval
+from experiments.intervals import bar
 
 BARS = (
-    "Bars: lowest to highest of the seeds; of a single one, its 95 % interval over samples, where rows tell it. Points "
-    "of a panel share their samples: their differences are known better than bars show."
+    "Bars: lowest to highest of the seeds; of a single one, its 95 % interval over samples, where rows tell it, but of "
+    "a loss. Points of a panel share their samples: their differences are known better than bars show."
 )
 
 
@@ -131,7 +131,8 @@ def line_of(row: dict) -> str:
 
 def averaged(rows: Iterable[dict], *keys: str, value: str = "score") -> list[dict]:
     """Mean, lowest and highest over seeds of the rows that agree in ``keys`` (``line`` is ``line_of``), in their order.
-    Of a single seed ``low`` and ``high`` are the 95 % interval over its samples, where it is known, and of a score.
+    Of a single seed ``low`` and ``high`` are the 95 % interval over its samples, where it is known, and of a score that
+    is no loss.
 
     Lists, such as ``per_head``, are averaged element by element.
 
@@ -145,7 +146,7 @@ def averaged(rows: Iterable[dict], *keys: str, value: str = "score") -> list[dic
         if isinstance(values[0], list):
             scores = {value: _mean_of_lists(values)}
         else:
-            known = interval(group[0]) if len(group) == 1 and value == "score" else None
+            known = bar(group[0]) if len(group) == 1 and value == "score" else None
             low, high = known or (min(values), max(values))
             scores = {value: mean(values), "low": low, "high": high}
         out.append(dict(zip(keys, key, strict=True)) | scores | {"seeds": len(group)})

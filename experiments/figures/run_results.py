@@ -5,7 +5,7 @@ from html import escape
 
 from experiments.evaluation.display import describe, place_of, with_interval
 from experiments.figures.frontier import of_frontiers, points
-from experiments.intervals import interval
+from experiments.intervals import bar
 
 Style = tuple[str, str]  # colour and mark
 
@@ -17,7 +17,7 @@ def draw_scores(ax, inside: Mapping[str, Sequence[dict]], style: Mapping[str, St
         rows = sorted(rows, key=lambda row: row["causal_sparsity"])
         xs, ys = [row["causal_sparsity"] for row in rows], [row["score"] for row in rows]
         ax.plot(xs, ys, color=colour, marker=mark, markersize=5, linewidth=1.2)
-        for x, bounds in zip(xs, map(interval, rows), strict=True):
+        for x, bounds in zip(xs, map(bar, rows), strict=True):
             if bounds is not None:
                 ax.vlines(x, *bounds, color=colour, linewidth=1)
 
