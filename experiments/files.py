@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from filelock import FileLock
 
-from experiments.columns import CELL_ROWS, METRIC_ROWS, RESULT_ROWS
+from experiments.columns import CELL_ROWS, METRIC_ROWS, RESULT_ROWS, are_commands
 
 ROOT = Path(__file__).resolve().parents[1]
 # For Hydra, which looks a relative path up beside the module that was started.
@@ -212,6 +212,15 @@ def read_json(path: Path, mend: str = "restore it from a copy", keys: Sequence[s
     if wrong:
         raise DamagedFileError(path, f"is damaged (its {', '.join(wrong)} cannot be)", mend)
     return value
+
+
+def read_done(run_dir: Path) -> dict:
+    """What a sweep wrote of a run whose commands completed. Raises ValueError if it is damaged."""
+    mend = "remove it; the cell's commands then look at what is there, and do what is missing"
+    record = read_json(run_dir / CELL, mend, keys=("commands",))
+    if not are_commands(record["commands"]):
+        raise ValueError(f"{run_dir / CELL} is damaged (its commands cannot be): {mend}")
+    return record
 
 
 class Row(dict):

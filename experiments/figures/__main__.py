@@ -19,6 +19,7 @@ from experiments.figures.curves import (
     make_throughput,
     make_training,
 )
+from experiments.figures.excess import make_excess
 from experiments.figures.page import Section, to_html
 from experiments.figures.paired import make_paired
 from experiments.figures.published import make_published
@@ -54,6 +55,7 @@ FIGURES = (
     Figure(15, "throughput", "Training throughput", "python -m experiments.throughput", make_throughput),
     Figure(16, "parallel", "Several GPUs against one", "python -m experiments.throughput.scaling", make_parallel),
     Figure(17, "paired", "Differences in loss on the same rows", "evaluate.py sparsities=[...]", make_paired),
+    Figure(18, "excess", "Training loss above dense attention's", "a sweep with an arm attention=full", make_excess),
 )
 
 

@@ -118,7 +118,7 @@ def _draw_runs(ax, rows: list[dict], x: str, y: str, runs: Iterable[str], arm: s
     style = styles(runs)
     for run, own in grouped(rows, "run").items():
         for split, points in grouped(own, "split").items():
-            points = _thinned(points)
+            points = thinned(points)
             colour, mark = style[run]
             line = {"linestyle": ":", "linewidth": 1} if split == "validation" else {"linewidth": 1}
             xs, ys = [row[x] for row in points], [row[y] for row in points]
@@ -129,8 +129,8 @@ def _draw_runs(ax, rows: list[dict], x: str, y: str, runs: Iterable[str], arm: s
     ax.grid(alpha=0.25)
 
 
-def _thinned(points: Sequence[dict]) -> list[dict]:
-    """As many as a panel can show."""
+def thinned(points: Sequence[dict]) -> list[dict]:
+    """As many points of a curve as a panel can show."""
     stride = -(-len(points) // DRAWN)
     return [row for number, row in enumerate(points) if number % stride == 0 or number == len(points) - 1]
 

@@ -11,6 +11,8 @@ from statistics import mean
 from experiments.figures.frontier import check_seeds, newest, read_results
 from experiments.figures.setpoints import AtSparsity, is_as_trained
 from experiments.files import (
+    CELL,
+    CELLS,
     METRICS,
     NUMERICS,
     SCALING,
@@ -18,6 +20,7 @@ from experiments.files import (
     THROUGHPUT,
     check_exists,
     files_below,
+    read_done,
     read_rows,
 )
 from experiments.intervals import bar
@@ -35,12 +38,14 @@ class Study:
     Attributes:
         evaluations: of results.jsonl, of every evaluation the newest checkpoint's.
         training: of metrics.jsonl, by run; of runs that are called alike with where they lie.
+        trained: what a sweep gave train.py, by those of its runs that completed and are called like no other.
         speed, numerics, throughput, parallel: of the files of these names.
     """
 
     name: str
     evaluations: list[dict]
     training: dict[str, list[dict]]
+    trained: dict[str, list[str]]
     speed: list[dict]
     numerics: list[dict]
     throughput: list[dict]
@@ -61,6 +66,9 @@ def load_study(root: Path) -> Study:
             curves.setdefault((name, os.path.relpath(place, root)), []).append(row)
     known = Counter(name for name, _ in curves)
     training = {name if known[name] == 1 else f"{place}: {name}": rows for (name, place), rows in curves.items()}
+    done = [row for path in files_below(root, CELLS) for row in read_rows(path)]
+    done += [{"run": path.parent.name} | read_done(path.parent) for path in files_below(root, CELL)]
+    trained = {row["run"]: row["commands"][0][1:] for row in done if row["run"] in training}
     found = {
         name: [row for path in files_below(root, name) for row in read_rows(path)]
         for name in (SPEED, NUMERICS, THROUGHPUT, SCALING)
@@ -68,7 +76,7 @@ def load_study(root: Path) -> Study:
     evaluations = newest(read_results(root))
     if not training and not evaluations and not any(found.values()):
         raise ValueError(f"no rows in {root}: name directories of runs, of studies or of measurements")
-    return Study(root.resolve().name, evaluations, training, *found.values())
+    return Study(root.resolve().name, evaluations, training, trained, *found.values())
 
 
 @dataclass(frozen=True)

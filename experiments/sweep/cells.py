@@ -38,7 +38,7 @@ from dashattn.fields import (
     UserPath,
     user_path,
 )
-from experiments.columns import are_commands, are_texts
+from experiments.columns import are_texts
 from experiments.config import register_configs
 from experiments.files import (
     CELL,
@@ -49,7 +49,7 @@ from experiments.files import (
     check_exists,
     is_locked,
     locked,
-    read_json,
+    read_done,
     write_atomically,
 )
 from experiments.overrides import override, path_of
@@ -173,15 +173,6 @@ def take(cell: Cell) -> FileLock | None:
 def record_done(run_dir: Path, commands: list[list[str]]) -> None:
     """What ``Cell.is_done`` looks for."""
     write_atomically(run_dir / CELL, json.dumps({"commands": commands}, indent=1) + "\n")
-
-
-def read_done(run_dir: Path) -> dict:
-    """What ``record_done`` wrote. Raises ValueError if it is damaged."""
-    mend = "remove it; the cell's commands then look at what is there, and do what is missing"
-    record = read_json(run_dir / CELL, mend, keys=("commands",))
-    if not are_commands(record["commands"]):
-        raise ValueError(f"{run_dir / CELL} is damaged (its commands cannot be): {mend}")
-    return record
 
 
 def cells(config: SweepConfig) -> list[Cell]:

@@ -23,10 +23,11 @@ from experiments.files import (
     check_exists,
     files_below,
     locked,
+    read_done,
     read_rows,
     write_atomically,
 )
-from experiments.sweep.cells import read_done, record_done
+from experiments.sweep.cells import record_done
 
 
 def collect(source: Path, target: Path) -> dict[str, int]:

@@ -12,9 +12,9 @@ import submitit
 import submitit.helpers
 
 from experiments.errors import REQUEUE
-from experiments.files import ROOT
+from experiments.files import ROOT, read_done
 from experiments.sweep import run_cell as run_cell_module
-from experiments.sweep.cells import Cell, read_done
+from experiments.sweep.cells import Cell
 from experiments.sweep.run_cell import Outcome, last_words, run_cell, run_in_job
 from slurm.job import run_task
 

@@ -217,6 +217,7 @@ def with_more(study):
         study,
         evaluations=found,
         training=study.training | {"recall-nsa-knob2-seed1": router, "still": still},
+        trained={"a": ["attention=full"], "b": ["attention=dash"]},
         speed=[study.speed[0] | {"status": "error", "detail": "mended since"}, *speed, *study.speed[2:]],
         numerics=[*study.numerics, *numerics],
         throughput=[study.throughput[0] | {"tokens_per_s": 1.0}, *study.throughput],
@@ -774,8 +775,8 @@ def test_many_runs_are_drawn_by_arm(study, tmp_path, monkeypatch):
 
 def test_long_curves_are_thinned_and_keep_their_ends():
     for count, kept in ((3, [0, 1, 2]), (60, [*range(60)]), (61, [*range(0, 61, 2)]), (130, [*range(0, 130, 3)])):
-        assert [row["n"] for row in curves._thinned([{"n": n} for n in range(count)])] == kept
-    assert [row["n"] for row in curves._thinned([{"n": n} for n in range(131)])] == [*range(0, 130, 3), 130]
+        assert [row["n"] for row in curves.thinned([{"n": n} for n in range(count)])] == kept
+    assert [row["n"] for row in curves.thinned([{"n": n} for n in range(131)])] == [*range(0, 130, 3), 130]
 
 
 def test_a_dense_control_alone_is_no_frontier(study):

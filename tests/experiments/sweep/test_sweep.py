@@ -20,7 +20,7 @@ from rich.console import Console
 
 from experiments import signals
 from experiments.errors import REQUEUE
-from experiments.files import CELL, CELL_LOCK, read_rows
+from experiments.files import CELL, CELL_LOCK, read_done, read_rows
 from experiments.signals import Children
 from experiments.sweep import __main__ as sweep
 from experiments.sweep import status as status_module
@@ -31,7 +31,6 @@ from experiments.sweep.cells import (
     SweepConfig,
     cells,
     missing,
-    read_done,
     read_plan,
     record_done,
     write_plan,
