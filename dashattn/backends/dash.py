@@ -150,7 +150,13 @@ class DashConfig(AttentionConfig):
 
     def least_active(self, length):
         """The forced chunks, the token's own one, and one that the router chooses, unless k can leave it none."""
-        chosen = 0 if self.selector == "topk" else 1
+        return self._active(length, chosen=0 if self.selector == "topk" else 1)
+
+    def sparsest_active(self, length, group):
+        """With entmax each query head chooses for itself, and its group reads what any of them has chosen."""
+        return self._active(length, chosen=group) if self.selector == "entmax" else self.least_active(length)
+
+    def _active(self, length: int, chosen: int) -> Tensor:
         return forced_keys(length, self.chunk_size, self.init_chunks, self.local_chunks + 1 + chosen)
 
 

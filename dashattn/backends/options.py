@@ -125,12 +125,31 @@ class AttentionConfig(Checked, at="attention"):
         itself; a backend that forces more can say so, for an earlier refusal of what cannot be reached."""
         return torch.ones(length, dtype=torch.int64)
 
+    def sparsest_active(self, length: int, group: int) -> Tensor:
+        """Keys that each token of an unpacked row attends to at most when the knob is at its sparsest value, whatever
+        the weights are, but for ties of their scores: int64 [length]. Here those of ``least_active``.
+
+        Args:
+            group: query heads of a KV head, which may choose apart.
+        """
+        return self.least_active(length)
+
     def most_sparsity(self, length: int, count: str) -> float:
         """An upper bound of the sparsity, counted as ``sparsity_count`` says, that unpacked rows can have. Only a
         router that must choose something may stay below it."""
-        least = AttentionStats(self.least_active(length)[None, :, None], torch.arange(length)[None], torch.zeros(1))
-        active, counted = least.counts(count).tolist()
-        return 1 - active / counted
+        return _sparsity(self.least_active(length), count)
+
+    def sure_sparsity(self, length: int, count: str, group: int) -> float:
+        """The sparsity that unpacked rows can have with any weights; arguments as of ``sparsest_active`` and
+        ``most_sparsity``."""
+        return _sparsity(self.sparsest_active(length, group), count)
+
+
+def _sparsity(active: Tensor, count: str) -> float:
+    """Of an unpacked row whose tokens attend to ``active`` [T] keys."""
+    stats = AttentionStats(active[None, :, None], torch.arange(len(active))[None], torch.zeros(1))
+    active, counted = stats.counts(count).tolist()
+    return 1 - active / counted
 
 
 def forced_keys(length: int, block_size: int, init_blocks: int, local_blocks: int, window_size: int = 0) -> Tensor:

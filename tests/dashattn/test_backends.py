@@ -459,6 +459,31 @@ def test_the_sparsest_knob_reads_the_fewest_keys_and_the_densest_all(config, len
     assert (read[-1] == least).all()
     assert (read[0] == torch.arange(1, length + 1)).all()
     assert config.most_sparsity(length, "causal") == pytest.approx(stats.causal_sparsity().item(), abs=1e-6)
+    assert config.sure_sparsity(length, "causal", group=1) == config.most_sparsity(length, "causal")
+
+
+@pytest.mark.parametrize("selector", ["entmax", "topk", "topp"])
+@pytest.mark.parametrize("opposed", [False, True])
+def test_what_is_surely_reached_is_reached_however_the_heads_of_a_group_choose(selector, opposed):
+    """Three heads that choose alike, or each among other chunks: with entmax alone their choices add up."""
+    length, size = 70, 8
+    config = DashConfig(chunk_size=size, selector=selector, init_chunks=1, local_chunks=1)
+    backend = build_backend(config, AttentionShape(18, 3, 1, 6)).double()
+    backend.set_knob(config.knob_span(length)[1])
+    tokens = torch.arange(length)
+    k = torch.rand(1, length, 1, 6, dtype=torch.float64)
+    k[0, tokens, 0, tokens // size % 3] += 5 + tokens // size  # each chunk is the best one in a channel so far
+    q = torch.zeros(1, length, 3, 6, dtype=torch.float64)
+    q[0, :, range(3), range(3) if opposed else 0] = 1.0
+    stats = backend(q, k, k, return_stats=True)[1]
+    if opposed and selector == "entmax":
+        active, sparsity = config.sparsest_active(length, group=3), config.sure_sparsity(length, "causal", group=3)
+        assert sparsity < config.most_sparsity(length, "causal") - 0.1
+    else:
+        active, sparsity = config.least_active(length), config.most_sparsity(length, "causal")
+    assert stats.active_tokens[0, :, 0].equal(active.int())
+    assert stats.causal_sparsity().item() == pytest.approx(sparsity, abs=1e-6)
+    assert selector == "entmax" or config.sparsest_active(length, group=3).equal(config.least_active(length))
 
 
 @pytest.mark.parametrize(
