@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dashattn.plugins import Registry
 from data.cache import build_once, fingerprint
-from data.config import PackedDataConfig
+from data.config import CorpusConfig, PackedDataConfig
 from data.corpora import iterate_documents, split_of
 from data.prompts import PromptEncoder
 from data.tasks.aggregation import COMMON_WORDS, FREQUENT_WORDS
@@ -70,15 +70,39 @@ def held_out_text(config: PackedDataConfig, num_words: int) -> Material:
         ValueError: there are none.
     """
     words: list[str] = []
-    for corpus, _ in config.parts.values():
-        for document in iterate_documents(corpus) if corpus.source != "recall" else ():
+    for corpus in haystack_corpora(config):
+        for document in iterate_documents(corpus):
             if split_of(document.text, config.validation_fraction) == "validation":
                 words += document.text.split()
             if len(words) >= num_words:
                 break
     if not words:
-        raise ValueError(f"data.name={config.name} has no held-out text for a haystack: give haystack=FILE")
+        raise _no_haystack(config)
     return Material(haystack=tuple(words), haystack_name=f"held-out text of {config.name}")
+
+
+def haystack_corpora(config: PackedDataConfig) -> list[CorpusConfig]:
+    """Those whose held-out text a haystack may be made of. Raises ValueError if there is none."""
+    found = [corpus for corpus, _ in config.parts.values() if corpus.source != "recall"]
+    if not found:
+        raise _no_haystack(config)
+    return found
+
+
+def _no_haystack(config: PackedDataConfig) -> ValueError:
+    return ValueError(f"data.name={config.name} has no held-out text for a haystack: give haystack=FILE")
+
+
+def check_set(name: str, length: int, *, has_material: bool) -> None:
+    """Refuses a task that samples of ``length`` tokens cannot be made of.
+
+    Raises:
+        ValueError: too short a length, or nothing to make them from.
+    """
+    if length < SHORTEST:
+        raise ValueError(f"length={length}: {name} needs at least {SHORTEST} tokens")
+    if not has_material:
+        raise ValueError(f"task {name} needs {TEXT_TASKS[name].needs}=FILE")
 
 
 def build_set(
@@ -93,10 +117,7 @@ def build_set(
         ValueError: no such task, too short a length for it, or nothing to make it from.
     """
     task = TEXT_TASKS[name]
-    if length < SHORTEST:
-        raise ValueError(f"length={length}: {name} needs at least {SHORTEST} tokens")
-    if not material.has(task.needs):
-        raise ValueError(f"task {name} needs {task.needs}=FILE")
+    check_set(name, length, has_material=material.has(task.needs))
     if name not in TEXT_TASKS.own:
         differs, samples = generate(task, encoder, length=length, count=count, seed=seed, material=material)
         key = fingerprint(

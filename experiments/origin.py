@@ -30,8 +30,11 @@ LEFT_OPEN = "${init_from}"
 CHECKPOINT = "checkpoint"
 
 
-def take_from_origin(cfg: DictConfig) -> DictConfig:
+def take_from_origin(cfg: DictConfig, base: DictConfig | None = None) -> DictConfig:
     """A composed training configuration with what it leaves to its origin.
+
+    Args:
+        base: of the run that ``init_from`` names, where that is still to be trained.
 
     Raises:
         ValueError: the origin cannot be read, or has no tokenizer for data that need one.
@@ -49,6 +52,7 @@ def take_from_origin(cfg: DictConfig) -> DictConfig:
         return cfg
     cfg, origin = copy.deepcopy(cfg), user_path(cfg.init_from)
     own = _own_config(cfg)
+    own = base if own is None else own
     if cfg.attention.name == CHECKPOINT:
         _replace_attention(cfg, _attention_of(origin) if own is None else own.attention)
         own = own or _own_config(cfg)  # the attention's name may be part of the directory's
@@ -58,7 +62,7 @@ def take_from_origin(cfg: DictConfig) -> DictConfig:
             OmegaConf.update(cfg, f"model.{key}", values.get(key))
     if "tokenizer" in cfg.data and cfg.data.tokenizer is None:
         if own is not None:
-            cfg.data.tokenizer = own.data.tokenizer
+            cfg.data.tokenizer = own.data.get("tokenizer")
         else:
             _take_tokenizer(cfg.data, origin)
     return cfg

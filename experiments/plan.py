@@ -20,10 +20,12 @@ from hydra.core.config_store import ConfigStore
 from dashattn.fields import Checked, Line, PositiveFloat, PositiveInt, Sparsity
 from experiments.config import TrainConfig, to_train_config
 from experiments.errors import user_errors
+from experiments.evaluation.config import register_evaluate_config
 from experiments.files import CONFIGS
 from experiments.rates import Rate, Row, estimate_rate, kind_of, rows
 from experiments.schema import to_config
 from experiments.sweep.cells import Cell, SweepConfig, cells, register_sweep_config
+from experiments.sweep.check import check_evaluations, compose_training, refusing, told_but_for_seed
 from experiments.training.check import check
 from experiments.training.memory import (
     GIB,
@@ -41,6 +43,7 @@ from models.flops import count_parameters
 # GiB that PyTorch finds on a GPU of a kind.
 MEMORY_GIB = {"H100": 79.2, "H200": 139.8, "A100": 79.2, "L40S": 44.4, "RTX 4090": 23.5, "B200": 178.4, "GB200": 184.0}
 MEMORY_GIB |= {"H100 NVL": 93.1, "H200 NVL": 139.8, "H100 PCIe": 79.2}
+NEW = "run_dir=plan-of-a-new-run"  # one that is there resumes its own configuration
 
 
 @dataclass
@@ -68,6 +71,7 @@ class Plan:
     other: Memory  # with activation checkpointing where it is without, and the other way round
     rate: Rate
     sparsity: float
+    notes: tuple[str, ...] = ()  # on what is asked of it afterwards
 
     @property
     def tokens(self) -> int:
@@ -189,23 +193,30 @@ def _duration(hours: float) -> str:
     return f"{hours / 24:.1f} days" if hours >= 48 else f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"
 
 
+def as_new(cell: Cell) -> Cell:
+    return replace(cell, train=(*cell.train, NEW))
+
+
 def plan_sweep(config: SweepConfig, options: PlanConfig, measured: Sequence[Row]) -> Iterator[tuple[Cell, Plan]]:
-    """Of each training run of a sweep; cells that differ by their seed alone are planned once.
+    """Of each training run of a sweep, whose evaluation can be made; cells that differ by their seed alone are planned
+    once.
 
     Raises:
         ValueError: a cell cannot work.
     """
     if options.gpus is None and config.launcher is None:
         options = replace(options, gpus=config.gpus_per_cell)
-    known: dict[tuple[str, ...], Plan] = {}
-    for cell in cells(config):
-        # Of a base that is still to be trained nothing is known but its configuration, which the cell repeats.
-        drop = ("name=", "run_dir=", "seed=", "threads=") + ("init_from=",) * (cell.base is not None)
-        told = tuple(x for x in cell.train if not x.startswith(drop))
+    elif options.gpus is None:
+        options = replace(options, gpus=config.launcher.ranks)
+    register_evaluate_config()
+    found = cells(config)
+    bases, known = {cell.name: cell for cell in found}, {}
+    for cell in found:
+        told = told_but_for_seed(cell)
         if told not in known:
-            if config.launcher is not None and options.gpus is None:
-                options = replace(options, gpus=config.launcher.ranks)
-            known[told] = plan_run(to_train_config(compose("train", list(told))), options, measured)
+            with refusing(f"cell {cell.name}"):
+                plan = plan_run(compose_training(as_new(cell), bases.get(cell.base)), options, measured)
+                known[told] = replace(plan, notes=tuple(check_evaluations(cell, plan.config, elsewhere=True)))
         yield cell, known[told]
 
 
@@ -225,7 +236,8 @@ def describe_sweep(config: SweepConfig, planned: Sequence[tuple[Cell, Plan]]) ->
         f"{len(planned)} runs, one after the other {expected} ({least} to {most}) on {ranks} x {planned[0][1].device}; "
         f"jobs={config.jobs} at a time with {config.jobs * ranks} GPUs to themselves; evaluations are not counted"
     )
-    lines += [f"note: {note}" for note in dict.fromkeys(note for _, plan in planned for note in plan.rate.notes)]
+    notes = dict.fromkeys(note for _, plan in planned for note in (*plan.rate.notes, *plan.notes))
+    lines += [f"note: {note}" for note in notes]
     return "\n".join(lines)
 
 
@@ -248,8 +260,7 @@ def run_plan(arguments: Sequence[str]) -> str:
         if any(argument.startswith("sweep=") for argument in planned):
             config = to_config(compose("sweep", planned))
             return describe_sweep(config, list(plan_sweep(config, options, rows())))
-        # A run directory that is there resumes its own configuration: what is planned is a new run.
-        config = to_train_config(compose("train", [*planned, "run_dir=plan-of-a-new-run"]))
+        config = to_train_config(compose("train", [*planned, NEW]))
         return describe(plan_run(config, options, rows()))
 
 

@@ -218,6 +218,28 @@ def check_reachable(layers: Sequence[AttentionConfig], target: float, count: str
         )
 
 
+def doubt(layers: Sequence[AttentionConfig], target: float, count: str, length: int, group: int) -> str | None:
+    """What stands against a sparsity that ``check_reachable`` lets pass, before there are weights, which decide; None:
+    nothing.
+
+    Args:
+        group: query heads of a KV head.
+    """
+    sure, most = (
+        mean(bounds)
+        for bounds in zip(
+            *((a.sure_sparsity(length, count, group), a.most_sparsity(length, count)) for a in layers), strict=True
+        )
+    )
+    if target <= sure + TOLERANCE:
+        return None
+    return (
+        f"a sparsity of {target:g} may not be had: at {length} tokens attention={layers[0].name} reaches "
+        f"{math.floor(1000 * sure) / 1000:.3f} to {math.floor(1000 * most) / 1000:.3f}, the more the {group} query "
+        "heads of a group choose alike. Lower the target, or force fewer or smaller blocks"
+    )
+
+
 def check_found(found: Found, attention: AttentionConfig, target: float, length: int) -> None:
     """Refuses a knob that misses the target, unless it is the nearest integer.
 

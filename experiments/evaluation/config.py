@@ -18,6 +18,7 @@ from dashattn.fields import (
     Sparsity,
     Threads,
     UserPath,
+    user_path,
 )
 from dashattn.stats import SPARSITY_COUNTS
 from data import DataConfig, MQARDataConfig
@@ -83,6 +84,11 @@ class EvaluateConfig(Checked):
     harness_fewshot: NonNegativeInt | None = None  # solved examples before each question; null = as the task says
     # What routing looks at in a run trained on text; a run trained on MQAR is probed on MQAR.
     probes: list[Line] = field(default_factory=lambda: ["niah_single_2", "niah_multikey_2", "niah_values"])
+
+    @property
+    def task_folder(self) -> str | None:
+        """``harness_path``, as lm_eval takes it."""
+        return None if self.harness_path is None else str(user_path(self.harness_path))
 
 
 def register_evaluate_config() -> None:

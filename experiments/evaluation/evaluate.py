@@ -16,8 +16,8 @@ from filelock import FileLock, Timeout
 
 from dashattn.fields import user_path
 from data.cache import fingerprint
-from experiments.config import TrainConfig
-from experiments.evaluation.config import EvaluateConfig, check_tasks
+from experiments.evaluation.check import check_of_run, check_request
+from experiments.evaluation.config import EvaluateConfig
 from experiments.evaluation.folder import locate_folder
 from experiments.evaluation.knobs import Setpoint, setpoints, turn_knob
 from experiments.evaluation.select import build_tasks
@@ -55,21 +55,12 @@ def find_target(config: EvaluateConfig) -> Target:
     if is_hf_folder(user_path(config.run)):
         target = locate_folder(config)
     else:
-        if config.attention is not None:
-            raise ValueError(
-                f"attention=... is for a Hugging Face folder: the run {config.run} has its own, leave it out"
-            )
+        check_of_run(config)
         where = {"cache_dir": config.cache_dir, "any_data": config.any_data, "data": config.data}
         target = locate(config.run, config.device, config.output, **where)
     check_writable(target.rows_dir, "its rows are kept there unless output=... names another directory")
     check_request(config, target.train)
     return target
-
-
-def check_request(config: EvaluateConfig, train: TrainConfig) -> None:
-    """Refuses what a run of the configuration ``train`` cannot be asked. Raises ValueError."""
-    check_tasks(config, train)
-    setpoints(config, train)
 
 
 def evaluate(config: EvaluateConfig, target: Target) -> Iterator[dict]:

@@ -5,6 +5,7 @@ and length are of one knob, also those of a later call.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -46,10 +47,10 @@ def setpoints(config: EvaluateConfig, train: TrainConfig) -> list[Setpoint]:
         ValueError: a knob that the attention cannot have, or a sparsity that rows of these lengths cannot.
     """
     if config.sparsities is None:
-        for knob in config.knobs or ():
-            train.attention.with_knob(knob)
-        knobs = [trained_knob(train)] if config.knobs is None else config.knobs
-        return [Setpoint(knob) for knob in dict.fromkeys(knobs)]
+        if config.knobs is None:
+            return [Setpoint(trained_knob(train))]
+        _check_knobs(config.knobs, train)
+        return [Setpoint(knob) for knob in dict.fromkeys(config.knobs)]
     if config.knobs is not None:
         raise ValueError("knobs and sparsities both say where the knob stands: give one of them")
     if not config.sparsities:
@@ -62,6 +63,17 @@ def setpoints(config: EvaluateConfig, train: TrainConfig) -> list[Setpoint]:
         for length in config.lengths or [train.data.seq_len]:
             check_reachable(layers, sparsity, config.sparsity_count, length, packed=packed)
     return [Setpoint(target=sparsity, count=config.sparsity_count) for sparsity in dict.fromkeys(config.sparsities)]
+
+
+def _check_knobs(knobs: Sequence[float], train: TrainConfig) -> None:
+    if not knobs:
+        raise ValueError("knobs=[] names none: give at least one, or null")
+    layers = turned_layers(train.attention, train.model.num_layers)
+    for knob in knobs:
+        for attention in (train.attention, *layers):
+            attention.with_knob(knob)
+    if not layers:
+        raise ValueError("knobs need layers with a knob to turn: attention.layers leaves none of them")
 
 
 def turn_knob(model: Transformer, setpoint: Setpoint, task: Task, config: EvaluateConfig, target: Target) -> float:

@@ -22,6 +22,13 @@ def task_manager(include_path: str | None):
     return TaskManager(include_path=include_path)
 
 
+def check_harness_task(name: str, include_path: str | None) -> None:
+    """Refuses an ``lm_eval/NAME`` that lm_eval does not know. Raises ValueError."""
+    task = name.removeprefix(PREFIX)
+    if task not in task_manager(include_path).all_tasks:
+        raise ValueError(f"lm_eval has no task {task}: `lm_eval ls tasks` lists them; harness_path adds yours")
+
+
 class HarnessTask(Task):
     """One of lm_eval's tasks; a row for each of its metrics."""
 
@@ -43,10 +50,8 @@ class HarnessTask(Task):
             chat_tokenizer(tokenizer)
         self.chat = chat
         self.tokenizer, self.rows_per_batch, self.fewshot = tokenizer, rows_per_batch, fewshot
-        self.manager = task_manager(include_path)
-        self.task = name.removeprefix(PREFIX)
-        if self.task not in self.manager.all_tasks:
-            raise ValueError(f"lm_eval has no task {self.task}: `lm_eval ls tasks` lists them; harness_path adds yours")
+        check_harness_task(name, include_path)
+        self.manager, self.task = task_manager(include_path), name.removeprefix(PREFIX)
         self.names = (name,)
         said = [None if fewshot is None else f"{fewshot}-shot", f"template={OWN_TEMPLATE}" if chat else None]
         self.columns = {"length": length, "rows": rows, "variant": ", ".join(filter(None, said)) or None}

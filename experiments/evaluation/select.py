@@ -53,7 +53,7 @@ def build_tasks(config: EvaluateConfig, target: Target) -> list[Task]:
                     rows=config.rows,
                     rows_per_batch=config.rows_per_batch,
                     fewshot=config.harness_fewshot,
-                    include_path=config.harness_path and str(user_path(config.harness_path)),
+                    include_path=config.task_folder,
                     chat=config.template == OWN_TEMPLATE,
                 )
             )

@@ -28,6 +28,7 @@ from experiments.files import CONFIGS
 from experiments.schema import to_config
 from experiments.signals import Children
 from experiments.sweep.cells import Cell, SweepConfig, cells, missing, register_sweep_config, take, write_plan
+from experiments.sweep.check import check_cells
 from experiments.sweep.run_cell import Outcome, run_cell
 from experiments.sweep.submit import submit_sweep
 
@@ -35,14 +36,21 @@ LOOK_SECONDS = 0.5  # between looks at cells that another process runs
 
 
 def run_sweep(config: SweepConfig, console: Console) -> dict[str, Outcome]:
-    """Does what is missing, ``config.jobs`` cells at a time. A signal is passed on to them, and no other one starts."""
+    """Does what is missing, ``config.jobs`` cells at a time. A signal is passed on to them, and no other one starts.
+
+    Raises:
+        ValueError: a cell cannot work; then none was begun.
+    """
     found = cells(config)
     output_dir = user_path(config.output_dir)
-    write_plan(output_dir, found)
     lanes = gpu_lanes(visible_gpus(), config.gpus_per_cell)
+    notes = check_cells(missing(found), config.gpus_per_cell, elsewhere=False)
+    write_plan(output_dir, found)
     outcomes = {cell.name: Outcome("was done") for cell in found if cell.is_done()}
     waiting = missing(found)
     console.print(f"{config.name}: {len(waiting)} cells to do, {len(outcomes)} done before", highlight=False)
+    for note in notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
 
     running: dict[Future, tuple[Cell, tuple[str, ...], FileLock]] = {}
     elsewhere: set[str] = set()  # names of cells that another process was seen to run

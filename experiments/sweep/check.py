@@ -1,55 +1,65 @@
-"""Whether the cells of a sweep can work, asked before they wait in a queue for hours."""
+"""Whether the cells of a sweep can work, asked before one is trained, or waits in a queue for hours."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 
 from hydra import compose
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.config import TrainConfig, to_train_config
-from experiments.evaluation.config import register_evaluate_config
-from experiments.evaluation.evaluate import check_request
+from experiments.evaluation.check import check_ahead
+from experiments.evaluation.config import EvaluateConfig, register_evaluate_config
+from experiments.evaluation.target import check_device
 from experiments.files import CONFIG
-from experiments.origin import CHECKPOINT, LEFT_OPEN
+from experiments.origin import take_from_origin
 from experiments.schema import to_config
 from experiments.sweep.cells import Cell, composing
 from experiments.training.check import check
+from models.hf import check_continues
 
 
-def check_cells(found: Sequence[Cell], ranks: int) -> None:
-    """Compose and check the training and the evaluations of every cell, as train.py and evaluate.py will.
+def check_cells(found: Sequence[Cell], ranks: int, *, elsewhere: bool) -> list[str]:
+    """Compose and check the training and the evaluations of every cell, as train.py and evaluate.py will. Returns what
+    only the trained weights decide, in a line each.
 
     Args:
         ranks: of a training.
+        elsewhere: they will run on another machine, with another device.
 
     Raises:
         ValueError: that names the first cell that cannot work.
     """
     register_evaluate_config()
     bases = {cell.name: cell for cell in found}
+    known, notes = set(), []
     with composing():
         for cell in found:
-            try:
-                train = _check_training(cell, bases.get(cell.base), ranks)
-                _check_evaluations(cell, train)
-            except (ValueError, HydraException, OmegaConfBaseException) as error:
-                raise ValueError(f"cell {cell.name} cannot work: {error}") from None
+            base = bases.get(cell.base)
+            told = tuple((told_but_for_seed(one), _is_begun(one)) for one in (cell, base) if one is not None)
+            if told in known:
+                continue
+            known.add(told)
+            with refusing(f"cell {cell.name}"):
+                train = compose_training(cell, base)
+                train = check_anywhere(train, ranks) if elsewhere else check(train, ranks)
+                notes += check_evaluations(cell, train, elsewhere=elsewhere)
+    return notes
 
 
-def check_run(cell: Cell, config: TrainConfig, ranks: int) -> None:
-    """``config``, which the command line of a single run has composed, and the evaluation after it.
+def check_run(cell: Cell, config: TrainConfig, ranks: int) -> list[str]:
+    """``config``, which the command line of a single run has composed, and the evaluation after it. Returns as
+    ``check_cells``.
 
     Raises:
         ValueError: one of them cannot work.
     """
     train = check_anywhere(config, ranks)
     register_evaluate_config()
-    try:
-        _check_evaluations(cell, train)
-    except (ValueError, HydraException, OmegaConfBaseException) as error:
-        raise ValueError(f"launcher.evaluate cannot work: {error}") from None
+    with composing(), refusing("launcher.evaluate"):
+        return check_evaluations(cell, train, elsewhere=True)
 
 
 def check_anywhere(config: TrainConfig, ranks: int) -> TrainConfig:
@@ -58,26 +68,63 @@ def check_anywhere(config: TrainConfig, ranks: int) -> TrainConfig:
     return check(replace(config, device="cpu", deepspeed=replace(config.deepspeed, precision="fp32")), ranks)
 
 
-def _check_evaluations(cell: Cell, train: TrainConfig | None) -> None:
-    """``train``: as of ``_check_training``."""
-    for overrides in (cell.evaluate, cell.evaluate_turned):
-        if overrides is not None:
-            with composing():
-                config = to_config(compose("evaluate", list(overrides)))
-            if train is not None:
-                check_request(config, train)
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Says of an error in a configuration what it is of."""
+    try:
+        yield
+    except (ValueError, HydraException, OmegaConfBaseException) as error:
+        raise ValueError(f"{what} cannot work: {error}") from None
 
 
-def _check_training(cell: Cell, base: Cell | None, ranks: int) -> TrainConfig | None:
-    """The configuration that was checked; None where it takes the model of a base that is yet to be trained."""
+def told_but_for_seed(cell: Cell) -> tuple:
+    """What tells it from other cells than those of the same arm with other seeds."""
+    own = ("name=", "run_dir=", "seed=") + ("init_from=",) * (cell.base is not None)
+    train = tuple(argument for argument in cell.train if not argument.startswith(own))
+    return train, *map(_of_evaluation, (cell.evaluate, cell.evaluate_turned))
+
+
+def compose_training(cell: Cell, base: Cell | None) -> TrainConfig:
+    """What a cell trains; of a base that is still to be trained, with the model that it will have.
+
+    Raises:
+        ValueError: it leaves open what its origin does not say, or would change its base's model.
+    """
     cfg = compose("train", list(cell.train))
-    if base is not None and not (base.run_dir / CONFIG).exists():
-        if _takes_from_origin(cfg):
-            return None
-        cfg.init_from = None
-    return check_anywhere(to_train_config(cfg), ranks)
+    if base is None or _is_begun(base):
+        return to_train_config(cfg)
+    base_cfg = take_from_origin(compose("train", list(base.train)))
+    cfg = take_from_origin(cfg, base_cfg)
+    cfg.init_from = None
+    config, base_model = to_train_config(cfg), to_train_config(base_cfg).model
+    check_continues(replace(config.model, vocab_size=base_model.vocab_size), base_model, base.run_dir)
+    return config
 
 
-def _takes_from_origin(cfg: DictConfig) -> bool:
-    model = OmegaConf.to_container(cfg.model, resolve=False)
-    return LEFT_OPEN in str(model) or cfg.attention.get("name") == CHECKPOINT
+def check_evaluations(cell: Cell, train: TrainConfig, *, elsewhere: bool) -> list[str]:
+    """Those of a cell that trains ``train``. Returns what only its weights decide. Raises ValueError if evaluate.py
+    would end without their rows."""
+    notes = []
+    for overrides in map(_of_evaluation, (cell.evaluate, cell.evaluate_turned)):
+        if overrides is not None:
+            config = _compose_evaluation(overrides)
+            if not elsewhere:
+                check_device(config.device)
+            notes += [f"cell {cell.name}: {said}" for said in check_ahead(config, train)]
+    return notes
+
+
+def _is_begun(cell: Cell) -> bool:
+    """Whether its run says itself what it is."""
+    return (cell.run_dir / CONFIG).exists()
+
+
+def _of_evaluation(overrides: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """Without what names the run."""
+    return None if overrides is None else tuple(o for o in overrides if not o.startswith(("run=", "label=")))
+
+
+@cache
+def _compose_evaluation(overrides: tuple[str, ...]) -> EvaluateConfig:
+    """Many cells have the same."""
+    return to_config(compose("evaluate", ["run=x", *overrides]))

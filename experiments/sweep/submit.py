@@ -53,7 +53,8 @@ def submit_run(config: TrainConfig, overrides: Sequence[str]) -> str:
     train = tuple(o for o in overrides if not o.lstrip("+~").startswith(("launcher", "run_dir=", "overwrite=")))
     evaluate = None if launcher.evaluate is None else (override("run", str(run_dir)), *launcher.evaluate)
     cell = Cell(config.name, run_dir, (*train, override("run_dir", str(run_dir))), evaluate, base=None)
-    check_run(cell, config, launcher.ranks)
+    for note in check_run(cell, config, launcher.ranks):
+        print(f"note: {note}")
     if config.overwrite and run_dir.exists():
         with _submitting(run_dir):
             _check_not_queued(cell, run_dir)
@@ -72,7 +73,7 @@ def _check_not_queued(cell: Cell, run_dir: Path) -> None:
 def submit_sweep(config: SweepConfig) -> str:
     """Submit the cells of a sweep that are neither done nor queued, as arrays for each base they continue from.
 
-    Returns what became of the cells, in a sentence.
+    Returns what became of the cells, in a sentence, and notes of what they are asked.
 
     Raises:
         ValueError: a cell cannot work, or Slurm will not take it.
@@ -80,7 +81,7 @@ def submit_sweep(config: SweepConfig) -> str:
     config.launcher.check()
     output_dir = user_path(config.output_dir).absolute()
     found = cells(replace(config, output_dir=str(output_dir)))
-    check_cells(missing(found), config.launcher.ranks)
+    notes = check_cells(missing(found), config.launcher.ranks, elsewhere=True)
     write_plan(output_dir, found)
     with _submitting(output_dir):
         waiting = _in_queue(output_dir)
@@ -92,7 +93,7 @@ def submit_sweep(config: SweepConfig) -> str:
     return (
         f"{config.name}: {len(todo)} cells submitted, {len(waiting) - len(todo)} were queued, "
         f"{sum(cell.is_done() for cell in found)} done; how they stand: python -m experiments.sweep.status "
-        f"{shlex.quote(config.output_dir)}"
+        f"{shlex.quote(config.output_dir)}" + "".join(f"\nnote: {note}" for note in notes)
     )
 
 

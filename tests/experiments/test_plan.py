@@ -26,6 +26,7 @@ from dashattn.backends import (
 from experiments import plan, rates
 from experiments.config import TrainConfig, to_train_config
 from experiments.files import CONFIGS, ROOT, SCALING, THROUGHPUT, append_rows, read_rows
+from experiments.sweep.cells import Cell
 from experiments.training import build, memory
 from experiments.training.check import meta_backends
 from experiments.training.memory import GIB, check_memory, check_room, estimate_memory, fits, meta_model
@@ -511,26 +512,36 @@ def test_what_a_plan_says_of_what_does_not_fit_and_of_pytorch(measured, monkeypa
 
 
 def test_cells_that_differ_by_their_seed_are_planned_once(monkeypatch):
-    """On as many GPUs as a cell has; of a base that is still to be trained nothing is asked for."""
-    asked = []
+    """On as many GPUs as a cell has, as new runs, with what is to be said of their evaluations."""
+    asked, made = [], []
+
+    def planned_as(config, options, measured):
+        asked.append((config, options))
+        made.append(plan.Plan(config, *[None] * 8))
+        return made[-1]
+
     monkeypatch.setattr(plan, "cells", lambda config: config.cells)
-    monkeypatch.setattr(plan, "compose", lambda name, overrides: (name, *overrides))
-    monkeypatch.setattr(plan, "to_train_config", lambda composed: composed)
-    monkeypatch.setattr(plan, "plan_run", lambda *args: asked.append(args[:2]) or len(asked))
-    own = ("name=a", "run_dir=b", "threads=1", "init_from=c", "steps=3")
-    found = [SimpleNamespace(train=(*own, f"seed={seed}"), base=base) for base in (None, "base") for seed in (0, 1)] + [
-        SimpleNamespace(train=("steps=4",), base=None)
-    ]
-    job = SimpleNamespace(ranks=8)
+    monkeypatch.setattr(plan, "compose_training", lambda cell, base: (cell.train, base and base.name))
+    monkeypatch.setattr(plan, "check_evaluations", lambda cell, config, elsewhere: [f"{cell.name} {config[0][0]}"])
+    monkeypatch.setattr(plan, "plan_run", planned_as)
+    own = ("steps=3", "name=a", "run_dir=b", "threads=1", "init_from=c")
+    found = [
+        Cell(f"{base}{seed}", Path(), (*own, f"seed={seed}"), ("tasks=[loss]", f"run={seed}"), base)
+        for base in (None, "None0")
+        for seed in (0, 1)
+    ] + [Cell("4", Path(), ("steps=4",), None, None)]
+    job, notes = SimpleNamespace(ranks=8), ("None0 steps=3", "None00 steps=3", "4 steps=4")
     for launcher, gpus, used in ((None, None, 2), (None, 4, 4), (job, None, 8), (job, 4, 4)):
         asked.clear()
+        made.clear()
         config = SimpleNamespace(cells=found, launcher=launcher, gpus_per_cell=2)
         planned = list(plan.plan_sweep(config, plan.PlanConfig(gpus=gpus), ()))
-        assert planned == list(zip(found, (1, 1, 2, 2, 3), strict=True))
-        assert [config for config, _ in asked] == [
-            ("train", "init_from=c", "steps=3"),
-            ("train", "steps=3"),
-            ("train", "steps=4"),
+        first, second, third = (replace(one, notes=(note,)) for one, note in zip(made, notes, strict=True))
+        assert planned == list(zip(found, (first, first, second, second, third), strict=True))
+        assert [(config[0][0], config[0][-1], config[1]) for config, _ in asked] == [
+            ("steps=3", "run_dir=plan-of-a-new-run", None),
+            ("steps=3", "run_dir=plan-of-a-new-run", "None0"),
+            ("steps=4", "run_dir=plan-of-a-new-run", None),
         ]
         assert {options.gpus for _, options in asked} == {used}
 
@@ -562,6 +573,7 @@ def test_of_a_case_the_newest_version_counts(tmp_path, monkeypatch):
 def test_a_sweeps_table_and_its_sums():
     def planned(hours, rate, notes, **changes):
         known = {"hours": hours, "rate": SimpleNamespace(tokens_per_s=rate, notes=notes), "ranks": 2, "device": "H100"}
+        known["notes"] = ("d",)
         return SimpleNamespace(**known | {"memory": SimpleNamespace(peak=1.5 * GIB), "fits": True} | changes)
 
     small = planned((0.5, 0.25, 1.0), 1234.5, ("a", "b"))
@@ -573,7 +585,7 @@ def test_a_sweeps_table_and_its_sums():
         "x             123.46  no      98,765     40.0 h",
         "2 runs, one after the other 40.5 h (20.2 h to 3.4 days) on 2 x H100; "
         "jobs=3 at a time with 6 GPUs to themselves; evaluations are not counted",
-        *("note: a", "note: b", "note: c"),
+        *("note: a", "note: b", "note: d", "note: c"),
     ]
     assert plan.split(["gpus=2", "model=60m", "gpu=H100", "gpux=1", "sparsity=0.5", "sweep=smoke"]) == (
         ["gpus=2", "gpu=H100", "sparsity=0.5"],

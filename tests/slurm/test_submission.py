@@ -236,7 +236,7 @@ def sweep(tiny_overrides, tmp_path):
 @pytest.fixture
 def _unchecked(monkeypatch):
     """For tests of what becomes of cells that can work: to compose each costs more than to submit all."""
-    monkeypatch.setattr(submission, "check_cells", lambda found, ranks: None)
+    monkeypatch.setattr(submission, "check_cells", lambda found, ranks, elsewhere: [])
 
 
 def test_arms_wait_for_their_base(scripts, sweep, tmp_path, monkeypatch):
