@@ -276,3 +276,12 @@ def test_tables_alone_are_kept_in_float32_at_least(dtype, tables):
         cache = build_backend(config, SHAPE).new_cache(2, 9, dtype=dtype, device="cpu").layers[0]
         kinds = {key: x.dtype for key, x in cache.tensors.items()}
         assert kinds == {key: tables if key in ("cos", "sin") else dtype for key in kinds}, name
+
+
+def test_a_cache_has_a_row_for_what_is_kept_of_each_token_or_block_or_window():
+    """And none more, which nobody would read."""
+    rows = {"summaries": 8, "index_means": 8, "compressed_k": 32, "compressed_v": 32}
+    for name, config in CONFIGS.items():
+        cache = build_backend(config, SHAPE).new_cache(2, 64, dtype=torch.bfloat16, device="cpu").layers[0]
+        for key, tensor in cache.tensors.items():
+            assert tensor.shape[1] == rows.get(key, 64), (name, key)

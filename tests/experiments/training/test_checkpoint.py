@@ -110,6 +110,7 @@ def test_any_attention_goes_on_as_any_other(tmp_path, before):
         own = built.state_dict()
         assert set(loaded.new_parameters) | (source.keys() - set(loaded.dropped_parameters)) == own.keys()
         assert all("attention.backend" in name for name in loaded.new_parameters + loaded.dropped_parameters)
+        assert loaded == Loaded(sorted(loaded.new_parameters), sorted(loaded.dropped_parameters))
         for name, tensor in own.items():
             assert torch.equal(tensor, (fresh if name in loaded.new_parameters else source)[name]), (after, name)
         assert loaded.differs == (before != after and {before, after} != {"full", "infllmv2"}), (after, loaded)
