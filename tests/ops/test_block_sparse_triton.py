@@ -102,14 +102,15 @@ def test_a_block_that_a_token_leaves_out_does_not_move_its_softmax():
     assert relative_error(results[0][0, 16:32:2], alone) < 3e-5
 
 
-@pytest.mark.parametrize("size", [8, 42, 128])  # a choice is 32 bits, 64, or two times 64
-def test_lists_hold_exactly_the_selected_pairs(size):
-    cu_seqlens = torch.tensor([0, 30, 580], dtype=torch.int32)
-    selection = Selection.from_mask(torch.rand(1, 580, 2, 40) < 0.3, 16)
-    geo = geometry(torch.empty(1, 580, 2, 16), 2, cu_seqlens)
+# A choice is 32 bits, 64, or two times 64; the longest ends in the first block of a third word.
+@pytest.mark.parametrize(("size", "end"), [(8, 580), (42, 580), (128, 1055)])
+def test_lists_hold_exactly_the_selected_pairs(size, end):
+    cu_seqlens = torch.tensor([0, 30, end], dtype=torch.int32)
+    selection = Selection.from_mask(torch.rand(1, end, 2, 70) < 0.15, 16)
+    geo = geometry(torch.empty(1, end, 2, 16), 2, cu_seqlens)
     words = kernels.flatten_words(selection.words)
-    position = torch.cat([torch.arange(30), torch.arange(550)])
-    allowed = selection.mask()[0] & (torch.arange(64) <= (position // 16)[:, None, None])  # [T, H, N]
+    position = torch.cat([torch.arange(30), torch.arange(end - 30)])
+    allowed = selection.mask()[0] & (torch.arange(96) <= (position // 16)[:, None, None])  # [T, H, N]
     expected = {tuple(x) for x in allowed.nonzero().tolist()}
 
     tiles = tile_lists(words, geo, 16, size)
@@ -130,14 +131,14 @@ def test_lists_hold_exactly_the_selected_pairs(size):
         for slot in range(geo.slots(16)):
             document = 0 if slot < 30 // 16 + 1 else 1
             block = slot - (0, 30 // 16 + 1)[document]
-            if block * 16 >= (30, 550)[document]:
+            if block * 16 >= (30, end - 30)[document]:
                 continue
-            base = keys.bases[document] + block * (30, 550)[document] - 16 * (block * (block - 1) // 2)
+            base = keys.bases[document] + block * (30, end - 30)[document] - 16 * (block * (block - 1) // 2)
             count = keys.counts[head, slot, 1]
             tokens = keys.tokens[head, base : base + count]
             by_key |= {(t, head, block) for t in tokens.tolist()}
             first = (0, 30)[document] + block * 16
-            for window in range(first // 32 + 1, ((30, 580)[document] - 1) // 32 + 1):
+            for window in range(first // 32 + 1, ((30, end)[document] - 1) // 32 + 1):
                 assert keys.offsets[head, slot, window] == (tokens < 32 * window).sum()
     assert by_key == expected
 

@@ -383,3 +383,11 @@ def test_what_the_kernels_cannot_decode_is_refused(config, message):
 def test_programs_that_share_the_blocks_of_a_row(monkeypatch, rows, blocks, splits):
     monkeypatch.setattr(triton_attention, "processors", lambda device: 132)
     assert triton_attention.num_splits(rows, blocks, torch.device("cpu")) == splits
+
+
+def test_the_rows_of_every_head_share_the_device(monkeypatch):
+    asked = []
+    monkeypatch.setattr(triton_attention, "num_splits", lambda rows, blocks, device: asked.append((rows, blocks)) or 1)
+    k, v, lengths = make_cache([7, 20], 130, kv_heads=3)
+    kernels.cached_attention(queries(lengths, 5, 6), k, v, lengths)
+    assert asked == [(2 * 5 * 3, 3)]  # blocks of 64 keys
