@@ -1,18 +1,15 @@
-"""What refuses an evaluation before its run is trained: all that is known without weights, tokens or corpora.
-
-evaluate.py asks the same when it begins; it has a run then, whose text and tokenizer it reads.
-"""
+"""What refuses an evaluation before anything is read for it, and, where its run is still to be trained, before that."""
 
 from dashattn.fields import user_path
 from data import NO_TOKEN, MQARDataConfig, PackedDataConfig, TextTokenizer
 from data.config import LEAST_VOCABULARY
 from data.prompts import PromptEncoder
-from data.task_sets import TEXT_TASKS, check_set, haystack_corpora
+from data.task_sets import SUITES, TEXT_TASKS, check_set, haystack_corpora
 from data.tokenizer import DEFAULT_EOS, train_bpe
 from experiments.config import TrainConfig
 from experiments.evaluation.config import PREFIX, ROUTING, EvaluateConfig, check_tasks
 from experiments.evaluation.knobs import setpoints
-from experiments.evaluation.lm_eval_task import check_harness_task
+from experiments.evaluation.lm_eval_task import manager_that_knows
 from experiments.evaluation.tasks.streams import data_at
 from experiments.files import check_exists
 from experiments.origin import lying_at
@@ -23,10 +20,17 @@ def check_request(config: EvaluateConfig, train: TrainConfig) -> None:
     """Refuses what a run of the configuration ``train`` cannot be asked.
 
     Raises:
-        ValueError: unknown task, or a knob value or sparsity that the attention cannot have.
+        ValueError: a task, length or file that cannot be, or a knob value or sparsity that the attention cannot have.
     """
     check_tasks(config, train)
     setpoints(config, train)
+    for length in _lengths(config, train):
+        try:
+            data_at(train.data, length, config.rows or train.data.validation_rows, config.mqar)
+        except ValueError as error:
+            raise ValueError(f"rows of lengths={length} cannot be made: {error}") from None
+    if not isinstance(train.data, MQARDataConfig):
+        _check_text_tasks(config, train.data, _lengths(config, train))
 
 
 def check_of_run(config: EvaluateConfig) -> None:
@@ -40,40 +44,56 @@ def check_ahead(config: EvaluateConfig, train: TrainConfig) -> list[str]:
     what its weights will decide, a line for each sparsity that they may not allow.
 
     Raises:
-        ValueError: as ``check_request``, or a length, file, template or task of lm_eval that cannot be.
+        ValueError: as ``check_request``, or other data, a template or a task of lm_eval that cannot be.
     """
     check_of_run(config)
+    if config.data is not None:
+        lying_at(train.data, config.data)
     check_request(config, train)
-    data = train.data if config.data is None else lying_at(train.data, config.data)
-    lengths = list(dict.fromkeys(config.lengths or [data.seq_len]))
-    for length in lengths:
-        try:
-            data_at(data, length, config.rows or data.validation_rows, config.mqar)
-        except ValueError as error:
-            raise ValueError(f"rows of lengths={length} cannot be made: {error}") from None
-    if not isinstance(data, MQARDataConfig):
-        _check_text_tasks(config, data, lengths)
+    if not isinstance(train.data, MQARDataConfig):
         for name in config.tasks:
             if name.startswith(PREFIX):
-                check_harness_task(name, config.task_folder)
-        _check_template(config, data)
+                manager_that_knows(name, config.task_folder)
+        _check_template(config, train.data)
     model = train.model
     layers, group = turned_layers(train.attention, model.num_layers), model.num_heads // model.num_kv_heads
-    asked = [(sparsity, config.sparsity_count, length) for sparsity in config.sparsities or () for length in lengths]
-    return [said for each in asked if (said := doubt(layers, *each, group)) is not None]
+    places = [(sparsity, length) for sparsity in config.sparsities or () for length in _lengths(config, train)]
+    said = [doubt(layers, sparsity, config.sparsity_count, length, group) for sparsity, length in places]
+    return [line for line in said if line is not None]
+
+
+def _lengths(config: EvaluateConfig, train: TrainConfig) -> list[int]:
+    return list(dict.fromkeys(config.lengths or [train.data.seq_len]))
 
 
 def _check_text_tasks(config: EvaluateConfig, data: PackedDataConfig, lengths: list[int]) -> None:
-    """Of a suite is left out what it cannot have; what is named itself is not."""
+    """Of a suite is left out what it cannot have, unless that is all; what is named itself is not."""
     named = [*config.tasks, *(config.probes if ROUTING in config.tasks else ())]
-    for name in dict.fromkeys(name for name in named if name in TEXT_TASKS):
-        needs = TEXT_TASKS[name].needs
-        file = None if needs is None else getattr(config, needs)
-        has_material = needs is None or file is not None or (needs == "haystack" and bool(haystack_corpora(data)))
-        for length in lengths:
-            check_set(name, length, has_material=has_material)
-        if file is not None:
-            check_exists(user_path(file), f"{needs}=FILE is what samples of {name} are made of")
+    for name in dict.fromkeys(named):
+        if name in TEXT_TASKS:
+            for length in lengths:
+                _check_text_task(name, config, data, length)
+        elif name in SUITES:
+            wrong = [_wrong(member, config, data, length) for member in SUITES[name] for length in lengths]
+            if None not in wrong:
+                raise ValueError(f"nothing of {name} can be had: {wrong[0]}")
+
+
+def _check_text_task(name: str, config: EvaluateConfig, data: PackedDataConfig, length: int) -> None:
+    needs = TEXT_TASKS[name].needs
+    file = None if needs is None else getattr(config, needs)
+    has_material = needs is None or file is not None or (needs == "haystack" and bool(haystack_corpora(data)))
+    check_set(name, length, has_material=has_material)
+    if file is not None:
+        check_exists(user_path(file), f"give {needs}=FILE, of which samples of {name} are made")
+
+
+def _wrong(*task) -> ValueError | None:
+    try:
+        _check_text_task(*task)
+    except ValueError as error:
+        return error
+    return None
 
 
 def _check_template(config: EvaluateConfig, data: PackedDataConfig) -> None:

@@ -22,11 +22,12 @@ def task_manager(include_path: str | None):
     return TaskManager(include_path=include_path)
 
 
-def check_harness_task(name: str, include_path: str | None) -> None:
-    """Refuses an ``lm_eval/NAME`` that lm_eval does not know. Raises ValueError."""
-    task = name.removeprefix(PREFIX)
-    if task not in task_manager(include_path).all_tasks:
+def manager_that_knows(name: str, include_path: str | None):
+    """``task_manager``, which has the task that is called ``lm_eval/NAME`` here. Raises ValueError if it has not."""
+    manager, task = task_manager(include_path), name.removeprefix(PREFIX)
+    if task not in manager.all_tasks:
         raise ValueError(f"lm_eval has no task {task}: `lm_eval ls tasks` lists them; harness_path adds yours")
+    return manager
 
 
 class HarnessTask(Task):
@@ -50,8 +51,7 @@ class HarnessTask(Task):
             chat_tokenizer(tokenizer)
         self.chat = chat
         self.tokenizer, self.rows_per_batch, self.fewshot = tokenizer, rows_per_batch, fewshot
-        check_harness_task(name, include_path)
-        self.manager, self.task = task_manager(include_path), name.removeprefix(PREFIX)
+        self.manager, self.task = manager_that_knows(name, include_path), name.removeprefix(PREFIX)
         self.names = (name,)
         said = [None if fewshot is None else f"{fewshot}-shot", f"template={OWN_TEMPLATE}" if chat else None]
         self.columns = {"length": length, "rows": rows, "variant": ", ".join(filter(None, said)) or None}

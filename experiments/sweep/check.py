@@ -9,11 +9,12 @@ from hydra import compose
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from dashattn.fields import user_path
 from experiments.config import TrainConfig, to_train_config
 from experiments.evaluation.check import check_ahead
 from experiments.evaluation.config import EvaluateConfig, register_evaluate_config
 from experiments.evaluation.target import check_device
-from experiments.files import CONFIG
+from experiments.files import CONFIG, check_writable
 from experiments.origin import take_from_origin
 from experiments.schema import to_config
 from experiments.sweep.cells import Cell, composing
@@ -110,6 +111,8 @@ def check_evaluations(cell: Cell, train: TrainConfig, *, elsewhere: bool) -> lis
             config = _compose_evaluation(overrides)
             if not elsewhere:
                 check_device(config.device)
+                if config.output is not None:
+                    check_writable(user_path(config.output), "evaluate.py keeps its rows in output=...")
             notes += [f"cell {cell.name}: {said}" for said in check_ahead(config, train)]
     return notes
 

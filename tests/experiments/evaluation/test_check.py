@@ -76,14 +76,28 @@ BLOCKS = InfLLMv2Config(window_size=64)  # a window of its own block and the one
         (DashConfig(), {"lengths": [64, 1]}, r"rows of lengths=1 cannot be made: data\.seq_len must be at least 2"),
         (DashConfig(), {"tasks": ["vt"], "lengths": [1024, 511]}, "length=511: vt needs at least 512 tokens"),
         (DashConfig(), {"tasks": ["routing"], "lengths": [256]}, "length=256: niah_single_2 needs at least 512"),
+        (
+            DashConfig(),
+            {"tasks": ["loss", "ruler"], "lengths": [64, 256]},
+            "nothing of ruler can be had: length=64: nia",
+        ),
+        (
+            DashConfig(),
+            {"tasks": ["routing"], "probes": ["niah_values"], "lengths": [256]},
+            "nothing of niah_values can",
+        ),
         # Of files, and of the tokenizer, which is still to be trained.
         (DashConfig(), {"tasks": ["qa_1"], "lengths": [1024]}, "task qa_1 needs squad=FILE"),
         (
             DashConfig(),
             {"tasks": ["qa_2"], "lengths": [1024], "hotpotqa": "no.json"},
-            "no.json does not exist: hotpotqa",
+            "no.json does not exist: give hot",
         ),
-        (DashConfig(), {"tasks": ["niah"], "lengths": [1024], "haystack": "no.txt"}, "no.txt does not exist: haystack"),
+        (
+            DashConfig(),
+            {"tasks": ["niah"], "lengths": [1024], "haystack": "no.txt"},
+            "no.txt does not exist: give hays",
+        ),
         (DashConfig(), {"template": "chatml"}, r"template=chatml needs the tokens <\|im_start\|>, <\|im_end\|>, which"),
         (DashConfig(), {"template": OWN_TEMPLATE}, "the tokenizer .* has no chat template"),
     ],
@@ -117,7 +131,7 @@ def test_what_can_be_asked_passes(text, mqar, tmp_path):
     assert check_ahead(asked(**named, sparsities=[0.7]), text) == []
     (tmp_path / "essays.txt").write_text("prose")
     assert check_ahead(asked(**named, haystack=str(tmp_path / "essays.txt"), knobs=[1.0]), text) == []
-    assert check_ahead(asked(tasks=["ruler"], lengths=[256]), replace(text, attention=FullConfig())) == []
+    assert check_ahead(asked(tasks=["ruler", "niah_values"], lengths=[256, 512]), replace(text)) == []
 
 
 def test_needles_need_text_to_lie_in(text, tmp_path):

@@ -241,7 +241,11 @@ def test_a_changed_corpus_is_refused(tiny_overrides):
         ):
             read(find_target(config))
     rewrite("tokens_fingerprint")
-    for asked in ({"tasks": ["loss"]}, {"tasks": ["decode"]}, {"tasks": ["json_kv"], "sparsities": [0.1]}):
+    for asked in (
+        {"tasks": ["loss"]},
+        {"tasks": ["decode"]},
+        {"tasks": ["json_kv"], "lengths": [512], "sparsities": [0.1]},
+    ):
         with pytest.raises(ValueError, match="has changed since"):
             run(replace(config, **asked))
 

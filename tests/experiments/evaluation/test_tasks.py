@@ -587,7 +587,10 @@ def test_refusals_of_a_text_run(text_run):
         ({"tasks": ["vt"], "lengths": [256]}, "needs at least 512 tokens"),
         ({"tasks": ["routing"], "probes": ["vt"], "lengths": [256]}, "needs at least 512 tokens"),
         ({"tasks": ["vt"], "lengths": [512], "template": "llama3"}, "which the tokenizer lacks"),
-        ({"tasks": ["niah"], "lengths": [512], "haystack": "/none.txt"}, "/none.txt does not exist: give a text file"),
+        (
+            {"tasks": ["niah"], "lengths": [512], "haystack": "/none.txt"},
+            "/none.txt does not exist: give haystack=FILE",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             run(text_run, **changes)

@@ -74,6 +74,10 @@ def test_nothing_is_begun_of_a_sweep_that_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="device=cuda, but PyTorch sees no GPU"):
         run_sweep(config, Console(file=io.StringIO()))
     assert found(config) == []  # as a job elsewhere it can work
+    (tmp_path / "file").touch()
+    config.studies["t"].arms["one"].evaluate = [f"output={tmp_path}/file", "device=cpu"]
+    with pytest.raises(ValueError, match=r"cell t-one-seed0 cannot work: .*file is no directory: evaluate\.py keeps"):
+        run_sweep(config, Console(file=io.StringIO()))
 
 
 def test_what_the_weights_decide_is_noted_once_for_all_seeds(tmp_path, monkeypatch):
