@@ -124,7 +124,10 @@ OTHERS = {
     "train": ["train"],
     **{choice: ["train", choice] for choice in ("model=checkpoint", "attention=checkpoint")},
     "experiment=continue_pretraining": ["train", "experiment=continue_pretraining"],
-    **{entry: [entry] for entry in ("evaluate", "generate", "plan", "scaling", "speed", "speed_shapes", "throughput")},
+    **{
+        entry: [entry]
+        for entry in ("evaluate", "generate", "plan", "scaling", "speed", "speed_peers", "speed_shapes", "throughput")
+    },
 }
 
 

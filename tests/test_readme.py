@@ -85,6 +85,7 @@ TESTED = {
     "python train.py --cfg job",
     "python -m experiments.speed",  # on a GPU; refusal without one: experiments/speed/test_benchmark.py
     "python -m experiments.speed --config-name speed_shapes",  # likewise
+    "python -m experiments.speed --config-name speed_peers",  # likewise
     "python -m experiments.speed.report results/speed_h100",
     "torchrun --standalone --nproc-per-node 8 train.py model=350m data=hub deepspeed=zero2 ...",  # test_train_cli.py
     "deepspeed --no_local_rank --num_gpus 8 train.py ...",  # test_train_cli.py

@@ -1,6 +1,7 @@
 """The kernels of others that the speed benchmark compares with. Each needs a package of its own, imported when used."""
 
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -25,6 +26,8 @@ from experiments.speed.methods import (
 from experiments.speed.rows import ATTENTION, CUDNN, DENSE, FLASH_3, WHOLE
 
 SDPA_FLASH, RELEASED = "SDPA flash", "released DashAttention"
+# FlexAttention's default tiles of keys are 128, which blocks of 64 do not hold.
+FLEX_TILES = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_M1": 64, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 64}
 
 
 def need(package: str) -> None:
@@ -113,22 +116,121 @@ def xunhao_nsa_whole(problem: Problem) -> Operation:
         out, blocks = route(q, compressed_k, compressed_v)
         return 0.5 * (out + topk_sparse_attention(q[0], k[0], v[0], blocks, size, cu_tokens))[None]
 
-    def reference(grad):
+    def own_blocks():
+        with torch.no_grad():
+            return route(problem.q, *compressed)[1]  # the lists of early tokens are padded with -1
+
+    return Operation(forward, leaves, partial(_two_branches, problem, leaves, own_blocks), causal_sparsity=sparsity)
+
+
+def scalable_nsa_whole(problem: Problem) -> Operation:
+    """The compressed and the selected attention of Scalable-Flash-Native-Sparse-Attention, as ``xunhao_nsa_whole``.
+
+    Its selected branch alone takes as many blocks of every token, and so none of our selections.
+    """
+    need("flash_nsa")
+    from flash_nsa import NSAHelper, compress_attn, select_attn, slc_topk_indices
+
+    size, length = problem.shape.chunk_size, problem.length
+    topk, sparsity = nearest_topk(problem, 3)
+    compressed = [mean_compress(x, **WINDOWS) for x in (problem.k, problem.v)]
+    leaves = leaves_of(problem, compressed_k=compressed[0], compressed_v=compressed[1])
+    scale = problem.shape.head_dim**-0.5
+    kinds = {"block_size": size, "top_n": topk, "num_init_blocks": 1, "num_local_blocks": 2}
+    cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=problem.q.device)
+
+    def route(q, compressed_k, compressed_v):
+        # Its options are the process's: another problem may have set others.
+        NSAHelper.set_hyperparameters(kernel_size=WINDOWS["kernel_size"], stride=WINDOWS["kernel_stride"], **kinds)
+        NSAHelper.init_cu_seqlens(cu_seqlens)
+        out, lse = compress_attn(q[0], compressed_k[0], compressed_v[0], sm_scale=scale)
+        with torch.no_grad():
+            blocks, _ = slc_topk_indices(q[0], compressed_k[0], lse, sm_scale=scale, scale_slc_p=True)
+        return out, blocks  # [T, Hq, D]; [Hkv, T, topk], of which as many count as there are
+
+    def forward():
+        q, k, v, compressed_k, compressed_v = leaves.values()
+        out, blocks = route(q, compressed_k, compressed_v)
+        return 0.5 * (out + select_attn(q[0], k[0], v[0], blocks, sm_scale=scale))[None]
+
+    def own_blocks():
         with torch.no_grad():
             _, blocks = route(problem.q, *compressed)
-        none = -(-length // size)  # where the lists of early tokens are padded
-        mask = torch.zeros(*blocks.shape[:2], none + 1, dtype=torch.bool, device=blocks.device)
-        mask.scatter_(2, blocks.long().where(blocks >= 0, none), True)
-        selection = Selection.from_mask(mask[None, ..., :none].transpose(1, 2), size)
+        seen = torch.arange(length, device=blocks.device) // size + 1
+        return blocks.masked_fill(torch.arange(blocks.shape[2], device=blocks.device) >= seen[:, None], -1)
 
-        def attend(q, k, v, compressed_k, compressed_v):
-            options = {**WINDOWS, "scale": problem.shape.head_dim**-0.5, "cu_seqlens": None}
-            out, _ = compressed_attention(q, compressed_k, compressed_v, lambda p: None, **options)
-            return 0.5 * (out + attention_reference.block_sparse_attention(q, k, v, selection))
+    return Operation(forward, leaves, partial(_two_branches, problem, leaves, own_blocks), causal_sparsity=sparsity)
 
-        return on_copies(leaves, grad, attend)
 
-    return Operation(forward, leaves, reference, causal_sparsity=sparsity)
+def _two_branches(problem: Problem, leaves: dict, own_blocks: Callable[[], Tensor], grad: Tensor) -> list[Tensor]:
+    """Half of each branch, over the blocks [Hkv, T, topk] that a package chose; those below 0 are none."""
+    blocks, none = own_blocks(), -(-problem.length // problem.shape.chunk_size)
+    mask = torch.zeros(*blocks.shape[:2], none + 1, dtype=torch.bool, device=blocks.device)
+    mask.scatter_(2, blocks.long().where(blocks >= 0, none), True)
+    selection = Selection.from_mask(mask[None, ..., :none].transpose(1, 2), problem.shape.chunk_size)
+
+    def attend(q, k, v, compressed_k, compressed_v):
+        options = {**WINDOWS, "scale": problem.shape.head_dim**-0.5, "cu_seqlens": None}
+        out, _ = compressed_attention(q, compressed_k, compressed_v, lambda p: None, **options)
+        return 0.5 * (out + attention_reference.block_sparse_attention(q, k, v, selection))
+
+    return on_copies(leaves, grad, attend)
+
+
+def flex_attention(problem: Problem, tokens: int, keys: int, **kernel_options) -> Operation:
+    """PyTorch's FlexAttention over our selection: tiles of ``tokens`` x ``keys`` of which any token chose any key, with
+    the tokens' words as the mask of all but those that are read whole. KV heads stand where it has sequences, so that
+    each has lists of its own."""
+    from torch.nn.attention.flex_attention import BlockMask
+    from torch.nn.attention.flex_attention import flex_attention as attend_flex
+
+    size, length = problem.shape.chunk_size, problem.length
+    words_HTW = problem.selection.words[0]
+
+    def is_read(head, _, token, key):
+        block = key // size
+        return ((words_HTW[head, token, block // 32] >> (block % 32)) & 1 > 0) & (token >= key)
+
+    some, every = (x.unsqueeze(1) for x in tiles_of(problem.selection, length, tokens, keys))
+    partly, wholly = (_listed(x) for x in (some & ~every, every))
+    mask = BlockMask.from_kv_blocks(
+        *partly, *wholly, BLOCK_SIZE=(tokens, keys), mask_mod=is_read, seq_lengths=(length, length)
+    )
+    torch._dynamo.reset()  # it compiles once a problem: more than a few and it would be left uncompiled
+    compiled = torch.compile(attend_flex, dynamic=False)
+
+    def attend(q, k, v):
+        q_HGTD = q[0].unflatten(1, (k.shape[2], -1)).permute(1, 2, 0, 3)
+        k_HTD, v_HTD = (x[0].transpose(0, 1).unsqueeze(1) for x in (k, v))
+        out = compiled(q_HGTD, k_HTD, v_HTD, block_mask=mask, enable_gqa=True, kernel_options=kernel_options)
+        return out.permute(2, 0, 1, 3).flatten(1, 2)[None]
+
+    return given_selection(problem, attend, problem.selection)
+
+
+def flash_attention_4(problem: Problem) -> Operation:
+    """FlashAttention-4's block-sparse kernels, as FlexAttention calls them."""
+    need("flash_attn")
+    need("flash_attn.cute")
+    return flex_attention(problem, 128, 128, BACKEND="FLASH")
+
+
+def tiles_of(selection: Selection, length: int, tokens: int, keys: int) -> tuple[Tensor, Tensor]:
+    """Tiles [Hkv, tiles of tokens, tiles of keys] of which some token reads some key, and those of which every token
+    reads every key. ``keys`` is a multiple of the block's."""
+    blocks = -(-length // selection.block_size)
+    mask_HTN = selection.mask()[0, ..., :blocks].transpose(0, 1)
+    mask_HTN = F.pad(mask_HTN, (0, -blocks % (keys // selection.block_size), 0, -length % tokens))
+    tiles = mask_HTN.unflatten(2, (-1, keys // selection.block_size)).unflatten(1, (-1, tokens))
+    last = torch.arange(1, tiles.shape[3] + 1, device=mask_HTN.device) * keys - 1
+    first = torch.arange(tiles.shape[1], device=mask_HTN.device) * tokens
+    return tiles.any(4).any(2), tiles.all(4).all(2) & (last <= first[:, None])
+
+
+def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """int32 counts, and the places of what is true in front of the others, in order."""
+    order = tiles.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices
+    return tiles.sum(-1).int(), order.int()
 
 
 def block_lists(selection: Selection) -> tuple[Tensor, Tensor]:
@@ -177,6 +279,7 @@ def released_dash(problem: Problem) -> Operation:
     return Operation(lambda: model(q, k, v, chunk_query).transpose(1, 2), {}, reference)
 
 
+COMPILED = ("flex_attention", "flash_attention_4")  # for some seconds a problem, and so measured if asked for
 # The names that the configuration takes.
 BASELINES = {
     "flash_attention_3": [Method(FLASH_3, DENSE, flash_attention_3)],
@@ -187,5 +290,8 @@ BASELINES = {
         Method("XunhaoLai NSA", ATTENTION, xunhao_nsa),
         Method("XunhaoLai NSA, no window", WHOLE, xunhao_nsa_whole),
     ],
+    "scalable_nsa": [Method("Scalable-Flash-NSA, no window", WHOLE, scalable_nsa_whole)],
     "released_dash": [Method(RELEASED, WHOLE, released_dash)],
+    "flex_attention": [Method("FlexAttention", ATTENTION, partial(flex_attention, tokens=128, keys=64, **FLEX_TILES))],
+    "flash_attention_4": [Method("FlashAttention-4, block-sparse", ATTENTION, flash_attention_4)],
 }

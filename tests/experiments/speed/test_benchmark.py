@@ -280,7 +280,10 @@ def test_names_and_stages_of_what_is_timed():
         "flash": [("SDPA flash", DENSE)],
         "fla_nsa": [("fla NSA", ATTENTION)],
         "xunhao_nsa": [("XunhaoLai NSA", ATTENTION), ("XunhaoLai NSA, no window", WHOLE)],
+        "scalable_nsa": [("Scalable-Flash-NSA, no window", WHOLE)],
         "released_dash": [("released DashAttention", WHOLE)],
+        "flex_attention": [("FlexAttention", ATTENTION)],
+        "flash_attention_4": [("FlashAttention-4, block-sparse", ATTENTION)],
     }
 
 
@@ -521,9 +524,12 @@ def test_what_is_out_of_time_has_a_row(rows_of):
 
 
 def test_baselines_that_are_not_installed_have_rows(rows_of):
-    rows, _ = rows_of(baselines=["flash_attention_3", "fla_nsa", "xunhao_nsa", "released_dash"])
+    packages = ["flash_attention_3", "fla_nsa", "xunhao_nsa", "scalable_nsa", "released_dash", "flash_attention_4"]
+    rows, _ = rows_of(baselines=packages)
     assert {row["method"] for row in rows if row["status"] == "not installed"} == {
         "FlashAttention-3",
+        "FlashAttention-4, block-sparse",
+        "Scalable-Flash-NSA, no window",
         "fla NSA",
         "XunhaoLai NSA",
         "XunhaoLai NSA, no window",
@@ -585,7 +591,8 @@ def test_the_configuration_composes():
     assert config.lengths[-1] == 131072
     with pytest.raises(ConfigCompositionException):
         composed("length=[3]")
-    check(composed(name="speed_shapes"))
+    for name in ("speed_shapes", "speed_peers"):
+        check(composed(name=name))
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,99 @@ def test_two_branches_that_select_for_themselves(install):
     assert operation.causal_sparsity == pytest.approx(0.4, abs=0.06)
 
 
+def test_two_branches_with_as_many_blocks_of_every_token(install):
+    problem = make_problem("iid", 150, 0.4, SHAPE, device="cpu")
+    options, state = {"kernel_size": 32, "kernel_stride": 16, "scale": 0.25, "cu_seqlens": None}, {}
+
+    class NSAHelper:
+        set_hyperparameters = staticmethod(lambda **given: state.update(given))
+        init_cu_seqlens = staticmethod(lambda given: state.update(cu_seqlens=given.tolist(), dtype=given.dtype))
+
+    def compress_attn(q, compressed_k, compressed_v, sm_scale):
+        assert sm_scale == 0.25
+        out, _ = compressed_attention(q[None], compressed_k[None], compressed_v[None], lambda p: None, **options)
+        return out[0], "lse"
+
+    def slc_topk_indices(q, compressed_k, lse, sm_scale, scale_slc_p):
+        assert (lse, sm_scale, scale_slc_p) == ("lse", 0.25, True)
+        assert not torch.is_grad_enabled()
+        blocks = torch.arange(150)[:, None] // 16 - torch.arange(state["top_n"])
+        return torch.where(blocks >= 0, blocks, 7).int().expand(2, -1, -1), None  # anything behind those there are
+
+    def select_attn(q, k, v, blocks, sm_scale):
+        assert sm_scale == 0.25
+        blocks = blocks.transpose(0, 1)
+        there = torch.arange(blocks.shape[2]) < torch.arange(150)[:, None, None] // 16 + 1
+        return of_lists(q[None], k[None], v[None], blocks, there, 16)[0]
+
+    functions = {"compress_attn": compress_attn, "slc_topk_indices": slc_topk_indices, "select_attn": select_attn}
+    install("flash_nsa", NSAHelper=NSAHelper, **functions)
+    operation = held(peers.BASELINES["scalable_nsa"][0], problem)
+    assert operation.causal_sparsity == pytest.approx(0.4, abs=0.06)
+    sizes = {"kernel_size": 32, "stride": 16, "block_size": 16, "num_init_blocks": 1, "num_local_blocks": 2}
+    assert state.pop("top_n") > 3
+    assert state == sizes | {"cu_seqlens": [0, 150], "dtype": torch.int32}
+
+
+def dense_flex(q, k, v, *, block_mask, enable_gqa, kernel_options):
+    """What FlexAttention computes of a mask: lists of whole tiles, and of tiles that the mask function cuts."""
+    assert enable_gqa
+    tokens, keys = block_mask.BLOCK_SIZE
+    length = q.shape[2]
+    place = torch.arange(length)
+    read = torch.zeros(len(q), length, length, dtype=torch.bool)
+    for head in range(len(q)):
+        for tile in range(-(-length // tokens)):
+            inside = slice(tile * tokens, min(length, (tile + 1) * tokens))
+            for counts, lists, whole in (
+                (block_mask.kv_num_blocks, block_mask.kv_indices, False),
+                (block_mask.full_kv_num_blocks, block_mask.full_kv_indices, True),
+            ):
+                assert lists.dtype == counts.dtype == torch.int32
+                for other in lists[head, 0, tile, : counts[head, 0, tile]].tolist():
+                    beside = slice(other * keys, min(length, (other + 1) * keys))
+                    cut = block_mask.mask_mod(torch.tensor(head), None, place[inside, None], place[None, beside])
+                    assert cut.all() == whole
+                    assert cut.any()
+                    assert not read[head, inside, beside].any()
+                    read[head, inside, beside] = cut
+    return scaled_dot_product_attention(q, k, v, attn_mask=read[:, None], enable_gqa=True)
+
+
+@pytest.mark.parametrize("pattern", ["shared", "iid"])
+@pytest.mark.parametrize("name", ["flex_attention", "flash_attention_4"])
+def test_tiles_of_flex_attention_are_our_selection(install, monkeypatch, name, pattern):
+    problem = make_problem(pattern, 300, 0.4, SHAPE, device="cpu")
+    asked = []
+
+    def compiled(function, dynamic):
+        assert (function.__name__, dynamic) == ("flex_attention", False)
+        return lambda *inputs, kernel_options, **options: (
+            asked.append(kernel_options) or dense_flex(*inputs, kernel_options=kernel_options, **options)
+        )
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    install("flash_attn.cute")
+    held(peers.BASELINES[name][0], problem)
+    assert asked[0] == ({"BACKEND": "FLASH"} if name == "flash_attention_4" else peers.FLEX_TILES)
+
+
+@pytest.mark.parametrize(("tokens", "keys"), [(32, 16), (64, 64)])
+def test_a_tile_is_read_where_any_token_reads_and_whole_where_all_do(tokens, keys):
+    mask = torch.rand(1, 150, 2, 10) < 0.3
+    mask[:, 64:128, :, :4] = True
+    mask &= (torch.arange(150)[:, None, None] // 16 >= torch.arange(10))[None]
+    some, every = peers.tiles_of(Selection.from_mask(mask, 16), 150, tokens, keys)
+    read = mask[0].transpose(0, 1).repeat_interleave(16, dim=2)[..., :150] & torch.ones(150, 150).tril().bool()
+    for head in range(2):
+        for tile in range(-(-150 // tokens)):
+            for other in range(-(-150 // keys)):
+                inside = read[head, tile * tokens : (tile + 1) * tokens, other * keys : (other + 1) * keys]
+                assert some[head, tile, other] == inside.any()
+                assert every[head, tile, other] == (inside.all() and inside.shape == (tokens, keys))
+    assert every.any()
+
+
 @pytest.mark.parametrize("with_normaliser", [False, True])
 def test_flash_attention_3_is_causal_attention(install, with_normaliser):
     problem = make_problem("iid", 70, None, SHAPE, device="cpu")
