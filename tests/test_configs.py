@@ -68,6 +68,7 @@ SWEEPS = {
     "frontier_text": "c80628c4",
     "pareto": "606a4ad0",
     "real_model": "63c19cc8",
+    "real_model_controls": "9b4fb79b",
     "real_model_ruler": "b040034c",
     "routers": "1057ded9",
     "routers_gpu": "d7efb1c4",
