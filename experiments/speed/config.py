@@ -8,7 +8,7 @@ from hydra.core.config_store import ConfigStore
 from dashattn.fields import Checked, Line, OneOf, PositiveFloat, PositiveInt, Seed, Sparsity, UserPath
 from experiments.speed.inputs import PATTERNS
 from experiments.speed.methods import BACKENDS, OPERATIONS
-from experiments.speed.peers import BASELINES, COMPILED
+from experiments.speed.peers import BASELINES, READY
 from models.config import ModelConfig
 
 KERNEL_DTYPES = ("bf16", "fp16")
@@ -24,7 +24,7 @@ class SpeedConfig(Checked):
     patterns: list[Line] = field(default_factory=lambda: list(PATTERNS))  # shared | clustered | iid
     backends: list[Line] = field(default_factory=lambda: list(OPERATIONS))  # names of operations
     # Kernels of others; by default all but flex_attention and flash_attention_4, which compile for each problem.
-    baselines: list[Line] = field(default_factory=lambda: [name for name in BASELINES if name not in COMPILED])
+    baselines: list[Line] = field(default_factory=lambda: list(READY))
     heads: PositiveInt = 32  # query heads
     kv_heads: PositiveInt = 2  # heads of keys and values
     head_dim: PositiveInt = 128  # channels of a head

@@ -279,7 +279,6 @@ def released_dash(problem: Problem) -> Operation:
     return Operation(lambda: model(q, k, v, chunk_query).transpose(1, 2), {}, reference)
 
 
-COMPILED = ("flex_attention", "flash_attention_4")  # for some seconds a problem, and so measured if asked for
 # The names that the configuration takes.
 BASELINES = {
     "flash_attention_3": [Method(FLASH_3, DENSE, flash_attention_3)],
@@ -295,3 +294,5 @@ BASELINES = {
     "flex_attention": [Method("FlexAttention", ATTENTION, partial(flex_attention, tokens=128, keys=64, **FLEX_TILES))],
     "flash_attention_4": [Method("FlashAttention-4, block-sparse", ATTENTION, flash_attention_4)],
 }
+# The others compile for some seconds a problem.
+READY = ("flash_attention_3", "cudnn", "flash", "fla_nsa", "xunhao_nsa", "scalable_nsa", "released_dash")
