@@ -59,21 +59,21 @@ COMPANIONS = {
 VALUES = json.loads((Path(__file__).parent / "expected" / "configs.json").read_text())
 # Likewise of a sweep, as a digest of its configuration.
 SWEEPS = {
-    "ablations": "3c12ee01",
-    "from_scratch": "6571ef0b",
-    "frontier": "51033bbf",
-    "frontier_base": "6a48145d",
-    "frontier_budget": "03f7d925",
-    "frontier_rates": "580aa29e",
-    "frontier_text": "c80628c4",
-    "pareto": "606a4ad0",
-    "real_model": "63c19cc8",
-    "real_model_controls": "9b4fb79b",
-    "real_model_ruler": "b040034c",
-    "routers": "1057ded9",
-    "routers_gpu": "d7efb1c4",
-    "scratch": "47607bee",
-    "smoke": "4486da38",
+    "ablations": "c3374083",
+    "from_scratch": "60a249b6",
+    "frontier": "bf09f4fe",
+    "frontier_base": "3d27d5f0",
+    "frontier_budget": "218a5eef",
+    "frontier_rates": "240691c9",
+    "frontier_text": "1ba28492",
+    "pareto": "06c9a9c5",
+    "real_model": "5b377a2c",
+    "real_model_controls": "b5179eae",
+    "real_model_ruler": "1d3679c2",
+    "routers": "299e0b7e",
+    "routers_gpu": "cf714cdb",
+    "scratch": "5430257f",
+    "smoke": "51f26a71",
 }
 
 

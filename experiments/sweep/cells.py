@@ -87,6 +87,7 @@ class SweepConfig(Checked):
     name: Line = MISSING  # of the sweep
     output_dir: UserPath = "outputs/${name}"  # a run directory in it for each cell
     seeds: list[Seed] = field(default_factory=lambda: [0])  # a cell for each
+    arms: list[Line] | None = None  # those of the studies that are run; null = all
     jobs: PositiveInt = 1  # cells at a time, dealt out to the GPUs of this machine
     gpus_per_cell: PositiveInt = 1  # that train it together, by torchrun; of a job it is launcher.gpus_per_node
     threads: Threads | None = None  # PyTorch's CPU threads of a cell; null = PyTorch's choice
@@ -185,6 +186,9 @@ def cells(config: SweepConfig) -> list[Cell]:
         raise ValueError("a sweep needs at least one study, one arm in each and one seed")
     if len(set(config.seeds)) != len(config.seeds):
         raise ValueError(f"seeds={list(config.seeds)} names a seed twice: name it once")
+    known = dict.fromkeys(arm for study in config.studies.values() for arm in study.arms)
+    if config.arms is not None and not (config.arms and known.keys() >= set(config.arms)):
+        raise ValueError(f"arms={list(config.arms)}: name some of {', '.join(known)}, or null for all")
     found = [
         cell
         for name, study in config.studies.items()
@@ -229,11 +233,12 @@ def _study_cells(config: SweepConfig, study_name: str, study: StudyConfig, seed:
             turned = (*common, *study.evaluate_turned, *knobs, *threads) if knobs else None
         return replace(cell, evaluate=evaluate, evaluate_turned=turned)
 
+    arms = {label: arm for label, arm in study.arms.items() if config.arms is None or label in config.arms}
     base = None
-    if study.base is not None:
+    if study.base is not None and arms:
         base = trained("base", study.base)
         yield base
-    for label, arm in study.arms.items():
+    for label, arm in arms.items():
         if arm.knobs is not None and arm.sparsities is not None:
             raise ValueError(f"arm {label} has knobs and sparsities: give one of them")
         asked = {"knobs": arm.knobs, "sparsities": arm.sparsities}

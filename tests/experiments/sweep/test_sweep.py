@@ -139,11 +139,24 @@ def test_an_arm_may_have_an_evaluation_of_its_own(tmp_path):
         ({"seeds": [0, 0]}, "names a seed twice: name it once"),
         ({"seeds": []}, "at least one study"),
         ({"jobs": 0}, "jobs must be a positive integer"),
+        ({"arms": []}, r"arms=\[\]: name some of .*dash"),
+        ({"arms": ["dash", "dahs"]}, r"arms=\['dash', 'dahs'\]: name some of .*dash.*, or null for all"),
     ],
 )
 def test_refusals(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         cells(make_config(tmp_path, **changes))
+
+
+def test_some_arms_are_their_cells_and_the_bases_of_their_studies(tmp_path):
+    whole = cells(make_config(tmp_path))
+    arms = {cell.name: cell for cell in whole if not cell.name.startswith(("text-dash", "recall-dash"))}
+    assert len(arms) < len(whole)
+    named = {arm for study in make_config(tmp_path).studies.values() for arm in study.arms} - {"dash"}
+    assert {cell.name: cell for cell in cells(make_config(tmp_path, arms=sorted(named)))} == arms
+    config = make_config(tmp_path, arms=["lr:1e-3"])
+    config.studies["other"] = StudyConfig(arms={"lr:1e-3": ArmConfig(train=["optim.lr=1e-3"])})
+    assert [cell.name for cell in cells(config)] == [f"other-lr:1e-3-seed{seed}" for seed in config.seeds]
 
 
 def test_two_cells_of_one_name_are_refused(tmp_path):
