@@ -73,7 +73,7 @@ class Display:
         # FORCE_COLOR, which Jupyter sets for what it starts, makes no terminal of a pipe.
         self._console = Console(highlight=False, force_terminal=sys.stdout.isatty())
         if not self._console.is_terminal:
-            self._console = Console(highlight=False, force_terminal=False, width=1000)  # nobody's window to fit into
+            self._console = Console(force_terminal=False, width=1000)  # nobody's window to fit into
         columns = ("evaluating", BarColumn(), TaskProgressColumn(), "ETA", TimeRemainingColumn())
         self._progress = Progress(
             *columns, console=self._console, transient=True, refresh_per_second=4, speed_estimate_period=1e5
