@@ -1,6 +1,6 @@
 """The kernels of others that the speed benchmark compares with. Each needs a package of its own, imported when used."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 
@@ -91,11 +91,50 @@ def xunhao_nsa(problem: Problem) -> Operation:
     return given_selection(problem, attend, problem.selection)
 
 
-def xunhao_nsa_whole(problem: Problem) -> Operation:
-    """Its compressed and its selected attention; compression by the mean and gates of one half, as in ``nsa_whole``.
+def _two_branches(
+    problem: Problem,
+    compressed: Sequence[Tensor],
+    route: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    select: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    sparsity: float,
+    chosen: Callable[[Tensor], Tensor] = lambda blocks: blocks,
+) -> Operation:
+    """Compressed and selected attention, each with a gate of one half; a window, dense in all packages, is left out.
 
-    Its window branch is FlashAttention-2's and left out.
+    Args:
+        compressed: keys and values [1, windows, Hkv, D], their means as in ``nsa_whole``.
+        route: of q [T, Hq, D] and both: the compressed branch, and blocks [Hkv, T, topk].
+        select: the selected branch, of q, k, v [T, H, D] and those blocks.
+        sparsity: causal, of the selected branch.
+        chosen: the blocks with what is none of them below 0.
     """
+    leaves = leaves_of(problem, compressed_k=compressed[0], compressed_v=compressed[1])
+
+    def forward():
+        q, k, v, compressed_k, compressed_v = (x[0] for x in leaves.values())
+        out, blocks = route(q, compressed_k, compressed_v)
+        return 0.5 * (out + select(q, k, v, blocks))[None]
+
+    def reference(grad):
+        with torch.no_grad():
+            blocks = chosen(route(problem.q[0], compressed[0][0], compressed[1][0])[1])
+        none = -(-problem.length // problem.shape.chunk_size)
+        mask = torch.zeros(*blocks.shape[:2], none + 1, dtype=torch.bool, device=blocks.device)
+        mask.scatter_(2, blocks.long().where(blocks >= 0, none), True)
+        selection = Selection.from_mask(mask[None, ..., :none].transpose(1, 2), problem.shape.chunk_size)
+
+        def attend(q, k, v, compressed_k, compressed_v):
+            options = {**WINDOWS, "scale": problem.shape.head_dim**-0.5, "cu_seqlens": None}
+            out, _ = compressed_attention(q, compressed_k, compressed_v, lambda p: None, **options)
+            return 0.5 * (out + attention_reference.block_sparse_attention(q, k, v, selection))
+
+        return on_copies(leaves, grad, attend)
+
+    return Operation(forward, leaves, reference, causal_sparsity=sparsity)
+
+
+def xunhao_nsa_whole(problem: Problem) -> Operation:
+    """Its compressed and its selected attention. The lists of early tokens are padded with -1."""
     need("native_sparse_attention")
     from native_sparse_attention.ops import compressed_attention as attend_compressed
     from native_sparse_attention.ops import topk_sparse_attention
@@ -103,28 +142,21 @@ def xunhao_nsa_whole(problem: Problem) -> Operation:
     size, length = problem.shape.chunk_size, problem.length
     topk, sparsity = nearest_topk(problem, 3)
     compressed = [mean_compress(x, **WINDOWS) for x in (problem.k, problem.v)]
-    leaves = leaves_of(problem, compressed_k=compressed[0], compressed_v=compressed[1])
     windows = compressed[0].shape[1]
     cu_tokens, cu_windows = torch.tensor([[0, length], [0, windows]], dtype=torch.int32, device=problem.q.device)
 
     def route(q, compressed_k, compressed_v):
         kinds = (*WINDOWS.values(), size, topk, cu_tokens, cu_windows, length, windows)
-        return attend_compressed(q[0], compressed_k[0], compressed_v[0], *kinds)
+        return attend_compressed(q, compressed_k, compressed_v, *kinds)
 
-    def forward():
-        q, k, v, compressed_k, compressed_v = leaves.values()
-        out, blocks = route(q, compressed_k, compressed_v)
-        return 0.5 * (out + topk_sparse_attention(q[0], k[0], v[0], blocks, size, cu_tokens))[None]
+    def select(q, k, v, blocks):
+        return topk_sparse_attention(q, k, v, blocks, size, cu_tokens)
 
-    def own_blocks():
-        with torch.no_grad():
-            return route(problem.q, *compressed)[1]  # the lists of early tokens are padded with -1
-
-    return Operation(forward, leaves, partial(_two_branches, problem, leaves, own_blocks), causal_sparsity=sparsity)
+    return _two_branches(problem, compressed, route, select, sparsity)
 
 
 def scalable_nsa_whole(problem: Problem) -> Operation:
-    """The compressed and the selected attention of Scalable-Flash-Native-Sparse-Attention, as ``xunhao_nsa_whole``.
+    """The compressed and the selected attention of Scalable-Flash-Native-Sparse-Attention.
 
     Its selected branch alone takes as many blocks of every token, and so none of our selections.
     """
@@ -134,7 +166,6 @@ def scalable_nsa_whole(problem: Problem) -> Operation:
     size, length = problem.shape.chunk_size, problem.length
     topk, sparsity = nearest_topk(problem, 3)
     compressed = [mean_compress(x, **WINDOWS) for x in (problem.k, problem.v)]
-    leaves = leaves_of(problem, compressed_k=compressed[0], compressed_v=compressed[1])
     scale = problem.shape.head_dim**-0.5
     kinds = {"block_size": size, "top_n": topk, "num_init_blocks": 1, "num_local_blocks": 2}
     cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=problem.q.device)
@@ -143,38 +174,19 @@ def scalable_nsa_whole(problem: Problem) -> Operation:
         # Its options are the process's: another problem may have set others.
         NSAHelper.set_hyperparameters(kernel_size=WINDOWS["kernel_size"], stride=WINDOWS["kernel_stride"], **kinds)
         NSAHelper.init_cu_seqlens(cu_seqlens)
-        out, lse = compress_attn(q[0], compressed_k[0], compressed_v[0], sm_scale=scale)
+        out, lse = compress_attn(q, compressed_k, compressed_v, sm_scale=scale)
         with torch.no_grad():
-            blocks, _ = slc_topk_indices(q[0], compressed_k[0], lse, sm_scale=scale, scale_slc_p=True)
-        return out, blocks  # [T, Hq, D]; [Hkv, T, topk], of which as many count as there are
+            blocks, _ = slc_topk_indices(q, compressed_k, lse, sm_scale=scale, scale_slc_p=True)
+        return out, blocks
 
-    def forward():
-        q, k, v, compressed_k, compressed_v = leaves.values()
-        out, blocks = route(q, compressed_k, compressed_v)
-        return 0.5 * (out + select_attn(q[0], k[0], v[0], blocks, sm_scale=scale))[None]
+    def select(q, k, v, blocks):
+        return select_attn(q, k, v, blocks, sm_scale=scale)
 
-    def own_blocks():
-        with torch.no_grad():
-            _, blocks = route(problem.q, *compressed)
+    def chosen(blocks):  # as many as a token has seen
         seen = torch.arange(length, device=blocks.device) // size + 1
         return blocks.masked_fill(torch.arange(blocks.shape[2], device=blocks.device) >= seen[:, None], -1)
 
-    return Operation(forward, leaves, partial(_two_branches, problem, leaves, own_blocks), causal_sparsity=sparsity)
-
-
-def _two_branches(problem: Problem, leaves: dict, own_blocks: Callable[[], Tensor], grad: Tensor) -> list[Tensor]:
-    """Half of each branch, over the blocks [Hkv, T, topk] that a package chose; those below 0 are none."""
-    blocks, none = own_blocks(), -(-problem.length // problem.shape.chunk_size)
-    mask = torch.zeros(*blocks.shape[:2], none + 1, dtype=torch.bool, device=blocks.device)
-    mask.scatter_(2, blocks.long().where(blocks >= 0, none), True)
-    selection = Selection.from_mask(mask[None, ..., :none].transpose(1, 2), problem.shape.chunk_size)
-
-    def attend(q, k, v, compressed_k, compressed_v):
-        options = {**WINDOWS, "scale": problem.shape.head_dim**-0.5, "cu_seqlens": None}
-        out, _ = compressed_attention(q, compressed_k, compressed_v, lambda p: None, **options)
-        return 0.5 * (out + attention_reference.block_sparse_attention(q, k, v, selection))
-
-    return on_copies(leaves, grad, attend)
+    return _two_branches(problem, compressed, route, select, sparsity, chosen)
 
 
 def flex_attention(problem: Problem, tokens: int, keys: int, **kernel_options) -> Operation:
@@ -192,7 +204,7 @@ def flex_attention(problem: Problem, tokens: int, keys: int, **kernel_options) -
         return ((words_HTW[head, token, block // 32] >> (block % 32)) & 1 > 0) & (token >= key)
 
     some, every = (x.unsqueeze(1) for x in tiles_of(problem.selection, length, tokens, keys))
-    partly, wholly = (_listed(x) for x in (some & ~every, every))
+    partly, wholly = ([x.int() for x in _listed(tiles)] for tiles in (some & ~every, every))
     mask = BlockMask.from_kv_blocks(
         *partly, *wholly, BLOCK_SIZE=(tokens, keys), mask_mod=is_read, seq_lengths=(length, length)
     )
@@ -227,19 +239,16 @@ def tiles_of(selection: Selection, length: int, tokens: int, keys: int) -> tuple
     return tiles.any(4).any(2), tiles.all(4).all(2) & (last <= first[:, None])
 
 
-def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """int32 counts, and the places of what is true in front of the others, in order."""
-    order = tiles.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices
-    return tiles.sum(-1).int(), order.int()
+def _listed(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """How many are true along the last dimension, and where: ascending, in front of all others. int64."""
+    return mask.sum(-1), mask.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices
 
 
 def block_lists(selection: Selection) -> tuple[Tensor, Tensor]:
     """A selection as lists: counts int64 [B, T, H]; ascending blocks int64 [B, T, H, most], 0 past the count."""
     parts = []
     for words in selection.words.split(4096, dim=2):  # the sort below takes 8 bytes a block
-        mask = Selection(words, selection.block_size).mask()
-        order = mask.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices
-        count = mask.sum(-1)
+        count, order = _listed(Selection(words, selection.block_size).mask())
         order = order[..., : max(1, count.max())]
         inside = torch.arange(order.shape[-1], device=order.device) < count[..., None]
         parts.append((count, order.masked_fill(~inside, 0)))
