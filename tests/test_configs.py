@@ -69,7 +69,7 @@ SWEEPS = {
     "pareto": "06c9a9c5",
     "real_model": "5b377a2c",
     "real_model_controls": "b5179eae",
-    "real_model_ruler": "1d3679c2",
+    "real_model_ruler": "bb077336",
     "routers": "299e0b7e",
     "routers_gpu": "cf714cdb",
     "scratch": "5430257f",

@@ -44,10 +44,10 @@ def run_sweep(config: SweepConfig, console: Console) -> dict[str, Outcome]:
     found = cells(config)
     output_dir = user_path(config.output_dir)
     lanes = gpu_lanes(visible_gpus(), config.gpus_per_cell)
-    notes = check_cells(missing(found), config.gpus_per_cell, elsewhere=False)
+    waiting = missing(found)
+    notes = check_cells(waiting, config.gpus_per_cell, elsewhere=False)
     write_plan(output_dir, found)
     outcomes = {cell.name: Outcome("was done") for cell in found if cell.is_done()}
-    waiting = missing(found)
     console.print(f"{config.name}: {len(waiting)} cells to do, {len(outcomes)} done before", highlight=False)
     for note in notes:
         console.print(f"note: {note}", highlight=False, markup=False)
