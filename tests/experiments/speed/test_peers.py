@@ -168,7 +168,7 @@ def test_tiles_of_flex_attention_are_our_selection(install, monkeypatch, name, p
     monkeypatch.setattr(torch, "compile", compiled)
     install("flash_attn.cute")
     held(peers.BASELINES[name][0], problem)
-    assert asked[0] == ({"BACKEND": "FLASH"} if name == "flash_attention_4" else peers.FLEX_TILES)
+    assert asked[0] == ({"BACKEND": "FLASH"} if name == "flash_attention_4" else {})
 
 
 @pytest.mark.parametrize(("tokens", "keys"), [(32, 16), (64, 64)])
