@@ -1,9 +1,9 @@
 """Speed against length: ``python -m experiments.speed`` times the kernels on a GPU, behind a correctness gate.
 
-Every method is first compared with the PyTorch reference (output and gradients, given the method's own selection) at
-``check_length``; what fails is not timed. Decoding is in ``experiments.speed.decode``. Rows go to speed.jsonl, one for
-each length, input, method and pass; table and figure are made from these rows alone (``experiments.speed.report``),
-which also works without a GPU.
+Every method is first compared with the PyTorch reference (output and gradients, given the method's own selection, or
+where the reference selects the same) at ``check_length``; what fails is not timed. Decoding is in
+``experiments.speed.decode``. Rows go to speed.jsonl, one for each length, input, method and pass; table and figure are
+made from these rows alone (``experiments.speed.report``), which also works without a GPU.
 """
 
 import math

@@ -63,6 +63,7 @@ class Operation:
             the gradient of the output. None: the result is a selection and has no gradient.
         decided: rows of the output [1, T, Hq, 1] whose gradients alone reach ``chunk_query`` when it is compared.
         selections: the kernel's selection and the reference's, where the method selects.
+        alike: the reference attends to its own selection: compared are the rows that are selected as the kernel does.
         causal_sparsity: where it is not that of the problem's selection.
         router_scale: where it is not the problem's.
     """
@@ -72,25 +73,30 @@ class Operation:
     reference: Callable[[Tensor], list[Tensor]] | None = None
     decided: Callable[[], Tensor] | None = None
     selections: Callable[[], tuple[Selection, Selection]] | None = None
+    alike: bool = False
     causal_sparsity: float | None = None
     router_scale: float | None = None
 
     def errors(self, grad: Tensor) -> dict[str, float]:
         """Relative RMS errors of output and gradients, and the share of rows selected otherwise."""
-        errors = {}
+        errors, rows = {}, 1
         if self.selections is not None:
             kernel, reference = (s.words for s in self.selections())
             width = min(kernel.shape[-1], reference.shape[-1])
             differ = (kernel[..., :width] != reference[..., :width]).any(-1)
             errors[SELECTED_ROWS] = differ.float().mean().item()
+            if self.alike:
+                group = grad.shape[2] // differ.shape[1]
+                rows = ~differ.transpose(1, 2).repeat_interleave(group, dim=2)[..., None]
+                grad = grad * rows
         if self.reference is not None:
-            results = self.results(grad)
-            expected = self.reference(grad)
+            results, expected = self.results(grad), self.reference(grad)
+            results[0], expected[0] = results[0] * rows, expected[0] * rows
             for name, result, wanted in zip(["out", *self.leaves], results, expected, strict=True):
                 errors[name] = relative_error(result, wanted)
             if self.leaves:  # without gradients, as the forward is timed, kernels may be others
                 with torch.no_grad():
-                    errors["out"] = max(errors["out"], relative_error(self.forward(), expected[0]))
+                    errors["out"] = max(errors["out"], relative_error(self.forward() * rows, expected[0]))
             if self.decided is not None:
                 decided, place = grad * self.decided(), list(self.leaves).index("chunk_query") + 1
                 result, wanted = self.results(decided)[place], self.reference(decided)[place]
@@ -351,14 +357,16 @@ def nearest_knob(sparsity: Callable[[float], float], target: float, config: Atte
 def module_whole(name: str, problem: Problem) -> Operation:
     """A backend of which nothing else is known: its module as it is built, its knob turned to the target.
 
-    The reference makes its own selection, so that one which comes out otherwise counts as an error of the output.
+    The reference is the same module without kernels, of the same type: what a router rounds is part of its definition,
+    and float32 would break near ties otherwise. It makes its own selection, and the two are compared; so are outputs
+    and gradients of what is selected alike, which are nearly all rows unless the selection fails its check.
     """
     shape, q = problem.shape, problem.q
     sizes = AttentionShape(shape.heads * shape.head_dim, shape.heads, shape.kv_heads, shape.head_dim)
     config = variant(name, shape.chunk_size)
     torch.manual_seed(0)
     backend = build_backend(config, sizes).to(q.device, q.dtype)
-    exact = build_backend(replace(config, impl="reference"), sizes).to(q.device)
+    exact = build_backend(replace(config, impl="reference"), sizes).to(q.device, q.dtype)
     exact.load_state_dict(backend.state_dict())
     hidden = torch.randn(*q.shape[:2], sizes.hidden_size, device=q.device).to(q.dtype)
     leaves = leaves_of(problem)
@@ -374,11 +382,38 @@ def module_whole(name: str, problem: Problem) -> Operation:
         module.set_knob(found.knob)
 
     def reference(grad):
-        return on_copies(leaves, grad, lambda q, k, v: exact(q, k, v, hidden=hidden.float()))
+        out = exact(*leaves.values(), hidden=hidden)
+        return [out.detach(), *torch.autograd.grad(out, list(leaves.values()), grad)]
+
+    def selections():
+        return tuple(blocks_read(problem, partial(module, hidden=hidden)) for module in (backend, exact))
 
     return Operation(
-        lambda: backend(*leaves.values(), hidden=hidden), leaves, reference, causal_sparsity=found.sparsity
+        lambda: backend(*leaves.values(), hidden=hidden),
+        leaves,
+        reference,
+        selections=selections,
+        alike=True,
+        causal_sparsity=found.sparsity,
     )
+
+
+@torch.no_grad()
+def blocks_read(problem: Problem, attend: Callable[..., Tensor]) -> Selection:
+    """The blocks that ``attend(q, k, v)`` gives any weight, for each token and KV head.
+
+    With values that name their block, channel by channel, the output is the weight of each block: what was read is seen
+    without a word from the router.
+    """
+    size, (kv_heads, channels) = problem.shape.chunk_size, problem.v.shape[2:]
+    block = torch.arange(problem.length, device=problem.v.device) // size
+    masks = []
+    for first in range(0, -(-problem.length // size), channels):
+        names = block[:, None] == first + torch.arange(channels, device=block.device)
+        values = names[None, :, None].expand_as(problem.v).to(problem.v.dtype).contiguous()
+        weights = attend(problem.q, problem.k, values)
+        masks.append((weights != 0).unflatten(2, (kv_heads, -1)).any(3))
+    return Selection.from_mask(torch.cat(masks, dim=-1), size)
 
 
 _DASH_STAGES = ((ROUTING, dash_routing), (WHOLE, dash_whole))

@@ -12,11 +12,14 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 
+from dashattn.backends import build_backend
 from dashattn.ops.block_scores.reference import topk_selection
 from dashattn.ops.block_sparse.reference import block_sparse_attention
 from dashattn.ops.chunk_summary.reference import chunk_summary
 from dashattn.ops.compression.reference import compressed_attention, mean_compress
+from dashattn.ops.dash_routing import reference as dash_reference
 from dashattn.ops.dash_routing.reference import dash_routing
+from dashattn.ops.indexer import reference as indexer_reference
 from dashattn.stats import selection_stats
 from experiments.files import SPEED, append_rows, read_rows
 from experiments.plots import pyplot
@@ -574,6 +577,73 @@ def test_a_backend_without_a_line_of_its_own_is_timed_as_its_module():
     assert (method.name, method.stage) == ("sink_window", WHOLE)
     assert operation.causal_sparsity == pytest.approx(0.5, abs=0.05)
     assert all(error < 1e-5 for error in operation.errors(problem.grad).values())
+
+
+@pytest.fixture
+def errors_of_module(monkeypatch):
+    """The errors of a backend timed as its module, of which what stands for the kernels has other scores or outputs."""
+
+    def errors(name, scores=lambda x: x, out=lambda x: x, dtype=torch.float32):
+        def build(config, sizes):
+            module = build_backend(config, sizes)
+            if config.impl != "reference":
+                module.forward = partial(attend, module.forward)
+            return module
+
+        def attend(forward, *args, **options):
+            with monkeypatch.context() as patched:
+                for place in (dash_reference, indexer_reference):
+                    patched.setattr(place, "chunk_probabilities", lambda x, *a, **o: choose(scores(x), *a, **o))
+                found = forward(*args, **options)
+            return found if options.get("return_stats") else out(found)
+
+        choose = dash_reference.chunk_probabilities
+        monkeypatch.setattr(methods, "build_backend", build)
+        problem = make_problem("iid", 512, 0.5, replace(SHAPE, chunk_size=32, dtype=dtype), seed=0, device="cpu")
+        (method,) = speed.BACKENDS[name]
+        return method.prepare(problem).errors(problem.grad)
+
+    return errors
+
+
+def nearly(scores, noise=2e-3):
+    return scores + noise * scores.std() * torch.randn(scores.shape, generator=torch.Generator().manual_seed(0))
+
+
+ROUTED = pytest.mark.parametrize("name", ["moba", "indexer", "hils"])
+
+
+@pytest.mark.parametrize(("name", "noise"), [("moba", 3e-3), ("indexer", 2e-3), ("hils", 5e-3)])
+def test_a_module_may_break_near_ties_otherwise(name, noise, errors_of_module):
+    errors = errors_of_module(name, partial(nearly, noise=noise))
+    assert 0 < errors.pop("selected rows") < 0.005
+    assert all(error < 1e-5 for error in errors.values())
+    errors = errors_of_module(name, dtype=torch.bfloat16)  # what is rounded on the way to the scores is no error
+    assert max(errors.values()) < 0.001
+
+
+@ROUTED
+@pytest.mark.parametrize("scores", [torch.neg, partial(nearly, noise=0.1), lambda x: x.roll(1, -1)])
+def test_a_module_that_selects_wrongly_fails_the_check(name, scores, errors_of_module):
+    errors = errors_of_module(name, scores)
+    for what in (FORWARD, BOTH):
+        assert "selected rows off by" in failed_check(errors, what, 0.005)["detail"]
+
+
+@ROUTED
+@pytest.mark.parametrize("out", [lambda x: 1.01 * x, lambda x: torch.cat([x[:, :-1], x[:, -1:] * math.nan], dim=1)])
+def test_a_module_whose_output_is_wrong_fails_the_check(name, out, errors_of_module):
+    errors = errors_of_module(name, nearly, out)
+    assert errors["selected rows"] < 0.005
+    assert "out off by" in failed_check(errors, FORWARD, 0.005)["detail"]
+    assert all(f"{leaf} off by" in failed_check(errors, BOTH, 0.005)["detail"] for leaf in "qkv")
+
+
+def test_blocks_are_told_from_values_that_name_them():
+    """More blocks than a value has channels."""
+    problem = make_problem("iid", 300, 0.5, replace(SHAPE, dtype=torch.bfloat16), device="cpu")
+    found = methods.blocks_read(problem, lambda q, k, v: block_sparse_attention(q, k, v, problem.selection))
+    assert torch.equal(found.words, problem.selection.words)
 
 
 # configuration
