@@ -32,7 +32,7 @@ _OF_RECALL = ("metric", "data", "variant", "probe")  # what a panel of recall is
 
 
 def make_heat_map(study: Study) -> Drawn | None:
-    """Causal sparsity of every layer and KV head, at the knob trained with."""
+    """Causal sparsity of every layer and KV head, at the knob trained with. Drawn are models in which it differs."""
     rows = as_trained(study.of("sparsity", "causal_sparsity"))
     if not rows:
         return None
@@ -45,14 +45,19 @@ def make_heat_map(study: Study) -> Drawn | None:
         for layer, heads in enumerate(m["per_head"])
         for head, value in enumerate(heads)
     ]
+    uneven = [m for m in means if len(set(_shown(m))) > 1] or means
+    even = [f"{m['line']} ({_shown(m)[0]:.1%})" for m in means if m not in uneven]
+    notes = [f"The same in all layers and heads: {', '.join(even)}."] if even else []
 
     def draw(path: Path) -> None:
         # A row of panels for each corpus and length.
-        most = max(len(inside) for inside in grouped(means, "data", "variant", "length").values())
-        figure, axes = grid(len(means), width=2.4, height=2.6, columns=min(most, 5))
+        most = max(len(inside) for inside in grouped(uneven, "data", "variant", "length").values())
+        figure, axes = grid(len(uneven), width=2.4, height=2.6, columns=min(most, 5))
+        values = [value for m in uneven for value in _shown(m)]
+        scale = {"vmin": min(values), "vmax": max(values), "cmap": "viridis"}
         image = None
-        for ax, m in zip(axes, means, strict=True):
-            image = ax.imshow(m["per_head"], vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
+        for ax, m in zip(axes, uneven, strict=True):
+            image = ax.imshow(m["per_head"], aspect="auto", origin="lower", **scale)
             ax.set_title(f"{m['line']}\n{_title(m)}", fontsize=8)
             ax.set_xlabel("KV head")
             ax.set_ylabel("layer")
@@ -61,7 +66,12 @@ def make_heat_map(study: Study) -> Drawn | None:
         figure.colorbar(image, ax=axes, label="causal sparsity", shrink=0.8)
         save(figure, path)
 
-    return Drawn(table, draw, rows=rows)
+    return Drawn(table, draw, notes, rows)
+
+
+def _shown(mean: dict) -> list[float]:
+    """Sparsities of all layers and heads, to a tenth of a point."""
+    return [round(value, 3) for heads in mean["per_head"] for value in heads if value is not None]
 
 
 def make_active_tokens(study: Study) -> Drawn | None:

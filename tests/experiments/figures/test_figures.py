@@ -178,6 +178,7 @@ def with_more(study):
         *(row("decode", "ms", 10 / k, knob=k, device=f"GPU {k:g}", date=f"2026-11-2{k:g}T01") for k in (2.0, 4.0)),
         *(row("sparsity", "causal_sparsity", 0.6, data="code", label=label, length=64,
               per_head=[[heads, 0.75], [0.5, 1.0]]) for label, heads in (("dash", 0.25), ("nsa", 0.125))),
+        row("sparsity", "causal_sparsity", 0.5, label="infllmv2", per_head=[[0.5, 0.5], [0.5002, None]]),
         *(row("sparsity", "active_tokens", 2, position=[first, first], p10=1.5, p90=3 + first, label="infllmv2")
           for first in (2, 5)),
         row("sparsity", "active_tokens", 3, position=[4, 7], p10=2, p90=6, seed=1),
