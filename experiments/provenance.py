@@ -27,7 +27,7 @@ _OF_RUNS = (
 )
 _OF_KERNELS = (
     *("torch", "triton", "jax", "flash-attn3-jax", "flash-attn-3", "flash-linear-attention"),
-    *("flash-attn-4", "nvidia-cutlass-dsl"),
+    *("dew-flash-attn-cu12", "dew-flash-attn-cu13", "flash-attn-4", "nvidia-cutlass-dsl"),
 )
 # Of the environment only what shapes a run, by name: the rest may hold secrets.
 _VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "WORLD_SIZE", "SLURM_JOB_ID", "TRITON_INTERPRET")

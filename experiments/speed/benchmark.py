@@ -158,17 +158,21 @@ class Benchmark:
             yield self.row(method, pattern, length, sparsity, name) | {"status": status, "detail": detail}
 
     def flash_attention_3_through_jax(self, lengths: list[int]) -> Iterator[dict]:
-        """The wheel of FlashAttention-3 for JAX, in a process of its own; its memory is not measured."""
+        """A wheel of FlashAttention-3 for JAX, in a process of its own; its memory is not measured."""
         config = self.config
         (method,) = BASELINES["flash_attention_3"]
-        if find_spec("flash_attn3_jax") is None or find_spec("jax") is None:
-            detail = "neither flash_attn_interface nor flash_attn3_jax is installed"
+        ports = ["dew_flash_attn"]
+        if config.head_dim == 128:  # it has no other heads
+            ports.insert(0, "flash_attn3_jax")
+        installed = [port for port in ports if find_spec(port) is not None]
+        if not installed or find_spec("jax") is None:
+            detail = f"neither flash_attn_interface nor JAX with {' or '.join(ports)} is installed"
             for length in lengths:
                 yield from self.unmeasured(method, "iid", length, None, "not installed", detail)
             return
         names = ("heads", "kv_heads", "head_dim", "dtype", "seed", "warmup", "repetitions")
         options = {name: getattr(config, name) for name in names}
-        options |= {"lengths": lengths, "check_length": min(config.check_length, max(lengths))}
+        options |= {"lengths": lengths, "check_length": min(config.check_length, max(lengths)), "package": installed[0]}
         replies, failure = run_jax(options, self.deadline - time.monotonic())
         found = {(r["length"], r["pass"]): r for r in replies[1:]}
         for length in lengths:
@@ -182,7 +186,7 @@ class Benchmark:
                 elif "error" in reply:
                     yield row | {"status": "error", "detail": reply["error"]}
                 else:
-                    detail = f"flash_attn3_jax {replies[0]['package']}, JAX {replies[0]['jax']}"
+                    detail = f"{installed[0]} {replies[0]['package']}, JAX {replies[0]['jax']}"
                     times = {key: reply[key] for key in ("ms", "ms_min", "ms_max")}
                     yield row | {"status": "ok", "detail": detail} | times
 

@@ -151,6 +151,7 @@ class Decoding:
             names = ("heads", "kv_heads", "head_dim", "dtype", "seed", "warmup", "repetitions", "check_length")
             options = {name: getattr(config, name) for name in names}
             options |= {"decode": [list(case) for case in config.decode], "layers": LAYERS[0]}
+            options["package"] = "flash_attn3_jax"  # dew_flash_attn does not decode
             replies, failure = run_jax(options, self.deadline - time.monotonic())
         errors = replies[0]["errors"] if replies else {}
         found = {(reply["length"], reply["batch"]): reply for reply in replies[1:]}

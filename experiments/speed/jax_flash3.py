@@ -1,19 +1,20 @@
 """FlashAttention-3 through JAX, in a process of its own so that JAX and PyTorch do not share GPU memory.
 
-``python -m experiments.speed.jax_flash3 '{"lengths": [1024], ...}'`` prints one JSON object a line: first the errors
-against a float32 reference, then a time for each length and pass, or with ``"decode": [[tokens, sequences], ...]`` for
-each of these the time of one token's attention. It imports nothing of the rest.
+``python -m experiments.speed.jax_flash3 '{"package": "flash_attn3_jax", "lengths": [1024], ...}'`` prints one JSON
+object a line: first the errors against a float32 reference, then a time for each length and pass, or with ``"decode":
+[[tokens, sequences], ...]`` for each of these the time of one token's attention. It imports nothing of the rest.
 """
 
 import json
 import statistics
 import sys
 import time
-from importlib.metadata import version
+from functools import partial
+from importlib import import_module
+from importlib.metadata import packages_distributions, version
 
 import jax
 import jax.numpy as jnp
-from flash_attn3_jax import flash_mha, flash_mha_with_kvcache
 
 PASSES = ("forward", "forward+backward")
 LEAST_SECONDS = 0.01  # of one timing, so that starting it does not count
@@ -31,8 +32,8 @@ def inputs(length, options):
     ]
 
 
-def attend(q, k, v):
-    return flash_mha(q, k, v, is_causal=True)
+def attend(q, k, v, options):
+    return import_module(options["package"]).flash_mha(q, k, v, is_causal=True)
 
 
 def attend_reference(q, k, v):
@@ -52,7 +53,7 @@ def results(function, q, k, v, grad):
 def errors(options):
     """Relative RMS errors of output and gradients."""
     tensors = inputs(options["check_length"], options)
-    found = jax.jit(lambda *x: results(attend, *x))(*tensors)
+    found = jax.jit(lambda *x: results(partial(attend, options=options), *x))(*tensors)
     with jax.default_matmul_precision("highest"):
         wanted = jax.jit(lambda *x: results(attend_reference, *x))(*(x.astype(jnp.float32) for x in tensors))
 
@@ -74,16 +75,18 @@ def seconds(function, tensors):
 def measure(backward, tensors, options):
     """Milliseconds of a call, one for each repetition."""
 
+    attention = partial(attend, options=options)
+
     def chained(count):
         # Each call reads the one before, or the compiler would keep one of them only.
         def forward(q, k, v, grad):
             for _ in range(count):
-                q = attend(q, k, v)
+                q = attention(q, k, v)
             return q
 
         def both(q, k, v, grad):
             for _ in range(count):
-                out, *grads = results(attend, q, k, v, grad)
+                out, *grads = results(attention, q, k, v, grad)
                 q = grads[0]
             return out, grads
 
@@ -108,13 +111,13 @@ def decode_inputs(length, batch, layers, options):
     return q, list(zip(caches[::2], caches[1::2], strict=True))
 
 
-def attend_cache(q, k, v, splits):
-    return flash_mha_with_kvcache(q, k, v, num_splits=splits)
+def attend_cache(q, k, v, splits, options):
+    return import_module(options["package"]).flash_mha_with_kvcache(q, k, v, num_splits=splits)
 
 
 def decode_errors(options):
     q, [(k, v)] = decode_inputs(options["check_length"], 2, 1, options)
-    found = jax.jit(lambda *x: attend_cache(*x, splits=4))(q, k, v)
+    found = jax.jit(lambda *x: attend_cache(*x, splits=4, options=options))(q, k, v)
     with jax.default_matmul_precision("highest"):
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
         q = q.reshape(2, options["kv_heads"], -1, q.shape[-1])
@@ -136,7 +139,7 @@ def measure_decode(length, batch, options):
         def forward(q, caches, splits=splits):
             for _ in range(ROUNDS):
                 for k, v in caches:  # each layer reads the one before
-                    q = attend_cache(q, k, v, splits)
+                    q = attend_cache(q, k, v, splits, options)
             return q
 
         forward = jax.jit(forward)
@@ -182,8 +185,12 @@ def prefill(options):
 
 
 def main(options):
+    capability = jax.devices()[0].compute_capability
+    if capability != "9.0":  # elsewhere dew_flash_attn takes FlashAttention-2
+        raise SystemExit(f"FlashAttention-3 is of Hopper, compute capability 9.0; this GPU's is {capability}")
     found = decode_errors(options) if "decode" in options else errors(options)
-    print(json.dumps({"errors": found, "jax": version("jax"), "package": version("flash-attn3-jax")}), flush=True)
+    package = version(packages_distributions()[options["package"]][0])
+    print(json.dumps({"errors": found, "jax": version("jax"), "package": package}), flush=True)
     (decode if "decode" in options else prefill)(options)
 
 

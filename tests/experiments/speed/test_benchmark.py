@@ -557,7 +557,7 @@ def test_flash_attention_3_through_jax(monkeypatch, tmp_path):
         (128, BOTH, "failed check"),
     ]
     assert (rows[0]["stage"], rows[0]["ms"], rows[0]["extra_mib"]) == (DENSE, 1.0, None)
-    assert [rows[0][name] for name in ("ms_min", "ms_max", "detail")] == [0.9, 1.1, "flash_attn3_jax 0.1, JAX 0.8"]
+    assert [rows[0][name] for name in ("ms_min", "ms_max", "detail")] == [0.9, 1.1, "dew_flash_attn 0.1, JAX 0.8"]
     assert [row["detail"] for row in rows[1:]] == [
         "v off by 0.2, allowed 0.02",
         "out of memory",
@@ -566,8 +566,31 @@ def test_flash_attention_3_through_jax(monkeypatch, tmp_path):
     assert {(row["method"], row["pattern"], row["sparsity"]) for row in rows} == {(FLASH_3, None, None)}
     assert asked == [
         {"heads": 4, "kv_heads": 2, "head_dim": 16, "dtype": "bf16", "seed": 0, "warmup": 3, "repetitions": 12}
-        | {"lengths": [64, 128], "check_length": 96}
+        | {"lengths": [64, 128], "check_length": 96, "package": "dew_flash_attn"}
     ]
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "installed", "taken"),
+    [
+        (128, {"jax", "flash_attn3_jax", "dew_flash_attn"}, "flash_attn3_jax"),
+        (128, {"jax", "dew_flash_attn"}, "dew_flash_attn"),
+        (64, {"jax", "flash_attn3_jax", "dew_flash_attn"}, "dew_flash_attn"),
+        (64, {"jax", "flash_attn3_jax"}, None),
+        (128, {"flash_attn3_jax", "dew_flash_attn"}, None),
+    ],
+)
+def test_flash_attention_3_comes_from_the_port_that_has_such_heads(monkeypatch, tmp_path, head_dim, installed, taken):
+    monkeypatch.setattr(speed, "find_spec", lambda name: name if name in installed else None)
+    asked = []
+    monkeypatch.setattr(speed, "run_jax", lambda options, seconds: asked.append(options["package"]) or ([], "killed"))
+    config = make_config(tmp_path, baselines=["flash_attention_3"], backends=[], head_dim=head_dim)
+    rows = list(speed.Benchmark(config, "cpu").rows())
+    assert asked == ([] if taken is None else [taken])
+    assert {row["status"] for row in rows} == {"not installed" if taken is None else "error"}
+    if taken is None:
+        names = "flash_attn3_jax or dew_flash_attn" if head_dim == 128 else "dew_flash_attn"
+        assert rows[0]["detail"] == f"neither flash_attn_interface nor JAX with {names} is installed"
 
 
 def test_a_backend_without_a_line_of_its_own_is_timed_as_its_module():

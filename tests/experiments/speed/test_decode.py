@@ -346,7 +346,7 @@ def test_flash_attention_3_through_jax(rows_of, monkeypatch):
     assert "8 splits" in rows[0]["detail"]
     assert asked == [
         {"heads": 4, "kv_heads": 2, "head_dim": 16, "dtype": "fp16", "seed": 0, "warmup": 3, "repetitions": 12}
-        | {"check_length": 96, "decode": cases, "layers": 2}
+        | {"check_length": 96, "decode": cases, "layers": 2, "package": "flash_attn3_jax"}
     ]
     first = {"layers": 2, "ms": 0.5, "ms_min": 0.4, "ms_max": 0.6, "errors": {"out": 0.002}, "batch": 2, "length": 96}
     first |= {"detail": "flash_attn3_jax 0.1, JAX 0.8, 8 splits", "stage": DENSE, "pass": DECODE, "sparsity": None}

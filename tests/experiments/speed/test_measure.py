@@ -157,10 +157,10 @@ def test_what_has_no_time_says_why():
 
 
 @pytest.fixture
-def flash3(monkeypatch):
+def flash3(monkeypatch, request):
     """``jax_flash3`` with NumPy in place of JAX: attention takes a millisecond, by which its input grows, and decoding
     as many as its splits are away from 6."""
-    clock, splits_tried = [0.0], []
+    clock, splits_tried, capability = [0.0], [], getattr(request, "param", "9.0")
 
     def attend(q, *rest, **options):
         clock[0] += 1e-3
@@ -183,7 +183,7 @@ def flash3(monkeypatch):
         vjp=vjp,
         block_until_ready=lambda x: x,
         nn=SimpleNamespace(softmax=softmax),
-        devices=lambda: [SimpleNamespace(core_count=24)],
+        devices=lambda: [SimpleNamespace(core_count=24, compute_capability=capability)],
     )
     numpy = SimpleNamespace(**vars(np) | {"bfloat16": "bf16", "float16": "fp16"})
     package = SimpleNamespace(flash_mha=attend, flash_mha_with_kvcache=attend_cache)
@@ -198,6 +198,7 @@ def flash3(monkeypatch):
 
 
 OPTIONS = {"heads": 4, "kv_heads": 2, "head_dim": 8, "dtype": "bf16", "seed": 3, "warmup": 1, "repetitions": 3}
+OPTIONS |= {"package": "flash_attn3_jax"}
 
 
 def test_flash_attention_3_is_timed_in_chains_and_told_for_one_call(flash3, capsys):
@@ -212,6 +213,23 @@ def test_flash_attention_3_is_timed_in_chains_and_told_for_one_call(flash3, caps
     assert [(row["length"], row["pass"]) for row in rows] == [(n, p) for n in (16, 32) for p in module.PASSES]
     assert [row["ms"] for row in rows] == pytest.approx([1.0] * 4)
     assert module.row_of([3.0, 1.0, 2.5]) == {"ms": 2.5, "ms_min": 1.0, "ms_max": 3.0}
+
+
+def test_flash_attention_3_says_which_package_it_is_of(flash3, capsys, monkeypatch):
+    module, _ = flash3
+    monkeypatch.setattr(module, "packages_distributions", lambda: {"flash_attn3_jax": ["wheel-of-a-port"]})
+    monkeypatch.setattr(module, "version", {"wheel-of-a-port": "0.3", "jax": "0.11"}.get)
+    monkeypatch.setattr(module, "errors", lambda options: {"out": 0.001})
+    module.main(OPTIONS | {"lengths": [16]})
+    first, *rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert first == {"errors": {"out": 0.001}, "jax": "0.11", "package": "0.3"}
+    assert [row["pass"] for row in rows] == list(module.PASSES)
+
+
+@pytest.mark.parametrize("flash3", ["8.0"], indirect=True)
+def test_another_flash_attention_is_not_taken_for_the_third(flash3):
+    with pytest.raises(SystemExit, match=r"compute capability 9\.0; this GPU's is 8\.0"):
+        flash3[0].main(OPTIONS | {"lengths": [16]})
 
 
 def test_the_reference_of_flash_attention_3_is_causal_attention(flash3):
