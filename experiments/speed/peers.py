@@ -203,10 +203,10 @@ def flex_attention(problem: Problem, **kernel_options) -> Operation:
         block = key // size
         return ((words_HTW[head, token, block // 32] >> (block % 32)) & 1 > 0) & (token >= key)
 
-    some, every = (x.unsqueeze(1) for x in tiles_of(problem.selection, length, FLEX_TILE, FLEX_TILE))
+    some, every = (x.unsqueeze(1) for x in tiles_of(problem.selection, length, FLEX_TILE))
     partly, wholly = ([x.int() for x in _listed(tiles)] for tiles in (some & ~every, every))
     mask = BlockMask.from_kv_blocks(
-        *partly, *wholly, BLOCK_SIZE=(FLEX_TILE, FLEX_TILE), mask_mod=is_read, seq_lengths=(length, length)
+        *partly, *wholly, BLOCK_SIZE=FLEX_TILE, mask_mod=is_read, seq_lengths=(length, length)
     )
     torch._dynamo.reset()  # it compiles once a problem: more than a few and it would be left uncompiled
     compiled = torch.compile(attend_flex, dynamic=False)
@@ -227,16 +227,15 @@ def flash_attention_4(problem: Problem) -> Operation:
     return flex_attention(problem, BACKEND="FLASH")
 
 
-def tiles_of(selection: Selection, length: int, tokens: int, keys: int) -> tuple[Tensor, Tensor]:
-    """Tiles [Hkv, tiles of tokens, tiles of keys] of which some token reads some key, and those of which every token
-    reads every key. ``keys`` is a multiple of the block's."""
+def tiles_of(selection: Selection, length: int, tile: int) -> tuple[Tensor, Tensor]:
+    """Tiles [Hkv, N, N] of ``tile`` tokens and keys, which are whole blocks: those of which some token reads some key,
+    and those of which every token reads every key."""
     blocks = -(-length // selection.block_size)
-    mask_HTN = selection.mask()[0, ..., :blocks].transpose(0, 1)
-    mask_HTN = F.pad(mask_HTN, (0, -blocks % (keys // selection.block_size), 0, -length % tokens))
-    tiles = mask_HTN.unflatten(2, (-1, keys // selection.block_size)).unflatten(1, (-1, tokens))
-    last = torch.arange(1, tiles.shape[3] + 1, device=mask_HTN.device) * keys - 1
-    first = torch.arange(tiles.shape[1], device=mask_HTN.device) * tokens
-    return tiles.any(4).any(2), tiles.all(4).all(2) & (last <= first[:, None])
+    mask_HTB = selection.mask()[0, ..., :blocks].transpose(0, 1)
+    mask_HTB = F.pad(mask_HTB, (0, -blocks % (tile // selection.block_size), 0, -length % tile))
+    tiles_HNtNb = mask_HTB.unflatten(2, (-1, tile // selection.block_size)).unflatten(1, (-1, tile))
+    below_the_diagonal = torch.ones(tiles_HNtNb.shape[1::2], dtype=torch.bool, device=mask_HTB.device).tril(-1)
+    return tiles_HNtNb.any(4).any(2), tiles_HNtNb.all(4).all(2) & below_the_diagonal
 
 
 def _listed(mask: Tensor) -> tuple[Tensor, Tensor]:

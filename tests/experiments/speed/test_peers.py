@@ -171,20 +171,20 @@ def test_tiles_of_flex_attention_are_our_selection(install, monkeypatch, name, p
     assert asked[0] == ({"BACKEND": "FLASH"} if name == "flash_attention_4" else {})
 
 
-@pytest.mark.parametrize(("tokens", "keys"), [(32, 16), (64, 64)])
-def test_a_tile_is_read_where_any_token_reads_and_whole_where_all_do(tokens, keys):
+@pytest.mark.parametrize("tile", [16, 32, 64])
+def test_a_tile_is_read_where_any_token_reads_and_whole_where_all_do(tile):
     mask = torch.rand(1, 150, 2, 10) < 0.3
     mask[:, 64:128, :, :4] = True
     mask[..., 0] = True  # by each token of the first tile, too, of which most have not seen all of it
     mask &= (torch.arange(150)[:, None, None] // 16 >= torch.arange(10))[None]
-    some, every = peers.tiles_of(Selection.from_mask(mask, 16), 150, tokens, keys)
+    some, every = peers.tiles_of(Selection.from_mask(mask, 16), 150, tile)
     read = mask[0].transpose(0, 1).repeat_interleave(16, dim=2)[..., :150] & torch.ones(150, 150).tril().bool()
     for head in range(2):
-        for tile in range(-(-150 // tokens)):
-            for other in range(-(-150 // keys)):
-                inside = read[head, tile * tokens : (tile + 1) * tokens, other * keys : (other + 1) * keys]
-                assert some[head, tile, other] == inside.any()
-                assert every[head, tile, other] == (inside.all() and inside.shape == (tokens, keys))
+        for row in range(-(-150 // tile)):
+            for column in range(-(-150 // tile)):
+                inside = read[head, row * tile : (row + 1) * tile, column * tile : (column + 1) * tile]
+                assert some[head, row, column] == inside.any()
+                assert every[head, row, column] == (inside.all() and inside.shape == (tile, tile))
     assert every.any()
 
 
