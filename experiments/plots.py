@@ -3,7 +3,7 @@
 import io
 import re
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from experiments.files import write_atomically
@@ -118,12 +118,20 @@ def plain_log(axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def legend_below(figure, axes: Iterable) -> None:
-    """One legend for all panels, under them: what many lines leave no corner free for."""
-    named = {name: handle for ax in axes for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(
-        named.values(), named.keys(), fontsize=8, loc="outside lower center", ncols=int(figure.get_figwidth() // 3)
-    )
+def handles_of(axes: Iterable) -> dict[str, object]:
+    """What the panels' lines are called, and how they are drawn."""
+    return {name: handle for ax in axes for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}
+
+
+def legend_below(figure, handles: Mapping[str, object], columns: int | None = None) -> None:
+    """One legend for all panels, under them: what many lines leave no corner free for. In ``columns``, by default as
+    many as short names take, or in fewer where it would be wider than the figure."""
+    renderer = figure.canvas.get_renderer()
+    for count in range(columns or int(figure.get_figwidth() // 3), 0, -1):
+        legend = figure.legend(handles.values(), handles.keys(), fontsize=8, loc="outside lower center", ncols=count)
+        if count == 1 or legend.get_window_extent(renderer).width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def save(figure, path: Path) -> None:

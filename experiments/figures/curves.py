@@ -8,7 +8,7 @@ from pathlib import Path
 
 from experiments.figures.frontier import is_ablation, of_frontiers, title_of
 from experiments.figures.rows import BARS, Drawn, Study, as_trained, averaged, grouped
-from experiments.plots import entitle, grid, legend_below, plain_log, pyplot, save, styles
+from experiments.plots import entitle, grid, handles_of, legend_below, plain_log, pyplot, save, styles
 from experiments.speed import report as speed_report
 from experiments.speed import rows as speed_rows
 from experiments.throughput import report as throughput_report
@@ -99,7 +99,7 @@ def make_training(study: Study) -> Drawn | None:
             if "norm" in name:
                 ax.set_yscale("log")
                 plain_log(ax.yaxis)
-        legend_below(figure, axes)
+        legend_below(figure, handles_of(axes))
         save(figure, path)
 
     return Drawn(table, draw, notes)
@@ -199,7 +199,7 @@ def make_lengths(study: Study) -> Drawn | None:
             ax.set_ylabel(metric)
             ax.grid(alpha=0.25)
         if panels:
-            legend_below(figure, axes[len(maps) :])
+            legend_below(figure, handles_of(axes[len(maps) :]))
         save(figure, path)
 
     return Drawn(table, draw, [*notes, BARS], [*found, *scores])

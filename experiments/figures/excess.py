@@ -7,7 +7,7 @@ from statistics import mean
 
 from experiments.figures.curves import MANY, thinned
 from experiments.figures.rows import Drawn, Study, grouped
-from experiments.plots import BLACK, grid, legend_below, plain_log, save, styles
+from experiments.plots import BLACK, grid, handles_of, legend_below, plain_log, save, styles
 
 DENSE = "attention=full"
 OWN = ("attention", "optim.", "name=", "run_dir=")  # words of a run that change no batch
@@ -56,7 +56,7 @@ def make_excess(study: Study) -> Drawn | None:
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         ax.set_ylabel("training loss above dense, nats")
         ax.grid(alpha=0.25)
-        legend_below(figure, [ax])
+        legend_below(figure, handles_of([ax]))
         save(figure, path)
 
     return Drawn(table, draw, notes)

@@ -8,7 +8,7 @@ from experiments.figures.frontier import title_of
 from experiments.figures.rows import Drawn, Study, grouped
 from experiments.figures.setpoints import AtSparsity
 from experiments.intervals import filled, ratio_stderr, student
-from experiments.plots import BLACK, grid, legend_below, save, styles
+from experiments.plots import BLACK, grid, handles_of, legend_below, save, styles
 
 REFERENCE = "infllmv2"
 AS_TRAINED = "as trained"
@@ -77,7 +77,7 @@ def make_paired(study: Study) -> Drawn | None:
             ax.set_ylabel(f"nats above {REFERENCE}")
             ax.set_title(title_of(data, f"{length} tokens", trained), fontsize=9)
             ax.grid(alpha=0.25, axis="y")
-        legend_below(figure, axes)
+        legend_below(figure, handles_of(axes))
         save(figure, path)
 
     return Drawn(table, draw, notes, losses)

@@ -25,7 +25,7 @@ from experiments.figures.frontier import (
 )
 from experiments.files import UNTRAINED, to_csv, write_atomically
 from experiments.intervals import LOSSES, unfiltered
-from experiments.plots import BLACK, WIDTH, entitle, grid, pyplot, save, styles
+from experiments.plots import BLACK, WIDTH, entitle, grid, legend_below, pyplot, save, styles
 from experiments.plots import COLUMNS as PANEL_COLUMNS
 
 AT_SPARSITIES = (0.5, 0.75, 0.9, 0.95)
@@ -126,8 +126,7 @@ def draw(points: Sequence[Point], path: Path) -> None:
     if any(p.bounds is None and p.knob is not None and unfiltered(p.panel.metric) not in LOSSES for p in points):
         legend["no bar: samples' scatter not kept"] = gray(marker="")
     # Below the panels: ten lines leave no corner free.
-    columns = 3 if len(panels) < PANEL_COLUMNS else 4
-    figure.legend(legend.values(), legend.keys(), fontsize=8, ncols=columns, loc="outside lower center")
+    legend_below(figure, legend, columns=3 if len(panels) < PANEL_COLUMNS else 4)
     save(figure, path)
 
 

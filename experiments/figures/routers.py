@@ -7,7 +7,7 @@ from pathlib import Path
 from experiments.figures.frontier import check_seeds, title_of
 from experiments.figures.rows import BARS, Drawn, Study, as_trained, averaged, grouped, line_of
 from experiments.figures.setpoints import is_as_trained
-from experiments.plots import BLACK, entitle, grid, legend_below, plain_log, save, styles
+from experiments.plots import BLACK, entitle, grid, handles_of, legend_below, plain_log, save, styles
 from experiments.speed.report import tokens
 
 DISPERSION = {
@@ -106,7 +106,7 @@ def make_active_tokens(study: Study) -> Drawn | None:
             ax.set_ylabel("active tokens:\nmedian, p10-p90")
             entitle(ax, _title(inside[0]))
             ax.grid(alpha=0.25)
-        legend_below(figure, axes)
+        legend_below(figure, handles_of(axes))
         save(figure, path)
 
     return Drawn(table, draw, rows=rows)
@@ -213,7 +213,7 @@ def _draw_recall(table: list[dict], is_turned: bool, path: Path) -> None:
         if metric != "precision":
             ax.set_ylim(-0.03, 1.03)
         ax.grid(alpha=0.25)
-    legend_below(figure, axes)
+    legend_below(figure, handles_of(axes))
     save(figure, path)
 
 
@@ -278,7 +278,7 @@ def _lines(table: list[dict], x: str) -> Callable[[Path], None]:
                 ax.set_xlabel("blocks that the answer needs")
                 ax.set_ylabel("active blocks")
             ax.grid(alpha=0.25)
-        legend_below(figure, axes)
+        legend_below(figure, handles_of(axes))
         save(figure, path)
 
     return draw

@@ -20,7 +20,7 @@ from experiments.figures.pareto import draw as draw_frontiers
 from experiments.figures.pareto import table as frontier_table
 from experiments.figures.rows import BARS, Drawn, Study, averaged, grouped, line_of
 from experiments.figures.setpoints import is_as_trained
-from experiments.plots import BLACK, WIDTH, entitle, grid, legend_below, save, styles
+from experiments.plots import BLACK, WIDTH, entitle, grid, handles_of, legend_below, save, styles
 
 MISSING = "missing"
 # Columns of a RULER table: the groups the paper reports.
@@ -97,7 +97,7 @@ def make_costs(study: Study) -> Drawn | None:
             ax.xaxis.set_major_formatter(EngFormatter() if cost == "bytes_read" else StrMethodFormatter("{x:g}"))
             ax.xaxis.set_minor_formatter(NullFormatter())
             ax.grid(alpha=0.25)
-        legend_below(figure, axes)
+        legend_below(figure, handles_of(axes))
         save(figure, path)
 
     return Drawn(table, draw, notes, rows)

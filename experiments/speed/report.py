@@ -12,7 +12,7 @@ from pathlib import Path
 from experiments.arguments import parse
 from experiments.errors import user_errors
 from experiments.files import SPEED, check_exists, read_rows, write_atomically
-from experiments.plots import BLACK, entitle, plain_log, pyplot, save, styles
+from experiments.plots import BLACK, entitle, handles_of, legend_below, plain_log, pyplot, save, styles
 from experiments.speed.rows import (
     CASE,
     CUDNN,
@@ -251,8 +251,8 @@ def draw(rows: Sequence[dict], path: Path) -> None:
                 if key == "extra_mib":  # once all columns are drawn, which share the axis
                     ax.set_ylim(bottom=0)
                     ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
-            handles |= {t: h for ax in axes[0] for h, t in zip(*ax.get_legend_handles_labels(), strict=True)}
-        figure.legend(handles.values(), handles.keys(), fontsize=8, loc="outside lower center", ncols=3)
+            handles |= handles_of(axes[0])
+        legend_below(figure, handles, columns=3)
         figure.suptitle(
             f"{title(setup)}\nhollow: the sparsity reached is another, see the table; "
             f"a line has the lengths that were measured{_else(others)}",

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from experiments.files import THROUGHPUT, read_rows, write_atomically
-from experiments.plots import from_zero, grid, legend_below, save, styles
+from experiments.plots import from_zero, grid, handles_of, legend_below, save, styles
 from experiments.speed.report import in_a_cell, print_report, provenance_lines, tokens
 
 CASE = ("backend", "length", "pattern", "micro_batch_tokens", "compile", "activation_checkpointing")
@@ -132,7 +132,7 @@ def draw(rows: Sequence[dict], path: Path) -> None:
         ax.grid(alpha=0.25)
     if rows[0]["device"] in shared:
         figure.suptitle(rows[0]["device"], fontsize=9)
-    legend_below(figure, axes)
+    legend_below(figure, handles_of(axes))
     save(figure, path)
 
 

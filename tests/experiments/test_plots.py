@@ -15,6 +15,7 @@ from experiments.plots import (
     entitle,
     from_zero,
     grid,
+    legend_below,
     method_of,
     plain_log,
     pyplot,
@@ -126,3 +127,19 @@ def test_more_lines_than_styles_still_have_one():
     found = styles([f"run-{i}" for i in range(200)] + [f"dash {i}" for i in range(50)])
     assert len(found) == 250
     assert all(re.fullmatch(r"#[0-9A-F]{6}", colour) for colour, _ in found.values())
+
+
+def test_a_legend_is_no_wider_than_its_figure():
+    figure, (ax,) = grid(1)
+    handles = {f"a line of a name that is long enough, {number}": ax.plot([number])[0] for number in range(9)}
+    legend_below(figure, handles, columns=4)
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 9
+    assert 1 < legend._ncols < 4
+    box = legend.get_window_extent()
+    assert figure.bbox.x0 <= box.x0
+    assert box.x1 <= figure.bbox.x1
+    short, _ = grid(1)
+    legend_below(short, dict(zip("abcdefghi", handles.values(), strict=True)), columns=4)
+    assert short.legends[0]._ncols == 4
