@@ -381,17 +381,13 @@ def module_whole(name: str, problem: Problem) -> Operation:
     for module in (backend, exact):
         module.set_knob(found.knob)
 
-    def reference(grad):
-        out = exact(*leaves.values(), hidden=hidden)
-        return [out.detach(), *torch.autograd.grad(out, list(leaves.values()), grad)]
-
     def selections():
         return tuple(blocks_read(problem, partial(module, hidden=hidden)) for module in (backend, exact))
 
     return Operation(
         lambda: backend(*leaves.values(), hidden=hidden),
         leaves,
-        reference,
+        reference=Operation(lambda: exact(*leaves.values(), hidden=hidden), leaves).results,
         selections=selections,
         alike=True,
         causal_sparsity=found.sparsity,
