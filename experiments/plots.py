@@ -14,7 +14,8 @@ BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#999999"
 COLOURS = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, GREY)
 # Those that no method has, or few, stand first: they are what other lines are given.
 MARKS = ("P", "h", "d", "<", ">", "v", "p", "X", "*", "o", "s", "^", "D")
-# Of each method, in every figure; the sink is sky blue, a raw prior a square.
+# Of each method, in every figure; the sink is sky blue, a raw prior a square. The last four are routers by what selects,
+# in studies of nothing else (configs/sweep/routers.yaml).
 METHODS = {
     "full": (BLACK, "x"),
     "dash": (BLUE, "o"),
@@ -41,6 +42,10 @@ METHODS = {
     "fla-nsa": (ORANGE, "<"),
     "xunhaolai-nsa": (ORANGE, "v"),
     "xunhaolai-nsa,-no-window": (ORANGE, ">"),
+    "entmax": (BLUE, "D"),
+    "topk": (PURPLE, "s"),
+    "topp": (SKY, "^"),
+    "index": (VERMILLION, "D"),
 }
 _MARKED = {name: re.compile(rf"(^|[-,:]){re.escape(name)}($|[-,:(])") for name in METHODS}
 COLUMNS = 3  # panels in a row, where a figure does not say

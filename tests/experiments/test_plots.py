@@ -52,10 +52,14 @@ def test_every_backend_has_a_style_of_its_own():
         ("real-dash-topk-sink-tempered-seed0", "dash-topk-sink-tempered"),
         ("full, untrained", "full"),
         ("infllmv2 (topk 12)", "infllmv2"),
+        ("nsa (topk 12)", "nsa"),
         ("XunhaoLai NSA, no window", "xunhaolai-nsa,-no-window"),
         ("dashboard", None),
         ("sigma:1e2", None),
         ("recall-base-seed0", None),
+        ("continued-topk-tempered-seed1", "topk"),
+        ("index-prior-topp-lr:1e-3", "index"),
+        ("entmax-none, trained at 75% held", "entmax"),
     ],
 )
 def test_labels_and_runs_name_their_method(label, method):
