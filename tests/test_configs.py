@@ -70,8 +70,8 @@ SWEEPS = {
     "real_model": "88bd6267",
     "real_model_controls": "b5179eae",
     "real_model_ruler": "758cd1e1",
-    "routers": "299e0b7e",
-    "routers_gpu": "cf714cdb",
+    "routers": "5ba028ad",
+    "routers_gpu": "dc877506",
     "scratch": "5430257f",
     "smoke": "51f26a71",
 }

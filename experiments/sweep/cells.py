@@ -111,6 +111,7 @@ class Cell:
     evaluate: tuple[str, ...] | None  # None: a base, which is only trained
     base: str | None  # name of the cell it continues from
     evaluate_turned: tuple[str, ...] | None = None  # one more evaluation, with the knob turned
+    study: str = ""  # that it is a cell of
 
     @property
     def commands(self) -> list[list[str]]:
@@ -218,9 +219,9 @@ def _study_cells(config: SweepConfig, study_name: str, study: StudyConfig, seed:
         own_name, own_dir = override("name", name), override("run_dir", str(run_dir))
         overrides = [*study.train, *train, f"seed={seed}", own_name, own_dir, *threads]
         if base is None:
-            return Cell(name, run_dir, tuple(overrides), evaluate=None, base=None)
+            return Cell(name, run_dir, tuple(overrides), evaluate=None, base=None, study=study_name)
         overrides.append(override("init_from", str(base.run_dir)))
-        return Cell(name, run_dir, tuple(overrides), evaluate=None, base=base.name)
+        return Cell(name, run_dir, tuple(overrides), evaluate=None, base=base.name, study=study_name)
 
     def evaluated(cell: Cell, label: str, knobs: Sequence[str], own: Sequence[str] | None) -> Cell:
         # The label is the arm's, not the cell's: the rows of all its seeds and knobs make one line of a figure.
@@ -316,7 +317,7 @@ def read_plan(output_dir: Path) -> list[Cell]:
         raise ValueError(f"{path} is damaged ({error}): remove it; the sweep's command writes it anew") from None
 
 
-_TEXTS, _MAY_BE_NULL = ("name", "run_dir", "base"), ("base", "evaluate", "evaluate_turned")
+_TEXTS, _MAY_BE_NULL = ("name", "run_dir", "base", "study"), ("base", "evaluate", "evaluate_turned")
 
 
 def _from_json(plan: dict) -> Cell:

@@ -31,15 +31,16 @@ def check_cells(found: Sequence[Cell], ranks: int, *, elsewhere: bool) -> list[s
         elsewhere: they will run on another machine, with another device.
 
     Raises:
-        ValueError: that names the first cell that cannot work.
+        ValueError: that names the first cell that cannot work, or whose rows no figure could tell from another study's.
     """
     register_evaluate_config()
     bases = {cell.name: cell for cell in found}
     known, notes = set(), []
+    studies: dict[tuple, str] = {}
     with composing():
         for cell in found:
             base = bases.get(cell.base)
-            told = tuple((told_but_for_seed(one), _is_begun(one)) for one in (cell, base) if one is not None)
+            told = cell.study, *((told_but_for_seed(one), _is_begun(one)) for one in (cell, base) if one is not None)
             if told in known:
                 continue
             known.add(told)
@@ -47,6 +48,14 @@ def check_cells(found: Sequence[Cell], ranks: int, *, elsewhere: bool) -> list[s
                 train = compose_training(cell, base)
                 train = check_anywhere(train, ranks) if elsewhere else check(train, ranks)
                 notes += check_evaluations(cell, train, elsewhere=elsewhere)
+                if cell.evaluate is not None:
+                    rows = (*cell.evaluate[1:], train.data.name, train.data.seq_len)  # all but the run
+                    other = studies.setdefault(rows, cell.study)
+                    if other != cell.study:
+                        raise ValueError(
+                            f"no figure can tell its rows from those of study {other}, which has an arm of this name on the "
+                            f"same {train.data.name}: rename the arm, or give one of the studies a data.name"
+                        )
     return notes
 
 

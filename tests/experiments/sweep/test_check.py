@@ -117,6 +117,22 @@ def test_two_studies_are_looked_at_each_with_its_base(tmp_path):
         found(config)
 
 
+def test_arms_of_two_studies_that_no_figure_could_tell_apart_are_refused(tmp_path):
+    config = make_sweep(tmp_path, ArmConfig(train=["attention=full"]))
+    for same in ({}, {"train": [*REAL, "steps=50"]}, {"base": ["attention=full"]}):
+        config.studies["u"] = replace(config.studies["t"], **same)
+        with pytest.raises(ValueError, match="cell u-one-seed0 cannot work: .* study t, .* arm of this name on the same"):
+            found(config)
+    for told in (
+        {"train": [*REAL, "data.name=other"]},
+        {"train": [*REAL, "data.seq_len=4096"]},
+        {"evaluate": ["tasks=[position]"]},
+        {"arms": {"two": ArmConfig(train=["attention=full"])}},
+    ):
+        config.studies["u"] = replace(config.studies["t"], **told)
+        assert found(config) == []
+
+
 def test_cells_that_take_the_model_of_an_untrained_base_are_checked_with_it(tmp_path):
     arm = {"train": ["model=checkpoint", *WINDOW], "sparsities": [0.9]}
     base = ["attention=full", "model.num_heads=3"]
