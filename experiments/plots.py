@@ -14,8 +14,8 @@ BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#999999"
 COLOURS = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, GREY)
 # Those that no method has, or few, stand first: they are what other lines are given.
 MARKS = ("P", "h", "d", "<", ">", "v", "p", "X", "*", "o", "s", "^", "D")
-# Of each method, in every figure; the sink is sky blue, a raw prior a square. The last four are routers by what selects,
-# in studies of nothing else (configs/sweep/routers.yaml).
+# Of each method, in every figure; the sink is sky blue, a raw prior a square. The last four are routers by what they
+# select with (configs/sweep/routers.yaml).
 METHODS = {
     "full": (BLACK, "x"),
     "dash": (BLUE, "o"),

@@ -53,8 +53,8 @@ def check_cells(found: Sequence[Cell], ranks: int, *, elsewhere: bool) -> list[s
                     other = studies.setdefault(rows, cell.study)
                     if other != cell.study:
                         raise ValueError(
-                            f"no figure can tell its rows from those of study {other}, which has an arm of this name on the "
-                            f"same {train.data.name}: rename the arm, or give one of the studies a data.name"
+                            f"no figure can tell its rows from those of study {other}, which has an arm of this name "
+                            f"on the same {train.data.name}: rename the arm, or give one of the studies a data.name"
                         )
     return notes
 
