@@ -66,7 +66,9 @@ class EvaluateConfig(Checked):
     # Rows of the validation split, or samples of each other task; null = as many as the run validates on, 100 of
     # generated tasks, 32 for routing, all of lm_eval's.
     rows: PositiveInt | None = None
-    rows_per_batch: PositiveInt = 8  # rows that go through the model at once; halved where memory is short
+    # Rows that go through the model at once, and four times as many prompts of generated tasks; halved where memory is
+    # short.
+    rows_per_batch: PositiveInt = 8
     # Line in tables and figures; null = the backend's, of a folder "BACKEND, FOLDER" if its weights were trained with
     # it, else "BACKEND, untrained".
     label: Line | None = None

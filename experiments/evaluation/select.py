@@ -19,6 +19,8 @@ from experiments.evaluation.tasks.streams import STREAM_TASKS, StreamTask, data_
 from experiments.provenance import device_name
 
 SAMPLES, PROBES = 100, 32  # where ``rows`` is null
+# Of a prompt the last token alone has logits, and a step of decoding takes as long for many prompts as for few.
+PROMPTS_PER_ROW = 4
 
 
 def build_tasks(config: EvaluateConfig, target: Target) -> list[Task]:
@@ -43,7 +45,7 @@ def build_tasks(config: EvaluateConfig, target: Target) -> list[Task]:
         for name in expand([name for name in config.tasks if name in TEXT_TASKS or name in SUITES]):
             task_set = sets.build(name, length, config.rows or SAMPLES, is_named=name in config.tasks)
             if task_set is not None:
-                tasks.append(GeneratedTask(task_set, sets.encoder, config.rows_per_batch))
+                tasks.append(GeneratedTask(task_set, sets.encoder, PROMPTS_PER_ROW * config.rows_per_batch))
         for name in [name for name in dict.fromkeys(config.tasks) if name.startswith(PREFIX)]:
             tasks.append(
                 HarnessTask(
@@ -61,7 +63,7 @@ def build_tasks(config: EvaluateConfig, target: Target) -> list[Task]:
             task_set = sets.build(name, length, config.rows or PROBES, is_named=name in config.probes)
             if task_set is not None:
                 probes = list(text_probes(task_set, sets.encoder))
-                described = GeneratedTask(task_set, sets.encoder, config.rows_per_batch).columns
+                described = GeneratedTask(task_set, sets.encoder, 1).columns
                 tasks.append(RoutingTask(name, probes, described))
     return tasks
 

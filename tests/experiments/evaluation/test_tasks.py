@@ -166,10 +166,10 @@ def test_an_interrupted_task_goes_on_from_the_answers_it_has(text_run, monkeypat
 
     generate, calls = answering(failing)
     monkeypatch.setattr(base, "generate", generate)
-    options = {"tasks": ["niah_single_1"], "lengths": [512], "rows": 5, "rows_per_batch": 2}
+    options = {"tasks": ["niah_single_1"], "lengths": [512], "rows": 5, "rows_per_batch": 1}
     with pytest.raises(KeyboardInterrupt):
         run(text_run, **options)
-    assert calls == [2, 2, 1]
+    assert calls == [4, 1]  # four prompts where one row would go
     (path,) = (text_run / "predictions").glob("*.jsonl")
     assert [answer["index"] for answer in read_rows(path)] == [0, 1, 2, 3]
     (task,) = build_tasks(EvaluateConfig(run=str(text_run), **options), setting(text_run)[0])
@@ -182,15 +182,15 @@ def test_an_interrupted_task_goes_on_from_the_answers_it_has(text_run, monkeypat
     assert (row["score"], row["stderr"], row["samples"]) == (0.2, ratio_stderr([0, 0, 0, 0, 1], [1] * 5), 5)
     # Another knob is another set of answers, and so are other samples.
     assert [row["knob"] for row in run(text_run, **options, knobs=[20.0, 30.0])] == [30.0]
-    assert calls == [1, 2, 2, 1]
+    assert calls == [1, 4, 1]
     (other,) = run(text_run, **options, samples_seed=1)
-    assert calls == [1, 2, 2, 1, 2, 2, 1]
+    assert calls == [1, 4, 1, 4, 1]
     assert other["set"] != row["set"] == task.set.key
 
 
 def test_right_answers_score_and_the_heat_map_has_a_row_for_every_depth(text_run, monkeypatch):
     target, _ = setting(text_run)
-    options = {"tasks": ["niah"], "lengths": [512], "rows": 22}
+    options = {"tasks": ["niah"], "lengths": [512], "rows": 22, "rows_per_batch": 2}
     (task,) = build_tasks(EvaluateConfig(run=str(text_run), **options), target)
     tokenizer, samples = task.encoder.tokenizer, task.set.samples
     # Right for the first eleven, one of each depth, and at depth 0 for the second, too.
