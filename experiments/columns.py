@@ -96,7 +96,11 @@ RESULT_ROWS = Columns(
         _is_finite,
     )
     | dict.fromkeys(
-        ("causal_sparsity_per_layer", "active_tokens_per_layer", "routing_reads_per_layer", "per_head"), _are_numbers
+        (
+            *("causal_sparsity_per_layer", "active_tokens_per_layer", "routing_reads_per_layer", "per_head"),
+            "by_sample",
+        ),
+        _are_numbers,
     ),
     never_null=("task", "metric", "score", "label", "length", "causal_sparsity", "data", "checkpoint"),
 )

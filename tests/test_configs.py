@@ -69,7 +69,7 @@ SWEEPS = {
     "pareto": "06c9a9c5",
     "real_model": "88bd6267",
     "real_model_controls": "b5179eae",
-    "real_model_ruler": "758cd1e1",
+    "real_model_ruler": "d2b9c8bb",
     "routers": "5ba028ad",
     "routers_gpu": "dc877506",
     "scratch": "5430257f",

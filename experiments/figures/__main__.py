@@ -21,7 +21,7 @@ from experiments.figures.curves import (
 )
 from experiments.figures.excess import make_excess
 from experiments.figures.page import Section, to_html
-from experiments.figures.paired import make_paired
+from experiments.figures.paired import make_paired, make_paired_scores
 from experiments.figures.published import make_published
 from experiments.figures.routers import (
     make_active_tokens,
@@ -35,6 +35,7 @@ from experiments.figures.scores import make_ablations, make_costs, make_frontier
 from experiments.files import to_csv, write_atomically
 
 ROUTING = "evaluate.py tasks=[routing]"
+RULER = "evaluate.py tasks=[ruler]"
 FIGURES = (
     Figure(1, "frontier", "Score against measured causal sparsity", "evaluate.py sparsities=[...]", make_frontiers),
     Figure(
@@ -48,7 +49,7 @@ FIGURES = (
     Figure(8, "speed", "Speed and memory against length", "python -m experiments.speed", make_speed),
     Figure(9, "training", "Training curves", "metrics.jsonl of runs", make_training),
     Figure(10, "lengths", "Needles by depth and length, and extrapolation", "evaluate.py lengths=[...]", make_lengths),
-    Figure(11, "ruler", "RULER", "evaluate.py tasks=[ruler]", make_ruler),
+    Figure(11, "ruler", "RULER", RULER, make_ruler),
     Figure(12, "ablations", "Ablations", "runs evaluated with label=FACTOR:VALUE", make_ablations),
     Figure(13, "numerics", "Error against float64", "python -m experiments.speed.numerics", make_numerics),
     Figure(14, "published", "The paper's numbers and ours", "RULER and speed rows", make_published),
@@ -56,6 +57,7 @@ FIGURES = (
     Figure(16, "parallel", "Several GPUs against one", "python -m experiments.throughput.scaling", make_parallel),
     Figure(17, "paired", "Differences in loss on the same rows", "evaluate.py sparsities=[...]", make_paired),
     Figure(18, "excess", "Training loss above dense attention's", "a sweep with an arm attention=full", make_excess),
+    Figure(19, "paired-ruler", "Differences in RULER on the same samples", RULER, make_paired_scores),
 )
 
 

@@ -1,9 +1,13 @@
-"""Differences in loss between attentions that read the same rows: what intervals over documents hide."""
+"""Differences between attentions that read the same rows or answered the same samples: what intervals over these
+hide."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
+from data.task_sets import SUITES
 from experiments.figures.frontier import title_of
 from experiments.figures.rows import Drawn, Study, grouped
 from experiments.figures.setpoints import AtSparsity
@@ -12,6 +16,13 @@ from experiments.plots import BLACK, grid, handles_of, legend_below, save, style
 
 REFERENCE = "infllmv2"
 AS_TRAINED = "as trained"
+# Why a label is left out.
+UNLIKE = f"for other rows than those of {REFERENCE}"
+TWICE = "for several models of one seed"
+LACKING = "for want of tasks that others have"
+
+Pair = tuple[dict, dict]  # a row and the reference's
+LeftOut = dict[str, set[str]]  # labels by the reason
 
 
 class Setting(NamedTuple):
@@ -20,6 +31,7 @@ class Setting(NamedTuple):
     data: str
     length: int
     rows: int
+    variant: str | None
     trained: str
     at: str
 
@@ -32,36 +44,93 @@ def make_paired(study: Study) -> Drawn | None:
         for row in study.of("loss", "nats")
         if isinstance(row["knob"], AtSparsity) and row.get("by_row") and filled(row["by_row"]["targets"]) > 1
     ]
-    table, unlike, twice = [], set(), set()
-    for setting, rows in grouped(losses, _setting).items():
-        arms = grouped(rows, "label")
+    left_out: LeftOut = {UNLIKE: set(), TWICE: set()}
+    pairs = _pairs(losses, _have_same_rows, left_out)
+    table = [at._asdict() | {"label": label} | _difference(own) for (at, label), own in pairs.items()]
+    said = (
+        f"Below 0 is better than {REFERENCE} at the same sparsity asked for. Bars: 95 % interval over rows, which both "
+        "read; other seeds may differ by more."
+    )
+    return _drawn(table, table, said, f"nats above {REFERENCE}", left_out, losses)
+
+
+def make_paired_scores(study: Study) -> Drawn | None:
+    """RULER's tasks, as far as ``REFERENCE`` was asked them: at a sparsity that was asked for, scores less those of
+    ``REFERENCE`` on the same samples, and the mean of these differences over the tasks. Intervals over samples."""
+    left_out: LeftOut = {UNLIKE: set(), TWICE: set(), LACKING: set()}
+    used = []
+    found: dict[tuple[Setting, str, int], dict[str, Pair]] = {}  # of a seed, by task
+    for task in SUITES["ruler"]:
+        scores = [
+            row
+            for row in study.of(task, "match")
+            if isinstance(row["knob"], AtSparsity) and len(row.get("by_sample") or ()) > 1
+        ]
+        used += scores
+        for (at, label), own in _pairs(scores, _have_same_samples, left_out).items():
+            for pair in own:
+                found.setdefault((at, label, pair[0]["seed"]), {})[task] = pair
+    asked = {at: {task for other, own in found.items() if other[0] == at for task in own} for at, _, _ in found}
+    whole: dict[tuple[Setting, str], list[dict[str, Pair]]] = {}
+    for (at, label, _), own in found.items():
+        if own.keys() == asked[at]:
+            whole.setdefault((at, label), []).append(own)
+        else:
+            left_out[LACKING].add(label)
+    table, means = [], []
+    for (at, label), seeds in whole.items():
+        of_tasks = {task: _score_difference([own[task] for own in seeds]) for task in seeds[0]}
+        whose = at._asdict() | {"label": label}
+        means.append(whose | {"task": f"mean of {len(of_tasks)}"} | _mean(list(of_tasks.values())))
+        table += [means[-1], *(whose | {"task": task} | difference for task, difference in of_tasks.items())]
+    said = (
+        f"Above 0 is better than {REFERENCE} at the same sparsity asked for: the mean over RULER's tasks, which stand "
+        "in the table. Bars: 95 % interval over samples, which both answered; other seeds may differ by more."
+    )
+    return _drawn(table, means, said, f"RULER above {REFERENCE}", left_out, used)
+
+
+def _pairs(
+    rows: Sequence[dict], are_alike: Callable[[dict, dict], bool], left_out: LeftOut
+) -> dict[tuple[Setting, str], list[Pair]]:
+    """By setting and label the rows of each seed with the reference's of that seed. Labels that cannot be
+    compared join ``left_out``."""
+    found = {}
+    for setting, of_setting in grouped(rows, _setting).items():
+        arms = grouped(of_setting, "label")
         several = {label for label, own in arms.items() if len({row["seed"] for row in own}) < len(own)}
-        twice |= several
+        left_out[TWICE] |= several
         arms = {label: own for label, own in arms.items() if label not in several}
         reference = {row["seed"]: row for row in arms.pop(REFERENCE, ())}
         for label, own in arms.items():
             pairs = [(row, reference[row["seed"]]) for row in own if row["seed"] in reference]
-            alike = [pair for pair in pairs if _are_alike(*pair)]
-            unlike |= {label} if len(alike) < len(pairs) else set()
+            alike = [pair for pair in pairs if are_alike(*pair)]
+            left_out[UNLIKE] |= {label} if len(alike) < len(pairs) else set()
             if alike:
-                table.append(setting._asdict() | {"label": label} | _difference(alike))
+                found[setting, label] = alike
+    return found
+
+
+def _drawn(
+    table: list[dict], points: list[dict], said: str, unit: str, left_out: LeftOut, used: list[dict]
+) -> Drawn | None:
+    """The figure of ``points``, which are rows of ``table``; None where there are none."""
     if not table:
         return None
-    table.sort(key=lambda row: (row["trained"], row["length"], row["at"] != AS_TRAINED, row["at"], row["label"]))
+    for lines in (table, points):
+        lines.sort(key=lambda row: (row["trained"], row["length"], row["at"] != AS_TRAINED, row["at"], row["label"]))
     notes = [
-        f"Below 0 is better than {REFERENCE} at the same sparsity asked for. Bars: 95 % interval over rows, which both "
-        "read; other seeds may differ by more.",
+        said,
         "The measured sparsities of the two differ by up to "
         f"{100 * max(abs(row['sparsity_difference']) for row in table):.1f} points: in the table.",
-        *([f"Left out, for other rows than those of {REFERENCE}: {', '.join(sorted(unlike))}."] if unlike else []),
-        *([f"Left out, for several models of one seed: {', '.join(sorted(twice))}."] if twice else []),
+        *(f"Left out, {why}: {', '.join(sorted(labels))}." for why, labels in left_out.items() if labels),
     ]
 
     def draw(path: Path) -> None:
-        panels = grouped(table, "data", "length", "trained")
-        style = styles(row["label"] for row in table)
+        panels = grouped(points, "data", "length", "variant", "trained")
+        style = styles(row["label"] for row in points)
         figure, axes = grid(len(panels), columns=2)
-        for ax, ((data, length, trained), rows) in zip(axes, panels.items(), strict=True):
+        for ax, ((data, length, variant, trained), rows) in zip(axes, panels.items(), strict=True):
             ticks = list(dict.fromkeys(row["at"] for row in rows))
             labels = sorted({row["label"] for row in rows})
             for place, label in enumerate(labels):
@@ -74,13 +143,13 @@ def make_paired(study: Study) -> Drawn | None:
             ax.set_xticks(range(len(ticks)), ticks)
             ax.set_xlim(-0.5, len(ticks) - 0.5)
             ax.set_xlabel("causal sparsity asked for")
-            ax.set_ylabel(f"nats above {REFERENCE}")
-            ax.set_title(title_of(data, f"{length} tokens", trained), fontsize=9)
+            ax.set_ylabel(unit)
+            ax.set_title(title_of(data, f"{length} tokens", variant, trained), fontsize=9)
             ax.grid(alpha=0.25, axis="y")
         legend_below(figure, handles_of(axes))
         save(figure, path)
 
-    return Drawn(table, draw, notes, losses)
+    return Drawn(table, draw, notes, used)
 
 
 def _setting(row: dict) -> Setting:
@@ -89,25 +158,45 @@ def _setting(row: dict) -> Setting:
     if isinstance(knob, AtSparsity):  # others each have a knob of their own
         trained += f" at {knob}"
     at = AS_TRAINED if row["knob"].is_held else str(row["knob"])
-    return Setting(row["data"], row["length"], row["rows"], trained, at)
+    return Setting(row["data"], row["length"], row["rows"], row["variant"], trained, at)
 
 
-def _are_alike(row: dict, reference: dict) -> bool:
+def _have_same_rows(row: dict, reference: dict) -> bool:
     return all(row["by_row"][name] == reference["by_row"][name] for name in ("corpus", "targets"))
 
 
-def _difference(pairs: Sequence[tuple[dict, dict]]) -> dict:
-    """Of (row, reference), one a seed: mean over seeds of the difference, and its interval over rows."""
+def _have_same_samples(row: dict, reference: dict) -> bool:
+    return row["set"] == reference["set"] and len(row["by_sample"]) == len(reference["by_sample"])
+
+
+def _difference(pairs: Sequence[Pair]) -> dict:
+    """Of the loss, (row, reference), one a seed: mean over seeds of the difference, and its interval over rows."""
     of_rows = zip(*(zip(a["by_row"]["nats"], b["by_row"]["nats"], strict=True) for a, b in pairs), strict=True)
     nats = [sum(a - b for a, b in seeds) / len(pairs) for seeds in of_rows]
     targets = pairs[0][0]["by_row"]["targets"]
     difference = sum(nats) / sum(targets)
     low, high = student(difference, ratio_stderr(nats, targets), filled(targets))
-    sparsity = sum(a["causal_sparsity"] - b["causal_sparsity"] for a, b in pairs) / len(pairs)
-    return {
-        "difference": difference,
-        "low": low,
-        "high": high,
-        "sparsity_difference": sparsity,
-        "seeds": len(pairs),
-    }
+    return {"difference": difference, "low": low, "high": high} | _sparsity_difference(pairs)
+
+
+def _score_difference(pairs: Sequence[Pair]) -> dict:
+    """The same of a task's score, over samples."""
+    of_samples = zip(*(zip(a["by_sample"], b["by_sample"], strict=True) for a, b in pairs), strict=True)
+    scores = [sum(a - b for a, b in seeds) / len(pairs) for seeds in of_samples]
+    difference, stderr = mean(scores), ratio_stderr(scores, [1] * len(scores))
+    low, high = student(difference, stderr, len(scores))
+    return {"difference": difference, "low": low, "high": high} | _sparsity_difference(pairs)
+
+
+def _mean(of_tasks: Sequence[dict]) -> dict:
+    """Of ``_score_difference`` over tasks, whose samples are independent."""
+    difference = mean(of["difference"] for of in of_tasks)
+    half = math.hypot(*((of["high"] - of["low"]) / 2 for of in of_tasks)) / len(of_tasks)
+    sparsity = mean(of["sparsity_difference"] for of in of_tasks)
+    between = {"difference": difference, "low": difference - half, "high": difference + half}
+    return between | {"sparsity_difference": sparsity, "seeds": of_tasks[0]["seeds"]}
+
+
+def _sparsity_difference(pairs: Sequence[Pair]) -> dict:
+    sparsity = mean(a["causal_sparsity"] - b["causal_sparsity"] for a, b in pairs)
+    return {"sparsity_difference": sparsity, "seeds": len(pairs)}

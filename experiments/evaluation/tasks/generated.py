@@ -52,7 +52,7 @@ class GeneratedTask(Task):
         (name,) = self.names
         if name != "niah":
             scores = [answer["score"] for answer in answers]
-            yield columns | row(name, "match", mean(scores), **scatter(scores, [1] * len(scores)))
+            yield columns | row(name, "match", mean(scores), by_sample=scores, **scatter(scores, [1] * len(scores)))
             return
         by_depth = defaultdict(list)
         for sample, answer in zip(self.set.samples, answers, strict=True):

@@ -17,7 +17,7 @@ from experiments.figures import curves, frontier, paired, routers, scores
 from experiments.figures import page as page_module
 from experiments.figures.__main__ import FIGURES, main, write_figures
 from experiments.figures.page import WIDEST
-from experiments.figures.paired import make_paired
+from experiments.figures.paired import make_paired, make_paired_scores
 from experiments.figures.published import RULER_16K
 from experiments.figures.rows import BARS, averaged, load_study
 from experiments.figures.setpoints import with_setpoints
@@ -200,6 +200,9 @@ def with_more(study):
               stderr=0.1) for n in (512, 1024) for s in (0, 1)),
         row("loss", "nats", 3.25, label="nsa", data="code", length=256, seed=3, target_sparsity=0.5,
             sparsity_count="causal", by_row={"corpus": "c", "nats": [6.5], "targets": [2]}),
+        *(row("niah_single_1", "match", sum(scores) / 4, label=label, length=256, by_sample=scores, set="s",
+              causal_sparsity=0.5, target_sparsity=0.5, sparsity_count="causal")
+          for label, scores in (("infllmv2", [0.0, 1.0, 0.5, 1.0]), ("dash", [1.0, 1.0, 0.5, 1.0]))),
     ]  # fmt: skip
     kept = [r for r in study.evaluations if r["task"] not in SUITES["ruler"][2:]]
     found = [r | {"bytes_read": 10_000 - 9000 * r["causal_sparsity"]} for r in [*kept, *map(with_setpoints, more)]]
@@ -1016,6 +1019,58 @@ def test_losses_on_the_same_rows_are_compared_row_by_row(study, tmp_path, monkey
     made.draw(tmp_path / "figure")
     drawn[0].draw_without_rendering()
     assert_as_expected("\n".join(shown(drawn[0])), Path(__file__).parent / "expected" / "paired.txt", tmp_path)
+
+
+def match(task, label, scores, seed=0, **changes):
+    asked = {"target_sparsity": 0.9, "sparsity_count": "causal", "trained_sparsity": 0.75, "set": task}
+    asked |= {"trained_sparsity_count": "causal", "seed": seed, "by_sample": scores, "rows": len(scores)}
+    return with_setpoints(row(task, "match", sum(scores) / len(scores), label=label, **asked | changes))
+
+
+def test_scores_of_the_same_samples_are_compared_sample_by_sample(study, tmp_path, monkeypatch):
+    reference = {"vt": [0.5, 0.5, 0.0, 1.0], "cwe": [0.0, 0.0, 0.0, 0.0]}
+    evaluations = [
+        *(match(task, "infllmv2", scores, seed) for task, scores in reference.items() for seed in (0, 1)),
+        match("vt", "dash-sink", [1.0, 0.5, 0.0, 1.0], 0, causal_sparsity=0.7),
+        match("vt", "dash-sink", [1.0, 1.0, 0.5, 1.0], 1),
+        match("cwe", "dash-sink", [0.0, 0.0, 1.0, 0.0], 0),
+        match("cwe", "dash-sink", [0.0, 0.0, 0.0, 0.0], 1),
+        *(match(task, "dash-sink", [1.0] * 4, seed=2) for task in reference),  # nothing to compare with
+        match("vt", "nsa", [1.0] * 4),  # an evaluation that has not ended
+        *(match(task, "moba", [1.0] * 4, set="other") for task in reference),
+        *(match(task, "dash", [1.0] * 4) for task in reference for _ in range(2)),
+        *(match(task, "hils", [1.0] * 4, by_sample=None) for task in reference),  # from before samples were kept
+        match("json_kv", "dash-sink", [1.0] * 4),  # none of RULER's
+        match("json_kv", "infllmv2", [0.0] * 4),
+    ]
+    made = make_paired_scores(replace(study, evaluations=evaluations))
+    # Per sample means over the seeds of .5 .25 .25 0 and of 0 0 .5 0.
+    found = {r["task"]: (r["difference"], r["seeds"], r["label"], r["at"]) for r in made.table}
+    assert found == {
+        "mean of 2": (0.1875, 2, "dash-sink", "90%"),
+        "vt": (0.25, 2, "dash-sink", "90%"),
+        "cwe": (0.125, 2, "dash-sink", "90%"),
+    }
+    vt, cwe, both = (next(r for r in made.table if r["task"] == task) for task in ("vt", "cwe", "mean of 2"))
+    # Student's quantile of 3 degrees of freedom is 3.182; deviations of .25 0 0 -.25 and of -.125 -.125 .375 -.125.
+    half = [3.18245 * np.sqrt(total / 3 / 4) for total in (0.125, 0.1875)]
+    assert [vt["low"], vt["high"]] == pytest.approx([0.25 - half[0], 0.25 + half[0]], rel=1e-5)
+    assert cwe["high"] == pytest.approx(0.125 + half[1], rel=1e-5)
+    assert both["high"] == pytest.approx(0.1875 + np.hypot(*half) / 2, rel=1e-5)
+    assert both["low"] == pytest.approx(0.1875 - np.hypot(*half) / 2, rel=1e-5)
+    assert [r["sparsity_difference"] for r in (vt, cwe, both)] == pytest.approx([0.05, 0, 0.025])
+    assert made.notes[2:] == [
+        "Left out, for other rows than those of infllmv2: moba.",
+        "Left out, for several models of one seed: dash.",
+        "Left out, for want of tasks that others have: nsa.",
+    ]
+    drawn = []
+    monkeypatch.setattr(paired, "save", lambda figure, path: drawn.append(figure))
+    made.draw(tmp_path / "figure")
+    (ax,) = drawn[0].axes
+    assert [list(line.get_ydata()) for line in ax.lines] == [[0.1875], [0.0, 0.0]]  # the mean alone
+    assert ax.get_ylabel() == "RULER above infllmv2"
+    assert make_paired_scores(replace(study, evaluations=evaluations[-4:])) is None
 
 
 def test_figures_of_what_was_trained_leave_out_where_the_knob_was_turned(study):
