@@ -71,7 +71,7 @@ SWEEPS = {
     "real_model_controls": "b5179eae",
     "real_model_ruler": "d2b9c8bb",
     "routers": "5ba028ad",
-    "routers_gpu": "dc877506",
+    "routers_gpu": "310cbd27",
     "scratch": "5430257f",
     "smoke": "51f26a71",
 }
