@@ -18,9 +18,10 @@ Metrics, means over questions; ``per_head`` holds them by layer and KV head:
                                  pairs), with p10 and p90, of as many as are ``counted``
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,30 @@ class Probe:
         """The same row with up to ``most`` of the queries, and then with the others."""
         for i in range(0, len(self.queries), most):
             yield replace(self, queries=self.queries[i : i + most], evidence=self.evidence[i : i + most])
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What a probe's queries are about, in blocks of one size.
+
+    Attributes:
+        queries_P: the positions.
+        past_PN, relevant_PN: bool, the blocks before a query's own, and which of them hold its evidence.
+        needed: how many blocks hold what the whole answer needs.
+    """
+
+    queries_P: Tensor
+    past_PN: Tensor
+    relevant_PN: Tensor
+    needed: int
+
+    @classmethod
+    def of(cls, probe: Probe, queries_P: Tensor, block_size: int) -> "Marks":
+        """``queries_P``: the probe's, on the device that the masks are to be on."""
+        num_blocks = -(-len(probe.input_ids) // block_size)
+        past_PN = past_blocks(queries_P, num_blocks, block_size)
+        relevant_PN = block_masks(probe.evidence, num_blocks, block_size).to(past_PN.device) & past_PN
+        return cls(queries_P, past_PN, relevant_PN, int(block_masks([probe.needed], num_blocks, block_size).sum()))
 
 
 def text_probes(task_set: TaskSet, encoder: PromptEncoder) -> Iterator[Probe]:
@@ -128,10 +153,11 @@ class Measured:
         self.active: dict[int, Tensor] = {}  # by the number of blocks needed, counts of selected ones
         self.sparsity = SparsityTally()
 
-    def add(self, layers: list[dict[str, tuple[Tensor, Tensor]]]) -> None:
-        """One probe: for every layer and metric, sum and count over its queries, each [H]."""
-        for metric in layers[0]:
-            sums, counts = (torch.stack([layer[metric][i] for layer in layers]).double().cpu() for i in (0, 1))
+    def add(self, layers: list[dict[str, Tensor]]) -> None:
+        """One probe: for every layer and metric, sum and count over its queries, float64 [2, H]."""
+        totals = torch.stack([layer[metric] for metric in layers[0] for layer in layers]).cpu()  # waits for the device
+        for metric, totals_L2H in zip(layers[0], totals.split(len(layers)), strict=True):
+            sums, counts = totals_L2H.unbind(1)
             self.sums[metric] = self.sums.get(metric, 0) + sums
             self.counts[metric] = self.counts.get(metric, 0) + counts
             of_probes = self.probes.setdefault(metric, ([], []))
@@ -142,18 +168,24 @@ class Measured:
 @torch.inference_mode()
 def observe(setting: Setting, probe: Probe, measured: Measured) -> None:
     """One forward pass; every layer's router is asked on its inputs as they come by."""
-    layers: list[dict] = []
-    active: list[tuple[int, Tensor]] = []
+    layers: list[dict[str, Tensor]] = []
+    active: defaultdict[int, list[Tensor]] = defaultdict(list)  # by the number of blocks needed
     sources = {backend.source for backend in setting.model.backends}
     routings: dict[int, list[Routing | None]] = {}  # of layers that others take over from, in parts
+    # As many queries at once as scores of all tokens, which are more than those of blocks, may be held of.
+    most = max(1, CHUNK_LOGITS // (len(probe.input_ids) * setting.model.config.num_heads))
+    parts = [(part, torch.tensor(part.queries, device=setting.device)) for part in probe.parts(most)]
+
+    @cache  # for all layers, which seldom differ in the size
+    def marks_of_parts(block_size: int) -> list[Marks]:
+        return [Marks.of(*part, block_size) for part in parts]
 
     def look(index, backend, args, kwargs):
+        # On a GPU the number of operations is what costs, and whatever waits for it: results stay there until the end.
         q, k, v = args
-        scores: dict = {}
-        # As many queries at once as scores of all tokens, which are more than those of blocks, may be held of.
-        for number, part in enumerate(probe.parts(max(1, CHUNK_LOGITS // (q.shape[2] * q.shape[1])))):
+        scores: dict[str, Tensor] = {}
+        for number, (_, positions) in enumerate(parts):
             if backend.source is None:
-                positions = torch.tensor(part.queries, device=q.device)
                 routing = backend.route(q, k, v, hidden=kwargs["hidden"], rope=kwargs["rope"], positions=positions)
                 if index in sources:
                     routings.setdefault(index, []).append(routing)
@@ -161,10 +193,10 @@ def observe(setting: Setting, probe: Probe, measured: Measured) -> None:
                 routing = routings[backend.source][number]
             if routing is None:
                 return
-            of_part, needed, selected_PH = score_routing(routing, q, k, part)
-            for metric, found in of_part.items():
-                scores[metric] = tuple(map(sum, zip(found, scores.get(metric, (0, 0)), strict=True)))
-            active.append((needed, selected_PH.flatten().int().cpu()))
+            marks = marks_of_parts(routing.selection.block_size)[number]
+            of_part, selected_PH = score_routing(routing, q, k, marks)
+            scores = {metric: scores[metric] + found if scores else found for metric, found in of_part.items()}
+            active[marks.needed].append(selected_PH.flatten())
         layers.append(scores)
 
     hooks = [
@@ -179,16 +211,19 @@ def observe(setting: Setting, probe: Probe, measured: Measured) -> None:
             hook.remove()
     if layers:
         measured.add(layers)
-    for needed, selected in active:
-        measured.active[needed] = count(selected, measured.active.get(needed))
+    for needed, selected in active.items():
+        measured.active[needed] = count(torch.cat(selected).cpu(), measured.active.get(needed))
 
 
-def block_mask(spans: list[Span], num_blocks: int, block_size: int, device) -> Tensor:
-    """Bool [N]: blocks that hold a token of a span."""
-    mask = torch.zeros(num_blocks, dtype=torch.bool, device=device)
-    for first, last in spans:
-        mask[first // block_size : (last - 1) // block_size + 1] = True
-    return mask
+def block_masks(spans: list[list[Span]], num_blocks: int, size: int) -> Tensor:
+    """Bool [P, N] on the CPU: blocks that hold a token of any of each query's spans, which may overlap."""
+    ends = [(p, first // size, (last - 1) // size + 1) for p, own in enumerate(spans) for first, last in own]
+    query, first, after = torch.tensor(ends, dtype=torch.long).view(-1, 3).unbind(1)
+    # One more span from its first block on, one less behind its last.
+    change_PN = torch.zeros(len(spans), num_blocks + 1, dtype=torch.long)
+    for block, by in ((first, 1), (after, -1)):
+        change_PN.index_put_((query, block), torch.tensor(by), accumulate=True)
+    return change_PN.cumsum(1)[:, :-1] > 0
 
 
 def dense_block_mass(q_BTHD: Tensor, k_BTHD: Tensor, queries_P: Tensor, block_size: int) -> Tensor:
@@ -201,21 +236,18 @@ def dense_block_mass(q_BTHD: Tensor, k_BTHD: Tensor, queries_P: Tensor, block_si
     return F.pad(p_PHS, (0, -length % block_size)).unflatten(-1, (-1, block_size)).sum(-1)
 
 
-def score_routing(routing: Routing, q: Tensor, k: Tensor, probe: Probe) -> tuple[dict, int, Tensor]:
-    """(metric -> (sum, count) over the queries, each [Hkv]; blocks needed; selected blocks [P, Hkv]). ``routing``: of
-    the queries."""
-    queries = torch.tensor(probe.queries, device=q.device)
+def score_routing(routing: Routing, q: Tensor, k: Tensor, marks: Marks) -> tuple[dict[str, Tensor], Tensor]:
+    """(metric -> sum and count over the queries, float64 [2, Hkv]; selected blocks [P, Hkv]). ``routing``: of the
+    queries."""
     (p_PHN,) = routing.probabilities
     num_blocks, size = p_PHN.shape[-1], routing.selection.block_size
-    past_PHN = past_blocks(queries, num_blocks, size)[:, None].expand_as(p_PHN)
+    past_PHN, relevant_PHN = (x_PN[:, None].expand_as(p_PHN) for x_PN in (marks.past_PN, marks.relevant_PN))
     selected_PHN = routing.selection.mask()[0, ..., :num_blocks] & past_PHN
-    relevant_PN = torch.stack([block_mask(spans, num_blocks, size, q.device) for spans in probe.evidence])
-    relevant_PHN = relevant_PN[:, None] & past_PHN
     candidates_PHN = past_PHN
     if routing.logits is not None:
         logits_PHGN = routing.logits[0].unflatten(1, (p_PHN.shape[1], -1))
         candidates_PHN = (logits_PHGN > -torch.inf).any(2)
-    mass_PHN = dense_block_mass(q, k, queries, size)
+    mass_PHN = dense_block_mass(q, k, marks.queries_P, size)
 
     k_PH = selected_PHN.sum(-1)
     found_PH, relevant_PH = (selected_PHN & relevant_PHN).sum(-1), relevant_PHN.sum(-1)
@@ -231,7 +263,7 @@ def score_routing(routing: Routing, q: Tensor, k: Tensor, probe: Probe) -> tuple
         "mass_precision": ((selected_PHN & heavy_PHN).sum(-1) / k_PH, k_PH > 0),
         "relevant_mass": (p_PHN.masked_fill(~relevant_PHN, 0).sum(-1), can_find),
         "entropy": (entropy_PH, has_choice),
-        "support": ((p_PHN > 0).sum(-1), has_choice),
+        "support": ((p_PHN > 0).sum(-1, dtype=p_PHN.dtype), has_choice),
         "dense_relevant_mass": (mass_PHN.masked_fill(~relevant_PHN, 0).sum(-1), is_asked),
     }
     if routing.logits is not None:
@@ -244,12 +276,10 @@ def score_routing(routing: Routing, q: Tensor, k: Tensor, probe: Probe) -> tuple
             "softmax_entropy": (torch.special.entr(softmax_PHN).sum(-1), has_choice),
             "topk_recall": ((top_PHN & relevant_PHN).sum(-1) / relevant_PH, is_asked),
         }
-    scores = {
-        metric: (value.double().masked_fill(~counts, 0).sum(0), counts.sum(0))
-        for metric, (value, counts) in values.items()
-    }
-    needed = int(block_mask(probe.needed, num_blocks, size, q.device).sum())
-    return scores, needed, k_PH
+    value_MPH, counts_MPH = map(torch.stack, zip(*values.values(), strict=True))
+    sum_MH = value_MPH.double().masked_fill(~counts_MPH, 0).sum(1)
+    totals_M2H = torch.stack([sum_MH, counts_MPH.sum(1, dtype=sum_MH.dtype)], 1)
+    return dict(zip(values, totals_M2H, strict=True)), k_PH
 
 
 def highest(values_PHN: Tensor, k_PH: Tensor) -> Tensor:

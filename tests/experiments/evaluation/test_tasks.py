@@ -25,9 +25,11 @@ from experiments.evaluation.tasks.base import Setting, SparsityTally
 from experiments.evaluation.tasks.decoding import token_ms
 from experiments.evaluation.tasks.generated import GeneratedTask
 from experiments.evaluation.tasks.routing import (
+    Marks,
     Measured,
     Probe,
     RoutingTask,
+    block_masks,
     mqar_probes,
     observe,
     score_routing,
@@ -421,9 +423,9 @@ def test_routing_rows_of_mqar(recall_run):
 
 def test_rows_of_routing_by_hand(monkeypatch):
     """Of two probes, in two layers of two KV heads, of which one is asked nothing, and a probe that asks nothing."""
-    layers = [{"recall": (torch.tensor([1.0, 2.0]), torch.tensor([2, 4]))}] * 2
-    last = [{"recall": (torch.tensor([2.0, 0.0]), torch.tensor([6, 0]))}] * 2
-    none = [{"recall": (torch.zeros(2), torch.zeros(2, dtype=torch.long))}] * 2
+    layers = [{"recall": torch.tensor([[1.0, 2.0], [2, 4]]).double()}] * 2
+    last = [{"recall": torch.tensor([[2.0, 0.0], [6, 0]]).double()}] * 2
+    none = [{"recall": torch.zeros(2, 2).double()}] * 2
     probes = {"a": (layers, 2, [0, 1, 3]), "b": (last, 1, [2]), "c": (none, 0, [5])}
 
     def observe(setting, probe, measured):
@@ -450,6 +452,28 @@ def test_rows_of_routing_by_hand(monkeypatch):
     ]
 
 
+def test_blocks_that_hold_a_token_of_a_span():
+    """Blocks of four tokens, at whose borders spans begin and end; spans that overlap, that are alike, and none."""
+    spans = [[(0, 4)], [(3, 5)], [(4, 8), (8, 9)], [(1, 11), (2, 6), (2, 6)], [], [(15, 16), (7, 8)]]
+    masks = block_masks(spans, 4, 4).int().tolist()
+    assert masks == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0], [0, 1, 0, 1]]
+    assert not block_masks([[], []], 4, 4).any()
+
+
+def test_marks_of_a_probe():
+    """Of evidence only what lies before the query's own block; of what is needed all."""
+    probe = Probe([0] * 7, [6, 2], [[(0, 1), (5, 7)], [(1, 4)]], [(0, 3), (5, 6)])
+    marks = Marks.of(probe, torch.tensor(probe.queries), 2)
+    assert marks.past_PN.int().tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
+    assert marks.relevant_PN.int().tolist() == [[1, 0, 1, 0], [1, 0, 0, 0]]
+    assert marks.needed == 3
+
+
+def score(routing, q, k, probe):
+    marks = Marks.of(probe, torch.tensor(probe.queries), routing.selection.block_size)
+    return score_routing(routing, q, k, marks)
+
+
 def test_routing_scores_by_hand():
     """Two KV heads of one query head each, four blocks of two tokens; queries at 5 (own block 2) and 7 (own 3)."""
     p = torch.zeros(1, 8, 2, 4)
@@ -462,8 +486,7 @@ def test_routing_scores_by_hand():
     # Equal keys: dense attention is uniform over the past.
     q, k = torch.randn(1, 8, 2, 4), torch.ones(1, 8, 2, 4)
     probe = Probe(list(range(8)), [5, 7], [[(1, 2)], [(0, 2), (4, 6)]], [(0, 2), (4, 6)])
-    scores, needed, active_PH = score_routing(routing, q, k, probe)
-    assert needed == 2
+    scores, active_PH = score(routing, q, k, probe)
     assert active_PH.tolist() == [[2, 1], [2, 1]]
     total = {metric: value.tolist() for metric, (value, _) in scores.items()}
     assert total["recall"] == [1 + 1 / 2, 0 + 1 / 2]
@@ -478,7 +501,7 @@ def test_routing_scores_by_hand():
     # Where dense attention looks at block 1 most, at 2 less, at 0 least, of head 0's two blocks all are among the
     # heaviest; head 1 reads one of two and three, at first the heaviest.
     k = torch.tensor([0.0, 2.0, 1.0, 0.0]).repeat_interleave(2)[None, :, None, None].expand(1, 8, 2, 4)
-    scores, _, _ = score_routing(routing, torch.ones(1, 8, 2, 4), k, probe)
+    scores, _ = score(routing, torch.ones(1, 8, 2, 4), k, probe)
     assert scores["mass_precision"][0].tolist() == [2, 1]
 
 
@@ -492,7 +515,7 @@ def test_forced_blocks_are_read_but_no_choice_of_the_router():
     routing = Routing(Selection.from_mask(mask[:, [3, 7]], 2), p[:, [3, 7]], logits[:, [3, 7]])
     q = torch.ones(1, 8, 1, 4)
     probe = Probe(list(range(8)), [3, 7], [[(0, 1)], [(0, 1), (4, 6)]], [(0, 1), (4, 6)])
-    scores, _, active_PH = score_routing(routing, q, q, probe)
+    scores, active_PH = score(routing, q, q, probe)
     assert active_PH.tolist() == [[1], [2]]
     total = {metric: (value.item(), count.item()) for metric, (value, count) in scores.items()}
     assert total["recall"] == (1 + 1 / 2, 2)
@@ -511,7 +534,7 @@ def test_evidence_in_the_queries_own_block_is_no_question_to_the_router():
     own = torch.nn.functional.one_hot(torch.arange(4) // 2, 2).bool()
     routing = Routing(Selection.from_mask(((p > 0) | own[:, None])[:, [3]], 2), p[:, [3]])
     q = torch.randn(1, 4, 1, 4)
-    scores, _, _ = score_routing(routing, q, q, Probe([0] * 4, [3], [[(2, 3)]], [(2, 3)]))
+    scores, _ = score(routing, q, q, Probe([0] * 4, [3], [[(2, 3)]], [(2, 3)]))
     assert scores["recall"][1].tolist() == [0]
     assert scores["mass_recall"][1].tolist() == [1]
 
