@@ -182,6 +182,7 @@ def test_an_interrupted_task_goes_on_from_the_answers_it_has(text_run, monkeypat
     assert calls == [1]
     assert generate.ends == (task.set.task.max_new_tokens, task.encoder.stop_tokens)
     assert (row["score"], row["stderr"], row["samples"]) == (0.2, ratio_stderr([0, 0, 0, 0, 1], [1] * 5), 5)
+    assert row["by_sample"] == [0, 0, 0, 0, 1]
     # Another knob is another set of answers, and so are other samples.
     assert [row["knob"] for row in run(text_run, **options, knobs=[20.0, 30.0])] == [30.0]
     assert calls == [1, 4, 1]
