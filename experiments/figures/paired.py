@@ -162,7 +162,11 @@ def _setting(row: dict) -> Setting:
 
 
 def _have_same_rows(row: dict, reference: dict) -> bool:
-    return all(row["by_row"][name] == reference["by_row"][name] for name in ("corpus", "targets"))
+    own, other = row["by_row"], reference["by_row"]
+    names = ["corpus", "targets"]
+    if "read" in own and "read" in other:  # rows of before do not tell
+        names.append("read")
+    return all(own[name] == other[name] for name in names)
 
 
 def _have_same_samples(row: dict, reference: dict) -> bool:

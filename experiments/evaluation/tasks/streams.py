@@ -8,6 +8,7 @@ recall     share of MQAR queries answered right, of those that ask for their key
 sparsity   causal sparsity of every layer and KV head, and active tokens by position
 """
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -89,6 +90,7 @@ class Tally:
         self.sparsity = SparsityTally()
         self.loss = self.targets = 0.0
         self.by_row: list[tuple[str | None, float, int]] = []  # corpus, nats and targets of each row
+        self.read = hashlib.sha256()  # of all targets: rows of other text, or of another tokenizer, may hold as many
         self.recalled: list[tuple[int, int]] = []  # queries answered right, and all, of each row
         self.by_bin: dict[int, list[tuple[float, int]]] = {}  # nats and targets in the bin, of each row with some
         self.bin_active: dict[int, Tensor] = {}  # counts of active tokens of every layer, KV head and token in the bin
@@ -96,6 +98,7 @@ class Tally:
     def add(self, batch: Batch, output: ModelOutput) -> None:
         targets_BT, stats = batch.labels != IGNORE, output.stats
         losses_BT = output.token_losses.double()
+        self.read.update(batch.labels.cpu().numpy().tobytes())
         self.loss += losses_BT.sum().item()
         self.targets += targets_BT.sum().item()
         rows = len(batch.sources) or len(targets_BT)  # text may be packed into one long row
@@ -151,7 +154,7 @@ def _loss_rows(tally: Tally) -> Iterator[dict]:
     for name in sorted({name for name in corpora if name is not None}):
         own = [index for index, corpus in enumerate(corpora) if corpus == name]
         by_corpus[name] = sum(nats[index] for index in own) / sum(targets[index] for index in own)
-    by_row = {"corpus": corpora, "nats": nats, "targets": targets}
+    by_row = {"corpus": corpora, "nats": nats, "targets": targets, "read": tally.read.hexdigest()[:16]}
     known = scatter(nats, targets)
     yield row("loss", "nats", tally.loss / tally.targets, by_corpus=by_corpus, by_row=by_row, **known)
 

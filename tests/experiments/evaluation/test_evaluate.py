@@ -1,5 +1,6 @@
 """Rows of a trained checkpoint against what the model says when asked directly."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -184,6 +185,8 @@ def test_the_loss_is_told_by_row_by_corpus_and_by_position(packed):
     (row,) = streams.SCORES["loss"](tally)
     assert row["score"] == pytest.approx(18 / 6)
     assert row["by_corpus"] == {"code": 3.0, "prose": 15 / 5}
+    read = row["by_row"].pop("read")
+    assert read == hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16]  # however many rows went at once
     assert row["by_row"] == {"corpus": ["prose", "code", "prose"], "nats": [3, 3, 12], "targets": [2, 1, 3]}
     assert (row["stderr"], row["samples"]) == (ratio_stderr([3, 3, 12], [2, 1, 3]), 3)
     assert seen == [packed] * 2

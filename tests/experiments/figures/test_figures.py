@@ -985,6 +985,7 @@ def test_losses_on_the_same_rows_are_compared_row_by_row(study, tmp_path, monkey
         loss("dash-sink", 2, [1.0, 1.0, 1.0]),  # nothing to compare with
         loss("dash", 0, [1.0, 1.0, 1.0], corpus="b"),
         loss("moba", 0, [1.0, 1.0, 1.0]),
+        loss("hils", 0, [1.0, 1.0, 1.0]),
         loss("nsa", 0, [1.0, 1.0, 1.0], rows=9),
         loss("nsa", 0, [32.0, 24.0, 50.0], causal_sparsity=0.85),
         loss("infllmv2", 0, [30.0, 20.0, 50.0], target_sparsity=None),
@@ -993,6 +994,8 @@ def test_losses_on_the_same_rows_are_compared_row_by_row(study, tmp_path, monkey
         *(loss(label, 0, nats, length=1024) for label, nats in (("infllmv2", [30.0] * 3), ("nsa", [31.0, 32.0, 33.0]))),
     ]
     evaluations[6]["by_row"]["targets"] = [20, 10, 10, 0]
+    for index, read in ((0, "a"), (2, "a"), (7, "b")):  # where both tell, of other tokens than the reference
+        evaluations[index]["by_row"]["read"] = read
     made = make_paired(replace(study, evaluations=evaluations))
     assert made.origin == "seed 0, 1, 2"
     order = [(r["length"], r["at"], r["label"]) for r in made.table]
@@ -1013,7 +1016,7 @@ def test_losses_on_the_same_rows_are_compared_row_by_row(study, tmp_path, monkey
     scatter = [-3 + 2.25, -1 + 2.25, -5 + 4.5]
     half = 4.30265 * np.sqrt(sum(x * x for x in scatter) * 3 / 2) / 40
     assert [at["low"], at["high"]] == pytest.approx([-9 / 40 - half, -9 / 40 + half], rel=1e-5)
-    assert made.notes[-1].endswith("infllmv2: dash, moba.")
+    assert made.notes[-1].endswith("infllmv2: dash, hils, moba.")
     drawn = []
     monkeypatch.setattr(paired, "save", lambda figure, path: drawn.append(figure))
     made.draw(tmp_path / "figure")
