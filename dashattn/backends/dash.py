@@ -22,8 +22,7 @@ from dashattn.ops.dash_routing.reference import (
     PRIOR_HEADS,
     PRIORS,
     candidate_chunks,
-    chunk_probabilities,
-    chunk_scores,
+    choose_chunks,
 )
 from dashattn.ops.decode.reference import new_positions
 from dashattn.ops.dtypes import upcast
@@ -243,20 +242,11 @@ class DashBackend(AttentionBackend):
         summaries = chunk_summary(k, self.chunk_query, chunk_size=config.chunk_size, rope=rope)
         positions = positions_of(q, positions)
         q, own_chunk = q[:, positions], positions // config.chunk_size
-        forced = config.init_chunks, config.local_chunks
-        candidates_PN = candidate_chunks(own_chunk, num_chunks, *forced)
-        forced_PN = (torch.arange(num_chunks, device=q.device) <= own_chunk[:, None]) & ~candidates_PN
-        scores = chunk_scores(q, summaries, config.router_scale)
-        # select_chunks does not return the probabilities, and solving entmax again waits for the device at every step.
-        log_p, support = chunk_probabilities(
-            scores,
-            candidates_PN[:, : summaries.shape[1]],
-            selector=config.selector,
-            alpha=self.alpha(),
-            wanted=config.topk - sum(forced) - 1 if config.selector == "topk" else config.top_p,
-        )
-        scores, log_p, support = (F.pad(x, (0, num_chunks - summaries.shape[1])) for x in (scores, log_p, support))
-        mask = support.any(2).transpose(1, 2) | forced_PN[:, None]
+        forced = {"init_chunks": config.init_chunks, "local_chunks": config.local_chunks}
+        options = {"selector": config.selector, "alpha": self.alpha(), **self.numbers, **forced}
+        mask, scores, log_p, _ = choose_chunks(q, summaries, own_chunk[None], num_chunks, **options)
+        candidates_PN = candidate_chunks(own_chunk, num_chunks, **forced)
+        scores, log_p = (F.pad(x, (0, num_chunks - summaries.shape[1])) for x in (scores, log_p))
         p_BPHN = log_p.exp().masked_fill(~candidates_PN, 0).mean(2).transpose(1, 2)
         logits = scores.masked_fill(~candidates_PN, -torch.inf).flatten(1, 2).transpose(1, 2)
         return Routing(Selection.from_mask(mask, config.chunk_size), p_BPHN, logits)

@@ -101,24 +101,49 @@ def select_chunks(
     own_chunk: Tensor,
     num_chunks: int,
     *,
-    router_scale: float | Tensor,
     prior: str,
     sigma: float,
     prior_heads: str,
+    **choice,
+) -> tuple[Tensor, Tensor | None]:
+    """``dash_routing`` of queries anywhere in their sequences: a mask [B, T, H, N] in place of the selection.
+
+    The other arguments are those of ``choose_chunks``.
+    """
+    selected, scores, log_p, support = choose_chunks(q, summaries, own_chunk, num_chunks, **choice)
+    if prior == "none":
+        return selected, None
+    if prior == "mass":
+        bias = scores.masked_fill(~support.any(2, keepdim=True), 0)
+    else:
+        bias = _prior(log_p, support, prior, sigma, prior_heads)
+    return selected, F.pad(bias, (0, num_chunks - summaries.shape[1])).flatten(1, 2).transpose(1, 2)
+
+
+def choose_chunks(
+    q: Tensor,
+    summaries: Tensor,
+    own_chunk: Tensor,
+    num_chunks: int,
+    *,
+    router_scale: float | Tensor,
     selector: str = "entmax",
     alpha: float | Tensor = 1.5,
     topk: int | Tensor = 16,
     top_p: float | Tensor = 0.9,
     init_chunks: int = 0,
     local_chunks: int = 0,
-) -> tuple[Tensor, Tensor | None]:
-    """``dash_routing`` of queries anywhere in their sequences: a mask [B, T, H, N] in place of the selection.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The selection of ``dash_routing`` of queries anywhere in their sequences, and what decided it.
 
     Args:
         q: [B, T, Hq, D].
         summaries: [B, n, H, D], of which a query may choose candidates before its own chunk.
         own_chunk: integers that broadcast to [B, T].
         num_chunks: N >= n.
+
+    Returns:
+        A mask [B, T, H, N], and each [B, H, G, T, n] ``chunk_scores``, and the two of ``chunk_probabilities``.
     """
     candidates_BTN = candidate_chunks(own_chunk, num_chunks, init_chunks, local_chunks)
     scores = chunk_scores(q, summaries, router_scale)
@@ -129,17 +154,9 @@ def select_chunks(
         alpha=alpha,
         wanted=int(topk) - init_chunks - local_chunks - 1 if selector == "topk" else float(top_p),
     )
-    missing = num_chunks - summaries.shape[1]
-    chosen_BTHN = F.pad(support.any(2), (0, missing)).transpose(1, 2)
+    chosen_BTHN = F.pad(support.any(2), (0, num_chunks - summaries.shape[1])).transpose(1, 2)
     visible_BTN = torch.arange(num_chunks, device=q.device) <= own_chunk[..., None]
-    selected = chosen_BTHN | (visible_BTN & ~candidates_BTN)[:, :, None]
-    if prior == "none":
-        return selected, None
-    if prior == "mass":
-        bias = scores.masked_fill(~support.any(2, keepdim=True), 0)
-    else:
-        bias = _prior(log_p, support, prior, sigma, prior_heads)
-    return selected, F.pad(bias, (0, missing)).flatten(1, 2).transpose(1, 2)
+    return chosen_BTHN | (visible_BTN & ~candidates_BTN)[:, :, None], scores, log_p, support
 
 
 def chunk_scores(q: Tensor, summaries: Tensor, router_scale: float | Tensor) -> Tensor:
